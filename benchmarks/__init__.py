@@ -1,0 +1,1 @@
+"""Run by hand, print what they measure side by side in one run; `benchmarks/README.md` says how."""

@@ -1,0 +1,38 @@
+"""Errors a user can mend, and how a command line answers them."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import typer
+
+
+class UserError(Exception):
+    """Something the user can mend: the message says what was given, what is allowed and what to do.
+
+    A command line prints it as one line and exits with code 2 (`run_cli`); it never carries a traceback to the user.
+    """
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the option closest to `name`, or `""` when none is close."""
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def run_cli(app: "typer.Typer", name: str) -> NoReturn:
+    """Run a typer application as the program `name` and exit.
+
+    Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
+    stderr, no traceback); 130 Ctrl-C.  Any other exception keeps its traceback.
+    """
+    try:
+        app(prog_name=name)
+    except UserError as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,189 @@
+"""Model references: `builtin:shapes/generator`, a local folder or file, or `org/name@revision`, each to a path."""
+
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from imgen_common.errors import UserError, nearest
+
+BUILTIN = "builtin:shapes/"
+WEIGHTS = Path(__file__).parent / "shapes" / "weights"
+HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
+
+
+def resolve(ref: str) -> Path:
+    """The folder (or LoRA file) that `ref` names, complete and without pickles.
+
+    ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
+    missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
+    Raises UserError for an unknown, missing, half-downloaded or pickled model.
+    """
+    if ref.startswith("builtin:"):
+        return _builtin(ref)
+    path = Path(ref).expanduser()
+    if path.exists():
+        return _complete(path)
+    match = HUB_REF.fullmatch(ref)
+    if match is None or ref.startswith((".", "/", "~")):
+        allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
+        raise UserError(f"model {ref!r}: no such folder{nearest(ref, _builtins())}; give {allowed}")
+    return _download(ref, match["repo"], match["revision"], offline=_offline())
+
+
+def prefetch(ref: str) -> Path:
+    """Download what `ref` names, so that it resolves offline.  Raises UserError when that cannot be done."""
+    if _offline() and not ref.startswith("builtin:") and not Path(ref).expanduser().exists():
+        raise UserError(f"model {ref!r}: HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it and try again")
+    return resolve(ref)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` is a whole diffusers, transformers or LoRA folder.
+
+    diffusers: every component that model_index.json names has its configuration and weights; transformers: config.json
+    and weights.  Weights are safetensors files whose length agrees with their header, and every shard of an index.
+    """
+    index = folder / "model_index.json"
+    if not any((folder / name).exists() for name in (index.name, "config.json", *LORA_FILES)):
+        raise UserError(
+            f"{folder}: not a model folder (none of {index.name}, config.json, {', '.join(LORA_FILES)} in it)"
+        )
+    unfinished = next(folder.rglob("*.incomplete"), None)
+    if unfinished is not None:
+        raise _half(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
+    if index.exists():
+        for name, class_name in _components(index).items():
+            _check_component(folder, name, class_name)
+    else:
+        _check_weights(folder, folder)
+
+
+def _builtins() -> list[str]:
+    if not WEIGHTS.is_dir():
+        return []
+    return sorted(BUILTIN + folder.name for folder in WEIGHTS.iterdir() if folder.is_dir())
+
+
+def _builtin(ref: str) -> Path:
+    if ref not in _builtins():
+        raise UserError(
+            f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {', '.join(_builtins()) or 'none'}"
+        )
+    return _complete(WEIGHTS / ref.removeprefix(BUILTIN))
+
+
+def _complete(path: Path) -> Path:
+    if path.is_dir():
+        check_folder(path)
+    elif path.suffix == ".safetensors":
+        _check_file(path.parent, path)
+    else:
+        raise UserError(f"{path}: weights are read from safetensors files and model folders only")
+    return path
+
+
+def _offline() -> bool:
+    return any(
+        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def _download(ref: str, repo: str, revision: str | None, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline),
+        )
+
+    try:
+        folder = fetch(["model_index.json"])
+        index = folder / "model_index.json"
+        # A diffusers repository often holds the same weights again as single files beside its component folders.
+        places = [f"{name}/" for name in _components(index)] if index.exists() else [""]
+        folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in HUB_FILES)])
+        check_folder(folder)
+    except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = f"run `flowbp prefetch {ref}` with a network and without HF_HUB_OFFLINE"
+        if not offline:
+            remedy = f"check the name, your access and the network, then run `flowbp prefetch {ref}`"
+        raise UserError(f"model {ref!r}: no such local folder, and the hub gave none ({reason}); {remedy}") from error
+    return folder
+
+
+def _half(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
+
+
+def _json(folder: Path, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise _half(folder, f"{path.relative_to(folder)} is not a JSON object")
+    return content
+
+
+def _components(index: Path) -> dict[str, str]:
+    """Component name to class name, from a model_index.json; components that are null there are left out."""
+    entries = _json(index.parent, index).items()
+    return {name: entry[1] for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[1]}
+
+
+def _check_component(folder: Path, name: str, class_name: str) -> None:
+    part = folder / name
+    if not any(part.glob("*.json")):
+        raise _half(folder, f"{name}/ has no configuration")
+    if any(word in class_name for word in NO_WEIGHTS):
+        return
+    if not (part / "config.json").exists():
+        raise _half(folder, f"{name}/config.json is missing")
+    _check_weights(folder, part)
+
+
+def _check_weights(folder: Path, part: Path) -> None:
+    for path in part.glob("*.json"):
+        _json(folder, path)
+    for index in part.glob("*.safetensors.index*.json"):
+        shards = _json(folder, index).get("weight_map", {})
+        for shard in sorted(set(shards.values())):
+            if not (part / shard).exists():
+                raise _half(folder, f"{(part / shard).relative_to(folder)} is missing")
+    _check_safetensors(folder, part)
+
+
+def _check_safetensors(folder: Path, part: Path) -> None:
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        place = "" if part == folder else f" in {part.name}/"
+        if any(part.glob("*.bin")) or any(part.glob("*.pt")):
+            raise UserError(f"{folder}: only pickled weights{place}; convert them to safetensors")
+        raise _half(folder, f"no *.safetensors weights{place}")
+    for file in files:
+        _check_file(folder, file)
+
+
+def _check_file(folder: Path, file: Path) -> None:
+    """Compare the length of a safetensors file with what its header promises, reading the header only."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError
+            header = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        whole = 8 + length + end == size
+    except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        raise _half(folder, f"{file.relative_to(folder)} is cut short or not a safetensors file")

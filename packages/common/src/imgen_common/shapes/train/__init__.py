@@ -1,0 +1,1 @@
+"""Trains the miniature's models: `python -m imgen_common.shapes.train --help`."""

@@ -1,0 +1,74 @@
+"""From training states to shipped folders: averaged weights in float16, re-evaluated as saved, with provenance."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import Flux2KleinPipeline
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from imgen_common.images import grid
+from imgen_common.runs import environment
+from imgen_common.shapes.edits import sample_edit
+from imgen_common.shapes.scene import balanced_specs
+from imgen_common.shapes.train import generator, rewards, vae
+from imgen_common.shapes.verify import accuracy, verify
+from imgen_common.streams import normal, numpy_generator
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+EVALUATION_SEED = 7
+
+
+def provenance(folder: Path, stages: Sequence[Path], command: str, metrics: dict[str, float]) -> None:
+    """Writes how the weights came to be: command, every stage's last log line, environment and metrics as saved."""
+    content = {
+        "command": command,
+        "stages": {s.name: json.loads((s / "log.jsonl").read_text().splitlines()[-1]) for s in stages},
+        "environment": environment([]),
+        "metrics": {k: round(v, 4) for k, v in metrics.items()},
+    }
+    (folder / "provenance.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _fresh(name: str) -> Path:
+    folder = WEIGHTS / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def package_generator(work: Path, prompts: int = 504, edits: int = 252) -> dict[str, float]:
+    """Ships `work/generator/pipeline`; returns metrics of the shipped files on the test split."""
+    folder = _fresh("generator")
+    Flux2KleinPipeline.from_pretrained(work / "generator" / "pipeline", dtype=torch.float16).save_pretrained(folder)
+    pipeline = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
+    rng = numpy_generator(EVALUATION_SEED, "package")
+    specs = balanced_specs(prompts, rng, "test")
+    instructions = [sample_edit(rng, "test") for _ in range(edits)]
+    metrics = generator.evaluate(pipeline, specs, instructions, EVALUATION_SEED, (1.0, 2.0))
+    images, checked = vae.pictures(1000, EVALUATION_SEED, "package-vae", 0)
+    held = accuracy(verify(vae.reconstruct(pipeline.vae, images), checked), checked)
+    metrics |= {f"vae/{k}": v for k, v in held.items()}
+    noise = torch.stack([normal((16, 32), EVALUATION_SEED, "evaluation", i) for i in range(48)])
+    shown = generator.sample(pipeline, [s.caption for s in specs[:48]], noise)
+    grid(shown, columns=12, scale=3).save(folder / "samples.png")
+    provenance(folder, [work / "vae", work / "generator"], "vae, generator, package", metrics)
+    return metrics
+
+
+def package_reward(
+    work: Path, name: str, source: Path, stages: Sequence[Path], labelled: tuple[Tensor, list[str], Tensor]
+) -> dict[str, float]:
+    """Ships one reward model; labelled: (images, captions, verdicts) of fresh generated pictures of the test split."""
+    folder = _fresh(name)
+    processor = CLIPProcessor.from_pretrained(source)
+    CLIPModel.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    metrics = rewards.pair_accuracy(model, processor, EVALUATION_SEED)
+    metrics |= rewards.agreement(model, processor, *labelled)
+    provenance(folder, stages, f"{', '.join(s.name for s in stages)}, package", metrics)
+    return metrics

@@ -1,0 +1,148 @@
+"""A strict reader of pictures: what is in them, and whether a caption or an edit holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imgen_common.shapes.render import AREA, CENTROID, coverage
+from imgen_common.shapes.scene import COLOURS, SHAPES, SIZE, Spec, Thing, position_holds, relation_holds
+
+MIN_AREA = 14
+"""Smallest blob in pixels that counts as a thing."""
+MIN_SATURATION = 0.28
+"""max(RGB) - min(RGB) from which a pixel is coloured."""
+MIN_OVERLAP = 0.72
+"""Soft intersection over union with the best template from which a blob has that shape."""
+MIN_PURITY = 0.7
+"""Share of a blob's pixels that must agree on the colour."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One blob: its thing (`mixed` colour, `blob` shape where unclear), centre in pixels, template overlap."""
+
+    thing: Thing
+    x: float
+    y: float
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture is exactly what the caption says, and which parts of it hold."""
+
+    ok: bool
+    number: bool
+    colours: bool
+    shapes: bool
+    things: bool
+    place: bool
+
+
+def _hue_and_saturation(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Hue in degrees and max - min, from (..., 3, h, w)."""
+    r, g, b = images[..., 0, :, :], images[..., 1, :, :], images[..., 2, :, :]
+    top, bottom = images.max(-3), images.min(-3)
+    delta = top - bottom + 1e-8
+    hue = np.where(top == r, ((g - b) / delta) % 6, np.where(top == g, (b - r) / delta + 2, (r - g) / delta + 4))
+    return (hue * 60).astype(np.float32), (top - bottom).astype(np.float32)
+
+
+_COLOUR_NAMES = tuple(COLOURS)
+_COLOUR_HUES = _hue_and_saturation(np.array(list(COLOURS.values()), np.float32).T[None, :, None, :])[0].reshape(-1)
+_RADIUS_STEPS = np.array([-0.4, -0.2, 0.0, 0.2, 0.4], np.float32)
+
+
+def _label(foreground: Tensor) -> Tensor:
+    """Connected components (8 neighbours) of masks (n, h, w): the largest index of a pixel's component, 0 outside."""
+    h, w = foreground.shape[1:]
+    mask = foreground.float()[:, None]
+    labels = (torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w)) * mask
+    while True:
+        grown = torch.nn.functional.max_pool2d(labels, 3, 1, 1) * mask
+        if torch.equal(grown, labels):
+            return labels[:, 0].long()
+        labels = grown
+
+
+def _shape_of(saturation: NDArray[np.float32], blob: NDArray[np.bool_]) -> tuple[str, float, float, float]:
+    """Best template of a blob: (shape, overlap, x, y); x and y are the centre of mass in pixels."""
+    rim = np.pad(blob, 1)
+    near = np.any([rim[1 + i : 1 + i + SIZE, 1 + j : 1 + j + SIZE] for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)
+    soft = np.clip(saturation * near / max(float(np.percentile(saturation[blob], 75)), 1e-6), 0, 1)
+    soft = np.where(soft < 0.15, 0, soft).astype(np.float32)
+    mass = float(soft.sum())
+    ys, xs = np.mgrid[0:SIZE, 0:SIZE]
+    x, y = float((soft * xs).sum() / mass), float((soft * ys).sum() / mass)
+    best, overlap = "blob", 0.0
+    for shape in SHAPES:
+        radii = np.sqrt(mass / AREA[shape]) + _RADIUS_STEPS
+        for radius in radii:
+            template = coverage(shape, x, y - CENTROID[shape] * float(radius), float(radius))
+            score = float(np.minimum(template, soft).sum() / max(float(np.maximum(template, soft).sum()), 1e-6))
+            if score > overlap:
+                best, overlap = shape, score
+    return (best if overlap >= MIN_OVERLAP else "blob"), overlap, x, y
+
+
+def detect(images: Tensor) -> list[list[Detection]]:
+    """The things in each picture.  images: (n, 3, SIZE, SIZE), RGB in [0, 1]."""
+    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"the verifier reads pictures of shape (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
+    pixels = images.detach().float().clamp(0, 1).cpu().numpy()
+    hue, saturation = _hue_and_saturation(pixels)
+    distance = np.abs((hue[..., None] - _COLOUR_HUES + 180) % 360 - 180)
+    nearest = distance.argmin(-1)
+    labels = _label(torch.from_numpy(saturation > MIN_SATURATION)).numpy()
+    return [_read(labels[i], nearest[i], saturation[i]) for i in range(len(pixels))]
+
+
+def _read(labels: NDArray[np.int64], colours: NDArray[np.intp], saturation: NDArray[np.float32]) -> list[Detection]:
+    found = []
+    for label, area in zip(*np.unique(labels[labels > 0], return_counts=True), strict=True):
+        if area < MIN_AREA:
+            continue
+        blob = labels == label
+        votes = np.bincount(colours[blob], minlength=len(_COLOUR_NAMES))
+        shape, overlap, x, y = _shape_of(saturation, blob)
+        pure = votes.max() / votes.sum() >= MIN_PURITY
+        found.append(Detection(Thing(_COLOUR_NAMES[votes.argmax()] if pure else "mixed", shape), x, y, overlap))
+    return found
+
+
+def judge(found: Sequence[Detection], spec: Spec) -> Verdict:
+    """The strict verdict: exactly the captioned things, nothing else, in the stated place."""
+    want, got = sorted(spec.things), sorted(d.thing for d in found)
+    place = False
+    if got == want:
+        place = True
+        if spec.category == "position":
+            place = position_holds(spec.place, found[0].x, found[0].y)
+        elif spec.category == "relation":
+            a, b = (next(d for d in found if d.thing == t) for t in spec.things)
+            place = relation_holds(spec.place, (a.x, a.y), (b.x, b.y))
+    return Verdict(
+        ok=place,
+        number=len(got) == len(want),
+        colours=sorted(t.colour for t in got) == sorted(t.colour for t in want),
+        shapes=sorted(t.shape for t in got) == sorted(t.shape for t in want),
+        things=got == want,
+        place=place,
+    )
+
+
+def verify(images: Tensor, specs: Sequence[Spec]) -> list[Verdict]:
+    """One strict verdict for each picture (n, 3, SIZE, SIZE) in [0, 1] and its caption."""
+    return [judge(found, spec) for found, spec in zip(detect(images), specs, strict=True)]
+
+
+def accuracy(verdicts: Sequence[Verdict], specs: Sequence[Spec]) -> dict[str, float]:
+    """Share of pictures that hold, overall (`all`) and by category, in [0, 1]."""
+    groups: dict[str, list[bool]] = {"all": [v.ok for v in verdicts]}
+    for verdict, spec in zip(verdicts, specs, strict=True):
+        groups.setdefault(spec.category, []).append(verdict.ok)
+    return {name: sum(oks) / len(oks) for name, oks in groups.items()}

@@ -1,0 +1,480 @@
+"""The command `flowbp`.  Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imgen_common.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from flowbp.config import TrainConfig
+    from flowbp.launch import Job
+    from flowbp.plan import Plan
+    from flowbp.progress import Silent
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Align a text-to-image flow-matching model to a differentiable reward by reward backpropagation.\n\n"
+    "Example: flowbp train",
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be given again."),
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+
+
+def main() -> None:
+    """Entry point of `flowbp` and of `python -m flowbp`."""
+    run_cli(app, "flowbp")
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    configs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="CONFIG", help="YAML files, later ones over earlier ones; none: the miniature."),
+    ] = None,
+    sets: Sets = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run, from its last checkpoint.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, load no weights.")
+    ] = False,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Train a model by reward backpropagation. Without arguments a miniature model of coloured shapes is trained on the
+    CPU in minutes. The run folder holds configuration, metrics, checkpoints, evaluations before and after, and a
+    report. Ctrl-C saves and stops; --resume goes on exactly where it stopped. Under torchrun all processes share the
+    batch.
+
+    Example:
+
+    \b
+      flowbp train
+      flowbp train --set method=flowbp_bridge --set method.coupling.alpha=0.3
+      flowbp train my.yaml --set optim.lr=3e-5 --dry-run
+      flowbp train --resume runs/flowbp_sparse
+      torchrun --nproc_per_node 2 -m flowbp train
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        _train(configs or [], sets or [], resume, dry_run, runs, as_json, is_main)
+    except UserError:
+        if is_main:
+            raise
+        raise typer.Exit(2) from None
+
+
+def _train(
+    files: list[Path], sets: list[str], resume: str | None, dry_run: bool, runs: Path, as_json: bool, is_main: bool
+) -> None:
+    _refuse_method_as_file(files)
+    from flowbp import launch
+    from flowbp.config import TrainConfig
+    from flowbp.progress import quiet_libraries
+    from imgen_common.config import load
+
+    run_path = launch.find_run(resume, runs) if resume else None
+    config = launch.resumed_config(run_path, files, sets) if run_path else load(TrainConfig, files, sets)
+    if run_path:
+        launch.check_resume(run_path, config)
+    path = run_path or launch.new_path(config, runs)
+    quiet_libraries()
+    job = launch.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    launch.check_disk(job, path, resume=run_path is not None)
+    if not dry_run:
+        _run(job, runs, run_path, as_json, is_main)
+    elif is_main:
+        _print_dry_run(job, path, as_json)
+
+
+def _refuse_method_as_file(files: list[Path]) -> None:
+    """`flowbp train refl` is nearly right: say what is."""
+    for file in files:
+        if not file.suffix and not file.exists():
+            from flowbp.methods import METHODS
+
+            if str(file) in METHODS:
+                raise UserError(f"{file}: no such file; to choose the method write --set method={file}")
+
+
+def _print_dry_run(job: "Job", path: Path, as_json: bool) -> None:
+    from flowbp import launch, show
+
+    numbers = launch.arithmetic(job)
+    plan = job.plans[0]
+    if as_json:
+        content = {"run": str(path), "config": job.config.model_dump(mode="json"), "arithmetic": numbers}
+        print(json.dumps(content | {"plan": _plan_json(plan)}))
+        return
+    show.dry_run(job.config, numbers, str(path))
+    show.plan(job.config.method, plan, f"{job.config.method.name}: the plan of the first update")
+
+
+def _plan_json(plan: "Plan") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(plan) | {
+        "num_gradient_forwards": plan.num_gradient_forwards,
+        "num_plain_forwards": plan.num_plain_forwards,
+    }
+
+
+def _run(job: "Job", runs: Path, resume: Path | None, as_json: bool, is_main: bool) -> None:
+    """Trains, and tells about it on the main process."""
+    import torch
+    from accelerate import Accelerator
+
+    from flowbp import launch, progress
+    from flowbp import train as training
+
+    start = time.monotonic()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    run = launch.open_run(job, runs, ["flowbp", *sys.argv[1:]], accelerator, resume=resume)
+    reporter = progress.reporter(job.config.num_updates, is_main=is_main, as_json=as_json)
+    if isinstance(reporter, progress.JsonLines):
+        reporter.event("start", run=str(run.path), num_updates=job.config.num_updates)
+    elif is_main:
+        print(f"run folder: {run.path}", flush=True)
+    try:
+        with run, reporter:
+            training.train(job.config, run, accelerator, reporter)
+    except KeyboardInterrupt:
+        if is_main:
+            print(f"\nstopped; go on with: flowbp train --resume {run.path}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        accelerator.end_training()
+    if is_main:
+        _finish(job.config, run.path, reporter, time.monotonic() - start)
+
+
+def _finish(config: "TrainConfig", run: Path, reporter: "Silent", seconds: float) -> None:
+    """The report, and what it says in short."""
+    from flowbp import launch, progress, report, show
+    from flowbp.compare import as_json
+
+    page = report.write(run)
+    found = launch.summary(run)
+    if isinstance(reporter, progress.JsonLines):
+        results = [{"guidance": scale, "scores": as_json(scores)} for scale, scores in found.items()]
+        reporter.event("done", run=str(run), report=str(page), seconds=seconds, results=results)
+        return
+    print()
+    show.summary(found, config.guidance.scale, "base", "trained")
+    print(f"\n{progress.clock(seconds)}\nrun folder: {run}\nreport:     {page}")
+
+
+# --- methods and plans -----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the named methods. Each is a value on the same axes (what the reward sees, which steps carry gradient, with
+    which weights, where the state itself does), so every key below `method` can be changed by --set.
+
+    Example:
+
+    \b
+      flowbp methods
+      flowbp methods --json
+    """
+    from flowbp.explain import methods_table
+
+    rows = methods_table()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from flowbp import show
+
+    show.methods(rows)
+
+
+@app.command()
+def explain(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method (see flowbp methods).")],
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; by default 25.", min=2, max=1000)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a run; its first plan is drawn.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(metavar="REF", help="Take the noise levels of this model instead of linear ones.")
+    ] = None,
+    shift: Annotated[float, typer.Option(help="Shift of the linear noise levels; 1: none.")] = 1.0,
+    sets: Sets = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the plan into this .png, .svg or .pdf too.")
+    ] = None,
+) -> None:
+    """Draw one plan of a method and show it. It tells which steps carry gradient, with which weights, the legs and
+    their quadrature nodes, where the state is coupled, what the reward sees, and how many network evaluations it takes.
+
+    Example:
+
+    \b
+      flowbp explain flowbp_lagrange --seed 3
+      flowbp explain flowbp_bridge --model builtin:shapes/generator --picture plan.png
+      flowbp explain flowbp_sparse --set method.active.num_steps=6 --shift 3
+    """
+    from flowbp import show
+    from flowbp.methods import get
+    from flowbp.plan import plan as draw_plan
+    from imgen_common.streams import numpy_generator
+
+    kind = _picture_kind(picture)
+    get(method)
+    config = _explained(method, steps, sets or [])
+    sigmas = _levels(config, model, shift)
+    plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
+    levels = model or ("linear noise levels" if shift == 1 else f"linear noise levels, shift {shift:g}")
+    heading = f"{method}: {plan.num_steps} steps, seed {seed}, {levels}"
+    show.plan(config.method, plan, heading)
+    if picture is not None:
+        from flowbp.explain import picture as draw_picture
+
+        picture.write_bytes(draw_picture(plan, heading, kind))
+        print(f"\npicture: {picture}")
+
+
+def _picture_kind(picture: Path | None) -> str:
+    kind = picture.suffix.lstrip(".").lower() if picture else "png"
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"--picture {picture}: must end in .png, .svg or .pdf")
+    if picture is not None and not picture.absolute().parent.is_dir():
+        raise UserError(f"--picture {picture}: there is no folder {picture.parent}; make it first")
+    return kind
+
+
+def _explained(method: str, steps: int | None, sets: Sequence[str]) -> "TrainConfig":
+    from flowbp.config import TrainConfig
+    from imgen_common.config import load
+
+    return load(TrainConfig, [], [f"method={method}", *sets, *([f"num_steps={steps}"] if steps else [])])
+
+
+def _levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[float]:
+    """Noise levels of a model, or linear ones."""
+    from flowbp.explain import linear_grid
+
+    if shift <= 0:
+        raise UserError(f"--shift {shift:g}: must be above 0")
+    if model is None:
+        return linear_grid(config.num_steps, shift)
+    if shift != 1:
+        raise UserError("--shift: a model brings its own noise levels; give --model or --shift")
+    from flowbp.progress import quiet_libraries
+    from flowbp.skeleton import skeleton
+
+    quiet_libraries()
+    sigmas = skeleton(model).sigmas(config.num_steps, (config.model.height, config.model.width))
+    return [float(sigma) for sigma in sigmas]
+
+
+# --- pictures and scores ---------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sample(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; none: eight of the evaluation.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="REF", help="Model to draw with.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="RUN", help="Run whose trained model to draw with.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="With --run: the model as it was before training.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1, max=1000)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: none.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture of every prompt.")] = 0,
+    num: Annotated[int, typer.Option(help="Pictures per prompt, from consecutive seeds.", min=1, max=256)] = 4,
+    size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures.")] = Path("pictures"),
+    runs: Runs = Path("runs"),
+) -> None:
+    """Draw pictures with a model or a run. Each is saved, and all of them as one grid. A seed gives the
+    picture that the model's diffusers pipeline draws with generator=torch.Generator().manual_seed(seed). Files that
+    exist are kept; new ones are numbered on.
+
+    Example:
+
+    \b
+      flowbp sample "a red circle left of a blue square" --run runs/flowbp_sparse
+      flowbp sample "a red circle left of a blue square" --run runs/flowbp_sparse --base
+      flowbp sample "two green triangles" --model builtin:shapes/generator --guidance 2 --seed 7
+    """
+    from flowbp import inference
+    from flowbp.progress import quiet_libraries
+
+    one = inference.subject(_run_or_model(run, model, base), runs, base=base)
+    config = one.config
+    scale = config.guidance.scale if guidance is None else guidance
+    inference.check_scale(scale)
+    texts = prompts or inference.evaluation_prompts(config)[:8]
+    shape = (size, size) if size else (config.model.height, config.model.width)
+    quiet_libraries()
+    backbone = one.load(inference.device())
+    number, rows = inference.next_number(out), []
+    out.mkdir(parents=True, exist_ok=True)
+    with _bar() as tick:
+        for place, prompt in enumerate(texts):
+            seeds = range(seed, seed + num)
+            rows += inference.save(
+                inference.draw(backbone, prompt, seeds, shape, steps or config.eval.steps, scale),
+                out,
+                [f"{number + place:03d}-{inference.slug(prompt)}-seed{s}.png" for s in seeds],
+            )
+            tick(one.label, place + 1, len(texts))
+    grid = out / f"{number:03d}-grid.png"
+    inference.save_grid(rows, grid, num)
+    print(f"{len(rows)} pictures of {one.label} at guidance {scale:g} in {out}\ngrid: {grid}")
+
+
+def _run_or_model(run: str | None, model: str | None, base: bool) -> str:
+    if run and model:
+        raise UserError("--run and --model: give one of them")
+    if base and not run:
+        raise UserError("--base: is for --run; a model given by --model is untrained already")
+    return run or model or "builtin:shapes/generator"
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN_OR_MODEL", help="What to compare with; of a run: its base model.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Prompts, as eval.prompts: builtin:shapes/test or a file.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="How many of them.", min=1)] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="Guidance scale; may be given again for several.")
+    ] = None,
+    sets: Sets = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Score a model, or compare two. Same prompts, same seeds: reward, held-out reward and, for prompts of the shapes
+    world, the verifier by category. Differences come with paired 95 % bootstrap intervals over prompts. A run
+    is compared with the model it started from.
+
+    Example:
+
+    \b
+      flowbp eval runs/flowbp_sparse
+      flowbp eval runs/flowbp_bridge --against runs/flowbp_sparse --guidance 1 --guidance 2
+      flowbp eval builtin:shapes/generator --num-prompts 120 --json
+    """
+    from flowbp import inference
+    from flowbp.progress import quiet_libraries
+
+    for scale in guidance or []:
+        inference.check_scale(scale)
+    extra = [f"eval.prompts={json.dumps(prompts)}"] if prompts else []
+    extra += [f"eval.num_prompts={num_prompts}"] if num_prompts else []
+    extra += [f"eval.guidance={json.dumps(guidance)}"] if guidance else []
+    after = inference.subject(target, runs, [*(sets or []), *extra])
+    config = after.config
+    before = inference.subject(against, runs) if against else None
+    if before is None and after.run is not None:
+        before = inference.subject(target, runs, base=True)
+    texts = inference.evaluation_prompts(config)
+    quiet_libraries()
+    scorers = inference.load_rewards(config, inference.device())
+    with _bar() as tick:
+        found = [
+            inference.score(one, texts, scorers, config, config.eval.guidance, tick)
+            for one in (before, after)
+            if one is not None
+        ]
+    _print_scores([one.label for one in (before, after) if one is not None], found, config, as_json)
+
+
+def _print_scores(labels: list[str], found: list[Any], config: "TrainConfig", as_json: bool) -> None:
+    from flowbp import inference, show
+
+    if as_json:
+        print(json.dumps({"prompts": config.eval.prompts, "results": inference.results(labels, found)}))
+    elif len(found) == 1:
+        show.levels(*inference.single(found[0]), labels[0])
+    else:
+        pairs, groups = inference.paired(*found)
+        show.summary(pairs, None, *labels)
+        for scale, changed in groups.items():
+            if changed:
+                show.categories(changed, f"Verifier by category at guidance {scale:g}")
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """tick(label, done, total): a progress bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def tick(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield tick
+
+
+# --- reports and downloads -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the report of a run anew. RUN/report.html is one page without outside parts, with the result
+    before and after, pictures at equal seeds, categories, curves, a plan, configuration and environment.
+
+    Example:
+
+    \b
+      flowbp report runs/flowbp_sparse --open
+    """
+    from flowbp import report as reports
+    from flowbp.launch import find_run
+
+    page = reports.write(find_run(run, runs))
+    print(page)
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(page.absolute().as_uri())
+
+
+@app.command()
+def prefetch(
+    refs: Annotated[list[str], typer.Argument(metavar="REF", help="org/name[@revision], a folder or builtin:...")],
+) -> None:
+    """Download models for use without a network. Checks that they are whole, and prints the folder of each.
+
+    Example:
+
+    \b
+      flowbp prefetch black-forest-labs/FLUX.2-klein-base-4B yuvalkirstain/PickScore_v1
+    """
+    from imgen_common import hub
+
+    for ref in refs:
+        print(hub.prefetch(ref))

@@ -1,0 +1,164 @@
+"""What `flowbp train` is asked to do.  The defaults are the miniature: minutes on a CPU."""
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field
+
+from flowbp.guidance import Guidance
+from flowbp.methods import METHODS, Method
+from flowbp.rewards import RewardConfig
+from imgen_common.config import Config
+
+PositiveInt = Annotated[int, Ge(1)]
+
+
+class ModelConfig(Config):
+    """The generator."""
+
+    ref: str = "builtin:shapes/generator"
+    """Diffusers folder: `builtin:...`, a path, or `org/name@revision`."""
+    height: Annotated[int, Ge(8), Le(4096)] = 32
+    """Height of the pictures in pixels."""
+    width: Annotated[int, Ge(8), Le(4096)] = 32
+    """Width of the pictures in pixels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's arithmetic; trained weights and the states between steps stay float32."""
+    gradient_checkpointing: bool = False
+    """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (peft) instead of all weights."""
+
+    rank: PositiveInt = 16
+    """Rank of each update."""
+    alpha: Annotated[float, Gt(0)] = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
+    """Ends of the names of the linear layers that get an adapter."""
+
+
+class OptimConfig(Config):
+    """AdamW."""
+
+    lr: Annotated[float, Gt(0), Le(1)] = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
+    """Decay rates of the two moments."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    warmup: Annotated[int, Ge(0)] = 5
+    """Updates of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls from the warm-up to the last update (linear and cosine: to zero)."""
+
+
+class Hinge(Config):
+    """loss = max(0, ceiling - score): the papers' loss; without a ceiling loss = -score."""
+
+    kind: Literal["hinge"] = "hinge"
+    ceiling: float | None = None
+    """Score from which a picture no longer contributes, in the reward's units; null: none."""
+
+
+class LogSigmoid(Config):
+    """loss = -log sigmoid((score - centre) / width): a picture's share fades as its score passes the centre."""
+
+    kind: Literal["log_sigmoid"] = "log_sigmoid"
+    centre: float
+    """Score at which the gradient has fallen to a half, in the reward's units."""
+    width: Annotated[float, Gt(0)] = 1.0
+    """How gradually it fades, in the reward's units."""
+
+
+class DataConfig(Config):
+    """The prompts to train on."""
+
+    prompts: str = "builtin:shapes/train"
+    """`builtin:shapes/SPLIT`, or a file: .txt (one prompt a line), .jsonl, or a folder of `datasets.save_to_disk`."""
+    key: str = "prompt"
+    """Name of the prompt's column in .jsonl files and dataset folders."""
+
+
+class EvalConfig(Config):
+    """Pictures at fixed seeds, before, during and after the training."""
+
+    prompts: str = "builtin:shapes/test"
+    """Prompts of the evaluation before and after, as `data.prompts`."""
+    num_prompts: PositiveInt = 504
+    """How many of them."""
+    guidance: tuple[Annotated[float, Gt(0), Le(100)], ...] = (1.0, 2.0)
+    """Guidance scales of the evaluation before and after."""
+    steps: PositiveInt = 25
+    """Denoising steps."""
+    seed: int = 1
+    """Seed of the noise; prompt i has its own stream whatever the batch."""
+    batch_size: PositiveInt = 126
+    """Prompts per forward."""
+    every: Annotated[int, Ge(0)] = 40
+    """Updates between quick evaluations; 0: none."""
+    quick_prompts: str = "builtin:shapes/tune"
+    """Prompts of the quick evaluations, as `data.prompts`."""
+    quick_num_prompts: PositiveInt = 60
+    """How many of them."""
+
+
+class CheckpointConfig(Config):
+    """States from which `--resume` goes on exactly."""
+
+    every: PositiveInt = 50
+    """Updates between checkpoints; the last update always has one."""
+    keep: PositiveInt = 2
+    """How many of the newest are kept."""
+
+
+class TrainConfig(Config):
+    """One run of reward backpropagation."""
+
+    name: str = "{method}"
+    """Run folder under `runs/`; `{method}` stands for the method's name.  A number is added if it exists."""
+    seed: int = 0
+    """Seed of prompts' order, noise, plans and adapters."""
+    model: ModelConfig = ModelConfig()
+    """The generator."""
+    method: Method = METHODS["flowbp_sparse"]
+    """Which velocities receive which multiple of the reward gradient."""
+    reward: RewardConfig = RewardConfig(ref="builtin:shapes/reward")
+    """What is maximised."""
+    heldout: RewardConfig | None = RewardConfig(ref="builtin:shapes/heldout")
+    """A reward that is only watched, as a check against reward hacking; null: none."""
+    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = Hinge()
+    """From score to loss."""
+    guidance: Guidance = Guidance()
+    """Classifier-free guidance of the training rollouts."""
+    num_steps: Annotated[int, Ge(2), Le(1000)] = 25
+    """Denoising steps N of the training rollouts."""
+    num_updates: PositiveInt = 150
+    """Optimizer updates."""
+    batch_size: PositiveInt = 16
+    """Pictures per update, over all processes and micro-batches."""
+    micro_batch_size: PositiveInt | None = None
+    """Pictures per process at a time; null: all of the process's share at once."""
+    chunk: PositiveInt = 1
+    """Uncoupled active steps that share one forward: memory for speed, the same gradient."""
+    reward_chunk: PositiveInt | None = None
+    """Pictures per decode-and-reward graph; null: the micro-batch."""
+    lora: LoraConfig | None = None
+    """Adapters; null: all weights of the transformer are trained."""
+    optim: OptimConfig = OptimConfig()
+    """The optimizer."""
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """Decay of the average of the trained weights, which is what is evaluated and saved; 0: the weights themselves."""
+    data: DataConfig = DataConfig()
+    """The prompts."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where metrics go beside `metrics.jsonl` and TensorBoard."""

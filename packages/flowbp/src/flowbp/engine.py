@@ -1,0 +1,230 @@
+"""Executes plans: a no-grad rollout, then one discrete-adjoint sweep, the only place where autograd meets the network.
+
+Every network evaluation has its own graph, freed before the next, so peak memory does not depend on the plan.
+Knows callables only: no backbone, no reward, no shape of latents.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowbp.plan import Keep, Plan, Term
+from flowbp.types import Loss, Noise, Trajectory, Velocity
+
+
+@dataclass(frozen=True)
+class SweepStats:
+    """What a sweep did.
+
+    num_forwards: network evaluations with gradient, per sample.  num_batches: forward passes they took.
+    num_jacobians: how many passed gradient to the state.
+    """
+
+    num_forwards: int
+    num_batches: int
+    num_jacobians: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `backpropagate` saw and did, all detached.
+
+    losses: per sample and copy, unweighted, (1 + copies, b).  values: what the reward saw, (1 + copies, b, ...).
+    gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights: sample weights, (b,); both float64.
+    num_gradient_forwards, num_plain_forwards: network evaluations per sample, the rollout's not counted.
+    """
+
+    losses: Float[Tensor, "copies b"]
+    values: Float[Tensor, "copies b ..."]
+    gaps: Float[Tensor, "legs b"]
+    weights: Float[Tensor, " b"]
+    num_gradient_forwards: int
+    num_plain_forwards: int
+
+
+@torch.no_grad()
+def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, keep: Keep) -> Trajectory:
+    """Euler without gradient from noise x_0 of shape (b, ...):  x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i.
+
+    The state is float32 between steps whatever the network computes in (float64 if x_0 is).  sigmas: (N+1,), float32
+    or float64, on any device.  Only what `keep` names is kept.  An early stop at i ends with the posterior mean
+    x_i - sigma_i v_i.  Raises ValueError if `keep` does not fit the grid.
+    """
+    levels = sigmas.tolist()
+    num_steps = len(levels) - 1
+    last = min(keep.stop, num_steps - 1)
+    if not 0 <= keep.stop <= num_steps or max(keep.states | keep.velocities, default=0) > last:
+        raise ValueError(f"cannot keep {keep} of a rollout of {num_steps} steps")
+    sigmas = _on(sigmas, x_0)
+    x = x_0 if x_0.dtype == torch.float64 else x_0.float()
+    states, velocities = {}, {}
+    for i in range(last + 1):
+        v = velocity(x, sigmas[i].expand(len(x)))
+        if i in keep.states:
+            states[i] = x
+        if i in keep.velocities:
+            velocities[i] = v
+        target = 0.0 if i == keep.stop else levels[i + 1]
+        x = x + (target - levels[i]) * v.to(x.dtype)
+    return Trajectory(sigmas, states, velocities, x)
+
+
+def sweep(plan: Plan, trajectory: Trajectory, velocity: Velocity, cotangent: Tensor, chunk: int = 1) -> SweepStats:
+    """Accumulate the plan's parameter gradient into `.grad`, given G = dL/dx at what the reward saw.
+
+        for each term (i, c, alpha), i descending:   theta.grad += (c G)^T dv_i/dtheta;   G <- G + alpha c J_i^T G
+
+    cotangent: shape of the state.  chunk: up to so many neighbouring uncoupled terms share one forward (memory for
+    speed; the sum is the same).  Frozen parameters stay untouched; the state carries gradient only at coupled terms.
+    Raises ValueError if `chunk` < 1, the trajectory lacks a state, or the velocity depends on nothing trainable.
+    Source: FlowBP, arXiv 2606.11075, and the adjoint of its surrogates (facts 9.3).
+    """
+    return _sweep(plan.terms, trajectory.states, trajectory.sigmas, velocity, cotangent, chunk)
+
+
+def _sweep(
+    terms: Sequence[Term],
+    states: Mapping[int, Tensor],
+    sigmas: Tensor,
+    velocity: Velocity,
+    cotangent: Tensor,
+    chunk: int,
+) -> SweepStats:
+    if missing := [term.step for term in terms if term.step not in states]:
+        raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.keep")
+    num_batches = 0
+    for group in _groups(terms, chunk):
+        num_batches += 1
+        x = torch.cat([states[term.step] for term in group]).detach()
+        coupling = group[0].coupling
+        x.requires_grad_(coupling > 0)
+        sigma = torch.cat([sigmas[term.step].expand(len(cotangent)) for term in group])
+        with torch.enable_grad():
+            v = velocity(x, sigma)
+        if not v.requires_grad:
+            raise ValueError("the velocity carries no gradient: no parameter requires one, or it runs under no_grad")
+        torch.autograd.backward(v, torch.cat([term.weight * cotangent for term in group]).to(v.dtype))
+        if coupling and x.grad is not None:
+            cotangent = cotangent + coupling * x.grad
+    return SweepStats(len(terms), num_batches, sum(term.coupling > 0 for term in terms))
+
+
+def _groups(terms: Sequence[Term], chunk: int) -> Iterator[list[Term]]:
+    """Runs of at most `chunk` uncoupled terms; a coupled term changes G and so stands alone."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be >= 1, got {chunk}")
+    group: list[Term] = []
+    for term in terms:
+        if group and (term.coupling or len(group) == chunk):
+            yield group
+            group = []
+        group.append(term)
+        if term.coupling:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def leg_gaps(plan: Plan, trajectory: Trajectory) -> Float[Tensor, "legs b"]:
+    """d = mean over all but the batch of |x_start + sum of w_q v_q - x_stop|, per leg and sample, float64.
+
+    Units of x.  Shape (0, b) for a plan without legs.  Source: LeapAlign, arXiv 2604.15311 (facts 3.4, 3.7).
+    """
+    gaps = []
+    for leg in plan.legs:
+        x = trajectory.states[leg.start].double()
+        for q, w in leg.nodes:
+            x = x + w * trajectory.velocities[q].double()
+        stop = trajectory.x_end if leg.stop == plan.num_steps else trajectory.states[leg.stop]
+        gaps.append((x - stop.double()).abs().flatten(1).mean(1))
+    return torch.stack(gaps) if gaps else trajectory.x_end.new_zeros(0, len(trajectory.x_end), dtype=torch.float64)
+
+
+def sample_weights(plan: Plan, gaps: Float[Tensor, "legs b"]) -> Float[Tensor, " b"]:
+    """w = 1 / (sum over legs of max(d, gap_floor)), float64; 1 without a gap floor."""
+    if plan.gap_floor is None:
+        return gaps.new_ones(gaps.shape[1])
+    return 1 / gaps.clamp(min=plan.gap_floor).sum(0)
+
+
+def backpropagate(
+    plan: Plan,
+    trajectory: Trajectory,
+    velocity: Velocity,
+    loss: Loss,
+    *,
+    noise: Noise | Tensor | None = None,
+    chunk: int = 1,
+    scale: float = 1.0,
+    reward_chunk: int | None = None,
+) -> Outcome:
+    """One micro-batch of an update: reward stage, then sweep, for the sample and for each renoised copy in turn.
+
+        L = scale * mean over samples b and the 1 + copies of  w_b loss_b
+
+    noise: eps of the renoised copies, (copies, b, ...) or a function of the copy.  scale: loss factor, for example
+    1 / accumulation steps, times `Guidance.backward_scale`; the losses returned do not contain it.  reward_chunk:
+    samples per decode-and-reward graph, all by default.  Gradients accumulate into `.grad`.
+    Raises ValueError if copies are planned without noise, or if losses are not one per sample.
+    """
+    gaps = leg_gaps(plan, trajectory)
+    weights = sample_weights(plan, gaps)
+    share = weights * (scale / (1 + plan.copies) / len(weights))
+    losses, cotangent = _reward_stage(loss, trajectory.x_end, share, reward_chunk)
+    num_forwards = sweep(plan, trajectory, velocity, cotangent, chunk).num_forwards
+    seen = [(losses, trajectory.x_end)]
+    for copy in range(plan.copies):
+        x, y = _renoise(trajectory, velocity, _noise_of(noise, copy, trajectory.x_end))
+        losses, cotangent = _reward_stage(loss, y, share, reward_chunk)
+        last = plan.num_steps - 1
+        term = Term(last, -plan.sigmas[last])
+        num_forwards += _sweep([term], {last: x}, trajectory.sigmas, velocity, cotangent, chunk).num_forwards
+        seen.append((losses, y))
+    all_losses, values = (torch.stack(parts) for parts in zip(*seen, strict=True))
+    return Outcome(all_losses, values, gaps, weights, num_forwards, plan.copies)
+
+
+def _reward_stage(loss: Loss, x: Tensor, share: Tensor, reward_chunk: int | None) -> tuple[Tensor, Tensor]:
+    """Losses (b,), and G = d(sum of share_b loss_b)/dx, one graph per chunk of samples, freed at once."""
+    size = len(x) if reward_chunk is None else reward_chunk
+    if size < 1:
+        raise ValueError(f"reward_chunk must be >= 1, got {reward_chunk}")
+    losses, cotangents = [], []
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        leaf = x[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            loss_b = loss(leaf, rows)
+            if loss_b.shape != leaf.shape[:1]:
+                raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(loss_b.shape)}")
+            total = (share[rows].to(loss_b.dtype) * loss_b).sum()
+        cotangents.append(torch.autograd.grad(total, leaf)[0])
+        losses.append(loss_b.detach())
+    return torch.cat(losses), torch.cat(cotangents)
+
+
+def _noise_of(noise: Noise | Tensor | None, copy: int, like: Tensor) -> Tensor:
+    if noise is None:
+        raise ValueError("the plan renoises the sample: pass noise=")
+    eps = noise[copy] if isinstance(noise, Tensor) else noise(copy)
+    if eps.shape != like.shape:
+        raise ValueError(f"noise of a copy must have the shape {tuple(like.shape)}, got {tuple(eps.shape)}")
+    return eps.to(like)
+
+
+@torch.no_grad()
+def _renoise(trajectory: Trajectory, velocity: Velocity, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """x' = (1 - sigma) x_N + sigma eps at the last noise level, and its restoration x' - sigma v(x')."""
+    sigma = trajectory.sigmas[-2]
+    x = (1 - sigma) * trajectory.x_end + sigma * eps
+    v = velocity(x, sigma.expand(len(x)))
+    return x, x - sigma * v.to(x.dtype)
+
+
+def _on(sigmas: Tensor, x: Tensor) -> Tensor:
+    """`sigmas` beside `x`, float32 unless already float64."""
+    return sigmas.to(x.device, sigmas.dtype if sigmas.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,128 @@
+"""Scores of a generator at fixed seeds, one row per prompt, and paired intervals between two of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowbp.engine import rollout
+from flowbp.guidance import Guidance, guided
+from flowbp.plan import Keep
+from flowbp.types import Backbone, Cond, Reward
+from imgen_common.streams import normal
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per-prompt results, in the prompts' order.
+
+    scores: by name (`reward`, `heldout`, `verifier`), one number per prompt; verifier scores are 0 or 1.
+    groups: a category per prompt where the prompts have one.  images: the first pictures, (n, 3, h, w) in [0, 1].
+    """
+
+    prompts: list[str]
+    scores: dict[str, list[float]]
+    groups: list[str] | None
+    images: Tensor = field(repr=False)
+
+    def means(self) -> dict[str, float]:
+        """Mean of every score."""
+        return {name: float(np.mean(values)) for name, values in self.scores.items()}
+
+
+def initial_noise(backbone: Backbone, size: tuple[int, int], seed: int, purpose: str, indices: Sequence[int]) -> Tensor:
+    """Noise (len(indices), ...): each sample from its own stream, so that batch, rank and order do not matter."""
+    return torch.stack([normal(backbone.latent_shape(size), seed, purpose, i) for i in indices])
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone,
+    cond: Cond,
+    negative: Cond | None,
+    noise: Tensor,
+    *,
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+) -> Float[Tensor, "b 3 h w"]:
+    """Pictures in [0, 1] by `steps` Euler steps from the noise, on the backbone's own noise levels."""
+    velocity = guided(backbone.velocity, cond, negative, Guidance(scale=guidance))
+    trajectory = rollout(velocity, noise, backbone.sigmas(steps, size), Keep(frozenset(), frozenset(), steps))
+    return backbone.decode(trajectory.x_end)
+
+
+def shapes_verdicts(images: Tensor, prompts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Strict verdicts (0 or 1) of pictures for captions of the shapes world, and each caption's category."""
+    from imgen_common.shapes.scene import parse_caption
+    from imgen_common.shapes.verify import verify
+
+    specs = [parse_caption(p) for p in prompts]
+    return [float(v.ok) for v in verify(images, specs)], [s.category for s in specs]
+
+
+Batches = Callable[[Sequence[int]], tuple[Cond, Cond | None]]
+"""conditions(indices) -> conditioning of these prompts, and the negative one (one row) where guidance needs it."""
+
+
+def evaluate(
+    backbone: Backbone,
+    conditions: Batches,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    *,
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int,
+    verify: bool,
+    num_images: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[list], list] = lambda rows: rows,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Generates one picture per prompt, prompt i from noise stream (seed, i), and scores it.
+
+    rewards: by name.  verify: whether the prompts are captions of the shapes world.  rank, world, gather: prompts are
+    dealt out over processes and their rows collected.  tick: called with the number of prompts done.
+    """
+    mine = list(range(rank, len(prompts), world))
+    rows: list[tuple[int, dict[str, float], str, Tensor | None]] = []
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        texts = [prompts[i] for i in indices]
+        cond, negative = conditions(indices)
+        noise = initial_noise(backbone, size, seed, "eval-noise", indices).to(next(iter(cond.values())).device)
+        images = generate(backbone, cond, negative, noise, size=size, steps=steps, guidance=guidance)
+        with torch.no_grad():
+            scores = {name: reward(images, texts).tolist() for name, reward in rewards.items()}
+        groups = [""] * len(texts)
+        if verify:
+            scores["verifier"], groups = shapes_verdicts(images, texts)
+        for at, i in enumerate(indices):
+            picture = images[at].cpu() if i < num_images else None
+            rows.append((i, {name: values[at] for name, values in scores.items()}, groups[at], picture))
+        tick(len(rows))
+    rows = sorted(gather(rows), key=lambda row: row[0])
+    return Evaluation(
+        prompts=list(prompts),
+        scores={name: [row[1][name] for row in rows] for name in rows[0][1]},
+        groups=[row[2] for row in rows] if verify else None,
+        images=torch.stack([row[3] for row in rows if row[3] is not None]) if num_images else torch.empty(0),
+    )
+
+
+def paired_interval(
+    before: Sequence[float], after: Sequence[float], *, level: float = 0.95, draws: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean difference, low, high): percentile bootstrap over pairs, at the given level."""
+    difference = np.asarray(after, float) - np.asarray(before, float)
+    rng = np.random.default_rng(seed)
+    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)

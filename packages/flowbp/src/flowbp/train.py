@@ -1,0 +1,473 @@
+"""Reward backpropagation training: one loop, the same for one process and many."""
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from flowbp.config import Hinge, TrainConfig
+from flowbp.data import draw_prompts, load_prompts
+from flowbp.engine import backpropagate, rollout
+from flowbp.evaluate import Evaluation, evaluate, initial_noise
+from flowbp.guidance import guided
+from flowbp.plan import Plan
+from flowbp.plan import plan as draw_plan
+from flowbp.results import save_evaluation
+from flowbp.types import Backbone, Cond, Reward, take
+from imgen_common.errors import UserError
+from imgen_common.runs import RunFolder
+from imgen_common.streams import normal, numpy_generator
+
+MAY_DIFFER = (
+    *("name", "num_updates", "checkpoint", "trackers", "micro_batch_size", "chunk", "reward_chunk"),
+    *("eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
+)
+"""Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
+evaluation after another one than the evaluation before."""
+NUM_SHOWN = 48
+"""Pictures kept of every evaluation."""
+
+
+class Reporter(Protocol):
+    """How a run tells a person what it is doing."""
+
+    def stage(self, text: str) -> None:
+        """A new phase begins."""
+
+    def update(self, update: int, metrics: Mapping[str, float]) -> None:
+        """An update is done."""
+
+    def evaluation(self, name: str, done: int, total: int) -> None:
+        """So many prompts of an evaluation are done."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, loaded."""
+
+    backbone: Backbone
+    rewards: Mapping[str, Reward]
+    prompts: list[str]
+    conditions: "Conditions"
+    parameters: dict[str, nn.Parameter]
+
+
+class Conditions:
+    """Prompt embeddings, computed once for every distinct prompt and for the empty one."""
+
+    def __init__(self, backbone: Backbone, batch_size: int = 256) -> None:
+        self._backbone, self._batch_size = backbone, batch_size
+        self._row: dict[str, int] = {}
+        self._cond: dict[str, Tensor] = {}
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Embeds those prompts that are new."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._row]
+        for start in range(0, len(new), self._batch_size):
+            texts = new[start : start + self._batch_size]
+            cond = self._backbone.encode(texts)
+            self._row |= {text: len(self._row) + i for i, text in enumerate(texts)}
+            self._cond = {k: torch.cat([self._cond[k], v]) if self._cond else v for k, v in cond.items()}
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
+        """Conditioning of the prompts, and the one row of the empty prompt."""
+        self.add([*prompts, ""])
+        return take(self._cond, [self._row[p] for p in prompts]), take(self._cond, [self._row[""]])
+
+
+def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Makes all weights of the network trainable, or adds adapters and makes those trainable; float32, by name.
+
+    Adapters are initialised from the run's seed, equally on every process.
+    Raises UserError if no layer matches `lora.targets`.
+    """
+    if config.lora is None:
+        net.requires_grad_(True)
+    else:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = config.lora
+        layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        targets = [n for n in layers if any(n == t or n.endswith(f".{t}") for t in lora.targets)]
+        if not targets:
+            raise UserError(f"lora.targets {list(lora.targets)} match no linear layer; there are e.g. {layers[:4]}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def load_parts(config: TrainConfig, device: torch.device) -> Parts:
+    """Loads the generator, the rewards and the prompts that the configuration names."""
+    from flowbp import backbones
+
+    backbone = backbones.load(config.model.ref, device=device)
+    if config.model.gradient_checkpointing:
+        backbone.net.enable_gradient_checkpointing()
+    rewards = {"reward": config.reward.load(device)}
+    if config.heldout is not None:
+        rewards["heldout"] = config.heldout.load(device)
+    prompts = load_prompts(config.data)
+    return Parts(backbone, rewards, prompts, Conditions(backbone), trainable(backbone.net, config))
+
+
+def rate(config: TrainConfig, update: int) -> float:
+    """Learning rate of an update, counted from 0."""
+    optim = config.optim
+    warm = min(1.0, (update + 1) / (optim.warmup + 1))
+    progress = max(0, update - optim.warmup) / max(1, config.num_updates - optim.warmup)
+    fall = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return optim.lr * warm * fall[optim.schedule]
+
+
+def losses_of(config: TrainConfig, scores: Tensor) -> Tensor:
+    """Per-sample losses of scores, as `config.loss` says."""
+    if isinstance(config.loss, Hinge):
+        return -scores if config.loss.ceiling is None else (config.loss.ceiling - scores).clamp(min=0)
+    return nn.functional.softplus((config.loss.centre - scores) / config.loss.width)
+
+
+class Trainer:
+    """Everything an update needs.  Its state is the trained weights, their average and AdamW's moments, nothing else:
+
+    prompts, noise and plans are functions of (seed, update), so a resumed run repeats the uninterrupted one exactly.
+    """
+
+    def __init__(self, config: TrainConfig, parts: Parts, accelerator: Accelerator) -> None:
+        self.config, self.parts, self.accelerator = config, parts, accelerator
+        self.share, self.micro = shares(config, accelerator.num_processes)
+        self.size = (config.model.height, config.model.width)
+        self.sigmas = parts.backbone.sigmas(config.num_steps, self.size)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            parts.parameters.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+        self.average = {name: p.detach().clone() for name, p in parts.parameters.items()}
+        self.update = 0
+
+    def gradient(self) -> dict[str, float]:
+        """Leaves the global batch's gradient of this update in `.grad`, on every process; returns its metrics."""
+        config = self.config
+        plan = draw_plan(config.method, self.sigmas, numpy_generator(config.seed, "plan", self.update))
+        first = self.update * config.batch_size + self.accelerator.process_index * self.share
+        sums: dict[str, float] = {}
+        for offset in range(first, first + self.share, self.micro):
+            for name, value in self._accumulate(plan, range(offset, offset + self.micro)).items():
+                sums[name] = sums.get(name, 0.0) + value
+        metrics = self._reduce({name: value / config.batch_size for name, value in sums.items()})
+        return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
+
+    def step(self) -> dict[str, float]:
+        """One update; returns its metrics.  Raises FloatingPointError, with no weight changed, if it is not finite."""
+        start = time.perf_counter()
+        metrics = self.gradient()
+        norm = nn.utils.clip_grad_norm_(self.parts.parameters.values(), self.config.optim.max_grad_norm)
+        if not (torch.isfinite(norm) and math.isfinite(metrics["loss"])):
+            raise FloatingPointError(
+                f"update {self.update + 1}: loss {metrics['loss']:g}, gradient norm {norm.item():g}: not applied"
+            )
+        learning_rate = rate(self.config, self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.update += 1
+        return metrics | {
+            "grad_norm": norm.item(),
+            "lr": learning_rate,
+            "seconds": time.perf_counter() - start,
+            "peak_memory_mb": peak_memory_mb(self.accelerator.device),
+        }
+
+    def _accumulate(self, plan: Plan, samples: range) -> dict[str, float]:
+        """Adds the gradient of some samples of the global batch; returns sums over these samples."""
+        config, backbone, device = self.config, self.parts.backbone, self.accelerator.device
+        chosen = draw_prompts(len(self.parts.prompts), config.seed, samples.start, len(samples))
+        prompts = [self.parts.prompts[i] for i in chosen]
+        cond, negative = self.parts.conditions(prompts)
+        velocity = guided(self._velocity, cond, negative, config.guidance)
+        x_0 = initial_noise(backbone, self.size, config.seed, "noise", samples).to(device)
+        trajectory = rollout(velocity, x_0, self.sigmas, plan.keep)
+        seen: dict[str, list[Tensor]] = {name: [] for name in self.parts.rewards}
+
+        def loss(x: Tensor, rows: slice) -> Tensor:
+            images = backbone.decode(x)
+            scores = self.parts.rewards["reward"](images, prompts[rows])
+            seen["reward"].append(scores.detach())
+            if "heldout" in seen:
+                with torch.no_grad():
+                    seen["heldout"].append(self.parts.rewards["heldout"](images, prompts[rows]))
+            return losses_of(config, scores)
+
+        def renoise(copy: int) -> Tensor:
+            draws = [normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]
+            return torch.stack(draws).to(device)
+
+        outcome = backpropagate(
+            plan,
+            trajectory,
+            velocity,
+            loss,
+            noise=renoise,
+            chunk=config.chunk,
+            scale=len(samples) / config.batch_size * config.guidance.backward_scale,
+            reward_chunk=config.reward_chunk,
+        )
+        count = len(samples)
+        sums = {name: torch.cat(values)[:count].sum().item() for name, values in seen.items()}
+        gaps = {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
+        return sums | {"loss": outcome.losses.mean(0).sum().item()} | gaps
+
+    def _velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        low = self.config.model.dtype == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            return self.parts.backbone.velocity(x, sigma, cond)
+
+    def _reduce(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Adds gradients and metrics up over the processes: once per update, in one message each."""
+        if self.accelerator.num_processes == 1:
+            return metrics
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parts.parameters.values()]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        for p, part in zip(self.parts.parameters.values(), flat.split([g.numel() for g in gradients]), strict=True):
+            p.grad = part.view_as(p)
+        names = sorted(metrics)
+        totals = self.accelerator.reduce(
+            torch.tensor([metrics[n] for n in names], dtype=torch.float64, device=self.accelerator.device), "sum"
+        )
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
+        for name, p in self.parts.parameters.items():
+            self.average[name].lerp_(p, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the network carries the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.parts.parameters.items():
+            kept = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a resumed run needs beside its configuration."""
+        moments = {
+            f"{name}/{key}": value
+            for name, p in self.parts.parameters.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        weights = {name: p.detach() for name, p in self.parts.parameters.items()}
+        return {"weights": weights, "average": self.average, "optimizer": moments}
+
+    @torch.no_grad()
+    def restore(self, update: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes up the state of a checkpoint made after `update` updates."""
+        for name, p in self.parts.parameters.items():
+            p.copy_(tensors["weights"][name])
+            self.average[name].copy_(tensors["average"][name])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {k: tensors["optimizer"][f"{name}/{k}"] for k in keys if f"{name}/{k}" in tensors["optimizer"]}
+            if moments:
+                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+        self.update = update
+
+    def evaluate(
+        self, prompts: Sequence[str], source: str, guidance: float, reporter: Reporter, label: str
+    ) -> Evaluation:
+        """Pictures and scores of the network as it is now, at the evaluation's fixed seeds."""
+        config, accelerator = self.config.eval, self.accelerator
+
+        def conditions(indices: Sequence[int]) -> tuple[Cond, Cond]:
+            return self.parts.conditions([prompts[i] for i in indices])
+
+        return evaluate(
+            self.parts.backbone,
+            conditions,
+            prompts,
+            self.parts.rewards,
+            size=self.size,
+            steps=config.steps,
+            guidance=guidance,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            verify=source.startswith("builtin:shapes/"),
+            num_images=NUM_SHOWN,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            gather=gather_object if accelerator.num_processes > 1 else list,
+            tick=lambda done: reporter.evaluation(label, done * accelerator.num_processes, len(prompts)),
+        )
+
+
+def shares(config: TrainConfig, num_processes: int) -> tuple[int, int]:
+    """(pictures per process, pictures per micro-batch).  Raises UserError if they do not divide evenly."""
+    share, rest = divmod(config.batch_size, num_processes)
+    if rest or not share:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide by {num_processes} processes; choose a multiple"
+        )
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        raise UserError(f"micro_batch_size {micro} does not divide {share}, the share of a process; choose a divisor")
+    return share, micro
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far in MB (10^6 bytes): of the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+class Interrupt:
+    """Remembers a Ctrl-C so that the update in flight ends and is saved; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is up on any process: Ctrl-C may reach one before and another after the same update."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum").item() > 0)
+
+
+def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: Reporter) -> None:
+    """The run, from its last checkpoint if it has one, to its last update; evaluates before and after.
+
+    Raises KeyboardInterrupt after saving if Ctrl-C was pressed, UserError on anything the user can mend.
+    """
+    reporter.stage("loading models")
+    trainer = Trainer(config, load_parts(config, accelerator.device), accelerator)
+    latest = run.latest_checkpoint()
+    if latest is not None:
+        checkpoint = run.load_checkpoint(latest)
+        trainer.restore(checkpoint.step, checkpoint.tensors)
+    accelerator.wait_for_everyone()
+    run.rewind(trainer.update)
+
+    # before the first update: the base model, at the seeds that everything is compared at
+    full_prompts = load_prompts(
+        config.data.model_copy(update={"prompts": config.eval.prompts}), config.eval.num_prompts
+    )
+    quick_prompts = load_prompts(
+        config.data.model_copy(update={"prompts": config.eval.quick_prompts}), config.eval.quick_num_prompts
+    )
+    if trainer.update == 0:
+        full_evaluation(trainer, run, full_prompts, "base", reporter)
+
+    reporter.stage("training")
+    with Interrupt() as interrupt:
+        while trainer.update < config.num_updates:
+            # one update, or none at all: a non-finite gradient is refused before it touches a weight
+            try:
+                metrics = trainer.step()
+            except FloatingPointError as error:
+                save(trainer, run)
+                raise UserError(
+                    f"{error}; the state before it is saved in {run.path}; lower optim.lr or optim.max_grad_norm"
+                ) from None
+            run.log(trainer.update, {f"train/{name}": value for name, value in metrics.items()})
+            reporter.update(trainer.update, metrics)
+
+            # once in a while: a quick look at prompts that are neither trained on nor reported
+            if config.eval.every and trainer.update % config.eval.every == 0:
+                with trainer.averaged():
+                    quick = trainer.evaluate(
+                        quick_prompts, config.eval.quick_prompts, config.guidance.scale, reporter, "quick"
+                    )
+                run.log(trainer.update, {f"eval/{name}": value for name, value in quick.means().items()})
+                log_grid(run, trainer.update, quick)
+
+            # a state to go on from: at intervals, at the end, and when asked to stop
+            last = trainer.update == config.num_updates
+            asked = anywhere(accelerator, interrupt.asked)
+            if last or asked or trainer.update % config.checkpoint.every == 0:
+                save(trainer, run)
+            if asked and not last:
+                raise KeyboardInterrupt
+
+    with trainer.averaged():
+        full_evaluation(trainer, run, full_prompts, "trained", reporter)
+
+
+def full_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], name: str, reporter: Reporter) -> None:
+    """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows."""
+    config = trainer.config
+    for scale in dict.fromkeys((config.guidance.scale, *config.eval.guidance)):
+        label = f"{name}, guidance {scale:g}"
+        reporter.stage(f"evaluating {label}")
+        result = trainer.evaluate(prompts, config.eval.prompts, scale, reporter, label)
+        if run.is_main:
+            save_evaluation(run.path, name, scale, result)
+
+
+def save(trainer: Trainer, run: RunFolder) -> None:
+    """A checkpoint of the state after the updates made so far."""
+    run.save_checkpoint(trainer.update, trainer.state(), {})
+    run.prune(trainer.config.checkpoint.keep)
+
+
+def log_grid(run: RunFolder, update: int, evaluation: Evaluation) -> None:
+    """Keeps a grid of the evaluation's first pictures."""
+    if run.is_main:
+        from imgen_common.images import grid
+
+        images = evaluation.images[:24]
+        run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
+
+
+def trained_weights(run: RunFolder) -> tuple[TrainConfig, dict[str, Tensor]]:
+    """The configuration of a run and its averaged weights, from the last checkpoint."""
+    latest = run.latest_checkpoint()
+    if latest is None:
+        raise UserError(f"{run.path}: no checkpoint yet; let the run go on (flowbp train --resume {run.path})")
+    return run.config(TrainConfig), run.load_checkpoint(latest).tensors["average"]
+
+
+@torch.no_grad()
+def apply_trained(backbone: Backbone, run_path: Path) -> TrainConfig:
+    """Puts a run's averaged weights into a freshly loaded backbone; returns the run's configuration."""
+    config, weights = trained_weights(RunFolder.open(run_path, is_main=False))
+    for name, parameter in trainable(backbone.net, config).items():
+        parameter.copy_(weights[name])
+    backbone.net.requires_grad_(False)
+    return config

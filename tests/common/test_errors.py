@@ -1,0 +1,84 @@
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from imgen_common.errors import UserError, nearest, run_cli
+
+LIGHT_IMPORT = """
+import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.runs, imgen_common.streams
+import imgen_common.images
+heavy = {"torch", "transformers", "diffusers", "huggingface_hub", "tensorboard"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def program() -> typer.Typer:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command()
+    def train(steps: int = 1) -> None:
+        if steps == 2:
+            raise UserError("steps: 2 given,\n  must be odd; give 1 or 3")
+        if steps == 4:
+            raise RuntimeError("a bug")
+        if steps == 6:
+            raise KeyboardInterrupt
+        print("trained")
+
+    @app.command()
+    def sample() -> None:
+        pass
+
+    return app
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["prog", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(program(), "prog")
+    output = capsys.readouterr()
+    return int(stop.value.code or 0), output.out + output.err
+
+
+def test_nearest_names_a_close_option_only() -> None:
+    assert nearest("learing_rate", ["learning_rate", "steps"]) == "; did you mean 'learning_rate'?"
+    assert nearest("zzz", ["learning_rate"]) == ""
+    assert nearest("zzz", []) == ""
+
+
+def test_success_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, capsys, "train") == (0, "trained\n")
+
+
+def test_user_error_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(monkeypatch, capsys, "train", "--steps", "2")
+    assert (code, text) == (2, "prog: error: steps: 2 given, must be odd; give 1 or 3\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [(["trian"], "train"), (["train", "--stps", "3"], "--steps"), (["train", "--step=3"], "--steps")],
+)
+def test_usage_error_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], name: str
+) -> None:
+    code, text = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert name in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, capsys, "train", "--steps", "6")[0] == 130
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "train", "--steps", "4"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(program(), "prog")
+
+
+def test_importing_the_library_imports_no_torch() -> None:
+    subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True, timeout=60)

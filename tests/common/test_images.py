@@ -1,0 +1,173 @@
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from imgen_common.errors import UserError
+from imgen_common.images import content_hash, data_uri, decode, enlarge, grid, to_pil, to_uint8
+
+
+def noise_picture(width: int = 16, height: int = 12, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(picture: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_to_uint8_rounds_clamps_and_moves_channels_last() -> None:
+    images = torch.tensor([-1.0, 0.4999 / 255, 0.5001 / 255, 1.0, 2.0, torch.nan]).view(1, 1, 1, 6).expand(2, 3, 1, 6)
+    pixels = to_uint8(images)
+    assert pixels.shape == (2, 1, 6, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels[0, 0, :, 0].tolist() == [0, 0, 1, 255, 255, 0]
+
+
+@given(st.integers(0, 255))
+def test_every_byte_survives_the_way_through_a_tensor(byte: int) -> None:
+    assert to_uint8(torch.full((1, 3, 1, 1), byte / 255))[0, 0, 0].tolist() == [byte] * 3
+
+
+def test_to_uint8_takes_bfloat16_with_gradient() -> None:
+    assert to_uint8(torch.ones(1, 3, 2, 2, dtype=torch.bfloat16, requires_grad=True)).min() == 255
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4, 4), (1, 4, 4, 3)])
+def test_to_uint8_refuses_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="b, 3, h, w"):
+        to_uint8(torch.zeros(shape))
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+def test_grid_puts_every_picture_in_its_place(count: int, columns: int, scale: int, gap: int) -> None:
+    images = torch.rand(count, 3, 4, 5)
+    sheet = np.asarray(grid(images, columns, scale, gap))
+    wide = min(columns, count)
+    rows = -(-count // columns)
+    assert sheet.shape == (rows * (4 * scale + gap) - gap, wide * (5 * scale + gap) - gap, 3)
+    for index, pixels in enumerate(to_uint8(images)):
+        top, left = (index // columns) * (4 * scale + gap), (index % columns) * (5 * scale + gap)
+        assert np.array_equal(sheet[top : top + 4 * scale : scale, left : left + 5 * scale : scale], pixels)
+
+
+def test_grid_takes_pictures_of_several_sizes() -> None:
+    assert grid([noise_picture(4, 4), noise_picture(8, 6)], columns=2, gap=1).size == (17, 6)
+
+
+def test_grid_refuses_nothing() -> None:
+    with pytest.raises(ValueError, match="0 pictures"):
+        grid([], columns=2)
+
+
+def test_enlarge_repeats_pixels() -> None:
+    small = noise_picture(3, 2)
+    large = np.asarray(enlarge(small, 4))
+    assert np.array_equal(large, np.asarray(small).repeat(4, 0).repeat(4, 1))
+    with pytest.raises(ValueError, match="factor"):
+        enlarge(small, 0)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_decode_reads_the_allowed_formats(form: str, tmp_path: Path) -> None:
+    data = encoded(noise_picture(), form)
+    (tmp_path / "a").write_bytes(data)
+    assert decode(data).size == (16, 12)
+    assert decode(data).mode == "RGB"
+    assert content_hash(decode(tmp_path / "a")) == content_hash(decode(data))
+
+
+@pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_decode_refuses_other_formats(form: str) -> None:
+    with pytest.raises(UserError, match="PNG, JPEG, WEBP"):
+        decode(encoded(noise_picture(), form))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@given(data=st.data())
+def test_decode_never_makes_up_pixels_of_a_cut_file(form: str, data: st.DataObject) -> None:
+    whole = encoded(noise_picture(), form)
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    try:
+        picture = decode(cut)
+    except UserError:
+        return
+    assert content_hash(picture) == content_hash(decode(whole))
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x10\0\0\0WEBPVP8 "]),
+)
+def test_decode_of_noise_is_a_user_error(noise: bytes, start: bytes) -> None:
+    with pytest.raises(UserError):
+        decode(start + noise)
+
+
+def test_decode_bounds_bytes_before_reading_all(tmp_path: Path) -> None:
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="1000 bytes"):
+        decode(tmp_path / "big", max_bytes=1000)
+    with pytest.raises(UserError, match="10 bytes"):
+        decode(encoded(noise_picture(), "PNG"), max_bytes=10)
+
+
+def test_decode_bounds_pixels_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = encoded(Image.new("L", (4000, 4000)), "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="4000x4000 is more than the allowed 1000000 pixels"):
+        decode(bomb, max_pixels=10**6)
+
+
+def test_decode_refuses_what_pillow_calls_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(UserError, match="pixels"):
+        decode(encoded(noise_picture(), "PNG"), max_pixels=50)
+
+
+def test_decode_shows_transparency_on_white() -> None:
+    assert decode(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_decode_turns_photographs_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    noise_picture(16, 12).save(buffer, "JPEG", exif=exif)
+    assert decode(buffer.getvalue()).size == (12, 16)
+
+
+def test_decode_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        decode(tmp_path / "none.png")
+
+
+def test_content_hash_sees_mode_size_and_pixels_only() -> None:
+    picture = noise_picture()
+    again = Image.open(io.BytesIO(encoded(picture, "PNG")))
+    assert content_hash(picture) == content_hash(again)
+    black = [Image.new("RGB", (2, 6)), Image.new("RGB", (6, 2)), Image.new("L", (6, 6)), picture]
+    assert len({content_hash(each) for each in black}) == 4
+    red, blue = Image.new("P", (2, 2)), Image.new("P", (2, 2))
+    red.putpalette([255, 0, 0])
+    blue.putpalette([0, 0, 255])
+    assert content_hash(red) != content_hash(blue)
+
+
+def test_data_uri_holds_the_picture() -> None:
+    head, _, body = data_uri(noise_picture()).partition(",")
+    assert head == "data:image/png;base64"
+    assert content_hash(decode(base64.b64decode(body))) == content_hash(noise_picture())
+
+
+def test_to_pil_gives_a_picture_each() -> None:
+    assert [picture.size for picture in to_pil(torch.zeros(2, 3, 4, 5))] == [(5, 4)] * 2

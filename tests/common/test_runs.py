@@ -1,0 +1,409 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from imgen_common import runs
+from imgen_common.config import Config
+from imgen_common.errors import UserError
+from imgen_common.runs import RunFolder, write_atomic
+
+COMMAND = ["flowbp", "train", "--set", "steps=3"]
+
+
+class Settings(Config):
+    steps: int = 3
+    rate: float = 1e-4
+    parts: tuple[int, ...] = (1, 2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+def new_run(folder: Path) -> RunFolder:
+    return RunFolder.create(folder, Settings(), COMMAND)
+
+
+def weights(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"a.b": torch.full((2, 3), value), "count": torch.tensor(7)}, "ema": {"a.b": torch.zeros(1)}}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_create_records_what_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "hidden-value")
+    with new_run(folder) as run:
+        assert run.config(Settings) == Settings()
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["command"] == COMMAND
+    assert record["packages"]["torch"] == metadata.version("torch")
+    assert record["device"]["kind"] in ("cpu", "cuda")
+    assert {"python", "platform", "git"} <= set(record)
+    assert "hidden-value" not in (folder / "environment.json").read_text()
+
+
+def test_git_tells_revision_and_change_but_not_the_lock(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
+
+    assert runs._git(tmp_path) is None
+    git("init")
+    for name in ("uv.lock", "code.py"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    found = runs._git(tmp_path)
+    assert found is not None
+    assert len(found["revision"]) == 40
+    (tmp_path / "uv.lock").write_text("2")
+    assert runs._git(tmp_path) == found == {"revision": found["revision"], "dirty": False}
+    (tmp_path / "code.py").write_text("2")
+    assert runs._git(tmp_path) == found | {"dirty": True}
+
+
+def test_create_refuses_a_run_or_any_other_content(folder: Path, tmp_path: Path) -> None:
+    new_run(folder).close()
+    before = files(folder)
+    with pytest.raises(UserError, match="--resume or choose another name"):
+        new_run(folder)
+    assert files(folder) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        new_run(tmp_path / "notes")
+    with pytest.raises(UserError, match="a file, not a folder"):
+        new_run(tmp_path / "notes" / "a.txt")
+    with pytest.raises(UserError, match="cannot make the run folder"):
+        new_run(tmp_path / "notes" / "a.txt" / "run")
+    assert files(tmp_path / "notes") == {"a.txt": b"mine"}
+
+
+def test_create_takes_an_empty_folder_and_one_killed_at_birth(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in (".lock", "environment.json", ".config.yaml.tmp"):
+        (folder / name).write_text("{")
+    new_run(folder).close()
+    assert RunFolder.open(folder).config(Settings) == Settings()
+
+
+def test_open_wants_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(tmp_path / "none")
+    assert files(tmp_path) == {}
+
+
+def test_open_refuses_another_configuration(folder: Path) -> None:
+    new_run(folder).close()
+    RunFolder.open(folder, Settings()).close()
+    with pytest.raises(UserError, match=r"the run has rate = 0\.0001, now 0\.1 was given"):
+        RunFolder.open(folder, Settings(rate=0.1))
+    with pytest.raises(UserError, match=r"parts\.1 = 2, now null"):
+        RunFolder.open(folder, Settings(parts=(1,)))
+    RunFolder.open(folder, Settings(steps=9), may_differ=["steps"]).close()
+    RunFolder.open(folder, Settings(parts=()), may_differ=["parts"]).close()
+
+
+def test_open_keeps_the_environments_before(folder: Path) -> None:
+    new_run(folder).close()
+    for number in range(2):
+        RunFolder.open(folder, command=["again", str(number)]).close()
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["command"] == ["again", "1"]
+    assert [earlier["command"] for earlier in record["earlier"]] == [COMMAND, ["again", "0"]]
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(folder: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from imgen_common.config import Config;"
+        "from imgen_common.runs import RunFolder;"
+        "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
+    )
+    new_run(folder).close()
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match=rf"in use by another process \(pid {first.pid}\)"):
+            RunFolder.open(folder)
+        RunFolder.open(folder, is_main=False).close()
+        first.kill()
+        first.wait()
+    RunFolder.open(folder).close()
+
+
+def test_other_ranks_write_nothing(folder: Path, tmp_path: Path) -> None:
+    other = RunFolder.create(folder, Settings(), COMMAND, is_main=False)
+    other.log(1, {"loss": 1.0})
+    other.save_checkpoint(1, weights(1), {})
+    other.log_image(1, "grid", Image.new("RGB", (2, 2)))
+    other.rewind(0)
+    assert files(tmp_path) == {}
+    with new_run(folder) as run:
+        run.save_checkpoint(1, weights(1), {})
+        other.prune(last=1)
+        assert other.latest_checkpoint() == 1
+        assert torch.equal(other.load_checkpoint(1).tensors["model"]["a.b"], torch.ones(2, 3))
+
+
+def test_metrics_are_json_lines_and_tensorboard(folder: Path) -> None:
+    with new_run(folder) as run:
+        run.log(0, {"loss": 2.0, "norm": float("inf")})
+        run.log(1, {"loss": np.float32(0.5), "norm": float("nan")})
+        run.log_image(1, "grid", Image.new("RGB", (4, 3), "red"))
+        assert run.metrics() == [{"step": 0, "loss": 2.0, "norm": None}, {"step": 1, "loss": 0.5, "norm": None}]
+    assert any(name.startswith("tensorboard/events") for name in files(folder))
+    assert Image.open(folder / "samples" / "grid-000001.png").size == (4, 3)
+
+
+def test_rewind_forgets_later_steps_and_a_torn_line(folder: Path) -> None:
+    with new_run(folder) as run:
+        for step in range(5):
+            run.log(step, {"loss": step})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    with RunFolder.open(folder) as run:
+        assert len(run.metrics()) == 5
+        run.rewind(2)
+        run.log(3, {"loss": 33})
+        assert [(line["step"], line["loss"]) for line in run.metrics()] == [(0, 0), (1, 1), (2, 2), (3, 33)]
+        run.rewind(-1)
+        assert run.metrics() == []
+
+
+class Recorder(types.ModuleType):
+    """A tracker that remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.calls: list[Any] = []
+
+    def init(self, **options: Any) -> None:
+        self.calls.append(options)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_trackers_get_the_numbers_when_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "trackio", recorder)
+    with RunFolder.create(folder, Settings(), COMMAND, trackers=["trackio"]) as run:
+        run.log(1, {"loss": 1.0})
+    options, logged, finish = recorder.calls
+    assert (options["project"], options["name"], options["config"]["steps"]) == ("runs", "one", 3)
+    assert (logged, finish) == ((1, {"loss": 1.0}), "finish")
+
+
+def test_a_missing_tracker_is_a_user_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="'wandb' is not installed"):
+        RunFolder.create(folder, Settings(), COMMAND, trackers=["wandb"])
+    assert not folder.exists()
+
+
+def test_checkpoints_come_back_equal(folder: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "model": {
+            "whole": base,
+            "tied": base,
+            "view": base[:, 1],
+            "turned": base.t(),
+            "scalar": torch.tensor(1.5, dtype=torch.bfloat16),
+            "none": torch.zeros(0, 3),
+            "parameter": torch.nn.Parameter(torch.ones(2)),
+        },
+        "random": {"state": torch.get_rng_state(), "flags": torch.tensor([True, False])},
+        "empty": {},
+    }
+    state = {"cursor": 3, "names": ["a", None], "best": float("-inf"), "nested": {"x": 0.1}}
+    with new_run(folder) as run:
+        assert run.latest_checkpoint() is None
+        run.save_checkpoint(12, tensors, state)
+        step, loaded, loaded_state = run.load_checkpoint(12)
+    assert (step, loaded_state) == (12, state)
+    assert loaded.keys() == tensors.keys()
+    for name, group in tensors.items():
+        assert loaded[name].keys() == group.keys()
+        assert all(torch.equal(loaded[name][key], tensor) for key, tensor in group.items())
+        assert all(loaded[name][key].dtype == tensor.dtype for key, tensor in group.items())
+    assert (folder / "checkpoints" / "step-000012" / "model.safetensors").is_file()
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 10**7), unique=True, min_size=1, max_size=6), st.integers(1, 4), st.data())
+def test_prune_keeps_the_newest_and_the_named(steps: list[int], last: int, data: st.DataObject) -> None:
+    named = data.draw(st.sets(st.sampled_from(steps)))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "checkpoints"
+        for step in steps:
+            (folder / f"step-{step:06d}").mkdir(parents=True)
+        run = RunFolder(Path(place), is_main=True, lock=None)
+        run.prune(last, named)
+        assert run.checkpoints() == sorted(set(sorted(steps)[-last:]) | named)
+        assert len(list(folder.iterdir())) == len(run.checkpoints())
+
+
+def test_load_names_the_steps_there_are_and_damage(folder: Path) -> None:
+    with new_run(folder) as run:
+        with pytest.raises(UserError, match="no checkpoint of step 3; there are: none"):
+            run.load_checkpoint(3)
+        run.save_checkpoint(1, weights(1), {})
+        run.save_checkpoint(2, weights(2), {})
+        with pytest.raises(UserError, match="there are: 1, 2"):
+            run.load_checkpoint(3)
+        file = folder / "checkpoints" / "step-000002" / "ema.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            run.load_checkpoint(2)
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_a_full_disk_is_noticed_before_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_run(folder) as run:
+        run.save_checkpoint(1, weights(1), {})
+        before = files(folder)
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
+        with pytest.raises(UserError, match=r"no room for a checkpoint: \d+ bytes .* needed, 1000 free"):
+            run.save_checkpoint(2, weights(2), {})
+        assert files(folder) == before
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with new_run(folder) as run:
+        run.save_checkpoint(1, weights(1), {})
+        before = files(folder)
+        monkeypatch.setattr(runs, "_write_synced", full)
+        with pytest.raises(UserError, match="no room for a checkpoint"):
+            run.save_checkpoint(2, weights(2), {})
+        assert files(folder) == before
+
+
+class Killed(BaseException):
+    """Stands for the instant after which a killed process does nothing more."""
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_kill_between_any_two_file_operations_leaves_old_or_new(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves checkpoint 2 beside checkpoint 1, or 1 over 1, and dies before the first, second, ... file operation."""
+    for instant in range(100):
+        folder = tmp_path / str(instant)
+        with new_run(folder) as run:
+            run.save_checkpoint(1, weights(1), {"value": 1})
+            with monkeypatch.context() as patch:
+                die_after(instant, patch)
+                try:
+                    run.save_checkpoint(step, weights(9), {"value": 9})
+                    survived = True
+                except Killed:
+                    survived = False
+        with RunFolder.open(folder) as run:
+            assert run.checkpoints() in ([1], [1, step])
+            for found in run.checkpoints():
+                _, tensors, state = run.load_checkpoint(found)
+                assert state["value"] in ({1, 9} if found == step else {1})
+                assert torch.equal(tensors["model"]["a.b"], torch.full((2, 3), float(state["value"])))
+            assert len(list((folder / "checkpoints").iterdir())) == len(run.checkpoints())
+        if survived:
+            assert instant > 8
+            return
+    pytest.fail("never survived")
+
+
+def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Makes every call of a file operation after the first `count` raise Killed."""
+    left = [count]
+
+    def mortal(real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return real(*arguments, **options)
+
+        return call
+
+    for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "open"), (os, "fsync"), (runs.shutil, "rmtree")):
+        patch.setattr(owner, name, mortal(getattr(owner, name)))
+
+
+def test_kill_9_in_the_middle_of_saving_leaves_whole_checkpoints(folder: Path) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from imgen_common.runs import RunFolder\n"
+        "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True)\n"
+        "for step in range(10**6):\n"
+        "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})"
+    )
+    new_run(folder).close()
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+    with RunFolder.open(folder) as run:
+        assert run.checkpoints()
+        for step in run.checkpoints():
+            _, tensors, state = run.load_checkpoint(step)
+            assert torch.equal(tensors["m"]["x"], torch.full((100000,), float(state["step"])))
+        assert all(not path.name.startswith(".") for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_kill_while_pruning_leaves_no_torn_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with new_run(folder) as run:
+        for step in (1, 2):
+            run.save_checkpoint(step, weights(step), {})
+        with monkeypatch.context() as patch:
+            die_after(1, patch)
+            with pytest.raises(Killed):
+                run.prune(last=1)
+        assert run.checkpoints() == [2]
+    with RunFolder.open(folder) as run:
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_write_atomic_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    write_atomic(file, "old")
+    for instant in range(2):
+        with monkeypatch.context() as patch:
+            die_after(instant, patch)
+            with pytest.raises(Killed):
+                write_atomic(file, "new")
+        assert file.read_text() == "old"
+    write_atomic(file, "new")
+    assert file.read_text() == "new"

@@ -1,0 +1,20 @@
+"""One torch thread, no network, and no test that needs a GPU where there is none."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when torch is first imported, here and in processes that a test starts; the controller of xdist needs no torch.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,106 @@
+"""Prompts: every source, every mistake in one, and the order in which they are used."""
+
+import json
+from pathlib import Path
+
+import pytest
+from flowbp.config import DataConfig
+from flowbp.data import draw_prompts, load_prompts
+from imgen_common.errors import UserError
+from imgen_common.shapes.scene import parse_caption
+
+
+def load(source: object, key: str = "prompt", limit: int | None = None) -> list[str]:
+    return load_prompts(DataConfig(prompts=str(source), key=key), limit)
+
+
+def test_a_text_file_gives_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog, 犬  \nthree birds", encoding="utf-8")
+    assert load(file) == ["a cat", "a dog, 犬", "three birds"]
+    assert load(file, limit=2) == ["a cat", "a dog, 犬"]
+
+
+def test_json_lines_give_their_column(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in ("a cat", "a dog")))
+    assert load(file, key="text") == ["a cat", "a dog"]
+
+
+def test_a_dataset_folder_gives_its_column(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"caption": ["a cat", " ", "a dog"]}).save_to_disk(str(tmp_path / "data"))
+    assert load(tmp_path / "data", key="caption") == ["a cat", "a dog"]
+    with pytest.raises(UserError, match=r"no column 'captoin'; did you mean 'caption'\?"):
+        load(tmp_path / "data", key="captoin")
+
+
+@pytest.mark.parametrize("split", ["train", "tune", "test"])
+def test_built_in_prompts_are_captions_with_the_categories_in_turn(split: str) -> None:
+    prompts = load(f"builtin:shapes/{split}", limit=24)
+    categories = [parse_caption(p).category for p in prompts]
+    assert categories == categories[:6] * 4
+    assert len(set(categories)) == 6
+    assert prompts == load(f"builtin:shapes/{split}", limit=24)
+
+
+def test_built_in_splits_are_disjoint() -> None:
+    splits = [set(load(f"builtin:shapes/{name}", limit=600)) for name in ("train", "tune", "test")]
+    assert not splits[0] & splits[1]
+    assert not splits[0] & splits[2]
+    assert not splits[1] & splits[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "holds no prompt"),
+        ("blank.txt", b"\n  \n", "holds no prompt"),
+        ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
+        ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
+        ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
+        ("list.jsonl", b"[1]\n", "no text under 'prompt' (there is: list)"),
+        ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt'"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load(file)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("missing.txt", "no such prompt file or dataset folder"),
+        ("builtin:shapes/tset", "did you mean 'test'?"),
+        ("builtin:shape/test", "unknown built-in prompts"),
+    ],
+)
+def test_bad_sources_are_told_in_one_line(source: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(source)
+    assert said in str(error.value)
+
+
+def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a dataset folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_every_epoch_uses_every_prompt_once_in_another_order(count: int) -> None:
+    drawn = draw_prompts(count, seed=3, first=0, number=3 * count)
+    epochs = [drawn[k * count : (k + 1) * count] for k in range(3)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert count < 7 or len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_order_does_not_depend_on_how_it_is_asked_for() -> None:
+    whole = draw_prompts(7, seed=1, first=0, number=30)
+    assert [draw_prompts(7, seed=1, first=i, number=1)[0] for i in range(30)] == whole
+    assert draw_prompts(7, seed=1, first=11, number=5) == whole[11:16]

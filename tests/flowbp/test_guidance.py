@@ -1,0 +1,132 @@
+"""Classifier-free guidance: values, gradients, batches, conditioning helpers."""
+
+import pytest
+import torch
+from fields import noise
+from torch import Tensor, nn
+
+from flowbp.guidance import Guidance, guided
+from flowbp.types import batch_size, concat, take, tile
+from imgen_common.errors import UserError
+
+COND = {"text": noise(2, 3, seed=1)}
+NEGATIVE = {"text": noise(2, 3, seed=2)}
+X, SIGMA = noise(2, 3, seed=3), torch.full((2,), 0.5, dtype=torch.float64)
+
+
+class Field(nn.Module):
+    """v = tanh(W x + U text); counts its evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(noise(3, 3, seed=4))
+        self.u = nn.Parameter(noise(3, 3, seed=5))
+        self.batches: list[int] = []
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        assert len(x) == len(sigma) == len(cond["text"])
+        self.batches.append(len(x))
+        return torch.tanh(x @ self.w + cond["text"] @ self.u)
+
+
+@pytest.fixture
+def field():
+    return Field()
+
+
+def grads(field: Field, v: Tensor) -> tuple[Tensor, ...]:
+    field.zero_grad()
+    return torch.autograd.grad((v * noise(*v.shape, seed=9)).sum(), [field.w, field.u])
+
+
+def test_scale_one_is_a_single_forward(field):
+    v = guided(field, COND, NEGATIVE)(X, SIGMA)
+    assert field.batches == [2]
+    torch.testing.assert_close(v, field(X, SIGMA, COND))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_the_value_is_the_guided_velocity(field, detach, batched):
+    velocity = guided(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=detach, batched=batched))
+    want = field(X, SIGMA, NEGATIVE) + 4 * (field(X, SIGMA, COND) - field(X, SIGMA, NEGATIVE))
+    torch.testing.assert_close(velocity(X, SIGMA), want)
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(X, SIGMA), want)
+
+
+def test_which_forwards_are_batched(field):
+    def batches(guidance: Guidance, grad: bool) -> list[int]:
+        field.batches.clear()
+        with torch.set_grad_enabled(grad):
+            guided(field, COND, NEGATIVE, guidance)(X, SIGMA)
+        return list(field.batches)
+
+    detached, both = Guidance(scale=4.0), Guidance(scale=4.0, detach_negative=False)
+    assert batches(detached, grad=False) == batches(both, grad=False) == batches(both, grad=True) == [4]
+    assert batches(detached, grad=True) == [2, 2]
+    separate = both.model_copy(update={"batched": False})
+    assert batches(separate, grad=False) == batches(separate, grad=True) == [2, 2]
+
+
+def test_a_detached_negative_gives_the_scaled_gradient_of_the_positive(field):
+    got = grads(field, guided(field, COND, NEGATIVE, Guidance(scale=4.0))(X, SIGMA))
+    positive = grads(field, field(X, SIGMA, COND))
+    for a, b in zip(got, positive, strict=True):
+        torch.testing.assert_close(a, 4 * b)
+
+
+def test_both_branches_carry_gradient_otherwise(field):
+    x = X.clone().requires_grad_()
+    velocity = guided(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=False))
+    want = 4 * field(x, SIGMA, COND) - 3 * field(x, SIGMA, NEGATIVE)
+    cotangent = noise(2, 3, seed=9)
+    for got, exact in zip(
+        torch.autograd.grad((velocity(x, SIGMA) * cotangent).sum(), [field.w, field.u, x]),
+        torch.autograd.grad((want * cotangent).sum(), [field.w, field.u, x]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, exact)
+
+
+def test_copies_repeat_the_conditioning(field):
+    velocity = guided(field, COND, NEGATIVE, Guidance(scale=2.0))
+    other = noise(2, 3, seed=7)
+    v = velocity(torch.cat([X, other]), torch.cat([SIGMA, SIGMA]))
+    torch.testing.assert_close(v, torch.cat([velocity(X, SIGMA), velocity(other, SIGMA)]))
+    with pytest.raises(ValueError, match="3 latents are no whole number of copies of 2"):
+        velocity(noise(3, 3), SIGMA)
+
+
+def test_one_negative_serves_all(field):
+    one = {"text": NEGATIVE["text"][:1]}
+    v = guided(field, COND, one, Guidance(scale=2.0))(X, SIGMA)
+    torch.testing.assert_close(v, guided(field, COND, tile(one, 2), Guidance(scale=2.0))(X, SIGMA))
+
+
+def test_compensation_divides_by_the_scale():
+    assert Guidance(scale=4.0, compensate=True).backward_scale == 0.25
+    assert Guidance(scale=4.0).backward_scale == 1.0
+
+
+def test_bad_guidance_is_refused(field):
+    with pytest.raises(UserError, match="needs a negative prompt"):
+        guided(field, COND, None, Guidance(scale=3.0))
+    with pytest.raises(ValueError, match="3 negative prompts for 2 samples"):
+        guided(field, COND, {"text": noise(3, 3)}, Guidance(scale=3.0))
+    with pytest.raises(ValueError):
+        Guidance(scale=0.0)
+
+
+def test_conditioning_helpers():
+    tiled = tile({"a": torch.arange(4).reshape(2, 2)}, 2)
+    assert tiled["a"].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert take(tiled, slice(1, 3))["a"].tolist() == [[2, 3], [0, 1]]
+    assert take(tiled, [0])["a"].tolist() == [[0, 1]]
+    assert batch_size(concat(tiled, tiled)) == 8
+    with pytest.raises(ValueError, match=r"pad both .*batched"):
+        concat({"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 4)})
+    with pytest.raises(ValueError, match="differ in keys"):
+        concat({"a": torch.zeros(2)}, {"b": torch.zeros(2)})
+    with pytest.raises(ValueError, match="one batch size"):
+        batch_size({"a": torch.zeros(2), "b": torch.zeros(3)})

@@ -1,0 +1,77 @@
+"""The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowbp.config import TrainConfig
+from flowbp.methods import METHODS
+from flowbp.train import Parts, Trainer, load_parts
+from imgen_common.config import load
+
+SMALL = ["num_steps=12", "batch_size=4", "eval.every=0", "eval.num_prompts=2", "eval.steps=2", "eval.guidance=[1.0]"]
+
+
+def config_of(method: str, *sets: str) -> TrainConfig:
+    return load(TrainConfig, [], [f"method={method}", *SMALL, *sets])
+
+
+def gradients(config: TrainConfig, accelerator: Accelerator | None = None) -> dict[str, Tensor]:
+    """The gradient of update 8 of the base model."""
+    trainer = Trainer(config, parts(), accelerator or Accelerator(cpu=True))
+    trainer.update = 7
+    trainer.optimizer.zero_grad()
+    trainer.gradient()
+    return {name: p.grad.clone() for name, p in trainer.parts.parameters.items() if p.grad is not None}
+
+
+@cache
+def parts() -> Parts:
+    return load_parts(config_of("refl"), torch.device("cpu"))
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative L2 distance of two gradients."""
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.cat([g[k].double().flatten() for k in sorted(a)]) for g in (a, b))
+    assert flat_a.norm() > 0
+    return ((flat_a - flat_b).norm() / flat_a.norm()).item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_changes_nothing(method: str) -> None:
+    whole, halves, singles = (gradients(config_of(method, f"micro_batch_size={n}")) for n in (4, 2, 1))
+    assert distance(whole, halves) < 1e-6
+    assert distance(whole, singles) < 1e-6
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for method in METHODS:
+        assert distance(gradients(config_of(method)), load_file(tmp_path / f"{method}.safetensors")) < 1e-6
+
+
+def _worker(folder: Path) -> None:
+    """What each of the two processes of `test_two_processes_equal_one` runs."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for method in METHODS:
+        grads = gradients(config_of(method), accelerator)
+        if accelerator.is_main_process:
+            save_file({k: g.contiguous() for k, g in grads.items()}, folder / f"{method}.safetensors")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]))
