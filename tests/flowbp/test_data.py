@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from flowbp.config import DataConfig
 from flowbp.data import draw_prompts, load_prompts
 from imgen_common.errors import UserError
@@ -77,8 +78,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: byte
     ("source", "said"),
     [
         ("missing.txt", "no such prompt file or dataset folder"),
-        ("builtin:shapes/tset", "did you mean 'test'?"),
-        ("builtin:shape/test", "unknown built-in prompts"),
+        ("builtin:shapes/tset", "did you mean 'builtin:shapes/test'?"),
+        ("builtin:shape/test", "allowed: builtin:shapes/train, builtin:shapes/tune, builtin:shapes/test"),
     ],
 )
 def test_bad_sources_are_told_in_one_line(source: str, said: str) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+
 from flowbp import backbones, inference
-from flowbp.skeleton import skeleton
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -36,6 +36,7 @@ def test_a_seed_draws_what_the_pipeline_draws(pipeline: Flux2KleinPipeline, guid
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
         max_sequence_length=backbone.max_tokens,
+        text_encoder_out_layers=backbone.text_layers,
     ).images
     assert (ours - theirs).abs().max() < 1e-5
 
@@ -48,7 +49,7 @@ def test_a_picture_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
-    bones, whole = skeleton(GENERATOR), backbones.load(GENERATOR)
+    bones, whole = backbones.skeleton(GENERATOR), backbones.load(GENERATOR)
     assert torch.equal(bones.sigmas(25, SIZE), whole.sigmas(25, SIZE))
     assert [name for name, _ in bones.net.named_parameters()] == [name for name, _ in whole.net.named_parameters()]
     assert all(p.is_meta for p in bones.net.parameters())
@@ -57,8 +58,8 @@ def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
 
 
 def test_the_skeleton_refuses_what_loading_refuses() -> None:
-    with pytest.raises(UserError, match="cannot train a folder without model_index.json"):
-        skeleton("builtin:shapes/reward")
+    with pytest.raises(UserError, match=r"cannot train a folder without model_index\.json"):
+        backbones.skeleton("builtin:shapes/reward")
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

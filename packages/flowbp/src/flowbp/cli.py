@@ -15,6 +15,7 @@ from imgen_common.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
+    from flowbp.inference import Subject
     from flowbp.launch import Job
     from flowbp.plan import Plan
     from flowbp.progress import Silent
@@ -88,19 +89,20 @@ def _train(
     files: list[Path], sets: list[str], resume: str | None, dry_run: bool, runs: Path, as_json: bool, is_main: bool
 ) -> None:
     _refuse_method_as_file(files)
-    from flowbp import launch
-    from flowbp.config import TrainConfig
-    from flowbp.progress import quiet_libraries
-    from imgen_common.config import load
+    with _busy("checking"):
+        from flowbp import launch
+        from flowbp.config import TrainConfig
+        from flowbp.progress import quiet_libraries
+        from imgen_common.config import load
 
-    run_path = launch.find_run(resume, runs) if resume else None
-    config = launch.resumed_config(run_path, files, sets) if run_path else load(TrainConfig, files, sets)
-    if run_path:
-        launch.check_resume(run_path, config)
-    path = run_path or launch.new_path(config, runs)
-    quiet_libraries()
-    job = launch.check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    launch.check_disk(job, path, resume=run_path is not None)
+        run_path = launch.find_run(resume, runs) if resume else None
+        config = launch.resumed_config(run_path, files, sets) if run_path else load(TrainConfig, files, sets)
+        if run_path:
+            launch.check_resume(run_path, config)
+        path = run_path or launch.new_path(config, runs)
+        quiet_libraries()
+        job = launch.check(config, int(os.environ.get("WORLD_SIZE", "1")))
+        launch.check_disk(job, path, resume=run_path is not None)
     if not dry_run:
         _run(job, runs, run_path, as_json, is_main)
     elif is_main:
@@ -243,8 +245,7 @@ def explain(
     config = _explained(method, steps, sets or [])
     sigmas = _levels(config, model, shift)
     plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
-    levels = model or ("linear noise levels" if shift == 1 else f"linear noise levels, shift {shift:g}")
-    heading = f"{method}: {plan.num_steps} steps, seed {seed}, {levels}"
+    heading = f"{method}: {plan.num_steps} steps, seed {seed}, {model or f'linear noise levels, shift {shift:g}'}"
     show.plan(config.method, plan, heading)
     if picture is not None:
         from flowbp.explain import picture as draw_picture
@@ -279,11 +280,11 @@ def _levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[
         return linear_grid(config.num_steps, shift)
     if shift != 1:
         raise UserError("--shift: a model brings its own noise levels; give --model or --shift")
+    from flowbp import backbones
     from flowbp.progress import quiet_libraries
-    from flowbp.skeleton import skeleton
 
     quiet_libraries()
-    sigmas = skeleton(model).sigmas(config.num_steps, (config.model.height, config.model.width))
+    sigmas = backbones.skeleton(model).sigmas(config.num_steps, (config.model.height, config.model.width))
     return [float(sigma) for sigma in sigmas]
 
 
@@ -317,31 +318,37 @@ def sample(
       flowbp sample "a red circle left of a blue square" --run runs/flowbp_sparse --base
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance 2 --seed 7
     """
+    with _busy("loading"):
+        from flowbp import inference
+
+        one = inference.subject(_run_or_model(run, model, base), runs, base=base)
+        scale = one.config.guidance.scale if guidance is None else guidance
+        inference.check_scale(scale)
+        texts = prompts or inference.evaluation_prompts(one.config)[:8]
+    shape = (size, size) if size else (one.config.model.height, one.config.model.width)
+    grid = _draw(one, texts, range(seed, seed + num), shape, steps or one.config.eval.steps, scale, out)
+    print(f"{len(texts) * num} pictures of {one.label} at guidance {scale:g} in {out}\ngrid: {grid}")
+
+
+def _draw(
+    one: "Subject", texts: list[str], seeds: range, shape: tuple[int, int], steps: int, scale: float, out: Path
+) -> Path:
+    """Writes the pictures and their grid; returns the grid's file."""
     from flowbp import inference
     from flowbp.progress import quiet_libraries
 
-    one = inference.subject(_run_or_model(run, model, base), runs, base=base)
-    config = one.config
-    scale = config.guidance.scale if guidance is None else guidance
-    inference.check_scale(scale)
-    texts = prompts or inference.evaluation_prompts(config)[:8]
-    shape = (size, size) if size else (config.model.height, config.model.width)
     quiet_libraries()
     backbone = one.load(inference.device())
     number, rows = inference.next_number(out), []
     out.mkdir(parents=True, exist_ok=True)
     with _bar() as tick:
         for place, prompt in enumerate(texts):
-            seeds = range(seed, seed + num)
-            rows += inference.save(
-                inference.draw(backbone, prompt, seeds, shape, steps or config.eval.steps, scale),
-                out,
-                [f"{number + place:03d}-{inference.slug(prompt)}-seed{s}.png" for s in seeds],
-            )
+            names = [f"{number + place:03d}-{inference.slug(prompt)}-seed{seed}.png" for seed in seeds]
+            rows += inference.save(inference.draw(backbone, prompt, seeds, shape, steps, scale), out, names)
             tick(one.label, place + 1, len(texts))
     grid = out / f"{number:03d}-grid.png"
-    inference.save_grid(rows, grid, num)
-    print(f"{len(rows)} pictures of {one.label} at guidance {scale:g} in {out}\ngrid: {grid}")
+    inference.save_grid(rows, grid, len(seeds))
+    return grid
 
 
 def _run_or_model(run: str | None, model: str | None, base: bool) -> str:
@@ -362,9 +369,7 @@ def evaluate(
         str | None, typer.Option(metavar="SOURCE", help="Prompts, as eval.prompts: builtin:shapes/test or a file.")
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="How many of them.", min=1)] = None,
-    guidance: Annotated[
-        list[float] | None, typer.Option(help="Guidance scale; may be given again for several.")
-    ] = None,
+    guidance: Annotated[list[float] | None, typer.Option(help="Guidance scale; may be given again.")] = None,
     sets: Sets = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -380,29 +385,32 @@ def evaluate(
       flowbp eval runs/flowbp_bridge --against runs/flowbp_sparse --guidance 1 --guidance 2
       flowbp eval builtin:shapes/generator --num-prompts 120 --json
     """
+    with _busy("loading"):
+        from flowbp import inference
+
+        for scale in guidance or []:
+            inference.check_scale(scale)
+        extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance", guidance))
+        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value]
+        subjects = [inference.subject(target, runs, [*(sets or []), *given])]
+        if against:
+            subjects.insert(0, inference.subject(against, runs))
+        elif subjects[0].run is not None:
+            subjects.insert(0, inference.subject(target, runs, base=True))
+    config = subjects[-1].config
+    _print_scores([one.label for one in subjects], _score(subjects, config), config, as_json)
+
+
+def _score(subjects: list["Subject"], config: "TrainConfig") -> list[Any]:
+    """Evaluations of every subject by guidance scale."""
     from flowbp import inference
     from flowbp.progress import quiet_libraries
 
-    for scale in guidance or []:
-        inference.check_scale(scale)
-    extra = [f"eval.prompts={json.dumps(prompts)}"] if prompts else []
-    extra += [f"eval.num_prompts={num_prompts}"] if num_prompts else []
-    extra += [f"eval.guidance={json.dumps(guidance)}"] if guidance else []
-    after = inference.subject(target, runs, [*(sets or []), *extra])
-    config = after.config
-    before = inference.subject(against, runs) if against else None
-    if before is None and after.run is not None:
-        before = inference.subject(target, runs, base=True)
     texts = inference.evaluation_prompts(config)
     quiet_libraries()
     scorers = inference.load_rewards(config, inference.device())
     with _bar() as tick:
-        found = [
-            inference.score(one, texts, scorers, config, config.eval.guidance, tick)
-            for one in (before, after)
-            if one is not None
-        ]
-    _print_scores([one.label for one in (before, after) if one is not None], found, config, as_json)
+        return [inference.score(one, texts, scorers, config, config.eval.guidance, tick) for one in subjects]
 
 
 def _print_scores(labels: list[str], found: list[Any], config: "TrainConfig", as_json: bool) -> None:
@@ -433,6 +441,18 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=label, completed=done, total=total)
 
         yield tick
+
+
+@contextmanager
+def _busy(text: str) -> Iterator[None]:
+    """A turning mark on standard error, where that is a terminal: libraries take seconds to load."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 # --- reports and downloads -------------------------------------------------------------------------------------------

@@ -44,13 +44,13 @@ def _builtin(source: str, count: int) -> list[str]:
 
 def _file(path: Path, key: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    lines = [line.strip() for line in lines if line.strip()]
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix != ".jsonl":
-        return lines
-    return [_row(path, number, line, key) for number, line in enumerate(lines, 1)]
+        return [line for _, line in found]
+    return [text for text in (_row(path, number, line, key) for number, line in found) if text]
 
 
 def _row(path: Path, number: int, line: str, key: str) -> str:
@@ -61,7 +61,7 @@ def _row(path: Path, number: int, line: str, key: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"{path}:{number}: no text under {key!r} (there is: {found}); set data.key")
-    return row[key]
+    return row[key].strip()
 
 
 def _dataset(path: Path, key: str) -> list[str]:

@@ -12,13 +12,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from flowbp import backbones
 from flowbp.compare import Change, changes, comparable
 from flowbp.config import TrainConfig
 from flowbp.data import load_prompts
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import load_evaluations
-from flowbp.skeleton import skeleton
 from flowbp.train import MAY_DIFFER, shares, trainable
 from imgen_common import hub
 from imgen_common.config import load, to_yaml
@@ -66,7 +66,7 @@ def check(config: TrainConfig, num_processes: int) -> Job:
         (config.eval.quick_prompts, config.eval.quick_num_prompts),
     ):
         load_prompts(config.data.model_copy(update={"prompts": source}), limit)
-    backbone = skeleton(config.model.ref)
+    backbone = backbones.skeleton(config.model.ref)
     size = (config.model.height, config.model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_steps, size))
     plans = tuple(

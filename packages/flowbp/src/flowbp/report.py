@@ -239,7 +239,8 @@ def _pictures(run: Run) -> str:
         pair = run.pair(scale)
         if pair is None:
             continue
-        figures = [_figure(*pair, i) for i in range(min(len(pair[0].pictures), len(pair[1].pictures)))]
+        num = min(len(pair[0].prompts), *(len(one.pictures) for one in pair))
+        figures = [_figure(*pair, i) for i in range(num)]
         if not figures:
             continue
         text = f'<div class="pairs">{"".join(figures[:FIRST])}</div>'
@@ -483,7 +484,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 th { text-align: left; font-weight: 600; color: var(--muted); white-space: nowrap; }
 th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 .num { text-align: right; white-space: nowrap; }
-td:nth-child(2), td small { white-space: nowrap; } td code { white-space: normal; }
+td:first-child, td:nth-child(2), td small { white-space: nowrap; } td code { white-space: normal; }
 .whisker { width: 180px; height: 16px; display: block; }
 .whisker .zero { stroke: var(--muted); stroke-dasharray: 2 2; } .whisker .bar { stroke: var(--blue); stroke-width: 2; }
 .whisker .mean { fill: var(--blue); }

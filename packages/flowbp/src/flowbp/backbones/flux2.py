@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from flowbp.types import Cond
 from imgen_common.errors import UserError
@@ -41,16 +41,23 @@ class Flux2:
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux2":
-        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default).
-
-        Raises UserError for a guidance-distilled model, whose velocity is not a flow that guidance can extrapolate.
-        """
+        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default)."""
         pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
-        if pipe.config.is_distilled:
-            raise UserError(f"{folder.name}: this model is step-distilled; use the base model (klein-base) instead")
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder):
             module.to(device).eval().requires_grad_(False)
         return cls(pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+
+    @classmethod
+    def skeleton(cls, folder: Path) -> "Flux2":
+        """The backbone of a diffusers folder with every weight on the meta device."""
+        with torch.device("meta"):
+            net = Flux2Transformer2DModel.from_config(Flux2Transformer2DModel.load_config(folder / "transformer"))
+            vae = AutoencoderKLFlux2.from_config(AutoencoderKLFlux2.load_config(folder / "vae"))
+            text_encoder = Qwen3ForCausalLM(Qwen3Config.from_pretrained(folder / "text_encoder"))
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return cls(
+            net, vae, text_encoder, tokenizer, FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+        )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

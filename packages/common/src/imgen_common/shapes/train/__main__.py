@@ -9,6 +9,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Work = Annotated[Path, typer.Option(help="Folder for states, logs and results; a killed command resumes there.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads.")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu or cuda.")]
 
 
 @app.callback()
@@ -18,35 +19,51 @@ def main(threads: Threads = 1) -> None:
 
 
 @app.command()
-def vae(work: Work = Path("runs/shapes")) -> None:
+def vae(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The autoencoder.  Example: python -m imgen_common.shapes.train --threads 2 vae"""
     from imgen_common.shapes.train import vae as stage
 
-    stage.train(work / "vae")
+    stage.train(work / "vae", device)
 
 
 @app.command()
-def generator(work: Work = Path("runs/shapes")) -> None:
+def generator(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The pipeline, after the autoencoder.  Example: python -m imgen_common.shapes.train --threads 2 generator"""
     from imgen_common.shapes.train import generator as stage
 
-    stage.train(work)
+    stage.train(work, device)
 
 
 @app.command()
-def heldout(work: Work = Path("runs/shapes")) -> None:
+def heldout(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The held-out reward.  Example: python -m imgen_common.shapes.train heldout"""
     from imgen_common.shapes.train import rewards as stage
 
-    stage.train(work / "heldout", stage.HELDOUT)
+    stage.train(work / "heldout", stage.HELDOUT, device)
 
 
 @app.command()
-def reward(work: Work = Path("runs/shapes")) -> None:
+def reward(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The training reward, before tuning.  Example: python -m imgen_common.shapes.train reward"""
     from imgen_common.shapes.train import rewards as stage
 
-    stage.train(work / "reward", stage.REWARD)
+    stage.train(work / "reward", stage.REWARD, device)
+
+
+@app.command()
+def tune_reward(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
+    """The training reward on labelled generated pictures.  Example: python -m imgen_common.shapes.train tune-reward"""
+    from imgen_common.shapes.train import rewards as stage
+
+    stage.tune(work, device)
+
+
+@app.command()
+def package(work: Work = Path("runs/shapes")) -> None:
+    """Ships the trained folders in float16, re-evaluated.  Example: python -m imgen_common.shapes.train package"""
+    from imgen_common.shapes.train import package as stage
+
+    stage.package(work)
 
 
 app()

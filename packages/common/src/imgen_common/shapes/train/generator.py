@@ -90,7 +90,7 @@ def token_ids(pipeline: Flux2KleinPipeline, texts: Sequence[str]) -> Tensor:
     rendered = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False) for t in texts]
     return tokenizer(
         rendered, return_tensors="pt", padding="max_length", truncation=True, max_length=MAX_TOKENS
-    ).input_ids
+    ).input_ids.to(pipeline.device)
 
 
 def embed(pipeline: Flux2KleinPipeline, ids: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def embed(pipeline: Flux2KleinPipeline, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def encode(pipeline: Flux2KleinPipeline, images: Tensor) -> Tensor:
     """Normalised latent tokens (n, L, 32) of pictures (n, 3, h, w) in [0, 1]."""
-    parts = [pipeline._encode_vae_image(x * 2 - 1, generator=None) for x in images.split(64)]
+    parts = [pipeline._encode_vae_image(x * 2 - 1, generator=None) for x in images.to(pipeline.device).split(64)]
     return pipeline._pack_latents(torch.cat(parts))
 
 
@@ -152,10 +152,10 @@ def sample(
 ) -> Tensor:
     """Pictures in [0, 1] by Euler steps on the pipeline's own noise levels."""
     pipeline.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=1.0)
-    sigmas = pipeline.scheduler.sigmas
+    sigmas = pipeline.scheduler.sigmas.to(pipeline.device)
     text = embed(pipeline, token_ids(pipeline, texts))
     null = embed(pipeline, token_ids(pipeline, [""])).expand_as(text)
-    x = noise
+    x = noise.to(pipeline.device)
     for now, then in pairwise(sigmas):
         sigma = now.expand(len(x))
         v = velocity(pipeline, x, sigma, text, reference)
@@ -187,15 +187,15 @@ def cache(pipeline: Flux2KleinPipeline, folder: Path, seed: int) -> dict[str, Te
     for chunk in range(CACHE["pictures"] // 1000):
         rng = numpy_generator(seed, "generator-pictures", chunk)
         specs = [sample_spec(rng) for _ in range(1000)]
-        parts["z"].append(encode(pipeline, torch.from_numpy(draw(specs, rng))).half())
-        parts["ids"].append(token_ids(pipeline, [s.caption for s in specs]).to(torch.int16))
+        parts["z"].append(encode(pipeline, torch.from_numpy(draw(specs, rng))).half().cpu())
+        parts["ids"].append(token_ids(pipeline, [s.caption for s in specs]).to("cpu", torch.int16))
     for chunk in range(CACHE["edits"] // 1000):
         rng = numpy_generator(seed, "generator-edits", chunk)
         edits = [sample_edit(rng) for _ in range(1000)]
         before, after = edit_pictures(edits)
-        parts["edit_z"].append(encode(pipeline, after).half())
-        parts["edit_ref"].append(encode(pipeline, enlarge(before)).half())
-        parts["edit_ids"].append(token_ids(pipeline, [e.instruction for e in edits]).to(torch.int16))
+        parts["edit_z"].append(encode(pipeline, after).half().cpu())
+        parts["edit_ref"].append(encode(pipeline, enlarge(before)).half().cpu())
+        parts["edit_ids"].append(token_ids(pipeline, [e.instruction for e in edits]).to("cpu", torch.int16))
     tensors = {k: torch.cat(v) for k, v in parts.items()}
     save_file(tensors, file.with_suffix(".new"))
     file.with_suffix(".new").rename(file)
@@ -237,18 +237,18 @@ def evaluate(
     return result
 
 
-def train(work: Path, seed: int = 0) -> None:
+def train(work: Path, device: str = "cpu", seed: int = 0) -> None:
     """Trains (or resumes) in `work/generator` around `work/vae/vae`; leaves the folder `work/generator/pipeline`."""
     torch.manual_seed(seed)
     folder = work / "generator"
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = build(AutoencoderKLFlux2.from_pretrained(work / "vae" / "vae").eval().requires_grad_(False))
-    pipeline.text_encoder.requires_grad_(True)
+    pipeline.to(device)
     data = cache(pipeline, folder, seed)
     session = Session(
         folder, {"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model}, SCHEDULE
     )
-    empty = token_ids(pipeline, [""])[0]
+    empty = token_ids(pipeline, [""])[0].cpu()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = torch_generator(seed, "generator", step)
@@ -262,9 +262,11 @@ def train(work: Path, seed: int = 0) -> None:
         sigma = torch.sigmoid(torch.randn(count, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
         x = torch.lerp(clean, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
-            v = velocity(pipeline, x, sigma, embed(pipeline, ids), reference)
-        value = mse_loss(v.float(), noise - clean)
+        if reference is not None:
+            reference = reference.to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            v = velocity(pipeline, x.to(device), sigma.to(device), embed(pipeline, ids.to(device)), reference)
+        value = mse_loss(v.float(), (noise - clean).to(device))
         return value, {"edit_loss" if editing else "text_loss": value.item()}
 
     rng = numpy_generator(seed, "generator-validation")

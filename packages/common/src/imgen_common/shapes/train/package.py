@@ -60,7 +60,7 @@ def package_generator(work: Path, prompts: int = 504, edits: int = 252) -> dict[
 
 
 def package_reward(
-    work: Path, name: str, source: Path, stages: Sequence[Path], labelled: tuple[Tensor, list[str], Tensor]
+    name: str, source: Path, stages: Sequence[Path], labelled: tuple[Tensor, list[str], Tensor]
 ) -> dict[str, float]:
     """Ships one reward model; labelled: (images, captions, verdicts) of fresh generated pictures of the test split."""
     folder = _fresh(name)
@@ -72,3 +72,14 @@ def package_reward(
     metrics |= rewards.agreement(model, processor, *labelled)
     provenance(folder, stages, f"{', '.join(s.name for s in stages)}, package", metrics)
     return metrics
+
+
+def package(work: Path) -> None:
+    """Ships the generator, the tuned reward and the held-out reward, and prints what the shipped files score."""
+    shipped = {"generator": package_generator(work)}
+    pipeline = Flux2KleinPipeline.from_pretrained(WEIGHTS / "generator", dtype=torch.float32)
+    labelled = rewards.label(pipeline, "test", EVALUATION_SEED)
+    tuned = [work / "reward", work / "reward-tuned"]
+    shipped["reward"] = package_reward("reward", work / "reward-tuned" / "model", tuned, labelled)
+    shipped["heldout"] = package_reward("heldout", work / "heldout" / "model", [work / "heldout"], labelled)
+    print(json.dumps(shipped, indent=2))

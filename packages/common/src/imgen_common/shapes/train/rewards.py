@@ -88,6 +88,7 @@ def build(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
 
 def image_features(model: CLIPModel, processor: CLIPProcessor, images: Tensor) -> Tensor:
     """Unit features (n, 64) of pictures (n, 3, 32, 32) in [0, 1]."""
+    images = images.to(model.device)
     mean = images.new_tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = images.new_tensor(processor.image_processor.image_std).view(3, 1, 1)
     pooled = model.vision_model(pixel_values=(images - mean) / std).pooler_output
@@ -98,7 +99,7 @@ def text_features(model: CLIPModel, processor: CLIPProcessor, captions: Sequence
     """Unit features (n, 64) of captions."""
     batch = processor.tokenizer(
         list(captions), return_tensors="pt", padding="max_length", truncation=True, max_length=MAX_TOKENS + 1
-    )
+    ).to(model.device)
     pooled = model.text_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).pooler_output
     return normalize(model.text_projection(pooled).float(), dim=-1)
 
@@ -130,14 +131,14 @@ def contrast(
     """
     n = len(images)
     logits = model.logit_scale.exp() * images @ texts.T
-    rows = torch.arange(n)
-    own = n + rows[:, None] * negatives + torch.arange(negatives)
-    same = torch.tensor([[a == b for b in keys] for a in keys[:n]])
+    rows = torch.arange(n, device=images.device)
+    own = n + rows[:, None] * negatives + torch.arange(negatives, device=images.device)
+    same = torch.tensor([[a == b for b in keys] for a in keys[:n]], device=images.device)
     same[rows, rows] = False
     same[rows[:, None], own] = False
     logits = logits.masked_fill(same, -1e4)
     hard = torch.cat([logits.diagonal()[:, None], logits.gather(1, own)], dim=1)
-    zeros = torch.zeros(n, dtype=torch.long)
+    zeros = torch.zeros_like(rows)
     loss = cross_entropy(logits, rows) + 0.5 * cross_entropy(logits[:, :n].T, rows) + cross_entropy(hard, zeros)
     return loss, (hard.argmax(1) == 0).float().mean()
 
@@ -166,16 +167,17 @@ def batch_of(variant: Variant, step: int) -> tuple[list[Spec], list[Spec], Tenso
     return specs, negatives, images
 
 
-def train(folder: Path, variant: Variant) -> None:
+def train(folder: Path, variant: Variant, device: str = "cpu") -> None:
     """Trains (or resumes) in `folder`; leaves a transformers folder in `folder/model`."""
     torch.manual_seed(variant.seed)
     model, processor = build(variant)
+    model.to(device)
     session = Session(folder, {"model": model}, variant.schedule)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         specs, negatives, images = batch_of(variant, step)
         everything = [*specs, *negatives]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             pictures = image_features(model, processor, images)
             texts = text_features(model, processor, [s.caption for s in everything])
         keys = [tuple(sorted(s.things)) for s in everything]
@@ -204,7 +206,7 @@ def agreement(
     model: CLIPModel, processor: CLIPProcessor, images: Tensor, captions: Sequence[str], verdicts: Tensor
 ) -> dict[str, float]:
     """How scores agree with the verifier on generated pictures: AUC, and the mean score of right and of wrong ones."""
-    scores = score(model, processor, images, captions)
+    scores = score(model, processor, images, captions).cpu()
     right, wrong = scores[verdicts], scores[~verdicts]
     auc = ((right[:, None] > wrong).float() + 0.5 * (right[:, None] == wrong).float()).mean()
     return {
@@ -229,11 +231,11 @@ def label(pipeline: Flux2KleinPipeline, split: Split, seed: int) -> tuple[Tensor
     for chunk, start in enumerate(range(0, len(specs), 120)):
         noise = torch.stack([normal((16, 32), seed, f"label-{split}", i) for i in range(start, start + 120)])
         parts.append(sample(pipeline, captions[start : start + 120], noise, steps=25, guidance=1.0 + chunk % 2))
-    images = torch.cat(parts)
+    images = torch.cat(parts).cpu()
     return images, captions, torch.tensor([v.ok for v in verify(images, specs)])
 
 
-def tune(work: Path, seed: int = 11) -> None:
+def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
     """Tunes the trained reward on generated pictures with the verifier's labels, as human-preference models are tuned.
 
     Half of every batch keeps to rendered pictures and hard negatives.  Leaves a folder in `work/reward-tuned/model`.
@@ -242,11 +244,11 @@ def tune(work: Path, seed: int = 11) -> None:
     folder, source = work / "reward-tuned", work / "reward" / "model"
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
-    model.train()
-    bias = nn.Linear(1, 1)
+    model.to(device).train()
+    bias = nn.Linear(1, 1, device=device)
     nn.init.constant_(bias.bias, -float(model.logit_scale.exp()) / 2)
     session = Session(folder, {"model": model, "bias": bias}, TUNE_SCHEDULE)
-    pipeline = Flux2KleinPipeline.from_pretrained(work / "generator" / "pipeline")
+    pipeline = Flux2KleinPipeline.from_pretrained(work / "generator" / "pipeline").to(device)
     images, captions, verdicts = _labelled(folder, pipeline, "tune", seed)
     fresh = _labelled(folder, pipeline, "test", seed)
     right, wrong = verdicts.nonzero()[:, 0], (~verdicts).nonzero()[:, 0]
@@ -263,7 +265,7 @@ def tune(work: Path, seed: int = 11) -> None:
         rows = torch.cat([s[torch.randint(len(s), (half,), generator=rng)] for s in (right, wrong)])
         noisy = augment(images[rows], variant.model_copy(update={"blur": 0.0, "noise": 0.05}), rng)
         scores = score(model, processor, noisy, [captions[i] for i in rows]) + bias.bias
-        labelled = binary_cross_entropy_with_logits(scores, verdicts[rows].float())
+        labelled = binary_cross_entropy_with_logits(scores, verdicts[rows].float().to(device))
         ranking = softplus(scores[half:][None] - scores[:half][:, None]).mean()
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4)

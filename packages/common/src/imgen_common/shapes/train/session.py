@@ -134,7 +134,7 @@ class Session:
         tensors = load_file(place / "state.safetensors")
         meta = json.loads((place / "state.json").read_text())
         self.step, self.seconds = meta["step"], meta["seconds"]
-        self.average = [tensors[f"average.{n}"] for n in self.names]
+        self.average = [tensors[f"average.{n}"].to(p.device) for n, p in zip(self.names, self.parameters, strict=True)]
         for name, module in self.modules.items():
             prefix = f"weights.{name}."
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

@@ -59,18 +59,19 @@ def set_batch_norm(vae: AutoencoderKLFlux2, images: Tensor) -> None:
     vae.bn.running_var.copy_(patches.var((0, 2)))
 
 
-def train(folder: Path, seed: int = 0) -> None:
+def train(folder: Path, device: str = "cpu", seed: int = 0) -> None:
     """Trains (or resumes) in `folder` and leaves a diffusers folder in `folder/vae`."""
     torch.manual_seed(seed)
-    vae = build().to(memory_format=torch.channels_last)
+    vae = build().to(device, memory_format=torch.channels_last)
     session = Session(folder, {"vae": vae}, SCHEDULE)
     held_out, specs = pictures(600, seed, "vae-validation", 0)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         images, _ = pictures(SCHEDULE.batch, seed, "vae", step)
-        images = images.to(memory_format=torch.channels_last)
+        images = images.to(device, memory_format=torch.channels_last)
         posterior = vae.encode(images * 2 - 1).latent_dist
-        latents = posterior.sample(generator=torch_generator(seed, "vae-noise", step))
+        noise = torch.randn(posterior.mean.shape, generator=torch_generator(seed, "vae-noise", step))
+        latents = posterior.mean + posterior.std * noise.to(device)
         error = vae.decode(latents).sample - (images * 2 - 1)
         weight = 1 + FOREGROUND * ((images.amax(1, keepdim=True) - images.amin(1, keepdim=True)) > 0.2)
         reconstruction = (weight * (error.abs() + error.square())).mean()
@@ -78,11 +79,11 @@ def train(folder: Path, seed: int = 0) -> None:
         return reconstruction + KL_WEIGHT * divergence, {"l1": error.abs().mean().item(), "kl": divergence.item()}
 
     def evaluate() -> dict[str, float]:
-        images = reconstruct(vae, held_out)
+        images = reconstruct(vae, held_out.to(device)).cpu()
         scores = accuracy(verify(images, specs), specs)
         return {f"verifier/{k}": v for k, v in scores.items()} | {"mse": (images - held_out).square().mean().item()}
 
     session.run(loss, evaluate)
     session.swap()
-    set_batch_norm(vae, pictures(4096, seed, "vae-batch-norm", 0)[0])
+    set_batch_norm(vae, pictures(4096, seed, "vae-batch-norm", 0)[0].to(device))
     vae.save_pretrained(folder / "vae")

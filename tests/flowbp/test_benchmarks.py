@@ -1,0 +1,353 @@
+"""The benchmarks' own logic, at sizes where the numbers mean nothing."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowbp.config import TrainConfig
+from flowbp.engine import rollout
+from flowbp.evaluate import initial_noise
+from flowbp.methods import METHODS
+from imgen_common.config import load
+from imgen_common.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))  # benchmarks are run from the root and are no installed package
+
+from benchmarks.common import table  # noqa: E402
+from benchmarks.perf import sweep_memory  # noqa: E402
+from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report  # noqa: E402
+from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop  # noqa: E402
+
+SMALL = ["num_steps=12", "batch_size=1", "eval.steps=2", "eval.num_prompts=4", "eval.quick_num_prompts=3"]
+CPU = torch.device("cpu")
+
+
+def test_a_table_is_markdown() -> None:
+    assert table(["a", "b"], [["x", "1.0"]]) == "| a |   b |\n| - | --: |\n| x | 1.0 |"
+
+
+# sweep_memory ---------------------------------------------------------------------------------------------------------
+
+
+def row(num_active: int, sweep: float, joint: float, ratio: float = 1.0) -> sweep_memory.Row:
+    return sweep_memory.Row(num_active, sweep_memory.Peak(sweep, None), sweep_memory.Peak(joint, None), 1.0, 1.0, ratio)
+
+
+GOOD = [row(1, 100, 100), row(2, 104, 200), row(4, 104, 400), row(8, 105, 801)]
+
+
+def broken(rows: list[sweep_memory.Row]) -> list[bool]:
+    return [not claim.holds for claim in sweep_memory.claims(rows)]
+
+
+def test_claims_hold_where_they_should() -> None:
+    assert broken(GOOD) == [False] * 4
+
+
+def test_each_claim_fails_where_it_should() -> None:
+    assert broken([*GOOD[:-1], row(8, 116, 801)]) == [True, False, False, False]
+    assert broken([replace(r, joint=sweep_memory.Peak(-r.joint.peak, None)) for r in GOOD])[1]
+    assert broken([replace(r, joint=sweep_memory.Peak(100, None)) for r in GOOD])[2]
+    assert broken([row(k, 100, 100 * k**2) for k in (1, 2, 4, 8, 16, 25)])[2]
+    assert broken([replace(r, ratio=1.2) for r in GOOD]) == [False, False, False, True]
+
+
+def test_the_time_claim_is_the_median_over_k_of_at_least_two() -> None:
+    assert not broken([replace(GOOD[0], ratio=9.0), GOOD[1], GOOD[2], replace(GOOD[3], ratio=9.0)])[3]
+
+
+@pytest.fixture(scope="module")
+def update() -> sweep_memory.Update:
+    return sweep_memory.Update(replace(sweep_memory.QUICK, tokens=256), CPU)
+
+
+def test_both_executors_give_one_gradient(update: sweep_memory.Update) -> None:
+    grads = []
+    for executor in sweep_memory.EXECUTORS:
+        update.clear()
+        update.prepare(executor, 3)()
+        grads.append(torch.cat([p.grad.flatten() for p in update.net.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
+
+
+def live(update: sweep_memory.Update, executor: sweep_memory.Executor, num_active: int) -> int:
+    backward = update.prepare(executor, num_active)
+    update.clear()
+    with sweep_memory.LiveBytes() as counter:
+        backward()
+    return counter.peak
+
+
+def test_live_bytes_grow_with_k_in_the_joint_graph_alone(update: sweep_memory.Update) -> None:
+    assert live(update, "sweep", 4) < 1.2 * live(update, "sweep", 1)
+    assert live(update, "joint", 4) > 3 * live(update, "joint", 1)
+
+
+def test_live_bytes_know_what_is_alive() -> None:
+    with sweep_memory.LiveBytes() as counter:
+        for _ in range(3):
+            x = torch.ones(1000) + 1
+            x = x.view(10, 100).mul_(2)
+    assert counter.now == 4000  # the last one; views and in-place results are no storage of their own
+    assert counter.peak == 12000  # it, the ones and their sum
+
+
+def test_counts_outside_the_rollout_are_refused(tmp_path: Path) -> None:
+    for counts in ([1, 2, 5], [0, 1, 2], [1, 2]):
+        with pytest.raises(UserError, match="--counts"):
+            sweep_memory.run(sweep_memory.QUICK, CPU, counts, 1, tmp_path / "out.json")
+
+
+@pytest.mark.slow
+def test_sweep_memory_quickly(tmp_path: Path) -> None:
+    assert sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 3, tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [r["num_active"] for r in content["rows"]] == [1, 2, 4]
+    assert content["environment"]["packages"]["torch"]
+    assert str(ROOT) not in json.dumps(content)
+
+
+# the miniature itself, loaded once ------------------------------------------------------------------------------------
+
+
+def settings_of(*sets: str, rates: tuple[float, ...] = (1e-4, 1e-3)) -> Settings:
+    config = load(TrainConfig, [], [*SMALL, *sets])
+    return Settings(
+        config=config, updates=2, rates=rates, rounds=1, search_seed=9, pretraining_pictures=32, weights={"a": "b"}
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    found = Bench(settings_of(), CPU, tmp_path_factory.mktemp("bench"))
+    yield found
+    found.restore()
+
+
+# gradient_fidelity ----------------------------------------------------------------------------------------------------
+
+SIZE = gradient_fidelity.Size(prompts=2, pictures=1, plans=2)
+CHOSEN = {name: gradient_fidelity.VARIANTS[name] for name in ("full", "flowbp_sparse", "refl", "draft_lv")}
+
+
+def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
+    bench.restore()
+    config = bench.settings.config
+    found = gradient_fidelity.measure(config, bench.parts, SIZE, CHOSEN, CPU)
+    again = gradient_fidelity.measure(config, bench.parts, replace(SIZE, prompts=1), CHOSEN, CPU)
+    assert all(again[name].cosine == one.cosine[:1] for name, one in found.items())
+    rows = gradient_fidelity.summarise(found)
+    by_name = {r.method: r for r in rows}
+    assert by_name["full"].cosine.mean == pytest.approx(1, abs=1e-9)
+    assert by_name["full"].norm.mean == pytest.approx(1, abs=1e-9)
+    assert by_name["full"].gradient_forwards == 12
+    assert by_name["draft_lv"].gradient_forwards == 3
+    assert by_name["flowbp_sparse"].over_paired == (0, 0, 0)
+    assert by_name["flowbp_sparse"].cosine.mean < 1
+    assert gradient_fidelity.markdown(rows).count("\n") == 1 + len(rows)
+
+
+def test_fidelity_ends_a_shared_rollout_where_the_reward_looks(bench: Bench) -> None:
+    bench.restore()
+    prompt = gradient_fidelity.Prompt(bench.settings.config, bench.parts, SIZE, 1, CPU)
+    drawn = prompt.draw(METHODS["refl"], 0)
+    noise = initial_noise(bench.parts.backbone, (32, 32), SIZE.seed, "fidelity-noise", prompt.samples)
+    own = rollout(prompt.velocity, noise, prompt.sigmas, drawn.keep)
+    torch.testing.assert_close(prompt._ending(drawn).x_end, own.x_end)
+
+
+# miniature: the work --------------------------------------------------------------------------------------------------
+
+JOB = Job("final", "flowbp_sparse", 1e-3, 0, (Stop("updates", 1), Stop("seconds", 2)))
+
+
+def scores_in(folder: Path, job: Job) -> list[object]:
+    return [miniature_cells.read(job.file(folder, stop.budget))["scores"] for stop in job.stops]
+
+
+def test_a_cell_depends_on_nothing_before_it(bench: Bench, tmp_path: Path) -> None:
+    for order, jobs in {"first": [JOB], "later": [replace(JOB, method=CONTROL, seed=1), JOB]}.items():
+        for job in jobs:
+            miniature_cells.run_job(bench, tmp_path / order, job)
+    assert scores_in(tmp_path / "first", JOB) == scores_in(tmp_path / "later", JOB)
+    early, late = scores_in(tmp_path / "first", JOB)
+    assert early != late
+    assert set(early) == {"1", "2"}
+    assert set(early["1"]) == {"reward", "heldout", "verifier"}
+    bench.restore()
+    for name, p in bench.parts.parameters.items():
+        assert torch.equal(p, bench.base[name])
+        assert p.grad is None
+
+
+def test_a_run_cut_off_between_budgets_goes_on_to_the_same_end(bench: Bench, tmp_path: Path) -> None:
+    miniature_cells.run_job(bench, tmp_path / "whole", JOB)
+    for stop in JOB.stops:
+        miniature_cells.run_job(bench, tmp_path / "parts", replace(JOB, stops=(stop,)))
+    assert scores_in(tmp_path / "whole", JOB) == scores_in(tmp_path / "parts", JOB)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "whole").rglob("*.json")}
+    miniature_cells.run_job(bench, tmp_path / "whole", JOB)
+    assert len(before) == 2
+    assert all(file.stat().st_mtime_ns == when for file, when in before.items())
+
+
+def test_the_control_learns_its_own_loss(bench: Bench) -> None:
+    trainer = bench.trainer(CONTROL, 1e-4, 0, 1)
+    before = {name: p.detach().clone() for name, p in trainer.parts.parameters.items()}
+    metrics = trainer.step()
+    assert 0 < metrics["loss"] < 10
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.parts.parameters.items())
+    assert len(bench.pictures.captions) == len(bench.pictures.latents) == 32
+
+
+def test_calibration_and_base(bench: Bench, tmp_path: Path) -> None:
+    found = {}
+    for name, work in (("base", miniature_cells.evaluate_base), ("calibration", miniature_cells.calibrate)):
+        work(bench, tmp_path / f"{name}.json")
+        found[name] = miniature_cells.read(tmp_path / f"{name}.json")
+    per_update = found["calibration"]["per_update"]
+    assert list(per_update) == [*METHODS, CONTROL]
+    assert found["calibration"]["budget_seconds"] == 2 * np.median([per_update[m] for m in METHODS])
+    assert len(found["base"]["scores"]["final"]["2"]["verifier"]) == 4
+    assert list(found["base"]["scores"]["search"]) == ["1"]
+
+
+# miniature: the order of work and the tables --------------------------------------------------------------------------
+
+NUM_PROMPTS = 40
+ENVIRONMENT = {"hardware": "Some CPU", "python": "3.11", "packages": {"torch": "2"}}
+CALIBRATION = {"per_update": dict.fromkeys(METHODS, 2.0) | {"full": 4.0, CONTROL: 0.5}, "budget_seconds": 200.0}
+
+
+def answers(right: int, shift: int = 0) -> dict[str, list[float]]:
+    verifier = np.roll(np.arange(NUM_PROMPTS) < right, shift).astype(float).tolist()
+    return {"verifier": verifier, "reward": [v + 1 for v in verifier], "heldout": [v - 1 for v in verifier]}
+
+
+def cell(phase: str, method: str, rate: float, seed: int, budget: str, right: int, shift: int = 0) -> dict[str, object]:
+    return {
+        **{"phase": phase, "method": method, "rate": rate, "seed": seed, "budget": budget, "updates": 100},
+        **{"planned": 100, "training_seconds": 200.0, "seconds": 10.0, "environment": ENVIRONMENT},
+        **{"failure": "update 3: not finite" if method == "refl" else None},
+        "scores": {scale: answers(right, shift) for scale in ("1", "2")},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """refl and flowbp_sparse tie, draft_k is worse, the control alone is unfinished: its search lacks a rate."""
+    right = {"refl": 24, "flowbp_sparse": 23, "draft_k": 12, CONTROL: 10}
+    cells = [cell("search", CONTROL, 1e-4, 9, "seconds", 10)]
+    for method in ("refl", "flowbp_sparse", "draft_k"):
+        for budget in ("updates", "seconds"):
+            cells += [cell("search", method, rate, 9, budget, 20) for rate in (1e-4, 1e-3)]
+            cells += [cell("final", method, 1e-4, seed, budget, right[method] + seed) for seed in (0, 1)]
+            cells += [cell("final", method, 1e-3, 0, budget, NUM_PROMPTS)]  # a rate that was not chosen
+    for number, content in enumerate(cells):
+        miniature_cells.write_json(tmp_path / "cells" / f"{number}.json", content)
+    miniature_cells.keep_settings(tmp_path, settings_of())
+    base = {"scores": {"final": {"1": answers(10), "2": answers(24)}}, "seconds": 5.0, "environment": ENVIRONMENT}
+    miniature_cells.write_json(tmp_path / "base.json", base)
+    content = CALIBRATION | {"seconds": 5.0, "environment": ENVIRONMENT}
+    miniature_cells.write_json(tmp_path / "calibration.json", content)
+    return tmp_path
+
+
+def test_the_lower_of_equal_rates_is_chosen_once_all_are_tried(folder: Path) -> None:
+    rates = miniature_report.Found.read(folder).rates()
+    assert set(rates.values()) == {1e-4}
+    assert (CONTROL, "seconds") not in rates
+    assert len(rates) == 6
+
+
+def test_rows_are_ranked_and_ties_are_named(folder: Path) -> None:
+    rows = miniature_report.rows_of(miniature_report.Found.read(folder), "updates", 1.0)
+    assert [r.name for r in rows] == ["refl", "flowbp_sparse", "draft_k", "base"]
+    assert rows[0].seeds == [0, 1]
+    assert rows[0].scores["verifier"] == pytest.approx(24.5 / NUM_PROMPTS)
+    assert (rows[0].seeds_low, rows[0].seeds_high) == (24 / NUM_PROMPTS, 25 / NUM_PROMPTS)
+    assert rows[0].changes["verifier"].mean == pytest.approx(14.5 / NUM_PROMPTS)
+    assert rows[0].behind is None
+    text = miniature_report.verdict(rows)
+    assert "Highest verifier accuracy: refl." in text
+    assert "As good, as far as these prompts can tell (interval contains 0): flowbp_sparse." in text
+    assert "ahead of" not in text
+    assert "not finite" in text
+
+
+def test_a_base_that_is_not_beaten_is_said_to_be(folder: Path) -> None:
+    rows = miniature_report.rows_of(miniature_report.Found.read(folder), "updates", 2.0)
+    assert "No method is clearly ahead of the untouched base." in miniature_report.verdict(rows)
+
+
+def test_the_report_has_every_table_and_where_it_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = miniature_report.write_report(folder, folder / "report.json")
+    assert text in capsys.readouterr().out
+    for part in ("Equal updates", "Equal seconds", "guidance 2 (not the training's)", "Some CPU", "torch 2", "[0, 1]"):
+        assert part in text
+    assert "| **50.0** |" in text
+    assert f"{5 + 5 + 10 * 19} s of computing" in text
+    assert len(json.loads((folder / "report.json").read_text())["tables"]) == 4
+    assert (folder / "report.md").read_text() == text
+
+
+def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"settings\.json"):
+        miniature_report.write_report(tmp_path, tmp_path / "report.json")
+
+
+def test_cells_of_other_settings_are_not_mixed_in(folder: Path) -> None:
+    miniature_cells.keep_settings(folder, settings_of())
+    with pytest.raises(UserError, match="other config, rates"):
+        miniature_cells.keep_settings(folder, settings_of("batch_size=4", rates=(1e-5, 1e-3)))
+
+
+def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
+    methods = ["refl", "draft_k"]
+    search = miniature.search_jobs(settings_of(), CALIBRATION, [*methods, "full", CONTROL])
+    assert {(j.method, j.stops) for j in search} == {
+        ("full", (Stop("updates", 2), Stop("seconds", 50))),
+        ("refl", (Stop("updates", 2), Stop("seconds", 100))),
+        ("draft_k", (Stop("updates", 2), Stop("seconds", 100))),
+        (CONTROL, (Stop("seconds", 400),)),
+    }
+    assert len(search) == 8
+    final = miniature.final_jobs(settings_of(), CALIBRATION, folder, methods, [0, 1])
+    assert [(j.method, j.seed, len(j.stops)) for j in final] == [
+        ("refl", 0, 2), ("draft_k", 0, 2), ("refl", 1, 2), ("draft_k", 1, 2)
+    ]  # fmt: skip
+    other = settings_of("optim.schedule=cosine")
+    assert [part.stops for part in miniature_cells.split(other, final[0])] == [(s,) for s in final[0].stops]
+
+
+@pytest.mark.parametrize(
+    ("sets", "rates", "message"),
+    [
+        ([], [1e-4], "--rates"),
+        ([], [1e-4, 2.0], "--rates"),
+        (["eval.quick_prompts=builtin:shapes/test"], [1e-4, 1e-3], "must differ"),
+        (["eval.prompts=prompts.txt"], [1e-4, 1e-3], "verifier reads"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(sets: list[str], rates: list[float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        miniature.settings_of(load(TrainConfig, [], sets), 2, None, rates)
+
+
+def test_an_unknown_competitor_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'flowbp_sparse'"):
+        miniature.names("flowbp_spars")
+    assert miniature.names("all") == [*METHODS, CONTROL]
+
+
+def test_the_recipe_that_hacks_the_reward_is_one() -> None:
+    config = load(TrainConfig, [ROOT / "configs" / "flowbp" / "miniature_hack.yaml"])
+    assert config.method.active.kind == "last_steps"
+    assert config.optim.lr > TrainConfig().optim.lr

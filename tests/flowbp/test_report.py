@@ -1,0 +1,237 @@
+"""The report: one page that needs nothing else, says what the numbers allow, and escapes what others wrote."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowbp import compare, report
+from flowbp.charts import Series, chart, smooth, ticks
+from flowbp.config import TrainConfig
+from flowbp.evaluate import Evaluation
+from flowbp.explain import inline_svg, linear_grid
+from flowbp.methods import METHODS
+from flowbp.plan import plan
+from flowbp.results import save_evaluation
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.runs import RunFolder
+
+EVIL = '<script>alert("1")</script> & "quotes"'
+VOID = {"meta", "img", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Elements and text of a page; complains about tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.addresses += [v for k, v in values.items() if k in ("src", "href", "xlink:href", "data") and v]
+        if tag == "img":
+            self.images.append(values)
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def evaluation(prompts: list[str], rate: float, shift: float, *, verified: bool = True) -> Evaluation:
+    """Scores whose verdicts pass with probability `rate`, the same draws whatever the rate."""
+    draws = np.random.default_rng(0).random((3, len(prompts)))
+    scores = {"reward": (draws[1] + shift).tolist(), "heldout": (draws[2] + shift).tolist()}
+    if verified:
+        scores["verifier"] = (draws[0] < rate).astype(float).tolist()
+    groups = [("single", "count")[i % 2] for i in range(len(prompts))] if verified else None
+    return Evaluation(prompts, scores, groups, torch.rand(min(30, len(prompts)), 3, 32, 32))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with metrics and evaluations at the training's guidance and at 2."""
+    config = load(
+        TrainConfig, [], ["method=leapalign", "guidance.scale=1", "num_updates=30", f"data.key={json.dumps(EVIL)}"]
+    )
+    path = tmp_path / "runs" / "some run"
+    prompts = [EVIL, *(f"prompt {i}" for i in range(119))]
+    with RunFolder.create(path, config, ["flowbp", "train", EVIL]) as folder:
+        for i in range(1, 31):
+            numbers = {"reward": i / 10, "heldout": 1.0, "loss": -i / 10, "grad_norm": 0.5, "gap_0": 0.1, "gap_1": 0.2}
+            numbers |= {"seconds": 2.0, "peak_memory_mb": 900.0, "lr": 1e-4}
+            folder.log(i, {f"train/{name}": value for name, value in numbers.items()})
+        folder.log(20, {"eval/reward": 1.0, "eval/heldout": 2.0, "eval/verifier": 0.5})
+        folder.log(21, {"train/reward": float("nan")})
+    save_evaluation(path, "base", 1.0, evaluation(prompts, 0.4, 0.0))
+    save_evaluation(path, "trained", 1.0, evaluation(prompts, 0.6, 0.1))
+    save_evaluation(path, "base", 2.0, evaluation(prompts, 0.5, 0.0))
+    save_evaluation(path, "trained", 2.0, evaluation(prompts, 0.4, -0.1))
+    return path
+
+
+def read(path: Path) -> tuple[str, Page]:
+    text = report.write(path).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_the_page_stands_alone(run: Path) -> None:
+    text, page = read(run)
+    assert len(page.images) == 2 * 2 * 30
+    assert all(str(image["src"]).startswith("data:image/png;base64,") for image in page.images)
+    assert all(image["alt"] for image in page.images)
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_what_others_wrote_is_escaped(run: Path) -> None:
+    text, page = read(run)
+    assert "<script" not in text
+    assert EVIL in page.text
+    assert any(image["alt"] == f"before: {EVIL}" for image in page.images)
+
+
+def test_the_result_comes_first_and_every_guidance_beside_it(run: Path) -> None:
+    _, page = read(run)
+    place = [
+        page.text.index(title) for title in ("Verifier", "Every guidance scale", "Pictures at equal seeds", "Curves")
+    ]
+    assert place == sorted(place)
+    base, trained = (evaluation([""] * 120, rate, 0).scores["verifier"] for rate in (0.4, 0.6))
+    assert compare.number("verifier", float(np.mean(base))) in page.text
+    assert compare.number("verifier", float(np.mean(trained))) in page.text
+    assert "120 prompts" in page.text
+    assert "paired bootstrap over prompts" in page.text
+    assert page.text.count("lower") >= 1  # guidance 2 got worse, and the page says so
+    for title in ("Gradient norm", "Gaps", "Peak memory", "Resolved configuration", "Package versions", "leapalign"):
+        assert title in page.text
+
+
+def test_a_reward_that_rises_while_the_verifier_falls_is_named(run: Path) -> None:
+    prompts = [f"p{i}" for i in range(200)]
+    save_evaluation(run, "base", 1.0, evaluation(prompts, 0.7, 0.0))
+    save_evaluation(run, "trained", 1.0, evaluation(prompts, 0.3, 1.0))
+    assert "exploits the reward" in read(run)[1].text
+
+
+def test_a_run_that_is_not_finished_says_so(run: Path) -> None:
+    for folder in ("trained-g1", "trained-g2"):
+        (run / "evaluations" / folder / "scores.json").unlink()
+    _, page = read(run)
+    assert "Not finished: 30 of 30 updates are done" in page.text
+    assert not page.images
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "new", load(TrainConfig), ["flowbp", "train"]):
+        pass
+    assert "Nothing has been evaluated yet" in read(tmp_path / "new")[1].text
+
+
+def test_evaluations_of_other_prompts_are_not_compared(run: Path) -> None:
+    save_evaluation(run, "trained", 1.0, evaluation(["another"] * 120, 0.6, 0.1))
+    assert "cannot be compared" in read(run)[1].text
+
+
+def test_prompts_without_a_verifier_have_rewards_only(run: Path) -> None:
+    prompts = [f"p{i}" for i in range(20)]
+    for name, shift in (("base", 0.0), ("trained", 0.2)):
+        for scale in (1.0, 2.0):
+            save_evaluation(run, name, scale, evaluation(prompts, 0.5, shift, verified=False))
+    _, page = read(run)
+    assert "Categories" not in page.text
+    assert "higher" in page.text
+
+
+def test_large_pictures_are_made_small(run: Path) -> None:
+    from PIL import Image
+
+    for file in (run / "evaluations").glob("*/00*.png"):
+        Image.new("RGB", (1024, 512), "red").save(file)
+    widths = [_width(str(image["src"])) for image in read(run)[1].images]
+    assert max(widths) == report.THUMBNAIL
+
+
+def _width(uri: str) -> int:
+    import base64
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).width
+
+
+def test_only_a_run_folder_has_a_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        report.write(tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_picture_that_follows_the_theme(method: str) -> None:
+    drawn = plan(METHODS[method], linear_grid(25, 3.0), np.random.default_rng(3))
+    svg = inline_svg(drawn, "title")
+    page = Page(svg)
+    assert "var(--ink)" in svg
+    assert "://" not in svg
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not page.images
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([0.0] * 40, [1.0] * 40, "higher"),
+        ([1.0] * 40, [0.0] * 40, "lower"),
+        ([0.0, 1.0] * 20, [1.0, 0.0] * 20, "no clear change"),
+        ([0.0] * 40, [0.0] * 40, "no clear change"),
+        ([0.0] * 3, [1.0] * 3, "too few prompts"),
+    ],
+)
+def test_verdicts_follow_the_interval(before: list[float], after: list[float], verdict: str) -> None:
+    assert compare.change(before, after).verdict == verdict
+
+
+def test_numbers_for_people() -> None:
+    assert compare.number("verifier", 0.5238) == "52.4 %"
+    assert compare.signed("verifier", -0.031) == "\N{MINUS SIGN}3.1"
+    assert compare.signed("reward", 0.5) == "+0.50"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6)])
+def test_ticks_are_few_and_enclose(low: float, high: float) -> None:
+    found = ticks(low, high)
+    assert found[0] <= low + 1e-9 * abs(low)
+    assert found[-1] >= high - 1e-9 * abs(high)
+    assert 2 <= len(found) <= 7
+
+
+def test_charts_without_data_are_left_out() -> None:
+    assert chart("t", "u", [Series("", "--blue", [], [])], 10) == ""
+    assert "<circle" in chart("t", "u", [Series("", "--blue", [3], [2.0])], 10)
+    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]

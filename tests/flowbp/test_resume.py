@@ -1,0 +1,67 @@
+"""A run killed at any moment, three times over, ends with the very weights of one that was left alone."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from imgen_common.runs import RunFolder
+
+NUM_UPDATES = 14
+SETS = [
+    *("num_steps=6", "batch_size=4", f"num_updates={NUM_UPDATES}", "checkpoint.every=3", "method=flowbp_bridge"),
+    *("eval.num_prompts=4", "eval.steps=2", "eval.guidance=[1.0]", "eval.every=5", "eval.quick_num_prompts=4"),
+]
+ADAPTERS = {"full": [], "lora": ["lora.rank=4"]}
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(process: subprocess.Popen[bytes], run: Path, update: int) -> None:
+    """Until the run has logged an update."""
+    while not any(line["step"] >= update for line in metrics(run)):
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.01)
+
+
+def metrics(run: Path) -> list[dict]:
+    return RunFolder.open(run, is_main=False).metrics() if (run / "config.yaml").exists() else []
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = RunFolder.open(run, is_main=False).load_checkpoint(NUM_UPDATES)
+    return {f"{group}/{k}": v for group, tensors in checkpoint.tensors.items() for k, v in tensors.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", ADAPTERS)
+def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
+    sets = [part for text in [*SETS, *ADAPTERS[adapters]] for part in ("--set", text)]
+    whole = start(tmp_path, *sets, "--set", "name=whole")
+    assert whole.wait(300) == 0, whole.communicate()[0].decode()
+
+    rng = random.Random(adapters)
+    run, arguments = tmp_path / "killed", [*sets, "--set", "name=killed"]
+    for moment in sorted(rng.sample(range(1, NUM_UPDATES), 3)):
+        process = start(tmp_path, *arguments)
+        wait_for(process, run, moment)
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        arguments = ["--resume", str(run)]
+    last = start(tmp_path, *arguments)
+    assert last.wait(300) == 0, last.communicate()[0].decode()
+
+    ours, theirs = final_state(run), final_state(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    updates = [line["step"] for line in metrics(run) if "train/loss" in line]
+    assert updates == list(range(1, NUM_UPDATES + 1))
