@@ -7,6 +7,7 @@ evaluated on the way.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import Flux2KleinPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -119,8 +122,8 @@ class Pretraining(Trainer):
         rng = torch_generator(self.config.seed, "pretraining", self.update)
         rows = torch.randint(len(self._data.captions), (self._batch,), generator=rng)
         dropped = torch.rand(self._batch, generator=rng) < generator.CAPTION_DROPOUT
-        captions = [self._data.captions[i] for i in rows.tolist()]
-        text = self.parts.conditions(["" if d else c for c, d in zip(captions, dropped.tolist(), strict=True)])[0]["text"]
+        captions = ["" if drop else self._data.captions[i] for i, drop in zip(rows, dropped, strict=True)]
+        text = self.parts.conditions(captions)[0]["text"]
         clean = self._data.latents[rows]
         sigma = torch.sigmoid(torch.randn(self._batch, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
@@ -143,8 +146,8 @@ class Pictures:
     captions: list[str]
 
     @classmethod
-    def make(cls, backbone: Flux2, count: int, seed: int) -> "Pictures":
-        """`count` random scenes, drawn and encoded."""
+    def make(cls, backbone: Flux2, count: int, file: Path) -> "Pictures":
+        """`count` random scenes, drawn and encoded, or read from `file` if they have been before."""
         pipeline = Flux2KleinPipeline(
             scheduler=backbone.scheduler,
             vae=backbone.vae,
@@ -153,28 +156,42 @@ class Pictures:
             transformer=backbone.net,
             is_distilled=False,
         )
-        latents, captions = [], []
-        for chunk in range(0, count, 512):
-            rng = numpy_generator(seed, "pretraining-pictures", chunk)
-            specs = [sample_spec(rng, "train") for _ in range(min(512, count - chunk))]
-            images = torch.from_numpy(draw(specs, rng)).to(backbone.vae.device)
-            latents.append(generator.encode(pipeline, images).cpu())
-            captions += [spec.caption for spec in specs]
-        return cls(pipeline, torch.cat(latents), captions)
+        if not file.exists():
+            latents, captions = encoded_scenes(pipeline, count)
+            fresh = file.with_name(f"{file.stem}-{os.getpid()}.new")
+            save_file({"latents": latents}, fresh, {"captions": json.dumps(captions)})
+            fresh.replace(file)
+        with safe_open(file, "pt") as content:
+            return cls(pipeline, content.get_tensor("latents"), json.loads(content.metadata()["captions"]))
+
+
+def encoded_scenes(pipeline: Flux2KleinPipeline, count: int) -> tuple[Tensor, list[str]]:
+    """Latent tokens (count, L, c) of random scenes of the train split, and their captions."""
+    latents, captions = [], []
+    for chunk in range(0, count, 512):
+        rng = numpy_generator(0, "pretraining-pictures", chunk)
+        specs = [sample_spec(rng, "train") for _ in range(min(512, count - chunk))]
+        images = torch.from_numpy(draw(specs, rng)).to(pipeline.vae.device)
+        latents.append(generator.encode(pipeline, images).cpu())
+        captions += [spec.caption for spec in specs]
+    return torch.cat(latents).contiguous(), captions
 
 
 class Bench:
     """Models, prompts and the base weights, loaded once per process; every run starts from exactly the base."""
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(self, settings: Settings, device: torch.device, folder: Path) -> None:
         torch.set_num_threads(1)
         quiet_libraries()
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.folder = settings, device, folder
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         config = settings.config
         self.parts = load_parts(config, device)
         self.base = {name: p.detach().clone() for name, p in self.parts.parameters.items()}
-        sources = (config.eval.prompts, config.eval.num_prompts), (config.eval.quick_prompts, config.eval.quick_num_prompts)
+        sources = (
+            (config.eval.prompts, config.eval.num_prompts),
+            (config.eval.quick_prompts, config.eval.quick_num_prompts),
+        )
         self.prompts = {
             phase: (source, load_prompts(config.data.model_copy(update={"prompts": source}), number))
             for phase, (source, number) in zip(("final", "search"), sources, strict=True)
@@ -185,7 +202,7 @@ class Bench:
         """What the control is trained on; making it is not counted, as the generator's own cache is made beforehand."""
         backbone = self.parts.backbone
         assert isinstance(backbone, Flux2)
-        found = Pictures.make(backbone, self.settings.pretraining_pictures, 0)
+        found = Pictures.make(backbone, self.settings.pretraining_pictures, self.folder / "pictures.safetensors")
         self.parts.conditions.add(list(dict.fromkeys(found.captions)))
         return found
 
@@ -271,7 +288,7 @@ def run_job(bench: Bench, folder: Path, job: Job) -> None:
         return
     trainer = bench.trainer(job.method, job.rate, job.seed, max(stop.updates for stop in waiting))
     training, norms, failure = 0.0, [], None
-    before = clock(bench.device)
+    before, scored, scores = clock(bench.device), -1, {}
     for stop in waiting:
         start = clock(bench.device)
         while trainer.update < stop.updates and failure is None:
@@ -280,11 +297,12 @@ def run_job(bench: Bench, folder: Path, job: Job) -> None:
             except FloatingPointError as error:
                 failure = str(error)
         training += clock(bench.device) - start
+        if trainer.update != scored:
+            scored, scores = trainer.update, bench.scores(trainer, job.phase)
         content = {
             **{"phase": job.phase, "method": job.method, "rate": job.rate, "seed": job.seed, "budget": stop.budget},
             **{"updates": trainer.update, "planned": stop.updates, "failure": failure, "training_seconds": training},
-            "grad_norm": float(np.median(norms)) if norms else None,
-            "scores": bench.scores(trainer, job.phase),
+            **{"grad_norm": float(np.median(norms)) if norms else None, "scores": scores},
         }
         now = clock(bench.device)
         write_json(job.file(folder, stop.budget), content | {"seconds": now - before, "environment": where(bench)})

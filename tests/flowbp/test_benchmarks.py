@@ -1,7 +1,6 @@
 """The benchmarks' own logic, at sizes where the numbers mean nothing."""
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,10 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))  # benchmarks are run from the root and are no installed package
-
-from benchmarks.common import table  # noqa: E402
-from benchmarks.perf import sweep_memory  # noqa: E402
-from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report  # noqa: E402
-from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop  # noqa: E402
+from benchmarks.common import table
+from benchmarks.perf import sweep_memory
+from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
+from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
 
 SMALL = ["num_steps=12", "batch_size=1", "eval.steps=2", "eval.num_prompts=4", "eval.quick_num_prompts=3"]
 CPU = torch.device("cpu")
