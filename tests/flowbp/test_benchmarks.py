@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common import table
+from benchmarks.perf import sweep_memory
+from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
+from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
 from flowbp.config import TrainConfig
 from flowbp.engine import rollout
 from flowbp.evaluate import initial_noise
@@ -17,11 +21,6 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-from benchmarks.common import table
-from benchmarks.perf import sweep_memory
-from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
-from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
-
 SMALL = ["num_steps=12", "batch_size=1", "eval.steps=2", "eval.num_prompts=4", "eval.quick_num_prompts=3"]
 CPU = torch.device("cpu")
 
@@ -345,6 +344,6 @@ def test_an_unknown_competitor_is_refused_with_the_nearest() -> None:
 
 
 def test_the_recipe_that_hacks_the_reward_is_one() -> None:
-    config = load(TrainConfig, [ROOT / "configs" / "flowbp" / "miniature_hack.yaml"])
+    config = load(TrainConfig, [ROOT / "configs" / "flowbp" / "miniature" / "hack.yaml"])
     assert config.method.active.kind == "last_steps"
     assert config.optim.lr > TrainConfig().optim.lr
