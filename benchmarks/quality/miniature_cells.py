@@ -65,7 +65,7 @@ class Settings(Config):
     """Timed updates of each competitor in the calibration."""
     search_seed: int
     """Training seed of the search, never reported."""
-    pretraining_batch: int = generator.SCHEDULE.batch
+    pretraining_batch: int = generator.BASE.schedule.batch
     """Pictures per update of the control, as in the generator's own training."""
     pretraining_pictures: int
     """Pictures of the train split that the control draws from."""

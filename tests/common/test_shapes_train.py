@@ -21,7 +21,6 @@ def short(schedule: Schedule) -> Schedule:
 def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = rewards.REWARD.model_copy(update={"schedule": short(rewards.REWARD.schedule)})
     monkeypatch.setattr(vae, "SCHEDULE", short(vae.SCHEDULE))
-    monkeypatch.setattr(generator, "SCHEDULE", short(generator.SCHEDULE))
     monkeypatch.setattr(generator, "CACHE", {"pictures": 1000, "edits": 1000})
     monkeypatch.setattr(rewards, "REWARD", variant)
     monkeypatch.setattr(rewards, "TUNE_SCHEDULE", short(rewards.TUNE_SCHEDULE))
@@ -31,7 +30,8 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "verify", lambda images, specs: [Verdict(bool(ok)) for ok in labelled])
 
     vae.train(tmp_path / "vae")
-    generator.train(tmp_path)
+    for stage in (generator.BASE, generator.REFINE):
+        generator.train(tmp_path, stage.model_copy(update={"schedule": short(stage.schedule)}))
     rewards.train(tmp_path / "reward", variant)
     rewards.train(tmp_path / "heldout", variant)
     rewards.tune(tmp_path)

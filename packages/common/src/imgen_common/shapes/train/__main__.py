@@ -14,7 +14,7 @@ Device = Annotated[str, typer.Option(help="Where to train: cpu or cuda.")]
 
 @app.callback()
 def main(threads: Threads = 1) -> None:
-    """Trains the miniature from nothing, in this order: vae, generator, heldout, reward, tune-reward, package."""
+    """Trains the miniature, in this order: vae, generator, refine, heldout, reward, tune-reward, package."""
     torch.set_num_threads(threads)
 
 
@@ -31,7 +31,15 @@ def generator(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The pipeline, after the autoencoder.  Example: python -m imgen_common.shapes.train --threads 2 generator"""
     from imgen_common.shapes.train import generator as stage
 
-    stage.train(work, device)
+    stage.train(work, stage.BASE, device)
+
+
+@app.command()
+def refine(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
+    """The pipeline further, mostly on edits.  Example: python -m imgen_common.shapes.train refine --device cuda"""
+    from imgen_common.shapes.train import generator as stage
+
+    stage.train(work, stage.REFINE, device)
 
 
 @app.command()

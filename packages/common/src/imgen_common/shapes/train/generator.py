@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from imgen_common.config import Config
 from imgen_common.shapes.edits import Edit, sample_edit, verify_edits
 from imgen_common.shapes.render import draw, render
 from imgen_common.shapes.scene import Spec, balanced_specs, sample_spec
@@ -29,10 +30,33 @@ from imgen_common.shapes.verify import accuracy, verify
 from imgen_common.shapes.vocabulary import MAX_TOKENS, qwen_tokenizer
 from imgen_common.streams import normal, numpy_generator, torch_generator
 
-SCHEDULE = Schedule(steps=9000, batch=64, lr=1.5e-3, warmup=200, constant=0.5, ema=0.9985, save_every=1000)
+
+class Stage(Config):
+    """One stretch of the training."""
+
+    folder: str
+    """Folder of its state under the work folder."""
+    start: str | None = None
+    """Folder of the stage whose pipeline it starts from; null: fresh weights."""
+    edit_share: float
+    """Share of the updates that train editing."""
+    schedule: Schedule
+    """Length and rate."""
+
+
+BASE = Stage(
+    folder="generator",
+    edit_share=0.35,
+    schedule=Schedule(steps=9000, batch=64, lr=1.5e-3, warmup=200, constant=0.5, ema=0.9985, save_every=1000),
+)
+REFINE = Stage(
+    folder="generator-refined",
+    start="generator",
+    edit_share=0.6,
+    schedule=Schedule(steps=9000, batch=64, lr=1e-3, warmup=100, constant=0.4, ema=0.9985, save_every=1000),
+)
+"""Longer, and mostly editing, which is learnt later than drawing."""
 EDIT_BATCH = 32
-EDIT_SHARE = 0.35
-"""Share of the updates that train editing."""
 CAPTION_DROPOUT = 0.1
 CACHE = {"pictures": 64_000, "edits": 32_000}
 TEXT_LAYERS = (1, 2, 3)
@@ -237,23 +261,33 @@ def evaluate(
     return result
 
 
-def train(work: Path, device: str = "cpu", seed: int = 0) -> None:
-    """Trains (or resumes) in `work/generator` around `work/vae/vae`; leaves the folder `work/generator/pipeline`."""
+def trained(work: Path) -> Path:
+    """Folder of the pipeline that the last finished stage left."""
+    refined = work / REFINE.folder / "pipeline"
+    return refined if refined.exists() else work / BASE.folder / "pipeline"
+
+
+def train(work: Path, stage: Stage, device: str = "cpu", seed: int = 0) -> None:
+    """Trains (or resumes) a stage under `work`, where the autoencoder is; leaves a folder `pipeline` in it."""
     torch.manual_seed(seed)
-    folder = work / "generator"
+    folder = work / stage.folder
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline = build(AutoencoderKLFlux2.from_pretrained(work / "vae" / "vae").eval().requires_grad_(False))
+    if stage.start is None:
+        pipeline = build(AutoencoderKLFlux2.from_pretrained(work / "vae" / "vae"))
+    else:
+        pipeline = Flux2KleinPipeline.from_pretrained(work / stage.start / "pipeline", dtype=torch.float32)
+    pipeline.vae.eval().requires_grad_(False)
     pipeline.to(device)
-    data = cache(pipeline, folder, seed)
+    data = cache(pipeline, work / BASE.folder, seed)
     session = Session(
-        folder, {"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model}, SCHEDULE
+        folder, {"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder.model}, stage.schedule
     )
     empty = token_ids(pipeline, [""])[0].cpu()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = torch_generator(seed, "generator", step)
-        editing = bool(torch.rand((), generator=rng) < EDIT_SHARE)
-        prefix, count = ("edit_", EDIT_BATCH) if editing else ("", SCHEDULE.batch)
+        rng = torch_generator(seed, stage.folder, step)
+        editing = bool(torch.rand((), generator=rng) < stage.edit_share)
+        prefix, count = ("edit_", EDIT_BATCH) if editing else ("", stage.schedule.batch)
         rows = torch.randint(len(data[prefix + "z"]), (count,), generator=rng)
         clean, ids = data[prefix + "z"][rows].float(), data[prefix + "ids"][rows].long()
         reference = data["edit_ref"][rows].float() if editing else None

@@ -22,10 +22,9 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 EVALUATION_SEED = 7
 
 
-def provenance(folder: Path, stages: Sequence[Path], command: str, metrics: dict[str, float]) -> None:
-    """Writes how the weights came to be: command, every stage's last log line, environment and metrics as saved."""
+def provenance(folder: Path, stages: Sequence[Path], metrics: dict[str, float]) -> None:
+    """Writes how the weights came to be: every stage's last log line, environment and metrics as saved."""
     content = {
-        "command": command,
         "stages": {s.name: json.loads((s / "log.jsonl").read_text().splitlines()[-1]) for s in stages},
         "environment": environment([]),
         "metrics": {k: round(v, 4) for k, v in metrics.items()},
@@ -41,9 +40,10 @@ def _fresh(name: str) -> Path:
 
 
 def package_generator(work: Path, prompts: int = 504, edits: int = 252) -> dict[str, float]:
-    """Ships `work/generator/pipeline`; returns metrics of the shipped files on the test split."""
+    """Ships the last stage's pipeline; returns metrics of the shipped files on the test split."""
     folder = _fresh("generator")
-    Flux2KleinPipeline.from_pretrained(work / "generator" / "pipeline", dtype=torch.float16).save_pretrained(folder)
+    source = generator.trained(work)
+    Flux2KleinPipeline.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
     pipeline = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
     rng = numpy_generator(EVALUATION_SEED, "package")
     specs = balanced_specs(prompts, rng, "test")
@@ -55,7 +55,8 @@ def package_generator(work: Path, prompts: int = 504, edits: int = 252) -> dict[
     noise = torch.stack([normal((16, 32), EVALUATION_SEED, "evaluation", i) for i in range(48)])
     shown = generator.sample(pipeline, [s.caption for s in specs[:48]], noise)
     grid(shown, columns=12, scale=3).save(folder / "samples.png")
-    provenance(folder, [work / "vae", work / "generator"], "vae, generator, package", metrics)
+    stages = list(dict.fromkeys([work / "vae", work / generator.BASE.folder, source.parent]))
+    provenance(folder, stages, metrics)
     return metrics
 
 
@@ -70,7 +71,7 @@ def package_reward(
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     metrics = rewards.pair_accuracy(model, processor, EVALUATION_SEED)
     metrics |= rewards.agreement(model, processor, *labelled)
-    provenance(folder, stages, f"{', '.join(s.name for s in stages)}, package", metrics)
+    provenance(folder, stages, metrics)
     return metrics
 
 

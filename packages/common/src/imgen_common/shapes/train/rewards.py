@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from imgen_common.config import Config
 from imgen_common.shapes.render import draw
 from imgen_common.shapes.scene import SIZE, Spec, Split, balanced_specs, hard_negative, sample_spec
-from imgen_common.shapes.train.generator import sample
+from imgen_common.shapes.train.generator import sample, trained
 from imgen_common.shapes.train.session import Schedule, Session
 from imgen_common.shapes.verify import verify
 from imgen_common.shapes.vocabulary import MAX_TOKENS, clip_tokenizer
@@ -217,8 +217,8 @@ def agreement(
     }
 
 
-TUNE_SCHEDULE = Schedule(steps=1200, batch=48, lr=6e-4, warmup=50, constant=0.2, ema=0.995, save_every=200)
-NUM_LABELLED = {"tune": 4800, "test": 600}
+TUNE_SCHEDULE = Schedule(steps=800, batch=48, lr=6e-4, warmup=50, constant=0.2, ema=0.995, save_every=200)
+NUM_LABELLED = {"tune": 3000, "test": 600}
 """Generated pictures labelled by the verifier: of the tuning split for training, of the test split for the AUC."""
 
 
@@ -248,7 +248,7 @@ def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
     bias = nn.Linear(1, 1, device=device)
     nn.init.constant_(bias.bias, -float(model.logit_scale.exp()) / 2)
     session = Session(folder, {"model": model, "bias": bias}, TUNE_SCHEDULE)
-    pipeline = Flux2KleinPipeline.from_pretrained(work / "generator" / "pipeline").to(device)
+    pipeline = Flux2KleinPipeline.from_pretrained(trained(work)).to(device)
     images, captions, verdicts = _labelled(folder, pipeline, "tune", seed)
     fresh = _labelled(folder, pipeline, "test", seed)
     right, wrong = verdicts.nonzero()[:, 0], (~verdicts).nonzero()[:, 0]
