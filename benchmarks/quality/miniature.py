@@ -48,6 +48,7 @@ from benchmarks.quality.miniature_cells import (
 )
 from benchmarks.quality.miniature_report import write_report
 from flowbp.config import TrainConfig
+from flowbp.data import is_shapes
 from imgen_common.config import load
 from imgen_common.errors import UserError, nearest, run_cli
 
@@ -147,7 +148,7 @@ def settings_of(recipe: TrainConfig, updates: int, seconds: float | None, rates:
     if len(set(rates)) < 2 or not all(0 < rate <= 1 and math.isfinite(rate) for rate in rates):
         raise UserError(f"--rates {list(rates)}: give at least two learning rates in (0, 1]")
     for source in (recipe.eval.prompts, recipe.eval.quick_prompts):
-        if not source.startswith("builtin:shapes/"):
+        if not is_shapes(source):
             raise UserError(f"{source}: the verifier reads captions of the shapes world; give builtin:shapes/SPLIT")
     if recipe.eval.prompts == recipe.eval.quick_prompts:
         raise UserError(f"{recipe.eval.prompts}: rates are chosen on eval.quick_prompts; they must differ")

@@ -193,7 +193,7 @@ class Bench:
             (config.eval.quick_prompts, config.eval.quick_num_prompts),
         )
         self.prompts = {
-            phase: (source, load_prompts(config.data.model_copy(update={"prompts": source}), number))
+            phase: (source, load_prompts(source, config.data.key, number))
             for phase, (source, number) in zip(("final", "search"), sources, strict=True)
         }
 

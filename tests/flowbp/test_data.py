@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from flowbp.config import DataConfig
 from flowbp.data import draw_prompts, load_prompts
 from imgen_common.errors import UserError
 from imgen_common.shapes.scene import parse_caption
 
 
 def load(source: object, key: str = "prompt", limit: int | None = None) -> list[str]:
-    return load_prompts(DataConfig(prompts=str(source), key=key), limit)
+    return load_prompts(str(source), key, limit)
 
 
 def test_a_text_file_gives_its_lines(tmp_path: Path) -> None:

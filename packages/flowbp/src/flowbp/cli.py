@@ -405,10 +405,11 @@ def _score(subjects: list["Subject"], config: "TrainConfig") -> list[Any]:
     """Evaluations of every subject by guidance scale."""
     from flowbp import inference
     from flowbp.progress import quiet_libraries
+    from flowbp.train import load_rewards
 
     texts = inference.evaluation_prompts(config)
     quiet_libraries()
-    scorers = inference.load_rewards(config, inference.device())
+    scorers = load_rewards(config, inference.device())
     with _bar() as tick:
         return [inference.score(one, texts, scorers, config, config.eval.guidance, tick) for one in subjects]
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from flowbp.config import DataConfig
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
 
@@ -13,20 +12,24 @@ BUILTIN = "builtin:shapes/"
 BUILTIN_COUNT = 3000
 
 
-def load_prompts(config: DataConfig, limit: int | None = None) -> list[str]:
-    """The prompts of a source, in order, at most `limit`.
+def is_shapes(source: str) -> bool:
+    """Whether a source's prompts are captions of the shapes world, which its verifier can judge."""
+    return source.startswith(BUILTIN)
+
+
+def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> list[str]:
+    """The prompts of a source (see `DataConfig.prompts`), in order, at most `limit`.
 
     `builtin:shapes/SPLIT` gives captions with the categories in turn, 3000 unless `limit` says otherwise.
     Raises UserError if the source is missing, empty, not UTF-8 or without the named column.
     """
-    source = config.prompts
     if source.startswith("builtin:"):
         prompts = _builtin(source, limit or BUILTIN_COUNT)
     else:
         path = Path(source)
         if not path.exists():
             raise UserError(f"{source}: no such prompt file or dataset folder; give .txt, .jsonl or a dataset folder")
-        prompts = _dataset(path, config.key) if path.is_dir() else _file(path, config.key)
+        prompts = _dataset(path, key) if path.is_dir() else _file(path, key)
     if not prompts:
         raise UserError(f"{source}: holds no prompt; give at least one")
     return prompts[:limit]

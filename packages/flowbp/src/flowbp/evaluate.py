@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,21 +65,35 @@ def shapes_verdicts(images: Tensor, prompts: Sequence[str]) -> tuple[list[float]
     return [float(v.ok) for v in verify(images, specs)], [s.category for s in specs]
 
 
-Batches = Callable[[Sequence[int]], tuple[Cond, Cond | None]]
-"""conditions(indices) -> conditioning of these prompts, and the negative one (one row) where guidance needs it."""
+Conditioner = Callable[[Sequence[str]], tuple[Cond, Cond | None]]
+"""conditions(prompts) -> their conditioning, and that of the negative prompt (one row) where guidance needs it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pictures of an evaluation are made: prompt i from noise stream (seed, i), whatever the batch."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    seed: int
+    batch_size: int
+
+
+class _Row(NamedTuple):
+    place: int
+    scores: dict[str, float]
+    group: str
+    picture: Tensor | None
 
 
 def evaluate(
     backbone: Backbone,
-    conditions: Batches,
+    conditions: Conditioner,
     prompts: Sequence[str],
     rewards: Mapping[str, Reward],
+    sampling: Sampling,
     *,
-    size: tuple[int, int],
-    steps: int,
-    guidance: float,
-    seed: int,
-    batch_size: int,
     verify: bool,
     num_images: int = 0,
     rank: int = 0,
@@ -86,19 +101,17 @@ def evaluate(
     gather: Callable[[list], list] = lambda rows: rows,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Generates one picture per prompt, prompt i from noise stream (seed, i), and scores it.
+    """Generates one picture per prompt and scores it.
 
-    rewards: by name.  verify: whether the prompts are captions of the shapes world.  rank, world, gather: prompts are
-    dealt out over processes and their rows collected.  tick: called with the number of prompts done.
+    rewards: by name.  verify: whether the prompts are captions of the shapes world.  num_images: pictures kept.
+    rank, world, gather: prompts are dealt out over processes and their rows collected.  tick: told how many are done.
     """
-    mine = list(range(rank, len(prompts), world))
-    rows: list[tuple[int, dict[str, float], str, Tensor | None]] = []
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
+    mine = range(rank, len(prompts), world)
+    rows: list[_Row] = []
+    for start in range(0, len(mine), sampling.batch_size):
+        indices = mine[start : start + sampling.batch_size]
         texts = [prompts[i] for i in indices]
-        cond, negative = conditions(indices)
-        noise = initial_noise(backbone, size, seed, "eval-noise", indices).to(next(iter(cond.values())).device)
-        images = generate(backbone, cond, negative, noise, size=size, steps=steps, guidance=guidance)
+        images = _pictures(backbone, *conditions(texts), indices, sampling)
         with torch.no_grad():
             scores = {name: reward(images, texts).tolist() for name, reward in rewards.items()}
         groups = [""] * len(texts)
@@ -106,14 +119,28 @@ def evaluate(
             scores["verifier"], groups = shapes_verdicts(images, texts)
         for at, i in enumerate(indices):
             picture = images[at].cpu() if i < num_images else None
-            rows.append((i, {name: values[at] for name, values in scores.items()}, groups[at], picture))
+            rows.append(_Row(i, {name: values[at] for name, values in scores.items()}, groups[at], picture))
         tick(len(rows))
-    rows = sorted(gather(rows), key=lambda row: row[0])
+    return _collected(prompts, sorted(gather(rows), key=lambda row: row[0]), verify)
+
+
+def _pictures(
+    backbone: Backbone, cond: Cond, negative: Cond | None, indices: Sequence[int], sampling: Sampling
+) -> Tensor:
+    noise = initial_noise(backbone, sampling.size, sampling.seed, "eval-noise", indices)
+    noise = noise.to(next(iter(cond.values())).device)
+    return generate(
+        backbone, cond, negative, noise, size=sampling.size, steps=sampling.steps, guidance=sampling.guidance
+    )
+
+
+def _collected(prompts: Sequence[str], rows: Sequence[_Row], verify: bool) -> Evaluation:
+    pictures = [row.picture for row in rows if row.picture is not None]
     return Evaluation(
         prompts=list(prompts),
-        scores={name: [row[1][name] for row in rows] for name in rows[0][1]},
-        groups=[row[2] for row in rows] if verify else None,
-        images=torch.stack([row[3] for row in rows if row[3] is not None]) if num_images else torch.empty(0),
+        scores={name: [row.scores[name] for row in rows] for name in rows[0].scores},
+        groups=[row.group for row in rows] if verify else None,
+        images=torch.stack(pictures) if pictures else torch.empty(0),
     )
 
 

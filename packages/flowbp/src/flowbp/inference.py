@@ -13,11 +13,11 @@ from torch import Tensor
 from flowbp import backbones
 from flowbp.compare import Change, Level, as_json, category_changes, changes, level, ordered
 from flowbp.config import TrainConfig
-from flowbp.data import load_prompts
+from flowbp.data import is_shapes, load_prompts
 from flowbp.evaluate import Evaluation, evaluate, generate
 from flowbp.launch import find_run, is_run
-from flowbp.train import Conditions, apply_trained
-from flowbp.types import Backbone, Cond, Reward, tile
+from flowbp.train import Conditions, apply_trained, sampling_of
+from flowbp.types import Backbone, Reward, tile
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.images import grid, to_pil
@@ -83,14 +83,6 @@ def slug(text: str) -> str:
     return "-".join(re.findall(r"\w+", text.lower()))[:60] or "picture"
 
 
-def load_rewards(config: TrainConfig, where: torch.device) -> dict[str, Reward]:
-    """The reward and the held-out one, if any."""
-    rewards: dict[str, Reward] = {"reward": config.reward.load(where)}
-    if config.heldout is not None:
-        rewards["heldout"] = config.heldout.load(where)
-    return rewards
-
-
 def score(
     one: Subject,
     prompts: Sequence[str],
@@ -103,21 +95,14 @@ def score(
     backbone = one.load(device())
     conditions = Conditions(backbone)
 
-    def batch(indices: Sequence[int]) -> tuple[Cond, Cond]:
-        return conditions([prompts[i] for i in indices])
-
     def at(scale: float) -> Evaluation:
         return evaluate(
             backbone,
-            batch,
+            conditions,
             prompts,
             rewards,
-            size=(config.model.height, config.model.width),
-            steps=config.eval.steps,
-            guidance=scale,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-            verify=config.eval.prompts.startswith("builtin:shapes/"),
+            sampling_of(config, scale),
+            verify=is_shapes(config.eval.prompts),
             tick=lambda done: tick(f"{one.label}, guidance {scale:g}", done, len(prompts)),
         )
 
@@ -126,7 +111,7 @@ def score(
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:
     """The prompts that `config.eval` asks for."""
-    return load_prompts(config.data.model_copy(update={"prompts": config.eval.prompts}), config.eval.num_prompts)
+    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
 
 
 def check_scale(scale: float) -> None:

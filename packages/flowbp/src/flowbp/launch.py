@@ -60,12 +60,12 @@ def check(config: TrainConfig, num_processes: int) -> Job:
     for scorer in (config.reward, config.heldout):
         if scorer is not None:
             hub.resolve(scorer.ref)
-    num_prompts = len(load_prompts(config.data))
+    num_prompts = len(load_prompts(config.data.prompts, config.data.key))
     for source, limit in (
         (config.eval.prompts, config.eval.num_prompts),
         (config.eval.quick_prompts, config.eval.quick_num_prompts),
     ):
-        load_prompts(config.data.model_copy(update={"prompts": source}), limit)
+        load_prompts(source, config.data.key, limit)
     backbone = backbones.skeleton(config.model.ref)
     size = (config.model.height, config.model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_steps, size))

@@ -18,9 +18,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from flowbp.config import Hinge, TrainConfig
-from flowbp.data import draw_prompts, load_prompts
+from flowbp.data import draw_prompts, is_shapes, load_prompts
 from flowbp.engine import backpropagate, rollout
-from flowbp.evaluate import Evaluation, evaluate, initial_noise
+from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
@@ -116,11 +116,23 @@ def load_parts(config: TrainConfig, device: torch.device) -> Parts:
     backbone = backbones.load(config.model.ref, device=device)
     if config.model.gradient_checkpointing:
         backbone.net.enable_gradient_checkpointing()
-    rewards = {"reward": config.reward.load(device)}
+    prompts = load_prompts(config.data.prompts, config.data.key)
+    parameters = trainable(backbone.net, config)
+    return Parts(backbone, load_rewards(config, device), prompts, Conditions(backbone), parameters)
+
+
+def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
+    """The reward and the held-out one, if any."""
+    rewards: dict[str, Reward] = {"reward": config.reward.load(device)}
     if config.heldout is not None:
         rewards["heldout"] = config.heldout.load(device)
-    prompts = load_prompts(config.data)
-    return Parts(backbone, rewards, prompts, Conditions(backbone), trainable(backbone.net, config))
+    return rewards
+
+
+def sampling_of(config: TrainConfig, guidance: float) -> Sampling:
+    """How `config` wants the pictures of its evaluations, at a guidance scale."""
+    size, evaluation = (config.model.height, config.model.width), config.eval
+    return Sampling(size, evaluation.steps, guidance, evaluation.seed, evaluation.batch_size)
 
 
 def rate(config: TrainConfig, update: int) -> float:
@@ -298,22 +310,14 @@ class Trainer:
         self, prompts: Sequence[str], source: str, guidance: float, reporter: Reporter, label: str
     ) -> Evaluation:
         """Pictures and scores of the network as it is now, at the evaluation's fixed seeds."""
-        config, accelerator = self.config.eval, self.accelerator
-
-        def conditions(indices: Sequence[int]) -> tuple[Cond, Cond]:
-            return self.parts.conditions([prompts[i] for i in indices])
-
+        accelerator = self.accelerator
         return evaluate(
             self.parts.backbone,
-            conditions,
+            self.parts.conditions,
             prompts,
             self.parts.rewards,
-            size=self.size,
-            steps=config.steps,
-            guidance=guidance,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            verify=source.startswith("builtin:shapes/"),
+            sampling_of(self.config, guidance),
+            verify=is_shapes(source),
             num_images=NUM_SHOWN,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
@@ -385,12 +389,8 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     run.rewind(trainer.update)
 
     # before the first update: the base model, at the seeds that everything is compared at
-    full_prompts = load_prompts(
-        config.data.model_copy(update={"prompts": config.eval.prompts}), config.eval.num_prompts
-    )
-    quick_prompts = load_prompts(
-        config.data.model_copy(update={"prompts": config.eval.quick_prompts}), config.eval.quick_num_prompts
-    )
+    full_prompts = load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
+    quick_prompts = load_prompts(config.eval.quick_prompts, config.data.key, config.eval.quick_num_prompts)
     if trainer.update == 0:
         full_evaluation(trainer, run, full_prompts, "base", reporter)
 
