@@ -25,6 +25,7 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "REWARD", variant)
     monkeypatch.setattr(rewards, "TUNE_SCHEDULE", short(rewards.TUNE_SCHEDULE))
     monkeypatch.setattr(rewards, "NUM_LABELLED", {"tune": 120, "test": 120})
+    monkeypatch.setattr(package, "NUM_EVALUATED", {"captions": 48, "edits": 12, "reconstructions": 12})
     monkeypatch.setattr(package, "WEIGHTS", tmp_path / "weights")
     labelled = torch.arange(120) % 2 == 0
     monkeypatch.setattr(rewards, "verify", lambda images, specs: [Verdict(bool(ok)) for ok in labelled])

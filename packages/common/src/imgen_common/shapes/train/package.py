@@ -20,6 +20,7 @@ from imgen_common.streams import normal, numpy_generator
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 EVALUATION_SEED = 7
+NUM_EVALUATED = {"captions": 504, "edits": 252, "reconstructions": 1000}
 
 
 def provenance(folder: Path, stages: Sequence[Path], metrics: dict[str, float]) -> None:
@@ -39,17 +40,17 @@ def _fresh(name: str) -> Path:
     return folder
 
 
-def package_generator(work: Path, prompts: int = 504, edits: int = 252) -> dict[str, float]:
+def package_generator(work: Path) -> dict[str, float]:
     """Ships the last stage's pipeline; returns metrics of the shipped files on the test split."""
     folder = _fresh("generator")
     source = generator.trained(work)
     Flux2KleinPipeline.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
     pipeline = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
     rng = numpy_generator(EVALUATION_SEED, "package")
-    specs = balanced_specs(prompts, rng, "test")
-    instructions = [sample_edit(rng, "test") for _ in range(edits)]
+    specs = balanced_specs(NUM_EVALUATED["captions"], rng, "test")
+    instructions = [sample_edit(rng, "test") for _ in range(NUM_EVALUATED["edits"])]
     metrics = generator.evaluate(pipeline, specs, instructions, EVALUATION_SEED, (1.0, 2.0))
-    images, checked = vae.pictures(1000, EVALUATION_SEED, "package-vae", 0)
+    images, checked = vae.pictures(NUM_EVALUATED["reconstructions"], EVALUATION_SEED, "package-vae", 0)
     held = accuracy(verify(vae.reconstruct(pipeline.vae, images), checked), checked)
     metrics |= {f"vae/{k}": v for k, v in held.items()}
     noise = torch.stack([normal((16, 32), EVALUATION_SEED, "evaluation", i) for i in range(48)])
