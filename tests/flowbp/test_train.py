@@ -16,6 +16,7 @@ from flowbp.methods import METHODS
 from flowbp.train import Parts, Trainer, load_parts
 from imgen_common.config import load
 
+TOLERANCE = 1e-10
 SMALL = ["num_steps=12", "batch_size=4", "eval.every=0", "eval.num_prompts=2", "eval.steps=2", "eval.guidance=[1.0]"]
 
 
@@ -34,7 +35,12 @@ def gradients(config: TrainConfig, accelerator: Accelerator | None = None) -> di
 
 @cache
 def parts() -> Parts:
-    return load_parts(config_of("refl"), torch.device("cpu"))
+    """In float64: batches of other sizes round otherwise, by 3e-6 of the gradient in float32."""
+    loaded = load_parts(config_of("refl"), torch.device("cpu"))
+    backbone = loaded.backbone
+    for module in (backbone.net, backbone.vae, backbone.text_encoder, *(r.model for r in loaded.rewards.values())):
+        module.double()
+    return loaded
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -48,8 +54,8 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_changes_nothing(method: str) -> None:
     whole, halves, singles = (gradients(config_of(method, f"micro_batch_size={n}")) for n in (4, 2, 1))
-    assert distance(whole, halves) < 1e-6
-    assert distance(whole, singles) < 1e-6
+    assert distance(whole, halves) < TOLERANCE
+    assert distance(whole, singles) < TOLERANCE
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     for method in METHODS:
-        assert distance(gradients(config_of(method)), load_file(tmp_path / f"{method}.safetensors")) < 1e-6
+        assert distance(gradients(config_of(method)), load_file(tmp_path / f"{method}.safetensors")) < TOLERANCE
 
 
 def _worker(folder: Path) -> None:

@@ -42,7 +42,7 @@ class LoraConfig(Config):
 class OptimConfig(Config):
     """AdamW."""
 
-    lr: Annotated[float, Gt(0), Le(1)] = 1e-4
+    lr: Annotated[float, Gt(0), Le(1)] = 3e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
     """Decay rates of the two moments."""
@@ -132,7 +132,7 @@ class TrainConfig(Config):
     """What is maximised."""
     heldout: RewardConfig | None = RewardConfig(ref="builtin:shapes/heldout")
     """A reward that is only watched, as a check against reward hacking; null: none."""
-    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = Hinge()
+    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = LogSigmoid(centre=18.4)
     """From score to loss."""
     guidance: Guidance = Guidance()
     """Classifier-free guidance of the training rollouts."""
