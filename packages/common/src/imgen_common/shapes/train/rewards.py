@@ -246,7 +246,7 @@ def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
     model, processor = CLIPModel.from_pretrained(source), CLIPProcessor.from_pretrained(source)
     model.to(device).train()
     bias = nn.Linear(1, 1, device=device)
-    nn.init.constant_(bias.bias, -float(model.logit_scale.exp()) / 2)
+    nn.init.constant_(bias.bias, -model.logit_scale.exp().item() / 2)
     session = Session(folder, {"model": model, "bias": bias}, TUNE_SCHEDULE)
     pipeline = Flux2KleinPipeline.from_pretrained(trained(work)).to(device)
     images, captions, verdicts = _labelled(folder, pipeline, "tune", seed)
