@@ -148,14 +148,7 @@ class Pictures:
     @classmethod
     def make(cls, backbone: Flux2, count: int, file: Path) -> "Pictures":
         """`count` random scenes, drawn and encoded, or read from `file` if they have been before."""
-        pipeline = Flux2KleinPipeline(
-            scheduler=backbone.scheduler,
-            vae=backbone.vae,
-            text_encoder=backbone.text_encoder,
-            tokenizer=backbone.tokenizer,
-            transformer=backbone.net,
-            is_distilled=False,
-        )
+        pipeline = backbone.pipe
         if not file.exists():
             latents, captions = encoded_scenes(pipeline, count)
             fresh = file.with_name(f"{file.stem}-{os.getpid()}.new")

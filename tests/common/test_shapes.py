@@ -24,6 +24,7 @@ from imgen_common.shapes.scene import (
     sample_spec,
     specs,
     split_of,
+    turned,
 )
 from imgen_common.shapes.verify import accuracy, detect, verify
 from imgen_common.shapes.vocabulary import MAX_TOKENS, WORDS, clip_tokenizer, qwen_tokenizer
@@ -160,3 +161,15 @@ def test_every_word_is_one_token() -> None:
     text = qwen.apply_chat_template([{"role": "user", "content": "a red circle"}], tokenize=False)
     assert qwen.convert_ids_to_tokens(qwen(text).input_ids) == ["Ġa", "Ġred", "Ġcircle", "<|im_end|>"]
     assert clip.decode(clip("odd wörds").input_ids, skip_special_tokens=True) == "odd wörds"
+
+
+def test_places_are_told_apart_by_a_negative_of_their_own() -> None:
+    from imgen_common.shapes.train.rewards import HELDOUT, batch_of
+
+    specs, negatives, images = batch_of(HELDOUT, 3)
+    assert len(specs) == len(images) == HELDOUT.schedule.batch
+    placed = [i for i, spec in enumerate(specs) if spec.place]
+    assert len(placed) >= HELDOUT.places * len(specs)
+    for i in placed:
+        assert negatives[i * HELDOUT.negatives] == turned(specs[i])
+        assert turned(turned(specs[i])) == specs[i]

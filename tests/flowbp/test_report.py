@@ -15,7 +15,7 @@ from flowbp.evaluate import Evaluation
 from flowbp.explain import inline_svg, linear_grid
 from flowbp.methods import METHODS
 from flowbp.plan import plan
-from flowbp.results import save_evaluation
+from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
@@ -146,6 +146,13 @@ def test_a_run_that_is_not_finished_says_so(run: Path) -> None:
     _, page = read(run)
     assert "Not finished: 30 of 30 updates are done" in page.text
     assert not page.images
+
+
+def test_an_evaluation_made_again_leaves_nothing_of_the_one_before(run: Path) -> None:
+    save_evaluation(run, "base", 1.0, Evaluation(["a"], {"reward": [0.5]}, None, torch.rand(1, 3, 8, 8)))
+    assert len(load_evaluations(run)["base", 1.0].pictures) == 1
+    drop_evaluations(run, "trained")
+    assert sorted(load_evaluations(run)) == [("base", 1.0), ("base", 2.0)]
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:

@@ -1,15 +1,24 @@
-"""The CLIP reward: its preprocessing, its scale and its gradient."""
+"""The rewards: preprocessing, published scales, gradients, and the originals' scores on the same weights."""
+
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden.inputs import TOKENS, weights
+from golden.inputs import pictures as waves
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from flowbp.rewards import RewardConfig
-from flowbp.rewards.clip import ClipReward
+from flowbp.rewards import RewardConfig, convert
+from flowbp.rewards.clip import AestheticReward, ClipReward
+from flowbp.rewards.head import PLACES
+from flowbp.rewards.image_reward import ImageReward
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.shapes.vocabulary import clip_tokenizer
 
 REF = "builtin:shapes/heldout"
 PROMPTS = ["a red circle", "two blue crosses"]
@@ -61,5 +70,113 @@ def test_the_gradient_is_the_slope(reward: ClipReward) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(UserError, match="allowed: clip"):
+    with pytest.raises(UserError, match="made of a 'clip' model, this is a 'qwen3'"):
         RewardConfig(ref=str(hub.resolve("builtin:shapes/generator") / "text_encoder")).load()
+    with pytest.raises(UserError, match="made of a 'blip' model"):
+        RewardConfig(kind="imagereward", ref=REF).load()
+    with pytest.raises(UserError, match=r"no head\.safetensors in it"):
+        RewardConfig(kind="aesthetic", ref=REF).load()
+
+
+# --- published checkpoints --------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "rewards.json").read_text())
+"""Scores of the original packages on tiny weights that are functions of their names; made by `golden/make.py`."""
+
+
+class Ids:
+    """A tokenizer that answers with the ids the goldens were made with."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.ids = torch.tensor(rows)
+
+    def __call__(self, prompts: list[str], **_: object) -> BatchEncoding:
+        return BatchEncoding({"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)})
+
+
+def published(name: str) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(weights(key, tuple(shape))) for key, shape in GOLDEN[name]["shapes"].items()}
+
+
+def golden_clip(folder: Path) -> ClipReward:
+    convert.save_clip(convert.open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
+    reward = RewardConfig(kind="hpsv2", ref=str(folder)).load()
+    reward.tokenizer = Ids([[*row[:-1], 39] for row in TOKENS])
+    return reward
+
+
+def golden_image_reward(folder: Path) -> ImageReward:
+    folder.mkdir()
+    convert.save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
+    reward = RewardConfig(kind="imagereward", ref=str(folder)).load()
+    reward.tokenizer = Ids(TOKENS)
+    return reward
+
+
+def golden_aesthetic(folder: Path) -> AestheticReward:
+    shutil.copytree(hub.resolve(REF), folder.parent / "clip")
+    widths = (64, 1024, 128, 64, 16, 1)
+    shapes = {f"layers.{i}.weight": (b, a) for i, a, b in zip(PLACES, widths, widths[1:], strict=False)}
+    shapes |= {f"layers.{i}.bias": (b,) for i, b in zip(PLACES, widths[1:], strict=True)}
+    torch.save({k: torch.from_numpy(weights(k, v)) for k, v in shapes.items()}, folder.parent / "head.pth")
+    convert.convert("aesthetic", folder.parent / "head.pth", str(folder.parent / "clip"), folder)
+    return RewardConfig(kind="aesthetic", ref=str(folder)).load()
+
+
+MAKERS = {"open_clip": golden_clip, "image_reward": golden_image_reward, "aesthetic": golden_aesthetic}
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56)])
+@pytest.mark.parametrize("name", ["open_clip", "image_reward"])
+def test_scores_are_those_of_the_original_package(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    reward = MAKERS[name](tmp_path / name)
+    scores = reward(torch.from_numpy(waves(*size)), ["", ""])
+    assert scores.tolist() == pytest.approx(GOLDEN[name]["scores"][f"{size[0]}x{size[1]}"], abs=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_gradient_is_the_slope(name: str, tmp_path: Path) -> None:
+    reward = MAKERS[name](tmp_path / name)
+    for part in vars(reward).values():
+        for module in (part, getattr(part, "model", None)):
+            if isinstance(module, torch.nn.Module):
+                module.double()
+    images = pictures(40, 56).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        up, down = (reward(images + step * direction, PROMPTS).sum() for step in (1e-6, -1e-6))
+    assert ((up - down) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3)
+    assert gradient.abs().max() > 0
+
+
+def test_prompts_do_not_matter_to_aesthetics(tmp_path: Path) -> None:
+    reward = golden_aesthetic(tmp_path / "aesthetic")
+    assert torch.equal(reward(pictures(32, 32), PROMPTS), reward(pictures(32, 32), ["", ""]))
+
+
+def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "HPS.pt", tmp_path / "tokenizer"
+    clip_tokenizer().save_pretrained(tokenizer)
+    state = published("open_clip")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items() if k != "ln_final.bias"}}, file)
+    with pytest.raises(UserError, match=r"not a checkpoint of hpsv2: ln_final\.bias is missing"):
+        convert.convert("hpsv2", file, str(tokenizer), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["HPS.pt", "tokenizer"]
+    with pytest.raises(UserError, match="exists already"):
+        convert.convert("hpsv2", file, str(tokenizer), tokenizer)
+    with pytest.raises(UserError, match="no tokenizer there"):
+        convert.tokenizer_of(str(tmp_path / "nothing"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return print, ("run",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="anything else is not unpickled"):
+        convert.read(tmp_path / "evil.pt")
+    assert capsys.readouterr().out == ""

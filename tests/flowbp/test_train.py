@@ -38,8 +38,15 @@ def parts() -> Parts:
     """In float64: batches of other sizes round otherwise, by 3e-6 of the gradient in float32."""
     loaded = load_parts(config_of("refl"), torch.device("cpu"))
     backbone = loaded.backbone
-    for module in (backbone.net, backbone.vae, backbone.text_encoder, *(r.model for r in loaded.rewards.values())):
+    for module in (
+        backbone.net,
+        backbone.pipe.vae,
+        backbone.pipe.text_encoder,
+        *(r.model for r in loaded.rewards.values()),
+    ):
         module.double()
+    single = loaded.backbone.velocity
+    loaded.backbone.velocity = lambda x, sigma, cond: single(x.double(), sigma.double(), cond)
     return loaded
 
 

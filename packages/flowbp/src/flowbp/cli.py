@@ -499,3 +499,43 @@ def prefetch(
 
     for ref in refs:
         print(hub.prefetch(ref))
+
+
+@app.command("convert-reward")
+def convert_reward(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, imagereward or aesthetic.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint (.pt, .pth, .safetensors).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    companion: Annotated[
+        str,
+        typer.Option(
+            "--with",
+            metavar="REF",
+            help="Where the checkpoint's other half is: for hpsv2 any CLIP tokenizer, for imagereward that of "
+            "bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
+        ),
+    ],
+) -> None:
+    """Make a published reward checkpoint, which is a pickle, a folder of safetensors that reward.ref can name. Only
+    tensors in plain containers are read from it; nothing in it is run. PickScore and CLIP need no conversion.
+
+    Example:
+
+    \b
+      flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14
+      flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased
+      flowbp train --set reward.kind=hpsv2 --set reward.ref=rewards/hpsv2
+    """
+    with _busy("converting"):
+        from typing import get_args
+
+        from flowbp.progress import quiet_libraries
+        from flowbp.rewards.convert import Convertible, convert
+        from imgen_common.errors import nearest
+
+        kinds: tuple[Convertible, ...] = get_args(Convertible)
+        if kind not in kinds:
+            raise UserError(f"{kind!r}: no such kind{nearest(kind, kinds)}; allowed: {', '.join(kinds)}")
+        quiet_libraries()
+        folder = convert(kind, file, companion, out)
+    print(folder)

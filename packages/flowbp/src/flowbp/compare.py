@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ FEWEST = 10
 """Prompts below which no verdict is given."""
 
 
+@runtime_checkable
 class Scored(Protocol):
     """What an `Evaluation` and one read back from disk have in common."""
 

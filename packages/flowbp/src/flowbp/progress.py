@@ -2,12 +2,12 @@
 
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -39,15 +39,15 @@ class Silent:
 
 
 class JsonLines(Silent):
-    """One JSON object a line for every event, to a stream."""
+    """One JSON object for every event, to `write`."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
 
     def event(self, event: str, **values: Any) -> None:
         """Write {"event": event, ...}; numbers that are not finite become null."""
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        print(json.dumps({"event": event} | line), file=self._stream, flush=True)
+        self._write(json.dumps({"event": event} | line))
 
     def stage(self, text: str) -> None:
         self.event("stage", text=text)
@@ -201,7 +201,7 @@ def reporter(num_updates: int, *, is_main: bool, as_json: bool) -> Silent:
     if not is_main:
         return Silent()
     if as_json:
-        return JsonLines(sys.stdout)
+        return JsonLines(partial(print, flush=True))
     from rich.console import Console
 
     console = Console()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,16 @@ class Saved:
     pictures: list[Path]
 
 
+def folder_of(run: Path, name: str, guidance: float) -> Path:
+    """Where an evaluation of a run is kept."""
+    return run / "evaluations" / f"{name}-g{guidance:g}"
+
+
 def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluation) -> Path:
     """Writes the pictures, then the scores, so that a folder with scores is whole."""
-    folder = run / "evaluations" / f"{name}-g{guidance:g}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(run, name, guidance)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     if len(evaluation.images):
         for i, picture in enumerate(to_pil(evaluation.images)):
             picture.save(folder / f"{i:03d}.png")
@@ -48,3 +55,10 @@ def load_evaluations(run: Path) -> dict[tuple[str, float], Saved]:
         pictures = sorted(p for p in file.parent.glob("*.png") if re.fullmatch(r"\d+", p.stem))
         found[(content["name"], content["guidance"])] = Saved(pictures=pictures, **content)
     return found
+
+
+def drop_evaluations(run: Path, name: str) -> None:
+    """Removes those of a state that the run has left behind."""
+    for key, saved in load_evaluations(run).items():
+        if saved.name == name:
+            shutil.rmtree(folder_of(run, *key))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
-from flowbp.results import save_evaluation
+from flowbp.results import drop_evaluations, save_evaluation
 from flowbp.types import Backbone, Cond, Reward, take
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
@@ -40,6 +40,7 @@ NUM_SHOWN = 48
 """Pictures kept of every evaluation."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """How a run tells a person what it is doing."""
 
@@ -111,10 +112,13 @@ def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
 
 def load_parts(config: TrainConfig, device: torch.device) -> Parts:
     """Loads the generator, the rewards and the prompts that the configuration names."""
+    from diffusers import ModelMixin
+
     from flowbp import backbones
 
     backbone = backbones.load(config.model.ref, device=device)
     if config.model.gradient_checkpointing:
+        assert isinstance(backbone.net, ModelMixin)
         backbone.net.enable_gradient_checkpointing()
     prompts = load_prompts(config.data.prompts, config.data.key)
     parameters = trainable(backbone.net, config)
@@ -393,6 +397,8 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     quick_prompts = load_prompts(config.eval.quick_prompts, config.data.key, config.eval.quick_num_prompts)
     if trainer.update == 0:
         full_evaluation(trainer, run, full_prompts, "base", reporter)
+    if run.is_main and trainer.update < config.num_updates:
+        drop_evaluations(run.path, "trained")
 
     reporter.stage("training")
     with Interrupt() as interrupt:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,7 @@ class Trajectory:
     x_end: Tensor
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """One model family behind one small adapter; knows no LoRA, EMA, checkpoints or guidance."""
 
@@ -67,6 +68,7 @@ class Backbone(Protocol):
         """Pictures "b 3 h w" in [0, 1], differentiable."""
 
 
+@runtime_checkable
 class Reward(Protocol):
     """A differentiable score of pictures; larger is better."""
 

@@ -283,6 +283,11 @@ def hard_negative(spec: Spec, rng: np.random.Generator) -> Spec:
             return candidate
 
 
+def turned(spec: Spec) -> Spec:
+    """The same things with their position or relation turned round."""
+    return replace(spec, place=(OPPOSITE | OPPOSITE_POSITION)[spec.place])
+
+
 def _mutate(spec: Spec, rng: np.random.Generator) -> Spec:
     things = list(spec.things)
     moves = ["colour", "shape", "number"]
@@ -306,7 +311,7 @@ def _mutate(spec: Spec, rng: np.random.Generator) -> Spec:
         a, b = things
         things = [Thing(b.colour, a.shape), Thing(a.colour, b.shape)]
     elif move == "turn":
-        return replace(spec, place=(OPPOSITE | OPPOSITE_POSITION)[spec.place])
+        return turned(spec)
     elif spec.category == "count":
         number = int(_other(["1", "2", "3"], str(len(things)), rng))
         return Spec("count" if number > 1 else "single", (things[0],) * number)

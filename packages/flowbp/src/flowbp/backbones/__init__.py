@@ -1,8 +1,9 @@
 """One small adapter per model family; `load` picks it by what the folder says."""
 
+import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imgen_common import hub
 from imgen_common.errors import UserError
@@ -10,34 +11,35 @@ from imgen_common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from flowbp.backbones.flux2 import Flux2
+    from flowbp.types import Backbone
 
-FAMILIES = ("Flux2KleinPipeline",)
+FAMILIES = {
+    "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
+    "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
+    "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
+}
+"""Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
 
 
-def load(ref: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu") -> "Flux2":
+def load(ref: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu") -> "Backbone":
     """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`).
 
     Raises UserError for a missing or half-downloaded model, one of another family, or a step-distilled one.
     """
-    folder = _checked(ref)
-    from flowbp.backbones.flux2 import Flux2
-
-    return Flux2.load(folder, dtype=dtype, device=device)
+    folder, adapter = _checked(ref)
+    return adapter.load(folder, dtype=dtype, device=device)
 
 
-def skeleton(ref: str) -> "Flux2":
+def skeleton(ref: str) -> "Backbone":
     """The backbone that `ref` names, every weight on the meta device: `encode`, `velocity` and `decode` do not work.
 
     Gives noise levels, picture sizes and layer names at the cost of its JSON files.  Raises what `load` raises.
     """
-    folder = _checked(ref)
-    from flowbp.backbones.flux2 import Flux2
-
-    return Flux2.skeleton(folder)
+    folder, adapter = _checked(ref)
+    return adapter.skeleton(folder)
 
 
-def _checked(ref: str) -> Path:
+def _checked(ref: str) -> tuple[Path, Any]:
     folder = hub.resolve(ref)
     index = folder / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
@@ -48,4 +50,5 @@ def _checked(ref: str) -> Path:
         )
     if content.get("is_distilled"):
         raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
-    return folder
+    module, name = FAMILIES[family]
+    return folder, getattr(importlib.import_module(module), name)

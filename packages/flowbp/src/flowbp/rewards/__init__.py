@@ -1,6 +1,8 @@
 """Differentiable rewards: pictures in [0, 1] and prompts in, one score per picture out, larger is better."""
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from imgen_common import hub
 from imgen_common.config import Config
@@ -9,23 +11,48 @@ from imgen_common.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from flowbp.rewards.clip import ClipReward
+    from flowbp.types import Reward
+
+Kind = Literal["clip", "clipscore", "hpsv2", "aesthetic", "imagereward"]
+MODEL_TYPES: dict[Kind, str] = {
+    "clip": "clip",
+    "clipscore": "clip",
+    "hpsv2": "clip",
+    "aesthetic": "clip",
+    "imagereward": "blip",
+}
+"""transformers' name of the model under each kind."""
 
 
 class RewardConfig(Config):
     """A reward model."""
 
+    kind: Kind = "clip"
+    """What is made of the model: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
+    `hpsv2` the cosine of bordered pictures (HPSv2.1), `aesthetic` the LAION predictor, `imagereward` ImageReward."""
     ref: str
-    """Folder of a transformers `CLIPModel`: `builtin:...`, a path, or `org/name@revision`."""
+    """Its folder: `builtin:...`, a path, or `org/name@revision`; published pickles first go through
+    `flowbp convert-reward`."""
 
-    def load(self, device: "torch.device | str" = "cpu") -> "ClipReward":
+    def load(self, device: "torch.device | str" = "cpu") -> "Reward":
         """The frozen reward.  Raises UserError if the folder holds another kind of model."""
-        import json
-
         folder = hub.resolve(self.ref)
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        if kind != "clip":
-            raise UserError(f"{self.ref}: reward models of type {kind!r} are not supported; allowed: clip")
-        from flowbp.rewards.clip import ClipReward
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        if found != MODEL_TYPES[self.kind]:
+            raise UserError(
+                f"{self.ref}: a reward of kind {self.kind!r} is made of a {MODEL_TYPES[self.kind]!r} model, this is a "
+                f"{found!r}; kinds are {', '.join(MODEL_TYPES)}"
+            )
+        return _load(self.kind, folder, device)
 
-        return ClipReward.load(folder, device=device)
+
+def _load(kind: Kind, folder: Path, device: "torch.device | str") -> "Reward":
+    if kind == "imagereward":
+        from flowbp.rewards.image_reward import ImageReward
+
+        return ImageReward.load(folder, device=device)
+    from flowbp.rewards.clip import AestheticReward, ClipReward
+
+    if kind == "aesthetic":
+        return AestheticReward.load(folder, device=device)
+    return ClipReward.load(folder, device=device, cosine=kind != "clip", letterbox=kind == "hpsv2")

@@ -1,52 +1,69 @@
-"""Contrastive picture-text scores (PickScore and its kin) over transformers' `CLIPModel`."""
+"""Scores over transformers' `CLIPModel`: PickScore and its kin, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import interpolate, normalize
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+
+from flowbp.rewards import preprocess
+from flowbp.rewards.head import load_head
 
 
 class ClipReward:
-    """score = exp(logit_scale) cos(picture, prompt), the scale that PickScore publishes."""
+    """score = exp(logit_scale) cos(picture, prompt), the scale that PickScore publishes; a cosine with `cosine`.
 
-    def __init__(self, model: CLIPModel, processor: CLIPImageProcessor, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    letterbox: pictures are scaled to fit and get borders, as HPSv2 does, instead of being cropped.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        processor: CLIPImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cosine: bool = False,
+        letterbox: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.cosine, self.letterbox = model, tokenizer, cosine, letterbox
         self.size: int = processor.size["shortest_edge"]
         self.crop = (processor.crop_size["height"], processor.crop_size["width"])
-        self.mean, self.std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
         self.max_tokens: int = model.config.text_config.max_position_embeddings
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ClipReward":
+    def load(
+        cls, folder: Path, *, device: torch.device | str = "cpu", cosine: bool = False, letterbox: bool = False
+    ) -> "ClipReward":
         """Frozen float32 reward from a transformers folder with its image processor and tokenizer."""
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model.to(device).eval().requires_grad_(False), processor, tokenizer)
+        frozen = model.to(device).eval().requires_grad_(False)
+        return cls(frozen, processor, tokenizer, cosine=cosine, letterbox=letterbox)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
-        """Shorter side to `size` (bicubic, antialiased), centre crop, normalised: the processor's steps with gradient.
+        """Resized, cropped or bordered, normalised: the processor's steps with gradient.
 
         Differs from the processor on uint8 pictures by its rounding to 1/255 only.
         """
-        height, width = images.shape[-2:]
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            target = (round(height * scale), round(width * scale))
-            images = interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
-        top, left = (images.shape[-2] - self.crop[0]) // 2, (images.shape[-1] - self.crop[1]) // 2
-        images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
-        mean, std = (t.to(images).view(3, 1, 1) for t in (self.mean, self.std))
-        return (images - mean) / std
+        if self.letterbox:
+            images = preprocess.letterbox(images, self.size)
+        else:
+            images = preprocess.crop_square(images, self.size, self.crop)
+        return preprocess.normalise(images, self.mean, self.std)
+
+    def picture(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit picture features."""
+        return normalize(self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output, dim=-1)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of pictures in [0, 1] for their prompts."""
-        picture = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
-        return self.model.logit_scale.exp() * (normalize(picture, dim=-1) * self.text(prompts)).sum(-1)
+        cosine = (self.picture(images) * self.text(prompts)).sum(-1)
+        return cosine if self.cosine else self.model.logit_scale.exp() * cosine
 
     @torch.no_grad()
     def text(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
@@ -56,3 +73,20 @@ class ClipReward:
         ).to(self.model.device)
         features = self.model.get_text_features(**batch).pooler_output
         return normalize(features, dim=-1)
+
+
+class AestheticReward:
+    """The LAION aesthetic predictor: a head over unit picture features, about 1 (worst) to 10; prompts are ignored."""
+
+    def __init__(self, clip: ClipReward, head: nn.Module) -> None:
+        self.clip, self.head = clip, head
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "AestheticReward":
+        """Frozen float32 reward from a `CLIPModel` folder with `head.safetensors` in it."""
+        clip = ClipReward.load(folder, device=device)
+        return cls(clip, load_head(folder, clip.model.config.projection_dim, device))
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """Scores of pictures in [0, 1]."""
+        return self.head(self.clip.picture(images)).squeeze(-1)

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate, mse_loss
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from imgen_common.config import Config
-from imgen_common.shapes.edits import Edit, sample_edit, verify_edits
+from imgen_common.shapes.edits import EDIT_KINDS, Edit, sample_edit, verify_edits
 from imgen_common.shapes.render import draw, render
 from imgen_common.shapes.scene import Spec, balanced_specs, sample_spec
 from imgen_common.shapes.train.session import Schedule, Session
@@ -52,8 +52,8 @@ BASE = Stage(
 REFINE = Stage(
     folder="generator-refined",
     start="generator",
-    edit_share=0.6,
-    schedule=Schedule(steps=9000, batch=64, lr=1e-3, warmup=100, constant=0.4, ema=0.9985, save_every=1000),
+    edit_share=0.8,
+    schedule=Schedule(steps=4000, batch=64, lr=1e-3, warmup=100, constant=0.4, ema=0.9985, save_every=1000),
 )
 """Longer, and mostly editing, which is learnt later than drawing."""
 EDIT_BATCH = 32
@@ -235,30 +235,36 @@ def evaluate(
     """Verifier accuracy by category and edit accuracy by kind, at equal noise for every guidance scale."""
     result: dict[str, float] = {}
     noise = torch.stack([normal((16, 32), seed, "evaluation", i) for i in range(max(len(specs), len(edits)))])
+    before, _ = edit_pictures(edits)
+    reference = encode(pipeline, enlarge(before))
+    captions, instructions = [s.caption for s in specs], [e.instruction for e in edits]
     for scale in guidance:
-        images = torch.cat(
-            [
-                sample(
-                    pipeline,
-                    [s.caption for s in specs[i : i + 128]],
-                    noise[i : min(i + 128, len(specs))],
-                    guidance=scale,
-                )
-                for i in range(0, len(specs), 128)
-            ]
-        )
-        scores = accuracy(verify(images, specs), specs)
+        scores = accuracy(verify(in_parts(pipeline, captions, noise, scale), specs), specs)
         result |= {f"cfg{scale:g}/{k}": v for k, v in scores.items()}
-    if edits:
-        before, _ = edit_pictures(edits)
-        images = sample(
-            pipeline, [e.instruction for e in edits], noise[: len(edits)], reference=encode(pipeline, enlarge(before))
-        )
-        held = verify_edits(images, edits)
-        for kind in ("all", *sorted({e.kind for e in edits})):
+        held = verify_edits(in_parts(pipeline, instructions, noise, scale, reference), edits)
+        for kind in ("all", *EDIT_KINDS):
             chosen = [h for h, e in zip(held, edits, strict=True) if kind in ("all", e.kind)]
-            result[f"edit/{kind}"] = sum(chosen) / len(chosen)
+            result[f"edit-cfg{scale:g}/{kind}"] = sum(chosen) / len(chosen)
     return result
+
+
+def in_parts(
+    pipeline: Flux2KleinPipeline, texts: Sequence[str], noise: Tensor, guidance: float, reference: Tensor | None = None
+) -> Tensor:
+    """`sample` in batches of 128; the first len(texts) rows of the noise are used."""
+    parts = [slice(i, min(i + 128, len(texts))) for i in range(0, len(texts), 128)]
+    return torch.cat(
+        [
+            sample(
+                pipeline,
+                texts[rows],
+                noise[rows],
+                guidance=guidance,
+                reference=None if reference is None else reference[rows],
+            )
+            for rows in parts
+        ]
+    )
 
 
 def trained(work: Path) -> Path:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2KleinPipeline
-from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from imgen_common.images import grid
@@ -61,17 +60,15 @@ def package_generator(work: Path) -> dict[str, float]:
     return metrics
 
 
-def package_reward(
-    name: str, source: Path, stages: Sequence[Path], labelled: tuple[Tensor, list[str], Tensor]
-) -> dict[str, float]:
-    """Ships one reward model; labelled: (images, captions, verdicts) of fresh generated pictures of the test split."""
+def package_reward(name: str, source: Path, stages: Sequence[Path], fresh: rewards.Labelled) -> dict[str, float]:
+    """Ships one reward model; fresh: generated pictures of the test split that it has never seen."""
     folder = _fresh(name)
     processor = CLIPProcessor.from_pretrained(source)
     CLIPModel.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
     processor.save_pretrained(folder)
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     metrics = rewards.pair_accuracy(model, processor, EVALUATION_SEED)
-    metrics |= rewards.agreement(model, processor, *labelled)
+    metrics |= rewards.agreement(model, processor, fresh)
     provenance(folder, stages, metrics)
     return metrics
 
@@ -80,8 +77,8 @@ def package(work: Path) -> None:
     """Ships the generator, the tuned reward and the held-out reward, and prints what the shipped files score."""
     shipped = {"generator": package_generator(work)}
     pipeline = Flux2KleinPipeline.from_pretrained(WEIGHTS / "generator", dtype=torch.float32)
-    labelled = rewards.label(pipeline, "test", EVALUATION_SEED)
+    fresh = rewards.label(pipeline, "test", EVALUATION_SEED)
     tuned = [work / "reward", work / "reward-tuned"]
-    shipped["reward"] = package_reward("reward", work / "reward-tuned" / "model", tuned, labelled)
-    shipped["heldout"] = package_reward("heldout", work / "heldout" / "model", [work / "heldout"], labelled)
+    shipped["reward"] = package_reward("reward", work / "reward-tuned" / "model", tuned, fresh)
+    shipped["heldout"] = package_reward("heldout", work / "heldout" / "model", [work / "heldout"], fresh)
     print(json.dumps(shipped, indent=2))

@@ -1,6 +1,8 @@
 """The miniature's two `CLIPModel`s: a training reward and a held-out one, independent in every draw."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from imgen_common.config import Config
 from imgen_common.shapes.render import draw
-from imgen_common.shapes.scene import SIZE, Spec, Split, balanced_specs, hard_negative, sample_spec
+from imgen_common.shapes.scene import SIZE, Spec, Split, balanced_specs, hard_negative, sample_spec, turned
 from imgen_common.shapes.train.generator import sample, trained
 from imgen_common.shapes.train.session import Schedule, Session
 from imgen_common.shapes.verify import verify
@@ -40,18 +42,25 @@ class Variant(Config):
     """Share of pictures that are blurred."""
     shift: int
     """Largest shift of the picture in pixels."""
+    places: float
+    """Least share of pictures whose caption names a place."""
     schedule: Schedule
     """Length and rate of the training."""
 
 
 REWARD = Variant(
-    seed=1, width=96, vision_layers=3, text_layers=2, negatives=3, noise=0.12, blur=0.3, shift=0,
-    schedule=Schedule(steps=3000, batch=64, lr=1.5e-3, constant=0.5, ema=0.998, save_every=500),
+    seed=1, width=96, vision_layers=3, text_layers=2, negatives=3, noise=0.12, blur=0.3, shift=0, places=0.5,
+    schedule=Schedule(steps=4500, batch=64, lr=1.2e-3, constant=0.5, ema=0.998, save_every=500),
 )  # fmt: skip
 HELDOUT = Variant(
-    seed=777, width=80, vision_layers=4, text_layers=3, negatives=2, noise=0.06, blur=0.5, shift=1,
-    schedule=Schedule(steps=3000, batch=64, lr=1.2e-3, constant=0.5, ema=0.997, save_every=500),
+    seed=777, width=80, vision_layers=4, text_layers=3, negatives=2, noise=0.06, blur=0.5, shift=1, places=0.4,
+    schedule=Schedule(steps=3500, batch=64, lr=1.2e-3, constant=0.5, ema=0.997, save_every=500),
 )  # fmt: skip
+
+
+WORD_SCALE, POSITION_SCALE = 0.3, 0.5
+"""Fresh words and positions.  With transformers' own 0.02 neither tower ever says left from right: each side's part in
+the product with the other is too small to be learnt."""
 
 
 def build(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
@@ -83,7 +92,19 @@ def build(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
         text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64, logit_scale_init_value=2.3
     )
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return CLIPModel(config), CLIPProcessor(images, tokenizer)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=WORD_SCALE)
+        model.vision_model.embeddings.position_embedding.weight[1:] += POSITION_SCALE * waves(SIZE // 4, width)
+    return model, CLIPProcessor(images, tokenizer)
+
+
+def waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of the rows, then of the columns, of a square of patches, (side^2, width)."""
+    phases = torch.arange(side)[:, None] / side * math.pi * torch.exp(torch.linspace(0, math.log(8), width // 4))
+    axis = torch.cat([phases.sin(), phases.cos()], dim=1)
+    shape = (side, side, -1)
+    return torch.cat([axis[:, None].expand(shape), axis[None].expand(shape)], dim=-1).reshape(side * side, width)
 
 
 def image_features(model: CLIPModel, processor: CLIPProcessor, images: Tensor) -> Tensor:
@@ -120,6 +141,9 @@ def augment(images: Tensor, variant: Variant, rng: torch.Generator) -> Tensor:
     return (images + level * torch.randn(images.shape, generator=rng)).clamp(0, 1)
 
 
+HARD_WEIGHT = 2.0
+
+
 def contrast(
     model: CLIPModel, images: Tensor, texts: Tensor, keys: Sequence[tuple], negatives: int
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +163,11 @@ def contrast(
     logits = logits.masked_fill(same, -1e4)
     hard = torch.cat([logits.diagonal()[:, None], logits.gather(1, own)], dim=1)
     zeros = torch.zeros_like(rows)
-    loss = cross_entropy(logits, rows) + 0.5 * cross_entropy(logits[:, :n].T, rows) + cross_entropy(hard, zeros)
+    loss = (
+        cross_entropy(logits, rows)
+        + 0.5 * cross_entropy(logits[:, :n].T, rows)
+        + HARD_WEIGHT * cross_entropy(hard, zeros)
+    )
     return loss, (hard.argmax(1) == 0).float().mean()
 
 
@@ -159,10 +187,21 @@ def pair_accuracy(model: CLIPModel, processor: CLIPProcessor, seed: int, count: 
 
 
 def batch_of(variant: Variant, step: int) -> tuple[list[Spec], list[Spec], Tensor]:
-    """Captions, their negatives (caption-major) and augmented true pictures of one update."""
+    """Captions, their negatives (caption-major) and augmented true pictures of one update.
+
+    Where a caption names a place, its first negative is the same caption with the place turned round.
+    """
     rng = numpy_generator(variant.seed, "reward", step)
-    specs = [sample_spec(rng) for _ in range(variant.schedule.batch)]
-    negatives = [hard_negative(s, rng) for s in specs for _ in range(variant.negatives)]
+    specs: list[Spec] = []
+    while len(specs) < variant.schedule.batch:
+        spec = sample_spec(rng)
+        if spec.place or len(specs) >= variant.places * variant.schedule.batch:
+            specs.append(spec)
+    negatives = [
+        turned(spec) if spec.place and i == 0 else hard_negative(spec, rng)
+        for spec in specs
+        for i in range(variant.negatives)
+    ]
     images = augment(torch.from_numpy(draw(specs, rng)), variant, torch_generator(variant.seed, "augment", step))
     return specs, negatives, images
 
@@ -201,13 +240,20 @@ def score(model: CLIPModel, processor: CLIPProcessor, images: Tensor, captions: 
     return model.logit_scale.exp() * torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Generated pictures (n, 3, 32, 32) in [0, 1], their captions, and whether the verifier accepts each (n,)."""
+
+    images: Tensor
+    captions: list[str]
+    verdicts: Tensor
+
+
 @torch.no_grad()
-def agreement(
-    model: CLIPModel, processor: CLIPProcessor, images: Tensor, captions: Sequence[str], verdicts: Tensor
-) -> dict[str, float]:
+def agreement(model: CLIPModel, processor: CLIPProcessor, fresh: Labelled) -> dict[str, float]:
     """How scores agree with the verifier on generated pictures: AUC, and the mean score of right and of wrong ones."""
-    scores = score(model, processor, images, captions).cpu()
-    right, wrong = scores[verdicts], scores[~verdicts]
+    scores = score(model, processor, fresh.images, fresh.captions).cpu()
+    right, wrong = scores[fresh.verdicts], scores[~fresh.verdicts]
     auc = ((right[:, None] > wrong).float() + 0.5 * (right[:, None] == wrong).float()).mean()
     return {
         "auc": auc.item(),
@@ -217,22 +263,29 @@ def agreement(
     }
 
 
-TUNE_SCHEDULE = Schedule(steps=800, batch=48, lr=6e-4, warmup=50, constant=0.2, ema=0.995, save_every=200)
-NUM_LABELLED = {"tune": 3000, "test": 600}
+TUNE_SCHEDULE = Schedule(steps=500, batch=48, lr=6e-4, warmup=50, constant=0.2, ema=0.995, save_every=100)
+NUM_LABELLED = {"tune": 7200, "test": 600}
 """Generated pictures labelled by the verifier: of the tuning split for training, of the test split for the AUC."""
 
 
 @torch.no_grad()
-def label(pipeline: Flux2KleinPipeline, split: Split, seed: int) -> tuple[Tensor, list[str], Tensor]:
-    """Generated pictures (n, 3, 32, 32), their captions and verdicts (bool), at guidance 1 and 2 by turns."""
+def label(pipeline: Flux2KleinPipeline, split: Split, seed: int, file: Path | None = None) -> Labelled:
+    """Pictures of a split at guidance 1 and 2 by turns, kept in `file` or read from there."""
     specs = balanced_specs(NUM_LABELLED[split], numpy_generator(seed, f"label-{split}"), split)
     captions = [s.caption for s in specs]
+    if file is not None and file.exists():
+        kept = load_file(file)
+        return Labelled(kept["images"].float(), captions, kept["verdicts"])
     parts = []
     for chunk, start in enumerate(range(0, len(specs), 120)):
         noise = torch.stack([normal((16, 32), seed, f"label-{split}", i) for i in range(start, start + 120)])
-        parts.append(sample(pipeline, captions[start : start + 120], noise, steps=25, guidance=1.0 + chunk % 2))
-    images = torch.cat(parts).cpu()
-    return images, captions, torch.tensor([v.ok for v in verify(images, specs)])
+        parts.append(sample(pipeline, captions[start : start + 120], noise, steps=25, guidance=1.0 + chunk % 2).cpu())
+    images = torch.cat(parts)
+    verdicts = torch.tensor([v.ok for v in verify(images, specs)])
+    if file is not None:
+        save_file({"images": images.half(), "verdicts": verdicts}, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+    return Labelled(images, captions, verdicts)
 
 
 def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
@@ -249,9 +302,10 @@ def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
     nn.init.constant_(bias.bias, -model.logit_scale.exp().item() / 2)
     session = Session(folder, {"model": model, "bias": bias}, TUNE_SCHEDULE)
     pipeline = Flux2KleinPipeline.from_pretrained(trained(work)).to(device)
-    images, captions, verdicts = _labelled(folder, pipeline, "tune", seed)
-    fresh = _labelled(folder, pipeline, "test", seed)
-    right, wrong = verdicts.nonzero()[:, 0], (~verdicts).nonzero()[:, 0]
+    shown, fresh = (
+        label(pipeline, split, seed, folder / f"labelled-{split}.safetensors") for split in ("tune", "test")
+    )
+    right, wrong = shown.verdicts.nonzero()[:, 0], (~shown.verdicts).nonzero()[:, 0]
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = torch_generator(seed, "tune", step)
@@ -263,29 +317,18 @@ def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
         value, hard = contrast(model, features, texts, [tuple(sorted(s.things)) for s in everything], variant.negatives)
         half = TUNE_SCHEDULE.batch // 2
         rows = torch.cat([s[torch.randint(len(s), (half,), generator=rng)] for s in (right, wrong)])
-        noisy = augment(images[rows], variant.model_copy(update={"blur": 0.0, "noise": 0.05}), rng)
-        scores = score(model, processor, noisy, [captions[i] for i in rows]) + bias.bias
-        labelled = binary_cross_entropy_with_logits(scores, verdicts[rows].float().to(device))
+        noisy = augment(shown.images[rows], variant.model_copy(update={"blur": 0.0, "noise": 0.05}), rng)
+        scores = score(model, processor, noisy, [shown.captions[i] for i in rows]) + bias.bias
+        labelled = binary_cross_entropy_with_logits(scores, shown.verdicts[rows].float().to(device))
         ranking = softplus(scores[half:][None] - scores[:half][:, None]).mean()
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4)
         return 0.5 * value + labelled + ranking, {"labelled": labelled.item(), "hard": hard.item()}
 
     def evaluate() -> dict[str, float]:
-        return agreement(model, processor, *fresh) | {"bias": bias.bias.item()}
+        return agreement(model, processor, fresh) | {"bias": bias.bias.item()}
 
     session.run(loss, evaluate)
     session.swap()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-
-
-def _labelled(folder: Path, pipeline: Flux2KleinPipeline, split: Split, seed: int) -> tuple[Tensor, list[str], Tensor]:
-    file = folder / f"labelled-{split}.safetensors"
-    specs = balanced_specs(NUM_LABELLED[split], numpy_generator(seed, f"label-{split}"), split)
-    if not file.exists():
-        images, _, verdicts = label(pipeline, split, seed)
-        save_file({"images": images.half(), "verdicts": verdicts}, file.with_suffix(".new"))
-        file.with_suffix(".new").rename(file)
-    tensors = load_file(file)
-    return tensors["images"].float(), [s.caption for s in specs], tensors["verdicts"]

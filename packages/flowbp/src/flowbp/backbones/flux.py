@@ -1,0 +1,85 @@
+"""FLUX.1 (dev, schnell and their kin) over diffusers: distilled guidance as an input, T5 and CLIP text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowbp.backbones import pipelines
+from flowbp.types import Cond
+
+GUIDANCE = 3.5
+"""What a guidance-distilled model is told where nothing else is said: the pipeline's own default."""
+
+
+class Flux:
+    """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
+
+    def __init__(self, pipe: FluxPipeline, guidance: float = GUIDANCE) -> None:
+        self.pipe, self.net, self.guidance = pipe, pipe.transformer, guidance
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux":
+        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default)."""
+        return cls(pipelines.load(FluxPipeline, folder, dtype, device))
+
+    @classmethod
+    def skeleton(cls, folder: Path) -> "Flux":
+        """The backbone of a diffusers folder with every weight on the meta device."""
+        return cls(pipelines.skeleton(FluxPipeline, folder))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """{"text": "b tokens width" of T5, "pooled": "b width" of CLIP}."""
+        text, pooled, _ = self.pipe.encode_prompt(list(prompts), None)
+        return {"text": text, "pooled": pooled}
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
+        rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)
+        return self.net.config.in_channels // 4, 2 * rows, 2 * columns
+
+    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
+        """Standard normal float32 latents, drawn as the pipeline draws them."""
+        return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
+
+    def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
+        """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
+        _, height, width = self.latent_shape(size)
+        scheduler = self.pipe.scheduler
+        known = scheduler.config
+        mu = calculate_shift(
+            height * width // 4,
+            known.get("base_image_seq_len", 256),
+            known.get("max_image_seq_len", 4096),
+            known.get("base_shift", 0.5),
+            known.get("max_shift", 1.15),
+        )
+        levels = None if known.get("use_flow_sigmas") else pipelines.linear_levels(steps)
+        return pipelines.noise_levels(scheduler, steps, levels, mu)
+
+    def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
+        """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
+        rows, columns = x.shape[2] // 2, x.shape[3] // 2
+        told = torch.full_like(sigma, self.guidance) if self.net.config.guidance_embeds else None
+        text = cond["text"]
+        tokens = self.net(
+            hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+            timestep=sigma,
+            guidance=told,
+            pooled_projections=cond["pooled"],
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),
+            img_ids=pipelines.positions(x.device, 1, rows, columns),
+            return_dict=False,
+        )[0]
+        return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Pictures in [0, 1], differentiable (but for the clamp)."""
+        vae = self.pipe.vae
+        return pipelines.decode(vae, x / vae.config.scaling_factor + vae.config.shift_factor)

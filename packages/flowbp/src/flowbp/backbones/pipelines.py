@@ -1,0 +1,89 @@
+"""What the families share: diffusers pipelines from folders, picture sizes, noise levels, decoding."""
+
+import copy
+import importlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from imgen_common.errors import UserError
+
+P = TypeVar("P", bound=DiffusionPipeline)
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
+
+
+def load(kind: type[P], folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> P:
+    """A frozen pipeline in `dtype` (float32 by default), every network in eval mode.  No code of the folder is run."""
+    pipe = kind.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.to(device).eval().requires_grad_(False)
+    return pipe
+
+
+def skeleton(kind: type[P], folder: Path) -> P:
+    """The pipeline of a folder with every weight on the meta device, at the cost of its JSON files."""
+    parts: dict[str, Any] = {}
+    for name, value in kind.load_config(folder).items():
+        if not name.startswith("_"):
+            parts[name] = _part(folder / name, *value) if isinstance(value, list | tuple) and len(value) == 2 else value
+    return kind(**parts)
+
+
+def _part(folder: Path, library: str | None, name: str | None) -> Any:
+    if library is None or name is None:
+        return None
+    if library not in LIBRARIES:
+        raise UserError(f"{folder}: a {name} of {library!r}; allowed are parts of {' and '.join(LIBRARIES)}")
+    kind = getattr(importlib.import_module(library), name, None)
+    if kind is None:
+        raise UserError(
+            f"{folder}: the installed {library} has no {name}; install the release the folder was made with"
+        )
+    with torch.device("meta"):
+        if issubclass(kind, ModelMixin):
+            return kind.from_config(kind.load_config(folder))
+        if issubclass(kind, PreTrainedModel):
+            return kind(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder)
+
+
+def grid_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of `patch` x `patch` pixels in a picture.  Raises UserError where they do not divide it."""
+    if size[0] % patch or size[1] % patch or min(size) < patch:
+        raise UserError(f"picture size {size[0]}x{size[1]}: height and width must be multiples of {patch}")
+    return size[0] // patch, size[1] // patch
+
+
+def noise_levels(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, sigmas: list[float] | None, mu: float | None
+) -> Float[Tensor, " n_plus_1"]:
+    """The scheduler's own levels, shifted as it says: from `sigmas`, or from its own spacing where that is None."""
+    scheduler = copy.deepcopy(scheduler)
+    if sigmas is None:
+        scheduler.set_timesteps(steps, mu=mu)
+    else:
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return scheduler.sigmas.float().cpu()
+
+
+def linear_levels(steps: int) -> list[float]:
+    """From 1 to 1/steps, before any shift."""
+    return np.linspace(1.0, 1 / steps, steps).tolist()
+
+
+def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+    """Pictures in [0, 1] of the autoencoder's own latents, differentiable (but for the clamp)."""
+    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
+def positions(device: torch.device, *axes: int) -> Int[Tensor, "tokens axes"]:
+    """Integer coordinates of all tokens of a box, row-major.  bfloat16 would merge those above 256."""
+    return torch.cartesian_prod(*(torch.arange(n, device=device) for n in axes)).view(-1, len(axes))

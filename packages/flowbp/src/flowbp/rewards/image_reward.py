@@ -1,0 +1,63 @@
+"""ImageReward over transformers' BLIP: a text tower that reads the picture by cross-attention, then a head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
+
+from flowbp.rewards import preprocess
+from flowbp.rewards.head import load_head
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the raw score over the annotated pictures: the published score is standardised with them."""
+MAX_TOKENS = 35
+
+
+class ImageReward:
+    """score = (head(first token) - MEAN) / STD.  Source: ImageReward, arXiv 2304.05977."""
+
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        head: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
+        self.size: int = vision.config.image_size
+        self.max_tokens = min(MAX_TOKENS, text.config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
+        """Frozen float32 reward from a folder made by `flowbp convert-reward imagereward`."""
+        vision, text = towers(BlipConfig.from_pretrained(folder, local_files_only=True))
+        weights = load_file(folder / "model.safetensors")
+        for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
+            tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            tower.to(device, torch.float32).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(vision, text, load_head(folder, text.config.hidden_size, device), tokenizer)
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """Scores of pictures in [0, 1] for their prompts."""
+        pixels = preprocess.normalise(preprocess.crop_square(images, self.size, (self.size, self.size)))
+        seen = self.vision(pixel_values=pixels).last_hidden_state
+        batch = self.tokenizer(
+            list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
+        ).to(seen.device)
+        read = self.text(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+        ).last_hidden_state
+        return (self.head(read[:, 0]).squeeze(-1) - MEAN) / STD
+
+
+def towers(config: BlipConfig) -> tuple[BlipVisionModel, BlipTextModel]:
+    """The two towers, with fresh weights."""
+    return BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)

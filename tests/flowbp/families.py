@@ -1,0 +1,174 @@
+"""Tiny random pipelines of every family, built from configurations: the real classes, no download."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
+
+from imgen_common.shapes.vocabulary import clip_tokenizer, qwen_tokenizer
+
+WIDTH = 32
+SIZE = (16, 24)
+"""Height and width of the pictures: not square, so that rows and columns cannot be mistaken for each other."""
+
+
+def autoencoder(**changed) -> AutoencoderKL:
+    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(latent_channels=4, sample_size=16, **blocks, **kinds, **changed)
+
+
+def clip(kind: type):
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer()),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            max_position_embeddings=13,
+            projection_dim=16,
+        )
+    )
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(clip_tokenizer()), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    """As SD3.5-M: static shift 3, query-key norms, dual attention."""
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        pos_embed_max_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=clip(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(CLIPTextModelWithProjection),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=clip_tokenizer(),
+    )
+
+
+def flux() -> FluxPipeline:
+    """As FLUX.1-dev: a shift that grows with the number of tokens, distilled guidance."""
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip(CLIPTextModel),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=clip_tokenizer(),
+    )
+
+
+def flux2() -> Flux2KleinPipeline:
+    """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
+    tokenizer = qwen_tokenizer()
+    text_encoder = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        is_distilled=False,
+    )
+
+
+FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {"sd3": sd3, "flux": flux, "flux2": flux2}
+
+
+def folder_of(family: str, place: Path) -> Path:
+    """A folder with a tiny random pipeline, as large models are published."""
+    torch.manual_seed(0)
+    pipe = FAMILIES[family]()
+    for part in (pipe.transformer, pipe.vae):
+        for parameter in part.parameters():
+            if not parameter.any():  # freshly made networks start with layers that say nothing
+                torch.nn.init.normal_(parameter, std=0.05)
+    pipe.save_pretrained(place / family)
+    return place / family

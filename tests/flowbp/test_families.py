@@ -1,0 +1,153 @@
+"""What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from families import FAMILIES, SIZE, folder_of
+from fields import gradient, relative
+from oracle import backpropagate_jointly, roll
+
+from flowbp import backbones, inference
+from flowbp.config import LoraConfig, TrainConfig
+from flowbp.engine import backpropagate, rollout
+from flowbp.guidance import Guidance, guided
+from flowbp.methods import METHODS
+from flowbp.plan import plan
+from flowbp.train import trainable
+from flowbp.types import Backbone
+from imgen_common.errors import UserError
+
+PROMPTS = ["a red circle", "two blue crosses"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(request.param, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return backbones.load(str(folder))
+
+
+def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) -> tuple[DiffusionPipeline, torch.Tensor]:
+    """The unmodified pipeline and what it makes of the first prompt."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "output_type": output, "height": SIZE[0], "width": SIZE[1]}
+    if folder.name == "flux2":
+        options |= {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}
+    if folder.name == "flux" and guidance != 1:
+        options |= {"true_cfg_scale": guidance, "negative_prompt": ""}
+    elif folder.name != "flux":
+        options |= {"guidance_scale": guidance}
+    return pipe, pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(seed), **options).images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_picture_is_the_pipelines_own(backbone: Backbone, folder: Path, guidance: float) -> None:
+    ours = inference.draw(backbone, PROMPTS[0], [5], SIZE, 4, guidance)
+    _, expected = theirs(folder, 4, guidance, 5, "pt")
+    assert ours.shape == expected.shape == (1, 3, *SIZE)
+    assert ours.std() > 0.01
+    assert (ours - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [4, 25])
+def test_noise_levels_are_the_pipelines_own(backbone: Backbone, folder: Path, steps: int) -> None:
+    pipe, _ = theirs(folder, steps, 1.0, 0, "latent")
+    sigmas = backbone.sigmas(steps, SIZE)
+    assert torch.equal(sigmas, pipe.scheduler.sigmas)
+    assert sigmas.shape == (steps + 1,)
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+
+
+def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:
+    cond = backbone.encode(PROMPTS)
+    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+    assert x.shape == (2, *backbone.latent_shape(SIZE))
+    sigma = torch.full((2,), 0.6)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with torch.no_grad():
+                cached = backbone.velocity(x, sigma, cond)
+            again = backbone.velocity(x.clone().requires_grad_(), sigma, cond)
+        assert torch.equal(cached, again)
+        assert cached.shape == x.shape
+
+
+def test_samples_do_not_see_each_other(backbone: Backbone) -> None:
+    cond = backbone.encode(PROMPTS)
+    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.2])
+    both = backbone.velocity(x, sigma, cond)
+    for i in range(2):
+        alone = backbone.velocity(x[i : i + 1], sigma[i : i + 1], {k: v[i : i + 1] for k, v in cond.items()})
+        assert torch.allclose(alone, both[i : i + 1], atol=1e-5)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)
+
+
+def test_the_skeleton_is_the_model_without_weights(backbone: Backbone, folder: Path) -> None:
+    bones = backbones.skeleton(str(folder))
+    assert torch.equal(bones.sigmas(7, SIZE), backbone.sigmas(7, SIZE))
+    assert bones.latent_shape(SIZE) == backbone.latent_shape(SIZE)
+    names = {name: p.shape for name, p in backbone.net.named_parameters()}
+    assert {name: p.shape for name, p in bones.net.named_parameters()} == names
+    assert all(p.is_meta for p in bones.net.parameters())
+    with pytest.raises(UserError, match="multiples of"):
+        bones.latent_shape((17, 24))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_gradient_reaches_every_trained_weight(folder: Path, lora: LoraConfig | None) -> None:
+    backbone = backbones.load(str(folder))
+    parameters = trainable(backbone.net, TrainConfig(lora=lora))
+    for name, parameter in parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)  # they start at zero, and so hide the other factor
+    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+    v = backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS))
+    (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    silent = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
+    unused = ("2.attn.add_q_proj.", "2.attn.norm_added_q.")  # the last block of SD3 drops its text after reading it
+    assert [name for name in silent if not any(part in name for part in unused)] == []
+    assert bool(parameters)
+    assert (lora is None) == ("lora" not in next(iter(parameters)))
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(scale=3.0, detach_negative=False)])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_sweep_is_the_joint_graph(folder: Path, method: str, guidance: Guidance) -> None:
+    backbone = backbones.load(str(folder), dtype=torch.float64)
+    backbone.net.requires_grad_(True)
+    cond, negative = backbone.encode(PROMPTS), backbone.encode([""])
+    velocity = guided(backbone.velocity, cond, negative, guidance)
+    rng = np.random.default_rng(0)
+    sigmas = backbone.sigmas(12, SIZE).double()
+    drawn = plan(METHODS[method], sigmas.tolist(), rng)
+    x_0 = backbone.noise(2, SIZE, torch.Generator().manual_seed(0)).double()
+    eps = torch.randn(max(drawn.copies, 1), *x_0.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss(x: torch.Tensor, rows: slice) -> torch.Tensor:
+        return backbone.decode(x).pow(2).mean((1, 2, 3))
+
+    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.keep), velocity, loss, noise=eps)
+    swept = gradient(backbone.net)
+    backbone.net.zero_grad()
+    backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
+    assert swept.norm() > 0
+    assert relative(swept, gradient(backbone.net)) < 1e-10
+
+
+def test_decoding_is_differentiable(backbone: Backbone) -> None:
+    x = backbone.noise(1, SIZE, torch.Generator().manual_seed(0)).requires_grad_()
+    images = backbone.decode(x)
+    images.sum().backward()
+    assert images.shape == (1, 3, *SIZE)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
