@@ -309,7 +309,7 @@ def where(bench: Bench) -> dict[str, Any]:
 
 def digests(config: TrainConfig) -> dict[str, str]:
     """Digest of all safetensors files of every model, so that cells of other weights are not mixed in."""
-    refs = [config.model.ref, config.reward.ref, *([config.heldout.ref] if config.heldout else [])]
+    refs = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
     found = {}
     for ref in refs:
         digest = hashlib.blake2b(digest_size=8)

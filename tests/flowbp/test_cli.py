@@ -18,7 +18,7 @@ import torch
 import typer
 
 from flowbp import cli, launch
-from flowbp.config import TrainConfig
+from flowbp.config import Hinge, TrainConfig
 from flowbp.explain import METHODS, about, axes_of, linear_grid, strip
 from flowbp.plan import plan
 from flowbp.progress import Lines, clock, memory, spark
@@ -150,7 +150,7 @@ BAD = {
     "wrong type": (["num_updates=many"], "must be a valid integer, got 'many'"),
     "out of range": (["optim.lr=2"], "must be less than or equal to 1"),
     "unknown method": (["method=flowbp_spars"], "did you mean 'flowbp_sparse'?; allowed: refl, draft_k"),
-    "unknown kind": (["loss.kind=hing"], "did you mean 'hinge'?"),
+    "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
     "more active steps than steps": (
         ["method=flowbp_sparse", "num_steps=4", "method.active.num_steps=5"],
         "asks for 5 of 4 steps",
@@ -158,7 +158,7 @@ BAD = {
     "alpha above 1": (["method=flowbp_bridge", "method.coupling.alpha=1.5"], "less than or equal to 1, got 1.5"),
     "alpha below 0": (["method=flowbp_bridge", "method.coupling.alpha=-0.5"], "greater than or equal to 0"),
     "missing model": (["model.ref=/no/such/folder"], "no such folder"),
-    "unknown builtin": (["reward.ref=builtin:shapes/rewrad"], "did you mean 'builtin:shapes/reward'?"),
+    "unknown builtin": (["rewards.0.ref=builtin:shapes/rewrad"], "did you mean 'builtin:shapes/reward'?"),
     "not a generator": (["model.ref=builtin:shapes/reward"], "cannot train"),
     "missing prompts": (["data.prompts=none.txt"], "no such prompt file"),
     "missing prompts to evaluate": (["eval.prompts=none.txt"], "no such prompt file"),
@@ -443,13 +443,13 @@ def test_the_configuration_reference_is_up_to_date(monkeypatch: pytest.MonkeyPat
 
 def test_without_a_ceiling_the_loss_is_the_negative_score() -> None:
     scores = torch.tensor([-2.0, 0.5, 3.0])
-    assert torch.equal(losses_of(load(TrainConfig, [], ["loss.kind=hinge"]), scores), -scores)
-    assert losses_of(load(TrainConfig, [], ["loss.kind=hinge", "loss.ceiling=1"]), scores).tolist() == [3.0, 0.5, 0.0]
+    assert torch.equal(losses_of(Hinge(), scores), -scores)
+    assert losses_of(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
 
 
 def test_plain_progress_speaks_now_and_then() -> None:
     said: list[str] = []
-    lines = Lines(25, said.append)
+    lines = Lines(25, ["reward"], said.append)
     lines.stage("training")
     for update in range(1, 26):
         lines.update(update, {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_mb": 1500.0, "gap_0": 0.1})

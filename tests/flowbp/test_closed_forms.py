@@ -136,7 +136,7 @@ def test_renoised_copies_stay_at_the_last_noise_level():
     outcome = backpropagate(drawn, trajectory, velocity, mean_square, noise=lambda copy: eps[copy])
     assert outcome.num_gradient_forwards == 3
     assert outcome.num_plain_forwards == 2
-    assert outcome.losses.shape == (3, 1)
+    assert outcome.losses.shape == (3, 1, 1)
     assert outcome.values.shape == (3, 1, DIM)
     s = float(sigmas[5])
     torch.testing.assert_close(seen[1], (1 - s) * trajectory.x_end + s * eps[0])

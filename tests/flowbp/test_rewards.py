@@ -73,9 +73,9 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(UserError, match="made of a 'clip' model, this is a 'qwen3'"):
         RewardConfig(ref=str(hub.resolve("builtin:shapes/generator") / "text_encoder")).load()
     with pytest.raises(UserError, match="made of a 'blip' model"):
-        RewardConfig(kind="imagereward", ref=REF).load()
+        RewardConfig(score="imagereward", ref=REF).load()
     with pytest.raises(UserError, match=r"no head\.safetensors in it"):
-        RewardConfig(kind="aesthetic", ref=REF).load()
+        RewardConfig(score="aesthetic", ref=REF).load()
 
 
 # --- published checkpoints --------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def published(name: str) -> dict[str, torch.Tensor]:
 
 def golden_clip(folder: Path) -> ClipReward:
     convert.save_clip(convert.open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
-    reward = RewardConfig(kind="hpsv2", ref=str(folder)).load()
+    reward = RewardConfig(score="hpsv2", ref=str(folder)).load()
     reward.tokenizer = Ids([[*row[:-1], 39] for row in TOKENS])
     return reward
 
@@ -108,7 +108,7 @@ def golden_clip(folder: Path) -> ClipReward:
 def golden_image_reward(folder: Path) -> ImageReward:
     folder.mkdir()
     convert.save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
-    reward = RewardConfig(kind="imagereward", ref=str(folder)).load()
+    reward = RewardConfig(score="imagereward", ref=str(folder)).load()
     reward.tokenizer = Ids(TOKENS)
     return reward
 
@@ -120,7 +120,7 @@ def golden_aesthetic(folder: Path) -> AestheticReward:
     shapes |= {f"layers.{i}.bias": (b,) for i, b in zip(PLACES, widths[1:], strict=True)}
     torch.save({k: torch.from_numpy(weights(k, v)) for k, v in shapes.items()}, folder.parent / "head.pth")
     convert.convert("aesthetic", folder.parent / "head.pth", str(folder.parent / "clip"), folder)
-    return RewardConfig(kind="aesthetic", ref=str(folder)).load()
+    return RewardConfig(score="aesthetic", ref=str(folder)).load()
 
 
 MAKERS = {"open_clip": golden_clip, "image_reward": golden_image_reward, "aesthetic": golden_aesthetic}

@@ -15,6 +15,7 @@ from flowbp.config import TrainConfig
 from flowbp.methods import METHODS
 from flowbp.train import Parts, Trainer, load_parts
 from imgen_common.config import load
+from imgen_common.errors import UserError
 
 TOLERANCE = 1e-10
 SMALL = ["num_steps=12", "batch_size=4", "eval.every=0", "eval.num_prompts=2", "eval.steps=2", "eval.guidance=[1.0]"]
@@ -63,6 +64,34 @@ def test_accumulation_changes_nothing(method: str) -> None:
     whole, halves, singles = (gradients(config_of(method, f"micro_batch_size={n}")) for n in (4, 2, 1))
     assert distance(whole, halves) < TOLERANCE
     assert distance(whole, singles) < TOLERANCE
+
+
+def test_one_reward_in_halves_is_the_whole() -> None:
+    one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, centre: 22.3}, weight: 0.5}"
+    halves = config_of("flowbp_bridge", f"rewards=[{one}, {one.replace('name: a', 'name: b')}]")
+    whole = config_of("flowbp_bridge")
+    first = gradients(whole)
+    named = parts().rewards
+    twice = Parts(
+        **(vars(parts()) | {"rewards": {"a": named["reward"], "b": named["reward"], "heldout": named["heldout"]}})
+    )
+    trainer = Trainer(halves, twice, Accelerator(cpu=True))
+    trainer.update = 7
+    trainer.optimizer.zero_grad()
+    metrics = trainer.gradient()
+    second = {name: p.grad.clone() for name, p in trainer.parts.parameters.items() if p.grad is not None}
+    assert distance(first, second) < TOLERANCE
+    assert metrics["cosine_a_b"] == pytest.approx(1)
+    assert metrics["gradient_a"] == pytest.approx(metrics["gradient_b"])
+    assert metrics["a"] == metrics["b"]
+
+
+def test_rewards_have_names_of_their_own() -> None:
+    one = "{name: %s, ref: builtin:shapes/reward}"
+    for names in (("a", "a"), ("heldout", "b"), ("verifier", "b")):
+        listed = ", ".join(one % name for name in names)
+        with pytest.raises(UserError, match="names of rewards must differ"):
+            load(TrainConfig, [], [f"rewards=[{listed}]"])
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

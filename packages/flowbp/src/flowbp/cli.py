@@ -152,7 +152,8 @@ def _run(job: "Job", runs: Path, resume: Path | None, as_json: bool, is_main: bo
     start = time.monotonic()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = launch.open_run(job, runs, ["flowbp", *sys.argv[1:]], accelerator, resume=resume)
-    reporter = progress.reporter(job.config.num_updates, is_main=is_main, as_json=as_json)
+    scores = [scorer.name for scorer in job.config.scorers]
+    reporter = progress.reporter(job.config.num_updates, scores, is_main=is_main, as_json=as_json)
     if isinstance(reporter, progress.JsonLines):
         reporter.event("start", run=str(run.path), num_updates=job.config.num_updates)
     elif is_main:
@@ -516,7 +517,7 @@ def convert_reward(
         ),
     ],
 ) -> None:
-    """Make a published reward checkpoint, which is a pickle, a folder of safetensors that reward.ref can name. Only
+    """Make a published reward checkpoint, which is a pickle, a folder of safetensors that rewards.0.ref can name. Only
     tensors in plain containers are read from it; nothing in it is run. PickScore and CLIP need no conversion.
 
     Example:
@@ -524,7 +525,7 @@ def convert_reward(
     \b
       flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14
       flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased
-      flowbp train --set reward.kind=hpsv2 --set reward.ref=rewards/hpsv2
+      flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
     with _busy("converting"):
         from typing import get_args

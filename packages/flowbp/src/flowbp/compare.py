@@ -66,6 +66,11 @@ def change(before: Sequence[float], after: Sequence[float]) -> Change:
     return Change(float(np.mean(before)), float(np.mean(after)), difference, low, high, len(before))
 
 
+def title(name: str) -> str:
+    """What people call a score."""
+    return LABELS.get(name, name)
+
+
 def ordered(names: Sequence[str]) -> list[str]:
     """Names of scores in the order of `LABELS`, unknown ones last."""
     known = list(LABELS)

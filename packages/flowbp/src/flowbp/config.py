@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
-from pydantic import Field
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import Field, model_validator
 
+from flowbp.combine import Combination
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
@@ -76,6 +77,22 @@ class LogSigmoid(Config):
     """How gradually it fades, in the reward's units."""
 
 
+class Scorer(RewardConfig):
+    """A reward model and what its scores are called."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "reward"
+    """Name of the score in metrics, evaluations and the report: lower-case letters, digits, underscores."""
+
+
+class TrainedReward(Scorer):
+    """A reward that is maximised."""
+
+    weight: Annotated[float, Gt(0)] = 1.0
+    """Its part in the gradient, as `combine` says."""
+    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = Hinge()
+    """From score to loss."""
+
+
 class DataConfig(Config):
     """The prompts to train on."""
 
@@ -128,12 +145,15 @@ class TrainConfig(Config):
     """The generator."""
     method: Method = METHODS["flowbp_sparse"]
     """Which velocities receive which multiple of the reward gradient."""
-    reward: RewardConfig = RewardConfig(ref="builtin:shapes/reward")
+    rewards: Annotated[tuple[TrainedReward, ...], MinLen(1)] = (
+        TrainedReward(ref="builtin:shapes/reward", loss=LogSigmoid(centre=22.3)),
+    )
     """What is maximised."""
-    heldout: RewardConfig | None = RewardConfig(ref="builtin:shapes/heldout")
-    """A reward that is only watched, as a check against reward hacking; null: none."""
-    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = LogSigmoid(centre=18.4)
-    """From score to loss."""
+    combine: Combination = "weighted"
+    """How the gradients of several rewards at the picture become one: `weighted` sum; `normalised` to equal length
+    first; `pcgrad`, without the parts that point against each other."""
+    heldout: tuple[Scorer, ...] = (Scorer(name="heldout", ref="builtin:shapes/heldout"),)
+    """Rewards that are only watched, as a check against reward hacking."""
     guidance: Guidance = Guidance()
     """Classifier-free guidance of the training rollouts."""
     num_steps: Annotated[int, Ge(2), Le(1000)] = 25
@@ -162,3 +182,19 @@ class TrainConfig(Config):
     """Checkpoints."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
     """Where metrics go beside `metrics.jsonl` and TensorBoard."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "TrainConfig":
+        names = [scorer.name for scorer in self.scorers]
+        if twice := sorted({name for name in names if names.count(name) > 1 or name in RESERVED}):
+            raise ValueError(f"names of rewards must differ from each other and from {', '.join(RESERVED)}: {twice}")
+        return self
+
+    @property
+    def scorers(self) -> tuple[Scorer, ...]:
+        """All rewards, the trained ones first."""
+        return (*self.rewards, *self.heldout)
+
+
+RESERVED = ("verifier", "loss", "lr", "seconds", "grad_norm", "gradient_forwards", "peak_memory_mb")
+"""Names that metrics and evaluations use for something else."""

@@ -4,15 +4,24 @@ Every network evaluation has its own graph, freed before the next, so peak memor
 Knows callables only: no backbone, no reward, no shape of latents.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowbp.combine import Agreement, agreement
 from flowbp.plan import Keep, Plan, Term
 from flowbp.types import Loss, Noise, Trajectory, Velocity
+
+Combine = Callable[[Tensor], Tensor]
+"""combine(gradients (rewards, b, ...)) -> one gradient (b, ...), sample by sample, linear in their common scale."""
+
+
+def sum_of(gradients: Tensor) -> Tensor:
+    """The plain sum: with one reward, itself."""
+    return gradients.sum(0)
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,15 @@ class SweepStats:
 class Outcome:
     """What `backpropagate` saw and did, all detached.
 
-    losses: per sample and copy, unweighted, (1 + copies, b).  values: what the reward saw, (1 + copies, b, ...).
+    losses: per sample, reward and copy, unweighted, (1 + copies, rewards, b).  values: what the rewards saw,
+    (1 + copies, b, ...).  agreement: of the rewards' gradients at the sample, where there are several.
     gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights: sample weights, (b,); both float64.
     num_gradient_forwards, num_plain_forwards: network evaluations per sample, the rollout's not counted.
     """
 
-    losses: Float[Tensor, "copies b"]
+    losses: Float[Tensor, "copies rewards b"]
     values: Float[Tensor, "copies b ..."]
+    agreement: Agreement | None
     gaps: Float[Tensor, "legs b"]
     weights: Float[Tensor, " b"]
     num_gradient_forwards: int
@@ -161,6 +172,7 @@ def backpropagate(
     chunk: int = 1,
     scale: float = 1.0,
     reward_chunk: int | None = None,
+    combine: Combine = sum_of,
 ) -> Outcome:
     """One micro-batch of an update: reward stage, then sweep, for the sample and for each renoised copy in turn.
 
@@ -168,43 +180,59 @@ def backpropagate(
 
     noise: eps of the renoised copies, (copies, b, ...) or a function of the copy.  scale: loss factor, for example
     1 / accumulation steps, times `Guidance.backward_scale`; the losses returned do not contain it.  reward_chunk:
-    samples per decode-and-reward graph, all by default.  Gradients accumulate into `.grad`.
+    samples per decode-and-reward graph, all by default.  combine: makes one gradient of several rewards'.  Gradients
+    accumulate into `.grad`.
     Raises ValueError if copies are planned without noise, or if losses are not one per sample.
     """
     gaps = leg_gaps(plan, trajectory)
     weights = sample_weights(plan, gaps)
     share = weights * (scale / (1 + plan.copies) / len(weights))
-    losses, cotangent = _reward_stage(loss, trajectory.x_end, share, reward_chunk)
-    num_forwards = sweep(plan, trajectory, velocity, cotangent, chunk).num_forwards
-    seen = [(losses, trajectory.x_end)]
+    found = _reward_stage(loss, trajectory.x_end, share, reward_chunk, combine)
+    num_forwards = sweep(plan, trajectory, velocity, found.cotangent, chunk).num_forwards
+    seen = [(found.losses, trajectory.x_end)]
     for copy in range(plan.copies):
         x, y = _renoise(trajectory, velocity, _noise_of(noise, copy, trajectory.x_end))
-        losses, cotangent = _reward_stage(loss, y, share, reward_chunk)
+        again = _reward_stage(loss, y, share, reward_chunk, combine)
         last = plan.num_steps - 1
         term = Term(last, -plan.sigmas[last])
-        num_forwards += _sweep([term], {last: x}, trajectory.sigmas, velocity, cotangent, chunk).num_forwards
-        seen.append((losses, y))
+        num_forwards += _sweep([term], {last: x}, trajectory.sigmas, velocity, again.cotangent, chunk).num_forwards
+        seen.append((again.losses, y))
     all_losses, values = (torch.stack(parts) for parts in zip(*seen, strict=True))
-    return Outcome(all_losses, values, gaps, weights, num_forwards, plan.copies)
+    return Outcome(all_losses, values, found.agreement, gaps, weights, num_forwards, plan.copies)
 
 
-def _reward_stage(loss: Loss, x: Tensor, share: Tensor, reward_chunk: int | None) -> tuple[Tensor, Tensor]:
-    """Losses (b,), and G = d(sum of share_b loss_b)/dx, one graph per chunk of samples, freed at once."""
+@dataclass(frozen=True)
+class _Rewarded:
+    """losses (rewards, b), and G = d(sum of share_b loss_b)/dx, (b, ...)."""
+
+    losses: Tensor
+    cotangent: Tensor
+    agreement: Agreement | None
+
+
+def _reward_stage(loss: Loss, x: Tensor, share: Tensor, reward_chunk: int | None, combine: Combine) -> _Rewarded:
+    """One graph per chunk of samples, freed at once; one backward pass through it per reward."""
     size = len(x) if reward_chunk is None else reward_chunk
     if size < 1:
         raise ValueError(f"reward_chunk must be >= 1, got {reward_chunk}")
-    losses, cotangents = [], []
+    losses, gradients = [], []
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
         leaf = x[rows].detach().requires_grad_()
         with torch.enable_grad():
-            loss_b = loss(leaf, rows)
-            if loss_b.shape != leaf.shape[:1]:
-                raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(loss_b.shape)}")
-            total = (share[rows].to(loss_b.dtype) * loss_b).sum()
-        cotangents.append(torch.autograd.grad(total, leaf)[0])
-        losses.append(loss_b.detach())
-    return torch.cat(losses), torch.cat(cotangents)
+            found = loss(leaf, rows)
+            found = found if found.dim() == 2 else found[None]
+            if found.shape[1:] != leaf.shape[:1]:
+                raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(found.shape)}")
+            totals = found.sum(1)
+        parts = [
+            torch.autograd.grad(total, leaf, retain_graph=i + 1 < len(totals))[0] for i, total in enumerate(totals)
+        ]
+        gradients.append(torch.stack(parts))
+        losses.append(found.detach())
+    each = torch.cat(gradients, dim=1)
+    scale = share.to(each.dtype).view(-1, *(1,) * (x.dim() - 1))
+    return _Rewarded(torch.cat(losses, dim=1), scale * combine(each), agreement(each) if len(each) > 1 else None)
 
 
 def _noise_of(noise: Noise | Tensor | None, copy: int, like: Tensor) -> Tensor:

@@ -57,9 +57,8 @@ def check(config: TrainConfig, num_processes: int) -> Job:
     sizes or adapters that do not fit the model.
     """
     shares(config, num_processes)
-    for scorer in (config.reward, config.heldout):
-        if scorer is not None:
-            hub.resolve(scorer.ref)
+    for scorer in config.scorers:
+        hub.resolve(scorer.ref)
     num_prompts = len(load_prompts(config.data.prompts, config.data.key))
     for source, limit in (
         (config.eval.prompts, config.eval.num_prompts),

@@ -4,10 +4,12 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from flowbp.compare import title
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -66,8 +68,8 @@ class Track:
     the time that the evaluation before took, which the one after will take again.
     """
 
-    def __init__(self, num_updates: int) -> None:
-        self.num_updates = num_updates
+    def __init__(self, num_updates: int, scores: Sequence[str]) -> None:
+        self.num_updates, self.scores = num_updates, scores
         self.recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         self.rewards: list[float] = []
         self.stage = ""
@@ -89,7 +91,7 @@ class Track:
         if not self.recent:
             self._first = update - 1
         self.recent.append(metrics)
-        self.rewards.append(metrics["reward"])
+        self.rewards.append(metrics[self.scores[0]])
 
     def left(self, update: int) -> float:
         """Seconds to the end, about."""
@@ -103,9 +105,7 @@ class Track:
     def numbers(self) -> list[tuple[str, str]]:
         """(label, value) of what a person follows."""
         newest = self.recent[-1]
-        shown = [("reward", f"{self.mean('reward'):.2f}")]
-        if "heldout" in newest:
-            shown.append(("held-out", f"{self.mean('heldout'):.2f}"))
+        shown = [(title(name).lower(), f"{self.mean(name):.2f}") for name in self.scores]
         shown.append(("gradient norm", f"{self.mean('grad_norm'):.3g}"))
         gaps = sorted(name for name in newest if name.startswith("gap_"))
         if gaps:
@@ -118,8 +118,8 @@ class Track:
 class Lines(Silent):
     """Plain lines: every stage, the first update, every tenth and the last."""
 
-    def __init__(self, num_updates: int, write: Callable[[str], None]) -> None:
-        self._track, self._write = Track(num_updates), write
+    def __init__(self, num_updates: int, scores: Sequence[str], write: Callable[[str], None]) -> None:
+        self._track, self._write = Track(num_updates, scores), write
 
     def stage(self, text: str) -> None:
         self._track.begin(text)
@@ -136,12 +136,12 @@ class Lines(Silent):
 class Live(Silent):
     """A bar, the numbers of the last updates and the reward so far as a strip, redrawn in place."""
 
-    def __init__(self, num_updates: int, console: "Console") -> None:
+    def __init__(self, num_updates: int, scores: Sequence[str], console: "Console") -> None:
         from rich.live import Live as RichLive
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        self._track, self._console = Track(num_updates), console
+        self._track, self._console = Track(num_updates, scores), console
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
         )
@@ -166,7 +166,7 @@ class Live(Silent):
         if not self._track.recent:
             return Group(self._bar)
         text = Text("  ").join(Text.assemble((f"{n} ", "dim"), v) for n, v in self._track.numbers())
-        strip = Text.assemble(("reward ", "dim"), (spark(self._track.rewards, 40), "cyan"))
+        strip = Text.assemble((f"{self._track.scores[0]} ", "dim"), (spark(self._track.rewards, 40), "cyan"))
         return Group(self._bar, text, strip)
 
     def stage(self, text: str) -> None:
@@ -196,8 +196,8 @@ def quiet_libraries() -> None:
         logging.set_verbosity_error()
 
 
-def reporter(num_updates: int, *, is_main: bool, as_json: bool) -> Silent:
-    """The reporter that fits this process and its output."""
+def reporter(num_updates: int, scores: Sequence[str], *, is_main: bool, as_json: bool) -> Silent:
+    """The reporter that fits this process and its output.  scores: the rewards to show, the first one as a strip."""
     if not is_main:
         return Silent()
     if as_json:
@@ -206,8 +206,8 @@ def reporter(num_updates: int, *, is_main: bool, as_json: bool) -> Silent:
 
     console = Console()
     if console.is_terminal and not console.is_dumb_terminal:
-        return Live(num_updates, console)
-    return Lines(num_updates, lambda text: print(text, flush=True))
+        return Live(num_updates, scores, console)
+    return Lines(num_updates, scores, lambda text: print(text, flush=True))
 
 
 def spark(values: list[float], width: int) -> str:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from flowbp.charts import Series, chart, smooth, whisker
 from flowbp.compare import (
-    LABELS,
     Change,
     category_changes,
     changes,
@@ -20,6 +19,7 @@ from flowbp.compare import (
     interval,
     number,
     signed,
+    title,
 )
 from flowbp.config import TrainConfig
 from flowbp.explain import axes_of, counts, inline_svg, linear_grid, reward_text
@@ -38,11 +38,7 @@ THUMBNAIL = 256
 """Longest side of a picture in the page, in pixels."""
 FIRST = 24
 """Pairs of pictures that are shown at once; the rest unfolds."""
-NOTES = {
-    "verifier": "share of pictures that show what the prompt says, by a strict program",
-    "reward": "the score that was maximised",
-    "heldout": "a score that was only watched",
-}
+VERIFIER = "share of pictures that show what the prompt says, by a strict program"
 
 
 @dataclass(frozen=True)
@@ -157,13 +153,15 @@ def _headline(run: Run) -> str:
         return f'{head}<p class="empty">{_why_no_result(run)}</p>'
     found = changes(*pair)
     num = len(pair[0].prompts)
-    cards = "".join(_card(name, one, lead=place == 0) for place, (name, one) in enumerate(found.items()))
+    cards = "".join(
+        _card(name, one, _note(config, name), lead=place == 0) for place, (name, one) in enumerate(found.items())
+    )
     note = (
         f"Before and after training at guidance {run.own:g}, the scale it was trained with: {num} prompts of "
         f"{escape(config.eval.prompts)}, the same noise for each, {config.eval.steps} denoising steps. "
         "The interval is a paired bootstrap over prompts (95 %) of the mean difference."
     )
-    return f'{head}<div class="cards">{cards}</div><p class="note">{note}</p>{_warning(found)}'
+    return f'{head}<div class="cards">{cards}</div><p class="note">{note}</p>{_warning(config, found)}'
 
 
 def _why_no_result(run: Run) -> str:
@@ -175,27 +173,36 @@ def _why_no_result(run: Run) -> str:
     return "Nothing has been evaluated yet."
 
 
-def _card(name: str, one: Change, lead: bool) -> str:
+def _card(name: str, one: Change, note: str, lead: bool) -> str:
     change = signed(name, one.difference) + (" points" if name == "verifier" else "")
     means = f"<span>{number(name, one.before)}</span> <span>→</span> <b>{number(name, one.after)}</b>"
     return (
-        f'<div class="card{" lead" if lead else ""}"><h3>{escape(LABELS.get(name, name))}</h3>'
+        f'<div class="card{" lead" if lead else ""}"><h3>{escape(title(name))}</h3>'
         f'<p class="big">{means}</p>'
         f'<p class="diff">{change} <span class="ci">95 % interval {interval(name, one)}</span></p>'
-        f'<p>{_chip(one.verdict)}</p><p class="what">{escape(NOTES.get(name, ""))}</p></div>'
+        f'<p>{_chip(one.verdict)}</p><p class="what">{escape(note)}</p></div>'
     )
 
 
-def _warning(found: Mapping[str, Change]) -> str:
+def _note(config: TrainConfig, name: str) -> str:
+    """What a score was to the run."""
+    if name == "verifier":
+        return VERIFIER
+    trained = name in {reward.name for reward in config.rewards}
+    return "a score that was maximised" if trained else "a score that was only watched"
+
+
+def _warning(config: TrainConfig, found: Mapping[str, Change]) -> str:
     """What to think of a reward that rises while what it stands for falls."""
-    fell = [
-        LABELS[name].lower() for name in ("verifier", "heldout") if name in found and found[name].verdict == "lower"
-    ]
-    if found["reward"].verdict != "higher" or not fell:
+    watched = ("verifier", *(scorer.name for scorer in config.heldout))
+    fell = [title(name) for name in watched if name in found and found[name].verdict == "lower"]
+    rose = [r.name for r in config.rewards if r.name in found and found[r.name].verdict == "higher"]
+    if not rose or not fell:
         return ""
     return (
-        f'<p class="warn">The reward is higher while the {" and the ".join(fell)} is lower: the model exploits the '
-        "reward rather than what it stands for. Fewer updates, a smaller learning rate or a loss that fades help.</p>"
+        f'<p class="warn">{escape(", ".join(map(title, rose)))} higher while {escape(" and ".join(fell))} is lower: '
+        "the model exploits the reward rather than what it stands for. Fewer updates, a smaller learning rate or a "
+        "loss that fades help.</p>"
     )
 
 
@@ -209,7 +216,7 @@ def _scores(run: Run) -> str:
             continue
         for name, one in changes(*pair).items():
             means = [number(name, one.before), number(name, one.after), signed(name, one.difference)]
-            rows.append([label, escape(LABELS.get(name, name)), *means, interval(name, one), _chip(one.verdict)])
+            rows.append([label, escape(title(name)), *means, interval(name, one), _chip(one.verdict)])
             label = ""
     if not rows:
         return ""
@@ -240,7 +247,7 @@ def _pictures(run: Run) -> str:
         if pair is None:
             continue
         num = min(len(pair[0].prompts), *(len(one.pictures) for one in pair))
-        figures = [_figure(*pair, i) for i in range(num)]
+        figures = [_figure(*pair, run.config.rewards[0].name, i) for i in range(num)]
         if not figures:
             continue
         text = f'<div class="pairs">{"".join(figures[:FIRST])}</div>'
@@ -259,13 +266,13 @@ def _pictures(run: Run) -> str:
     return _section("Pictures at equal seeds", note, *parts)
 
 
-def _figure(base: Saved, trained: Saved, i: int) -> str:
+def _figure(base: Saved, trained: Saved, reward: str, i: int) -> str:
     prompt = base.prompts[i]
     sides = "".join(_picture(one, i, when) for one, when in ((base, "before"), (trained, "after")))
     scores = ""
-    if "reward" in base.scores and "reward" in trained.scores:
-        before, after = (number("reward", one.scores["reward"][i]) for one in (base, trained))
-        scores = f"<small>reward {before} → {after}</small>"
+    if reward in base.scores and reward in trained.scores:
+        before, after = (number(reward, one.scores[reward][i]) for one in (base, trained))
+        scores = f"<small>{escape(title(reward).lower())} {before} → {after}</small>"
     return f'<figure class="pair"><div>{sides}</div><figcaption>{escape(prompt)}{scores}</figcaption></figure>'
 
 
@@ -325,7 +332,7 @@ def _category_table(found: Mapping[str, Change]) -> str:
 def _curves(run: Run) -> str:
     if not run.metrics:
         return ""
-    charts = [_score_chart(run, name) for name in ("reward", "heldout")]
+    charts = [_score_chart(run, scorer.name) for scorer in run.config.scorers]
     verifier = run.series("eval/verifier")
     points = [100 * value for value in verifier[1]]
     charts.append(
@@ -356,7 +363,7 @@ def _score_chart(run: Run, name: str) -> str:
         Series("mean of the last 10", "--blue", updates, smooth(values)),
         Series(_quick(run), "--orange", *quick, "dots"),
     ]
-    return chart(LABELS[name], "score", lines, run.updates)
+    return chart(title(name), "score", lines, run.updates)
 
 
 def _metric_chart(run: Run, title: str, unit: str, key: str, rule: float | None = None) -> str:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from flowbp.compare import LABELS, Change, Level, interval, number, signed
+from flowbp.compare import Change, Level, interval, number, signed, title
 from flowbp.config import TrainConfig
 from flowbp.explain import axes_of, counts, reward_text, strip
 from flowbp.methods import Method
@@ -114,14 +114,14 @@ def dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) -> None:
 def summary(found: Mapping[float, Mapping[str, Change]], own: float | None, before: str, after: str) -> None:
     """Before against after by guidance scale; `own` is the scale of the training."""
     num = next((one.num for scores in found.values() for one in scores.values()), 0)
-    title = f"{escape(before)} -> {escape(after)}, {num} prompts at equal seeds"
-    table = _table("guidance", "", "before", "after", "change", "95 % interval", "", right=(2, 3, 4, 5), title=title)
+    heading = f"{escape(before)} -> {escape(after)}, {num} prompts at equal seeds"
+    table = _table("guidance", "", "before", "after", "change", "95 % interval", "", right=(2, 3, 4, 5), title=heading)
     for scale, scores in found.items():
         label = f"{scale:g}" + ("*" if scale == own else "")
         for name, one in scores.items():
             means = (number(name, one.before), number(name, one.after))
             numbers = (*means, signed(name, one.difference), interval(name, one))
-            table.add_row(label, LABELS.get(name, name).removesuffix(" reward"), *numbers, one.verdict)
+            table.add_row(label, title(name).removesuffix(" reward"), *numbers, one.verdict)
             label = ""
     out = console()
     out.print(table)
@@ -152,7 +152,7 @@ def levels(found: Mapping[float, Mapping[str, Level]], groups: Mapping[float, Ma
     num = next((one.num for scores in found.values() for one in scores.values()), 0)
     table = _table("guidance", "", "mean", "95 % interval", right=(2, 3), title=f"{escape(label)}, {num} prompts")
     for scale, scores in found.items():
-        rows = [(LABELS.get(name, name), name, one) for name, one in scores.items()]
+        rows = [(title(name), name, one) for name, one in scores.items()]
         rows += [(f"  {group} ({one.num})", "verifier", one) for group, one in groups.get(scale, {}).items()]
         first = f"{scale:g}"
         for text, name, one in rows:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
 from typing import Protocol, runtime_checkable
@@ -17,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from flowbp.config import Hinge, TrainConfig
+from flowbp.combine import combined
+from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.data import draw_prompts, is_shapes, load_prompts
-from flowbp.engine import backpropagate, rollout
+from flowbp.engine import Outcome, backpropagate, rollout
 from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
 from flowbp.plan import Plan
@@ -126,11 +128,8 @@ def load_parts(config: TrainConfig, device: torch.device) -> Parts:
 
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
-    """The reward and the held-out one, if any."""
-    rewards: dict[str, Reward] = {"reward": config.reward.load(device)}
-    if config.heldout is not None:
-        rewards["heldout"] = config.heldout.load(device)
-    return rewards
+    """All rewards by name, the trained ones first."""
+    return {scorer.name: scorer.load(device) for scorer in config.scorers}
 
 
 def sampling_of(config: TrainConfig, guidance: float) -> Sampling:
@@ -148,11 +147,11 @@ def rate(config: TrainConfig, update: int) -> float:
     return optim.lr * warm * fall[optim.schedule]
 
 
-def losses_of(config: TrainConfig, scores: Tensor) -> Tensor:
-    """Per-sample losses of scores, as `config.loss` says."""
-    if isinstance(config.loss, Hinge):
-        return -scores if config.loss.ceiling is None else (config.loss.ceiling - scores).clamp(min=0)
-    return nn.functional.softplus((config.loss.centre - scores) / config.loss.width)
+def losses_of(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
+    """Per-sample losses of scores."""
+    if isinstance(loss, Hinge):
+        return -scores if loss.ceiling is None else (loss.ceiling - scores).clamp(min=0)
+    return nn.functional.softplus((loss.centre - scores) / loss.width)
 
 
 class Trainer:
@@ -170,6 +169,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parts.parameters.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
+        self.weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.average = {name: p.detach().clone() for name, p in parts.parameters.items()}
         self.update = 0
 
@@ -221,12 +221,15 @@ class Trainer:
 
         def loss(x: Tensor, rows: slice) -> Tensor:
             images = backbone.decode(x)
-            scores = self.parts.rewards["reward"](images, prompts[rows])
-            seen["reward"].append(scores.detach())
-            if "heldout" in seen:
+            losses = []
+            for reward in config.rewards:
+                scores = self.parts.rewards[reward.name](images, prompts[rows])
+                seen[reward.name].append(scores.detach())
+                losses.append(losses_of(reward.loss, scores))
+            for watched in config.heldout:
                 with torch.no_grad():
-                    seen["heldout"].append(self.parts.rewards["heldout"](images, prompts[rows]))
-            return losses_of(config, scores)
+                    seen[watched.name].append(self.parts.rewards[watched.name](images, prompts[rows]))
+            return torch.stack(losses)
 
         def renoise(copy: int) -> Tensor:
             draws = [normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]
@@ -241,11 +244,24 @@ class Trainer:
             chunk=config.chunk,
             scale=len(samples) / config.batch_size * config.guidance.backward_scale,
             reward_chunk=config.reward_chunk,
+            combine=lambda gradients: combined(gradients, self.weights, config.combine),
         )
         count = len(samples)
         sums = {name: torch.cat(values)[:count].sum().item() for name, values in seen.items()}
-        gaps = {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
-        return sums | {"loss": outcome.losses.mean(0).sum().item()} | gaps
+        sums["loss"] = (self.weights @ outcome.losses.mean(0).sum(1).double().cpu()).item()
+        sums |= {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
+        return sums | self._agreement(outcome)
+
+    def _agreement(self, outcome: Outcome) -> dict[str, float]:
+        """Sums over samples of how the rewards' gradients compare; nothing where there is one reward."""
+        if outcome.agreement is None:
+            return {}
+        names = [reward.name for reward in self.config.rewards]
+        norms, cosines = outcome.agreement.norms.sum(-1), outcome.agreement.cosines.sum(-1)
+        found = {f"gradient_{name}": norms[i].item() for i, name in enumerate(names)}
+        for (i, first), (j, second) in combinations(enumerate(names), 2):
+            found[f"cosine_{first}_{second}"] = cosines[i, j].item()
+        return found
 
     def _velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         low = self.config.model.dtype == "bfloat16"

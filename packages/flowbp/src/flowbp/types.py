@@ -16,7 +16,7 @@ first); sigma is (c*b,), float32 or float64.  The callable closes over prompts a
 conditioning c times (`tile`)."""
 
 Loss = Callable[[Tensor, slice], Tensor]
-"""loss(x, rows) -> per-sample losses, shape (rows,): differentiable in x, smaller is better.
+"""loss(x, rows) -> per-sample losses, shape (rows,), or (rewards, rows): differentiable in x, smaller is better.
 
 x holds the clean latents of samples `rows` of the micro-batch, so that the reward can be run in chunks."""
 

@@ -27,7 +27,7 @@ MODEL_TYPES: dict[Kind, str] = {
 class RewardConfig(Config):
     """A reward model."""
 
-    kind: Kind = "clip"
+    score: Kind = "clip"
     """What is made of the model: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
     `hpsv2` the cosine of bordered pictures (HPSv2.1), `aesthetic` the LAION predictor, `imagereward` ImageReward."""
     ref: str
@@ -38,12 +38,12 @@ class RewardConfig(Config):
         """The frozen reward.  Raises UserError if the folder holds another kind of model."""
         folder = hub.resolve(self.ref)
         found = json.loads((folder / "config.json").read_text()).get("model_type")
-        if found != MODEL_TYPES[self.kind]:
+        if found != MODEL_TYPES[self.score]:
             raise UserError(
-                f"{self.ref}: a reward of kind {self.kind!r} is made of a {MODEL_TYPES[self.kind]!r} model, this is a "
-                f"{found!r}; kinds are {', '.join(MODEL_TYPES)}"
+                f"{self.ref}: a score {self.score!r} is made of a {MODEL_TYPES[self.score]!r} model, this is a "
+                f"{found!r}; scores are {', '.join(MODEL_TYPES)}"
             )
-        return _load(self.kind, folder, device)
+        return _load(self.score, folder, device)
 
 
 def _load(kind: Kind, folder: Path, device: "torch.device | str") -> "Reward":
