@@ -183,6 +183,30 @@ def test_anchors_and_merge_keys_are_read(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "a.yaml")["d"] == {"b": 1, "c": 3}
 
 
+def test_a_file_lies_over_those_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name, text in (("base.yaml", "a: 1\nb: 1\nc: 1"), ("sub/mid.yaml", "extends: ../base.yaml\nb: 2\nc: 2")):
+        (tmp_path / name).write_text(text)
+    top = tmp_path / "sub" / "top.yaml"
+    top.write_text("extends: mid.yaml\nc: 3")
+
+    class Numbers(Config):
+        a: int
+        b: int
+        c: int
+
+    assert load(Numbers, [top]) == Numbers(a=1, b=2, c=3)
+    (tmp_path / "base.yaml").write_text("extends: sub/top.yaml")
+    with pytest.raises(UserError, match="extends itself"):
+        load(Numbers, [top])
+    top.write_text("extends: [mid.yaml]")
+    with pytest.raises(UserError, match="extends: must be the path of a file"):
+        load(Numbers, [top])
+    top.write_text("extends: mis.yaml")
+    with pytest.raises(UserError, match=r"no such file; did you mean 'mid\.yaml'"):
+        load(Numbers, [top])
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_text(tmp_path, "# nothing\n") == Train()
 

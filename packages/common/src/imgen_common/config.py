@@ -1,8 +1,9 @@
 """Configuration: frozen pydantic models, YAML files and `--set a.b=c`.
 
-Precedence: class defaults < files, left to right < `--set`.  Mappings merge key by key; setting `kind` to another value
-replaces its mapping, so that nothing of the old kind is left; lists are replaced whole (`--set rewards.0.weight=2`
-reaches into one).  YAML is read by the 1.2 core rules: `1e-4` is a number, `no` and `on` are words.
+Precedence: class defaults < files, left to right < `--set`.  A file with `extends: other.yaml` lies over that file, its
+path counted from its own.  Mappings merge key by key; setting `kind` to another value replaces its mapping, so that
+nothing of the old kind is left; lists are replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by
+the 1.2 core rules: `1e-4` is a number, `no` and `on` are words.
 """
 
 import re
@@ -25,6 +26,7 @@ from imgen_common.errors import UserError, nearest
 C = TypeVar("C", bound="Config")
 Keys = tuple[str, ...]
 PRESET = "preset"
+EXTENDS = "extends"
 
 
 class Config(BaseModel):
@@ -50,8 +52,8 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     """
     merge = _Merge()
     tree: Any = {}
-    for path in files:
-        tree = merge.apply(cls, tree, read_yaml(path), (), str(path))
+    for path, content in (layer for file in files for layer in _layers(file)):
+        tree = merge.apply(cls, tree, content, (), str(path))
     for keys, value, source in sorted(map(_parse_set, sets), key=_shallow_first):
         for key in reversed(keys):
             value = {key: value}
@@ -60,6 +62,19 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
         return cls.model_validate(tree)
     except ValidationError as error:
         raise UserError(_describe(cls, tree, merge.origins, error)) from None
+
+
+def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file and, before it, those it `extends`, each with its content."""
+    if path.resolve() in (file.resolve() for file in below):
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}")
+    content = read_yaml(path)
+    parent = content.pop(EXTENDS, None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: {EXTENDS}: must be the path of a file, from this one, got {_short(parent)}")
+        yield from _layers(path.parent / parent, (*below, path))
+    yield path, content
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -36,6 +36,14 @@ def to_pil(images: "torch.Tensor") -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(images)]
 
 
+def from_pil(pictures: "Sequence[Image.Image]") -> "torch.Tensor":
+    """Pictures of one size as (n, 3, h, w) in [0, 1]."""
+    import torch
+
+    arrays = np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures])
+    return torch.from_numpy(arrays / 255).permute(0, 3, 1, 2)
+
+
 def enlarge(picture: Image.Image, factor: int) -> Image.Image:
     """`picture` with every pixel as a square of `factor` x `factor` pixels.  Raises ValueError if factor < 1."""
     if factor < 1:

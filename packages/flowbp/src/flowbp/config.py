@@ -9,6 +9,7 @@ from flowbp.combine import Combination
 from flowbp.guidance import Guidance
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
+from flowbp.watchdog import WatchdogConfig
 from imgen_common.config import Config
 
 PositiveInt = Annotated[int, Ge(1)]
@@ -25,6 +26,8 @@ class ModelConfig(Config):
     """Width of the pictures in pixels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's arithmetic; trained weights and the states between steps stay float32."""
+    embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
+    """What a guidance-distilled model (FLUX.1-dev) is told; null: 3.5 for such a model.  Others have no such input."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
 
@@ -178,6 +181,8 @@ class TrainConfig(Config):
     """The prompts."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """Watches for reward hacking."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()

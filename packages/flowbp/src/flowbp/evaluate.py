@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowbp.engine import rollout
 from flowbp.guidance import Guidance, guided
+from flowbp.pictures import statistics
 from flowbp.plan import Keep
 from flowbp.types import Backbone, Cond, Reward
 from imgen_common.streams import normal
@@ -20,7 +21,8 @@ from imgen_common.streams import normal
 class Evaluation:
     """Per-prompt results, in the prompts' order.
 
-    scores: by name (`reward`, `heldout`, `verifier`), one number per prompt; verifier scores are 0 or 1.
+    scores: by name (`reward`, `heldout`, `verifier`), one number per prompt; verifier scores are 0 or 1.  statistics:
+    of the pictures, by name (`pictures.statistics`), one number per prompt.
     groups: a category per prompt where the prompts have one.  images: the first pictures, (n, 3, h, w) in [0, 1].
     """
 
@@ -28,6 +30,7 @@ class Evaluation:
     scores: dict[str, list[float]]
     groups: list[str] | None
     images: Tensor = field(repr=False)
+    statistics: dict[str, list[float]] = field(default_factory=dict)
 
     def means(self) -> dict[str, float]:
         """Mean of every score."""
@@ -85,6 +88,7 @@ class _Row(NamedTuple):
     scores: dict[str, float]
     group: str
     picture: Tensor | None
+    statistics: dict[str, float]
 
 
 def evaluate(
@@ -107,6 +111,7 @@ def evaluate(
     rank, world, gather: prompts are dealt out over processes and their rows collected.  tick: told how many are done.
     """
     mine = range(rank, len(prompts), world)
+    period = sampling.size[0] // backbone.latent_shape(sampling.size)[1]
     rows: list[_Row] = []
     for start in range(0, len(mine), sampling.batch_size):
         indices = mine[start : start + sampling.batch_size]
@@ -117,9 +122,11 @@ def evaluate(
         groups = [""] * len(texts)
         if verify:
             scores["verifier"], groups = shapes_verdicts(images, texts)
+        measured = {name: values.tolist() for name, values in statistics(images, period).items()}
         for at, i in enumerate(indices):
             picture = images[at].cpu() if i < num_images else None
-            rows.append(_Row(i, {name: values[at] for name, values in scores.items()}, groups[at], picture))
+            own, looks = ({name: values[at] for name, values in of.items()} for of in (scores, measured))
+            rows.append(_Row(i, own, groups[at], picture, looks))
         tick(len(rows))
     return _collected(prompts, sorted(gather(rows), key=lambda row: row[0]), verify)
 
@@ -141,6 +148,7 @@ def _collected(prompts: Sequence[str], rows: Sequence[_Row], verify: bool) -> Ev
         scores={name: [row.scores[name] for row in rows] for name in rows[0].scores},
         groups=[row.group for row in rows] if verify else None,
         images=torch.stack(pictures) if pictures else torch.empty(0),
+        statistics={name: [row.statistics[name] for row in rows] for name in rows[0].statistics},
     )
 
 

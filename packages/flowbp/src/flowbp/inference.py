@@ -36,7 +36,8 @@ class Subject:
 
     def load(self, device: torch.device) -> Backbone:
         """The backbone with its weights."""
-        backbone = backbones.load(self.config.model.ref, device=device)
+        model = self.config.model
+        backbone = backbones.load(model.ref, device=device, embedded_guidance=model.embedded_guidance)
         if self.run is not None:
             apply_trained(backbone, self.run)
         return backbone

@@ -65,7 +65,7 @@ def check(config: TrainConfig, num_processes: int) -> Job:
         (config.eval.quick_prompts, config.eval.quick_num_prompts),
     ):
         load_prompts(source, config.data.key, limit)
-    backbone = backbones.skeleton(config.model.ref)
+    backbone = backbones.told(backbones.skeleton(config.model.ref), config.model.ref, config.model.embedded_guidance)
     size = (config.model.height, config.model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_steps, size))
     plans = tuple(

@@ -39,6 +39,9 @@ class Silent:
     def evaluation(self, name: str, done: int, total: int) -> None:
         """So many prompts of an evaluation are done."""
 
+    def alert(self, text: str) -> None:
+        """The watchdog barks."""
+
 
 class JsonLines(Silent):
     """One JSON object for every event, to `write`."""
@@ -59,6 +62,9 @@ class JsonLines(Silent):
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         self.event("evaluation", name=name, done=done, total=total)
+
+    def alert(self, text: str) -> None:
+        self.event("alert", text=text)
 
 
 class Track:
@@ -132,6 +138,9 @@ class Lines(Silent):
             numbers = "  ".join(f"{name} {value}" for name, value in track.numbers())
             self._write(f"update {update}/{track.num_updates}  {numbers}  left {clock(track.left(update))}")
 
+    def alert(self, text: str) -> None:
+        self._write(f"ALERT {text}")
+
 
 class Live(Silent):
     """A bar, the numbers of the last updates and the reward so far as a strip, redrawn in place."""
@@ -180,6 +189,9 @@ class Live(Silent):
         total = self._track.num_updates
         left = f"left {clock(self._track.left(update))}"
         self._bar.update(self._task, description="training", completed=update, total=total, left=left)
+
+    def alert(self, text: str) -> None:
+        self._console.print(f"[bold red]![/] {text}", highlight=False)
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         description = "quick evaluation" if name == "quick" else f"evaluating {name}"

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+from torch import Tensor
+
 from flowbp.evaluate import Evaluation
-from imgen_common.images import to_pil
+from imgen_common.images import from_pil, to_pil
 from imgen_common.runs import write_atomic
 
 
@@ -21,6 +24,11 @@ class Saved:
     scores: dict[str, list[float]]
     groups: list[str] | None
     pictures: list[Path]
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+
+    def images(self) -> Tensor:
+        """The pictures, (n, 3, h, w) in [0, 1]."""
+        return from_pil([Image.open(file) for file in self.pictures])
 
 
 def folder_of(run: Path, name: str, guidance: float) -> Path:
@@ -42,6 +50,7 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
         "prompts": evaluation.prompts,
         "scores": evaluation.scores,
         "groups": evaluation.groups,
+        "statistics": evaluation.statistics,
     }
     write_atomic(folder / "scores.json", json.dumps(content) + "\n")
     return folder

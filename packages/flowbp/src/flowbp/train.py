@@ -18,22 +18,24 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from flowbp import watchdog
 from flowbp.combine import combined
 from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.data import draw_prompts, is_shapes, load_prompts
 from flowbp.engine import Outcome, backpropagate, rollout
 from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
+from flowbp.pictures import distance
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
-from flowbp.results import drop_evaluations, save_evaluation
+from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
 from flowbp.types import Backbone, Cond, Reward, take
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
 from imgen_common.streams import normal, numpy_generator
 
 MAY_DIFFER = (
-    *("name", "num_updates", "checkpoint", "trackers", "micro_batch_size", "chunk", "reward_chunk"),
+    *("name", "num_updates", "checkpoint", "trackers", "micro_batch_size", "chunk", "reward_chunk", "watchdog"),
     *("eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
@@ -54,6 +56,9 @@ class Reporter(Protocol):
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         """So many prompts of an evaluation are done."""
+
+    def alert(self, text: str) -> None:
+        """The watchdog barks."""
 
 
 @dataclass
@@ -118,7 +123,7 @@ def load_parts(config: TrainConfig, device: torch.device) -> Parts:
 
     from flowbp import backbones
 
-    backbone = backbones.load(config.model.ref, device=device)
+    backbone = backbones.load(config.model.ref, device=device, embedded_guidance=config.model.embedded_guidance)
     if config.model.gradient_checkpointing:
         assert isinstance(backbone.net, ModelMixin)
         backbone.net.enable_gradient_checkpointing()
@@ -411,8 +416,13 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     # before the first update: the base model, at the seeds that everything is compared at
     full_prompts = load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
     quick_prompts = load_prompts(config.eval.quick_prompts, config.data.key, config.eval.quick_num_prompts)
+    watchdog.rewind(run.path, trainer.update)
     if trainer.update == 0:
         full_evaluation(trainer, run, full_prompts, "base", reporter)
+        if watching(config):
+            base = quick_evaluation(trainer, run, quick_prompts, reporter)
+            if run.is_main:
+                save_evaluation(run.path / watchdog.FOLDER, "base", config.guidance.scale, base)
     if run.is_main and trainer.update < config.num_updates:
         drop_evaluations(run.path, "trained")
 
@@ -431,24 +441,58 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             reporter.update(trainer.update, metrics)
 
             # once in a while: a quick look at prompts that are neither trained on nor reported
-            if config.eval.every and trainer.update % config.eval.every == 0:
+            alarmed = False
+            looked = config.eval.every > 0 and trainer.update % config.eval.every == 0
+            if looked:
                 with trainer.averaged():
-                    quick = trainer.evaluate(
-                        quick_prompts, config.eval.quick_prompts, config.guidance.scale, reporter, "quick"
-                    )
-                run.log(trainer.update, {f"eval/{name}": value for name, value in quick.means().items()})
-                log_grid(run, trainer.update, quick)
+                    quick = quick_evaluation(trainer, run, quick_prompts, reporter)
+                alarmed = anywhere(accelerator, watch(trainer, run, quick, reporter))
 
-            # a state to go on from: at intervals, at the end, and when asked to stop
+            # a state to go on from: at intervals, where it was looked at, at the end, and when asked to stop
             last = trainer.update == config.num_updates
             asked = anywhere(accelerator, interrupt.asked)
-            if last or asked or trainer.update % config.checkpoint.every == 0:
+            if last or asked or looked or trainer.update % config.checkpoint.every == 0:
                 save(trainer, run)
             if asked and not last:
                 raise KeyboardInterrupt
+            if alarmed and config.watchdog.stop:
+                break
 
     with trainer.averaged():
         full_evaluation(trainer, run, full_prompts, "trained", reporter)
+
+
+def watching(config: TrainConfig) -> bool:
+    """Whether the run watches for reward hacking."""
+    return config.watchdog.enabled and config.eval.every > 0
+
+
+def quick_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], reporter: Reporter) -> Evaluation:
+    """The network as it is now on the quick prompts, logged."""
+    config = trainer.config
+    quick = trainer.evaluate(prompts, config.eval.quick_prompts, config.guidance.scale, reporter, "quick")
+    run.log(trainer.update, {f"eval/{name}": value for name, value in quick.means().items()})
+    log_grid(run, trainer.update, quick)
+    return quick
+
+
+def watch(trainer: Trainer, run: RunFolder, quick: Evaluation, reporter: Reporter) -> bool:
+    """Judges the model against its base, logs what was found; whether there is an alert.  On the main process only."""
+    config = trainer.config
+    if not watching(config) or not run.is_main:
+        return False
+    base = load_evaluations(run.path / watchdog.FOLDER)["base", config.guidance.scale]
+    trained, watched = ([one.name for one in part] for part in (config.rewards, config.heldout))
+    found = watchdog.look(config.watchdog, base, quick, trained, watched)
+    watchdog.record(run.path, trainer.update, found)
+    measures = {f"watch/{name}": value for name, value in found.measures.items()}
+    measures["watch/distance"] = distance(base.images(), quick.images).mean().item()
+    if config.lora is not None:
+        measures["watch/lora_norm"] = watchdog.adapter_norm(trainer.average, config.lora.alpha / config.lora.rank)
+    run.log(trainer.update, measures)
+    for alert in found.alerts:
+        reporter.alert(f"update {trainer.update}: {alert}")
+    return bool(found.alerts)
 
 
 def full_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], name: str, reporter: Reporter) -> None:
@@ -465,7 +509,8 @@ def full_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], na
 def save(trainer: Trainer, run: RunFolder) -> None:
     """A checkpoint of the state after the updates made so far."""
     run.save_checkpoint(trainer.update, trainer.state(), {})
-    run.prune(trainer.config.checkpoint.keep)
+    healthy = watchdog.last_healthy(run.path)
+    run.prune(trainer.config.checkpoint.keep, keep=() if healthy is None else (healthy,))
 
 
 def log_grid(run: RunFolder, update: int, evaluation: Evaluation) -> None:

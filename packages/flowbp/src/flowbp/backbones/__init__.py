@@ -21,13 +21,35 @@ FAMILIES = {
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
 
 
-def load(ref: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu") -> "Backbone":
+def load(
+    ref: str,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device: "torch.device | str" = "cpu",
+    embedded_guidance: float | None = None,
+) -> "Backbone":
     """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`).
 
-    Raises UserError for a missing or half-downloaded model, one of another family, or a step-distilled one.
+    embedded_guidance: what a guidance-distilled model is told; None: its default.
+    Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, or an
+    embedded guidance that the model does not take.
     """
     folder, adapter = _checked(ref)
-    return adapter.load(folder, dtype=dtype, device=device)
+    return told(adapter.load(folder, dtype=dtype, device=device), ref, embedded_guidance)
+
+
+def told(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
+    """The backbone with its distilled guidance.  Raises UserError where it has none."""
+    if embedded_guidance is not None:
+        from flowbp.backbones.flux import Flux
+
+        if not (isinstance(backbone, Flux) and backbone.net.config.guidance_embeds):
+            raise UserError(
+                f"model.embedded_guidance {embedded_guidance:g}: {ref} is not guidance-distilled; set it to null and "
+                "use guidance.scale"
+            )
+        backbone.guidance = embedded_guidance
+    return backbone
 
 
 def skeleton(ref: str) -> "Backbone":

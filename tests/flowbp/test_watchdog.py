@@ -1,0 +1,120 @@
+"""The watchdog: what it sees in pictures, when it barks, and that a run keeps its last healthy checkpoint."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowbp import watchdog
+from flowbp.config import TrainConfig
+from flowbp.evaluate import Evaluation
+from flowbp.pictures import distance, statistics
+from flowbp.watchdog import Finding, WatchdogConfig, look
+from imgen_common.config import load
+from imgen_common.images import from_pil, to_pil
+
+
+def flat(*colour: float, side: int = 32) -> torch.Tensor:
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, side, side).clone()
+
+
+def test_statistics_of_pictures_that_anyone_can_count() -> None:
+    half = flat(1.0, 1.0, 1.0)
+    half[..., 16:] = 0
+    found = statistics(half)
+    assert found["dark"].item() == 0.5
+    assert found["saturated"].item() == 0
+    assert found["edges"].item() == pytest.approx(1 / 31)
+    assert found["colours"].item() == pytest.approx(1.0)
+    assert statistics(flat(1.0, 0.0, 0.0))["saturated"].item() == 1
+    assert statistics(flat(0.5, 0.4, 0.5))["colours"].item() == pytest.approx(0)
+
+
+def test_a_grid_is_seen_and_noise_is_not() -> None:
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    waves = 0.5 + 0.4 * torch.sin(2 * math.pi * x / 8).expand(1, 3, 64, 64)
+    assert statistics(noise)["grid"].item() == pytest.approx(1 / 64, rel=0.5)
+    assert statistics(waves)["grid"].item() == pytest.approx(1, abs=1e-4)
+    assert statistics(flat(0.3, 0.3, 0.3))["grid"].item() == 0
+    assert 0.3 < statistics(0.5 * noise + 0.5 * waves)["grid"].item() < 1
+    slow = (y / 64).expand(1, 3, 64, 64)
+    assert statistics(slow)["grid"].item() > 0.9  # the same slope in every tile repeats, too
+    assert math.isnan(statistics(flat(0.3, 0.3, 0.3, side=8))["grid"].item())
+
+
+def test_distance_is_between_pictures_of_equal_seeds() -> None:
+    a = torch.rand(3, 3, 32, 32)
+    assert distance(a, a).tolist() == [0, 0, 0]
+    assert distance(flat(0.0, 0.0, 0.0), flat(1.0, 1.0, 1.0)).item() == 1
+    back = from_pil(to_pil(a))
+    assert (back - a).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def evaluation(reward: float, heldout: float, dark: float = 0.0) -> Evaluation:
+    draws = torch.randn(3, 60, generator=torch.Generator().manual_seed(0)).double()
+    scores = {"reward": (draws[0] + reward).tolist(), "heldout": (draws[1] + heldout).tolist()}
+    return Evaluation(["p"] * 60, scores, None, torch.empty(0), {"dark": (draws[2] + dark).tolist()})
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (evaluation(0.5, 0.4), []),
+        (evaluation(0.0, -0.5), []),  # the reward did not rise: a bad run, no hacking
+        (evaluation(0.5, -0.3), ["Held-out reward fell"]),
+        (evaluation(1.5, 0.2), ["Reward is"]),
+        (evaluation(0.5, 0.4, dark=1.2), ["dark moved by +"]),
+        (evaluation(2.0, -0.5, dark=-3.0), ["Held-out reward fell", "Reward is", "dark moved by -"]),
+    ],
+)
+def test_when_it_barks(now: Evaluation, words: list[str]) -> None:
+    found = look(WatchdogConfig(), evaluation(0, 0), now, ["reward"], ["heldout"])
+    assert len(found.alerts) == len(words)
+    for alert, word in zip(found.alerts, words, strict=True):
+        assert word in alert
+
+
+def test_without_held_out_rewards_pictures_are_still_watched() -> None:
+    found = look(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [])
+    assert [alert.split(" moved")[0] for alert in found.alerts] == ["the pictures' dark"]
+
+
+def test_the_last_healthy_update_is_the_one_before_the_first_alert(tmp_path: Path) -> None:
+    assert watchdog.last_healthy(tmp_path) is None
+    for update, alerts in ((10, []), (20, []), (30, ["bad"]), (40, [])):
+        watchdog.record(tmp_path, update, Finding(alerts, {}))
+    assert watchdog.last_healthy(tmp_path) == 20
+    assert watchdog.findings(tmp_path)[30] == ["bad"]
+    watchdog.rewind(tmp_path, 20)
+    watchdog.record(tmp_path, 30, Finding([], {}))
+    assert watchdog.last_healthy(tmp_path) == 30
+
+
+def test_adapters_have_the_norm_of_what_they_add() -> None:
+    a, b = torch.randn(2, 8), torch.randn(6, 2)
+    parameters = {"x.lora_A.default.weight": a, "x.lora_B.default.weight": b, "other": torch.ones(3)}
+    assert watchdog.adapter_norm(parameters, 0.5) == pytest.approx((0.5 * b @ a).norm().item(), rel=1e-5)
+    assert watchdog.adapter_norm({"other": torch.ones(3)}, 0.5) == 0
+
+
+def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path) -> None:
+    """Every look but the first finds a statistic moved: the threshold is absurd, the path is the real one."""
+    from accelerate import Accelerator
+
+    from flowbp.progress import JsonLines
+    from flowbp.train import train
+    from imgen_common.runs import RunFolder
+
+    sets = ["num_updates=4", "batch_size=2", "num_steps=4", "method=refl", "method.active.num_steps=2"]
+    sets += ["eval.every=1", "eval.num_prompts=4", "eval.quick_num_prompts=4", "eval.steps=2", "eval.guidance=[1.0]"]
+    sets += ["checkpoint.keep=1", "watchdog.stop=true", "watchdog.shift=1e-9", "optim.lr=1e-2"]
+    config, said = load(TrainConfig, [], sets), []
+    with RunFolder.create(tmp_path / "run", config, ["flowbp"]) as run:
+        train(config, run, Accelerator(cpu=True), JsonLines(said.append))
+    assert any('"event": "alert"' in line for line in said)
+    found = watchdog.findings(tmp_path / "run")
+    assert list(found) == [1]
+    assert found[1]
+    assert run.checkpoints() == [1]
