@@ -2,8 +2,8 @@
 
 Precedence: class defaults < files, left to right < `--set`.  A file with `extends: other.yaml` lies over that file, its
 path counted from its own.  Mappings merge key by key; setting `kind` to another value replaces its mapping, so that
-nothing of the old kind is left; lists are replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by
-the 1.2 core rules: `1e-4` is a number, `no` and `on` are words.
+nothing of the old kind is left; lists are replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read
+by the 1.2 core rules: `1e-4` is a number, `no` and `on` are words.
 """
 
 import re
