@@ -29,7 +29,7 @@ from imgen_common.config import load
 from imgen_common.runs import RunFolder
 from imgen_common.streams import numpy_generator
 
-COMMANDS = ("train", "methods", "explain", "sample", "eval", "report", "prefetch", "convert-reward")
+COMMANDS = ("train", "methods", "explain", "sample", "eval", "report", "prefetch", "export", "convert-reward")
 SMALL = (
     *(
         "method=flowbp_sparse",
@@ -244,7 +244,8 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
         (["explain", "flowbp_sparse", "--steps", "2"], "asks for 3 of 2 steps"),
         (["prefetch", "builtin:shapes/nothing"], "unknown model"),
-        (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "no such kind"),
+        (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv2'"),
+        (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
         (["convert-reward", "hpsv2", "missing.pt", "out", "--with", "b"], "no such file"),
     ],
 )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -502,6 +502,49 @@ def prefetch(
         print(hub.prefetch(ref))
 
 
+@app.command("export")
+def export_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")],
+    to: Annotated[str, typer.Option("--to", help="diffusers or comfyui (adapters), or merged (a whole pipeline).")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to make; RUN/export-FORMAT.")] = None,
+    weights: Annotated[str, typer.Option(help="average (what was evaluated) or last.")] = "average",
+    push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload it there; needs HF_TOKEN.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write what a run trained in files that others load, with a model card: configuration, scores, licences.
+
+    Example:
+
+    \b
+      flowbp export miniature-lora --to diffusers
+      flowbp export sd3_5_medium-lora --to comfyui --out my-lora
+      flowbp export flowbp_sparse --to merged --push me/my-model
+    """
+    with _busy("exporting"):
+        from typing import get_args
+
+        from flowbp import export, launch
+        from flowbp.progress import quiet_libraries
+
+        _one_of("--to", to, get_args(export.Format))
+        _one_of("--weights", weights, get_args(export.Kept))
+        quiet_libraries()
+        path = launch.find_run(run, runs)
+        form, kept = cast(export.Format, to), cast(export.Kept, weights)
+        folder = export.export(path, form, out or path / f"export-{to}", kept)
+    print(folder)
+    if push is not None:
+        print(export.push(folder, push))
+
+
+def _one_of(option: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises UserError with the nearest name unless `given` is allowed."""
+    from imgen_common.errors import nearest
+
+    if given not in allowed:
+        raise UserError(f"{option} {given!r}: unknown{nearest(given, allowed)}; allowed: {', '.join(allowed)}")
+
+
 @app.command("convert-reward")
 def convert_reward(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, imagereward or aesthetic.")],
@@ -532,11 +575,8 @@ def convert_reward(
 
         from flowbp.progress import quiet_libraries
         from flowbp.rewards.convert import Convertible, convert
-        from imgen_common.errors import nearest
 
-        kinds: tuple[Convertible, ...] = get_args(Convertible)
-        if kind not in kinds:
-            raise UserError(f"{kind!r}: no such kind{nearest(kind, kinds)}; allowed: {', '.join(kinds)}")
+        _one_of("KIND", kind, get_args(Convertible))
         quiet_libraries()
-        folder = convert(kind, file, companion, out)
+        folder = convert(cast(Convertible, kind), file, companion, out)
     print(folder)

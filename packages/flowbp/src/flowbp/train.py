@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -522,12 +522,15 @@ def log_grid(run: RunFolder, update: int, evaluation: Evaluation) -> None:
         run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
 
 
-def trained_weights(run: RunFolder) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """The configuration of a run and its averaged weights, from the last checkpoint."""
+def trained_weights(
+    run: RunFolder, kept: Literal["average", "last"] = "average"
+) -> tuple[TrainConfig, dict[str, Tensor]]:
+    """The configuration of a run and its weights from the last checkpoint: averaged, or those of the last update."""
     latest = run.latest_checkpoint()
     if latest is None:
         raise UserError(f"{run.path}: no checkpoint yet; let the run go on (flowbp train --resume {run.path})")
-    return run.config(TrainConfig), run.load_checkpoint(latest).tensors["average"]
+    tensors = run.load_checkpoint(latest).tensors
+    return run.config(TrainConfig), tensors["weights" if kept == "last" else "average"]
 
 
 @torch.no_grad()

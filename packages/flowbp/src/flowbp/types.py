@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,8 @@ class Backbone(Protocol):
 
     net: nn.Module
     """What is trained."""
+    pipe: Any
+    """The diffusers pipeline it was loaded from, `net` being its transformer."""
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""

@@ -1,0 +1,152 @@
+"""Exports: what others load back draws the same picture."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_flux2_lora_to_diffusers,
+)
+from families import FAMILIES, SIZE, folder_of
+from safetensors.torch import load_file
+
+from flowbp import backbones, inference
+from flowbp.config import TrainConfig
+from flowbp.export import COMFYUI_FILE, DIFFUSERS_FILE, Adapter, as_comfyui, export, fused
+from flowbp.licences import licence
+from flowbp.train import apply_trained, trainable
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.runs import RunFolder
+
+TARGETS = "lora.targets=[to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_qkv_mlp_proj, to_out]"
+
+
+def trained(place: Path, model: Path, *sets: str) -> Path:
+    """A run folder whose weights are random but not nothing, as if it had been trained."""
+    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", *sets])
+    parameters = trainable(backbones.load(str(model)).net, config)
+    rng = torch.Generator().manual_seed(1)
+    average = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
+    last = {name: p.detach() for name, p in parameters.items()}
+    with RunFolder.create(place / "run", config, ["flowbp"]) as run:
+        run.save_checkpoint(1, {"weights": last, "average": average, "optimizer": {}}, {})
+    return place / "run"
+
+
+def picture(pipe: DiffusionPipeline) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_inference_steps": 3,
+        "output_type": "pt",
+        "guidance_scale": 1.0,
+    }
+    if type(pipe).__name__ == "Flux2KleinPipeline":
+        options |= {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}
+    if type(pipe).__name__ == "FluxPipeline":
+        options["guidance_scale"] = 3.5
+    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(3), **options).images
+
+
+def ours(run: Path, model: Path, *, base: bool = False) -> torch.Tensor:
+    backbone = backbones.load(str(model))
+    if not base:
+        apply_trained(backbone, run)
+    return inference.draw(backbone, "a red circle", [3], SIZE, 3, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_adapter_draws_the_same_picture_in_diffusers(family: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    out = export(run, "diffusers", tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    assert (picture(pipe) - ours(run, model)).abs().max() > 5e-3
+    pipe.load_lora_weights(out, weight_name=DIFFUSERS_FILE)
+    assert (picture(pipe) - ours(run, model)).abs().max() < 1e-5
+    text = (out / "README.md").read_text()
+    assert "flowbp_sparse" in text
+    assert "rank: 4" in text
+    with pytest.raises(UserError, match="exists already"):
+        export(run, "diffusers", out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", ["null", "{rank: 4, alpha: 8}"])
+def test_a_merged_pipeline_draws_the_same_picture(family: str, lora: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, f"lora={lora}")
+    pipe = DiffusionPipeline.from_pretrained(export(run, "merged", tmp_path / "out"), dtype=torch.float32)
+    assert (picture(pipe) - ours(run, model)).abs().max() < 1e-5
+    if lora == "null":
+        with pytest.raises(UserError, match="use --to merged"):
+            export(run, "comfyui", tmp_path / "other")
+    last = DiffusionPipeline.from_pretrained(export(run, "merged", tmp_path / "last", "last"), dtype=torch.float32)
+    assert (picture(last) - ours(run, model, base=True)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["flux2", "sd3"])
+def test_a_comfyui_adapter_loads_back_through_diffusers(family: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    out = export(run, "comfyui", tmp_path / "out")
+    if family == "flux2":
+        keys = set(load_file(out / COMFYUI_FILE))
+        assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in keys
+        assert "diffusion_model.single_blocks.1.linear1.lora_B.weight" in keys
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.load_lora_weights(out, weight_name=COMFYUI_FILE)
+    assert (picture(pipe) - ours(run, model)).abs().max() < 1e-5
+
+
+def random_adapter(outputs: int, inputs: int, seed: int) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+    return Adapter(torch.randn(2, inputs, generator=rng), torch.randn(outputs, 2, generator=rng))
+
+
+def test_flux1_keys_come_back_through_diffusers_converter() -> None:
+    """At the real widths, which the converter has written down; key and MLP of the single block have no adapter."""
+    single, double = "single_transformer_blocks.7", "transformer_blocks.3"
+    found = {f"{double}.attn.{end}": random_adapter(3072, 3072, i) for i, end in enumerate(("to_q", "to_k", "to_v"))}
+    found |= {
+        f"{double}.attn.to_out.0": random_adapter(3072, 3072, 5),
+        f"{double}.ff.net.2": random_adapter(3072, 12288, 6),
+    }
+    found |= {
+        f"{single}.attn.to_q": random_adapter(3072, 3072, 7),
+        f"{single}.attn.to_v": random_adapter(3072, 3072, 8),
+    }
+    widths = {f"{single}.attn.to_k": 3072, f"{single}.proj_mlp": 12288} | {n: len(a.up) for n, a in found.items()}
+    back = _convert_kohya_flux_lora_to_diffusers(as_comfyui(found, "FluxPipeline", widths))
+    for layer, adapter in found.items():
+        update = back[f"transformer.{layer}.lora_B.weight"] @ back[f"transformer.{layer}.lora_A.weight"]
+        assert torch.allclose(update, adapter.update, atol=1e-4)
+    silent = back[f"transformer.{single}.proj_mlp.lora_B.weight"] @ back[f"transformer.{single}.proj_mlp.lora_A.weight"]
+    assert not silent.any()
+
+
+def test_layers_without_a_name_are_refused() -> None:
+    with pytest.raises(UserError, match="export --to diffusers instead"):
+        as_comfyui({"x_embedder": random_adapter(4, 4, 0)}, "Flux2KleinPipeline", {})
+
+
+def test_fused_layers_stack_their_outputs() -> None:
+    a, b = random_adapter(3, 5, 0), random_adapter(2, 5, 1)
+    x = torch.randn(5)
+    whole = fused([a, None, b], [3, 4, 2]).update @ x
+    assert torch.allclose(whole, torch.cat([a.update @ x, torch.zeros(4), b.update @ x]), atol=1e-5)
+    converted = _convert_non_diffusers_flux2_lora_to_diffusers(
+        as_comfyui({"transformer_blocks.0.attn.to_v": b}, "Flux2KleinPipeline",
+                   {f"transformer_blocks.0.attn.{n}": 2 for n in ("to_q", "to_k", "to_v")})
+    )  # fmt: skip
+    assert not converted["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"].any()
+
+
+def test_licences_are_known_or_said_not_to_be() -> None:
+    assert licence("black-forest-labs/FLUX.2-klein-base-4B@main") == "Apache-2.0"
+    assert "non-commercial" in licence("black-forest-labs/FLUX.2-klein-base-9B")
+    assert "not known" in licence("someone/something")
