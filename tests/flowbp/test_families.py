@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from families import FAMILIES, SIZE, folder_of
 from fields import gradient, relative
@@ -16,8 +17,9 @@ from flowbp.engine import backpropagate, rollout
 from flowbp.guidance import Guidance, guided
 from flowbp.methods import METHODS
 from flowbp.plan import plan
-from flowbp.train import trainable
+from flowbp.train import Trainer, load_parts, trainable
 from flowbp.types import Backbone
+from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses"]
@@ -151,3 +153,27 @@ def test_decoding_is_differentiable(backbone: Backbone) -> None:
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert x.grad.any()
+
+
+@pytest.mark.parametrize("lora", ["null", "{rank: 2}"])
+def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -> None:
+    """Frozen weights are bfloat16 under adapters; the cached velocity is still the re-forwarded one, bit for bit."""
+    sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}, dtype: bfloat16}}", f"lora={lora}"]
+    sets += ["batch_size=2", "num_steps=6", "guidance.scale=2", "guidance.batched=false", "method=leapalign"]
+    config = load(TrainConfig, [], sets)
+    parts = load_parts(config, torch.device("cpu"))
+    trainer = Trainer(config, parts, Accelerator(cpu=True))
+    assert {p.dtype for p in parts.parameters.values()} == {torch.float32}
+    frozen = {p.dtype for name, p in parts.backbone.net.named_parameters() if name not in parts.parameters}
+    assert frozen == (set() if lora == "null" else {torch.bfloat16})
+    before = {name: p.detach().clone() for name, p in parts.parameters.items()}
+    metrics = trainer.step()
+    assert metrics["grad_norm"] > 0
+    moved = [name for name, p in parts.parameters.items() if not torch.equal(p, before[name])]
+    assert moved
+    cond, negative = parts.conditions(PROMPTS)
+    velocity = guided(trainer._velocity, cond, negative, config.guidance)
+    x, sigma = parts.backbone.noise(2, SIZE, torch.Generator().manual_seed(0)), torch.full((2,), 0.6)
+    with torch.no_grad():
+        cached = velocity(x, sigma)
+    assert torch.equal(cached, velocity(x.clone().requires_grad_(), sigma))

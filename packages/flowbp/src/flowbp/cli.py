@@ -511,7 +511,8 @@ def export_run(
     push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload it there; needs HF_TOKEN.")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write what a run trained in files that others load, with a model card: configuration, scores, licences.
+    """Write what a run trained in files that others load, with a model card: configuration, scores, licences. The
+    averaged weights are written, which are what the run evaluated, unless --weights says otherwise.
 
     Example:
 

@@ -25,7 +25,8 @@ class ModelConfig(Config):
     width: Annotated[int, Ge(8), Le(4096)] = 32
     """Width of the pictures in pixels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the network's arithmetic; trained weights and the states between steps stay float32."""
+    """Precision of the network's arithmetic, and of frozen weights under adapters; trained weights and the states
+    between steps stay float32."""
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
     """What a guidance-distilled model (FLUX.1-dev) is told; null: 3.5 for such a model.  Others have no such input."""
     gradient_checkpointing: bool = False
@@ -103,6 +104,11 @@ class DataConfig(Config):
     """`builtin:shapes/SPLIT`, or a file: .txt (one prompt a line), .jsonl, or a folder of `datasets.save_to_disk`."""
     key: str = "prompt"
     """Name of the prompt's column in .jsonl files and dataset folders."""
+    embeddings: Literal["memory", "disk", "live"] = "memory"
+    """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
+    `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""
+    cache: str = "cache/embeddings"
+    """Folder of embeddings on disk, shared by all runs; entries of other text encoders do not disturb."""
 
 
 class EvalConfig(Config):

@@ -14,9 +14,10 @@ from flowbp import backbones
 from flowbp.compare import Change, Level, as_json, category_changes, changes, level, ordered
 from flowbp.config import TrainConfig
 from flowbp.data import is_shapes, load_prompts
+from flowbp.embeddings import Conditions
 from flowbp.evaluate import Evaluation, evaluate, generate
 from flowbp.launch import find_run, is_run
-from flowbp.train import Conditions, apply_trained, sampling_of
+from flowbp.train import apply_trained, sampling_of
 from flowbp.types import Backbone, Reward, tile
 from imgen_common.config import load
 from imgen_common.errors import UserError

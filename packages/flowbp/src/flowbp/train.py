@@ -22,6 +22,7 @@ from flowbp import watchdog
 from flowbp.combine import combined
 from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.data import draw_prompts, is_shapes, load_prompts
+from flowbp.embeddings import Conditions, Shards, fingerprint
 from flowbp.engine import Outcome, backpropagate, rollout
 from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
@@ -29,14 +30,15 @@ from flowbp.pictures import distance
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
-from flowbp.types import Backbone, Cond, Reward, take
+from flowbp.types import Backbone, Cond, Reward
+from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
 from imgen_common.streams import normal, numpy_generator
 
 MAY_DIFFER = (
     *("name", "num_updates", "checkpoint", "trackers", "micro_batch_size", "chunk", "reward_chunk", "watchdog"),
-    *("eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
+    *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
 evaluation after another one than the evaluation before."""
@@ -68,31 +70,8 @@ class Parts:
     backbone: Backbone
     rewards: Mapping[str, Reward]
     prompts: list[str]
-    conditions: "Conditions"
+    conditions: Conditions
     parameters: dict[str, nn.Parameter]
-
-
-class Conditions:
-    """Prompt embeddings, computed once for every distinct prompt and for the empty one."""
-
-    def __init__(self, backbone: Backbone, batch_size: int = 256) -> None:
-        self._backbone, self._batch_size = backbone, batch_size
-        self._row: dict[str, int] = {}
-        self._cond: dict[str, Tensor] = {}
-
-    def add(self, prompts: Sequence[str]) -> None:
-        """Embeds those prompts that are new."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._row]
-        for start in range(0, len(new), self._batch_size):
-            texts = new[start : start + self._batch_size]
-            cond = self._backbone.encode(texts)
-            self._row |= {text: len(self._row) + i for i, text in enumerate(texts)}
-            self._cond = {k: torch.cat([self._cond[k], v]) if self._cond else v for k, v in cond.items()}
-
-    def __call__(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
-        """Conditioning of the prompts, and the one row of the empty prompt."""
-        self.add([*prompts, ""])
-        return take(self._cond, [self._row[p] for p in prompts]), take(self._cond, [self._row[""]])
 
 
 def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
@@ -114,22 +93,36 @@ def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    for parameter in found.values():
+        parameter.data = parameter.data.float()  # adapters of a bfloat16 network start in bfloat16
+    return found
 
 
 def load_parts(config: TrainConfig, device: torch.device) -> Parts:
-    """Loads the generator, the rewards and the prompts that the configuration names."""
+    """Loads the generator, the rewards and the prompts that the configuration names.
+
+    Under adapters of a bfloat16 network the frozen weights are bfloat16; whatever is trained is float32.
+    """
     from diffusers import ModelMixin
 
     from flowbp import backbones
 
-    backbone = backbones.load(config.model.ref, device=device, embedded_guidance=config.model.embedded_guidance)
+    half = config.model.dtype == "bfloat16" and config.lora is not None
+    backbone = backbones.load(
+        config.model.ref,
+        dtype=torch.bfloat16 if half else torch.float32,
+        device=device,
+        embedded_guidance=config.model.embedded_guidance,
+    )
     if config.model.gradient_checkpointing:
         assert isinstance(backbone.net, ModelMixin)
         backbone.net.enable_gradient_checkpointing()
     prompts = load_prompts(config.data.prompts, config.data.key)
     parameters = trainable(backbone.net, config)
-    return Parts(backbone, load_rewards(config, device), prompts, Conditions(backbone), parameters)
+    store = Shards(Path(config.data.cache)) if config.data.embeddings == "disk" else None
+    mark = fingerprint(hub.resolve(config.model.ref)) if store else ""
+    return Parts(backbone, load_rewards(config, device), prompts, Conditions(backbone, store, mark), parameters)
 
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
@@ -416,6 +409,13 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     # before the first update: the base model, at the seeds that everything is compared at
     full_prompts = load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
     quick_prompts = load_prompts(config.eval.quick_prompts, config.data.key, config.eval.quick_num_prompts)
+    # all prompts are embedded before the first update, from the run's very beginning, so that a resumed run embeds
+    # them in the same batches; then the text encoders, which may be larger than the network, are let go
+    if config.data.embeddings != "live":
+        reporter.stage("embedding prompts")
+        trainer.parts.conditions.add([*all_prompts(trainer, full_prompts, quick_prompts), ""])
+        trainer.parts.backbone.free_text()
+
     watchdog.rewind(run.path, trainer.update)
     if trainer.update == 0:
         full_evaluation(trainer, run, full_prompts, "base", reporter)
@@ -460,6 +460,19 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
 
     with trainer.averaged():
         full_evaluation(trainer, run, full_prompts, "trained", reporter)
+
+
+def all_prompts(trainer: Trainer, *evaluated: Sequence[str]) -> list[str]:
+    """Every prompt that this process will train on or evaluate, in order, each once."""
+    config, accelerator = trainer.config, trainer.accelerator
+    found: dict[str, None] = {}
+    for update in range(config.num_updates):
+        first = update * config.batch_size + accelerator.process_index * trainer.share
+        for i in draw_prompts(len(trainer.parts.prompts), config.seed, first, trainer.share):
+            found[trainer.parts.prompts[i]] = None
+    for prompts in evaluated:
+        found |= dict.fromkeys(prompts[accelerator.process_index :: accelerator.num_processes])
+    return list(found)
 
 
 def watching(config: TrainConfig) -> bool:

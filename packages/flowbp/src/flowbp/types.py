@@ -54,6 +54,9 @@ class Backbone(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
+    def free_text(self) -> None:
+        """Lets the text encoders go; `encode` does not work afterwards."""
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one latent, without the batch, for pictures of `size` (height, width) pixels."""
 

@@ -38,6 +38,10 @@ class Flux:
         text, pooled, _ = self.pipe.encode_prompt(list(prompts), None)
         return {"text": text, "pooled": pooled}
 
+    def free_text(self) -> None:
+        """Lets the text encoders go."""
+        pipelines.free_text(self.pipe)
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)

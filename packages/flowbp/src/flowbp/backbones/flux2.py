@@ -44,6 +44,10 @@ class Flux2:
         )
         return {"text": text}
 
+    def free_text(self) -> None:
+        """Lets the text encoders go."""
+        pipelines.free_text(self.pipe)
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         return self.net.config.in_channels, *pipelines.grid_size(size, self.patch)

@@ -55,6 +55,15 @@ def _part(folder: Path, library: str | None, name: str | None) -> Any:
     return kind.from_pretrained(folder)
 
 
+def free_text(pipe: DiffusionPipeline) -> None:
+    """Lets go of every text encoder of a pipeline, whatever their number."""
+    for name in list(pipe.components):
+        if name.startswith("text_encoder"):
+            setattr(pipe, name, None)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def grid_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """Rows and columns of `patch` x `patch` pixels in a picture.  Raises UserError where they do not divide it."""
     if size[0] % patch or size[1] % patch or min(size) < patch:

@@ -35,6 +35,10 @@ class SD3:
         text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 
+    def free_text(self) -> None:
+        """Lets the text encoders go."""
+        pipelines.free_text(self.pipe)
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         patch = self.net.config.patch_size

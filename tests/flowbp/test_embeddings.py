@@ -1,0 +1,102 @@
+"""Prompt embeddings: once, exactly, in memory or on disk; text encoders are let go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, folder_of
+
+from flowbp import backbones
+from flowbp.embeddings import BATCH, SHARD, Conditions, Shards, fingerprint
+from flowbp.types import Backbone
+from imgen_common.errors import UserError
+
+PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red circle"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(request.param, tmp_path_factory.mktemp("embeddings"))
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return backbones.load(str(folder))
+
+
+def test_a_prompt_embeds_alike_whatever_its_neighbours(backbone: Backbone) -> None:
+    """Bit for bit: a resumed run embeds other prompts beside it than the run before did."""
+    alone, crowd = Conditions(backbone), Conditions(backbone)
+    alone.add(PROMPTS[:1])
+    crowd.add([f"{i} of the red circle" for i in range(BATCH + 3)] + PROMPTS)
+    for name, value in alone.rows(PROMPTS[:1]).items():
+        assert torch.equal(value, crowd.rows(PROMPTS[:1])[name])
+
+
+def test_they_are_what_the_backbone_says(backbone: Backbone) -> None:
+    cond, negative = Conditions(backbone)(PROMPTS)
+    expected = backbone.encode(PROMPTS)
+    for name, value in expected.items():
+        assert torch.allclose(cond[name], value, atol=1e-5)
+        assert torch.allclose(negative[name], value[2:3], atol=1e-5)
+
+
+class Counted:
+    """A backbone that counts what it encodes, and forgets how to when its text encoders are gone."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.net, self.pipe, self._whole, self.encoded = backbone.net, backbone.pipe, backbone, 0
+        self.latent_shape, self.noise, self.sigmas = backbone.latent_shape, backbone.noise, backbone.sigmas
+        self.velocity, self.decode = backbone.velocity, backbone.decode
+
+    def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        self.encoded += len(prompts)
+        return dict(self._whole.encode(prompts))
+
+    def free_text(self) -> None: ...
+
+
+def test_the_next_run_reads_them_from_disk(backbone: Backbone, tmp_path: Path) -> None:
+    first, second = Counted(backbone), Counted(backbone)
+    many = PROMPTS + [f"{i} red circles" for i in range(SHARD)]
+    one = Conditions(first, Shards(tmp_path / "cache"), "mark")
+    one.add(many)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    again = Conditions(second, Shards(tmp_path / "cache"), "mark")
+    for name, value in one.rows(many).items():
+        assert torch.equal(value, again.rows(many)[name])
+    again(many)
+    assert second.encoded == 0
+    Conditions(second, Shards(tmp_path / "cache"), "another").add(PROMPTS)
+    assert second.encoded == BATCH
+    assert not list((tmp_path / "cache").glob("*.new"))
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match=r"a\.safetensors: damaged"):
+        Shards(tmp_path)
+
+
+def test_text_encoders_are_let_go(folder: Path) -> None:
+    backbone = backbones.load(str(folder))
+    conditions = Conditions(backbone)
+    cond, _ = conditions(PROMPTS)
+    backbone.free_text()
+    assert not [name for name, part in backbone.pipe.components.items() if name.startswith("text_encoder") and part]
+    again, _ = conditions(PROMPTS)
+    for name, value in cond.items():
+        assert torch.equal(value, again[name])
+    x = backbone.noise(len(PROMPTS), (16, 16), torch.Generator().manual_seed(0))
+    assert backbone.velocity(x, torch.full((len(PROMPTS),), 0.5), cond).isfinite().all()
+
+
+def test_a_fingerprint_is_that_of_the_text_encoders(folder: Path) -> None:
+    before = fingerprint(folder)
+    assert fingerprint(folder) == before
+    file = next((folder / "text_encoder").glob("*.safetensors"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\0\0\0\1")
+    assert fingerprint(folder) != before
+    file.write_bytes(whole)
+    assert fingerprint(folder) == before
