@@ -47,7 +47,7 @@ class Counted:
     def __init__(self, backbone: Backbone) -> None:
         self.net, self.pipe, self._whole, self.encoded = backbone.net, backbone.pipe, backbone, 0
         self.latent_shape, self.noise, self.sigmas = backbone.latent_shape, backbone.noise, backbone.sigmas
-        self.velocity, self.decode = backbone.velocity, backbone.decode
+        self.velocity, self.decode, self.bfloat16 = backbone.velocity, backbone.decode, False
 
     def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.encoded += len(prompts)

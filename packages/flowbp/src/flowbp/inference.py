@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowbp import backbones
 from flowbp.compare import Change, Level, as_json, category_changes, changes, level, ordered
 from flowbp.config import TrainConfig
 from flowbp.data import is_shapes, load_prompts
 from flowbp.embeddings import Conditions
 from flowbp.evaluate import Evaluation, evaluate, generate
 from flowbp.launch import find_run, is_run
-from flowbp.train import apply_trained, sampling_of
+from flowbp.train import apply_trained, load_backbone, sampling_of
 from flowbp.types import Backbone, Reward, tile
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -37,8 +36,7 @@ class Subject:
 
     def load(self, device: torch.device) -> Backbone:
         """The backbone with its weights."""
-        model = self.config.model
-        backbone = backbones.load(model.ref, device=device, embedded_guidance=model.embedded_guidance)
+        backbone = load_backbone(self.config, device)
         if self.run is not None:
             apply_trained(backbone, self.run)
         return backbone

@@ -30,7 +30,7 @@ from flowbp.pictures import distance
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
-from flowbp.types import Backbone, Cond, Reward
+from flowbp.types import Backbone, Reward
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
@@ -99,6 +99,21 @@ def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     return found
 
 
+def load_backbone(config: TrainConfig, device: torch.device) -> Backbone:
+    """The generator in the configuration's precision."""
+    from flowbp import backbones
+
+    low = config.model.dtype == "bfloat16"
+    backbone = backbones.load(
+        config.model.ref,
+        dtype=torch.bfloat16 if low and config.lora is not None else torch.float32,
+        device=device,
+        embedded_guidance=config.model.embedded_guidance,
+    )
+    backbone.bfloat16 = low
+    return backbone
+
+
 def load_parts(config: TrainConfig, device: torch.device) -> Parts:
     """Loads the generator, the rewards and the prompts that the configuration names.
 
@@ -106,15 +121,7 @@ def load_parts(config: TrainConfig, device: torch.device) -> Parts:
     """
     from diffusers import ModelMixin
 
-    from flowbp import backbones
-
-    half = config.model.dtype == "bfloat16" and config.lora is not None
-    backbone = backbones.load(
-        config.model.ref,
-        dtype=torch.bfloat16 if half else torch.float32,
-        device=device,
-        embedded_guidance=config.model.embedded_guidance,
-    )
+    backbone = load_backbone(config, device)
     if config.model.gradient_checkpointing:
         assert isinstance(backbone.net, ModelMixin)
         backbone.net.enable_gradient_checkpointing()
@@ -212,7 +219,7 @@ class Trainer:
         chosen = draw_prompts(len(self.parts.prompts), config.seed, samples.start, len(samples))
         prompts = [self.parts.prompts[i] for i in chosen]
         cond, negative = self.parts.conditions(prompts)
-        velocity = guided(self._velocity, cond, negative, config.guidance)
+        velocity = guided(backbone.velocity, cond, negative, config.guidance)
         x_0 = initial_noise(backbone, self.size, config.seed, "noise", samples).to(device)
         trajectory = rollout(velocity, x_0, self.sigmas, plan.keep)
         seen: dict[str, list[Tensor]] = {name: [] for name in self.parts.rewards}
@@ -260,11 +267,6 @@ class Trainer:
         for (i, first), (j, second) in combinations(enumerate(names), 2):
             found[f"cosine_{first}_{second}"] = cosines[i, j].item()
         return found
-
-    def _velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        low = self.config.model.dtype == "bfloat16"
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-            return self.parts.backbone.velocity(x, sigma, cond)
 
     def _reduce(self, metrics: dict[str, float]) -> dict[str, float]:
         """Adds gradients and metrics up over the processes: once per update, in one message each."""

@@ -50,6 +50,8 @@ class Backbone(Protocol):
     """What is trained."""
     pipe: Any
     """The diffusers pipeline it was loaded from, `net` being its transformer."""
+    bfloat16: bool
+    """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""

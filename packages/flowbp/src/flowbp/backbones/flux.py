@@ -20,7 +20,7 @@ class Flux:
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
     def __init__(self, pipe: FluxPipeline, guidance: float = GUIDANCE) -> None:
-        self.pipe, self.net, self.guidance = pipe, pipe.transformer, guidance
+        self.pipe, self.net, self.guidance, self.bfloat16 = pipe, pipe.transformer, guidance, False
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux":
@@ -71,16 +71,17 @@ class Flux:
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
         told = torch.full_like(sigma, self.guidance) if self.net.config.guidance_embeds else None
         text = cond["text"]
-        tokens = self.net(
-            hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
-            timestep=sigma,
-            guidance=told,
-            pooled_projections=cond["pooled"],
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),
-            img_ids=pipelines.positions(x.device, 1, rows, columns),
-            return_dict=False,
-        )[0]
+        with pipelines.arithmetic(x, self.bfloat16):
+            tokens = self.net(
+                hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+                timestep=sigma,
+                guidance=told,
+                pooled_projections=cond["pooled"],
+                encoder_hidden_states=text,
+                txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),
+                img_ids=pipelines.positions(x.device, 1, rows, columns),
+                return_dict=False,
+            )[0]
         return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:

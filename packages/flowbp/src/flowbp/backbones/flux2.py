@@ -19,7 +19,7 @@ class Flux2:
     """Latents are "b c h w": c channels of normalised 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
 
     def __init__(self, pipe: Flux2KleinPipeline) -> None:
-        self.pipe, self.net = pipe, pipe.transformer
+        self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
         self.patch = 2 ** len(pipe.vae.config.block_out_channels)  # 2 x the autoencoder's factor
         self.text_layers = text_layers(pipe.text_encoder.config, self.net.config.joint_attention_dim)
         self.max_tokens = min(512, pipe.tokenizer.model_max_length)
@@ -66,14 +66,15 @@ class Flux2:
         """dx/dsigma, unguided."""
         _, _, height, width = x.shape
         text = cond["text"]
-        tokens = self.net(
-            hidden_states=x.flatten(2).transpose(1, 2),
-            timestep=sigma,
-            encoder_hidden_states=text,
-            txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
-            img_ids=pipelines.positions(x.device, 1, height, width, 1),
-            return_dict=False,
-        )[0]
+        with pipelines.arithmetic(x, self.bfloat16):
+            tokens = self.net(
+                hidden_states=x.flatten(2).transpose(1, 2),
+                timestep=sigma,
+                encoder_hidden_states=text,
+                txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
+                img_ids=pipelines.positions(x.device, 1, height, width, 1),
+                return_dict=False,
+            )[0]
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:

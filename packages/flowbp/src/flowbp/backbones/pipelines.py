@@ -55,6 +55,11 @@ def _part(folder: Path, library: str | None, name: str | None) -> Any:
     return kind.from_pretrained(folder)
 
 
+def arithmetic(x: Tensor, bfloat16: bool) -> torch.autocast:
+    """A context in which matrices are multiplied in bfloat16 where asked for; norms, times and sums stay float32."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16)
+
+
 def free_text(pipe: DiffusionPipeline) -> None:
     """Lets go of every text encoder of a pipeline, whatever their number."""
     for name in list(pipe.components):

@@ -17,7 +17,7 @@ class SD3:
     """Latents are "b c h w" of the autoencoder."""
 
     def __init__(self, pipe: StableDiffusion3Pipeline) -> None:
-        self.pipe, self.net = pipe, pipe.transformer
+        self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "SD3":
@@ -69,13 +69,14 @@ class SD3:
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
-        return self.net(
-            hidden_states=x,
-            timestep=sigma * self.pipe.scheduler.config.num_train_timesteps,
-            encoder_hidden_states=cond["text"],
-            pooled_projections=cond["pooled"],
-            return_dict=False,
-        )[0]
+        with pipelines.arithmetic(x, self.bfloat16):
+            return self.net(
+                hidden_states=x,
+                timestep=sigma * self.pipe.scheduler.config.num_train_timesteps,
+                encoder_hidden_states=cond["text"],
+                pooled_projections=cond["pooled"],
+                return_dict=False,
+            )[0]
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Pictures in [0, 1], differentiable (but for the clamp)."""
