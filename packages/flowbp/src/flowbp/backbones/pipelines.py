@@ -94,8 +94,9 @@ def linear_levels(steps: int) -> list[float]:
 
 
 def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-    """Pictures in [0, 1] of the autoencoder's own latents, differentiable (but for the clamp)."""
-    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+    """Pictures in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the clamp)."""
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
 def positions(device: torch.device, *axes: int) -> Int[Tensor, "tokens axes"]:
