@@ -47,7 +47,7 @@ class LoraConfig(Config):
 class OptimConfig(Config):
     """AdamW."""
 
-    lr: Annotated[float, Gt(0), Le(1)] = 3e-4
+    lr: Annotated[float, Gt(0), Le(1)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
     """Decay rates of the two moments."""
@@ -167,7 +167,7 @@ class TrainConfig(Config):
     """Classifier-free guidance of the training rollouts."""
     num_steps: Annotated[int, Ge(2), Le(1000)] = 25
     """Denoising steps N of the training rollouts."""
-    num_updates: PositiveInt = 150
+    num_updates: PositiveInt = 120
     """Optimizer updates."""
     batch_size: PositiveInt = 16
     """Pictures per update, over all processes and micro-batches."""

@@ -19,6 +19,10 @@ from imgen_common.runs import write_atomic
 
 FOLDER = "watchdog"
 LOG = "log.jsonl"
+LEAST_SPREAD = {"colours": 0.5}
+"""Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
+SHARE_SPREAD = 0.2
+"""The same of those that are shares."""
 
 
 class WatchdogConfig(Config):
@@ -72,22 +76,23 @@ def look(config: WatchdogConfig, base: Judged, now: Judged, trained: Sequence[st
         ahead = moved[name] - max(moved[other] for other in watched)
         if ahead > config.lead:
             alerts.append(f"{title(name)} is {ahead:.2f} standard deviations ahead of every held-out reward")
-    shifts = {name: standardised(base.statistics[name], now.statistics[name]) for name in base.statistics}
+    shifts = {
+        name: standardised(base.statistics[name], now.statistics[name], LEAST_SPREAD.get(name, SHARE_SPREAD))
+        for name in base.statistics
+    }
     for name, shift in shifts.items():
         if abs(shift) > config.shift:
             alerts.append(f"the pictures' {name} moved by {shift:+.2f} standard deviations")
     return Finding(alerts, moved | shifts)
 
 
-def standardised(before: Sequence[float], after: Sequence[float]) -> float:
-    """Change of the mean in standard deviations of `before`; prompts where either is not finite are left out."""
+def standardised(before: Sequence[float], after: Sequence[float], least: float = 1e-6) -> float:
+    """Change of the mean in standard deviations of `before`, `least` or more; where either is not finite, left out."""
     a, b = np.asarray(before, float), np.asarray(after, float)
     whole = np.isfinite(a) & np.isfinite(b)
     if not whole.any():
         return 0.0
-    spread = float(a[whole].std())
-    difference = float((b - a)[whole].mean())
-    return difference / spread if spread > 1e-9 else float(np.sign(difference)) * float(abs(difference) > 1e-9) * 1e3
+    return float((b - a)[whole].mean()) / max(float(a[whole].std()), least)
 
 
 def adapter_norm(parameters: Mapping[str, Tensor], scale: float) -> float:
