@@ -24,6 +24,7 @@ A configuration is what the defaults below, then YAML files from left to right, 
 - `a(leap).b` is the key `a.b` where `a.kind` is `leap`. Setting `kind` to another value replaces its whole section.
 - `method` also takes a name (`flowbp methods` lists them), or a name and changes: `{preset: refl, tail: 0.5}`.
 - Defaults below `method` are those of the default method, where it has the key.
+- A file with `extends: other.yaml` lies over that file; lists are replaced whole, `rewards.0.weight` reaches into one.
 - `flowbp train --dry-run` prints the resolved configuration and what it costs.
 """
 
@@ -45,7 +46,7 @@ def page() -> str:
     rows = fields_table(TrainConfig)
     sections: dict[str, list[FieldRow]] = {}
     for row in rows:
-        sections.setdefault(row.path.replace("(", ".").split(".")[0], []).append(row)
+        sections.setdefault(row.path.replace("(", ".").replace("[]", "").split(".")[0], []).append(row)
     single = [group[0] for group in sections.values() if len(group) == 1]
     parts = [HEAD, f"## Run\n\n{table(single)}\n"]
     for name, (own, *inner) in sections.items():

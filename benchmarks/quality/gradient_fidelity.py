@@ -159,9 +159,9 @@ class Prompt:
         return Trajectory(whole.sigmas, whole.states, whole.velocities, x)
 
     def _loss(self, x: Tensor, rows: slice) -> Tensor:
-        return losses_of(
-            self.config.rewards[0].loss, self.parts.rewards["reward"](self.parts.backbone.decode(x), self.texts[rows])
-        )
+        reward = self.config.rewards[0]
+        scores = self.parts.rewards[reward.name](self.parts.backbone.decode(x), self.texts[rows])
+        return losses_of(reward.loss, scores)
 
 
 def compare(prompt: Prompt, method: Method, exact: Tensor, found: Measured) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, folder_of
 
 from flowbp import backbones
 from flowbp.embeddings import BATCH, SHARD, Conditions, Shards, fingerprint
@@ -12,16 +11,6 @@ from flowbp.types import Backbone
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red circle"]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(request.param, tmp_path_factory.mktemp("embeddings"))
-
-
-@pytest.fixture(scope="module")
-def backbone(folder: Path) -> Backbone:
-    return backbones.load(str(folder))
 
 
 def test_a_prompt_embeds_alike_whatever_its_neighbours(backbone: Backbone) -> None:

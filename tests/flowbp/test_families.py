@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from families import FAMILIES, SIZE, folder_of
+from families import SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
 
@@ -24,16 +24,6 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses"]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(request.param, tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
-def backbone(folder: Path) -> Backbone:
-    return backbones.load(str(folder))
 
 
 def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) -> tuple[DiffusionPipeline, torch.Tensor]:

@@ -10,6 +10,7 @@ from flowbp import watchdog
 from flowbp.config import TrainConfig
 from flowbp.evaluate import Evaluation
 from flowbp.pictures import distance, statistics
+from flowbp.train import MAY_DIFFER
 from flowbp.watchdog import Finding, WatchdogConfig, look
 from imgen_common.config import load
 from imgen_common.images import from_pil, to_pil
@@ -118,3 +119,22 @@ def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path)
     assert list(found) == [1]
     assert found[1]
     assert run.checkpoints() == [1]
+
+
+def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
+    """A run that was begun without the watchdog, or with other quick prompts, and goes on with it."""
+    from accelerate import Accelerator
+
+    from flowbp.progress import JsonLines
+    from flowbp.train import train
+    from imgen_common.runs import RunFolder
+
+    sets = ["batch_size=2", "num_steps=4", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
+    sets += ["eval.num_prompts=2", "eval.steps=2", "num_updates=1", "checkpoint.every=1"]
+    for quick, expected in ((["eval.every=0"], 0), (["eval.every=1", "eval.quick_num_prompts=2", "num_updates=2"], 1)):
+        config, said = load(TrainConfig, [], [*sets, *quick]), []
+        path = tmp_path / "run"
+        opened = RunFolder.open(path, config, may_differ=MAY_DIFFER) if path.exists() else None
+        with opened or RunFolder.create(path, config, ["flowbp"]) as run:
+            train(config, run, Accelerator(cpu=True), JsonLines(said.append))
+        assert sum("not watched" in line for line in said) == expected

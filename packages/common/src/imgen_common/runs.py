@@ -458,6 +458,24 @@ def _disk_full(error: Exception) -> bool:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when all went well, and is removed otherwise.
+
+    Raises UserError if `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another folder, or remove it")
+    fresh = out.with_name(out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that a kill at any instant leaves the old content or the new."""
     fresh = path.with_name(f".{path.name}.tmp")

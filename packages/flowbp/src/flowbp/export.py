@@ -20,7 +20,7 @@ from flowbp.train import trained_weights
 from imgen_common import hub
 from imgen_common.config import to_yaml
 from imgen_common.errors import UserError
-from imgen_common.runs import RunFolder, write_atomic
+from imgen_common.runs import RunFolder, whole_folder, write_atomic
 
 Format = Literal["diffusers", "comfyui", "merged"]
 Kept = Literal["average", "last"]
@@ -47,24 +47,18 @@ def export(run: Path, to: Format, out: Path, kept: Kept = "average") -> Path:
     kept: the averaged weights, which are what the run evaluated, or those of the last update.
     Raises UserError if `out` exists, the run has no checkpoint, or it trained all weights and `to` wants an adapter.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another folder, or remove it")
     config, weights = trained_weights(RunFolder.open(run, is_main=False), kept)
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
-    fresh = out.with_name(out.name + ".new")
-    fresh.mkdir(parents=True, exist_ok=True)
-    if to == "merged":
-        merged(config, weights).save_pretrained(fresh)
-    else:
-        found = adapters(config, weights)
-        if to == "diffusers":
-            save_file(as_diffusers(found), fresh / DIFFUSERS_FILE, {"format": "pt"})
+    with whole_folder(out) as fresh:
+        if to == "merged":
+            merged(config, weights).save_pretrained(fresh)
+        elif to == "diffusers":
+            save_file(as_diffusers(adapters(config, weights)), fresh / DIFFUSERS_FILE, {"format": "pt"})
         else:
-            keys = as_comfyui(found, family(config), outputs(config))
+            keys = as_comfyui(adapters(config, weights), family(config), outputs(config))
             save_file(keys, fresh / COMFYUI_FILE, {"format": "pt"})
-    write_atomic(fresh / "README.md", card(run, config, to, kept))
-    fresh.rename(out)
+        write_atomic(fresh / "README.md", card(run, config, to, kept))
     return out
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flowbp import watchdog
 from flowbp.combine import combined
+from flowbp.compare import comparable
 from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.data import draw_prompts, is_shapes, load_prompts
 from flowbp.embeddings import Conditions, Shards, fingerprint
@@ -408,7 +409,6 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     accelerator.wait_for_everyone()
     run.rewind(trainer.update)
 
-    # before the first update: the base model, at the seeds that everything is compared at
     full_prompts = load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
     quick_prompts = load_prompts(config.eval.quick_prompts, config.data.key, config.eval.quick_num_prompts)
     # all prompts are embedded before the first update, from the run's very beginning, so that a resumed run embeds
@@ -418,15 +418,17 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
         trainer.parts.conditions.add([*all_prompts(trainer, full_prompts, quick_prompts), ""])
         trainer.parts.backbone.free_text()
 
-    watchdog.rewind(run.path, trainer.update)
+    # before the first update: the base model, at the seeds that everything is compared at
     if trainer.update == 0:
         full_evaluation(trainer, run, full_prompts, "base", reporter)
         if watching(config):
             base = quick_evaluation(trainer, run, quick_prompts, reporter)
             if run.is_main:
                 save_evaluation(run.path / watchdog.FOLDER, "base", config.guidance.scale, base)
-    if run.is_main and trainer.update < config.num_updates:
-        drop_evaluations(run.path, "trained")
+    if run.is_main:
+        watchdog.rewind(run.path, trainer.update)
+        if trainer.update < config.num_updates:
+            drop_evaluations(run.path, "trained")
 
     reporter.stage("training")
     with Interrupt() as interrupt:
@@ -496,7 +498,10 @@ def watch(trainer: Trainer, run: RunFolder, quick: Evaluation, reporter: Reporte
     config = trainer.config
     if not watching(config) or not run.is_main:
         return False
-    base = load_evaluations(run.path / watchdog.FOLDER)["base", config.guidance.scale]
+    base = load_evaluations(run.path / watchdog.FOLDER).get(("base", config.guidance.scale))
+    if base is None or not comparable(base, quick):
+        reporter.alert(f"update {trainer.update}: not watched, the base has not been evaluated on these quick prompts")
+        return False
     trained, watched = ([one.name for one in part] for part in (config.rewards, config.heldout))
     found = watchdog.look(config.watchdog, base, quick, trained, watched)
     watchdog.record(run.path, trainer.update, found)

@@ -19,8 +19,8 @@ GUIDANCE = 3.5
 class Flux:
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
-    def __init__(self, pipe: FluxPipeline, guidance: float = GUIDANCE) -> None:
-        self.pipe, self.net, self.guidance, self.bfloat16 = pipe, pipe.transformer, guidance, False
+    def __init__(self, pipe: FluxPipeline) -> None:
+        self.pipe, self.net, self.guidance, self.bfloat16 = pipe, pipe.transformer, GUIDANCE, False
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux":

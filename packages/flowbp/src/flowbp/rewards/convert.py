@@ -26,6 +26,7 @@ from flowbp.rewards.image_reward import towers
 from flowbp.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.runs import whole_folder
 
 Convertible = Literal["hpsv2", "imagereward", "aesthetic"]
 State = Mapping[str, Tensor]
@@ -38,28 +39,20 @@ def convert(kind: Convertible, file: Path, companion: str, out: Path) -> Path:
     `aesthetic` to the CLIP ViT-L/14 that the head was trained on.
     Raises UserError if `out` exists, or the file does not hold what `kind` says.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another folder, or remove it")
-    state = read(file)
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        if kind == "hpsv2":
-            save_clip(open_clip(state), tokenizer_of(companion), fresh)
-        elif kind == "imagereward":
-            save_image_reward(state, tokenizer_of(companion), fresh)
-        else:
-            for part in hub.resolve(companion).iterdir():
-                if part.suffix in (".json", ".txt", ".safetensors"):
-                    shutil.copy(part, fresh)
-            save_file(head_weights(state, "layers."), fresh / HEAD)
-    except KeyError as error:
-        raise UserError(f"{file}: not a checkpoint of {kind}: {error.args[0]} is missing") from None
-    else:
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with whole_folder(out) as fresh:
+        state = read(file)
+        try:
+            if kind == "hpsv2":
+                save_clip(open_clip(state), tokenizer_of(companion), fresh)
+            elif kind == "imagereward":
+                save_image_reward(state, tokenizer_of(companion), fresh)
+            else:
+                for part in hub.resolve(companion).iterdir():
+                    if part.suffix in (".json", ".txt", ".safetensors"):
+                        shutil.copy(part, fresh)
+                save_file(head_weights(state, "layers."), fresh / HEAD)
+        except KeyError as error:
+            raise UserError(f"{file}: not a checkpoint of {kind}: {error.args[0]} is missing") from None
     return out
 
 
