@@ -311,10 +311,14 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
     """Cosine and norm ratio of every method's gradient to exact backpropagation."""
-    recipe = load(TrainConfig, config or [], ["heldout=null", *(sets or [])])
     where = device_of(device)
     file = output or result_file("gradient_fidelity", where, "json")
-    run(recipe, Size(prompts, pictures, plans, seed), where, file)
+    run(recipe_of(config or [], sets or []), Size(prompts, pictures, plans, seed), where, file)
+
+
+def recipe_of(files: Sequence[Path], sets: Sequence[str]) -> TrainConfig:
+    """What is compared: the first reward alone, held-out ones would only cost time."""
+    return load(TrainConfig, files, ["heldout=[]", *sets])
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ class Bench:
         config = self.settings.config
         scales = [config.guidance.scale] if phase == "search" else scales_of(config)
         source, prompts = self.prompts[phase]
-        with trainer.averaged():
+        with trainer.weights.averaged():
             found = {s: trainer.evaluate(prompts, source, s, Silent(), "").scores for s in scales}
         return {f"{s:g}": {n: [round(v, 4) for v in values] for n, values in one.items()} for s, one in found.items()}
 

@@ -150,6 +150,12 @@ def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
     assert gradient_fidelity.markdown(rows).count("\n") == 1 + len(rows)
 
 
+def test_fidelity_measures_the_trained_reward_alone() -> None:
+    recipe = gradient_fidelity.recipe_of([], ["guidance.scale=2"])
+    assert [scorer.name for scorer in recipe.scorers] == ["reward"]
+    assert recipe.guidance.scale == 2
+
+
 def test_fidelity_ends_a_shared_rollout_where_the_reward_looks(bench: Bench) -> None:
     bench.restore()
     prompt = gradient_fidelity.Prompt(bench.settings.config, bench.parts, SIZE, 1, CPU)

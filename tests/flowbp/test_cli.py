@@ -29,7 +29,10 @@ from imgen_common.config import load
 from imgen_common.runs import RunFolder
 from imgen_common.streams import numpy_generator
 
-COMMANDS = ("train", "methods", "explain", "sample", "eval", "report", "prefetch", "export", "convert-reward")
+COMMANDS = (
+    *("train", "methods", "explain", "sample", "eval", "benchmark", "table"),
+    *("report", "prefetch", "export", "convert-reward"),
+)
 SMALL = (
     *(
         "method=flowbp_sparse",
@@ -244,9 +247,11 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
         (["explain", "flowbp_sparse", "--steps", "2"], "asks for 3 of 2 steps"),
         (["prefetch", "builtin:shapes/nothing"], "unknown model"),
-        (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv2'"),
+        (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv3'"),
         (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
         (["convert-reward", "hpsv2", "missing.pt", "out", "--with", "b"], "no such file"),
+        (["convert-reward", "hpsv3", "a.pt", "out", "--with", "b"], "needs --prompt-source FILE"),
+        (["convert-reward", "hpsv2", "a.pt", "out", "--with", "b", "--prompt-source", "c.py"], "is for hpsv3"),
     ],
 )
 def test_bad_words_to_the_other_commands(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,11 +14,13 @@ import typer
 from imgen_common.errors import UserError, run_cli
 
 if TYPE_CHECKING:
+    from flowbp.benchmark import Benchmark
     from flowbp.config import TrainConfig
     from flowbp.inference import Subject
     from flowbp.launch import Job
     from flowbp.plan import Plan
     from flowbp.progress import Silent
+    from flowbp.tables import Row
 
 app = typer.Typer(
     add_completion=False,
@@ -64,8 +66,8 @@ def train(
 ) -> None:
     """Train a model by reward backpropagation. Without arguments a miniature model of coloured shapes is trained on the
     CPU in minutes. The run folder holds configuration, metrics, checkpoints, evaluations before and after, and a
-    report. Ctrl-C saves and stops; --resume goes on exactly where it stopped. Under torchrun all processes share the
-    batch.
+    report. Ctrl-C saves and stops; --resume goes on exactly where it stopped. Under torchrun and accelerate launch all
+    processes share the batch, and with distributed.kind=fsdp2, zero2 or zero3 the weights.
 
     Example:
 
@@ -73,16 +75,12 @@ def train(
       flowbp train
       flowbp train --set method=flowbp_bridge --set method.coupling.alpha=0.3
       flowbp train my.yaml --set optim.lr=3e-5 --dry-run
-      flowbp train --resume runs/flowbp_sparse
+      flowbp train --resume runs/flowbp_bridge
       torchrun --nproc_per_node 2 -m flowbp train
+      torchrun --nproc_per_node 8 -m flowbp train my.yaml --set distributed.kind=fsdp2
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    try:
-        _train(configs or [], sets or [], resume, dry_run, runs, as_json, is_main)
-    except UserError:
-        if is_main:
-            raise
-        raise typer.Exit(2) from None
+    with _told_once():
+        _train(configs or [], sets or [], resume, dry_run, runs, as_json, int(os.environ.get("RANK", "0")) == 0)
 
 
 def _train(
@@ -315,8 +313,8 @@ def sample(
     Example:
 
     \b
-      flowbp sample "a red circle left of a blue square" --run runs/flowbp_sparse
-      flowbp sample "a red circle left of a blue square" --run runs/flowbp_sparse --base
+      flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge
+      flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge --base
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance 2 --seed 7
     """
     with _busy("loading"):
@@ -382,8 +380,8 @@ def evaluate(
     Example:
 
     \b
-      flowbp eval runs/flowbp_sparse
-      flowbp eval runs/flowbp_bridge --against runs/flowbp_sparse --guidance 1 --guidance 2
+      flowbp eval runs/flowbp_bridge
+      flowbp eval runs/flowbp_bridge --against runs/refl --guidance 1 --guidance 2
       flowbp eval builtin:shapes/generator --num-prompts 120 --json
     """
     with _busy("loading"):
@@ -430,6 +428,142 @@ def _print_scores(labels: list[str], found: list[Any], config: "TrainConfig", as
                 show.categories(changed, f"Verifier by category at guidance {scale:g}")
 
 
+@app.command()
+def benchmark(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts (.txt, .jsonl), or GenEval's metadata.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make, or to go on with.")],
+    protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards) or geneval.")] = "hpdv2",
+    scores: Annotated[
+        list[str] | None,
+        typer.Option("--score", metavar="[NAME:]KIND=REF", help="What scores the pictures; may be given again."),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="Endpoint for ur_align and ur_iq; its key: FLOWBP_JUDGE_KEY.")
+    ] = None,
+    colours: Annotated[str | None, typer.Option(metavar="REF", help="GenEval's CLIP ViT-L/14.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Of a run: the model as it was before training.")] = False,
+    images: Annotated[int | None, typer.Option(help="Pictures per prompt; hpdv2: 1, geneval: 4.", min=1)] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Only the first ones.", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: none.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1, max=1000)] = None,
+    size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time; results differ by rounding at most.", min=1)] = 4,
+    sets: Sets = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Draw and score a whole prompt file as the papers do. Prints their table with 95 % intervals and keeps pictures,
+    scores, table.md and table.json in --out. Given again the command goes on where it stopped; scores may be added to
+    pictures that are there. Under torchrun the processes share the work. Kinds of scores: rewards (clip, clipscore,
+    hpsv2, ...), ur_align and ur_iq (REF: the name under which --judge serves UnifiedReward), geneval (REF: a
+    Mask2Former of COCO instances).
+
+    Example:
+
+    \b
+      flowbp benchmark builtin:shapes/generator --prompts builtin:shapes/test --num-prompts 100 --out scores/base \\
+        --score clip=builtin:shapes/reward
+      flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 \\
+        --score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL
+      torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\
+        --out geneval/my-run --score geneval=mask2former-swin-small-coco-instance --colours clip-vit-large-patch14
+    """
+    with _busy("loading"), _told_once():
+        from typing import get_args
+
+        from flowbp import benchmark as work
+        from flowbp import inference
+        from flowbp.progress import quiet_libraries
+
+        _one_of("--protocol", protocol, get_args(work.Protocol))
+        quiet_libraries()
+        shape = [f"model.height={size}", f"model.width={size}"] if size else []
+        one = inference.subject(target, runs, [*(sets or []), *shape], base=base)
+        scale = one.config.guidance.scale if guidance is None else guidance
+        inference.check_scale(scale)
+        kind = cast(work.Protocol, protocol)
+        texts = work.read_prompts(kind, prompts, one.config.data.key, num_prompts)
+        scorers = [work.parse_scorer(text, colours) for text in scores or []]
+        numbers = {"images": images or work.IMAGES[kind], "steps": steps or one.config.eval.steps, "seed": seed}
+        config = work.configuration(one, kind, prompts, texts, scorers, guidance=scale, **numbers)
+        work.check(config, judge)
+    with _told_once():
+        _benchmark(work.Benchmark(one, config, texts, out, batch_size, judge), as_json)
+
+
+def _benchmark(given: "Benchmark", as_json: bool) -> None:
+    """Does what is missing, and shows the table on the main process."""
+    from dataclasses import replace
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+
+    from flowbp import benchmark, tables
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    own = replace(given, device=state.device, rank=state.process_index)
+    try:
+        with _bar() if state.is_main_process else nullcontext(own.tick) as tick:
+            benchmark.run(replace(own, tick=tick), ["flowbp", *sys.argv[1:]], state)
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            print("\nstopped; the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        state.destroy_process_group()
+    if state.is_main_process:
+        _print_table([tables.write(own.out)], as_json)
+
+
+@app.command()
+def table(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", help="Folders of flowbp benchmark.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show folders of flowbp benchmark as one table, a row each. Columns are the papers': rewards, or GenEval's tasks,
+    with 95 % bootstrap intervals over prompts. A folder that is not finished is shown as far as it is, and said so.
+
+    Example:
+
+    \b
+      flowbp table geneval/base geneval/my-run
+      flowbp table hpdv2/* --markdown
+    """
+    from flowbp import tables
+
+    rows = [tables.row_of(folder) for folder in folders]
+    if markdown:
+        print(tables.markdown(rows), end="")
+    else:
+        _print_table(rows, as_json)
+
+
+def _print_table(rows: "Sequence[Row]", as_json: bool) -> None:
+    if as_json:
+        from flowbp import tables
+
+        print(json.dumps(tables.as_json(rows)))
+        return
+    from flowbp import show
+
+    show.benchmark(rows)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Of an error that all processes have, only the first one tells."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise typer.Exit(2) from None
+
+
 @contextmanager
 def _bar() -> Iterator[Callable[[str, int, int], None]]:
     """tick(label, done, total): a progress bar on standard error, where that is a terminal."""
@@ -472,7 +606,7 @@ def report(
     Example:
 
     \b
-      flowbp report runs/flowbp_sparse --open
+      flowbp report runs/flowbp_bridge --open
     """
     from flowbp import report as reports
     from flowbp.launch import find_run
@@ -519,7 +653,7 @@ def export_run(
     \b
       flowbp export miniature-lora --to diffusers
       flowbp export sd3_5_medium-lora --to comfyui --out my-lora
-      flowbp export flowbp_sparse --to merged --push me/my-model
+      flowbp export flowbp_bridge --to merged --push me/my-model
     """
     with _busy("exporting"):
         from typing import get_args
@@ -548,7 +682,7 @@ def _one_of(option: str, given: str, allowed: Sequence[str]) -> None:
 
 @app.command("convert-reward")
 def convert_reward(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, imagereward or aesthetic.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, hpsv3, imagereward or aesthetic.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint (.pt, .pth, .safetensors).")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     companion: Annotated[
@@ -556,18 +690,28 @@ def convert_reward(
         typer.Option(
             "--with",
             metavar="REF",
-            help="Where the checkpoint's other half is: for hpsv2 any CLIP tokenizer, for imagereward that of "
-            "bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
+            help="Where the checkpoint's other half is: for hpsv2 any CLIP tokenizer, for hpsv3 Qwen2-VL-7B-Instruct, "
+            "for imagereward the tokenizer of bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
         ),
     ],
+    prompt_source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For hpsv3 only, and needed there: hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 "
+            "1.0.0, for the words around a prompt. It is parsed, not run.",
+        ),
+    ] = None,
 ) -> None:
-    """Make a published reward checkpoint, which is a pickle, a folder of safetensors that rewards.0.ref can name. Only
+    """Make a published reward checkpoint, often a pickle, a folder of safetensors that rewards.0.ref can name. Only
     tensors in plain containers are read from it; nothing in it is run. PickScore and CLIP need no conversion.
 
     Example:
 
     \b
       flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14
+      flowbp convert-reward hpsv3 HPSv3.safetensors rewards/hpsv3 --with Qwen/Qwen2-VL-7B-Instruct \\
+        --prompt-source hpsv3/dataset/data_collator_qwen.py
       flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased
       flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
@@ -579,5 +723,5 @@ def convert_reward(
 
         _one_of("KIND", kind, get_args(Convertible))
         quiet_libraries()
-        folder = convert(cast(Convertible, kind), file, companion, out)
+        folder = convert(cast(Convertible, kind), file, companion, out, prompt_source)
     print(folder)

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from flowbp.evaluate import interval as bootstrap
 from flowbp.evaluate import paired_interval
 
 LABELS = {"verifier": "Verifier", "reward": "Reward", "heldout": "Held-out reward"}
@@ -55,9 +56,9 @@ class Level:
     num: int
 
 
-def level(values: Sequence[float]) -> Level:
-    """The mean of one evaluation's score."""
-    return Level(*paired_interval([0.0] * len(values), values), num=len(values))
+def level(*strata: Sequence[float]) -> Level:
+    """The mean of one evaluation's score; of several strata, the mean of their means."""
+    return Level(*bootstrap(strata), num=sum(map(len, strata)))
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> Change:

@@ -143,6 +143,17 @@ class CheckpointConfig(Config):
     """How many of the newest are kept."""
 
 
+class DistributedConfig(Config):
+    """How several processes (torchrun, accelerate launch) share the weights."""
+
+    kind: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
+    """`ddp`: every process holds all weights; `fsdp2`, and DeepSpeed's `zero3`: weights, gradients and the optimizer
+    are cut up over them; `zero2`: gradients and the optimizer."""
+    sync: Literal["update", "step"] = "update"
+    """When sharded gradients are added up: once per `update`, every process holding a whole gradient until then; or
+    after every swept `step`, in the memory of a part."""
+
+
 class TrainConfig(Config):
     """One run of reward backpropagation."""
 
@@ -152,7 +163,7 @@ class TrainConfig(Config):
     """Seed of prompts' order, noise, plans and adapters."""
     model: ModelConfig = ModelConfig()
     """The generator."""
-    method: Method = METHODS["flowbp_sparse"]
+    method: Method = METHODS["flowbp_bridge"]
     """Which velocities receive which multiple of the reward gradient."""
     rewards: Annotated[tuple[TrainedReward, ...], MinLen(1)] = (
         TrainedReward(ref="builtin:shapes/reward", loss=LogSigmoid(centre=22.3)),
@@ -167,7 +178,7 @@ class TrainConfig(Config):
     """Classifier-free guidance of the training rollouts."""
     num_steps: Annotated[int, Ge(2), Le(1000)] = 25
     """Denoising steps N of the training rollouts."""
-    num_updates: PositiveInt = 120
+    num_updates: PositiveInt = 105
     """Optimizer updates."""
     batch_size: PositiveInt = 16
     """Pictures per update, over all processes and micro-batches."""
@@ -177,6 +188,8 @@ class TrainConfig(Config):
     """Uncoupled active steps that share one forward: memory for speed, the same gradient."""
     reward_chunk: PositiveInt | None = None
     """Pictures per decode-and-reward graph; null: the micro-batch."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Several processes."""
     lora: LoraConfig | None = None
     """Adapters; null: all weights of the transformer are trained."""
     optim: OptimConfig = OptimConfig()

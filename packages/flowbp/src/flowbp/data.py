@@ -46,14 +46,21 @@ def _builtin(source: str, count: int) -> list[str]:
 
 
 def _file(path: Path, key: str) -> list[str]:
+    found = numbered_lines(path)
+    if path.suffix != ".jsonl":
+        return [line for _, line in found]
+    return [text for text in (_row(path, number, line, key) for number, line in found) if text]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers.  Raises UserError if it is not UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix != ".jsonl":
-        return [line for _, line in found]
-    return [text for text in (_row(path, number, line, key) for number, line in found) if text]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _row(path: Path, number: int, line: str, key: str) -> str:

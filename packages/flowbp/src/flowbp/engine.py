@@ -140,6 +140,11 @@ def _groups(terms: Sequence[Term], chunk: int) -> Iterator[list[Term]]:
         yield group
 
 
+def num_passes(plan: Plan, chunk: int = 1) -> int:
+    """Backward passes through the network that `backpropagate` makes for a plan."""
+    return sum(1 for _ in _groups(plan.terms, chunk)) + plan.copies
+
+
 def leg_gaps(plan: Plan, trajectory: Trajectory) -> Float[Tensor, "legs b"]:
     """d = mean over all but the batch of |x_start + sum of w_q v_q - x_stop|, per leg and sample, float64.
 

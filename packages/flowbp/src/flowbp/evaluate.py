@@ -108,13 +108,17 @@ def evaluate(
     """Generates one picture per prompt and scores it.
 
     rewards: by name.  verify: whether the prompts are captions of the shapes world.  num_images: pictures kept.
-    rank, world, gather: prompts are dealt out over processes and their rows collected.  tick: told how many are done.
+    rank, world, gather: prompts are dealt out over processes and their rows collected; all make equally many forwards,
+    which a sharded network needs.  tick: told how many are done.
     """
     mine = range(rank, len(prompts), world)
     period = sampling.size[0] // backbone.latent_shape(sampling.size)[1]
     rows: list[_Row] = []
-    for start in range(0, len(mine), sampling.batch_size):
+    for start in range(0, -(-len(prompts) // world), sampling.batch_size):
         indices = mine[start : start + sampling.batch_size]
+        if not indices:
+            _pictures(backbone, *conditions([""]), range(1), sampling)
+            continue
         texts = [prompts[i] for i in indices]
         images = _pictures(backbone, *conditions(texts), indices, sampling)
         with torch.no_grad():
@@ -152,12 +156,20 @@ def _collected(prompts: Sequence[str], rows: Sequence[_Row], verify: bool) -> Ev
     )
 
 
+def interval(
+    strata: Sequence[Sequence[float]], *, level: float = 0.95, draws: int = 4000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean of the strata's means, low, high): percentile bootstrap, every stratum resampled within itself."""
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(values, float) for values in strata]
+    means = np.mean([values[rng.integers(len(values), size=(draws, len(values)))].mean(1) for values in arrays], axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.mean([values.mean() for values in arrays])), float(low), float(high)
+
+
 def paired_interval(
     before: Sequence[float], after: Sequence[float], *, level: float = 0.95, draws: int = 4000, seed: int = 0
 ) -> tuple[float, float, float]:
     """(mean difference, low, high): percentile bootstrap over pairs, at the given level."""
     difference = np.asarray(after, float) - np.asarray(before, float)
-    rng = np.random.default_rng(seed)
-    means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(difference.mean()), float(low), float(high)
+    return interval([difference.tolist()], level=level, draws=draws, seed=seed)

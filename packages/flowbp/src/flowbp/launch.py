@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -53,9 +54,10 @@ class Job:
 def check(config: TrainConfig, num_processes: int) -> Job:
     """Everything that can be found wrong without loading weights, so that nothing is written for a run that cannot be.
 
-    Raises UserError: batch that does not divide, missing models, no prompts, more active steps than there are, picture
-    sizes or adapters that do not fit the model.
+    Raises UserError: a launcher that does not fit, a batch that does not divide, missing models, no prompts, more
+    active steps than there are, picture sizes or adapters that do not fit the model.
     """
+    check_launcher(config.distributed.kind, os.environ)
     shares(config, num_processes)
     for scorer in config.scorers:
         hub.resolve(scorer.ref)
@@ -74,6 +76,21 @@ def check(config: TrainConfig, num_processes: int) -> Job:
     )
     num_weights = sum(p.numel() for p in trainable(backbone.net, config).values())
     return Job(config, num_processes, sigmas, plans, num_weights, num_prompts)
+
+
+def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
+    """Raises UserError if weights are to be cut up without a launcher, or a launcher was told to do it itself."""
+    if kind != "ddp" and "RANK" not in environment:
+        raise UserError(
+            f"distributed.kind {kind}: needs processes; start it with torchrun --nproc_per_node N -m flowbp train ..., "
+            "or with accelerate launch"
+        )
+    for name, said in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2 or zero3")):
+        if environment.get(name, "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate's own configuration asks for {name.rpartition('_')[2]}; flowbp does that itself: launch "
+                f"with plain multi-GPU and --set distributed.kind={said}"
+            )
 
 
 def check_disk(job: Job, folder: Path, *, resume: bool) -> None:

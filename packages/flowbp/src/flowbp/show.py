@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,9 @@ from flowbp.explain import axes_of, counts, reward_text, strip
 from flowbp.methods import Method
 from flowbp.plan import Plan
 from imgen_common.config import to_yaml
+
+if TYPE_CHECKING:
+    from flowbp.tables import Row
 
 WORDS = {
     "processes": "processes",
@@ -159,3 +162,19 @@ def levels(found: Mapping[float, Mapping[str, Level]], groups: Mapping[float, Ma
             table.add_row(first, text, number(name, one.mean), f"{number(name, one.low)} to {number(name, one.high)}")
             first = ""
     console().print(table)
+
+
+def benchmark(rows: "Sequence[Row]") -> None:
+    """Benchmark folders below each other, in the papers' columns."""
+    from flowbp import tables
+
+    out, names = console(), tables.columns(rows)
+    table = _table("", *(tables.TITLES.get(name, name) for name in names), right=range(1, len(names) + 1))
+    for label, row in zip(tables.labels(rows), rows, strict=True):
+        cells = [tables.cell(row, name) for name in names]
+        table.add_row(f"[bold]{escape(label)}[/]", *(mean for mean, _ in cells))
+        table.add_row("", *(f"[dim]{interval}[/]" for _, interval in cells))
+    if names:
+        out.print(table)
+    for note in tables.notes(rows):
+        out.print(f"[dim]{escape(note)}[/]")

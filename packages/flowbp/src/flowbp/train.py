@@ -5,8 +5,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from flowbp import watchdog
@@ -24,7 +24,7 @@ from flowbp.compare import comparable
 from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.data import draw_prompts, is_shapes, load_prompts
 from flowbp.embeddings import Conditions, Shards, fingerprint
-from flowbp.engine import Outcome, backpropagate, rollout
+from flowbp.engine import Outcome, backpropagate, num_passes, rollout
 from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
 from flowbp.pictures import distance
@@ -32,13 +32,24 @@ from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
 from flowbp.types import Backbone, Reward
+from flowbp.weights import TorchWeights, Weights, shard
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
 from imgen_common.streams import normal, numpy_generator
 
 MAY_DIFFER = (
-    *("name", "num_updates", "checkpoint", "trackers", "micro_batch_size", "chunk", "reward_chunk", "watchdog"),
+    *(
+        "name",
+        "num_updates",
+        "checkpoint",
+        "trackers",
+        "micro_batch_size",
+        "chunk",
+        "reward_chunk",
+        "watchdog",
+        "distributed",
+    ),
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
@@ -100,8 +111,8 @@ def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     return found
 
 
-def load_backbone(config: TrainConfig, device: torch.device) -> Backbone:
-    """The generator in the configuration's precision."""
+def load_backbone(config: TrainConfig, device: torch.device, net_device: str | None = None) -> Backbone:
+    """The generator in the configuration's precision; net_device: of the transformer, as `backbones.load` has it."""
     from flowbp import backbones
 
     low = config.model.dtype == "bfloat16"
@@ -109,25 +120,30 @@ def load_backbone(config: TrainConfig, device: torch.device) -> Backbone:
         config.model.ref,
         dtype=torch.bfloat16 if low and config.lora is not None else torch.float32,
         device=device,
+        net_device=net_device,
         embedded_guidance=config.model.embedded_guidance,
     )
     backbone.bfloat16 = low
     return backbone
 
 
-def load_parts(config: TrainConfig, device: torch.device) -> Parts:
+def load_parts(config: TrainConfig, device: torch.device, *, is_main: bool = True) -> Parts:
     """Loads the generator, the rewards and the prompts that the configuration names.
 
-    Under adapters of a bfloat16 network the frozen weights are bfloat16; whatever is trained is float32.
+    Under adapters of a bfloat16 network the frozen weights are bfloat16; whatever is trained is float32.  A network
+    that is to be sharded is read by the main process alone.
     """
-    from diffusers import ModelMixin
-
-    backbone = load_backbone(config, device)
+    sharded = config.distributed.kind == "fsdp2"
+    backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
+    net = backbone.net
+    assert isinstance(net, ModelMixin)
     if config.model.gradient_checkpointing:
-        assert isinstance(backbone.net, ModelMixin)
-        backbone.net.enable_gradient_checkpointing()
+        net.enable_gradient_checkpointing()
     prompts = load_prompts(config.data.prompts, config.data.key)
-    parameters = trainable(backbone.net, config)
+    parameters = trainable(net, config)
+    if sharded:
+        shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
+        parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     store = Shards(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     mark = fingerprint(hub.resolve(config.model.ref)) if store else ""
     return Parts(backbone, load_rewards(config, device), prompts, Conditions(backbone, store, mark), parameters)
@@ -136,6 +152,16 @@ def load_parts(config: TrainConfig, device: torch.device) -> Parts:
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
     """All rewards by name, the trained ones first."""
     return {scorer.name: scorer.load(device) for scorer in config.scorers}
+
+
+def weights_of(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> Weights:
+    """The trained weights of a loaded backbone, held as the configuration says."""
+    kind, each_pass = config.distributed.kind, config.distributed.sync == "step"
+    if kind in ("zero2", "zero3"):
+        from flowbp.zero import ZeroWeights
+
+        return ZeroWeights(backbone, config.optim, accelerator, int(kind[-1]), each_pass=each_pass)
+    return TorchWeights(backbone.net, config.optim, accelerator, each_pass=each_pass)
 
 
 def sampling_of(config: TrainConfig, guidance: float) -> Sampling:
@@ -161,7 +187,7 @@ def losses_of(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Everything an update needs.  Its state is the trained weights, their average and AdamW's moments, nothing else:
+    """Everything an update needs.  Its state is `weights` (and their average and moments), nothing else:
 
     prompts, noise and plans are functions of (seed, update), so a resumed run repeats the uninterrupted one exactly.
     """
@@ -171,12 +197,8 @@ class Trainer:
         self.share, self.micro = shares(config, accelerator.num_processes)
         self.size = (config.model.height, config.model.width)
         self.sigmas = parts.backbone.sigmas(config.num_steps, self.size)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            parts.parameters.values(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-        )
-        self.weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
-        self.average = {name: p.detach().clone() for name, p in parts.parameters.items()}
+        self.weights = weights_of(config, parts.backbone, accelerator)
+        self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.update = 0
 
     def gradient(self) -> dict[str, float]:
@@ -185,9 +207,10 @@ class Trainer:
         plan = draw_plan(config.method, self.sigmas, numpy_generator(config.seed, "plan", self.update))
         first = self.update * config.batch_size + self.accelerator.process_index * self.share
         sums: dict[str, float] = {}
-        for offset in range(first, first + self.share, self.micro):
-            for name, value in self._accumulate(plan, range(offset, offset + self.micro)).items():
-                sums[name] = sums.get(name, 0.0) + value
+        with self.weights.synchronised(self.share // self.micro * num_passes(plan, config.chunk)):
+            for offset in range(first, first + self.share, self.micro):
+                for name, value in self._accumulate(plan, range(offset, offset + self.micro)).items():
+                    sums[name] = sums.get(name, 0.0) + value
         metrics = self._reduce({name: value / config.batch_size for name, value in sums.items()})
         return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
 
@@ -195,20 +218,17 @@ class Trainer:
         """One update; returns its metrics.  Raises FloatingPointError, with no weight changed, if it is not finite."""
         start = time.perf_counter()
         metrics = self.gradient()
-        norm = nn.utils.clip_grad_norm_(self.parts.parameters.values(), self.config.optim.max_grad_norm)
-        if not (torch.isfinite(norm) and math.isfinite(metrics["loss"])):
+        learning_rate, norm = rate(self.config, self.update), math.nan
+        if math.isfinite(metrics["loss"]):
+            decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
+            norm = self.weights.step(learning_rate, self.config.optim.max_grad_norm, decay)
+        if not math.isfinite(norm):
             raise FloatingPointError(
-                f"update {self.update + 1}: loss {metrics['loss']:g}, gradient norm {norm.item():g}: not applied"
+                f"update {self.update + 1}: loss {metrics['loss']:g}, gradient norm {norm:g}: not applied"
             )
-        learning_rate = rate(self.config, self.update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
         self.update += 1
         return metrics | {
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "lr": learning_rate,
             "seconds": time.perf_counter() - start,
             "peak_memory_mb": peak_memory_mb(self.accelerator.device),
@@ -220,7 +240,7 @@ class Trainer:
         chosen = draw_prompts(len(self.parts.prompts), config.seed, samples.start, len(samples))
         prompts = [self.parts.prompts[i] for i in chosen]
         cond, negative = self.parts.conditions(prompts)
-        velocity = guided(backbone.velocity, cond, negative, config.guidance)
+        velocity = self.weights.counted(guided(backbone.velocity, cond, negative, config.guidance))
         x_0 = initial_noise(backbone, self.size, config.seed, "noise", samples).to(device)
         trajectory = rollout(velocity, x_0, self.sigmas, plan.keep)
         seen: dict[str, list[Tensor]] = {name: [] for name in self.parts.rewards}
@@ -248,13 +268,13 @@ class Trainer:
             loss,
             noise=renoise,
             chunk=config.chunk,
-            scale=len(samples) / config.batch_size * config.guidance.backward_scale,
+            scale=len(samples) / config.batch_size * config.guidance.backward_scale * self.weights.gradient_scale,
             reward_chunk=config.reward_chunk,
-            combine=lambda gradients: combined(gradients, self.weights, config.combine),
+            combine=lambda gradients: combined(gradients, self.reward_weights, config.combine),
         )
         count = len(samples)
         sums = {name: torch.cat(values)[:count].sum().item() for name, values in seen.items()}
-        sums["loss"] = (self.weights @ outcome.losses.mean(0).sum(1).double().cpu()).item()
+        sums["loss"] = (self.reward_weights @ outcome.losses.mean(0).sum(1).double().cpu()).item()
         sums |= {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
         return sums | self._agreement(outcome)
 
@@ -270,61 +290,18 @@ class Trainer:
         return found
 
     def _reduce(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Adds gradients and metrics up over the processes: once per update, in one message each."""
+        """Adds metrics up over the processes, in one message."""
         if self.accelerator.num_processes == 1:
             return metrics
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parts.parameters.values()]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-        for p, part in zip(self.parts.parameters.values(), flat.split([g.numel() for g in gradients]), strict=True):
-            p.grad = part.view_as(p)
         names = sorted(metrics)
         totals = self.accelerator.reduce(
             torch.tensor([metrics[n] for n in names], dtype=torch.float64, device=self.accelerator.device), "sum"
         )
         return dict(zip(names, totals.tolist(), strict=True))
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
-        for name, p in self.parts.parameters.items():
-            self.average[name].lerp_(p, 1 - decay)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the network carries the averaged weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, p in self.parts.parameters.items():
-            kept = p.detach().clone()
-            p.copy_(self.average[name])
-            self.average[name].copy_(kept)
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a resumed run needs beside its configuration."""
-        moments = {
-            f"{name}/{key}": value
-            for name, p in self.parts.parameters.items()
-            for key, value in self.optimizer.state.get(p, {}).items()
-        }
-        weights = {name: p.detach() for name, p in self.parts.parameters.items()}
-        return {"weights": weights, "average": self.average, "optimizer": moments}
-
-    @torch.no_grad()
     def restore(self, update: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes up the state of a checkpoint made after `update` updates."""
-        for name, p in self.parts.parameters.items():
-            p.copy_(tensors["weights"][name])
-            self.average[name].copy_(tensors["average"][name])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            moments = {k: tensors["optimizer"][f"{name}/{k}"] for k in keys if f"{name}/{k}" in tensors["optimizer"]}
-            if moments:
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments.items()}
+        self.weights.restore(tensors)
         self.update = update
 
     def evaluate(
@@ -401,7 +378,7 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     Raises KeyboardInterrupt after saving if Ctrl-C was pressed, UserError on anything the user can mend.
     """
     reporter.stage("loading models")
-    trainer = Trainer(config, load_parts(config, accelerator.device), accelerator)
+    trainer = Trainer(config, load_parts(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
     latest = run.latest_checkpoint()
     if latest is not None:
         checkpoint = run.load_checkpoint(latest)
@@ -448,7 +425,7 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             alarmed = False
             looked = config.eval.every > 0 and trainer.update % config.eval.every == 0
             if looked:
-                with trainer.averaged():
+                with trainer.weights.averaged():
                     quick = quick_evaluation(trainer, run, quick_prompts, reporter)
                 alarmed = anywhere(accelerator, watch(trainer, run, quick, reporter))
 
@@ -462,7 +439,7 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             if alarmed and config.watchdog.stop:
                 break
 
-    with trainer.averaged():
+    with trainer.weights.averaged():
         full_evaluation(trainer, run, full_prompts, "trained", reporter)
 
 
@@ -494,9 +471,15 @@ def quick_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], r
 
 
 def watch(trainer: Trainer, run: RunFolder, quick: Evaluation, reporter: Reporter) -> bool:
-    """Judges the model against its base, logs what was found; whether there is an alert.  On the main process only."""
+    """Judges the model against its base, logs what was found; whether there is an alert.
+
+    Every process must call it, only the main one judges.
+    """
     config = trainer.config
-    if not watching(config) or not run.is_main:
+    if not watching(config):
+        return False
+    adapters = {} if config.lora is None else trainer.weights.whole_average()
+    if not run.is_main:
         return False
     base = load_evaluations(run.path / watchdog.FOLDER).get(("base", config.guidance.scale))
     if base is None or not comparable(base, quick):
@@ -508,7 +491,7 @@ def watch(trainer: Trainer, run: RunFolder, quick: Evaluation, reporter: Reporte
     measures = {f"watch/{name}": value for name, value in found.measures.items()}
     measures["watch/distance"] = distance(base.images(), quick.images).mean().item()
     if config.lora is not None:
-        measures["watch/lora_norm"] = watchdog.adapter_norm(trainer.average, config.lora.alpha / config.lora.rank)
+        measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora.alpha / config.lora.rank)
     run.log(trainer.update, measures)
     for alert in found.alerts:
         reporter.alert(f"update {trainer.update}: {alert}")
@@ -528,7 +511,7 @@ def full_evaluation(trainer: Trainer, run: RunFolder, prompts: Sequence[str], na
 
 def save(trainer: Trainer, run: RunFolder) -> None:
     """A checkpoint of the state after the updates made so far."""
-    run.save_checkpoint(trainer.update, trainer.state(), {})
+    run.save_checkpoint(trainer.update, trainer.weights.state(), {})
     healthy = watchdog.last_healthy(run.path)
     run.prune(trainer.config.checkpoint.keep, keep=() if healthy is None else (healthy,))
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from imgen_common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
     from flowbp.types import Backbone
 
@@ -26,16 +28,20 @@ def load(
     *,
     dtype: "torch.dtype | None" = None,
     device: "torch.device | str" = "cpu",
+    net_device: "torch.device | str | None" = None,
     embedded_guidance: float | None = None,
 ) -> "Backbone":
-    """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`).
+    """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`), frozen, float32 by default.
 
+    net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
     embedded_guidance: what a guidance-distilled model is told; None: its default.
     Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, or an
     embedded guidance that the model does not take.
     """
-    folder, adapter = _checked(ref)
-    return told(adapter.load(folder, dtype=dtype, device=device), ref, embedded_guidance)
+    from flowbp.backbones import pipelines
+
+    folder, family, adapter = _checked(ref)
+    return told(adapter(pipelines.load(family, folder, dtype, device, net_device)), ref, embedded_guidance)
 
 
 def told(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
@@ -43,7 +49,7 @@ def told(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Ba
     if embedded_guidance is not None:
         from flowbp.backbones.flux import Flux
 
-        if not (isinstance(backbone, Flux) and backbone.net.config.guidance_embeds):
+        if not (isinstance(backbone, Flux) and backbone.pipe.transformer.config.guidance_embeds):
             raise UserError(
                 f"model.embedded_guidance {embedded_guidance:g}: {ref} is not guidance-distilled; set it to null and "
                 "use guidance.scale"
@@ -57,11 +63,16 @@ def skeleton(ref: str) -> "Backbone":
 
     Gives noise levels, picture sizes and layer names at the cost of its JSON files.  Raises what `load` raises.
     """
-    folder, adapter = _checked(ref)
-    return adapter.skeleton(folder)
+    from flowbp.backbones import pipelines
+
+    folder, family, adapter = _checked(ref)
+    return adapter(pipelines.skeleton(family, folder))
 
 
-def _checked(ref: str) -> tuple[Path, Any]:
+def _checked(ref: str) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
+    """The folder, its pipeline class and the adapter of that."""
+    import diffusers
+
     folder = hub.resolve(ref)
     index = folder / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
@@ -73,4 +84,4 @@ def _checked(ref: str) -> tuple[Path, Any]:
     if content.get("is_distilled"):
         raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
     module, name = FAMILIES[family]
-    return folder, getattr(importlib.import_module(module), name)
+    return folder, getattr(diffusers, family), getattr(importlib.import_module(module), name)

@@ -1,7 +1,6 @@
 """FLUX.1 (dev, schnell and their kin) over diffusers: distilled guidance as an input, T5 and CLIP text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
@@ -22,16 +21,6 @@ class Flux:
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe, self.net, self.guidance, self.bfloat16 = pipe, pipe.transformer, GUIDANCE, False
 
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux":
-        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default)."""
-        return cls(pipelines.load(FluxPipeline, folder, dtype, device))
-
-    @classmethod
-    def skeleton(cls, folder: Path) -> "Flux":
-        """The backbone of a diffusers folder with every weight on the meta device."""
-        return cls(pipelines.skeleton(FluxPipeline, folder))
-
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width" of T5, "pooled": "b width" of CLIP}."""
@@ -45,7 +34,7 @@ class Flux:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)
-        return self.net.config.in_channels // 4, 2 * rows, 2 * columns
+        return self.pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
         """Standard normal float32 latents, drawn as the pipeline draws them."""
@@ -69,7 +58,7 @@ class Flux:
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        told = torch.full_like(sigma, self.guidance) if self.net.config.guidance_embeds else None
+        told = torch.full_like(sigma, self.guidance) if self.pipe.transformer.config.guidance_embeds else None
         text = cond["text"]
         with pipelines.arithmetic(x, self.bfloat16):
             tokens = self.net(

@@ -1,7 +1,6 @@
 """FLUX.2-klein-base over diffusers: true guidance, Qwen3 text states, normalised 2x2-patched latents."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import Flux2KleinPipeline
@@ -21,18 +20,8 @@ class Flux2:
     def __init__(self, pipe: Flux2KleinPipeline) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
         self.patch = 2 ** len(pipe.vae.config.block_out_channels)  # 2 x the autoencoder's factor
-        self.text_layers = text_layers(pipe.text_encoder.config, self.net.config.joint_attention_dim)
+        self.text_layers = text_layers(pipe.text_encoder.config, self.pipe.transformer.config.joint_attention_dim)
         self.max_tokens = min(512, pipe.tokenizer.model_max_length)
-
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "Flux2":
-        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default)."""
-        return cls(pipelines.load(Flux2KleinPipeline, folder, dtype, device))
-
-    @classmethod
-    def skeleton(cls, folder: Path) -> "Flux2":
-        """The backbone of a diffusers folder with every weight on the meta device."""
-        return cls(pipelines.skeleton(Flux2KleinPipeline, folder))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -50,7 +39,7 @@ class Flux2:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
-        return self.net.config.in_channels, *pipelines.grid_size(size, self.patch)
+        return self.pipe.transformer.config.in_channels, *pipelines.grid_size(size, self.patch)
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
         """Standard normal float32 latents, drawn as the pipeline draws them."""

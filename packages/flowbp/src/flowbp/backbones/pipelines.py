@@ -19,12 +19,25 @@ LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
 
 
-def load(kind: type[P], folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> P:
-    """A frozen pipeline in `dtype` (float32 by default), every network in eval mode.  No code of the folder is run."""
-    pipe = kind.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True, use_safetensors=True)
-    for part in pipe.components.values():
+def load(
+    kind: type[P],
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    net_device: torch.device | str | None = None,
+) -> P:
+    """A frozen pipeline in `dtype` (float32 by default), every network in eval mode.  No code of the folder is run.
+
+    net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
+    """
+    dtype, given = dtype or torch.float32, {}
+    if net_device == "meta":
+        given["transformer"] = _part(folder / "transformer", *kind.load_config(folder)["transformer"]).to(dtype)
+    pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+    for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            part.to(device).eval().requires_grad_(False)
+            where = device if net_device is None or name != "transformer" else net_device
+            part.to(where).eval().requires_grad_(False)
     return pipe
 
 

@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5 over diffusers: true guidance, two CLIP texts and T5."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -19,16 +18,6 @@ class SD3:
     def __init__(self, pipe: StableDiffusion3Pipeline) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
-    @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> "SD3":
-        """A frozen backbone from a diffusers folder, in `dtype` (float32 by default)."""
-        return cls(pipelines.load(StableDiffusion3Pipeline, folder, dtype, device))
-
-    @classmethod
-    def skeleton(cls, folder: Path) -> "SD3":
-        """The backbone of a diffusers folder with every weight on the meta device."""
-        return cls(pipelines.skeleton(StableDiffusion3Pipeline, folder))
-
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width" of CLIP, then T5, "pooled": "b width" of both CLIPs}."""
@@ -41,9 +30,9 @@ class SD3:
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
-        patch = self.net.config.patch_size
+        patch = self.pipe.transformer.config.patch_size
         rows, columns = pipelines.grid_size(size, patch * self.pipe.vae_scale_factor)
-        return self.net.config.in_channels, patch * rows, patch * columns
+        return self.pipe.transformer.config.in_channels, patch * rows, patch * columns
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
         """Standard normal float32 latents, drawn as the pipeline draws them."""
@@ -59,7 +48,7 @@ class SD3:
         known = scheduler.config
         if known.get("use_dynamic_shifting"):
             mu = calculate_shift(
-                height * width // self.net.config.patch_size**2,
+                height * width // self.pipe.transformer.config.patch_size**2,
                 known.get("base_image_seq_len", 256),
                 known.get("max_image_seq_len", 4096),
                 known.get("base_shift", 0.5),

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from flowbp.types import Reward
 
-Kind = Literal["clip", "clipscore", "hpsv2", "aesthetic", "imagereward"]
+Kind = Literal["clip", "clipscore", "hpsv2", "hpsv3", "aesthetic", "imagereward"]
 MODEL_TYPES: dict[Kind, str] = {
     "clip": "clip",
     "clipscore": "clip",
     "hpsv2": "clip",
+    "hpsv3": "qwen2_vl",
     "aesthetic": "clip",
     "imagereward": "blip",
 }
@@ -29,7 +30,8 @@ class RewardConfig(Config):
 
     score: Kind = "clip"
     """What is made of the model: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
-    `hpsv2` the cosine of bordered pictures (HPSv2.1), `aesthetic` the LAION predictor, `imagereward` ImageReward."""
+    `hpsv2` the cosine of bordered pictures (HPSv2.1), `hpsv3` HPSv3, `aesthetic` the LAION predictor, `imagereward`
+    ImageReward."""
     ref: str
     """Its folder: `builtin:...`, a path, or `org/name@revision`; published pickles first go through
     `flowbp convert-reward`."""
@@ -51,6 +53,10 @@ def _load(kind: Kind, folder: Path, device: "torch.device | str") -> "Reward":
         from flowbp.rewards.image_reward import ImageReward
 
         return ImageReward.load(folder, device=device)
+    if kind == "hpsv3":
+        from flowbp.rewards.hpsv3 import HPSv3
+
+        return HPSv3.load(folder, device=device)
     from flowbp.rewards.clip import AestheticReward, ClipReward
 
     if kind == "aesthetic":

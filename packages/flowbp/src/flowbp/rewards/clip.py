@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import load_head
+from flowbp.rewards.head import head, load_head
 
 
 class ClipReward:
@@ -85,7 +85,7 @@ class AestheticReward:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "AestheticReward":
         """Frozen float32 reward from a `CLIPModel` folder with `head.safetensors` in it."""
         clip = ClipReward.load(folder, device=device)
-        return cls(clip, load_head(folder, clip.model.config.projection_dim, device))
+        return cls(clip, load_head(folder, head(clip.model.config.projection_dim), device))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of pictures in [0, 1]."""

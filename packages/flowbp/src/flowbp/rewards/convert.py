@@ -1,49 +1,75 @@
-"""From published reward checkpoints, which are pickles, to safetensors folders that `RewardConfig` loads.
+"""From published reward checkpoints, most of them pickles, to safetensors folders that `RewardConfig` loads.
 
 Pickles are read with torch's restricted unpickler (tensors and plain containers only) and never again afterwards.
 """
 
+import ast
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from string import Formatter
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AddedToken,
+    AutoConfig,
     AutoTokenizer,
     BlipConfig,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     PreTrainedTokenizerBase,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
+    Qwen2VLModel,
 )
 
 from flowbp.rewards.head import HEAD, PLACES
+from flowbp.rewards.hpsv3 import PIXELS, REWARD, WORDS, Words, ranker
 from flowbp.rewards.image_reward import towers
 from flowbp.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.runs import whole_folder
 
-Convertible = Literal["hpsv2", "imagereward", "aesthetic"]
+Convertible = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
+PUBLISHED: dict[Convertible, str] = {
+    "hpsv2": "HPS_v2.1_compressed.pt",
+    "hpsv3": "HPSv3.safetensors of MizzenAI/HPSv3",
+    "imagereward": "ImageReward.pt",
+    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+}
+"""The file that each is published as."""
+PROMPT_SOURCE = "hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 1.0.0"
+MAX_SOURCE = 2**18
 State = Mapping[str, Tensor]
 
 
-def convert(kind: Convertible, file: Path, companion: str, out: Path) -> Path:
+def convert(kind: Convertible, file: Path, companion: str, out: Path, prompt_source: Path | None = None) -> Path:
     """Writes the folder of a reward; returns it.
 
-    companion: a reference to a folder with the tokenizer (hpsv2: any CLIP's; imagereward: bert-base-uncased), or for
-    `aesthetic` to the CLIP ViT-L/14 that the head was trained on.
-    Raises UserError if `out` exists, or the file does not hold what `kind` says.
+    companion: a reference to a folder with the tokenizer (hpsv2: any CLIP's; imagereward: bert-base-uncased; hpsv3:
+    Qwen2-VL-7B-Instruct, whose configuration is read too), or for `aesthetic` to the CLIP ViT-L/14 that the head was
+    trained on.
+    prompt_source: of hpsv3 only, see `words_of`.
+    Raises UserError if `out` exists, or a file does not hold what `kind` says.
     """
+    if prompt_source is not None and kind != "hpsv3":
+        raise UserError(f"--prompt-source: is for hpsv3; {kind} reads prompts without words around them")
+    if prompt_source is None and kind == "hpsv3":
+        raise UserError(f"hpsv3: needs --prompt-source FILE, {PROMPT_SOURCE}")
+    words = None if prompt_source is None else words_of(prompt_source)
     with whole_folder(out) as fresh:
-        state = read(file)
+        state = read(file, PUBLISHED[kind])
         try:
             if kind == "hpsv2":
                 save_clip(open_clip(state), tokenizer_of(companion), fresh)
+            elif words is not None:
+                save_hpsv3(state, qwen2_vl_of(companion), tokenizer_of(companion), words, fresh)
             elif kind == "imagereward":
                 save_image_reward(state, tokenizer_of(companion), fresh)
             else:
@@ -56,13 +82,13 @@ def convert(kind: Convertible, file: Path, companion: str, out: Path) -> Path:
     return out
 
 
-def read(file: Path) -> dict[str, Tensor]:
+def read(file: Path, published: str = "the published checkpoint") -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, without the wrappers that trainers put around them.
 
     Raises UserError for a missing file or one with anything but tensors in plain containers.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file; download the published checkpoint first")
+        raise UserError(f"{file}: no such file; download {published} first")
     if file.suffix == ".safetensors":
         return load_file(file)
     try:
@@ -79,10 +105,22 @@ def read(file: Path) -> dict[str, Tensor]:
 
 def tokenizer_of(ref: str) -> PreTrainedTokenizerBase:
     """A tokenizer of a folder or of `org/name`.  Raises UserError if there is none."""
+    return _found(AutoTokenizer, "tokenizer", ref)
+
+
+def qwen2_vl_of(ref: str) -> Qwen2VLConfig:
+    """The sizes of a Qwen2-VL, a folder or `org/name`.  Raises UserError if there is another model, or none."""
+    config = _found(AutoConfig, "configuration", ref)
+    if not isinstance(config, Qwen2VLConfig):
+        raise UserError(f"{ref}: holds a {config.model_type!r}; hpsv3 is made of Qwen2-VL-7B-Instruct")
+    return config
+
+
+def _found(kind: Any, what: str, ref: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(ref)
+        return kind.from_pretrained(ref)
     except (OSError, ValueError) as error:
-        raise UserError(f"{ref}: no tokenizer there ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{ref}: no {what} there ({str(error).splitlines()[0]})") from None
 
 
 # --- open_clip -------------------------------------------------------------------------------------------------------
@@ -260,3 +298,83 @@ def head_weights(state: State, prefix: str) -> dict[str, Tensor]:
         for i, place in enumerate(PLACES)
         for part in ("weight", "bias")
     }
+
+
+# --- HPSv3 -----------------------------------------------------------------------------------------------------------
+
+
+def words_of(source: Path) -> Words:
+    """What the published package puts around a prompt, from its file that says so, which is parsed and never run.
+
+    Raises UserError if the file does not hold it.
+    """
+    strings = _strings(source)
+    try:
+        before, after = _around("text_prompt", strings["INSTRUCTION"])
+        ending, _ = strings["prompt_with_special_token"].split(REWARD)
+        return Words(before=before, after=after + ending)
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{source}: must set INSTRUCTION to a plain string with {{text_prompt}} in it once, and "
+            f"prompt_with_special_token to one with {REWARD}; give {PROMPT_SOURCE}"
+        ) from None
+
+
+def _strings(source: Path) -> dict[str, str]:
+    """The plain strings that names of a Python file are set to, outside functions and classes."""
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; give {PROMPT_SOURCE}")
+    with source.open("rb") as file:
+        content = file.read(MAX_SOURCE + 1)
+    if len(content) > MAX_SOURCE:
+        raise UserError(f"{source}: is larger than {MAX_SOURCE} bytes; give {PROMPT_SOURCE}")
+    try:
+        body = ast.parse(content).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: cannot be read as Python ({error}); give {PROMPT_SOURCE}") from None
+    assigned = [(target, one.value) for one in body if isinstance(one, ast.Assign) for target in one.targets]
+    last = {target.id: value for target, value in assigned if isinstance(target, ast.Name)}
+    constants = {name: value.value for name, value in last.items() if isinstance(value, ast.Constant)}
+    return {name: value for name, value in constants.items() if isinstance(value, str)}
+
+
+def _around(field: str, template: str) -> tuple[str, str]:
+    """What a template of `str.format` puts before and after its only field.  Raises ValueError if it has others."""
+    pieces = list(Formatter().parse(template))
+    places = [i for i, (_, name, _, _) in enumerate(pieces) if name is not None]
+    if [pieces[i][1:] for i in places] != [(field, "", None)]:
+        raise ValueError(template)
+    texts, end = [piece[0] for piece in pieces], places[0] + 1
+    return "".join(texts[:end]), "".join(texts[end:])
+
+
+def save_hpsv3(
+    state: State, config: Qwen2VLConfig, tokenizer: PreTrainedTokenizerBase, words: Words, folder: Path
+) -> None:
+    """A folder that `HPSv3.load` reads, in the checkpoint's precision.  Raises UserError if the parts do not fit."""
+    rows, width = state["model.embed_tokens.weight"].shape
+    tokenizer.add_tokens([AddedToken(REWARD, special=True, normalized=False)], special_tokens=True)
+    if (config.text_config.hidden_size, tokenizer.convert_tokens_to_ids(REWARD)) != (width, rows - 1):
+        raise UserError(
+            f"the checkpoint has {rows} tokens, {width} wide; the model it is to be completed from has "
+            f"{len(tokenizer)}, {config.text_config.hidden_size} wide: give Qwen2-VL-7B-Instruct"
+        )
+    config.text_config.vocab_size = rows
+    with torch.device("meta"):
+        model, top = Qwen2VLModel(config), ranker(width)
+    model.load_state_dict({name: state[_qwen_name(name)] for name in model.state_dict()}, assign=True)
+    processor = Qwen2VLImageProcessor(
+        patch_size=config.vision_config.patch_size,
+        temporal_patch_size=config.vision_config.temporal_patch_size,
+        merge_size=config.vision_config.spatial_merge_size,
+        size={"shortest_edge": PIXELS, "longest_edge": PIXELS},
+    )
+    for part in (model, processor, tokenizer):
+        part.save_pretrained(folder)
+    save_file({name: state[f"rm_head.{name}"].float().contiguous() for name in top.state_dict()}, folder / HEAD)
+    (folder / WORDS).write_text(words.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def _qwen_name(name: str) -> str:
+    """The published name, of older transformers, of a weight of transformers' Qwen2-VL."""
+    return name.replace("language_model.", "model.", 1) if name.startswith("language_model.") else name

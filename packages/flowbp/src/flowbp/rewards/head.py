@@ -1,4 +1,7 @@
-"""The head that the LAION aesthetic predictor and ImageReward share: five linear layers, nothing between them."""
+"""What turns features into scores, in a file of its own beside the model.
+
+`head` is the one that the LAION aesthetic predictor and ImageReward share: five linear layers, nothing between them.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +23,10 @@ def head(width: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise((width, *WIDTHS))))
 
 
-def load_head(folder: Path, width: int, device: torch.device | str) -> nn.Sequential:
-    """The frozen head of a converted reward.  Raises UserError if the folder has none."""
+def load_head(folder: Path, made: nn.Sequential, device: torch.device | str) -> nn.Sequential:
+    """`made` with the weights of a converted reward, frozen.  Raises UserError if the folder has none."""
     file = folder / HEAD
     if not file.exists():
         raise UserError(f"{folder}: no {HEAD} in it; make the folder with `flowbp convert-reward`")
-    made = head(width)
     made.load_state_dict(load_file(file))
     return made.to(device).eval().requires_grad_(False)

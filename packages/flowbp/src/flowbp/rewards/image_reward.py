@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import load_head
+from flowbp.rewards.head import head, load_head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw score over the annotated pictures: the published score is standardised with them."""
@@ -40,7 +40,7 @@ class ImageReward:
             tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
             tower.to(device, torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(vision, text, load_head(folder, text.config.hidden_size, device), tokenizer)
+        return cls(vision, text, load_head(folder, head(text.config.hidden_size), device), tokenizer)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of pictures in [0, 1] for their prompts."""

@@ -1,0 +1,1 @@
+"""Judges of pictures that give no gradient: for evaluation only."""

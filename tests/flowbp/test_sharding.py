@@ -1,0 +1,195 @@
+"""Several processes that cut the weights up between them make the update of one that holds them all."""
+
+import atexit
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from accelerate import Accelerator
+from families import FAMILIES, folder_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowbp.config import TrainConfig
+from flowbp.launch import check_launcher
+from flowbp.progress import Silent
+from flowbp.train import Trainer, load_parts
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.runs import RunFolder
+
+TOLERANCE = 1e-5
+CASES = {
+    "fsdp2": {
+        "full": ["distributed.kind=fsdp2"],
+        "each-step": ["distributed.kind=fsdp2", "distributed.sync=step", "micro_batch_size=1"],
+        "lora": ["distributed.kind=fsdp2", "lora.rank=4", "chunk=2"],
+        "checkpointing": ["distributed.kind=fsdp2", "model.gradient_checkpointing=true"],
+    },
+    "zero": {
+        "zero2": ["distributed.kind=zero2"],
+        "zero3": ["distributed.kind=zero3"],
+        "zero2-lora": ["distributed.kind=zero2", "distributed.sync=step", "lora.rank=4", "micro_batch_size=1"],
+        "zero3-lora": ["distributed.kind=zero3", "distributed.sync=step", "lora.rank=4", "chunk=2"],
+    },
+}
+PROMPTS = ["a red circle", "two blue crosses", "a green square"]
+
+
+def config_of(folder: Path, *sets: str) -> TrainConfig:
+    # a large eps and rate: AdamW divides by the root of the second moment, which magnifies rounding where that is
+    # small, and a small step drowns in the rounding of the weight it is added to
+    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_steps=6", "batch_size=4"]
+    common += ["optim.lr=0.01", "optim.eps=0.01", "optim.warmup=0", "method=flowbp_bridge", "guidance.scale=1.5"]
+    common += ["eval.steps=2", "eval.batch_size=1"]
+    return load(TrainConfig, [], [*common, *sets])
+
+
+def fresh(config: TrainConfig, accelerator: Accelerator) -> Trainer:
+    return Trainer(config, load_parts(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
+
+
+def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None = None) -> Trainer:
+    trainer = fresh(config, accelerator)
+    if resume is not None:
+        trainer.restore(1, resume)
+    while trainer.update < 2:
+        trainer.step()
+    return trainer
+
+
+def flat(trainer: Trainer) -> dict[str, Tensor]:
+    """State and scores after the updates; whole on the main process."""
+    with trainer.weights.averaged():
+        scores = trainer.evaluate(PROMPTS, "", 1.5, Silent(), "").scores
+    state = {f"{group}/{name}": t for group, tensors in trainer.weights.state().items() for name, t in tensors.items()}
+    return {**state, **{f"score/{name}": torch.tensor(values) for name, values in scores.items()}}
+
+
+def change(state: dict[str, Tensor], base: dict[str, Tensor], group: str) -> Tensor:
+    """How far a group of tensors has moved from the base weights."""
+    return torch.cat([(state[f"{group}/{name}"] - base[name]).double().flatten() for name in sorted(base)])
+
+
+@cache
+def results(library: str) -> Path:
+    """What two processes made of every family in the cases of a library."""
+    place = Path(mkdtemp())
+    atexit.register(shutil.rmtree, place)
+    for family in FAMILIES:
+        folder_of(family, place)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", __file__, str(place), library]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return place
+
+
+def check_one_process(library: str, family: str, case: str) -> None:
+    place = results(library)
+    config = config_of(place / family, *CASES[library][case], "distributed.kind=ddp")
+    parts = load_parts(config, torch.device("cpu"))
+    base = {name: p.detach().clone() for name, p in parts.parameters.items()}
+    one, two = flat(trained(config, Accelerator(cpu=True))), load_file(place / f"{family}-{case}.safetensors")
+    assert one.keys() == two.keys()
+    for group in ("weights", "average"):
+        ours, theirs = change(one, base, group), change(two, base, group)
+        assert ours.norm() > 0
+        assert (ours - theirs).norm() < TOLERANCE * ours.norm()
+    for name in one:
+        if name.startswith(("optimizer/", "score/")):
+            assert torch.allclose(one[name].double(), two[name].double(), rtol=1e-3, atol=1e-5), name
+
+
+def check_resume(library: str, family: str, case: str) -> None:
+    place = results(library)
+    whole, again = (load_file(place / f"{family}-{case}{end}.safetensors") for end in ("", "-resumed"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES["fsdp2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_under_fsdp2_equal_one(family: str, case: str) -> None:
+    check_one_process("fsdp2", family, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_under_fsdp2_resumes_exactly(family: str) -> None:
+    check_resume("fsdp2", family, "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES["zero"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_under_zero_equal_one(family: str, case: str) -> None:
+    check_one_process("zero", family, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["zero2", "zero3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_under_zero_resumes_exactly(family: str, case: str) -> None:
+    check_resume("zero", family, case)
+
+
+def test_a_launcher_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"distributed.kind fsdp2: needs processes; start it with torchrun"):
+        check_launcher("fsdp2", {})
+    with pytest.raises(UserError, match=r"asks for FSDP; flowbp does that itself.*distributed.kind=fsdp2"):
+        check_launcher("ddp", {"RANK": "0", "ACCELERATE_USE_FSDP": "true"})
+    check_launcher("ddp", {})
+    check_launcher("zero3", {"RANK": "0", "ACCELERATE_USE_FSDP": "false"})
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path) -> None:
+    """Through the command: three prompts on two processes, then from its checkpoint without them."""
+    common = ["num_steps=4", "batch_size=2", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
+    common += ["eval.num_prompts=3", "eval.steps=2", "eval.every=1", "eval.quick_num_prompts=3", "eval.batch_size=1"]
+    command = ["-m", "flowbp", "train", "--runs", str(tmp_path)]
+    changes = [f"--set={text}" for text in (*common, "num_updates=2", "distributed.kind=fsdp2", "lora.rank=2")]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "localhost:0"]
+    resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=num_updates=3"]
+    for arguments in ([*torchrun, *command, *changes, "--set=name=flowbp"], [*command, *resumed]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-4000:]
+    run = RunFolder.open(tmp_path / "flowbp", is_main=False)
+    assert [line["step"] for line in run.metrics() if "train/loss" in line] == [1, 2, 3]
+    assert (tmp_path / "flowbp" / "report.html").exists()
+
+
+def _worker(place: Path, library: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+
+    def keep(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        file = place / f"{name}.safetensors"
+        if accelerator.is_main_process:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+        accelerator.wait_for_everyone()
+        return load_file(file)
+
+    for family in FAMILIES:
+        for case, sets in CASES[library].items():
+            config = config_of(place / family, *sets)
+            keep(f"{family}-{case}", flat(trained(config, accelerator)))
+            if len(sets) == 1:
+                first = fresh(config, accelerator)
+                first.step()
+                saved = {group: keep(f"{family}-{group}", part) for group, part in first.weights.state().items()}
+                keep(f"{family}-{case}-resumed", flat(trained(config, accelerator, saved)))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    _worker(Path(sys.argv[1]), sys.argv[2])
