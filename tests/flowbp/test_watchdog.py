@@ -131,6 +131,7 @@ def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
 
     sets = ["batch_size=2", "num_steps=4", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
     sets += ["eval.num_prompts=2", "eval.steps=2", "num_updates=1", "checkpoint.every=1"]
+    sets += ["heldout=[]"]
     for quick, expected in ((["eval.every=0"], 0), (["eval.every=1", "eval.quick_num_prompts=2", "num_updates=2"], 1)):
         config, said = load(TrainConfig, [], [*sets, *quick]), []
         path = tmp_path / "run"
@@ -138,3 +139,4 @@ def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
         with opened or RunFolder.create(path, config, ["flowbp"]) as run:
             train(config, run, Accelerator(cpu=True), JsonLines(said.append))
         assert sum("not watched" in line for line in said) == expected
+        assert sum("no held-out reward" in line for line in said) == 1

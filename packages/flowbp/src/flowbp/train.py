@@ -377,6 +377,8 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
 
     Raises KeyboardInterrupt after saving if Ctrl-C was pressed, UserError on anything the user can mend.
     """
+    if not config.heldout:
+        reporter.alert("no held-out reward: what is gained may be reward hacking, and nothing tells; set `heldout`")
     reporter.stage("loading models")
     trainer = Trainer(config, load_parts(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
     latest = run.latest_checkpoint()
