@@ -69,7 +69,7 @@ def test_an_exported_adapter_draws_the_same_picture_in_diffusers(family: str, tm
     pipe.load_lora_weights(out, weight_name=DIFFUSERS_FILE)
     assert (picture(pipe) - ours(run, model)).abs().max() < 1e-5
     text = (out / "README.md").read_text()
-    assert "flowbp_sparse" in text
+    assert TrainConfig().method.name in text
     assert "rank: 4" in text
     with pytest.raises(UserError, match="exists already"):
         export(run, "diffusers", out)

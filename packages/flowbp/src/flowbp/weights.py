@@ -63,10 +63,10 @@ def adamw(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.o
 
 
 @contextmanager
-@torch.no_grad()
 def swapped(weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> Iterator[None]:
     """Within it each weight and its average have changed places."""
 
+    @torch.no_grad()
     def swap() -> None:
         for name, mean in average.items():
             kept = weights[name].detach().clone()

@@ -37,7 +37,10 @@ class RewardConfig(Config):
     `flowbp convert-reward`."""
 
     def load(self, device: "torch.device | str" = "cpu") -> "Reward":
-        """The frozen reward.  Raises UserError if the folder holds another kind of model."""
+        """The frozen reward; on the device "meta" without its weights, which are not read.
+
+        Raises UserError if the folder holds another kind of model.
+        """
         folder = hub.resolve(self.ref)
         found = json.loads((folder / "config.json").read_text()).get("model_type")
         if found != MODEL_TYPES[self.score]:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from flowbp.rewards import preprocess
 from flowbp.rewards.head import head, load_head
+from flowbp.rewards.reading import pretrained
 
 
 class ClipReward:
@@ -39,11 +40,10 @@ class ClipReward:
         cls, folder: Path, *, device: torch.device | str = "cpu", cosine: bool = False, letterbox: bool = False
     ) -> "ClipReward":
         """Frozen float32 reward from a transformers folder with its image processor and tokenizer."""
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        model = pretrained(CLIPModel, folder, device, torch.float32)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        frozen = model.to(device).eval().requires_grad_(False)
-        return cls(frozen, processor, tokenizer, cosine=cosine, letterbox=letterbox)
+        return cls(model, processor, tokenizer, cosine=cosine, letterbox=letterbox)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
         """Resized, cropped or bordered, normalised: the processor's steps with gradient.

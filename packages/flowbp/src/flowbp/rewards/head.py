@@ -28,5 +28,6 @@ def load_head(folder: Path, made: nn.Sequential, device: torch.device | str) -> 
     file = folder / HEAD
     if not file.exists():
         raise UserError(f"{folder}: no {HEAD} in it; make the folder with `flowbp convert-reward`")
-    made.load_state_dict(load_file(file))
+    if str(device) != "meta":
+        made.load_state_dict(load_file(file))
     return made.to(device).eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from flowbp.rewards import preprocess
 from flowbp.rewards.head import load_head
+from flowbp.rewards.reading import pretrained
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 
@@ -76,8 +77,7 @@ class HPSv3:
         """
         words = Words.load(folder)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        model = Qwen2VLModel.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-        model.to(device).eval().requires_grad_(False)
+        model = pretrained(Qwen2VLModel, folder, device, dtype)
         for layer in (*model.visual.blocks, *model.language_model.layers):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
         processor = Qwen2VLImageProcessor.from_pretrained(folder, local_files_only=True)

@@ -35,9 +35,10 @@ class ImageReward:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
         """Frozen float32 reward from a folder made by `flowbp convert-reward imagereward`."""
         vision, text = towers(BlipConfig.from_pretrained(folder, local_files_only=True))
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors") if str(device) != "meta" else {}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
-            tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            if weights:
+                tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
             tower.to(device, torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(vision, text, load_head(folder, head(text.config.hidden_size), device), tokenizer)
