@@ -30,7 +30,7 @@ from imgen_common.runs import RunFolder
 from imgen_common.streams import numpy_generator
 
 COMMANDS = (
-    *("train", "methods", "explain", "sample", "eval", "benchmark", "table"),
+    *("train", "plan", "methods", "explain", "sample", "eval", "benchmark", "table"),
     *("report", "prefetch", "export", "convert-reward"),
 )
 SMALL = (

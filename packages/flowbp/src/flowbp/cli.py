@@ -99,6 +99,7 @@ def _train(
             launch.check_resume(run_path, config)
         path = run_path or launch.new_path(config, runs)
         quiet_libraries()
+        launch.check_launcher(config.distributed.kind, os.environ)
         job = launch.check(config, int(os.environ.get("WORLD_SIZE", "1")))
         launch.check_disk(job, path, resume=run_path is not None)
     if not dry_run:
@@ -183,6 +184,59 @@ def _finish(config: "TrainConfig", run: Path, reporter: "Silent", seconds: float
     print()
     show.summary(found, config.guidance.scale, "base", "trained")
     print(f"\n{progress.clock(seconds)}\nrun folder: {run}\nreport:     {page}")
+
+
+@app.command()
+def plan(
+    configs: Annotated[
+        list[Path] | None, typer.Argument(metavar="CONFIG", help="As of flowbp train; none: the miniature.")
+    ] = None,
+    sets: Sets = None,
+    gpus: Annotated[int, typer.Option(help="Processes, one per GPU.", min=1)] = 1,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="What a GPU has, such as 24GiB or 80GB.")] = None,
+    tflops: Annotated[float, typer.Option(help="Rate that a GPU is assumed to reach, in TFLOP/s.", min=0.001)] = 400.0,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Make two real updates here, and compare. Needs the weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run needs before it begins: memory of a GPU by part, arithmetic and time of an update, disk, licences.
+    No weights are read and no GPU is needed: one step of every stage is traced with tensors that have shapes and no
+    content. Where torch sees no GPU, what the CPU's operations would hold is counted. Allocators' fragments and
+    the GPU's own context (about half a GB) come on top. With --memory it says whether it fits, and which settings
+    would help most.
+
+    Example:
+
+    \b
+      flowbp plan configs/flowbp/sd3_5_medium/lora_24gb.yaml --memory 24GiB
+      flowbp plan configs/flowbp/flux1_dev/flowbp_bridge.yaml --gpus 8 --memory 80GB --set distributed.kind=fsdp2
+      flowbp plan --calibrate
+    """
+    with _busy("tracing"):
+        from flowbp import estimate, launch
+        from flowbp.config import TrainConfig
+        from flowbp.inference import device
+        from flowbp.progress import quiet_libraries
+        from imgen_common.config import load
+
+        limit = estimate.size_of(memory) if memory else None
+        quiet_libraries()
+
+        def config_of(changes: Sequence[str] = ()) -> "TrainConfig":
+            return load(TrainConfig, configs or [], [*(sets or []), *changes])
+
+        job = launch.check(config_of(), gpus)
+        found = estimate.estimate(job)
+        advice = estimate.advise(config_of, gpus, found.peak) if limit and found.peak > limit else None
+        measured = estimate.measure(job.config, device()) if calibrate else None
+    content = estimate.as_json(job, found, tflops, limit, advice, measured)
+    if as_json:
+        print(json.dumps(content))
+        return
+    from flowbp import show
+
+    show.needs(content)
 
 
 # --- methods and plans -----------------------------------------------------------------------------------------------

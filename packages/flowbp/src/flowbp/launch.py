@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,10 +53,9 @@ class Job:
 def check(config: TrainConfig, num_processes: int) -> Job:
     """Everything that can be found wrong without loading weights, so that nothing is written for a run that cannot be.
 
-    Raises UserError: a launcher that does not fit, a batch that does not divide, missing models, no prompts, more
-    active steps than there are, picture sizes or adapters that do not fit the model.
+    Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
+    picture sizes or adapters that do not fit the model.
     """
-    check_launcher(config.distributed.kind, os.environ)
     shares(config, num_processes)
     for scorer in config.scorers:
         hub.resolve(scorer.ref)

@@ -1,5 +1,6 @@
 """What the commands print on a terminal."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from flowbp.config import TrainConfig
 from flowbp.explain import axes_of, counts, reward_text, strip
 from flowbp.methods import Method
 from flowbp.plan import Plan
+from flowbp.progress import clock
 from imgen_common.config import to_yaml
 
 if TYPE_CHECKING:
@@ -112,6 +114,52 @@ def dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) -> None:
         table.add_row(WORDS[key], f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
     out.print(Padding(table, (0, 0, 0, 2)))
     out.print(f"\nrun folder: {escape(path)}\n")
+
+
+def needs(content: Mapping[str, Any]) -> None:
+    """What `flowbp plan` found."""
+    out = console()
+    table = _table("memory of a GPU", "GB", right=(1,))
+    for name, size in content["lasting"].items():
+        if size:
+            table.add_row(name, gigabytes(size))
+    for name, size in content["passing"].items():
+        table.add_row(f"  in passing: {name}", gigabytes(size))
+    table.add_row("before the training, in all", gigabytes(sum(content["before"].values())))
+    table.add_row("[bold]peak[/]", f"[bold]{gigabytes(content['peak'])}[/]")
+    out.print(table)
+    seconds = content["seconds_per_update"]
+    out.print(
+        f"\nan update: {content['tflop_per_update']:,.2f} TFLOP a process, {seconds:.3g} s at {content['tflops']:g} "
+        f"TFLOP/s; {content['updates']} updates: {clock(seconds * content['updates'])}, evaluations not counted"
+        f"\ndisk: {gigabytes(content['disk'])} GB of checkpoints"
+    )
+    for ref, terms in content["licences"].items():
+        out.print(f"licence of {escape(ref)}: {escape(terms)}")
+    for name in content["untraced"]:
+        out.print(f"not traced: the stage of reward {name}; only its weights are counted")
+    if content["counted_for"] == "cpu":
+        out.print("[dim]counted with the CPU's operations: torch sees no GPU here[/]")
+    if "measured" in content:
+        one = content["measured"]
+        ratio = one["estimated"] / one["peak"]
+        out.print(
+            f"\nmeasured: {gigabytes(one['peak'])} GB and {one['seconds_per_update']:.3g} s an update; estimated "
+            f"{gigabytes(one['estimated'])} GB, {ratio:.3f} of it"
+        )
+    if "fits" in content:
+        verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
+        out.print(f"\n{verdict}: {gigabytes(content['peak'])} GB of {gigabytes(content['memory'])} GB")
+    if "advice" in content:
+        out.print("these settings lower the peak most:")
+        for change, size in content["advice"]["alone"].items():
+            out.print(f"  --set {change:<36} to {gigabytes(size)} GB")
+        out.print(f"  all of them{'':<31} to {gigabytes(content['advice']['together'])} GB")
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB (10^9), to three digits."""
+    return f"{size / 1e9:,.{max(0, 2 - math.floor(math.log10(size / 1e9)))}f}" if size else "0"
 
 
 def summary(found: Mapping[float, Mapping[str, Change]], own: float | None, before: str, after: str) -> None:

@@ -1,0 +1,127 @@
+"""What a run is said to need, against what it takes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flowbp import launch
+from flowbp.cli import app
+from flowbp.config import TrainConfig
+from flowbp.estimate import Estimate, LiveBytes, advise, estimate, measure, size_of
+from imgen_common.config import load
+from imgen_common.errors import UserError
+
+SMALL = ["num_steps=6", "batch_size=8", "eval.num_prompts=8", "eval.quick_num_prompts=8"]
+CASES = {
+    "all weights": [],
+    "adapters": ["lora.rank=4"],
+    "guidance": ["guidance.scale=2"],
+    "both branches": ["guidance.scale=2", "guidance.detach_negative=false"],
+    "micro-batches": ["micro_batch_size=2"],
+    "checkpointing": ["model.gradient_checkpointing=true"],
+    "chunks": ["method=flowbp_sparse", "chunk=3"],
+    "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
+    "rewards in parts": ["reward_chunk=2"],
+}
+
+
+def config_of(*sets: str) -> TrainConfig:
+    return load(TrainConfig, [], [*SMALL, *sets])
+
+
+def estimated(*sets: str, count: int = 1) -> Estimate:
+    return estimate(launch.check(config_of(*sets), count))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
+    taken, _ = measure(config_of(*CASES[case]), torch.device("cpu"))
+    assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
+
+
+def test_every_family_is_traced(folder: Path) -> None:
+    sets = [f"model.ref={folder}", "model.height=16", "model.width=24", "method=refl", "method.active.num_steps=2"]
+    found = estimated(*sets)
+    assert found.flops > 0
+    assert all(size > 0 for size in found.passing.values())
+    assert not found.untraced
+
+
+def test_live_bytes_are_those_that_live() -> None:
+    kept = torch.zeros(1000)
+    with LiveBytes([kept]) as live:
+        kept.add_(1)
+        assert live.now == 0
+        first = torch.zeros(1000)
+        second = first.view(10, 100) + 1
+        assert live.now == live.peak == 8000
+        del second
+        assert (live.now, live.peak) == (4000, 8000)
+        third = first * 2
+        del first, third
+        assert (live.now, live.peak) == (0, 8000)
+
+
+def test_operations_are_counted() -> None:
+    """Twice the pictures, twice the operations; micro-batches and chunks change nothing."""
+    one, two = estimated().flops, estimated("batch_size=16").flops
+    assert two == pytest.approx(2 * one, rel=0.01)
+    assert estimated("micro_batch_size=2").flops == pytest.approx(one, rel=0.01)
+    sparse = estimated("method=flowbp_sparse").flops
+    assert estimated("method=flowbp_sparse", "chunk=3").flops == pytest.approx(sparse, rel=0.01)
+
+
+def test_sharding_lowers_what_it_shards() -> None:
+    whole = estimated(count=4).lasting
+    for kind, weights in (("fsdp2", 4), ("zero2", 1), ("zero3", 4)):
+        cut = estimated(f"distributed.kind={kind}", count=4).lasting
+        assert cut["trained weights"] == whole["trained weights"] // weights
+        assert cut["AdamW"] == whole["AdamW"] // 4
+
+
+@pytest.mark.slow
+def test_advice_names_what_helps() -> None:
+    def changed(changes: Sequence[str]) -> TrainConfig:
+        return config_of(*changes)
+
+    peak = estimated().peak
+    advice = advise(changed, 1, peak)
+    assert advice is not None
+    assert 1 <= len(advice.alone) <= 3
+    assert all(size < peak for size in advice.alone.values())
+    assert advice.together <= min(advice.alone.values())
+    for change, size in advice.alone.items():
+        assert estimated(change).peak == size
+
+
+@pytest.mark.parametrize("text", ["24GB", "24 GiB", "1.5GiB", "1000"])
+def test_sizes(text: str) -> None:
+    known = {"24GB": 24 * 10**9, "24 GiB": 24 * 2**30, "1.5GiB": 3 * 2**29, "1000": 1000}
+    assert size_of(text) == known[text]
+
+
+@pytest.mark.parametrize("text", ["", "0GB", "24 gigabytes", "-1", "GiB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match=r"such as 24GiB"):
+        size_of(text)
+
+
+def test_the_command_says_whether_it_fits() -> None:
+    sets = [part for text in SMALL for part in ("--set", text)]
+    done = CliRunner().invoke(app, ["plan", "--memory", "8GiB", "--gpus", "2", *sets])
+    assert "fits" in done.stdout
+    assert "not fit" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_says_what_would_help() -> None:
+    sets = [part for text in SMALL for part in ("--set", text)]
+    done = CliRunner().invoke(app, ["plan", "--memory", "20MB", "--json", *sets])
+    content = json.loads(done.stdout)
+    assert content["fits"] is False
+    assert content["peak"] > 20e6
+    assert content["advice"]["alone"]
