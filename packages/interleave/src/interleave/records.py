@@ -1,0 +1,163 @@
+"""What a run of the loop leaves behind: requests, plans, attempts, verdicts and trajectories, as plain data.
+
+Pictures are named by the hash of their pixels (`imgen_common.images.content_hash`); their files lie in a
+`PictureStore`.  Every record is one JSON object on one line, all optional fields written out.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+
+AttemptStatus = Literal["accepted", "rejected", "unjudged", "critic_unparsable", "critic_failed", "generator_failed"]
+"""accepted, rejected: the critic's verdict.  unjudged: no critic was asked.  critic_unparsable: none of its answers
+could be read.  critic_failed, generator_failed: the part itself failed (`error` says how)."""
+
+TrajectoryStatus = Literal["complete", "planner_failed", "generator_failed", "budget_exhausted"]
+"""complete: every step of the plan has its part of the story.  Otherwise the story ends before the step that failed."""
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Request(Record):
+    """What the user asks for: words, and the pictures given with them (`image_ids`, in their order)."""
+
+    id: str = Field(min_length=1)
+    text: str
+    image_ids: tuple[str, ...] = ()
+
+
+class PlanStep(Record):
+    """One step: a picture to make or edit with `prompt`, or, where `prompt` is None, text alone.
+
+    `index` counts from 1 in the order of the story; `text` is the caption or answer shown beside the picture.
+    """
+
+    index: int = Field(ge=1)
+    name: str = ""
+    instruction: str | None = None
+    prompt: str | None = None
+    text: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def kind(self) -> Literal["image", "text"]:
+        """`text` where there is nothing to draw."""
+        return "text" if self.prompt is None else "image"
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if not (self.prompt or self.text or "").strip():
+            raise ValueError(f"step {self.index} has neither a prompt nor a text")
+        return self
+
+    @property
+    def words(self) -> str:
+        """What the reader sees beside the picture: the text, else the instruction, else nothing."""
+        return self.text or self.instruction or ""
+
+
+class Plan(Record):
+    """The planner's answer: at least one step, numbered 1, 2, ... in order; `reasoning` is what it thought before."""
+
+    steps: tuple[PlanStep, ...] = Field(min_length=1)
+    reasoning: str = ""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if [step.index for step in self.steps] != list(range(1, len(self.steps) + 1)):
+            raise ValueError(f"steps must be numbered 1..{len(self.steps)}, got {[step.index for step in self.steps]}")
+        return self
+
+
+class Verdict(Record):
+    """The critic's answer: whether the step succeeded, and the prompt to use next (unchanged on success)."""
+
+    success: bool
+    refined_prompt: str
+    reasoning: str = ""
+
+
+class Scores(Record):
+    """A judge's two numbers, each in [0, 10], larger better: semantics `sc`, perceptual quality `pq`."""
+
+    sc: float = Field(ge=0, le=10)
+    pq: float = Field(ge=0, le=10)
+    judge_id: str
+    num_samples: int = Field(default=1, ge=1)
+
+
+class GeneratorInfo(Record):
+    """Which generator made a picture, and with which parameters."""
+
+    id: str
+    params: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class Attempt(Record):
+    """One generation of one step and what the critic said of it.
+
+    `step` and `attempt` count from 1.  `source_ids` are the pictures the generator was given (none for text to image),
+    `before_id` the one the critic compared with.  Times in seconds.  `success_probability`: how much of the critic's
+    probability mass lay on success, in [0, 1], where its model tells.
+    """
+
+    trajectory_id: str
+    step: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    op: Literal["t2i", "edit"]
+    source_ids: tuple[str, ...] = ()
+    before_id: str | None = None
+    original_prompt: str
+    prompt_used: str
+    seed: int
+    generator: GeneratorInfo
+    image_id: str | None = None
+    verdict: bool | None = None
+    refined_prompt: str | None = None
+    reasoning: str | None = None
+    success_probability: float | None = Field(default=None, ge=0, le=1)
+    raw: str = ""
+    error: str | None = None
+    scores: Scores | None = None
+    timings: Mapping[str, float] = Field(default_factory=dict)
+    status: AttemptStatus
+
+
+class PlannerRecord(Record):
+    """Which planner wrote the plan, from which template, and its words as they came."""
+
+    model: str
+    template: str
+    template_hash: str
+    raw: str = ""
+    num_tries: int = Field(default=1, ge=0)
+    error: str | None = None
+
+
+class Spent(Record):
+    """What a trajectory cost: calls of the generator (cache hits not counted), critic and planner; seconds."""
+
+    generations: int = 0
+    cached: int = 0
+    critic_calls: int = 0
+    planner_calls: int = 0
+    seconds: float = 0.0
+
+
+class Trajectory(Record):
+    """One finished request.  `selected` maps each drawn step to the attempt whose picture the story shows."""
+
+    id: str
+    request: Request
+    planner: PlannerRecord | None
+    plan: Plan | None
+    selected: Mapping[int, int] = Field(default_factory=dict)
+    status: TrajectoryStatus
+    error: str | None = None
+    spent: Spent = Spent()
+    versions: Mapping[str, str] = Field(default_factory=dict)
