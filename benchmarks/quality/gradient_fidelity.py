@@ -45,11 +45,11 @@ from flowbp.evaluate import initial_noise, paired_interval
 from flowbp.guidance import guided
 from flowbp.methods import METHODS, Method
 from flowbp.plan import Keep, Plan, plan
-from flowbp.progress import quiet_libraries
 from flowbp.train import Parts, load_parts, losses_of
 from flowbp.types import Trajectory
 from imgen_common.config import load
 from imgen_common.errors import UserError, run_cli
+from imgen_common.libraries import quiet_libraries
 from imgen_common.runs import write_atomic
 from imgen_common.streams import normal, numpy_generator
 

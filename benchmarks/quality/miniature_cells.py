@@ -29,11 +29,12 @@ from flowbp.backbones.flux2 import Flux2
 from flowbp.config import TrainConfig
 from flowbp.data import load_prompts
 from flowbp.methods import METHODS
-from flowbp.progress import Silent, quiet_libraries
+from flowbp.progress import Silent
 from flowbp.train import Parts, Trainer, load_parts
 from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.errors import UserError
+from imgen_common.libraries import quiet_libraries
 from imgen_common.shapes.render import draw
 from imgen_common.shapes.scene import sample_spec
 from imgen_common.shapes.train import generator

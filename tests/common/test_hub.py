@@ -181,6 +181,15 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub) -> None:
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
 
 
+def test_a_description_is_fetched_without_weights(fake: FakeHub) -> None:
+    (transformers_folder(fake.folder) / "model.safetensors").unlink()
+    assert hub.resolve("org/name", weights=False) == fake.folder
+    assert not any("safetensors" in pattern for pattern in fake.calls[-1]["allow_patterns"])
+    (fake.folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is not a JSON object"):
+        hub.resolve("org/name", weights=False)
+
+
 def test_offline_asks_the_cache_only_and_says_what_to_run(fake: FakeHub) -> None:
     transformers_folder(fake.folder)
     hub.resolve("org/name")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.common import table
-from benchmarks.perf import sweep_memory
+from benchmarks.perf import gpu_update, sweep_memory
 from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
 from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
 from flowbp.config import TrainConfig
@@ -107,6 +107,63 @@ def test_sweep_memory_quickly(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "out.json").read_text())
     assert [r["num_active"] for r in content["rows"]] == [1, 2, 4]
     assert content["environment"]["packages"]["torch"]
+    assert str(ROOT) not in json.dumps(content)
+
+
+# gpu_update -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_have_their_published_sizes() -> None:
+    """2.2 and 3.9 thousand million numbers in the transformers; text of the width that the transformer reads."""
+    for name, numbers in (("sd3_5_medium", 2.2e9), ("flux2_klein_base_4b", 3.9e9)):
+        with torch.device("meta"):
+            pipe = gpu_update.MODELS[name](False)
+        assert sum(p.numel() for p in pipe.transformer.parameters()) == pytest.approx(numbers, rel=0.03)
+
+
+def gpu_row(num_active: int, sweep: int | None) -> gpu_update.Row:
+    return gpu_update.Row("sd3_5_medium", num_active, gpu_update.Cost(sweep, 1.0), gpu_update.Cost(None, None))
+
+
+def gpu_claims(
+    many: int | None = 105, reached: float = 45, held: int = 24 * 10**9 - 1, planned: float = 1
+) -> list[bool]:
+    rows = [gpu_row(1, 100), gpu_row(8, 500), gpu_row(25, many)]
+    rate = gpu_update.Rate("sd3_5_medium", 8, 4, reached, 100)
+    fit = gpu_update.Fit("sd3_5_medium", 16, held, round(planned * held), 1.0)
+    return [claim.holds for claim in gpu_update.claims(rows, [rate], [fit])]
+
+
+def test_each_claim_about_a_gpu_fails_where_it_should() -> None:
+    assert gpu_claims() == [True] * 4
+    assert gpu_claims(many=106) == gpu_claims(many=None) == [False, True, True, True]
+    assert gpu_claims(reached=44) == [True, False, True, True]
+    assert gpu_claims(held=24 * 10**9) == [True, True, False, True]
+    assert gpu_claims(planned=0.89) == gpu_claims(planned=1.11) == [True, True, True, False]
+    table = gpu_update.markdown([gpu_row(8, None)], [], [])
+    assert "| sd3_5_medium |       8 |        - |        - |   1.000 |       - |" in table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs a CUDA device.*--tiny"):
+        gpu_update.main(output=tmp_path / "out.json")
+    for names, counts, said in ((["sd4"], [1, 2], "--models sd4"), (["sd3_5_medium"], [1], "--counts")):
+        with pytest.raises(UserError, match=said):
+            gpu_update.run(gpu_update.TINY, CPU, names, counts, tmp_path / "out.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_update.MODELS)
+def test_gpu_update_runs_at_tiny_sizes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_update.run(gpu_update.TINY, CPU, [name], [1, 3], tmp_path / "out.json")
+    assert "no claim is made" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out.json").read_text())
+    few, many = content["rows"]
+    assert many["joint"]["peak"] > 1.05 * few["joint"]["peak"]
+    assert many["sweep"]["peak"] < 1.05 * few["sweep"]["peak"]
+    assert content["fits"][0]["planned"] == pytest.approx(content["fits"][0]["measured"], rel=0.1)
+    assert content["claims"] == []
     assert str(ROOT) not in json.dumps(content)
 
 

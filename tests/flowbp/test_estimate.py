@@ -1,7 +1,9 @@
 """What a run is said to need, against what it takes."""
 
 import json
+import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from flowbp import launch
 from flowbp.cli import app
 from flowbp.config import TrainConfig
 from flowbp.estimate import Estimate, LiveBytes, advise, estimate, measure, size_of
+from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
@@ -26,6 +29,7 @@ CASES = {
     "chunks": ["method=flowbp_sparse", "chunk=3"],
     "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
     "rewards in parts": ["reward_chunk=2"],
+    "autoencoder in parts": ["model.vae.gradient_checkpointing=true", "model.vae.tile=16", "offload_trajectory=true"],
 }
 
 
@@ -49,6 +53,42 @@ def test_every_family_is_traced(folder: Path) -> None:
     assert found.flops > 0
     assert all(size > 0 for size in found.passing.values())
     assert not found.untraced
+
+
+def without_weights(folder: Path, place: Path) -> Path:
+    """The descriptions of a model alone."""
+    return shutil.copytree(folder, place / folder.name, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_weights_are_not_needed_to_plan(tmp_path: Path) -> None:
+    """Of generator, reward and held-out reward; the same answer as with them, and training still asks for them."""
+    keys = {"generator": "model.ref", "reward": "rewards.0.ref", "heldout": "heldout.0.ref"}
+    refs = [f"{key}={without_weights(hub.WEIGHTS / name, tmp_path)}" for name, key in keys.items()]
+    assert not list(tmp_path.rglob("*.safetensors"))
+    for name, ref in zip(keys, refs, strict=True):
+        with pytest.raises(UserError, match=rf"{name}: half-downloaded model: no \*\.safetensors"):
+            launch.check(config_of(ref), 1)
+    assert estimate(launch.check(config_of(*refs), 1, here=False)) == estimated()
+    words = [part for text in (*SMALL, *refs) for part in ("--set", text)]
+    assert CliRunner().invoke(app, ["plan", *words]).exit_code == 0
+
+
+def test_the_switches_lower_what_they_are_for() -> None:
+    kept = estimated()
+    found = estimated("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true")
+    assert kept.host == 0 < found.host
+    assert kept.passing["rollout"] - found.passing["rollout"] == found.host
+    for stage in ("reward", "evaluation"):
+        assert found.passing[stage] < kept.passing[stage] - found.host
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
+def test_a_quantized_base_is_planned_and_measured_alike() -> None:
+    sets = ["lora.rank=4", "model.dtype=bfloat16", "model.gradient_checkpointing=true"]
+    found, plain = estimated(*sets, "model.quantization=int8"), estimated(*sets)
+    taken, _ = measure(config_of(*sets, "model.quantization=int8"), torch.device("cpu"))
+    assert found.update_peak == pytest.approx(taken, rel=0.1)
+    assert found.lasting["frozen weights"] < 0.65 * plain.lasting["frozen weights"]
 
 
 def test_live_bytes_are_those_that_live() -> None:

@@ -75,6 +75,31 @@ def test_an_exported_adapter_draws_the_same_picture_in_diffusers(family: str, tm
         export(run, "diffusers", out)
 
 
+def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
+    """Beside that of the last update, in one pipeline, and that of an earlier checkpoint."""
+    model = folder_of("flux2", tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    with RunFolder.open(run) as folder:
+        tensors = folder.load_checkpoint(1).tensors
+        later = {name: 2 * value for name, value in tensors["average"].items()}
+        folder.save_checkpoint(2, {"weights": tensors["average"], "average": later, "optimizer": {}}, {})
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    cases = {"average": ("average", None), "last": ("last", None), "early": ("average", 1)}
+    for name, (kept, step) in cases.items():
+        out = export(run, "diffusers", tmp_path / name, kept, step)
+        pipe.load_lora_weights(out, weight_name=DIFFUSERS_FILE, adapter_name=name)
+    pictures = {}
+    for name in cases:
+        pipe.set_adapters(name)
+        pictures[name] = picture(pipe)
+    assert (pictures["average"] - ours(run, model)).abs().max() < 1e-5
+    assert (pictures["last"] - pictures["early"]).abs().max() < 1e-5  # as the checkpoints were made
+    assert (pictures["average"] - pictures["last"]).abs().max() > 5e-3
+    assert "1 updates" in (tmp_path / "early" / "README.md").read_text()
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are: 1, 2"):
+        export(run, "diffusers", tmp_path / "none", step=7)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", ["null", "{rank: 4, alpha: 8}"])
 def test_a_merged_pipeline_draws_the_same_picture(family: str, lora: str, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """The report: one page that needs nothing else, says what the numbers allow, and escapes what others wrote."""
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pages import Page
 
 from flowbp import compare, report
 from flowbp.charts import Series, chart, smooth, ticks
@@ -21,42 +21,6 @@ from imgen_common.errors import UserError
 from imgen_common.runs import RunFolder
 
 EVIL = '<script>alert("1")</script> & "quotes"'
-VOID = {"meta", "img", "br", "hr", "input", "link"}
-
-
-class Page(HTMLParser):
-    """Elements and text of a page; complains about tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.images: list[dict[str, str | None]] = []
-        self.tags: list[str] = []
-        self.addresses: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        values = dict(attrs)
-        self.addresses += [v for k, v in values.items() if k in ("src", "href", "xlink:href", "data") and v]
-        if tag == "img":
-            self.images.append(values)
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def evaluation(prompts: list[str], rate: float, shift: float, *, verified: bool = True) -> Evaluation:

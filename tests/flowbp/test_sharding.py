@@ -145,17 +145,23 @@ def test_a_launcher_that_does_not_fit_is_refused() -> None:
         check_launcher("fsdp2", {})
     with pytest.raises(UserError, match=r"asks for FSDP; flowbp does that itself.*distributed.kind=fsdp2"):
         check_launcher("ddp", {"RANK": "0", "ACCELERATE_USE_FSDP": "true"})
+    quiet = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(UserError, match=r"several processes were asked for and one was started.*--multi_gpu"):
+        check_launcher("ddp", quiet)
+    check_launcher("ddp", quiet | {"RANK": "0"})
+    check_launcher("ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
     check_launcher("ddp", {})
     check_launcher("zero3", {"RANK": "0", "ACCELERATE_USE_FSDP": "false"})
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fsdp2", "zero2"])
+def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> None:
     """Through the command: three prompts on two processes, then from its checkpoint without them."""
     common = ["num_steps=4", "batch_size=2", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
     common += ["eval.num_prompts=3", "eval.steps=2", "eval.every=1", "eval.quick_num_prompts=3", "eval.batch_size=1"]
     command = ["-m", "flowbp", "train", "--runs", str(tmp_path)]
-    changes = [f"--set={text}" for text in (*common, "num_updates=2", "distributed.kind=fsdp2", "lora.rank=2")]
+    changes = [f"--set={text}" for text in (*common, "num_updates=2", f"distributed.kind={kind}", "lora.rank=2")]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     torchrun += ["--rdzv_endpoint", "localhost:0"]
     resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=num_updates=3"]
@@ -165,6 +171,19 @@ def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path / "flowbp", is_main=False)
     assert [line["step"] for line in run.metrics() if "train/loss" in line] == [1, 2, 3]
     assert (tmp_path / "flowbp" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:
+    common = ["num_steps=4", "batch_size=2", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
+    common += ["eval.num_prompts=3", "eval.steps=2", "eval.every=0", "num_updates=2", "lora.rank=2", "name=run"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [*launcher, "--main_process_port", "0", "-m", "flowbp", "train", "--runs", str(tmp_path), "--json"]
+    done = subprocess.run([*command, *(f"--set={s}" for s in common)], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count('"event": "done"') == 1  # one process tells
+    run = RunFolder.open(tmp_path / "run", is_main=False)
+    assert [line["step"] for line in run.metrics() if "train/loss" in line] == [1, 2]
 
 
 def _worker(place: Path, library: str) -> None:

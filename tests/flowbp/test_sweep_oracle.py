@@ -32,9 +32,11 @@ def net():
     return tiny_flux2()
 
 
-def swept(net, method_plan: Plan, velocity, x_0, sigmas, **options) -> tuple[torch.Tensor, Outcome]:
+def swept(
+    net, method_plan: Plan, velocity, x_0, sigmas, *, offload: bool = False, **options
+) -> tuple[torch.Tensor, Outcome]:
     net.zero_grad()
-    trajectory = rollout(velocity, x_0, sigmas, method_plan.keep)
+    trajectory = rollout(velocity, x_0, sigmas, method_plan.keep, offload=offload)
     outcome = backpropagate(method_plan, trajectory, velocity, LOSS, **options)
     return gradient(net), outcome
 
@@ -151,6 +153,32 @@ def test_chunk_does_not_change_the_gradient(name, net):
         got, outcome = swept(net, drawn, velocity, noise(*SHAPE), sigmas, chunk=chunk, reward_chunk=1)
         assert relative(got, want) <= 1e-12
         assert outcome.num_gradient_forwards == len(drawn.terms)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_offloaded_trajectory_changes_no_bit(name, net):
+    velocity, rng = flux2_velocity(net), np.random.default_rng(0)
+    sigmas = random_sigmas(6, rng)
+    drawn = plan(vary(get(name), 6, rng), sigmas, rng)
+    eps = noise(max(drawn.copies, 1), *SHAPE, seed=1)
+    kept, outcome = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps)
+    again, same = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps, offload=True)
+    assert torch.equal(kept, again)
+    assert torch.equal(outcome.gaps, same.gaps)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_offloaded_is_a_copy_on_the_host(device):
+    drawn = plan(get("leapalign"), torch.linspace(1, 0, 7), np.random.default_rng(0))
+    x_0 = noise(*SHAPE).to(device)
+    places = {}
+    for offload in (False, True):
+        found = rollout(lambda x, sigma: x, x_0, torch.linspace(1, 0, 7), drawn.keep, offload=offload)
+        kept = [*found.states.values(), *found.velocities.values()]
+        places[offload] = {t.data_ptr() for t in kept}
+        assert {t.device.type for t in kept} == {"cpu" if offload else device}
+        assert all(t.is_pinned() for t in kept if offload and device == "cuda")
+    assert len(places[True]) > len(places[False])  # here a velocity is its state, one storage; copies are two
 
 
 def test_coupling_all_steps_partly_is_neither_sparse_nor_full(net):

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowbp import watchdog
 from flowbp.config import TrainConfig
 from flowbp.evaluate import Evaluation
-from flowbp.pictures import distance, statistics
+from flowbp.pictures import distance, statistics, unlikeness
 from flowbp.train import MAY_DIFFER
-from flowbp.watchdog import Finding, WatchdogConfig, look
+from flowbp.watchdog import Finding, WatchdogConfig, drift_of, look
 from imgen_common.config import load
 from imgen_common.images import from_pil, to_pil
 
@@ -53,6 +55,21 @@ def test_distance_is_between_pictures_of_equal_seeds() -> None:
     assert (back - a).abs().max() <= 0.5 / 255 + 1e-6
 
 
+@given(st.floats(0.2, 1), st.lists(st.floats(-0.5, 0.5), min_size=3, max_size=3), st.integers(0, 99))
+def test_likeness_is_of_shapes_whatever_the_exposure(contrast: float, tint: list[float], seed: int) -> None:
+    a, b = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    exposed = contrast * a + torch.tensor(tint).view(3, 1, 1)
+    torch.testing.assert_close(unlikeness(a, exposed), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(unlikeness(exposed, b), unlikeness(a, b), atol=1e-5, rtol=0)
+    torch.testing.assert_close(unlikeness(a, 1 - a), torch.full((4,), 2.0))
+
+
+def test_a_flat_picture_is_like_flat_ones_only() -> None:
+    grey, white, noise = flat(0.5, 0.5, 0.5), flat(1.0, 1.0, 1.0), torch.rand(1, 3, 32, 32)
+    assert unlikeness(grey, white).item() == pytest.approx(0, abs=1e-6)
+    assert unlikeness(grey, noise).item() == pytest.approx(0.5)
+
+
 def evaluation(reward: float, heldout: float, dark: float = 0.0) -> Evaluation:
     draws = torch.randn(3, 60, generator=torch.Generator().manual_seed(0)).double()
     scores = {"reward": (draws[0] + reward).tolist(), "heldout": (draws[1] + heldout).tolist()}
@@ -71,15 +88,39 @@ def evaluation(reward: float, heldout: float, dark: float = 0.0) -> Evaluation:
     ],
 )
 def test_when_it_barks(now: Evaluation, words: list[str]) -> None:
-    found = look(WatchdogConfig(), evaluation(0, 0), now, ["reward"], ["heldout"])
+    found = look(WatchdogConfig(), evaluation(0, 0), now, ["reward"], ["heldout"], drift=0.1)
     assert len(found.alerts) == len(words)
     for alert, word in zip(found.alerts, words, strict=True):
         assert word in alert
 
 
 def test_without_held_out_rewards_pictures_are_still_watched() -> None:
-    found = look(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [])
+    found = look(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [], drift=0)
     assert [alert.split(" moved")[0] for alert in found.alerts] == ["the pictures' dark"]
+
+
+def test_drift_is_judged_where_a_limit_is_set() -> None:
+    base = evaluation(0, 0)
+
+    def barks(limit: float, drift: float) -> bool:
+        return bool(look(WatchdogConfig(drift=limit), base, base, ["reward"], ["heldout"], drift).alerts)
+
+    assert barks(0.4, 0.41)
+    assert not barks(0.4, 0.39)
+    assert not barks(0.4, math.nan)
+
+
+def test_drift_is_measured_in_what_the_base_s_pictures_differ_by() -> None:
+    draws = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    base, other = draws.split(100)
+    assert drift_of(base, base) == pytest.approx(0, abs=1e-6)
+    assert drift_of(base, other) == pytest.approx(1, abs=0.03)  # as unlike as any two of them
+    half = torch.lerp(base, other, 0.5)
+    assert drift_of(base, half) == pytest.approx(1 - 0.5**0.5, abs=0.03)  # the correlation of a with (a + b) / 2
+    common = torch.rand(1, 3, 32, 32)  # what all have in common is nothing to tell them apart by
+    assert drift_of(base + 2 * common, other + 2 * common) == pytest.approx(1, abs=0.05)
+    for alike in (base[:1], base[:1].expand(4, -1, -1, -1)):
+        assert math.isnan(drift_of(alike, alike))
 
 
 def test_the_last_healthy_update_is_the_one_before_the_first_alert(tmp_path: Path) -> None:

@@ -12,28 +12,32 @@ from imgen_common.errors import UserError, nearest
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+WEIGHT_FILES = ("*.safetensors",)
+DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+HUB_FILES = (*WEIGHT_FILES, *DESCRIPTION_FILES)
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 
 
-def resolve(ref: str) -> Path:
+def resolve(ref: str, *, weights: bool = True) -> Path:
     """The folder (or LoRA file) that `ref` names, complete and without pickles.
+
+    weights=False: its description (configurations and tokenizers) is enough; weights are not asked for, nor downloaded.
 
     ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
     missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
     Raises UserError for an unknown, missing, half-downloaded or pickled model.
     """
     if ref.startswith("builtin:"):
-        return _builtin(ref)
+        return _builtin(ref, weights)
     path = Path(ref).expanduser()
     if path.exists():
-        return _complete(path)
+        return _complete(path, weights)
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
         raise UserError(f"model {ref!r}: no such folder{nearest(ref, _builtins())}; give {allowed}")
-    return _download(ref, match["repo"], match["revision"], offline=_offline())
+    return _download(ref, match["repo"], match["revision"], offline=_offline(), weights=weights)
 
 
 def prefetch(ref: str) -> Path:
@@ -43,11 +47,12 @@ def prefetch(ref: str) -> Path:
     return resolve(ref)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Raise UserError unless `folder` is a whole diffusers, transformers or LoRA folder.
 
     diffusers: every component that model_index.json names has its configuration and weights; transformers: config.json
-    and weights.  Weights are safetensors files whose length agrees with their header, and every shard of an index.
+    and weights.  Weights are safetensors files whose length agrees with their header, and every shard of an index; with
+    weights=False they are not looked at.
     """
     index = folder / "model_index.json"
     if not any((folder / name).exists() for name in (index.name, "config.json", *LORA_FILES)):
@@ -55,13 +60,13 @@ def check_folder(folder: Path) -> None:
             f"{folder}: not a model folder (none of {index.name}, config.json, {', '.join(LORA_FILES)} in it)"
         )
     unfinished = next(folder.rglob("*.incomplete"), None)
-    if unfinished is not None:
+    if weights and unfinished is not None:
         raise _half(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
     if index.exists():
         for name, class_name in _components(index).items():
-            _check_component(folder, name, class_name)
+            _check_component(folder, name, class_name, weights)
     else:
-        _check_weights(folder, folder)
+        _check_files(folder, folder, weights)
 
 
 def _builtins() -> list[str]:
@@ -70,17 +75,17 @@ def _builtins() -> list[str]:
     return sorted(BUILTIN + folder.name for folder in WEIGHTS.iterdir() if folder.is_dir())
 
 
-def _builtin(ref: str) -> Path:
+def _builtin(ref: str, weights: bool) -> Path:
     if ref not in _builtins():
         raise UserError(
             f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {', '.join(_builtins()) or 'none'}"
         )
-    return _complete(WEIGHTS / ref.removeprefix(BUILTIN))
+    return _complete(WEIGHTS / ref.removeprefix(BUILTIN), weights)
 
 
-def _complete(path: Path) -> Path:
+def _complete(path: Path, weights: bool) -> Path:
     if path.is_dir():
-        check_folder(path)
+        check_folder(path, weights=weights)
     elif path.suffix == ".safetensors":
         _check_file(path.parent, path)
     else:
@@ -95,7 +100,7 @@ def _offline() -> bool:
     )
 
 
-def _download(ref: str, repo: str, revision: str | None, offline: bool) -> Path:
+def _download(ref: str, repo: str, revision: str | None, offline: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
@@ -108,8 +113,9 @@ def _download(ref: str, repo: str, revision: str | None, offline: bool) -> Path:
         index = folder / "model_index.json"
         # A diffusers repository often holds the same weights again as single files beside its component folders.
         places = [f"{name}/" for name in _components(index)] if index.exists() else [""]
-        folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in HUB_FILES)])
-        check_folder(folder)
+        files = HUB_FILES if weights else DESCRIPTION_FILES
+        folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in files)])
+        check_folder(folder, weights=weights)
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         remedy = f"run `flowbp prefetch {ref}` with a network and without HF_HUB_OFFLINE"
@@ -139,7 +145,7 @@ def _components(index: Path) -> dict[str, str]:
     return {name: entry[1] for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[1]}
 
 
-def _check_component(folder: Path, name: str, class_name: str) -> None:
+def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
     if not any(part.glob("*.json")):
         raise _half(folder, f"{name}/ has no configuration")
@@ -147,12 +153,14 @@ def _check_component(folder: Path, name: str, class_name: str) -> None:
         return
     if not (part / "config.json").exists():
         raise _half(folder, f"{name}/config.json is missing")
-    _check_weights(folder, part)
+    _check_files(folder, part, weights)
 
 
-def _check_weights(folder: Path, part: Path) -> None:
+def _check_files(folder: Path, part: Path, weights: bool) -> None:
     for path in part.glob("*.json"):
         _json(folder, path)
+    if not weights:
+        return
     for index in part.glob("*.safetensors.index*.json"):
         shards = _json(folder, index).get("weight_map", {})
         for shard in sorted(set(shards.values())):

@@ -124,8 +124,14 @@ def content_hash(picture: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def data_uri(picture: Image.Image) -> str:
-    """`picture` as a PNG inside a `data:` address, for pages that need no other file."""
+def data_uri(picture: Image.Image, webp_quality: int | None = None) -> str:
+    """`picture` inside a `data:` address, for pages that need no other file: as PNG, or as WebP of a quality in
+    [0, 100], which makes a large picture small and is not exact.
+    """
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if webp_quality is None:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "WEBP", quality=webp_quality)
+    kind = "png" if webp_quality is None else "webp"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -153,6 +153,7 @@ def check(config: BenchmarkConfig, url: str | None) -> None:
 
             check_detector(spec.ref)
             hub.resolve(cast(str, spec.colours))
+    hub.resolve(config.model.ref)
     backbone = backbones.skeleton(config.model.ref)
     backbones.told(backbone, config.model.ref, config.model.embedded_guidance)
     backbone.sigmas(config.steps, (config.model.height, config.model.width))

@@ -90,10 +90,11 @@ def _train(
     with _busy("checking"):
         from flowbp import launch
         from flowbp.config import TrainConfig
-        from flowbp.progress import quiet_libraries
         from imgen_common.config import load
+        from imgen_common.libraries import quiet_libraries
+        from imgen_common.runs import find_run
 
-        run_path = launch.find_run(resume, runs) if resume else None
+        run_path = find_run(resume, runs) if resume else None
         config = launch.resumed_config(run_path, files, sets) if run_path else load(TrainConfig, files, sets)
         if run_path:
             launch.check_resume(run_path, config)
@@ -217,8 +218,8 @@ def plan(
         from flowbp import estimate, launch
         from flowbp.config import TrainConfig
         from flowbp.inference import device
-        from flowbp.progress import quiet_libraries
         from imgen_common.config import load
+        from imgen_common.libraries import quiet_libraries
 
         limit = estimate.size_of(memory) if memory else None
         quiet_libraries()
@@ -226,7 +227,7 @@ def plan(
         def config_of(changes: Sequence[str] = ()) -> "TrainConfig":
             return load(TrainConfig, configs or [], [*(sets or []), *changes])
 
-        job = launch.check(config_of(), gpus)
+        job = launch.check(config_of(), gpus, here=calibrate)
         found = estimate.estimate(job)
         advice = estimate.advise(config_of, gpus, found.peak) if limit and found.peak > limit else None
         measured = estimate.measure(job.config, device()) if calibrate else None
@@ -334,7 +335,7 @@ def _levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[
     if shift != 1:
         raise UserError("--shift: a model brings its own noise levels; give --model or --shift")
     from flowbp import backbones
-    from flowbp.progress import quiet_libraries
+    from imgen_common.libraries import quiet_libraries
 
     quiet_libraries()
     sigmas = backbones.skeleton(model).sigmas(config.num_steps, (config.model.height, config.model.width))
@@ -388,7 +389,7 @@ def _draw(
 ) -> Path:
     """Writes the pictures and their grid; returns the grid's file."""
     from flowbp import inference
-    from flowbp.progress import quiet_libraries
+    from imgen_common.libraries import quiet_libraries
 
     quiet_libraries()
     backbone = one.load(inference.device())
@@ -457,8 +458,8 @@ def evaluate(
 def _score(subjects: list["Subject"], config: "TrainConfig") -> list[Any]:
     """Evaluations of every subject by guidance scale."""
     from flowbp import inference
-    from flowbp.progress import quiet_libraries
     from flowbp.train import load_rewards
+    from imgen_common.libraries import quiet_libraries
 
     texts = inference.evaluation_prompts(config)
     quiet_libraries()
@@ -529,7 +530,7 @@ def benchmark(
 
         from flowbp import benchmark as work
         from flowbp import inference
-        from flowbp.progress import quiet_libraries
+        from imgen_common.libraries import quiet_libraries
 
         _one_of("--protocol", protocol, get_args(work.Protocol))
         quiet_libraries()
@@ -663,7 +664,7 @@ def report(
       flowbp report runs/flowbp_bridge --open
     """
     from flowbp import report as reports
-    from flowbp.launch import find_run
+    from imgen_common.runs import find_run
 
     page = reports.write(find_run(run, runs))
     print(page)
@@ -696,6 +697,7 @@ def export_run(
     to: Annotated[str, typer.Option("--to", help="diffusers or comfyui (adapters), or merged (a whole pipeline).")],
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The folder to make; RUN/export-FORMAT.")] = None,
     weights: Annotated[str, typer.Option(help="average (what was evaluated) or last.")] = "average",
+    step: Annotated[int | None, typer.Option(help="Checkpoint to take, by its update; by default the last.")] = None,
     push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload it there; needs HF_TOKEN.")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -706,21 +708,22 @@ def export_run(
 
     \b
       flowbp export miniature-lora --to diffusers
-      flowbp export sd3_5_medium-lora --to comfyui --out my-lora
+      flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150
       flowbp export flowbp_bridge --to merged --push me/my-model
     """
     with _busy("exporting"):
         from typing import get_args
 
-        from flowbp import export, launch
-        from flowbp.progress import quiet_libraries
+        from flowbp import export
+        from imgen_common.libraries import quiet_libraries
+        from imgen_common.runs import find_run
 
         _one_of("--to", to, get_args(export.Format))
         _one_of("--weights", weights, get_args(export.Kept))
         quiet_libraries()
-        path = launch.find_run(run, runs)
+        path = find_run(run, runs)
         form, kept = cast(export.Format, to), cast(export.Kept, weights)
-        folder = export.export(path, form, out or path / f"export-{to}", kept)
+        folder = export.export(path, form, out or path / f"export-{to}", kept, step)
     print(folder)
     if push is not None:
         print(export.push(folder, push))
@@ -772,8 +775,8 @@ def convert_reward(
     with _busy("converting"):
         from typing import get_args
 
-        from flowbp.progress import quiet_libraries
         from flowbp.rewards.convert import Convertible, convert
+        from imgen_common.libraries import quiet_libraries
 
         _one_of("KIND", kind, get_args(Convertible))
         quiet_libraries()

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowbp.combine import Combination
 from flowbp.guidance import Guidance
@@ -13,6 +13,32 @@ from flowbp.watchdog import WatchdogConfig
 from imgen_common.config import Config
 
 PositiveInt = Annotated[int, Ge(1)]
+
+
+Attention = Literal[
+    "native",
+    "_native_math",
+    "_native_efficient",
+    "_native_flash",
+    "_native_cudnn",
+    "flash",
+    "xformers",
+]
+"""Attention kernels of diffusers that have a backward pass."""
+
+
+class VaeConfig(Config):
+    """The autoencoder: memory against time."""
+
+    gradient_checkpointing: bool = False
+    """Whether blocks of the decoder are recomputed in the backward pass: the same gradient in less memory."""
+    slicing: bool = False
+    """Whether pictures are decoded one after the other: less memory in evaluations; in training `reward_chunk` does
+    more."""
+    tile: Annotated[int, Ge(8)] | None = None
+    """Side, in pixels, of tiles that overlap by a quarter and are decoded one after the other; null: whole pictures.
+    Tiles do not see each other's statistics, so pictures differ a little; in training it saves memory only together
+    with `gradient_checkpointing`."""
 
 
 class ModelConfig(Config):
@@ -31,6 +57,27 @@ class ModelConfig(Config):
     """What a guidance-distilled model (FLUX.1-dev) is told; null: 3.5 for such a model.  Others have no such input."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
+    attention: Attention | None = None
+    """Attention kernel by its name in diffusers, for FLUX; null: torch chooses.  `flash` and `xformers` must be
+    installed; those that quantise or fetch code are refused."""
+    compile: bool = False
+    """Whether the repeated blocks are compiled (inductor), one kind after the other: the first steps take minutes,
+    later ones less; equal to rounding."""
+    quantization: Literal["int8"] | None = None
+    """`int8`: the blocks' frozen weights as 8-bit integers with a scale per output, under adapters; needs torchao, and
+    `gradient_checkpointing` to save much."""
+    vae: VaeConfig = VaeConfig()
+    """The autoencoder."""
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _attention_trains(cls, value: object) -> object:
+        name = str(value).lower()
+        if "sage" in name:
+            raise ValueError(f"{value}: its kernel is quantised and has no backward pass, so it cannot train")
+        if name.endswith("_hub"):
+            raise ValueError(f"{value}: would fetch a kernel from the hub and run it; install flash-attn, use flash")
+        return value
 
 
 class LoraConfig(Config):
@@ -188,6 +235,9 @@ class TrainConfig(Config):
     """Uncoupled active steps that share one forward: memory for speed, the same gradient."""
     reward_chunk: PositiveInt | None = None
     """Pictures per decode-and-reward graph; null: the micro-batch."""
+    offload_trajectory: bool = False
+    """Whether kept states of the rollout wait in the host's memory, pinned, and come back step by step: the same
+    update bit for bit.  On a CPU they are there anyway."""
     distributed: DistributedConfig = DistributedConfig()
     """Several processes."""
     lora: LoraConfig | None = None
@@ -212,6 +262,18 @@ class TrainConfig(Config):
         names = [scorer.name for scorer in self.scorers]
         if twice := sorted({name for name in names if names.count(name) > 1 or name in RESERVED}):
             raise ValueError(f"names of rewards must differ from each other and from {', '.join(RESERVED)}: {twice}")
+        return self
+
+    @model_validator(mode="after")
+    def _switches_agree(self) -> "TrainConfig":
+        kind, quantization = self.distributed.kind, self.model.quantization
+        if quantization is not None and (self.lora is None or kind != "ddp"):
+            raise ValueError(
+                f"model.quantization {quantization} goes with adapters and whole weights only: set lora, and "
+                "distributed.kind to ddp"
+            )
+        if self.model.compile and kind != "ddp":
+            raise ValueError(f"model.compile: not under distributed.kind {kind}; set it to false, or the kind to ddp")
         return self
 
     @property

@@ -57,12 +57,12 @@ class Outcome:
 
 
 @torch.no_grad()
-def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, keep: Keep) -> Trajectory:
+def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, keep: Keep, *, offload: bool = False) -> Trajectory:
     """Euler without gradient from noise x_0 of shape (b, ...):  x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i.
 
     The state is float32 between steps whatever the network computes in (float64 if x_0 is).  sigmas: (N+1,), float32
-    or float64, on any device.  Only what `keep` names is kept.  An early stop at i ends with the posterior mean
-    x_i - sigma_i v_i.  Raises ValueError if `keep` does not fit the grid.
+    or float64, on any device.  Only what `keep` names is kept, in the host's memory with `offload`.  An early stop at i
+    ends with the posterior mean  x_i - sigma_i v_i.  Raises ValueError if `keep` does not fit the grid.
     """
     levels = sigmas.tolist()
     num_steps = len(levels) - 1
@@ -75,9 +75,9 @@ def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, keep: Keep) -> Traj
     for i in range(last + 1):
         v = velocity(x, sigmas[i].expand(len(x)))
         if i in keep.states:
-            states[i] = x
+            states[i] = _on_host(x) if offload else x
         if i in keep.velocities:
-            velocities[i] = v
+            velocities[i] = _on_host(v) if offload else v
         target = 0.0 if i == keep.stop else levels[i + 1]
         x = x + (target - levels[i]) * v.to(x.dtype)
     return Trajectory(sigmas, states, velocities, x)
@@ -109,7 +109,7 @@ def _sweep(
     num_batches = 0
     for group in _groups(terms, chunk):
         num_batches += 1
-        x = torch.cat([states[term.step] for term in group]).detach()
+        x = torch.cat([_beside(cotangent, states[term.step]) for term in group]).detach()
         coupling = group[0].coupling
         x.requires_grad_(coupling > 0)
         sigma = torch.cat([sigmas[term.step].expand(len(cotangent)) for term in group])
@@ -152,11 +152,11 @@ def leg_gaps(plan: Plan, trajectory: Trajectory) -> Float[Tensor, "legs b"]:
     """
     gaps = []
     for leg in plan.legs:
-        x = trajectory.states[leg.start].double()
+        x = _beside(trajectory.x_end, trajectory.states[leg.start]).double()
         for q, w in leg.nodes:
-            x = x + w * trajectory.velocities[q].double()
+            x = x + w * _beside(trajectory.x_end, trajectory.velocities[q]).double()
         stop = trajectory.x_end if leg.stop == plan.num_steps else trajectory.states[leg.stop]
-        gaps.append((x - stop.double()).abs().flatten(1).mean(1))
+        gaps.append((x - _beside(trajectory.x_end, stop).double()).abs().flatten(1).mean(1))
     return torch.stack(gaps) if gaps else trajectory.x_end.new_zeros(0, len(trajectory.x_end), dtype=torch.float64)
 
 
@@ -256,6 +256,16 @@ def _renoise(trajectory: Trajectory, velocity: Velocity, eps: Tensor) -> tuple[T
     x = (1 - sigma) * trajectory.x_end + sigma * eps
     v = velocity(x, sigma.expand(len(x)))
     return x, x - sigma * v.to(x.dtype)
+
+
+def _on_host(x: Tensor) -> Tensor:
+    """A copy in the host's memory, pinned where `x` is on a GPU.  It is not waited for: read it on the same stream."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
+
+
+def _beside(like: Tensor, kept: Tensor) -> Tensor:
+    """What a rollout kept, on the device of `like`."""
+    return kept.to(like.device, non_blocking=True)
 
 
 def _on(sigmas: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -30,6 +30,7 @@ from flowbp.config import TrainConfig
 from flowbp.guidance import guided
 from flowbp.launch import Job, arithmetic, check
 from flowbp.licences import licence
+from flowbp.networks import blocks_of, prepare, quantise
 from flowbp.train import Trainer, all_prompts, load_parts, losses_of, shares, trainable
 from flowbp.types import Backbone, Cond, Reward, tile
 from imgen_common.errors import UserError
@@ -39,6 +40,7 @@ FLOAT = 4
 EVALUATION = "evaluation"
 SWITCHES = (
     *("model.gradient_checkpointing=true", "micro_batch_size=1", "reward_chunk=1", "eval.batch_size=1"),
+    *("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true"),
     *("model.dtype=bfloat16", "lora.rank=16", "chunk=1", "distributed.sync=step", "distributed.kind=fsdp2"),
 )
 """Settings that may lower the peak."""
@@ -50,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = self.flops = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for one in known for t in pieces(one))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -85,13 +87,15 @@ class Traced:
 @dataclass(frozen=True)
 class Estimate:
     """Of one process, in bytes.  lasting: what is there throughout the training.  passing: what each stage holds on
-    top; they come one after the other.  before: the whole of the stage before the training.  flops: of one update.
+    top; they come one after the other.  before: the whole of the stage before the training.  host: kept states in the
+    host's memory, counted nowhere else.  flops: of one update.
     untraced: rewards whose stage could not be traced, counted with their weights only.
     """
 
     lasting: dict[str, int]
     passing: dict[str, int]
     before: dict[str, int]
+    host: int
     flops: float
     untraced: tuple[str, ...]
 
@@ -115,8 +119,9 @@ def estimate(job: Job) -> Estimate:
         sizes = Sizes.of(parts, config, count)
         share, micro = shares(config, count)
         stages, untraced = stages_of(parts, job, micro)
-    kept = max(len(plan.keep.states) + len(plan.keep.velocities) for plan in job.plans) + 2
-    trajectory = kept * micro * FLOAT * math.prod(parts.shape)
+    state = micro * FLOAT * math.prod(parts.shape)
+    kept = state * max(len(plan.keep.states) + len(plan.keep.velocities) for plan in job.plans)
+    trajectory = 2 * state + (0 if config.offload_trajectory else kept)
     forwards = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
     repeats = share // micro
     step_flops = stages["swept step"].flops / config.chunk
@@ -129,6 +134,7 @@ def estimate(job: Job) -> Estimate:
     return Estimate(
         lasting=sizes.lasting,
         passing=passing,
+        host=kept if config.offload_trajectory else 0,
         before={"weights": sizes.lasting["frozen weights"] + sizes.lasting["trained weights"], **sizes.before},
         flops=flops,
         untraced=untraced,
@@ -148,7 +154,7 @@ def advise(config_of: Callable[[Sequence[str]], TrainConfig], count: int, peak: 
 
     def peak_with(*changes: str) -> int:
         try:
-            return estimate(check(config_of(changes), count)).peak
+            return estimate(check(config_of(changes), count, here=False)).peak
         except UserError:  # a change that does not go with the rest
             return peak
 
@@ -158,30 +164,37 @@ def advise(config_of: Callable[[Sequence[str]], TrainConfig], count: int, peak: 
 
 
 def measure(config: TrainConfig, device: torch.device) -> tuple[int, float]:
-    """(most bytes held, seconds) of real updates with real weights: the second one, after AdamW made its moments.
+    """As `measured`, of a run with real weights."""
+    return measured(Trainer(config, load_parts(config, device), Accelerator(cpu=device.type == "cpu")))
+
+
+def measured(trainer: Trainer) -> tuple[int, float]:
+    """(most bytes held, seconds) of real updates: the second one, after AdamW made its moments.
 
     On a GPU as its allocator counts them, on a CPU as storages that live.
     """
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    parts = load_parts(config, device)
-    trainer = Trainer(config, parts, accelerator)
+    config, parts, device = trainer.config, trainer.parts, trainer.accelerator.device
     first = all_prompts(trainer)[: 2 * config.batch_size]
     if config.data.embeddings != "live":
         parts.conditions.add([*first, ""])
         parts.backbone.free_text()
-    rewards = [m for reward in parts.rewards.values() for m in modules_of(reward)]
-    networks = [part for part in parts.backbone.pipe.components.values() if isinstance(part, nn.Module)]
-    known = held((*networks, *rewards))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         trainer.step()
         seconds = trainer.step()["seconds"]
         return torch.cuda.max_memory_allocated(device), seconds
-    average = list(trainer.weights.state()["average"].values())
-    with LiveBytes((*known, *average)) as live:
+    known = [*networks_held(trainer), *trainer.weights.state()["average"].values()]
+    with LiveBytes(known) as live:
         trainer.step()
         seconds = trainer.step()["seconds"]
-    return nbytes((*known, *average)) + live.peak, seconds
+    return nbytes(known) + live.peak, seconds
+
+
+def networks_held(trainer: Trainer) -> list[Tensor]:
+    """All weights and buffers of a trainer's networks."""
+    rewards = [m for reward in trainer.parts.rewards.values() for m in modules_of(reward)]
+    networks = [part for part in trainer.parts.backbone.pipe.components.values() if isinstance(part, nn.Module)]
+    return held((*networks, *rewards))
 
 
 class Parts:
@@ -198,17 +211,18 @@ class Parts:
         self.modules = {name: part for name, part in components if isinstance(part, nn.Module)}
         for part in self.modules.values():
             part.to(torch.bfloat16 if low else torch.float32).requires_grad_(False).eval()
-        net: Any = self.backbone.net
-        if config.model.gradient_checkpointing:
-            net.enable_gradient_checkpointing()
-        trainable(net, config)
+        # kernels of attention differ in time, not in what they hold, and may not be installed where a run is planned
+        prepare(self.backbone, config.model.model_copy(update={"attention": None}))
+        if config.model.quantization is not None:
+            quantise(self.backbone.net)
+        trainable(self.backbone.net, config)
         self.rewards: dict[str, Reward] = {scorer.name: scorer.load("meta") for scorer in config.scorers}
         self.shape = self.backbone.latent_shape((config.model.height, config.model.width))
 
     def fake(self) -> None:
         """Gives every network its fake tensors, and gradients to what is trained; within a fake mode."""
         for part in self.networks():
-            part.to_empty(device=self.device)
+            allocate(part, self.device)
         self.trained = [p for p in self.backbone.net.parameters() if p.requires_grad]
         for p in self.trained:
             p.grad = torch.zeros_like(p)
@@ -223,6 +237,30 @@ class Parts:
         return tile(self.cond, batch), self.cond
 
 
+def allocate(network: nn.Module, device: torch.device) -> None:
+    """Memory without content for a network on the meta device; quantised weights cannot do `to_empty`."""
+    quantised = [
+        (module, name, p)
+        for module in network.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if is_traceable_wrapper_subclass(p)
+    ]
+    for module, name, _ in quantised:
+        module.register_parameter(name, None)
+    network.to_empty(device=device)
+    for module, name, p in quantised:
+        module.register_parameter(name, nn.Parameter(emptied(p, device), requires_grad=False))
+
+
+def emptied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor without content like another one, quantised ones piece by piece."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return torch.empty_like(tensor, device=device)
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: emptied(getattr(tensor, name), device) for name in names}
+    return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+
+
 def modules_of(part: Any) -> Iterator[nn.Module]:
     """The networks that a reward is made of."""
     for value in vars(part).values():
@@ -233,8 +271,17 @@ def modules_of(part: Any) -> Iterator[nn.Module]:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of tensors, of quantised ones those they are made of."""
+    return sum(t.numel() * t.element_size() for tensor in tensors for t in pieces(tensor))
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a quantised one is made of; a plain one itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from pieces(getattr(tensor, name))
 
 
 def held(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -272,8 +319,7 @@ class Sizes:
             "rewards": nbytes(held(m for reward in parts.rewards.values() for m in modules_of(reward))),
             "text encoders": texts if config.data.embeddings == "live" else 0,
         }
-        blocks = [m for m in net.modules() if type(m).__name__ in (getattr(net, "_no_split_modules", None) or ())]
-        largest = max((nbytes(m.parameters()) for m in blocks), default=nbytes(net.parameters()))
+        largest = max(nbytes(block.parameters()) for block in blocks_of(net))
         local = FLOAT * number // split_rest
         reduced = FLOAT * number if kind == "ddp" and count > 1 else 0
         before = {"autoencoder": others, "rewards": lasting["rewards"], "average": lasting["average"]}
@@ -372,6 +418,7 @@ def as_json(
         "lasting": found.lasting,
         "passing": found.passing,
         "before": found.before,
+        "host": found.host,
         "peak": found.peak,
         "untraced": list(found.untraced),
         "counted_for": "cuda" if torch.cuda.is_available() else "cpu",

@@ -41,13 +41,15 @@ class Adapter:
         return self.up.float() @ self.down.float()
 
 
-def export(run: Path, to: Format, out: Path, kept: Kept = "average") -> Path:
+def export(run: Path, to: Format, out: Path, kept: Kept = "average", step: int | None = None) -> Path:
     """Writes the folder `out` with the weights and a model card; returns it.
 
-    kept: the averaged weights, which are what the run evaluated, or those of the last update.
-    Raises UserError if `out` exists, the run has no checkpoint, or it trained all weights and `to` wants an adapter.
+    kept: the averaged weights, which are what the run evaluated, or those of the last update.  step: of the checkpoint
+    that was made after so many updates; by default the last one.
+    Raises UserError if `out` exists, there is no such checkpoint, or the run trained all weights and `to` wants an
+    adapter.
     """
-    config, weights = trained_weights(RunFolder.open(run, is_main=False), kept)
+    config, weights = trained_weights(RunFolder.open(run, is_main=False), kept, step)
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
     with whole_folder(out) as fresh:
@@ -58,7 +60,7 @@ def export(run: Path, to: Format, out: Path, kept: Kept = "average") -> Path:
         else:
             keys = as_comfyui(adapters(config, weights), family(config), outputs(config))
             save_file(keys, fresh / COMFYUI_FILE, {"format": "pt"})
-        write_atomic(fresh / "README.md", card(run, config, to, kept))
+        write_atomic(fresh / "README.md", card(run, config, to, kept, step))
     return out
 
 
@@ -179,13 +181,14 @@ def _flux_layers(found: Mapping[str, Adapter], *, flux2: bool) -> dict[str, list
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def card(run: Path, config: TrainConfig, to: Format, kept: Kept) -> str:
+def card(run: Path, config: TrainConfig, to: Format, kept: Kept, step: int | None) -> str:
     """The model card: what it is made of, how to load it, what was measured, the whole configuration."""
     what = {
         "diffusers": f'Adapter. Load: `pipeline.load_lora_weights("FOLDER")`, file `{DIFFUSERS_FILE}`.',
         "comfyui": f"Adapter for ComfyUI: `{COMFYUI_FILE}`.",
         "merged": 'The whole pipeline. Load: `DiffusionPipeline.from_pretrained("FOLDER")`.',
     }[to]
+    updates = config.num_updates if step is None else step
     models = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
     lines = [
         "---",
@@ -195,9 +198,9 @@ def card(run: Path, config: TrainConfig, to: Format, kept: Kept) -> str:
         "---",
         f"# {run.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
-        f"{config.num_updates} updates; the {kept} weights. {what}",
+        f"{updates} updates; the {kept} weights. {what}",
         "## Scores",
-        *_scores(run),
+        *(_scores(run) if step in (None, config.num_updates) else ["Those of this checkpoint were not measured."]),
         "## Licences",
         *(f"- `{ref}`: {licence(ref)}" for ref in dict.fromkeys(models)),
         "## Configuration",

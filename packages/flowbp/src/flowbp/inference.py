@@ -15,13 +15,12 @@ from flowbp.config import TrainConfig
 from flowbp.data import is_shapes, load_prompts
 from flowbp.embeddings import Conditions
 from flowbp.evaluate import Evaluation, evaluate, generate
-from flowbp.launch import find_run, is_run
 from flowbp.train import apply_trained, load_backbone, sampling_of
 from flowbp.types import Backbone, Reward, tile
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.images import grid, to_pil
-from imgen_common.runs import CONFIG
+from imgen_common.runs import CONFIG, find_run, is_run
 
 FILE = re.compile(r"(\d+)-")
 

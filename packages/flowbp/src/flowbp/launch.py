@@ -5,7 +5,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from flowbp import backbones
 from flowbp.compare import Change, changes, comparable
 from flowbp.config import TrainConfig
 from flowbp.data import load_prompts
+from flowbp.networks import check_machine, prepare
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import load_evaluations
 from flowbp.train import MAY_DIFFER, shares, trainable
 from imgen_common import hub
 from imgen_common.config import load, to_yaml
-from imgen_common.errors import UserError, nearest
-from imgen_common.runs import CONFIG, RunFolder, write_atomic
+from imgen_common.errors import UserError
+from imgen_common.runs import CONFIG, RunFolder, free_path, write_atomic
 from imgen_common.streams import numpy_generator
 
 GRID = "grid.json"
@@ -50,15 +50,16 @@ class Job:
     num_prompts: int
 
 
-def check(config: TrainConfig, num_processes: int) -> Job:
+def check(config: TrainConfig, num_processes: int, *, here: bool = True) -> Job:
     """Everything that can be found wrong without loading weights, so that nothing is written for a run that cannot be.
 
+    here=False: it is only planned; weights, a GPU and optional packages may be missing.
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
-    picture sizes or adapters that do not fit the model.
+    picture sizes, adapters or switches that do not fit the model.
     """
     shares(config, num_processes)
-    for scorer in config.scorers:
-        hub.resolve(scorer.ref)
+    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
+        hub.resolve(ref, weights=here)
     num_prompts = len(load_prompts(config.data.prompts, config.data.key))
     for source, limit in (
         (config.eval.prompts, config.eval.num_prompts),
@@ -66,6 +67,9 @@ def check(config: TrainConfig, num_processes: int) -> Job:
     ):
         load_prompts(source, config.data.key, limit)
     backbone = backbones.told(backbones.skeleton(config.model.ref), config.model.ref, config.model.embedded_guidance)
+    if here:
+        check_machine(config.model)
+    prepare(backbone, config.model)
     size = (config.model.height, config.model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_steps, size))
     plans = tuple(
@@ -77,7 +81,14 @@ def check(config: TrainConfig, num_processes: int) -> Job:
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
-    """Raises UserError if weights are to be cut up without a launcher, or a launcher was told to do it itself."""
+    """Raises UserError if weights are to be cut up without a launcher, or a launcher was told to do it itself, or
+    started one process where several were asked for."""
+    # where accelerate sees no GPU it starts a single process, quietly, and leaves this behind
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "RANK" not in environment:
+        raise UserError(
+            "accelerate launch: several processes were asked for and one was started, as it does on a CPU; add "
+            "--multi_gpu, which needs no GPU, or start it with torchrun --nproc_per_node N -m flowbp train ..."
+        )
     if kind != "ddp" and "RANK" not in environment:
         raise UserError(
             f"distributed.kind {kind}: needs processes; start it with torchrun --nproc_per_node N -m flowbp train ..., "
@@ -138,43 +149,13 @@ def arithmetic(job: Job) -> dict[str, Any]:
 # --- run folders -----------------------------------------------------------------------------------------------------
 
 
-def find_run(text: str, root: Path) -> Path:
-    """The run folder that `text` names: a path, or the name of a run under `root`.
-
-    Raises UserError with the nearest name if there is none.
-    """
-    for path in (Path(text), root / text):
-        if (path / CONFIG).is_file():
-            return path
-    if Path(text).exists():
-        raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
-    names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
-    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are none in {root}"
-    raise UserError(f"{text}: no such run{nearest(Path(text).name, names)}{known}")
-
-
-def is_run(text: str, root: Path) -> bool:
-    """Whether `text` names a run folder rather than a model."""
-    return any((path / CONFIG).is_file() for path in (Path(text), root / text))
-
-
 def new_path(config: TrainConfig, root: Path) -> Path:
-    """Where a new run goes.  A name made of the method's is numbered until it is free; another must be free as it is.
+    """Where a new run goes: a name made of the method's is numbered until it is free; another must be free as it is.
 
     Raises UserError for a name that is taken, or no plain folder name.
     """
     name = config.name.replace(METHOD, config.method.name)
-    if not name or name in (".", "..") or Path(name).name != name:
-        raise UserError(f"name {name!r}: must be the plain name of a folder; where it goes is --runs")
-    if METHOD not in config.name:
-        if (root / name / CONFIG).exists():
-            raise UserError(
-                f"{root / name}: holds a run already; go on with `flowbp train --resume {root / name}`"
-                " or choose another name"
-            )
-        return root / name
-    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    return next(root / free for free in names if not (root / free).exists())
+    return free_path(root, None if METHOD in config.name else name, name)
 
 
 def resumed_config(run: Path, files: Sequence[Path], sets: Sequence[str]) -> TrainConfig:

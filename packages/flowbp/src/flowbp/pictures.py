@@ -5,7 +5,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, normalize
 
 LUMA = (0.299, 0.587, 0.114)
 DARK, VIVID, EDGE = 0.05, 0.9, 0.1
@@ -62,6 +62,23 @@ def _periodic(luminance: Tensor, period: int) -> Tensor:
 def distance(before: Float[Tensor, "b 3 h w"], after: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Root of the mean squared difference of pictures at equal seeds, blurred over 4x4 pixels so that noise and
     small shifts weigh little; in [0, 1]."""
-    side = max(1, min(4, min(before.shape[-2:]) // 4))
-    coarse = avg_pool2d(after.float() - before.float(), side)
-    return coarse.square().flatten(1).mean(1).sqrt()
+    return _blurred(after.float() - before.float()).square().flatten(1).mean(1).sqrt()
+
+
+def unlikeness(before: Float[Tensor, "b 3 h w"], after: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    """1 - correlation of pictures, blurred as in `distance`: 0 for the same shapes in the same places, whatever the
+    brightness, contrast and tint of the whole; about 1 for pictures that have nothing in common.
+
+    A flat picture is 0 from a flat one and 1/2 from any other.
+    """
+    return (_pattern(before) - _pattern(after)).square().sum(1) / 2
+
+
+def _pattern(images: Tensor) -> Tensor:
+    """Blurred pictures without their mean colour, as unit vectors; 0 where nothing is left."""
+    coarse = _blurred(images.float())
+    return normalize((coarse - coarse.mean((2, 3), keepdim=True)).flatten(1), eps=1e-4)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    return avg_pool2d(images, max(1, min(4, min(images.shape[-2:]) // 4)))

@@ -198,16 +198,6 @@ class Live(Silent):
         self._bar.update(self._task, description=description, completed=min(done, total), total=total)
 
 
-def quiet_libraries() -> None:
-    """Progress bars and advice of diffusers and transformers off: their users here are not those who call them."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-
-
 def reporter(num_updates: int, scores: Sequence[str], *, is_main: bool, as_json: bool) -> Silent:
     """The reporter that fits this process and its output.  scores: the rewards to show, the first one as a strip."""
     if not is_main:

@@ -29,6 +29,7 @@ from flowbp.progress import clock, memory
 from flowbp.results import Saved, load_evaluations
 from imgen_common.config import to_yaml
 from imgen_common.images import data_uri
+from imgen_common.page import document, fold, section, table
 from imgen_common.runs import ENVIRONMENT, RunFolder, write_atomic
 from imgen_common.streams import numpy_generator
 
@@ -103,31 +104,7 @@ def write(path: Path) -> Path:
 def render(run: Run) -> str:
     """The page."""
     sections = [_headline(run), _scores(run), _pictures(run), _categories(run), _curves(run), _plan(run), _setup(run)]
-    title = escape(f"{run.name}: reward backpropagation")
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{chr(10).join(filter(None, sections))}\n</main>\n</body>\n"
-        "</html>\n"
-    )
-
-
-def _section(title: str, note: str, *parts: str) -> str:
-    told = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{told}{''.join(parts)}</section>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Cells are HTML."""
-
-    def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=num' if place in numeric else ''}>{cell}</{tag}>" for place, cell in enumerate(row)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    top = f"<thead><tr>{cells('th', head)}</tr></thead>" if any(head) else ""
-    return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>'
+    return document(f"{run.name}: reward backpropagation", STYLE, sections)
 
 
 def _chip(verdict: str) -> str:
@@ -222,7 +199,7 @@ def _scores(run: Run) -> str:
         return ""
     note = "Verifier: per cent of pictures; its changes in percentage points. Rewards: in the units of their models."
     head = ["Guidance", "Score", "Before", "After", "Change", "95 % interval", ""]
-    return _section("Every guidance scale", note, _table(head, rows, range(2, 6)), _outcomes(run))
+    return section("Every guidance scale", note, table(head, rows, range(2, 6)), _outcomes(run))
 
 
 def _outcomes(run: Run) -> str:
@@ -253,9 +230,9 @@ def _pictures(run: Run) -> str:
         text = f'<div class="pairs">{"".join(figures[:FIRST])}</div>'
         if figures[FIRST:]:
             more = f'<div class="pairs">{"".join(figures[FIRST:])}</div>'
-            text += f"<details><summary>{len(figures) - FIRST} more</summary>{more}</details>"
+            text += fold(f"{len(figures) - FIRST} more", more)
         if scale != run.own:
-            text = f"<details><summary>Guidance {scale:g}</summary>{text}</details>"
+            text = fold(f"Guidance {scale:g}", text)
         parts.append(text)
     if not parts:
         return ""
@@ -263,7 +240,7 @@ def _pictures(run: Run) -> str:
         f"Left before, right after, from the same noise; the first prompts in their order, none picked. "
         f"Unfolded at guidance {run.own:g}. ✓ and ✗ are the verifier's verdicts."
     )
-    return _section("Pictures at equal seeds", note, *parts)
+    return section("Pictures at equal seeds", note, *parts)
 
 
 def _figure(base: Saved, trained: Saved, reward: str, i: int) -> str:
@@ -302,16 +279,13 @@ def _categories(run: Run) -> str:
         if pair is None or not pair[1].groups or "verifier" not in pair[0].scores or "verifier" not in pair[1].scores:
             continue
         found = category_changes(*pair, "verifier") | {"all": changes(*pair)["verifier"]}
-        table = _category_table(found)
-        if scale == run.own:
-            parts.append(table)
-        else:
-            parts.append(f"<details><summary>Guidance {scale:g}</summary>{table}</details>")
+        rows = _category_table(found)
+        parts.append(rows if scale == run.own else fold(f"Guidance {scale:g}", rows))
     note = (
         "Verifier accuracy by kind of prompt, with the paired 95 % bootstrap interval of the change in percentage "
         "points; single categories have few prompts, so their intervals are wide."
     )
-    return _section("Categories", note, *parts) if parts else ""
+    return section("Categories", note, *parts) if parts else ""
 
 
 def _category_table(found: Mapping[str, Change]) -> str:
@@ -323,7 +297,7 @@ def _category_table(found: Mapping[str, Change]) -> str:
         label = "<b>all</b>" if group == "all" else escape(group)
         rows.append([label, str(one.num), *means, interval("verifier", one), drawn, _chip(one.verdict)])
     head = ["Category", "Prompts", "Before", "After", "Change", "95 % interval", "(dotted: 0)", ""]
-    return _table(head, rows, range(1, 6))
+    return table(head, rows, range(1, 6))
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -348,7 +322,7 @@ def _curves(run: Run) -> str:
     charts.append(chart("Peak memory so far", "GB (10⁹ bytes)", lines, run.updates, from_zero=True))
     seconds = sum(run.series("train/seconds")[1])
     note = f"By update. {run.updates} updates took {clock(seconds)} in all, evaluations not counted."
-    return _section("Curves", escape(note), f'<div class="charts">{"".join(charts)}</div>')
+    return section("Curves", escape(note), f'<div class="charts">{"".join(charts)}</div>')
 
 
 def _quick(run: Run) -> str:
@@ -402,8 +376,8 @@ def _plan(run: Run) -> str:
     svg = f'<div class="plan">{inline_svg(drawn, f"{config.method.name}, {config.num_steps} steps")}</div>'
     axes = [[escape(name), f"<code>{escape(text)}</code>"] for name, text in axes_of(config.method).items()]
     cost = [[escape(name), escape(text)] for name, text in counts(drawn)]
-    tables = f'<div class="columns">{_table(["Axis", "Choice"], axes)}{_table(["Per picture", ""], cost)}</div>'
-    return _section("The method", note, svg, tables, _terms(drawn))
+    tables = f'<div class="columns">{table(["Axis", "Choice"], axes)}{table(["Per picture", ""], cost)}</div>'
+    return section("The method", note, svg, tables, _terms(drawn))
 
 
 def _terms(drawn: Plan) -> str:
@@ -418,7 +392,7 @@ def _terms(drawn: Plan) -> str:
         for row in drawn.table()
     ]
     head = ["Step", "Sigma", "Weight c", "In Euler steps", "Coupling alpha"]
-    return f"<details><summary>Its numbers</summary>{_table(head, rows, range(5))}</details>"
+    return fold("Its numbers", table(head, rows, range(5)))
 
 
 def _setup(run: Run) -> str:
@@ -437,12 +411,12 @@ def _setup(run: Run) -> str:
         ["code", escape(revision)],
     ]
     packages = "\n".join(f"{name} {version}" for name, version in environment.get("packages", {}).items())
-    return _section(
+    return section(
         "Configuration and environment",
         "",
-        _table(["", ""], rows),
-        f"<details><summary>Resolved configuration</summary><pre>{escape(to_yaml(run.config))}</pre></details>",
-        f"<details><summary>Package versions</summary><pre>{escape(packages)}</pre></details>",
+        table(["", ""], rows),
+        fold("Resolved configuration", f"<pre>{escape(to_yaml(run.config))}</pre>"),
+        fold("Package versions", f"<pre>{escape(packages)}</pre>"),
     )
 
 
@@ -457,21 +431,6 @@ def _plain(value: object) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1b1f24; --muted: #5c6470;
-  --line: #d9dde3; --blue: #2464eb; --orange: #b45d04; --green: #047a55; --red: #be123c; --violet: #7c3aed; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2127; --ink: #e8eaed; --muted: #a1a9b5;
-  --line: #343a43; --blue: #6c9bff; --orange: #f0a44b; --green: #42c797; --red: #ff7a90; --violet: #b794f6; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 2rem; line-height: 1.15; margin: 0 0 .25rem; letter-spacing: -.015em; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 0 0 .35rem; letter-spacing: -.01em; }
-h3 { font-size: .95rem; margin: 0; font-weight: 600; }
-section { margin-top: 3rem; }
-p { margin: .4rem 0; }
-.facts, .note, .what, small { color: var(--muted); }
-.facts { margin: 0 0 1.5rem; } .note { max-width: 46rem; font-size: .92rem; margin: 0 0 .9rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: .9rem; margin-bottom: .9rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.15rem; }
 .big { font-size: 1.55rem; margin: .2rem 0; font-variant-numeric: tabular-nums; letter-spacing: -.01em;
@@ -480,17 +439,6 @@ p { margin: .4rem 0; }
 .diff { font-weight: 600; font-variant-numeric: tabular-nums; }
 .ci { display: block; font-weight: 400; color: var(--muted); font-size: .9rem; }
 .what { font-size: .85rem; margin-bottom: 0; }
-.chip { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 .6rem; font-size: .82rem;
-  color: var(--muted); white-space: nowrap; }
-.chip.up { color: var(--green); border-color: currentColor; }
-.chip.down { color: var(--red); border-color: currentColor; }
-.warn, .empty { border-left: 3px solid var(--orange); background: var(--card); padding: .7rem 1rem; max-width: 46rem;
-  border-radius: 0 8px 8px 0; }
-.scroll { overflow-x: auto; margin: .5rem 0; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; min-width: 50%; }
-th { text-align: left; font-weight: 600; color: var(--muted); white-space: nowrap; }
-th, td { padding: .32rem 1.1rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
-.num { text-align: right; white-space: nowrap; }
 td:first-child, td:nth-child(2), td small { white-space: nowrap; } td code { white-space: normal; }
 .whisker { width: 180px; height: 16px; display: block; }
 .whisker .zero { stroke: var(--muted); stroke-dasharray: 2 2; } .whisker .bar { stroke: var(--blue); stroke-width: 2; }
@@ -505,10 +453,6 @@ td:first-child, td:nth-child(2), td small { white-space: nowrap; } td code { whi
 .mark.passes { background: #047a55; } .mark.fails { background: #be123c; }
 .pair figcaption { font-size: .85rem; line-height: 1.35; margin-top: .35rem; overflow-wrap: anywhere; }
 .pair small { display: block; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: var(--blue); font-size: .92rem; }
-pre { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem;
-  font-size: .82rem; line-height: 1.45; }
-code { font-size: .88em; overflow-wrap: anywhere; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1.4rem; }
 .chart { margin: 0; } .chart svg { width: 100%; height: auto; display: block; }
 .chart .grid { stroke: var(--line); stroke-width: 1; } .chart .tick { fill: var(--muted); font-size: 11px; }

@@ -138,6 +138,8 @@ def needs(content: Mapping[str, Any]) -> None:
         out.print(f"licence of {escape(ref)}: {escape(terms)}")
     for name in content["untraced"]:
         out.print(f"not traced: the stage of reward {name}; only its weights are counted")
+    if content["host"]:
+        out.print(f"memory of the host, pinned: {gigabytes(content['host'])} GB of kept states")
     if content["counted_for"] == "cpu":
         out.print("[dim]counted with the CPU's operations: torch sees no GPU here[/]")
     if "measured" in content:

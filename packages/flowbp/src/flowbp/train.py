@@ -5,6 +5,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,6 +28,7 @@ from flowbp.embeddings import Conditions, Shards, fingerprint
 from flowbp.engine import Outcome, backpropagate, num_passes, rollout
 from flowbp.evaluate import Evaluation, Sampling, evaluate, initial_noise
 from flowbp.guidance import guided
+from flowbp.networks import check_machine, compile_blocks, prepare, quantise
 from flowbp.pictures import distance
 from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
@@ -47,6 +49,7 @@ MAY_DIFFER = (
         "micro_batch_size",
         "chunk",
         "reward_chunk",
+        "offload_trajectory",
         "watchdog",
         "distributed",
     ),
@@ -102,8 +105,9 @@ def trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
         targets = [n for n in layers if any(n == t or n.endswith(f".{t}") for t in lora.targets)]
         if not targets:
             raise UserError(f"lora.targets {list(lora.targets)} match no linear layer; there are e.g. {layers[:4]}")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(config.seed)
+            warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")  # of merging, which export does itself
             inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
     found = {name: p for name, p in net.named_parameters() if p.requires_grad}
     for parameter in found.values():
@@ -115,15 +119,20 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
     """The generator in the configuration's precision; net_device: of the transformer, as `backbones.load` has it."""
     from flowbp import backbones
 
-    low = config.model.dtype == "bfloat16"
+    check_machine(config.model)
+    low, quantized = config.model.dtype == "bfloat16", config.model.quantization is not None
     backbone = backbones.load(
         config.model.ref,
         dtype=torch.bfloat16 if low and config.lora is not None else torch.float32,
         device=device,
-        net_device=net_device,
+        net_device="cpu" if quantized else net_device,
         embedded_guidance=config.model.embedded_guidance,
     )
     backbone.bfloat16 = low
+    if quantized:
+        quantise(backbone.net, device)
+        backbone.net.to(device)
+    prepare(backbone, config.model)
     return backbone
 
 
@@ -137,13 +146,13 @@ def load_parts(config: TrainConfig, device: torch.device, *, is_main: bool = Tru
     backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
     net = backbone.net
     assert isinstance(net, ModelMixin)
-    if config.model.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
     prompts = load_prompts(config.data.prompts, config.data.key)
     parameters = trainable(net, config)
     if sharded:
         shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
         parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if config.model.compile:
+        compile_blocks(net)
     store = Shards(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     mark = fingerprint(hub.resolve(config.model.ref)) if store else ""
     return Parts(backbone, load_rewards(config, device), prompts, Conditions(backbone, store, mark), parameters)
@@ -242,7 +251,7 @@ class Trainer:
         cond, negative = self.parts.conditions(prompts)
         velocity = self.weights.counted(guided(backbone.velocity, cond, negative, config.guidance))
         x_0 = initial_noise(backbone, self.size, config.seed, "noise", samples).to(device)
-        trajectory = rollout(velocity, x_0, self.sigmas, plan.keep)
+        trajectory = rollout(velocity, x_0, self.sigmas, plan.keep, offload=config.offload_trajectory)
         seen: dict[str, list[Tensor]] = {name: [] for name in self.parts.rewards}
 
         def loss(x: Tensor, rows: slice) -> Tensor:
@@ -488,7 +497,8 @@ def watch(trainer: Trainer, run: RunFolder, quick: Evaluation, reporter: Reporte
         reporter.alert(f"update {trainer.update}: not watched, the base has not been evaluated on these quick prompts")
         return False
     trained, watched = ([one.name for one in part] for part in (config.rewards, config.heldout))
-    found = watchdog.look(config.watchdog, base, quick, trained, watched)
+    drift = watchdog.drift_of(base.images(), quick.images)
+    found = watchdog.look(config.watchdog, base, quick, trained, watched, drift)
     watchdog.record(run.path, trainer.update, found)
     measures = {f"watch/{name}": value for name, value in found.measures.items()}
     measures["watch/distance"] = distance(base.images(), quick.images).mean().item()
@@ -528,13 +538,16 @@ def log_grid(run: RunFolder, update: int, evaluation: Evaluation) -> None:
 
 
 def trained_weights(
-    run: RunFolder, kept: Literal["average", "last"] = "average"
+    run: RunFolder, kept: Literal["average", "last"] = "average", step: int | None = None
 ) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """The configuration of a run and its weights from the last checkpoint: averaged, or those of the last update."""
-    latest = run.latest_checkpoint()
-    if latest is None:
+    """The configuration of a run and its weights from a checkpoint, the last by default: averaged, or of that update.
+
+    Raises UserError if there is no such checkpoint.
+    """
+    chosen = run.latest_checkpoint() if step is None else step
+    if chosen is None:
         raise UserError(f"{run.path}: no checkpoint yet; let the run go on (flowbp train --resume {run.path})")
-    tensors = run.load_checkpoint(latest).tensors
+    tensors = run.load_checkpoint(chosen).tensors
     return run.config(TrainConfig), tensors["weights" if kept == "last" else "average"]
 
 

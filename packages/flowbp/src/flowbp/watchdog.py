@@ -4,6 +4,7 @@ Never looks at a verifier: where one exists, it is what the watchdog is judged b
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from flowbp.compare import Scored, change, title
+from flowbp.pictures import unlikeness
 from imgen_common.config import Config
 from imgen_common.runs import write_atomic
 
@@ -34,6 +36,9 @@ class WatchdogConfig(Config):
     """How far the mean of a picture statistic may move, in standard deviations over the base's pictures."""
     lead: Annotated[float, Gt(0)] = 1.0
     """How far a reward may run ahead of every held-out one, in standard deviations over the base's pictures."""
+    drift: Annotated[float, Gt(0)] | None = 0.2
+    """How unlike the base's pictures at equal prompts and seeds the model's may become, brightness and contrast aside:
+    0, the same; 1, as unlike as the base's pictures of different prompts.  null: any."""
     stop: bool = False
     """Whether an alert ends the training."""
 
@@ -57,11 +62,14 @@ class Finding:
     measures: dict[str, float]
 
 
-def look(config: WatchdogConfig, base: Judged, now: Judged, trained: Sequence[str], watched: Sequence[str]) -> Finding:
+def look(
+    config: WatchdogConfig, base: Judged, now: Judged, trained: Sequence[str], watched: Sequence[str], drift: float
+) -> Finding:
     """Compares the model with its base on the same prompts and seeds.
 
     Alerts where a held-out reward is clearly lower (95 % paired interval below 0) while a trained one is clearly
-    higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has moved by `shift`.
+    higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has moved by `shift`; where
+    the pictures have drifted further than `config.drift`.  drift: by `drift_of`; nan is not judged.
     """
     moved = {name: standardised(base.scores[name], now.scores[name]) for name in (*trained, *watched)}
     alerts = []
@@ -83,7 +91,20 @@ def look(config: WatchdogConfig, base: Judged, now: Judged, trained: Sequence[st
     for name, shift in shifts.items():
         if abs(shift) > config.shift:
             alerts.append(f"the pictures' {name} moved by {shift:+.2f} standard deviations")
-    return Finding(alerts, moved | shifts)
+    if config.drift is not None and drift > config.drift:
+        alerts.append(f"the pictures are {drift:.2f} times as unlike the base's as those are unlike each other")
+    return Finding(alerts, moved | shifts | {"drift": drift})
+
+
+def drift_of(base: Tensor, now: Tensor) -> float:
+    """Mean unlikeness of the base's picture and the model's, over that of the base's pictures and their neighbours.
+
+    0 for the base itself, about 1 for pictures that have nothing to do with it.  base, now: (n, 3, h, w) in [0, 1] at
+    equal prompts and seeds.  nan where the base has fewer than two pictures, or equal ones.
+    """
+    offsets = range(1, min(4, len(base)))
+    apart = sum(unlikeness(base, base.roll(offset, 0)).mean().item() for offset in offsets)
+    return unlikeness(base, now).mean().item() * len(offsets) / apart if apart else math.nan
 
 
 def standardised(before: Sequence[float], after: Sequence[float], least: float = 1e-6) -> float:

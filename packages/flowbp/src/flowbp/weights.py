@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowbp.config import OptimConfig
+from flowbp.networks import blocks_of
 from flowbp.types import Velocity
 
 State = Mapping[str, Mapping[str, Tensor]]
@@ -197,8 +198,7 @@ def shard(net: ModelMixin, device: torch.device, gathered: torch.dtype | None = 
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(gathered, torch.float32 if gathered else None, cast_forward_inputs=False)
     net.to("meta")
-    blocks = [module for module in net.modules() if type(module).__name__ in net._no_split_modules]
-    for module in (*blocks, net):
+    for module in (*blocks_of(net), net):
         # the root too gives its weights back after a forward: what an evaluation gathered is stale afterwards
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)

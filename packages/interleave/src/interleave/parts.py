@@ -110,11 +110,13 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class PlannerAnswer:
-    """A plan, or why there is none (`error`), with the model's own words."""
+    """A plan, or why there is none (`error`), with the model's own words and the template that asked for them."""
 
     plan: Plan | None
     raw: str
     error: str | None = None
+    template: str = ""
+    template_hash: str = ""
 
 
 class Planner(Protocol):
@@ -122,12 +124,6 @@ class Planner(Protocol):
 
     @property
     def id(self) -> str: ...
-
-    @property
-    def template(self) -> str: ...
-
-    @property
-    def template_hash(self) -> str: ...
 
     async def plan(self, request: Request, pictures: Sequence[Picture], seed: int) -> PlannerAnswer: ...
 

@@ -13,8 +13,11 @@ AttemptStatus = Literal["accepted", "rejected", "unjudged", "critic_unparsable",
 """accepted, rejected: the critic's verdict.  unjudged: no critic was asked.  critic_unparsable: none of its answers
 could be read.  critic_failed, generator_failed: the part itself failed (`error` says how)."""
 
-TrajectoryStatus = Literal["complete", "planner_failed", "generator_failed", "budget_exhausted"]
-"""complete: every step of the plan has its part of the story.  Otherwise the story ends before the step that failed."""
+TrajectoryStatus = Literal[
+    "complete", "planner_failed", "generator_failed", "critic_failed", "budget_exhausted", "broken"
+]
+"""complete: every step of the plan has its part of the story.  Otherwise the story ends at the step that failed, or for
+which nothing was left; broken: an error in a part's own code."""
 
 
 class Record(BaseModel):
@@ -24,11 +27,15 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asks for: words, and the pictures given with them (`image_ids`, in their order)."""
+    """What the user asks for: words, and the pictures given with them (`image_ids`, in their order).
+
+    category: of a file's own choosing, for statistics only.
+    """
 
     id: str = Field(min_length=1)
     text: str
     image_ids: tuple[str, ...] = ()
+    category: str = ""
 
 
 class PlanStep(Record):
@@ -48,6 +55,12 @@ class PlanStep(Record):
     def kind(self) -> Literal["image", "text"]:
         """`text` where there is nothing to draw."""
         return "text" if self.prompt is None else "image"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_kind(cls, data: Any) -> Any:
+        """`kind` is written with a step, for readers, and derived again when it is read."""
+        return {key: value for key, value in data.items() if key != "kind"} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -103,7 +116,8 @@ class Attempt(Record):
 
     `step` and `attempt` count from 1.  `source_ids` are the pictures the generator was given (none for text to image),
     `before_id` the one the critic compared with.  Times in seconds.  `success_probability`: how much of the critic's
-    probability mass lay on success, in [0, 1], where its model tells.
+    probability mass lay on success, in [0, 1], where its model tells.  `critic_tries`: how often it was asked, because
+    an answer could not be read.
     """
 
     trajectory_id: str
@@ -122,6 +136,7 @@ class Attempt(Record):
     reasoning: str | None = None
     success_probability: float | None = Field(default=None, ge=0, le=1)
     raw: str = ""
+    critic_tries: int = Field(default=0, ge=0)
     error: str | None = None
     scores: Scores | None = None
     timings: Mapping[str, float] = Field(default_factory=dict)
@@ -139,11 +154,19 @@ class PlannerRecord(Record):
     error: str | None = None
 
 
+class PlanRecord(Record):
+    """The first record of a trajectory: its request and, unless the planner failed, the plan."""
+
+    trajectory_id: str
+    request: Request
+    planner: PlannerRecord | None
+    plan: Plan | None
+
+
 class Spent(Record):
-    """What a trajectory cost: calls of the generator (cache hits not counted), critic and planner; seconds."""
+    """What a trajectory cost: pictures asked for, calls of critic and planner; seconds of all its sessions."""
 
     generations: int = 0
-    cached: int = 0
     critic_calls: int = 0
     planner_calls: int = 0
     seconds: float = 0.0

@@ -40,7 +40,7 @@ def load(
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _checked(ref)
+    folder, family, adapter = _checked(ref, weights=True)
     return told(adapter(pipelines.load(family, folder, dtype, device, net_device)), ref, embedded_guidance)
 
 
@@ -61,19 +61,20 @@ def told(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Ba
 def skeleton(ref: str) -> "Backbone":
     """The backbone that `ref` names, every weight on the meta device: `encode`, `velocity` and `decode` do not work.
 
-    Gives noise levels, picture sizes and layer names at the cost of its JSON files.  Raises what `load` raises.
+    Gives noise levels, picture sizes and layer names at the cost of its JSON files, which are enough.  Raises what
+    `load` raises, but for weights that are missing.
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _checked(ref)
+    folder, family, adapter = _checked(ref, weights=False)
     return adapter(pipelines.skeleton(family, folder))
 
 
-def _checked(ref: str) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
+def _checked(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
     """The folder, its pipeline class and the adapter of that."""
     import diffusers
 
-    folder = hub.resolve(ref)
+    folder = hub.resolve(ref, weights=weights)
     index = folder / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
     family = content.get("_class_name")

@@ -7,11 +7,10 @@ from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Qwen3Config
 
 from flowbp.backbones import pipelines
 from flowbp.types import Cond
-from imgen_common.errors import UserError
+from imgen_common.klein import text_layers
 
 
 class Flux2:
@@ -72,17 +71,3 @@ class Flux2:
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = x.to(vae.dtype) * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
         return pipelines.decode(vae, nn.functional.pixel_shuffle(patches, 2))
-
-
-def text_layers(config: Qwen3Config, joint_dim: int) -> tuple[int, ...]:
-    """Which hidden states the transformer reads: evenly spaced, 9, 18, 27 of klein's 36 layers.
-
-    Their number follows from the transformer's text width.  Raises UserError if the two models do not fit.
-    """
-    count, rest = divmod(joint_dim, config.hidden_size)
-    if rest or not 0 < count < config.num_hidden_layers:
-        raise UserError(
-            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
-            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
-        )
-    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))

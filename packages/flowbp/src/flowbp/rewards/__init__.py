@@ -41,7 +41,7 @@ class RewardConfig(Config):
 
         Raises UserError if the folder holds another kind of model.
         """
-        folder = hub.resolve(self.ref)
+        folder = hub.resolve(self.ref, weights=str(device) != "meta")
         found = json.loads((folder / "config.json").read_text()).get("model_type")
         if found != MODEL_TYPES[self.score]:
             raise UserError(

@@ -1,0 +1,88 @@
+"""Judges by configuration, and a cache so that no picture is judged twice."""
+
+import asyncio
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from imgen_common.config import Config
+from imgen_common.runs import write_atomic
+from interleave import chat
+from interleave.judge import ChatJudge, ModelJudgeConfig
+from interleave.parts import Judge, Look
+from interleave.records import Scores
+from interleave.store import writing
+
+
+class VerifierJudgeConfig(Config):
+    """The miniature's verifier as judge."""
+
+    kind: Literal["shapes_verifier"] = "shapes_verifier"
+
+
+JudgeConfig = Annotated[ModelJudgeConfig | VerifierJudgeConfig, Field(discriminator="kind")]
+
+
+def make(config: ModelJudgeConfig | VerifierJudgeConfig) -> Judge:
+    """The judge that `config` names, its model loaded.  Raises UserError where it cannot be had."""
+    if isinstance(config, ModelJudgeConfig):
+        return ChatJudge.of(config, chat.make(config.model))
+    from interleave.miniature.oracle import VerifierJudge
+
+    return VerifierJudge()
+
+
+class CachedJudge:
+    """Keeps scores on disk by judge, both pictures and what was asked; equal questions at once are asked once."""
+
+    def __init__(self, inner: Judge, folder: Path) -> None:
+        self._inner, self._folder = inner, folder
+        self._asked: dict[str, asyncio.Task[Scores]] = {}
+        self.hits, self.misses = 0, 0
+
+    @property
+    def id(self) -> str:
+        """The judge's."""
+        return self._inner.id
+
+    async def score(self, look: Look) -> Scores:
+        """The kept scores, or the judge's.  Raises PartFailed, and then keeps nothing, and UserError on a full disk."""
+        named = json.dumps([self.id, look.before.id, look.after.id, look.original_prompt])
+        key = hashlib.sha256(named.encode()).hexdigest()
+        if (kept := self._read(key)) is not None:
+            self.hits += 1
+            return kept
+        if key in self._asked:
+            self.hits += 1
+        else:
+            self.misses += 1
+            self._asked[key] = asyncio.create_task(self._ask(key, look))
+        return await asyncio.shield(self._asked[key])
+
+    async def close(self) -> None:
+        """Let go of the judge."""
+        await self._inner.close()
+
+    async def _ask(self, key: str, look: Look) -> Scores:
+        try:
+            scores = await self._inner.score(look)
+            path = self._path(key)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, scores.model_dump_json())
+            return scores
+        finally:
+            del self._asked[key]
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.json"
+
+    def _read(self, key: str) -> Scores | None:
+        """None where there are none, or the file is damaged: then they are asked for again."""
+        try:
+            return Scores.model_validate_json(self._path(key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None

@@ -1,0 +1,202 @@
+"""What the miniature's agents are taught: requests with their plans, pictures with their verdicts, as rows of TRL.
+
+The critic's reasoning reads both pictures in a fixed form, says what the instruction wants of them, and compares:
+
+    before: red circle d g. after: blue square m f, red circle d g. want: blue square, red circle. as asked
+
+Things stand in order of their names, each with its column and row (sixteen each, `models.PLACES`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imgen_common.images import to_pil
+from imgen_common.shapes.edits import MAX_DRIFT
+from imgen_common.shapes.scene import OPPOSITE, OPPOSITE_POSITION, SIZE, Spec, position_holds
+from imgen_common.shapes.stories import DIRECTION, Change, Draw, Step, Story, read_prompt, short_name, step_holds
+from imgen_common.shapes.verify import Detection, detect
+from interleave.miniature.models import PLACES
+from interleave.parts import Look, Message, Picture
+from interleave.prompts import render_critic, render_plan, render_planner, render_verdict, template, to_conversation
+from interleave.records import Plan, PlanStep, Verdict
+
+# --- planner ---------------------------------------------------------------------------------------------------------
+
+
+def plan_of(story: Story) -> Plan:
+    """The story's plan, with the reasoning that leads to it."""
+    steps = tuple(
+        PlanStep(
+            index=i,
+            name=step.name,
+            instruction=step.text,
+            prompt=step.prompt,
+        )
+        for i, step in enumerate(story.steps, 1)
+    )
+    return Plan(steps=steps, reasoning="; ".join(map(_thought, story.steps)))
+
+
+def _thought(step: Step) -> str:
+    """What a step does, and what is in the picture after it."""
+    if isinstance(step, Draw):
+        return step.prompt
+    where = f" {step.place} {step.anchor or ''}".rstrip()
+    done = {"add": f"add {step.target}{where}", "remove": f"remove {step.target}"}.get(
+        step.kind, f"make {step.target} {step.colour}"
+    )
+    return f"{done}: {', '.join(map(str, step.after))}"
+
+
+def planner_message(request: str) -> Message:
+    """What the planner reads."""
+    return render_planner(template("shapes_planner"), request, ())
+
+
+def planner_row(story: Story) -> dict[str, Any]:
+    """One row of supervised data."""
+    return _row(planner_message(story.request), render_plan(plan_of(story)))
+
+
+def _row(message: Message, answer: str) -> dict[str, Any]:
+    """prompt, completion and images; a picture in the prompt is a placeholder, in the order of `images`."""
+    turn = to_conversation(message)[0]
+    images = [part["image"] for part in turn["content"] if part["type"] == "image"]
+    content = [{"type": "image"} if part["type"] == "image" else part for part in turn["content"]]
+    row: dict[str, Any] = {
+        "prompt": [{"role": "user", "content": content}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+    }
+    return row | ({"images": images} if images else {})
+
+
+# --- critic ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One look of the critic: pictures as uint8 (3, 32, 32) (`before` None: the white one) and the two prompts."""
+
+    before: Tensor | None
+    after: Tensor
+    original: str
+    used: str
+
+
+def readings(cases: Sequence[Case]) -> list[tuple[list[Detection] | None, list[Detection]]]:
+    """What the verifier reads in each case's pictures, before and after."""
+    pictures = [p for case in cases for p in (case.before, case.after) if p is not None]
+    found = iter(detect(torch.stack(pictures).float() / 255))
+    return [(None if case.before is None else next(found), next(found)) for case in cases]
+
+
+def judge(before: Sequence[Detection] | None, after: Sequence[Detection], original: str, used: str) -> Verdict:
+    """The verdict that the verifier's readings imply.
+
+    On success the prompt used comes back.  Otherwise the next prompt is another wording of the original instruction
+    (`rewordings`) where the last one used was the original itself, else the original: wordings take turns.
+    """
+    step = read_prompt(original, None if before is None else [d.thing for d in before])
+    want = "nothing fits" if step is None else ", ".join(map(str, sorted(step.after)))
+    finding = _finding(before, after, step)
+    reasoning = f"before: {_listed(before)}. after: {_listed(after)}. want: {want}. {finding}"
+    if finding == "as asked":
+        return Verdict(success=True, refined_prompt=used, reasoning=reasoning)
+    others = wordings(original, before)[1:]
+    refined = others[0] if others and used == original else original
+    return Verdict(success=False, refined_prompt=refined, reasoning=reasoning)
+
+
+def _listed(found: Sequence[Detection] | None) -> str:
+    if not found:
+        return "nothing"
+    ordered = sorted(found, key=lambda d: (d.thing, d.x, d.y))
+    return ", ".join(f"{d.thing} {_cell(d.x)} {_cell(d.y)}" for d in ordered)
+
+
+def _cell(pixels: float) -> str:
+    return PLACES[min(max(int(pixels * len(PLACES) / SIZE), 0), len(PLACES) - 1)]
+
+
+def _finding(before: Sequence[Detection] | None, after: Sequence[Detection], step: Step | None) -> str:
+    """`as asked`, or the first thing that is not."""
+    if step is None:
+        return "not as asked"
+    if step_holds(before, after, step):
+        return "as asked"
+    if sorted(d.thing for d in after) != sorted(step.after):
+        return "wrong things"
+    if isinstance(step, Change) and before is not None and _moved(before, after, step):
+        return "moved"
+    return "wrong place"
+
+
+def _moved(before: Sequence[Detection], after: Sequence[Detection], step: Change) -> bool:
+    was, now = {d.thing: d for d in before}, {d.thing: d for d in after}
+    pairs = [(t, t) for t in step.untouched] + ([(step.target, step.result)] if step.kind == "recolour" else [])
+    return any(max(abs(was[a].x - now[b].x), abs(was[a].y - now[b].y)) > MAX_DRIFT for a, b in pairs)
+
+
+def wordings(original: str, before: Sequence[Detection] | None) -> list[str]:
+    """The instruction itself and, where it makes sense of the picture before, its `rewordings`."""
+    step = read_prompt(original, None if before is None else [d.thing for d in before])
+    others = [] if step is None else rewordings(step, before or ())
+    return [original, *(w for w in others if w != original)]
+
+
+def rewordings(step: Step, before: Sequence[Detection]) -> list[str]:
+    """Other prompts of the generator's language that ask for the same, given the picture before; the best first.
+
+    Two things change places in the sentence (a relation turns round).  A thing to recolour or remove is named in full,
+    or by its shape alone.  `right of the circle` becomes `on the right` where the circle stands in the left half, and
+    `on the right` becomes `right of` a thing in the right half; likewise for the other sides.
+    """
+    if isinstance(step, Draw):
+        spec = step.spec
+        if spec.category not in ("two", "binding", "relation"):
+            return []
+        place = OPPOSITE[spec.place] if spec.place else ""
+        return [Spec(spec.category, (spec.things[1], spec.things[0]), place).caption]
+    if step.kind == "recolour":
+        return [f"make the {step.target} {step.colour}"]
+    if step.kind == "remove":
+        return [f"remove the {step.target}"]
+    return _other_places(step, before)
+
+
+MARGIN = 2.0
+"""How far from the middle, in pixels, a thing must stand for its half to imply a relation."""
+
+
+def _other_places(step: Change, before: Sequence[Detection]) -> list[str]:
+    places = {d.thing: d for d in before}
+    if step.anchor is not None:
+        anchor, side = places[step.anchor], DIRECTION[step.place]
+        far = position_holds(OPPOSITE_POSITION[side], anchor.x, anchor.y, MARGIN)
+        return [f"add a {step.target} on the {side}"] if far else []
+    relation = {side: relation for relation, side in DIRECTION.items()}[step.place]
+    near = sorted(t for t, d in places.items() if position_holds(step.place, d.x, d.y, 0.0))
+    return [f"add a {step.target} {relation} the {short_name(t, step.before)}" for t in near]
+
+
+def to_picture(pixels: Tensor | None) -> Picture:
+    """A uint8 picture (3, 32, 32), or the white one."""
+    if pixels is None:
+        return Picture.of(Image.new("RGB", (SIZE, SIZE), "white"))
+    return Picture.of(to_pil(pixels[None].float() / 255)[0])
+
+
+def critic_message(case: Case) -> Message:
+    """What the critic reads."""
+    look = Look(to_picture(case.before), to_picture(case.after), case.original, case.used)
+    return render_critic(template("shapes_critic"), look)
+
+
+def critic_row(case: Case, verdict: Verdict) -> dict[str, Any]:
+    """One row of supervised data."""
+    return _row(critic_message(case), render_verdict(verdict))

@@ -1,0 +1,279 @@
+"""The critic's reward, step by step: what GRPO gives for one answer to one recorded attempt.
+
+    R = 0.5 F + 0.1 A + 0.3 S + 0.1 Q
+    F  1 if the answer can be read              A  1 if its verdict is the recorded one
+    S = ((sc' - semantics) / 10 + 1) / 2        Q = ((pq' - quality) / 10 + 1) / 2
+
+sc', pq': the judge's scores of the picture that the generator draws with the answer's prompt, from the same source.
+They are asked for only where the recorded attempt failed; where it succeeded S = Q = 0.5, as where nothing changed.  An
+answer that cannot be scored because generator or judge failed has no reward at all.
+Source: InterleaveThinker, arXiv 2606.13679, and its released code.
+"""
+
+import asyncio
+import json
+import math
+import re
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from json_repair import repair_json
+
+from interleave.parsing import Policy, parse_verdict
+from interleave.parts import Generator, Job, Judge, Look, PartFailed, Picture
+from interleave.records import Verdict
+
+NEUTRAL = 0.5
+WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "semantic": 0.3, "quality": 0.1}
+"""Of the released code."""
+PAPER_WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "step": 0.4}
+"""Of the paper, R = 0.5 F + 0.5 (0.2 R_acc + 0.8 R_step), see `paper_parts`."""
+FormatRule = Literal["strict", "released"]
+"""strict: `parsing` reads it.  released: as the released code, which also takes an answer without <think>, a truncated
+one, and an empty prompt with a failed verdict."""
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+MAX_BRACES = 64
+"""Mending takes time that grows with the square of the nesting: what has more is not mended."""
+
+
+@dataclass(frozen=True)
+class CriticRow:
+    """One recorded attempt to judge, and what is known of it.
+
+    semantics, quality: the judge's scores of `after`, in [0, 10].  `is_t2i`: drawn from words alone, `before` is white.
+    """
+
+    id: str
+    origin_prompt: str
+    rewritten_prompt: str
+    before: Picture
+    after: Picture
+    is_t2i: bool
+    success: bool
+    semantics: float
+    quality: float
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The four parts of a reward, each in [0, 1] for scores in [0, 10]."""
+
+    format: float
+    accuracy: float
+    semantic: float
+    quality: float
+
+    @property
+    def reward(self) -> float:
+        """Their sum with `WEIGHTS`."""
+        return sum(weight * vars(self)[name] for name, weight in WEIGHTS.items())
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """What can be made out of an answer, readable or not: each part None where it is not there."""
+
+    verdict: int | None
+    prompt: str | None
+
+
+def glimpse(answer: str) -> Glimpse:
+    """The verdict and prompt in an answer's last <answer>; never raises."""
+    bodies = ANSWER.findall(answer)
+    value: Any = None
+    if bodies:
+        try:
+            value = json.loads(bodies[-1], strict=False)
+        except (ValueError, RecursionError):
+            value = _mended(bodies[-1])
+    if not isinstance(value, dict):
+        return Glimpse(None, None)
+    verdict, prompt = value.get("previous_step_success"), value.get("refine_prompt")
+    return Glimpse(
+        verdict=verdict if isinstance(verdict, int) else None,
+        prompt=prompt if isinstance(prompt, str) and prompt.strip() else None,
+    )
+
+
+def _mended(text: str) -> Any:
+    if sum(text.count(brace) for brace in "{[(") > MAX_BRACES:
+        return None
+    try:
+        return repair_json(text, return_objects=True)
+    except Exception:  # the library promises nothing on what it may raise
+        return None
+
+
+def format_mark(answer: str, rule: FormatRule = "strict", policy: Policy = "strict") -> float:
+    """1 if the answer has the form that `rule` asks for, else 0."""
+    if rule == "strict":
+        return float(isinstance(parse_verdict(answer, policy), Verdict))
+    first = ANSWER.search(answer)
+    if first is None or not answer.find("<think>") < first.start():
+        return 0.0
+    value = _mended(first[1])
+    if not isinstance(value, dict):
+        return 0.0
+    return float(isinstance(value.get("previous_step_success"), bool) and isinstance(value.get("refine_prompt"), str))
+
+
+@dataclass
+class Counts:
+    """What scoring cost so far."""
+
+    answers: int = 0
+    unscored: int = 0
+    pictures: int = 0
+    judgements: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+class CriticScorer:
+    """Marks for answers; equal answers to the same row are scored once, whoever asks and however often.
+
+    All waiting happens on the event loop that asks; at most `concurrency` answers are with generator or judge at once.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        judge: Judge,
+        *,
+        concurrency: int = 16,
+        deadline: float = 300.0,
+        seed: int = 0,
+        rule: FormatRule = "strict",
+        policy: Policy = "strict",
+        skip_unchanged: bool = False,
+        ceiling: float = 0.25,
+        window: int = 256,
+        kept: int = 4096,
+    ) -> None:
+        """deadline: seconds for picture and scores of one answer.  skip_unchanged: a verdict of success with the prompt
+        unchanged draws nothing and gets 0.5 for S and Q.  ceiling: share of the last `window` answers that may go
+        unscored.  kept: marks remembered."""
+        self._generator, self._judge = generator, judge
+        self._concurrency, self._deadline, self._seed = concurrency, deadline, seed
+        self._rule, self._policy, self._skip_unchanged = rule, policy, skip_unchanged
+        self._ceiling, self._recent, self._kept = ceiling, deque[bool](maxlen=window), kept
+        self._room: asyncio.Semaphore | None = None
+        self._marks: OrderedDict[tuple[str, str], asyncio.Task[Marks | None]] = OrderedDict()
+        self.counts = Counts()
+
+    async def score(self, answer: str, row: CriticRow) -> Marks | None:
+        """The marks of an answer; None if generator or judge failed."""
+        key = (row.id, answer)
+        if key not in self._marks:
+            self._marks[key] = asyncio.create_task(self._score(answer, row))
+            while len(self._marks) > self._kept and next(iter(self._marks.values())).done():
+                self._marks.popitem(last=False)
+        self._marks.move_to_end(key)
+        return await asyncio.shield(self._marks[key])
+
+    @property
+    def unscored_rate(self) -> float:
+        """Share of the last answers that have no marks, in [0, 1]."""
+        return sum(self._recent) / len(self._recent) if self._recent else 0.0
+
+    @property
+    def has_failed_too_often(self) -> bool:
+        """Whether training should stop: more than `ceiling` of a quarter window or more went unscored."""
+        return len(self._recent) >= (self._recent.maxlen or 0) // 4 and self.unscored_rate > self._ceiling
+
+    async def _score(self, answer: str, row: CriticRow) -> Marks | None:
+        self.counts.answers += 1
+        seen = glimpse(answer)
+        mark = format_mark(answer, self._rule, self._policy)
+        accuracy = float(seen.verdict is not None and seen.verdict == row.success)
+        if row.success:
+            return Marks(mark, accuracy, NEUTRAL, NEUTRAL)
+        prompt = seen.prompt or row.rewritten_prompt or row.origin_prompt
+        unchanged = prompt == (row.rewritten_prompt or row.origin_prompt)
+        if self._skip_unchanged and unchanged and seen.verdict:
+            return Marks(mark, accuracy, NEUTRAL, NEUTRAL)
+        try:
+            scores = await self._scores(prompt, row)
+        except (PartFailed, TimeoutError) as failure:
+            self.counts.unscored += 1
+            self.counts.reasons[failure.kind if isinstance(failure, PartFailed) else "deadline"] += 1
+            self._recent.append(True)
+            return None
+        self._recent.append(False)
+        sc, pq = scores
+        return Marks(mark, accuracy, improvement(sc, row.semantics), improvement(pq, row.quality))
+
+    async def _scores(self, prompt: str, row: CriticRow) -> tuple[float, float]:
+        """The judge's scores of the picture drawn with `prompt`."""
+        if self._room is None:
+            self._room = asyncio.Semaphore(self._concurrency)
+        async with self._room, asyncio.timeout(self._deadline):
+            self.counts.pictures += 1
+            after = await self._generator.generate(Job(prompt, () if row.is_t2i else (row.before,), self._seed))
+            self.counts.judgements += 1
+            scores = await self._judge.score(Look(row.before, after, row.origin_prompt, prompt))
+        return scores.sc, scores.pq
+
+
+def improvement(new: float, old: float) -> float:
+    """Scores in [0, 10] to a reward in [0, 1]; 0.5 where nothing changed."""
+    return ((new - old) / 10 + 1) / 2
+
+
+def released_parts(marks: Marks, row: CriticRow) -> Mapping[str, float]:
+    """The parts of the released reward, by the names of `WEIGHTS`: the marks themselves."""
+    return vars(marks)
+
+
+def paper_parts(marks: Marks, row: CriticRow) -> Mapping[str, float]:
+    """The parts of the paper's reward, by the names of `PAPER_WEIGHTS`.
+
+    accuracy: minus the distance to the recorded verdict, 0 or -1.  step: gain of the overall score sqrt(sc pq) / 10, in
+    [-1, 1]; 0 where the recorded attempt succeeded.  The paper names neither the scale nor how sc and pq are joined;
+    both are as its released code reports them.
+    """
+    sc = row.semantics + 10 * (2 * marks.semantic - 1)
+    pq = row.quality + 10 * (2 * marks.quality - 1)
+    step = (math.sqrt(max(sc, 0) * max(pq, 0)) - math.sqrt(row.semantics * row.quality)) / 10
+    return {"format": marks.format, "accuracy": marks.accuracy - 1, "step": step}
+
+
+def reward_functions(
+    scorer: CriticScorer,
+    rows_of: Callable[[Mapping[str, Sequence[Any]]], Sequence[CriticRow]],
+    parts_of: Callable[[Marks, CriticRow], Mapping[str, float]] = released_parts,
+    names: Iterable[str] = tuple(WEIGHTS),
+) -> list[Callable[..., Coroutine[Any, Any, list[float | None]]]]:
+    """Asynchronous reward functions for TRL over one scorer, one for each of `names`, the parts that `parts_of` gives.
+
+    rows_of: from the batch's columns to rows.  Where an answer has no marks all of them give None, so that TRL leaves
+    it out of its group.
+    """
+
+    def function(part: str) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
+        async def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+            rows = rows_of(columns)
+            answers = [text_of(completion) for completion in completions]
+            marks = await asyncio.gather(
+                *(scorer.score(answer, row) for answer, row in zip(answers, rows, strict=True))
+            )
+            return [
+                None if mark is None else float(parts_of(mark, row)[part])
+                for mark, row in zip(marks, rows, strict=True)
+            ]
+
+        reward.__name__ = part
+        return reward
+
+    return [function(name) for name in names]
+
+
+def text_of(completion: Any) -> str:
+    """A completion's words, whether TRL gives a string or one assistant message, with text or parts."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)

@@ -1,0 +1,286 @@
+"""What a training will do and cost, before anything is started."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgen_common.errors import UserError
+from interleave.judge import ModelJudgeConfig
+from interleave.training.config import GrpoConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Those of TRL's options that decide on batches; the defaults are TRL's (a test compares)."""
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    save_strategy: str = "steps"
+    save_steps: float = 500
+    num_generations: int = 8
+    num_iterations: int = 1
+    steps_per_generation: int | None = None
+    generation_batch_size: int | None = None
+    max_completion_length: int | None = 512
+
+    @classmethod
+    def of(cls, trl: Mapping[str, Any]) -> "Batches":
+        """Those that a `trl:` mapping gives.  Raises UserError for what is no positive number."""
+        found = {name: trl[name] for name in cls.__dataclass_fields__ if trl.get(name) is not None}
+        for name, value in found.items():
+            if name == "save_strategy" or (name == "max_steps" and value == -1):
+                continue
+            whole = name not in ("num_train_epochs", "save_steps")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
+                raise UserError(f"trl.{name}: must be a positive {'whole ' if whole else ''}number, got {value!r}")
+        return cls(**found)
+
+
+@dataclass(frozen=True)
+class SftSums:
+    """Of a supervised training: rows per update over all processes, updates per epoch and in all."""
+
+    processes: int
+    rows: int
+    left_out: int
+    rows_per_update: int
+    updates_per_epoch: int
+    updates: int
+
+    def told(self) -> list[str]:
+        """In words."""
+        return [
+            f"rows: {self.rows}, {self.left_out} left out for their length",
+            f"an update: {self.rows_per_update} rows over {self.processes} processes",
+            f"updates: {self.updates_per_epoch} an epoch, {self.updates} in all",
+        ]
+
+
+def sft_sums(trl: Mapping[str, Any], rows: int, left_out: int, processes: int) -> SftSums:
+    """The arithmetic of TRL's SFTTrainer."""
+    b = Batches.of(trl)
+    batches = math.ceil(rows / (b.per_device_train_batch_size * processes))
+    per_epoch = max(math.ceil(batches / b.gradient_accumulation_steps), 1)
+    updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch)
+    per_update = b.per_device_train_batch_size * b.gradient_accumulation_steps * processes
+    return SftSums(processes, rows, left_out, per_update, per_epoch, updates)
+
+
+@dataclass(frozen=True)
+class GrpoSums:
+    """Of a reinforcement: a rollout is one round of sampling, from which `updates_per_rollout` updates are made.
+
+    pictures, judgements: at most, since equal answers to one row are scored once and the caches know others.
+    questions: put to the judge's model.
+    """
+
+    processes: int
+    rows: int
+    left_out: int
+    failed_rows: int
+    prompts_per_rollout: int
+    completions_per_rollout: int
+    completions_per_update: int
+    updates_per_rollout: int
+    rollouts: int
+    updates: int
+    pictures: int
+    judgements: int
+    questions: int
+    cost: float
+
+    def told(self) -> list[str]:
+        """In words."""
+        group = self.completions_per_rollout // self.prompts_per_rollout
+        return [
+            f"rows: {self.rows}, {self.left_out} left out for their length; {self.failed_rows} failed, for which "
+            "pictures are drawn",
+            f"a rollout: {self.prompts_per_rollout} prompts x {group} answers = {self.completions_per_rollout} over "
+            f"{self.processes} processes, {self.updates_per_rollout} updates",
+            f"an update: {self.completions_per_update} answers",
+            f"in all: {self.rollouts} rollouts, {self.updates} updates",
+            f"generator: at most {self.pictures} pictures",
+            f"judge: at most {self.judgements} judgements, {self.questions} questions to a model",
+            f"cost: at most {self.cost:g}",
+        ]
+
+
+def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, processes: int) -> GrpoSums:
+    """The arithmetic of TRL's GRPOTrainer.
+
+    Raises UserError, with the numbers, where groups do not fit into a rollout, rows do not fill one, or a checkpoint
+    would fall into the middle of one, from where a run cannot go on exactly.
+    """
+    b = Batches.of(config.trl)
+    per_rollout, steps = _rollout(b, processes)
+    if b.num_generations < 2:
+        raise UserError(f"trl.num_generations {b.num_generations}: a group needs at least 2 answers")
+    if per_rollout % b.num_generations:
+        raise UserError(
+            f"trl.num_generations {b.num_generations}: does not divide the answers of a rollout, {processes} processes "
+            f"x {b.per_device_train_batch_size} per_device_train_batch_size x {steps} steps_per_generation = "
+            f"{per_rollout}; change one of them"
+        )
+    prompts = per_rollout // b.num_generations
+    if rows < prompts:
+        raise UserError(
+            f"{rows} rows do not fill a rollout of {prompts} prompts ({per_rollout} answers / {b.num_generations} "
+            "num_generations); give more rows or a smaller rollout"
+        )
+    if steps * b.num_iterations % b.gradient_accumulation_steps:
+        raise UserError(
+            f"trl.gradient_accumulation_steps {b.gradient_accumulation_steps}: does not divide the steps of a rollout, "
+            f"{steps} steps_per_generation x {b.num_iterations} num_iterations = {steps * b.num_iterations}"
+        )
+    updates_per_rollout = steps * b.num_iterations // b.gradient_accumulation_steps
+    if b.save_strategy == "steps" and b.save_steps % updates_per_rollout:
+        raise UserError(
+            f"trl.save_steps {b.save_steps}: must be a multiple of the {updates_per_rollout} updates of a rollout, or "
+            "a run cannot go on exactly from its checkpoint"
+        )
+    per_epoch = rows // prompts
+    updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
+    rollouts = math.ceil(updates / updates_per_rollout)
+    pictures = math.ceil(rollouts * per_rollout * failed / rows)
+    asked = 2 * config.judge.num_samples if isinstance(config.judge, ModelJudgeConfig) else 0
+    return GrpoSums(
+        processes=processes,
+        rows=rows,
+        left_out=left_out,
+        failed_rows=failed,
+        prompts_per_rollout=prompts,
+        completions_per_rollout=per_rollout,
+        completions_per_update=processes * b.per_device_train_batch_size * b.gradient_accumulation_steps,
+        updates_per_rollout=updates_per_rollout,
+        rollouts=rollouts,
+        updates=updates,
+        pictures=pictures,
+        judgements=pictures,
+        questions=pictures * asked,
+        cost=pictures * (config.prices.picture + config.prices.judgement),
+    )
+
+
+def _rollout(b: Batches, processes: int) -> tuple[int, int]:
+    """Answers of a rollout, and its micro-batches on each process."""
+    micro = processes * b.per_device_train_batch_size
+    if b.generation_batch_size is None:
+        steps = b.steps_per_generation or b.gradient_accumulation_steps
+        return micro * steps, steps
+    if b.steps_per_generation is not None:
+        raise UserError("trl.generation_batch_size and trl.steps_per_generation: give one of the two")
+    if b.generation_batch_size % micro:
+        raise UserError(
+            f"trl.generation_batch_size {b.generation_batch_size}: must be a multiple of {processes} processes x "
+            f"{b.per_device_train_batch_size} per_device_train_batch_size = {micro}"
+        )
+    return b.generation_batch_size, b.generation_batch_size // micro
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process holds all the time; activations, generation and the generator's model come on top."""
+
+    num_weights: int
+    num_trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.weights + self.gradients + self.optimizer
+
+    def told(self) -> list[str]:
+        """In words."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return [
+            f"weights: {self.num_weights:,}, trained: {self.num_trained:,}",
+            f"memory a process holds: {self.total / GIB:.2f} GiB ({each}); activations come on top",
+        ]
+
+
+def memory(num_weights: int, num_trained: int, *, size: int, master: bool, stage: int, processes: int) -> Memory:
+    """What weights, gradients and AdamW hold.
+
+    size: bytes of a weight.  master: DeepSpeed keeps the trained weights a second time in float32.  stage: of ZeRO, 0
+    without; from 1 the optimizer's numbers are shared out, from 2 gradients, from 3 weights.
+    """
+    share = {part: processes if stage >= part else 1 for part in (1, 2, 3)}
+    kept = 12 if master else 2 * size
+    return Memory(
+        num_weights=num_weights,
+        num_trained=num_trained,
+        weights=num_weights * size // share[3],
+        gradients=num_trained * size // share[2],
+        optimizer=num_trained * kept // share[1],
+    )
+
+
+def memory_of(config: TrainingConfig, folder: Path, processes: int) -> Memory:
+    """That of a training of the model in `folder`, whose weights are not read."""
+    model = skeleton(folder, config)
+    weights = list(model.parameters())
+    size = weights[0].element_size() if config.dtype == "auto" else {"float32": 4, "bfloat16": 2}[config.dtype]
+    stage = int(deepspeed_json(config.trl.get("deepspeed")).get("zero_optimization", {}).get("stage", 0))
+    return memory(
+        sum(w.numel() for w in weights),
+        sum(w.numel() for w in weights if w.requires_grad),
+        size=2 if stage and config.trl.get("bf16", True) else size,
+        master=stage > 0,
+        stage=stage,
+        processes=processes,
+    )
+
+
+def skeleton(folder: Path, config: TrainingConfig) -> "nn.Module":
+    """The model without numbers, with what is trained marked."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from interleave.training.freeze import freeze
+    from interleave.training.mapping import lora_config
+
+    about = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForImageTextToText.from_config(about)
+        if config.lora is None:
+            freeze(model, config.vision)
+        else:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, lora_config(config.lora, config.vision))
+    return model
+
+
+def deepspeed_json(given: object) -> Mapping[str, Any]:
+    """A DeepSpeed configuration, given as a mapping or a file; {} for None.  Raises UserError if it cannot be read."""
+    if given is None or isinstance(given, Mapping):
+        return given or {}
+    try:
+        content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"trl.deepspeed {given}: cannot be read ({error}); give a JSON file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"trl.deepspeed {given}: must hold a JSON object")
+    return content
+
+
+def as_json(sums: SftSums | GrpoSums, held: Memory) -> dict[str, Any]:
+    """Everything `--dry-run` says."""
+    return {**asdict(sums), "memory": {**asdict(held), "total": held.total}}

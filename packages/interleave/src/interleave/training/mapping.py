@@ -1,0 +1,96 @@
+"""The `trl:` and `lora:` mappings: every option of theirs is open under its own name, but for those listed here."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from imgen_common.errors import UserError, nearest
+
+LOADED_HERE = "the model is loaded by interleave; use the keys model, dtype and attention"
+ANSWER_ONLY = "interleave trains on prompt and answer rows, and on the answer alone"
+OWNED: Mapping[str, str] = {
+    "output_dir": "checkpoints go into the run folder; use --runs and --name",
+    "remove_unused_columns": "rows are made as they are needed, from columns of their own",
+    "resume_from_checkpoint": "use --resume RUN",
+    "seed": "use the key seed",
+    "model_init_kwargs": LOADED_HERE,
+    "trust_remote_code": "code that comes with a model is never run",
+    "save_only_model": "a run could not be resumed",
+    "save_on_each_node": "checkpoints need one shared folder to be resumed",
+    "overwrite_output_dir": "a run never overwrites another",
+}
+OWNED_SFT: Mapping[str, str] = {
+    **OWNED,
+    "max_length": "an example is never cut; use the key max_length, which leaves longer ones out",
+    "truncation_mode": "an example is never cut; use the key max_length, which leaves longer ones out",
+    "train_sampling_strategy": "rows are shuffled by seed, text-only and picture rows in batches of their own",
+    "chat_template_path": "prompts must be those of run time, made by the model's own chat template",
+    "eos_token": "the end of turn is that of the model's own chat template",
+    "pad_token": "the model's own is used",
+    **dict.fromkeys(
+        ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "dataset_kwargs", "dataset_num_proc"),
+        ANSWER_ONLY,
+    ),
+    **dict.fromkeys(
+        ("packing", "padding_free", "eval_packing", "packing_strategy"), "TRL cannot pack rows with pictures"
+    ),
+}
+OWNED_GRPO: Mapping[str, str] = {
+    **OWNED,
+    "reward_weights": "they belong to the key reward (released | paper)",
+}
+OWNED_LORA: Mapping[str, str] = {
+    "task_type": "it is CAUSAL_LM",
+    "inference_mode": "an adapter is trained here",
+    "base_model_name_or_path": "use the key model",
+}
+
+
+def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
+    """Raises UserError for a key that `owner` does not have."""
+    for key in given:
+        if key not in known:
+            raise UserError(f"{section}.{key}: unknown option of {owner}{nearest(key, known)}")
+
+
+def check_owned(section: str, given: Mapping[str, Any], owned: Mapping[str, str]) -> None:
+    """Raises UserError for a key that interleave sets itself, with the reason."""
+    for key in given:
+        if key in owned:
+            raise UserError(f"{section}.{key}: cannot be set, {owned[key]}")
+
+
+def options_of(cls: type[Any]) -> set[str]:
+    """The names that a dataclass of options takes."""
+    return {field.name for field in dataclasses.fields(cls) if field.init}
+
+
+def check_trl(given: Mapping[str, Any], cls: type[Any], owned: Mapping[str, str]) -> None:
+    """Raises UserError for a key of `trl:` that is ours or not one of `cls`."""
+    check_owned("trl", given, owned)
+    check_keys("trl", given, options_of(cls) - set(owned), cls.__name__)
+
+
+def lora_config(given: Mapping[str, Any], vision: str) -> Any:
+    """peft's LoraConfig; adapters sit on all linear layers unless told otherwise, on the vision tower's only where
+    `vision` is `train`.  Raises UserError for a key or value that peft does not take."""
+    from peft import LoraConfig
+
+    check_owned("lora", given, OWNED_LORA)
+    check_keys("lora", given, options_of(LoraConfig) - set(OWNED_LORA), "LoraConfig")
+    if vision == "reference":
+        raise UserError("vision: reference is of full training; with lora use frozen or train")
+    options: dict[str, Any] = {"target_modules": "all-linear", **given}
+    if vision == "frozen":
+        if "exclude_modules" in given:
+            raise UserError("lora.exclude_modules: cannot be set with vision: frozen; set vision: train")
+        options["exclude_modules"] = VISION_MODULES
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"lora: {' '.join(str(error).split())}") from None
+
+
+VISION_PARTS = ("visual", "vision_tower", "vision_model", "multi_modal_projector")
+"""Names of vision towers, and of what joins them to the language model, in transformers."""
+VISION_MODULES = rf"(?:.*\.)?(?:{'|'.join(VISION_PARTS)})\..*"

@@ -1,0 +1,84 @@
+"""What flowbp exports, interleave draws with: the two meet on disk only."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowbp import backbones, inference
+from flowbp.config import TrainConfig
+from flowbp.export import export
+from flowbp.train import apply_trained, trainable
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.images import to_pil
+from imgen_common.runs import RunFolder
+from interleave.generators import PipelineConfig
+from interleave.generators.pipeline import Painter
+from interleave.parts import Job, Picture
+from tests.interleave.editors import folder_of
+
+SIZE = {"height": 32, "width": 48}
+GUIDANCE = {"flux": 3.5}
+"""What flowbp tells a guidance-distilled model unless it is told otherwise."""
+
+
+def trained(place: Path, model: Path) -> Path:
+    """A run whose adapter is random, as if it had been trained."""
+    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", "lora={rank: 4, alpha: 2}"])
+    parameters = trainable(backbones.load(str(model)).net, config)
+    rng = torch.Generator().manual_seed(1)
+    weights = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
+    with RunFolder.create(place / "run", config, ["flowbp"]) as run:
+        run.save_checkpoint(1, {"weights": weights, "average": weights, "optimizer": {}}, {})
+    return place / "run"
+
+
+def drawn_by_flowbp(model: Path, run: Path | None) -> np.ndarray:
+    backbone = backbones.load(str(model))
+    if run is not None:
+        apply_trained(backbone, run)
+    (image,) = to_pil(inference.draw(backbone, "a red circle", [3], (32, 48), 3, 1.0))
+    return np.asarray(image, np.int16)
+
+
+def drawn_by_interleave(family: str, model: Path, lora: Path | None, weight: float = 1.0) -> np.ndarray:
+    config = PipelineConfig(
+        ref=str(model),
+        lora=None if lora is None else str(lora),
+        lora_weight=weight,
+        num_inference_steps=3,
+        guidance_scale=GUIDANCE.get(family, 1.0),
+        **SIZE,
+    )
+    (picture,) = Painter(config).draw([Job("a red circle", (), 3)])
+    assert isinstance(picture, Picture), picture
+    return np.asarray(picture.image, np.int16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux2", "sd3", "flux"])
+def test_an_exported_adapter_draws_the_same_picture(family: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model)
+    out = export(run, "diffusers", tmp_path / "out")
+    base, aligned = drawn_by_flowbp(model, None), drawn_by_flowbp(model, run)
+    assert np.abs(aligned - base).mean() > 0.2
+    assert np.abs(drawn_by_interleave(family, model, out) - aligned).max() <= 1
+    assert np.abs(drawn_by_interleave(family, model, None) - base).max() <= 1
+    assert np.abs(drawn_by_interleave(family, model, out, 0.0) - base).max() <= 1
+    assert np.abs(drawn_by_interleave(family, model, out, 0.5) - aligned).mean() > 0.05
+    merged = export(run, "merged", tmp_path / "merged")
+    assert np.abs(drawn_by_interleave(family, merged, None) - aligned).max() <= 1
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = folder_of("flux2", tmp_path)
+    out = export(trained(tmp_path, model), "diffusers", tmp_path / "out")
+    other = folder_of("sd3", tmp_path)
+    with pytest.raises(UserError, match="does not fit StableDiffusion3Pipeline"):
+        drawn_by_interleave("sd3", other, out)
+    (out / "second.safetensors").write_bytes((out / "pytorch_lora_weights.safetensors").read_bytes())
+    with pytest.raises(UserError, match="has 2"):
+        drawn_by_interleave("flux2", model, out)

@@ -1,0 +1,51 @@
+"""A build of training sets in a process of its own, to be killed: `python killed_build.py FOLDER`."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from backends import FakeCritic, FakeGenerator, FakeJudge, FakePlanner, plan_of
+
+from interleave.data.build import Telling, go_on, opened
+from interleave.data.config import DataConfig, FilePrompts, FiltersConfig, TemplatesConfig
+from interleave.data.sets import SetInfo
+from interleave.engine import Parts
+from interleave.parts import Judge, Look
+
+
+def mark(look: Look) -> float:
+    """A score by the picture alone."""
+    return int(look.after.id[:2], 16) / 25.5
+
+
+def parts(latency: float = 0.0) -> Parts:
+    """Two pictures a story; a third of them is accepted."""
+    return Parts(
+        FakePlanner(lambda r, s: plan_of(f"{r.id} one", "two", None), latency=latency),
+        FakeCritic(lambda look, seed: (seed % 3 == 0, look.prompt_used + "!"), latency=latency),
+        FakeGenerator(latency=latency, limit=4),
+    )
+
+
+def build(
+    out: Path,
+    asked: Path,
+    made: Parts | None,
+    judge: Judge | None = None,
+    telling: Telling | None = None,
+    **changes: object,
+) -> SetInfo:
+    """What is left of a build of the requests in the file `asked`, unless `changes` of its configuration differ."""
+    given = {
+        "prompts": FilePrompts(path=str(asked)),
+        "templates": TemplatesConfig(planner_text="planner_text", critic="critic"),
+        "filters": FiltersConfig(low=None, val=0.25),
+    }
+    config = DataConfig.model_validate({**given, **changes})
+    with opened(out, config, ["test"]) as requests:
+        return asyncio.run(go_on(out, config, requests, made, judge, telling or Telling()))
+
+
+if __name__ == "__main__":
+    print("ready", flush=True)
+    build(Path(sys.argv[1]), Path(sys.argv[2]), parts(latency=0.01), FakeJudge(mark))

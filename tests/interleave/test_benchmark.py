@@ -1,0 +1,132 @@
+"""The benchmark of the miniature: gold answers score full marks, wrong ones do not, arms are what they say."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backends import FakePlanner
+from PIL import Image
+
+from benchmarks.quality import interleave_miniature as benchmark
+from imgen_common.images import to_pil
+from imgen_common.shapes.render import render
+from imgen_common.shapes.scene import Scene, Thing, compose, fits, place, shade
+from imgen_common.shapes.stories import Change, Draw, Story, read_prompt, step_holds
+from imgen_common.shapes.verify import detect
+from interleave.config import RunConfig
+from interleave.engine import LoopConfig, Parts
+from interleave.miniature.oracle import VerifierCritic, VerifierJudge, is_blank
+from interleave.parts import Job, Look, Picture
+from interleave.records import Plan, PlanStep
+
+STORIES = benchmark.load_stories(12, riddle=False, seed=0)
+
+
+def picture_of(scene: Scene) -> Picture:
+    return Picture.of(to_pil(torch.as_tensor(np.asarray(render(scene)))[None])[0])
+
+
+@dataclass
+class Gold:
+    """Draws exactly what a prompt of the world asks for; every `wrong`-th picture is of something else."""
+
+    wrong: int = 0
+    max_sources: int = 1
+    id: str = "gold"
+    params: dict[str, Any] = field(default_factory=dict)
+    scenes: dict[str, Scene] = field(default_factory=dict)
+    drawn: int = 0
+
+    async def generate(self, job: Job) -> Picture:
+        self.drawn += 1
+        rng = np.random.default_rng(job.seed)
+        before = self.scenes[job.sources[-1].id] if job.sources else None
+        step = read_prompt(job.prompt, before.things if before else None)
+        assert step is not None, job.prompt
+        scene = self.changed(before, step, rng)
+        if self.wrong and self.drawn % self.wrong == 0:
+            scene = replace(scene, placed=(place(Thing("red", "cross"), 1, rng),) * 2)
+        picture = picture_of(scene)
+        self.scenes[picture.id] = scene
+        return picture
+
+    def changed(self, before: Scene | None, step: Draw | Change, rng: np.random.Generator) -> Scene:
+        if isinstance(step, Draw):
+            return compose(step.spec, rng)
+        assert before is not None
+        kept = tuple(p for p in before.placed if p.thing != step.target)
+        if step.kind == "remove":
+            return replace(before, placed=kept)
+        if step.kind == "recolour":
+            old = next(p for p in before.placed if p.thing == step.target)
+            new = replace(old, thing=step.result, rgb=shade(step.colour, rng))
+            return replace(before, placed=(*kept, new))
+        for _ in range(5000):
+            placed = place(step.target, len(kept) + 1, rng)
+            scene = replace(before, placed=(*kept, placed))
+            if fits(placed, kept) and step_holds(found(before), found(scene), step):
+                return scene
+        pytest.skip("no room for a thing in this scene")
+
+    async def close(self) -> None:
+        pass
+
+
+def found(scene: Scene) -> Any:
+    return detect(torch.as_tensor(np.asarray(render(scene)))[None])[0]
+
+
+def planner(stories: Sequence[Story]) -> FakePlanner:
+    plans = {
+        s.request: Plan(steps=tuple(PlanStep(index=i, prompt=p) for i, p in enumerate(s.prompts, 1))) for s in stories
+    }
+    return FakePlanner(lambda request, seed: plans[request.text])
+
+
+def test_stories_are_different_and_of_all_lengths() -> None:
+    many = benchmark.load_stories(200, riddle=False, seed=0)
+    assert len({s.request for s in many}) == 200
+    assert {len(s.steps) for s in many} == {1, 2, 3, 4}
+    assert benchmark.load_stories(200, riddle=False, seed=0) == many
+
+
+def test_gold_answers_score_full_marks(tmp_path: Path) -> None:
+    told, _ = benchmark.tell(STORIES, Parts(planner(STORIES), None, Gold()), LoopConfig(), 0, tmp_path)
+    assert all(t.right and t.last_right and t.planned_right for t in told)
+    assert [t.pictures for t in told] == [len(s.steps) for s in STORIES]
+
+
+def test_wrong_pictures_score_none_and_the_oracle_mends_them(tmp_path: Path) -> None:
+    wrong, _ = benchmark.tell(STORIES, Parts(planner(STORIES), None, Gold(wrong=1)), LoopConfig(), 0, tmp_path / "a")
+    assert not any(t.right for t in wrong)
+    parts = Parts(planner(STORIES), VerifierCritic(), Gold(wrong=2))
+    mended, _ = benchmark.tell(STORIES, parts, LoopConfig(rewrite=False, concurrency=1), 0, tmp_path / "b")
+    assert all(t.right for t in mended)
+    assert sum(t.pictures for t in mended) > sum(len(s.steps) for s in STORIES)
+
+
+def test_the_judge_agrees_with_the_oracle() -> None:
+    rng = np.random.default_rng(0)
+    story = next(s for s in STORIES if len(s.steps) == 1)
+    good, other = (picture_of(compose(step.spec, rng)) for step in (story.steps[0], STORIES[1].steps[0]))
+    white = Picture.of(Image.new("RGB", (32, 32), "white"))
+    assert is_blank(white)
+    assert not is_blank(good)
+    scores = [asyncio.run(VerifierJudge().score(Look(white, p, story.prompts[0], ""))) for p in (good, other)]
+    assert scores[0].sc == 10
+    assert scores[0].pq == 10
+    assert scores[1].sc < 10
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_runs_on_the_real_miniature(tmp_path: Path) -> None:
+    rows = benchmark.run(4, False, RunConfig(), 2, 0, torch.device("cpu"), tmp_path / "out.json")
+    names = [row.arm for row in rows]
+    assert names[:3] == ["single shot", "planner", "planner + critic"]
+    assert names[-1] == "planner + oracle"
+    assert (tmp_path / "out.md").read_text().count("\n| ") >= 7

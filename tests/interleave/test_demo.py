@@ -1,0 +1,285 @@
+"""The demo: a story appears step by step in a real browser, and nobody else gets in or is told of it."""
+
+import asyncio
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
+from PIL import Image
+
+from imgen_common.errors import UserError
+from interleave import demo
+from interleave.config import RunConfig
+from interleave.engine import Parts
+from interleave.parts import Picture
+from interleave.records import Attempt, GeneratorInfo, PlannerRecord, PlanRecord, Record, Request, Trajectory
+from interleave.session import Storytelling
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+TOKEN = "correct horse"
+
+
+@dataclass
+class Teller:
+    """Tells a story of two steps, one record each time it is let."""
+
+    asked: list[tuple[str, list[str], int]] = field(default_factory=list)
+    gates: list[threading.Event] = field(default_factory=lambda: [threading.Event() for _ in range(4)])
+    fails: str | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    async def stream(
+        self, text: str, pictures: Sequence[Picture], seed: int
+    ) -> AsyncGenerator[tuple[Record, Picture | None], None]:
+        self.asked.append((text, [picture.id for picture in pictures], seed))
+        request = Request(id="r", text=text, image_ids=tuple(picture.id for picture in pictures))
+        planner = PlannerRecord(model="m", template="t", template_hash="h")
+        plan = plan_of("a red circle", "a blue square")
+        try:
+            await self._let(0)
+            if self.fails:
+                raise UserError(self.fails)
+            yield PlanRecord(trajectory_id="r", request=request, planner=planner, plan=plan), None
+            for step, colour in enumerate(("red", "blue"), 1):
+                await self._let(step)
+                picture = Picture.of(Image.new("RGB", (8, 8), colour))
+                yield self._attempt(step, picture), picture
+            await self._let(3)
+            yield (
+                Trajectory(
+                    id="r", request=request, planner=planner, plan=plan, selected={1: 1, 2: 1}, status="complete"
+                ),
+                None,
+            )
+        finally:
+            self.ended.set()
+
+    async def _let(self, gate: int) -> None:
+        while not self.gates[gate].is_set():
+            await asyncio.sleep(0.02)
+
+    def _attempt(self, step: int, picture: Picture) -> Attempt:
+        return Attempt(
+            trajectory_id="r",
+            step=step,
+            attempt=1,
+            op="t2i",
+            original_prompt=f"prompt {step}",
+            prompt_used=f"prompt {step}",
+            seed=1,
+            generator=GeneratorInfo(id="g"),
+            image_id=picture.id,
+            verdict=True,
+            status="accepted",
+        )
+
+
+@contextmanager
+def served(teller: Teller, token: str | None = None) -> Iterator[str]:
+    """The demo on a port of its own; its address."""
+    import uvicorn
+
+    door = demo.listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(demo.application(demo.build(teller), token), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(20)
+        door.close()
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where this process connects to."""
+    hosts: list[str] = []
+    connect = socket.socket.connect
+
+    def noted(self: socket.socket, address: Any) -> None:
+        hosts.append(str(address[0]) if isinstance(address, tuple) else "local")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", noted)
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as session:
+        chromium = session.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def page_at(browser: Any, address: str) -> Iterator[Any]:
+    """A page there that may load nothing from elsewhere and raise no error."""
+    page = browser.new_page()
+    wrong: list[str] = []
+    inside = ("data:", "blob:", address)
+    page.on("request", lambda request: None if request.url.startswith(inside) else wrong.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(address)
+    yield page
+    page.close()
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_a_story_appears_step_by_step(browser: Any, connections: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    teller = Teller()
+    evil = "draw <b>two</b> shapes ${1+1} {{2}}"
+    Image.new("RGB", (9, 9), "green").save(tmp_path / "given.png")
+    with served(teller) as address, page_at(browser, address) as page:
+        page.get_by_label("Request").fill(evil)
+        page.get_by_label("Seed").fill("7")
+        page.locator("input[type=file]").set_input_files(tmp_path / "given.png")
+        page.locator(".gallery-item, .grid-wrap img, .thumbnail-item").first.wait_for()
+        page.get_by_role("button", name="Tell").click()
+        page.locator(".told h1").wait_for()
+        assert page.locator(".told h1").inner_text() == evil
+        teller.gates[0].set()
+        page.locator(".told .step").nth(1).wait_for()
+        assert page.locator(".told .scene svg").count() == 0
+        for step in (1, 2):
+            teller.gates[step].set()
+            page.locator(".told .scene svg").nth(step - 1).wait_for()
+            assert page.locator(".told .scene svg").count() == step
+            assert page.locator(".told .chip").first.inner_text() == "being told"
+        teller.gates[3].set()
+        keep = page.get_by_text("Keep the story as one HTML page")
+        keep.wait_for()
+        assert page.locator(".told .chip").first.inner_text() == "complete"
+        with page.expect_download() as download:
+            keep.click()
+        download.value.save_as(tmp_path / "story.html")
+    kept = (tmp_path / "story.html").read_text(encoding="utf-8")
+    assert kept.count("data:image/png") == 3
+    assert "&lt;b&gt;two&lt;/b&gt;" in kept
+    given = Picture.of(Image.new("RGB", (9, 9), "green")).id
+    assert teller.asked == [(evil, [given], 7)]
+    assert set(connections) <= {"127.0.0.1", "::1", "local"}
+
+
+@pytest.mark.slow
+def test_what_the_user_can_mend_is_said(browser: Any, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    teller = Teller(fails="the request is <i>empty</i>")
+    teller.gates[0].set()
+    (tmp_path / "no.png").write_text("no picture")
+    with served(teller) as address, page_at(browser, address) as page:
+        page.get_by_role("button", name="Tell").click()
+        page.get_by_text("the request is <i>empty</i>").wait_for()
+        assert page.locator(".told .chip").first.inner_text() == "not begun"
+        page.locator("input[type=file]").set_input_files(tmp_path / "no.png")
+        page.locator(".gallery-item, .grid-wrap img, .thumbnail-item").first.wait_for()
+        page.get_by_role("button", name="Tell").click()
+        said = page.get_by_text("not a picture of an allowed format").inner_text()
+        assert said.startswith("no.png")
+    assert len(teller.asked) == 1
+
+
+@pytest.mark.slow
+def test_a_stopped_story_stops_the_work(browser: Any) -> None:
+    pytest.importorskip("gradio")
+    teller = Teller()
+    teller.gates[0].set()
+    with served(teller) as address, page_at(browser, address) as page:
+        page.get_by_role("button", name="Tell").click()
+        page.locator(".told .step").nth(1).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        assert teller.ended.wait(10)
+        page.locator(".told").get_by_text("stopped", exact=True).wait_for()
+
+
+@pytest.mark.slow
+def test_only_who_has_the_token_comes_in() -> None:
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    with TestClient(demo.application(demo.build(Teller()), TOKEN)) as client:
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
+        assert client.get("/config").status_code == 401
+        assert client.post("/login", data={"username": "me", "password": TOKEN}).status_code == 200
+        assert client.get("/config").status_code == 200
+        assert TOKEN not in client.get("/config").text
+
+
+@pytest.mark.slow
+def test_the_open_page_answers_to_this_machines_names_only() -> None:
+    pytest.importorskip("gradio")
+    from starlette.testclient import TestClient
+
+    with TestClient(demo.application(demo.build(Teller()), None), base_url="http://127.0.0.1") as client:
+        for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
+            answer = client.get("/", headers={"host": host})
+            assert answer.status_code == 200
+            assert answer.headers["content-security-policy"] == demo.POLICY
+        assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+@pytest.mark.slow
+def test_a_session_tells_its_records_with_their_pictures(tmp_path: Path) -> None:
+    planner = FakePlanner(lambda request, seed: plan_of("a red circle", None, "a blue square"))
+    parts = Parts(planner, FakeCritic(lambda look, seed: (True, look.prompt_used)), FakeGenerator())
+    given = Picture.of(Image.new("RGB", (4, 4), "green"))
+
+    async def told() -> list[tuple[Record, Picture | None]]:
+        stories: demo.Storyteller = Storytelling(RunConfig(), parts, tmp_path)
+        return [one async for one in stories.stream("two shapes", [given], 3)]
+
+    records = asyncio.run(told())
+    assert [type(record).__name__ for record, _ in records] == ["PlanRecord", "Attempt", "Attempt", "Trajectory"]
+    for record, picture in records:
+        assert (picture.id if picture else None) == (record.image_id if isinstance(record, Attempt) else None)
+    assert (tmp_path / "two_shapes" / "trace.jsonl").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_this_machine_needs_no_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(demo.TOKEN, raising=False)
+    assert demo.needed_token(host) is None
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "some.example"])
+def test_others_need_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for unset in (None, ""):
+        monkeypatch.delenv(demo.TOKEN, raising=False) if unset is None else monkeypatch.setenv(demo.TOKEN, unset)
+        with pytest.raises(UserError, match=f"set a token in {demo.TOKEN}"):
+            demo.needed_token(host)
+    monkeypatch.setenv(demo.TOKEN, TOKEN)
+    assert demo.needed_token(host) == TOKEN
+
+
+def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+
+    def make() -> demo.Storyteller:
+        raise AssertionError("models are loaded before the extra is looked for")
+
+    with pytest.raises(UserError, match="uv sync --extra demo"):
+        demo.launch(make, "127.0.0.1", 0)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with demo.listen("127.0.0.1", 0) as door:
+        port = door.getsockname()[1]
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}.*choose another --port"):
+            demo.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="cannot listen"):
+        demo.listen("127.0.0.1", 70_000)

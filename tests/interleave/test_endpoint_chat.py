@@ -1,0 +1,289 @@
+"""An OpenAI-compatible endpoint that behaves, and one that does not."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from imgen_common.errors import UserError
+from interleave.chat import EndpointChat, EndpointChatConfig
+from interleave.parts import PartFailed, Picture, Reply
+from interleave.resilience import CallerConfig
+
+RED = Picture.of(Image.new("RGB", (4, 4), "red"))
+QUICK = CallerConfig(tries=2, first_wait=1e-6, deadline=5)
+
+
+def completion(text: Any = "hello", **choice: Any) -> dict[str, Any]:
+    first = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"} | choice
+    return {"choices": [first], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+
+
+def endpoint(handler: Callable[[httpx.Request], httpx.Response], **settings: Any) -> EndpointChat:
+    config = EndpointChatConfig(**{"url": "http://example.test/v1", "model": "m", "calls": QUICK} | settings)
+    return EndpointChat(config, httpx.MockTransport(handler))
+
+
+def ask(model: EndpointChat, message: Any = ("hi",), seed: int = 3) -> Reply:
+    async def main() -> Reply:
+        try:
+            return await model.chat(message, seed)
+        finally:
+            await model.close()
+            await model.close()
+
+    return asyncio.run(main())
+
+
+def failure(model: EndpointChat) -> PartFailed:
+    with pytest.raises(PartFailed) as caught:
+        ask(model)
+    return caught.value
+
+
+def test_what_is_sent_and_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, json=completion("fine"))
+
+    model = endpoint(handler, key_env="SOME_KEY", temperature=0.5, extra={"top_k": 9})
+    reply = ask(model, (RED, "look at ", "this"))
+    assert (reply.text, reply.num_prompt_tokens, reply.num_completion_tokens, reply.truncated) == ("fine", 7, 3, False)
+    body = json.loads(seen[0].content)
+    assert str(seen[0].url) == "http://example.test/v1/chat/completions"
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    assert (body["model"], body["temperature"], body["seed"], body["top_k"]) == ("m", 0.5, 3, 9)
+    parts = body["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url", "text", "text"]
+    sent = base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])
+    assert Picture.of(Image.open(io.BytesIO(sent))).id == RED.id
+
+
+def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INTERLEAVE_API_KEY", raising=False)
+    seen: list[httpx.Request] = []
+    ask(endpoint(lambda request: seen.append(request) or httpx.Response(200, json=completion())))
+    assert "authorization" not in seen[0].headers
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_refusals_say_why_once_and_without_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "topsecret")
+    calls: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls.append(1)
+        return httpx.Response(status, json={"error": {"message": "no\n\x1b[31m such, topsecret" + "!" * 9999}})
+
+    found = failure(endpoint(handler))
+    assert found.kind == "refused"
+    assert len(calls) == 1
+    assert f"http://example.test/v1: status {status}: no [31m such" in str(found)
+    assert len(str(found)) < 500
+    assert not set("\x1b\n") & set(str(found))
+    assert "topsecret" not in str(found)
+    assert ("INTERLEAVE_API_KEY" in str(found)) == (status in (401, 403))
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 529])
+def test_a_busy_server_is_asked_again(status: int) -> None:
+    answers = [httpx.Response(status, headers={"retry-after": "0"}), httpx.Response(200, json=completion("later"))]
+    assert ask(endpoint(lambda request: answers.pop(0))).text == "later"
+    found = failure(endpoint(lambda request: httpx.Response(status)))
+    assert found.kind == {500: "broken", 502: "unreachable", 504: "unreachable", 529: "broken"}.get(
+        status, "overloaded"
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"<html>", b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"choices": []}'),
+        b'{"choices": [{"message": {"content": null}}]}',
+        b'{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "top_logprobs": [1]}]}}]}',
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}',
+    ],
+)
+def test_garbage_is_asked_for_again_then_told(body: bytes) -> None:
+    answers = [httpx.Response(200, content=body), httpx.Response(200, json=completion("good"))]
+    assert ask(endpoint(lambda request: answers.pop(0))).text == "good"
+    assert failure(endpoint(lambda request: httpx.Response(200, content=body))).kind == "garbage"
+
+
+def test_an_answer_without_end_is_cut() -> None:
+    found = failure(endpoint(lambda r: httpx.Response(200, content=b"x" * 5000), max_answer_bytes=2048))
+    assert found.kind == "garbage"
+    assert "2048 bytes" in str(found)
+
+
+def test_no_connection() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("no route to host")
+
+    assert failure(endpoint(handler)).kind == "unreachable"
+    with pytest.raises(UserError, match=r"http://example.test/v1: cannot be reached \(no route to host\); start the"):
+        asyncio.run(endpoint(handler).check())
+
+
+def test_a_slow_server() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("slow")
+
+    assert failure(endpoint(handler)).kind == "deadline"
+
+
+def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "secret")
+    hosts: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        hosts.append(request.url.host)
+        return httpx.Response(307, headers={"location": "http://other.test/v1/chat/completions"})
+
+    found = failure(endpoint(handler))
+    assert found.kind == "refused"
+    assert "it points to http://other.test/v1/chat/completions: give that address as url" in str(found)
+    assert hosts == ["example.test"]
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x/v1", "x", "http://", "http://name:key@x/v1", "http://x/v1?key=1", "http://x:y/", "http://[x"]
+)
+def test_bad_addresses(url: str) -> None:
+    with pytest.raises(UserError, match="must be like"):
+        EndpointChat(EndpointChatConfig(url=url))
+
+
+@pytest.mark.parametrize("key", ["gehe\u00efm", "se\ncret", "\u043a\u043b\u044e\u0447"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", key)
+    with pytest.raises(UserError, match="INTERLEAVE_API_KEY: holds characters that no token has") as caught:
+        EndpointChat(EndpointChatConfig())
+    assert key not in str(caught.value)
+
+
+def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "secret\n")
+    seen: list[httpx.Request] = []
+    ask(endpoint(lambda request: seen.append(request) or httpx.Response(200, json=completion())))
+    assert seen[0].headers["authorization"] == "Bearer secret"
+
+
+def test_a_check_says_what_to_mend() -> None:
+    def check(answer: httpx.Response) -> None:
+        asyncio.run(endpoint(lambda request: answer).check())
+
+    for answer, message in [
+        (httpx.Response(401), "http://example.test/v1: status 401: ; set INTERLEAVE_API_KEY to a valid key"),
+        (httpx.Response(404, json={"message": "no model m"}), "status 404: no model m; start the server, or mend url"),
+        (httpx.Response(500), "status 500"),
+        (httpx.Response(200, text="<html>"), "not a chat completion"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            check(answer)
+    check(httpx.Response(200, json=completion()))
+    check(httpx.Response(429))
+
+
+def test_null_leaves_a_key_of_the_request_out() -> None:
+    seen: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content))
+        return httpx.Response(200, json=completion())
+
+    extra = {"max_tokens": None, "temperature": None, "max_completion_tokens": 99}
+    model = endpoint(handler, extra=extra, send_seed=False)
+    ask(model)
+    assert not {"max_tokens", "temperature", "seed"} & set(seen[0])
+    assert seen[0]["max_completion_tokens"] == 99
+    assert model.id != endpoint(handler).id
+
+
+def test_cut_answers_and_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    reply = ask(endpoint(lambda request: httpx.Response(200, json=completion(parts, finish_reason="length"))))
+    assert (reply.text, reply.truncated) == ("ab", True)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_that_a_server_split_off_goes_back(name: str) -> None:
+    def text(content: str | None, finish: str) -> tuple[str, bool]:
+        message = {"role": "assistant", "content": content, name: "so"}
+        answer = {"choices": [{"message": message, "finish_reason": finish}]}
+        reply = ask(endpoint(lambda request: httpx.Response(200, json=answer)))
+        return reply.text, reply.truncated
+
+    assert text("<answer>1</answer>", "stop") == ("<think>so</think><answer>1</answer>", False)
+    assert text("<think>I</think>", "stop") == ("<think>I</think>", False)
+    assert text(None, "length") == ("<think>so</think>", True)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "kind", "says"),
+    [
+        ("closed", "unreachable", "cannot be reached"),
+        ("silent", "deadline", "no answer within"),
+        ("trickle", "deadline", "no answer within"),
+        ("endless", "garbage", "more than 4096 bytes"),
+        ("cut", "unreachable", "cannot be reached"),
+        ("not http", "unreachable", "cannot be reached"),
+    ],
+)
+def test_servers_on_a_real_socket(behaviour: str, kind: str, says: str) -> None:
+    start = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write({"silent": b"", "not http": b"220 mail.test ESMTP\r\n"}.get(behaviour, start))
+            while behaviour in ("trickle", "endless", "silent"):
+                writer.write({"trickle": b"x", "endless": b"x" * 1000, "silent": b""}[behaviour])
+                await writer.drain()
+                await asyncio.sleep(0 if behaviour == "endless" else 0.02)
+        writer.close()
+
+    async def main() -> PartFailed:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if behaviour == "closed":
+            server.close()
+        calls = CallerConfig(tries=2, first_wait=1e-6, timeout=0.3)
+        model = EndpointChat(EndpointChatConfig(url=f"http://127.0.0.1:{port}/v1", calls=calls, max_answer_bytes=4096))
+        with pytest.raises(PartFailed) as caught:
+            await model.chat(("hi",), 0)
+        await model.close()
+        server.close()
+        return caught.value
+
+    found = asyncio.run(main())
+    assert found.kind == kind
+    assert says in str(found)
+    assert "127.0.0.1" in str(found)
+
+
+def test_probabilities_of_tokens() -> None:
+    top = [{"token": t, "logprob": math.log(p)} for t, p in (("false", 0.6), ("true", 0.2))]
+    tokens = [{"token": "so ", "logprob": 0.0, "top_logprobs": []}, {"token": "false", "top_logprobs": top}]
+    seen: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content))
+        return httpx.Response(200, json=completion(logprobs={"content": tokens}))
+
+    reply = ask(endpoint(handler, top_logprobs=3))
+    assert (seen[0]["logprobs"], seen[0]["top_logprobs"]) == (True, 3)
+    assert [token for token, _ in reply.token_probabilities] == ["so ", "false"]
+    assert reply.token_probabilities[1][1] == pytest.approx({"false": 0.6, "true": 0.2})
+    assert ask(endpoint(lambda r: httpx.Response(200, json=completion(logprobs=None)))).token_probabilities == ()

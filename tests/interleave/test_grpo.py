@@ -1,0 +1,398 @@
+"""`interleave grpo`: sums, prompts as at run time, rewards off the trainer's loop, refusals; and that a run goes on."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backends import FakeGenerator
+from sets import make_set, write
+from tiny import tiny_folder
+
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from interleave.formats.rows import RlRow
+from interleave.generators import ScriptedConfig
+from interleave.miniature import models
+from interleave.parts import Generator, Judge, Look, PartFailed
+from interleave.prompts import render_critic, template, to_conversation
+from interleave.records import Scores
+from interleave.rewards import PAPER_WEIGHTS, CriticRow, Marks, paper_parts
+from interleave.store import PictureStore
+from interleave.training import grpo
+from interleave.training.arithmetic import GrpoSums, grpo_sums
+from interleave.training.config import GrpoConfig, PricesConfig, ScorerConfig
+from interleave.training.rows import critic_prompt, grpo_item, read_rows
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in `model`, a set in `set`."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny_folder(folder / "model")
+    make_set(folder / "set")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(root: Path) -> list[RlRow]:
+    return read_rows(root / "set", "critic_rl", RlRow)
+
+
+@dataclass
+class LengthJudge:
+    """Scores by the prompt's length, so that answers differ; fails on demand."""
+
+    fails: bool = False
+    id: str = "length"
+    looks: list[Look] = field(default_factory=list)
+
+    async def score(self, look: Look) -> Scores:
+        self.looks.append(look)
+        if self.fails:
+            raise PartFailed("unreachable", "nobody there")
+        return Scores(sc=len(look.prompt_used) % 11, pq=5, judge_id=self.id)
+
+    async def close(self) -> None:
+        pass
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_the_released_recipe() -> None:
+    config = load(GrpoConfig, [CONFIGS / "grpo_critic_qwen3vl.yaml"])
+    config = config.model_copy(update={"prices": PricesConfig(picture=0.01, judgement=0.02)})
+    sums = grpo_sums(config, rows=13_000, failed=6_500, left_out=1, processes=8)
+    assert (sums.prompts_per_rollout, sums.completions_per_rollout, sums.completions_per_update) == (16, 128, 64)
+    assert (sums.updates_per_rollout, sums.rollouts, sums.updates) == (2, 812, 1624)
+    assert (sums.pictures, sums.judgements, sums.questions) == (51_968, 51_968, 103_936)
+    assert sums.cost == pytest.approx(51_968 * 0.03)
+
+
+def of(**trl: Any) -> GrpoSums:
+    return grpo_sums(GrpoConfig(trl={"save_steps": 120} | trl), rows=40, failed=20, left_out=0, processes=2)
+
+
+@pytest.mark.parametrize(
+    ("trl", "said"),
+    [
+        (
+            {"num_generations": 8, "per_device_train_batch_size": 3},
+            "2 processes x 3 per_device_train_batch_size x 1 steps_per_generation = 6",
+        ),
+        ({"num_generations": 1}, "at least 2 answers"),
+        ({"num_generations": 2, "per_device_train_batch_size": 64}, "40 rows do not fill a rollout of 64 prompts"),
+        ({"generation_batch_size": 24, "per_device_train_batch_size": 8}, "multiple of 2 processes x 8"),
+        ({"generation_batch_size": 16, "steps_per_generation": 1}, "give one of the two"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "3 steps_per_generation x 1 num_iterations = 3",
+        ),
+        ({"steps_per_generation": 4, "save_steps": 6}, "multiple of the 4 updates of a rollout"),
+        ({"num_generations": True}, "must be a positive whole number, got True"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_shown(trl: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        of(**trl)
+    assert said in str(error.value)
+
+
+def test_sums_of_other_layouts() -> None:
+    assert of(generation_batch_size=32, per_device_train_batch_size=8).updates_per_rollout == 2
+    assert of(num_iterations=3, num_generations=4).updates_per_rollout == 3
+    assert of(max_steps=7).updates == 7
+    assert "2 prompts x 8 answers = 16 over 2 processes" in "\n".join(of().told())
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shapes_critic", "critic"])
+def test_the_prompt_is_that_of_run_time_byte_by_byte(root: Path, rows: list[RlRow], name: str) -> None:
+    store = PictureStore(root / "set" / "pictures")
+    processor = models.processor()
+    for number, row in enumerate(rows[:2]):
+        prompt = critic_prompt(row, template(name))
+        item = grpo_item(number, row, prompt, {i: store.get(i) for i in prompt.image_ids})
+        talk = to_conversation(render_critic(template(name), row.look(store)))
+        text, again = (
+            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            for messages in (talk, item["prompt"])
+        )
+        assert text == again
+        assert [part["image"] for part in talk[0]["content"] if part["type"] == "image"] == item["images"]
+        assert item["row"].before.id == row.before_id
+        assert item["row"].after.image == item["images"][1]
+
+
+def test_a_template_with_the_story_is_refused() -> None:
+    with pytest.raises(UserError, match=r"critic_story: \{request\} is not in rows of single steps"):
+        grpo.check_template("critic_story")
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_form_of_the_reward() -> None:
+    row = CriticRow("r", "a", "", *[None] * 2, is_t2i=True, success=False, semantics=4, quality=9)  # type: ignore[arg-type]
+    assert paper_parts(Marks(1, 1, 0.5, 0.5), row) == {"format": 1, "accuracy": 0, "step": 0}
+    better = paper_parts(Marks(1, 0, (9 - 4) / 20 + 0.5, 0.5), row)  # 4 -> 9, 9 -> 9
+    assert better == {"format": 1, "accuracy": -1, "step": pytest.approx((9 - 6) / 10)}
+    worse = paper_parts(Marks(0, 0, (0 - 4) / 20 + 0.5, (0 - 9) / 20 + 0.5), row)
+    assert worse["step"] == pytest.approx(-0.6)
+    assert sum(PAPER_WEIGHTS.values()) == pytest.approx(1)
+
+
+def job_of(root: Path, rows: Sequence[RlRow], **settings: Any) -> grpo.GrpoJob:
+    config = GrpoConfig(model=str(root / "model"), data=str(root / "set"), trl=QUICK, **settings)
+    prompts = tuple(critic_prompt(row, template("shapes_critic")) for row in rows)
+    return grpo.GrpoJob(config, tuple(rows), prompts, grpo_sums(config, len(rows), 4, 0, 1))
+
+
+def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Path, rows: list[RlRow]) -> None:
+    closed = []
+
+    class Closing(FakeGenerator):
+        async def close(self) -> None:
+            closed.append(asyncio.get_running_loop())
+
+    job = job_of(root, rows)
+    answers = [[{"role": "assistant", "content": "x"}]] * 2
+    columns = {"row": [job.item(0)["row"], job.item(1)["row"]], "prompts": ["p"] * 2, "completions": answers}
+    with grpo.scoring(job, Closing(limit=1), LengthJudge()) as scored:
+        for reward, names in (("released", 4), ("paper", 3)):
+            functions = scored.functions(reward)
+            assert [function.__name__ for function in functions][:2] == ["format", "accuracy"]
+            assert len(functions) == names
+
+            async def ask(functions: Sequence[grpo.Reward] = tuple(functions)) -> list[list[float | None]]:
+                return await asyncio.gather(*(function(**columns) for function in functions))
+
+            values = [asyncio.run(ask()) for _ in range(2)]
+            assert values[0] == values[1]
+            assert all(None not in value for value in values[0])
+        loop = scored.loop
+        counters = grpo.costs(scored)
+        assert counters["scoring/pictures"] == 1  # of two rows one succeeded, and equal answers are scored once
+        assert counters["scoring/answers"] == 2
+    assert closed == [loop]
+
+
+@pytest.mark.parametrize("down", ["generator", "judge"])
+def test_a_part_that_is_down_is_told_before_anything_starts(root: Path, rows: list[RlRow], down: str) -> None:
+    failure = PartFailed("unreachable", "no connection")
+    generator = FakeGenerator(fails=lambda job: failure if down == "generator" else None)
+    job = job_of(root, rows)
+    with (
+        grpo.scoring(job, generator, LengthJudge(fails=down == "judge")) as scored,
+        pytest.raises(UserError, match=rf"the {down} failed on the first row \(unreachable: .*; nothing was started"),
+    ):
+        scored.probe(job)
+
+
+def test_a_part_that_hangs_is_told(root: Path, rows: list[RlRow]) -> None:
+    job = job_of(root, rows, scorer=ScorerConfig(deadline=0.05))
+    with (
+        grpo.scoring(job, FakeGenerator(latency=30), LengthJudge()) as scored,
+        pytest.raises(UserError, match="no answer within the deadline"),
+    ):
+        scored.probe(job)
+
+
+@pytest.mark.parametrize(("processes", "each"), [(1, 12), (5, 2), (100, 1)])
+def test_concurrency_is_shared_out(processes: int, each: int) -> None:
+    assert grpo.share(12, processes) == each
+
+
+def test_vllm_that_expands_pictures_twice_is_stopped() -> None:
+    def generate(prompts: Sequence[Sequence[int]], images: Any) -> tuple[Any, str]:
+        return [[9, *ids] if len(ids) > 3 else ids for ids in prompts], images
+
+    checked = grpo.guarded(generate, image_token=9)
+    assert checked(prompts=[[1, 9, 2]], images="i") == ([[1, 9, 2]], "i")
+    with pytest.raises(UserError, match="vLLM read 3 picture tokens where the prompt has 2"):
+        checked(prompts=[[1, 9, 9, 2]], images="i")
+
+
+def test_pictures_that_vllm_would_not_scale_are_refused(root: Path, rows: list[RlRow]) -> None:
+    store = PictureStore(root / "set" / "pictures")
+    grpo.refuse_resized(rows, store, 32 * 32)
+    with pytest.raises(UserError, match="32x32 is more than max_pixels 1000"):
+        grpo.refuse_resized(rows, store, 1000)
+
+
+# --- training (slow) -------------------------------------------------------------------------------------------------
+
+QUICK: dict[str, Any] = {
+    "num_generations": 2,
+    "per_device_train_batch_size": 2,
+    "steps_per_generation": 2,
+    "max_steps": 6,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "max_completion_length": 6,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def quick(root: Path, **settings: Any) -> GrpoConfig:
+    given: dict[str, Any] = {"model": str(root / "model"), "data": str(root / "set"), "cache": None, "trl": QUICK}
+    return GrpoConfig(**(given | settings))
+
+
+def parts_of(judge: Judge) -> Any:
+    def make(config: GrpoConfig) -> tuple[Generator, Judge]:
+        return FakeGenerator(), judge
+
+    return make
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def lines(run: Path) -> list[Mapping[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_step(step: int, do: Any) -> Any:
+    """A callback that does something after an update."""
+    from transformers import TrainerCallback
+
+    class At(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                do()
+
+    return At()
+
+
+def kill() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def taught(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny critic that has learnt to answer well enough for its answers to differ in what they are worth."""
+    from interleave.training import sft
+    from interleave.training.config import SftConfig
+
+    trl = {"per_device_train_batch_size": 8, "max_steps": 150, "learning_rate": 3e-3, "gradient_checkpointing": False}
+    config = SftConfig(model=str(root / "model"), data=str(root / "set"), vision="train", trl=trl)
+    return sft.train("critic", config, ["t"], runs=tmp_path_factory.mktemp("taught"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_path: Path) -> None:
+    trl = QUICK | {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 48}
+    config, make = quick(root, model=str(taught), trl=trl), parts_of(LengthJudge())
+    straight = grpo.train(config, ["t"], runs=tmp_path, name="straight", make_parts=make)
+    assert max(line.get("rewards/format/mean", 0) for line in lines(straight.parent)) > 0.5
+    assert max(line.get("reward_std", 0) for line in lines(straight.parent)) > 0
+    assert digest(straight) != digest(taught)
+    for moment in (1, 5):
+        name = f"k{moment}"
+        with pytest.raises(KeyboardInterrupt):
+            grpo.train(config, ["t"], runs=tmp_path, name=name, make_parts=make, callbacks=[at_step(moment, kill)])
+        again = grpo.train(config, ["t"], resume=tmp_path / name, make_parts=make)
+        assert digest(again) == digest(straight)
+    logged = lines(tmp_path / "straight")
+    for part in ("format", "accuracy", "semantic", "quality"):
+        assert any(f"rewards/{part}/mean" in line for line in logged)
+    assert logged[-1]["scoring/answers"] > 0
+    assert logged[-1]["scoring/unscored"] == 0
+
+
+@pytest.mark.slow
+def test_a_judge_that_goes_down_stops_the_run_with_a_checkpoint_from_which_it_goes_on(
+    root: Path, tmp_path: Path
+) -> None:
+    judge = LengthJudge()
+    failed = root / "failed"
+    failed.mkdir()
+    (failed / "pictures").symlink_to(root / "set" / "pictures")
+    rows = read_rows(root / "set", "critic_rl", RlRow)
+    write(failed / "critic_rl.jsonl", [row for row in rows if not row.evaluation.success])
+    config = quick(root, data=str(failed), scorer=ScorerConfig(window=4, ceiling=0.25))
+
+    def down() -> None:
+        judge.fails = True
+
+    with pytest.raises(
+        UserError, match=r"failed on \d+% of the last answers \(unreachable \d+\) at update 4.*--resume"
+    ):
+        grpo.train(config, ["t"], runs=tmp_path, make_parts=parts_of(judge), callbacks=[at_step(2, down)])
+    run = tmp_path / "grpo_critic"
+    assert not (run / "model").exists()
+    with pytest.raises(UserError, match="the judge failed on the first row"):
+        grpo.train(config, ["t"], resume=run, make_parts=parts_of(judge))
+    judge.fails = False
+    assert grpo.train(config, ["t"], resume=run, make_parts=parts_of(judge)).is_dir()
+    assert [line["step"] for line in lines(run) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_an_adapter_the_papers_reward_and_a_scripted_generator_from_the_configuration(
+    root: Path, tmp_path: Path
+) -> None:
+    trl = QUICK | {"max_steps": 2, "scale_rewards": "none", "loss_type": "dr_grpo"}
+    config = quick(
+        root,
+        lora={"r": 2},
+        reward="paper",
+        generator=ScriptedConfig(width=32, height=32),
+        cache=str(tmp_path / "c"),
+        trl=trl,
+    )
+    model = grpo.train(config, ["t"], runs=tmp_path / "runs")
+    assert (model / "model.safetensors").is_file()
+    logged = lines(model.parent)
+    assert any("rewards/step/mean" in line for line in logged)
+    assert logged[-1]["scoring/pictures_from_cache"] + logged[-1]["scoring/pictures"] > 0
+    assert any((tmp_path / "c" / "pictures").rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_plan_starts_nothing(root: Path, tmp_path: Path) -> None:
+    sums, held = grpo.plan(quick(root), processes=2)
+    assert (sums.processes, sums.prompts_per_rollout, sums.failed_rows) == (2, 4, 4)
+    assert held.num_trained < held.num_weights
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_trainers_prompt_tokens_are_those_of_the_chat_model(root: Path, tmp_path: Path) -> None:
+    from trl import GRPOTrainer
+
+    from interleave.chat import LocalChat, LocalChatConfig
+
+    seen: list[list[int]] = []
+    real = GRPOTrainer._tokenize_prompts
+
+    def watched(self: Any, prompts: Any) -> Any:
+        found = real(self, prompts)
+        seen.extend(list(map(int, ids)) for ids in found[0])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_tokenize_prompts", watched)
+        config = quick(root, trl=QUICK | {"max_steps": 2})
+        grpo.train(config, ["t"], runs=tmp_path, make_parts=parts_of(LengthJudge()))
+    chat = LocalChat(LocalChatConfig(ref=str(root / "model"), device="cpu"))
+    store = PictureStore(root / "set" / "pictures")
+    known = []
+    for row in read_rows(root / "set", "critic_rl", RlRow):
+        inputs = chat._inputs([render_critic(template("shapes_critic"), row.look(store))])
+        known.append(inputs["input_ids"][0].tolist())
+    assert seen
+    assert all(ids in known for ids in seen)

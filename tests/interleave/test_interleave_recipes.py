@@ -1,0 +1,48 @@
+"""Every recipe of interleave is read, and would notice a misspelt key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from imgen_common.config import Config, load
+from imgen_common.errors import UserError
+from interleave.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
+from interleave.prompts import template
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "interleave").glob("*.yaml"))
+RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve"))]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RUNS) >= 8
+
+
+@pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path) -> None:
+    config = load(RunConfig, [recipe])
+    if isinstance(config.planner, ModelPlanner):
+        for name in (config.planner.text_template, config.planner.pictures_template):
+            assert "text_input" in template(name).placeholders
+    if isinstance(config.critic, ModelCritic | SelfCritic):
+        found = template(config.critic.template)
+        assert {"original_instruction", "rewritten_prompt"} <= found.placeholders
+        assert ("story" in found.placeholders) == (config.critic.context == "story")
+
+
+def test_the_miniatures_recipe_is_the_default() -> None:
+    recipe = next(path for path in RUNS if path.stem == "miniature")
+    assert load(RunConfig, [recipe]) == RunConfig()
+
+
+@pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)
+def test_a_misspelt_key_is_refused_with_the_nearest(recipe: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content.pop("extends", None)
+    config: type[Config] = RunConfig
+    name = next(key for key in content if key in RunConfig.model_fields)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({name[:-1] + "x" + name[-1]: content[name]}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"did you mean '{name}'"):
+        load(config, [wrong])

@@ -1,0 +1,264 @@
+"""The miniature's agents: their words, their data, their training, and what is shipped."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from imgen_common.hub import WEIGHTS, resolve
+from imgen_common.shapes.edits import Edit, sample_edit
+from imgen_common.shapes.render import render
+from imgen_common.shapes.scene import compose, sample_spec
+from imgen_common.shapes.stories import plan_is_correct, read_prompt, same_step, sample_story, step_holds
+from imgen_common.shapes.verify import Detection, detect
+from interleave.miniature import models, train
+from interleave.miniature.cases import Cases, _mirrored, _recoloured
+from interleave.miniature.data import Case, critic_message, critic_row, judge, plan_of, planner_row, readings, wordings
+from interleave.miniature.pool import Drawn, to_bytes
+from interleave.parsing import parse_plan, parse_verdict
+from interleave.prompts import render_plan, render_verdict, to_conversation
+from interleave.records import Plan, Verdict
+
+EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
+seeds = st.integers(0, 2**32 - 1)
+few = settings(max_examples=20, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def processor():  # type: ignore[no-untyped-def]
+    return models.processor()
+
+
+def pixels(scene: object) -> Tensor:
+    return to_bytes(torch.from_numpy(render(scene)))  # type: ignore[arg-type]
+
+
+def edit_case(edit: Edit) -> Case:
+    return Case(pixels(edit.before), pixels(edit.after), edit.instruction, edit.instruction)
+
+
+def drawing(seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    spec = sample_spec(rng)
+    return Case(None, pixels(compose(spec, rng)), spec.caption, spec.caption)
+
+
+def verdict(case: Case) -> Verdict:
+    return judge(*readings([case])[0], case.original, case.used)
+
+
+def test_words_and_envelope_are_single_tokens(processor) -> None:  # type: ignore[no-untyped-def]
+    texts = [*(" " + word for word in models.words()), *models.STARTS, *models.PIECES, *models.CONTROL]
+    assert [text for text in texts if len(processor.tokenizer(text).input_ids) != 1] == []
+
+
+@few
+@given(seeds, st.booleans())
+def test_the_plan_that_is_taught_reads_back_and_is_correct(seed: int, riddle: bool) -> None:
+    story = sample_story(np.random.default_rng(seed), "train", riddle=riddle)
+    plan = parse_plan(render_plan(plan_of(story)))
+    assert plan == plan_of(story)
+    assert isinstance(plan, Plan)
+    assert plan_is_correct([step.prompt or "" for step in plan.steps], story)
+
+
+def same_batch(processor, row: dict, batch: dict[str, Tensor]) -> None:  # type: ignore[no-untyped-def]
+    """Compare with what transformers makes of a row of supervised data, whose pictures fill its placeholders."""
+    images = iter(row.get("images", ()))
+    content = [
+        {"type": "image", "image": next(images)} if c["type"] == "image" else c for c in row["prompt"][0]["content"]
+    ]
+    prompt = [{"role": "user", "content": content}]
+    keys = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    asked = processor.apply_chat_template([prompt], add_generation_prompt=True, **keys)
+    whole = processor.apply_chat_template([prompt + row["completion"]], **keys)
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    length = asked["input_ids"].shape[1]
+    assert (batch["labels"][:, :length] == train.IGNORED).all()
+    assert torch.equal(batch["labels"][:, length:], whole["input_ids"][:, length:])
+    if "images" in row:
+        assert torch.allclose(batch["pixel_values"], whole["pixel_values"], atol=1e-6)
+        assert torch.equal(batch["image_grid_thw"], whole["image_grid_thw"])
+        assert torch.equal(batch["mm_token_type_ids"], whole["mm_token_type_ids"])
+
+
+def test_the_quick_encoding_is_the_processors(processor) -> None:  # type: ignore[no-untyped-def]
+    story = sample_story(np.random.default_rng(3), "train", 3)
+    row = planner_row(story)
+    message = (row["prompt"][0]["content"][0]["text"],)
+    same_batch(processor, row, train.encode(processor.tokenizer, ([message], [render_plan(plan_of(story))], None)))
+    for case in (drawing(1), edit_case(sample_edit(np.random.default_rng(1)))):
+        row = critic_row(case, verdict(case))
+        same_batch(processor, row, train.encode(processor.tokenizer, train.critic_batch([case])))
+
+
+def test_padding_is_neither_seen_nor_taught(processor) -> None:  # type: ignore[no-untyped-def]
+    batch = train.encode(processor.tokenizer, train.planner_rows(train.PLANNER.model_copy(update={"batch": 4}))(0))
+    padded = batch["attention_mask"] == 0
+    assert padded.any()
+    assert (batch["labels"][padded] == train.IGNORED).all()
+
+
+@few
+@given(seeds)
+def test_an_exact_edit_is_accepted_with_its_prompt_and_the_unchanged_picture_is_not(seed: int) -> None:
+    case = edit_case(sample_edit(np.random.default_rng(seed)))
+    assert case.before is not None
+    good, bad = verdict(case), verdict(replace(case, after=case.before))
+    assert good.success
+    assert good.refined_prompt == case.used
+    assert not bad.success
+    for answer in (good, bad):
+        assert parse_verdict(render_verdict(answer)) == answer
+
+
+@few
+@given(seeds)
+def test_rejections_take_the_wordings_in_turn(seed: int) -> None:
+    case = drawing(seed)
+    blank = replace(case, after=torch.zeros(3, 32, 32, dtype=torch.uint8))
+    options = wordings(case.original, None)
+    first = verdict(blank)
+    assert first.refined_prompt == options[min(1, len(options) - 1)]
+    assert verdict(replace(blank, used=first.refined_prompt)).refined_prompt == case.original
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_another_wording_asks_for_no_less(seed: int) -> None:
+    """Whatever picture another wording accepts, the original accepts too."""
+    rng = np.random.default_rng(seed)
+    edit = sample_edit(rng, kind="add")
+    before = detect(torch.from_numpy(render(edit.before))[None])[0]
+    things = [d.thing for d in before]
+    original = read_prompt(edit.instruction, things)
+    assert original is not None
+    for wording in wordings(edit.instruction, before):
+        step = read_prompt(wording, things)
+        assert step is not None
+        for x, y in rng.uniform(0, 31, (50, 2)):
+            after: Sequence[Detection] = [*before, Detection(edit.target, x, y, 1.0)]
+            assert step_holds(before, after, original) or not step_holds(before, after, step)
+
+
+def test_captions_and_names_reword_without_a_change_of_meaning() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        spec = sample_spec(rng)
+        want = read_prompt(spec.caption, None)
+        assert want is not None
+        assert all(same_step(read_prompt(w, None), want) for w in wordings(spec.caption, None))
+        edit = sample_edit(rng, kind="remove" if rng.random() < 0.5 else "recolour")
+        found = [Detection(p.thing, p.x, p.y, 1.0) for p in edit.before.placed]
+        step = read_prompt(edit.instruction, edit.before.things)
+        assert step is not None
+        assert all(same_step(read_prompt(w, edit.before.things), step) for w in wordings(edit.instruction, found))
+
+
+@few
+@given(seeds, st.integers(0, 2))
+def test_mirrored_and_recoloured_looks_keep_their_verdict(seed: int, turns: int) -> None:
+    case = edit_case(sample_edit(np.random.default_rng(seed)))
+    assert verdict(_mirrored(case)).success
+    assert verdict(_recoloured(case, 0)) == verdict(case)
+    assert _recoloured(_recoloured(case, turns), 3 - turns).used == case.used
+
+
+def test_cases_are_of_both_verdicts_and_ask_for_nothing_of_other_splits() -> None:
+    made = [edit_case(sample_edit(np.random.default_rng(seed))) for seed in range(12)]
+    drawn = Drawn(torch.stack([c.before for c in made if c.before is not None]), torch.stack([c.after for c in made]),
+                  [c.used for c in made])  # fmt: skip
+    cases = Cases(drawn)
+    rng = np.random.default_rng(0)
+    shown = [cases.sample(rng, progress) for progress in np.linspace(0, 1, 80)]
+    right = sum(judge(*f, c.original, c.used).success for c, f in zip(shown, readings(shown), strict=True))
+    assert 20 <= right <= 60
+    assert critic_message(shown[0])[-1] == f"was: {shown[0].original} used: {shown[0].used}"
+
+
+TINY = train.Recipe(
+    steps=6,
+    batch=4,
+    lr=2e-3,
+    save_every=2,
+    warmup=1,
+    seed=0,
+    size=models.Size(width=32, layers=1, vision_width=32, vision_layers=1),
+)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_training_lowers_the_loss_and_resumes_where_it_was_killed(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    rows = train.planner_rows(TINY)
+
+    def dies(step: int) -> train.Rows:
+        if step == 4:
+            raise Stopped
+        return rows(step)
+
+    train.train(tmp_path / "whole", TINY, rows)
+    with pytest.raises(Stopped):
+        train.train(tmp_path / "killed", TINY, dies)
+    train.train(tmp_path / "killed", TINY, rows)
+    whole, resumed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in whole.items())
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["train_loss"] < 7.0
+
+
+@pytest.mark.slow
+def test_the_critic_trains_on_pictures(tmp_path: Path) -> None:
+    cases = [drawing(seed) for seed in range(4)]
+    train.train(tmp_path, TINY.model_copy(update={"steps": 2}), lambda step: train.critic_batch(cases))
+    assert resolve(str(tmp_path / "model"))
+
+
+def test_what_is_shipped_is_small_and_says_how_it_came_to_be() -> None:
+    folders = [WEIGHTS / name for name in ("planner", "critic")]
+    assert sum(f.stat().st_size for folder in folders for f in folder.rglob("*")) <= 15e6
+    for folder in folders:
+        assert resolve(f"builtin:shapes/{folder.name}") == folder
+        content = json.loads((folder / "provenance.json").read_text())
+        assert {"recipe", "data", "training", "metrics"} <= content.keys()
+
+
+@pytest.mark.slow
+def test_the_shipped_planner_plans_the_example() -> None:
+    from interleave.miniature.data import planner_message
+    from interleave.miniature.measure import answers
+
+    (answer,) = answers(resolve("builtin:shapes/planner"), [planner_message(EXAMPLE)])
+    plan = parse_plan(answer)
+    assert isinstance(plan, Plan)
+    assert [step.prompt for step in plan.steps] == [
+        "a red circle",
+        "add a blue square right of the circle",
+        "make the circle green",
+    ]
+
+
+@pytest.mark.slow
+def test_the_shipped_critic_tells_right_from_wrong() -> None:
+    from interleave.miniature.measure import answers
+
+    right = [drawing(seed) for seed in range(10)]
+    wrong = [replace(case, after=other.after) for case, other in zip(right, right[1:] + right[:1], strict=True)]
+    cases = right + wrong
+    truth = [verdict(case).success for case in cases]
+    said = [parse_verdict(a) for a in answers(resolve("builtin:shapes/critic"), [critic_message(c) for c in cases])]
+    assert sum(isinstance(s, Verdict) and s.success == t for s, t in zip(said, truth, strict=True)) >= 16
+    assert to_conversation(critic_message(cases[0]))[0]["role"] == "user"

@@ -1,0 +1,446 @@
+"""Generators behind HTTP: the pool of replicas against the real service, and an images endpoint that misbehaves."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from imgen_common.errors import UserError
+from interleave.generators import (
+    ImagesApiConfig,
+    ImagesApiGenerator,
+    ScriptedGenerator,
+    ServiceConfig,
+    ServiceGenerator,
+    make,
+)
+from interleave.generators.pipeline import Settings
+from interleave.generators.scripted import bands
+from interleave.generators.service import About
+from interleave.parts import Generator, Job, PartFailed, Picture
+from interleave.resilience import CallerConfig
+from interleave.serve import ServeConfig, address, listening, server
+from interleave.serve.app import create_app, digest
+from interleave.serve.metrics import Metrics
+from interleave.serve.studio import Drawn, Failed, Studio, Task
+
+QUICK = CallerConfig(tries=2, first_wait=1e-6, deadline=60)
+RED, BLUE = (Picture.of(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+JOB = Job("a red circle", (), 3)
+
+
+class Inside:
+    """A backend of the service in this process."""
+
+    trouble, capacity, num_running = None, 100, 0
+
+    def __init__(self, generator: ScriptedGenerator) -> None:
+        self._studio = Studio(ServeConfig(), lambda config, on_batch: generator)
+        self.about = self._studio.about
+        self.begun: list[Task] = []
+        self.drawn: list[Task] = []
+        self.cancelled = threading.Event()
+
+    async def start(self) -> None:
+        pass
+
+    async def draw(self, task: Task) -> Drawn | Failed:
+        self.begun.append(task)
+        try:
+            answer = await self._studio.draw(task)
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        self.drawn.append(task)
+        return answer
+
+    async def stop(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def hosted(backend: Inside, port: int = 0, token: str | None = None) -> Iterator[str]:
+    """The real service over `backend`; its address."""
+    config = ServeConfig(drain=0)
+    app = create_app(config, backend, Metrics(), digest(token) if token else None)
+    with listening("127.0.0.1", port) as listener:
+        front = server(app, config)
+        thread = threading.Thread(target=front.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield address(listener)
+        finally:
+            front.should_exit = True
+            thread.join()
+
+
+def together(generator: Generator, *jobs: Job) -> list[Picture | BaseException]:
+    """What the generator answers to all jobs at once; it is closed afterwards."""
+
+    async def main() -> list[Picture | BaseException]:
+        try:
+            return await asyncio.gather(*map(generator.generate, jobs), return_exceptions=True)
+        finally:
+            await generator.close()
+            await generator.close()
+
+    return asyncio.run(main())
+
+
+def failure(generator: Generator, job: Job = JOB) -> PartFailed:
+    (answer,) = together(generator, job)
+    assert isinstance(answer, PartFailed), answer
+    return answer
+
+
+def drawn(generator: Generator, job: Job = JOB) -> Picture:
+    (answer,) = together(generator, job)
+    assert isinstance(answer, Picture), answer
+    return answer
+
+
+# --- our own service -------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    first, second = (Inside(ScriptedGenerator(latency=0.05, max_sources=2)) for _ in range(2))
+    with hosted(first, token="secret") as one, hosted(second, token="secret") as two:
+        config = ServiceConfig(urls=(one, two + "/"), token_env="SOME_TOKEN", params=Settings(width=12))
+        generator = make(config)
+        assert (generator.id, generator.max_sources, generator.params) == ("scripted", 2, {"width": 12})
+        jobs = [Job(f"prompt {i}", (RED, BLUE)[: i % 3], i) for i in range(24)]
+        answers = together(generator, *jobs)
+        with pytest.raises(UserError, match="set OTHER"):
+            make(config.model_copy(update={"token_env": "OTHER"}))
+    for job, answer in zip(jobs, answers, strict=True):
+        assert isinstance(answer, Picture), answer
+        assert answer == Picture.of(bands(job).resize((12, 64), Image.Resampling.NEAREST))
+    assert min(len(first.drawn), len(second.drawn)) >= 6
+    assert len(first.drawn) + len(second.drawn) == 24
+
+
+def test_a_replica_that_goes_is_replaced_by_another_and_taken_back_when_it_returns() -> None:
+    first, second = Inside(ScriptedGenerator()), Inside(ScriptedGenerator())
+    with hosted(second) as two, contextlib.ExitStack() as stack:
+        one = stack.enter_context(hosted(first))
+        port = int(one.rpartition(":")[2])
+        generator = ServiceGenerator.connect(ServiceConfig(urls=(one, two), calls=QUICK, probe_every=0.05))
+
+        async def main() -> None:
+            for i in range(4):
+                await generator.generate(Job("before", (), i))
+            await asyncio.to_thread(stack.close)
+            for i in range(4):
+                await generator.generate(Job("while", (), i))
+            back = hosted(first, port)
+            await asyncio.to_thread(back.__enter__)
+            while first.drawn[-1].prompt != "after":
+                await generator.generate(Job("after", (), 0))
+            await generator.close()
+            await asyncio.to_thread(back.__exit__, None, None, None)
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+    assert [task.prompt for task in first.drawn] == ["before", "before", "after"]
+    assert [task.prompt for task in second.drawn[:7]] == ["before"] * 2 + ["while"] * 4 + ["after"]
+
+
+def test_who_leaves_closes_the_request() -> None:
+    backend = Inside(ScriptedGenerator(latency=60.0))
+    with hosted(backend) as url:
+        generator = ServiceGenerator.connect(ServiceConfig(urls=(url,)))
+
+        async def main() -> None:
+            task = asyncio.create_task(generator.generate(JOB))
+            while not backend.begun:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert await asyncio.to_thread(backend.cancelled.wait, 30)
+            await generator.close()
+
+        asyncio.run(main())
+    assert len(backend.begun) == 1
+
+
+def test_the_deadline_is_passed_on_and_kept() -> None:
+    backend = Inside(ScriptedGenerator(latency=60.0))
+    with hosted(backend) as url:
+        quick = CallerConfig(deadline=1.0)
+        began = time.monotonic()
+        assert failure(ServiceGenerator.connect(ServiceConfig(urls=(url,), calls=quick))).kind == "deadline"
+        assert time.monotonic() - began < 30
+    assert not backend.drawn
+
+
+def test_failures_of_the_service_are_typed() -> None:
+    def fails(job: Job) -> PartFailed | None:
+        return PartFailed("out_of_memory", "secret") if job.prompt == "large" else None
+
+    with hosted(Inside(ScriptedGenerator(fails=fails))) as url:
+        config = ServiceConfig(urls=(url,), calls=QUICK)
+        assert failure(ServiceGenerator.connect(config), Job("large", (), 1)).kind == "out_of_memory"
+        refused = failure(ServiceGenerator.connect(config), Job("a", (RED, BLUE), 1))
+        assert refused.kind == "refused"
+        assert "takes 1 at most" in str(refused)
+        wrong = config.model_copy(update={"params": Settings(num_inference_steps=1000)})
+        assert failure(ServiceGenerator.connect(wrong)).kind == "refused"
+
+
+def test_without_a_service_the_command_says_what_to_do() -> None:
+    with listening("127.0.0.1", 0) as taken:
+        url = address(taken)
+    with pytest.raises(UserError, match="start `interleave serve`"):
+        make(ServiceConfig(urls=(url,), startup=0))
+    with pytest.raises(UserError, match="must be like"):
+        make(ServiceConfig(urls=("ftp://x",), startup=0))
+    first, second = Inside(ScriptedGenerator(params={"a": 1})), Inside(ScriptedGenerator(params={"a": 2}))
+    with hosted(first) as one, hosted(second) as two, pytest.raises(UserError, match="replicas of one model"):
+        make(ServiceConfig(urls=(one, two)))
+
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def pool(*handlers: Handler, **settings: Any) -> ServiceGenerator:
+    """A generator over replicas that answer as `handlers` say."""
+    hosts = {f"replica{i}": handler for i, handler in enumerate(handlers)}
+    config = ServiceConfig(**{"urls": tuple(f"http://{host}" for host in hosts), "calls": QUICK} | settings)
+    transport = httpx.MockTransport(lambda request: hosts[request.url.host](request))
+    return ServiceGenerator(config, About("m", {}, 1), transport)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def bomb() -> bytes:
+    """A small file that says it is 50000x50000 pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def good(request: httpx.Request) -> httpx.Response:
+    image = base64_of(png(RED.image))
+    return httpx.Response(200, json={"image": image, "seed": 3, "seconds": 0.1, "model": "m"})
+
+
+def answering(status: int = 200, **more: Any) -> Handler:
+    return lambda request: httpx.Response(status, **more)
+
+
+BAD_ANSWERS: dict[str, httpx.Response] = {
+    "not JSON": httpx.Response(200, content=b"<html>"),
+    "no picture": httpx.Response(200, json={"model": "m"}),
+    "a number": httpx.Response(200, json={"model": "m", "image": 3}),
+    "not base64": httpx.Response(200, json={"model": "m", "image": "§"}),
+    "text": httpx.Response(200, json={"model": "m", "image": base64_of(b"hello")}),
+    "bomb": httpx.Response(200, json={"model": "m", "image": base64_of(bomb())}),
+    "other model": httpx.Response(200, json={"model": "n", "image": base64_of(png(RED.image))}),
+    "a list": httpx.Response(200, json=[1]),
+    "null": httpx.Response(200, content=b"null"),
+    "too long": httpx.Response(200, content=b" " * 2000),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_a_service_that_answers_garbage_is_typed(name: str) -> None:
+    assert failure(pool(lambda request: BAD_ANSWERS[name], max_answer_bytes=1024)).kind == "garbage"
+
+
+@pytest.mark.parametrize(
+    "bad", [answering(429), answering(503), answering(502), answering(500, json={"error": 1}), answering(200)]
+)
+def test_another_replica_is_asked_at_once(bad: Handler) -> None:
+    asked = []
+
+    def noted(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return bad(request)
+
+    generator = pool(noted, good, calls=CallerConfig(first_wait=60, longest_wait=60, deadline=30))
+    assert all(answer == RED for answer in together(generator, *[JOB] * 6))
+    assert "/v1/generate" in asked
+
+
+def test_a_broken_connection_is_asked_again_elsewhere() -> None:
+    def gone(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("no route")
+
+    assert drawn(pool(gone, good)) == RED
+    assert failure(pool(gone)).kind == "unreachable"
+
+
+def test_a_full_service_is_asked_again_when_it_says() -> None:
+    answers = [httpx.Response(429, headers={"Retry-After": "0"}), good(None)]  # type: ignore[arg-type]
+    assert drawn(pool(lambda request: answers.pop(0))) == RED
+    assert failure(pool(answering(429))).kind == "overloaded"
+
+
+@pytest.mark.parametrize("status", [400, 401, 413, 422])
+def test_what_is_refused_is_asked_once(status: int) -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(status, json={"error": {"kind": "invalid", "message": "no\nway"}})
+
+    refused = failure(pool(handler, handler))
+    assert refused.kind == "refused"
+    assert "no way" in str(refused)
+    assert len(asked) == 1
+
+
+# --- an images endpoint ----------------------------------------------------------------------------------------------
+
+
+def endpoint(handler: Handler, **settings: Any) -> ImagesApiGenerator:
+    config = ImagesApiConfig(**{"url": "http://example.test/v1/", "model": "m", "calls": QUICK} | settings)
+    return ImagesApiGenerator(config, httpx.MockTransport(handler))
+
+
+def image_answer(image: Image.Image = RED.image) -> httpx.Response:
+    return httpx.Response(200, json={"created": 1, "data": [{"b64_json": base64_of(png(image))}]})
+
+
+def test_words_are_sent_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return image_answer()
+
+    settings = {"size": "64x64", "quality": "low", "extra": {"steps": 4}, "send_seed": True, "key_env": "SOME_KEY"}
+    assert drawn(endpoint(handler, **settings)) == RED
+    assert str(seen[0].url) == "http://example.test/v1/images/generations"
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    assert json.loads(seen[0].content) == {
+        "model": "m", "prompt": "a red circle", "n": 1, "size": "64x64", "quality": "low", "steps": 4, "seed": 3,
+        "response_format": "b64_json",
+    }  # fmt: skip
+    monkeypatch.delenv("SOME_KEY")
+    drawn(endpoint(handler, response_format=None, key_env="SOME_KEY"))
+    assert json.loads(seen[1].content) == {"model": "m", "prompt": "a red circle", "n": 1}
+    assert "authorization" not in seen[1].headers
+
+
+def test_edits_are_sent_as_a_form() -> None:
+    """Read by the parser of a real server."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    seen: list[tuple[dict[str, Any], list[str]]] = []
+
+    async def edits(request: Request) -> JSONResponse:
+        form = await request.form()
+        pictures: list[Picture] = []
+        for one in form.getlist("image[]"):
+            assert not isinstance(one, str)
+            pictures.append(Picture.of(Image.open(io.BytesIO(await one.read()))))
+        words = {name: value for name, value in form.items() if isinstance(value, str)}
+        seen.append((words, [picture.id for picture in pictures]))
+        return JSONResponse({"data": [{"b64_json": base64_of(png(pictures[-1].image))}]})
+
+    app = Starlette(routes=[Route("/v1/images/edits", edits, methods=["POST"])])
+    config = ImagesApiConfig(url="http://example.test/v1", model="m", max_references=2, extra={"on": True}, calls=QUICK)
+    generator = ImagesApiGenerator(config, httpx.ASGITransport(app))
+    assert drawn(generator, Job("make it blue", (RED, BLUE), 3)) == BLUE
+    words = {"model": "m", "prompt": "make it blue", "n": "1", "response_format": "b64_json", "on": "true"}
+    assert seen == [(words, [RED.id, BLUE.id])]
+    assert failure(ImagesApiGenerator(config), Job("a", (RED,) * 3, 1)).kind == "refused"
+
+
+BAD_IMAGES: dict[str, tuple[httpx.Response, str]] = {
+    "not JSON": (httpx.Response(200, content=b"<html>"), "garbage"),
+    "no data": (httpx.Response(200, json={"data": []}), "garbage"),
+    "null": (httpx.Response(200, json={"data": [None]}), "garbage"),
+    "an error inside": (httpx.Response(200, json={"error": {"message": "the cat sat on it"}}), "garbage"),
+    "nothing in it": (httpx.Response(200, json={"data": [{}]}), "garbage"),
+    "text": (httpx.Response(200, json={"data": [{"b64_json": base64_of(b"hello")}]}), "garbage"),
+    "bomb": (httpx.Response(200, json={"data": [{"b64_json": base64_of(bomb())}]}), "garbage"),
+    "too long": (httpx.Response(200, content=b" " * 2000), "garbage"),
+    "an address": (httpx.Response(200, json={"data": [{"url": "https://example.test/a.png"}]}), "refused"),
+    "wrong key": (httpx.Response(401, json={"error": {"message": "bad key"}}), "refused"),
+    "moderated": (httpx.Response(400, json={"error": {"message": "not allowed"}}), "refused"),
+    "elsewhere": (httpx.Response(302, headers={"Location": "http://other.test"}), "refused"),
+    "full": (httpx.Response(429), "overloaded"),
+    "ill": (httpx.Response(500), "overloaded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_endpoint_that_misbehaves_is_typed(name: str) -> None:
+    answer, kind = BAD_IMAGES[name]
+    assert failure(endpoint(lambda request: answer, max_answer_bytes=1024)).kind == kind
+
+
+def test_the_words_of_an_error_are_passed_on_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "very secret")
+    said = failure(endpoint(lambda request: BAD_IMAGES["an error inside"][0]))
+    assert "the cat sat on it" in str(said)
+    assert "very secret" not in str(said) + repr(said.__cause__)
+
+
+def test_what_passes_is_asked_again() -> None:
+    answers = [httpx.Response(500), image_answer()]
+    assert drawn(endpoint(lambda request: answers.pop(0))) == RED
+
+    def gone(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("slow")
+
+    assert failure(endpoint(gone)).kind == "deadline"
+
+
+def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "secret")
+    seen: list[httpx.Request] = []
+
+    def handler(scheme: str, content: bytes) -> Handler:
+        def answer(request: httpx.Request) -> httpx.Response:
+            seen.append(request)
+            if request.method == "GET":
+                return httpx.Response(200, content=content)
+            return httpx.Response(200, json={"data": [{"url": f"{scheme}://files.test/a.png"}]})
+
+        return answer
+
+    assert drawn(endpoint(handler("https", png(BLUE.image)), allow_addresses=True)) == BLUE
+    assert "authorization" in seen[0].headers
+    assert "authorization" not in seen[1].headers
+    assert failure(endpoint(handler("http", png(BLUE.image)), allow_addresses=True)).kind == "refused"
+    assert failure(endpoint(handler("file", png(BLUE.image)), allow_addresses=True)).kind == "refused"
+    assert failure(endpoint(handler("https", bomb()), allow_addresses=True)).kind == "garbage"
+    large = endpoint(handler("https", b" " * 3000), allow_addresses=True, max_answer_bytes=1024)
+    assert failure(large).kind == "garbage"
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="must be like"):
+        make(ImagesApiConfig(url="example.test"))
+    assert make(ImagesApiConfig(model="m")).id == "m"

@@ -1,0 +1,471 @@
+"""`interleave sft`: which weights and tokens learn, which rows come when, what is refused; and that a run goes on."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sets import critic_row, make_set, planner_row, write
+from tiny import tiny_folder
+
+from imgen_common.config import load, to_yaml
+from imgen_common.errors import UserError
+from interleave.formats.rows import SftRow
+from interleave.miniature import models
+from interleave.prompts import to_conversation
+from interleave.store import PictureStore
+from interleave.training.arithmetic import memory, sft_sums
+from interleave.training.config import GrpoConfig, SftConfig
+from interleave.training.freeze import freeze, is_frozen, is_vision
+from interleave.training.mapping import OWNED_GRPO, OWNED_LORA, OWNED_SFT, check_keys, check_owned
+from interleave.training.rows import (
+    arranged,
+    check_template,
+    content,
+    num_tokens,
+    read_rows,
+    short_enough,
+    sized,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
+SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
+GRPO_RECIPES = sorted(CONFIGS.glob("grpo_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in `model`, a set in `set`."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny_folder(folder / "model")
+    make_set(folder / "set")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(root: Path) -> list[SftRow]:
+    return read_rows(root / "set", "critic_sft", SftRow)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_typo_in_the_mappings_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"trl.learing_rate: unknown option of X; did you mean 'learning_rate'"):
+        check_keys("trl", {"learing_rate": 1}, {"learning_rate", "save_steps"}, "X")
+
+
+@pytest.mark.parametrize("owned", [OWNED_SFT, OWNED_GRPO, OWNED_LORA])
+def test_what_interleave_sets_itself_is_refused_with_the_reason(owned: dict[str, str]) -> None:
+    for key, reason in owned.items():
+        with pytest.raises(UserError) as error:
+            check_owned("trl", {key: 1}, owned)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_read(recipe: Path) -> None:
+    kind = SftConfig if recipe in SFT_RECIPES else GrpoConfig
+    config = load(kind, [recipe])
+    assert load(kind, [], [f"trl={json.dumps(dict(config.trl))}"]).trl == config.trl
+    deepspeed = config.trl.get("deepspeed")
+    assert deepspeed is None or (CONFIGS.parents[1] / deepspeed).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_options_that_trl_and_peft_have(recipe: Path) -> None:
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.mapping import check_trl, lora_config
+
+    config = load(SftConfig if recipe in SFT_RECIPES else GrpoConfig, [recipe])
+    if recipe in SFT_RECIPES:
+        check_trl(config.trl, SFTConfig, OWNED_SFT)
+    else:
+        check_trl(config.trl, GRPOConfig, OWNED_GRPO)
+    if config.lora is not None:
+        assert lora_config(config.lora, config.vision).task_type == "CAUSAL_LM"
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda line: line[:-5], "Invalid JSON"),
+        (lambda line: line.replace(b'"completion":"', b'"completion":" ","x":"'), "Extra inputs"),
+        (lambda line: line.replace(b"want", b"w\xff"), "not UTF-8"),
+        (lambda line: b'{"texts":["a","b"],"image_ids":[],"completion":"c"}', "1 places for 0 pictures"),
+        (lambda line: b'{"texts":["a"],"image_ids":[],"completion":" "}', "answer is empty"),
+        (
+            lambda line: b'{"texts":["",""],"image_ids":["' + b"0" * 64 + b'"],"completion":"c"}',
+            "000000000000... is not",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    lines = (root / "set" / "critic_sft.jsonl").read_bytes().splitlines()
+    lines[2] = spoil(lines[2])
+    (tmp_path / "critic_sft.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "pictures").symlink_to(root / "set" / "pictures")
+    with pytest.raises(UserError, match=r"critic_sft\.jsonl:3: ") as error:
+        read_rows(tmp_path, "critic_sft", SftRow)
+    assert said in str(error.value)
+
+
+def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'critic_sft'"):
+        read_rows(root / "set", "critic_stf", SftRow)
+    (tmp_path / "critic_sft.jsonl").touch()
+    with pytest.raises(UserError, match="holds no rows"):
+        read_rows(tmp_path, "critic_sft", SftRow)
+
+
+def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Path, rows: list[SftRow]) -> None:
+    store = PictureStore(root / "set" / "pictures")
+    mixed = [*rows[:2], planner_row(1)]
+    lengths = []
+    for row in mixed:
+        processor = models.processor()
+        said = {"role": "assistant", "content": [{"type": "text", "text": row.completion}]}
+        talk = [*to_conversation(row.message(store)), said]
+        whole = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+        lengths.append(num_tokens(row, processor, lambda image_id: store.get(image_id).image.size))
+        assert lengths[-1] == len(whole["input_ids"][0])
+    limit = sorted(lengths)[1]
+    kept = short_enough(mixed, models.processor(), store, limit)
+    assert kept == [i for i, length in enumerate(lengths) if length <= limit]
+    assert short_enough(mixed, models.processor(), store, limit, answer=1) != kept
+    with pytest.raises(UserError, match=f"the shortest has {min(lengths)} tokens"):
+        short_enough(mixed, models.processor(), store, 5)
+
+
+def test_a_limit_on_pixels_shrinks_pictures_as_at_run_time() -> None:
+    processor = sized(models.processor(), 16 * 16)
+    assert processor.image_processor.size["longest_edge"] == 16 * 16
+
+
+def real_template() -> str:
+    """The chat template of Qwen3-VL, which TRL carries."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / "qwen3_vl.jinja").read_text()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_think_survives_the_chat_template(rows: list[SftRow], own: bool) -> None:
+    processor = models.processor()
+    if own:
+        processor.chat_template = real_template()
+    check_template(processor, rows[0])
+    said = {"role": "assistant", "content": rows[0].completion}
+    text = processor.apply_chat_template([{"role": "user", "content": content(rows[0].texts)}, said], tokenize=False)
+    assert "<think>want red</think><answer>" in text
+
+
+def test_a_template_that_drops_thoughts_is_refused(rows: list[SftRow]) -> None:
+    processor = models.processor()
+    processor.chat_template = processor.chat_template.replace("{{ c.text }}", "{{ c.text.split('</think>')[-1] }}")
+    with pytest.raises(UserError, match="changes the answer"):
+        check_template(processor, rows[0])
+
+
+@given(
+    kinds=st.lists(st.booleans(), min_size=1, max_size=60),
+    batch=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    seed=st.none() | st.integers(0, 99),
+)
+def test_every_batch_is_of_one_kind_and_every_row_comes(
+    kinds: list[bool], batch: int, epochs: int, seed: int | None
+) -> None:
+    order = arranged(kinds, batch, epochs, seed)
+    assert len(order) % (batch * epochs) == 0
+    for start in range(0, len(order), batch):
+        assert len({kinds[i] for i in order[start : start + batch]}) == 1
+    size = len(order) // epochs
+    for epoch in range(epochs):
+        assert set(order[epoch * size : (epoch + 1) * size]) == set(range(len(kinds)))
+    assert size - len(kinds) < 2 * batch
+    assert order == arranged(kinds, batch, epochs, seed)
+
+
+def test_passes_differ_in_order() -> None:
+    order = arranged([True] * 40, 4, 2, 0)
+    assert order[:40] != order[40:]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_which_weights_learn() -> None:
+    size = models.Size(width=64, layers=1, vision_width=32, vision_layers=2)
+    model = models.build(size, models.tokenizer())
+    names = [name for name, _ in model.named_parameters()]
+
+    def learning(vision: Any) -> set[str]:
+        freeze(model, vision)
+        return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+    assert learning("train") == set(names)
+    assert learning("frozen") == {name for name in names if ".visual." not in name}
+    quirk = learning("reference") - learning("frozen")
+    assert quirk == {name for name in names if ".visual.pos_embed." in name or ".visual.deepstack_merger_list." in name}
+    assert len(quirk) > 1
+
+
+def test_names_of_other_vision_towers_and_of_adapters() -> None:
+    assert is_vision("model.vision_tower.encoder.layers.0.weight")
+    assert is_vision("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight")
+    assert not is_vision("model.language_model.layers.0.self_attn.q_proj.weight")
+    assert is_frozen("model.multi_modal_projector.linear_1.weight", "frozen")
+
+
+def test_a_model_without_a_vision_tower_is_refused() -> None:
+    import torch
+
+    with pytest.raises(UserError, match="no vision tower found in Linear"):
+        freeze(torch.nn.Linear(2, 2), "frozen")
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sums_of_the_papers_recipe() -> None:
+    trl = load(SftConfig, [CONFIGS / "sft_critic_qwen3vl.yaml"]).trl
+    sums = sft_sums(trl, 112_000, 3, 8)
+    assert (sums.rows_per_update, sums.updates_per_epoch, sums.updates) == (16, 7000, 14_000)
+    assert sft_sums({"max_steps": 5}, 10, 0, 1).updates == 5
+    with pytest.raises(UserError, match=r"trl.per_device_train_batch_size: must be a positive whole number, got 0"):
+        sft_sums({"per_device_train_batch_size": 0}, 10, 0, 1)
+
+
+def test_what_a_process_holds() -> None:
+    whole = memory(100, 100, size=4, master=False, stage=0, processes=8)
+    assert (whole.weights, whole.gradients, whole.optimizer) == (400, 400, 800)
+    zero2 = memory(800, 800, size=2, master=True, stage=2, processes=8)
+    assert (zero2.weights, zero2.gradients, zero2.optimizer) == (1600, 200, 1200)
+    zero3 = memory(800, 400, size=2, master=True, stage=3, processes=8)
+    assert (zero3.weights, zero3.gradients, zero3.optimizer, zero3.total) == (200, 100, 600, 900)
+
+
+# --- training (slow) -------------------------------------------------------------------------------------------------
+
+QUICK: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def quick(root: Path, lora: Any = None, vision: Any = "frozen", **trl: Any) -> SftConfig:
+    return SftConfig(
+        model=str(root / "model"), data=str(root / "set"), vision=vision, lora=lora, max_length=512, trl=QUICK | trl
+    )
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def killer(step: int) -> Any:
+    """A callback that stops everything after an update, as a kill would, before anything is saved for it."""
+    from transformers import TrainerCallback
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Killer()
+
+
+@pytest.mark.slow
+def test_our_defaults_are_trls() -> None:
+    from dataclasses import fields
+
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.arithmetic import Batches
+
+    given = {f.name: f.default for cls in (SFTConfig, GRPOConfig) for f in fields(cls)}
+    for field in fields(Batches):
+        default = given[field.name]
+        assert field.default == getattr(default, "value", default), field.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False])
+def test_only_the_answer_is_learnt(root: Path, rows: list[SftRow], own: bool) -> None:
+    """Of TRL's collator: labels begin with the answer, end with the end of turn, hold no picture token; the prompt is
+    that of run time."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    from interleave.training.rows import sft_item
+
+    processor = models.processor()
+    if own:
+        processor.chat_template = real_template()
+    store = PictureStore(root / "set" / "pictures")
+    batch = [rows[0], rows[1]]
+    items = [sft_item(row, {i: store.get(i) for i in row.image_ids}) for row in batch]
+    made = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(items)
+    words = processor.tokenizer
+    for i, row in enumerate(batch):
+        prompt = processor.apply_chat_template(
+            to_conversation(row.message(store)), tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"][0]
+        ids = made["input_ids"][i][made["attention_mask"][i] == 1].tolist()
+        labels = made["labels"][i][made["attention_mask"][i] == 1].tolist()
+        assert ids[: len(prompt)] == prompt
+        assert labels[: len(prompt)] == [-100] * len(prompt)
+        learnt = labels[len(prompt) :]
+        assert learnt == ids[len(prompt) :]
+        assert words.decode(learnt) == row.completion + "<|im_end|>\n"
+        assert words.convert_tokens_to_ids("<|image_pad|>") not in learnt
+    assert (made["labels"][made["attention_mask"] == 0] == -100).all()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: Path, tmp_path: Path) -> None:
+    from interleave.chat import LocalChat, LocalChatConfig
+    from interleave.training import sft
+
+    config = quick(root)
+    straight = sft.train("critic", config, ["test"], runs=tmp_path, name="straight")
+    for moment in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            sft.train("critic", config, ["test"], runs=tmp_path, name=f"k{moment}", callbacks=[killer(moment)])
+        torn = tmp_path / f"k{moment}" / "checkpoints" / "checkpoint-9"
+        torn.mkdir(parents=True)
+        again = sft.train("critic", config, ["test"], resume=tmp_path / f"k{moment}")
+        assert digest(again) == digest(straight)
+        assert not torn.exists()
+        losses = [[x["loss"] for x in lines(run) if "loss" in x] for run in (tmp_path / "straight", again.parent)]
+        assert losses[0] == losses[1]
+        assert len(losses[0]) == 4
+    before, after = weights(root / "model"), weights(straight)
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert changed == {name for name in before if ".visual." not in name}
+    assert not list(straight.rglob("*.bin"))
+    chat = LocalChat(LocalChatConfig(ref=str(straight), device="cpu", max_new_tokens=4))
+    (reply,) = chat.answer([(critic_row(0, PictureStore(root / "set" / "pictures")).message(store_of(root)), 0)])
+    assert not isinstance(reply, BaseException)
+    with pytest.raises(UserError, match="finished already"):
+        sft.train("critic", config, ["test"], resume=tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        sft.train("critic", config, ["test"], runs=tmp_path, name="other", callbacks=[killer(1)])
+    with pytest.raises(UserError, match=r"trl.learning_rate = 0.001, now 0.1"):
+        sft.train("critic", quick(root, learning_rate=0.1), ["test"], resume=tmp_path / "other")
+
+
+def store_of(root: Path) -> PictureStore:
+    return PictureStore(root / "set" / "pictures")
+
+
+def lines(run: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_beside_the_vision_tower_and_added_to_the_weights(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    model = sft.train("critic", quick(root, lora={"r": 4}), ["test"], runs=tmp_path)
+    before, after = weights(root / "model"), weights(model)
+    assert set(after) == set(before)
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert changed
+    assert not any(".visual." in name or "norm" in name for name in changed)
+    assert (model.parent / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_text_alone_and_mixed_sets_train(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    assert (sft.train("planner", quick(root, max_steps=-1, num_train_epochs=2), ["t"], runs=tmp_path)).is_dir()
+    assert max(line["step"] for line in lines(tmp_path / "sft_planner")) == 8  # 3 + 1 rows of a kind, 2 passes
+    plain = root / "plain"
+    plain.mkdir()
+    write(plain / "planner_sft.jsonl", [planner_row(i) for i in range(4)])
+    config = quick(root).model_copy(update={"data": str(plain)})
+    assert sft.train("planner", config, ["t"], runs=tmp_path, name="plain").is_dir()
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing(root: Path, tmp_path: Path) -> None:
+    """Answers differ in length, so that a mean over micro-batches would not be the mean over tokens."""
+    from interleave.training import sft
+
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        config = quick(root, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2)
+        run = sft.train("critic", config, ["t"], runs=tmp_path, name=f"{batch}x{steps}").parent
+        found.append([line["loss"] for line in lines(run) if "loss" in line])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    cases = {
+        "did you mean 'learning_rate'": {"learing_rate": 1},
+        "output_dir: cannot be set": {"output_dir": "x"},
+        "eval_strategy": {"eval_strategy": "steps"},
+        "cannot be read": {"deepspeed": "none.json"},
+        "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    }
+    for said, trl in cases.items():
+        with pytest.raises(UserError, match=said):
+            sft.train("critic", quick(root, **trl), ["t"], runs=tmp_path)
+    with pytest.raises(UserError, match="did you mean 'lora_alpha'"):
+        sft.train("critic", quick(root, lora={"lora_alfa": 1}), ["t"], runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def launched(processes: int, config: SftConfig, runs: Path, name: str) -> list[float]:
+    """The losses of `interleave sft planner` on some processes."""
+    file = runs / f"{name}.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += ["-m", "interleave", "sft", "planner", str(file), "--runs", str(runs), "--name", name]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line["loss"] for line in lines(runs / name) if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_under_zero_give_the_losses_of_one(root: Path, tmp_path: Path, stage: int) -> None:
+    """On a mixed set, which would hang ZeRO-3 if processes differed in whether they run the vision tower."""
+    from interleave.chat import LocalChat, LocalChatConfig
+
+    zero = str(CONFIGS / "deepspeed" / f"zero{stage}.json")
+    one = launched(1, quick(root, max_steps=3, per_device_train_batch_size=2), tmp_path, "one")
+    two = launched(2, quick(root, max_steps=3, per_device_train_batch_size=1, deepspeed=zero), tmp_path, "two")
+    assert two == pytest.approx(one, abs=1e-3)
+    assert len(two) == 3
+    LocalChat(LocalChatConfig(ref=str(tmp_path / "two" / "model"), device="cpu"))

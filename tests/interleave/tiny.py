@@ -1,0 +1,20 @@
+"""A tiny vision-language model folder with fresh weights, of the miniature's class and words."""
+
+from pathlib import Path
+
+import torch
+
+from imgen_common import hub
+from interleave.miniature import models
+
+
+def tiny_folder(folder: Path, seed: int = 0) -> Path:
+    """Weights, processor and chat template, as `LocalChat` loads them."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(hub.resolve("builtin:shapes/planner", weights=False))
+    torch.manual_seed(seed)
+    size = models.Size(width=64, layers=2, vision_width=32, vision_layers=2)
+    models.build(size, processor.tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
