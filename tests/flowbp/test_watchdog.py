@@ -17,6 +17,8 @@ from flowbp.watchdog import Finding, WatchdogConfig, drift_of, look
 from imgen_common.config import load
 from imgen_common.images import from_pil, to_pil
 
+RECIPES = Path(__file__).parents[2] / "configs" / "flowbp" / "miniature"
+
 
 def flat(*colour: float, side: int = 32) -> torch.Tensor:
     return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, side, side).clone()
@@ -181,3 +183,30 @@ def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
             train(config, run, Accelerator(cpu=True), JsonLines(said.append))
         assert sum("not watched" in line for line in said) == expected
         assert sum("no held-out reward" in line for line in said) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "sets", "barks"), [(["hack.yaml"], ["seed=1", "eval.every=10"], True), ([], ["eval.every=30"], False)]
+)
+def test_hacking_is_caught_before_the_verifier_falls(
+    tmp_path: Path, recipe: list[str], sets: list[str], barks: bool
+) -> None:
+    """The hacking recipe, left alone, has lost 9 points of the verifier by update 40; the default recipe gains."""
+    from accelerate import Accelerator
+
+    from flowbp.progress import JsonLines
+    from flowbp.train import train
+    from imgen_common.runs import RunFolder
+
+    sets = [*sets, "num_updates=30", "eval.num_prompts=2", "eval.guidance=[1.0]", "eval.quick_num_prompts=120"]
+    config = load(TrainConfig, [RECIPES / name for name in recipe], [*sets, "watchdog.stop=true"])
+    with RunFolder.create(tmp_path / "run", config, ["flowbp"]) as run:
+        train(config, run, Accelerator(cpu=True), JsonLines(lambda line: None))
+    lines = run.metrics()
+    verifier = {line["step"]: line["eval/verifier"] for line in lines if "eval/verifier" in line}
+    *healthy, (update, alerts) = watchdog.findings(tmp_path / "run").items()
+    assert verifier[update] - verifier[0] > -0.05
+    assert not any(found for _, found in healthy)
+    assert bool(alerts) == barks
+    assert all("as unlike the base's" in alert for alert in alerts)  # nothing else sees it

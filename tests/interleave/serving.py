@@ -46,7 +46,7 @@ class Service:
         return http_post(f"{self.url}/v1/generate", json=body, headers=self.headers | (headers or {}))
 
     def wait_until_ready(self) -> None:
-        eventually(lambda: self.get("/readyz").status_code == 200)
+        eventually(lambda: status_of(self.url + "/readyz") == 200)
 
     def logged(self, what: str) -> list[str]:
         """What generators did, of one sort, oldest first."""
@@ -89,6 +89,14 @@ def eventually(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < end, f"not after {PATIENCE} seconds"
         time.sleep(0.02)
+
+
+def status_of(url: str) -> int | None:
+    """The status of an answer; None where nobody answers."""
+    try:
+        return http_get(url).status_code
+    except httpx.TransportError:
+        return None
 
 
 def image_of(response: httpx.Response) -> Image.Image:

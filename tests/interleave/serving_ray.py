@@ -1,14 +1,15 @@
 """Services over one Ray cluster of this machine."""
 
 import contextlib
+import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ray import serve
 from serving import COMMON, SECRET_TOKEN, Service, free_port
 
-from interleave.serve import ServeConfig, ray
+from interleave.serve import ServeConfig, prepare_ray
 from interleave.serve.app import digest
 from interleave.serve.studio import Make
 
@@ -19,6 +20,12 @@ NUM_CHANCES = 8
 def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextManager[Service]]]:
     """What starts a service on a cluster that lives as long."""
     whole = COMMON.model_copy(update={"port": free_port()})
+    os.environ["RAY_worker_niceness"] = "0"
+    prepare_ray(whole)
+
+    from ray import serve
+
+    from interleave.serve import ray
 
     @contextlib.contextmanager
     def start(config: ServeConfig, make: Make, log: Path) -> Iterator[Service]:
@@ -34,6 +41,21 @@ def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextMan
                 stack.enter_context(ray.cluster(whole))
                 break
             except Exception:  # Ray gives its node 30 seconds to start, whatever else the machine does
+                traceback.print_exc()
                 if not chance:
                     raise
         yield start
+
+
+def listeners() -> list[str]:
+    """Addresses that processes of Ray listen on, in hexadecimal as Linux tells them."""
+    owners: dict[str, str] = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            owners[os.readlink(link)] = (link.parents[1] / "cmdline").read_text()
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return [
+        line[1].partition(":")[0]
+        for line in lines
+        if line[3] == "0A" and "ray" in owners.get(f"socket:[{line[9]}]", "")
+    ]

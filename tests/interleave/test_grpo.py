@@ -2,18 +2,18 @@
 
 import asyncio
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backends import FakeGenerator
+from launching import launched, lines
 from sets import make_set, write
 from tiny import tiny_folder
 
-from imgen_common.config import load
+from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from interleave.formats.rows import RlRow
 from interleave.generators import ScriptedConfig
@@ -261,10 +261,6 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def lines(run: Path) -> list[Mapping[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def at_step(step: int, do: Any) -> Any:
     """A callback that does something after an update."""
     from transformers import TrainerCallback
@@ -396,3 +392,22 @@ def test_the_trainers_prompt_tokens_are_those_of_the_chat_model(root: Path, tmp_
         known.append(inputs["input_ids"][0].tolist())
     assert seen
     assert all(ids in known for ids in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_under_zero_train_and_leave_a_plain_folder(
+    root: Path, taught: Path, tmp_path: Path, stage: int
+) -> None:
+    """What is sampled depends on the process, so the losses are not those of one."""
+    from interleave.chat import LocalChat, LocalChatConfig
+
+    zero = str(CONFIGS / "deepspeed" / f"zero{stage}.json")
+    trl = QUICK | {"num_generations": 4, "max_steps": 2, "max_completion_length": 48, "deepspeed": zero}
+    config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    launched(2, "grpo", str(tmp_path / "c.yaml"), "--runs", str(tmp_path))
+    run = tmp_path / "grpo_critic"
+    assert lines(run)[-1]["scoring/answers"] > 0
+    assert digest(run / "model") != digest(taught)
+    LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))

@@ -19,9 +19,10 @@ from imgen_common.shapes.scene import compose, sample_spec
 from imgen_common.shapes.stories import plan_is_correct, read_prompt, same_step, sample_story, step_holds
 from imgen_common.shapes.verify import Detection, detect
 from interleave.miniature import models, train
-from interleave.miniature.cases import Cases, _mirrored, _recoloured
+from interleave.miniature.cases import Cases, _mirrored, _recoloured, centres
 from interleave.miniature.data import Case, critic_message, critic_row, judge, plan_of, planner_row, readings, wordings
 from interleave.miniature.pool import Drawn, to_bytes
+from interleave.miniature.vision import COLOUR_NAMES, SHAPE_NAMES, labels
 from interleave.parsing import parse_plan, parse_verdict
 from interleave.prompts import render_plan, render_verdict, to_conversation
 from interleave.records import Plan, Verdict
@@ -181,6 +182,21 @@ def test_cases_are_of_both_verdicts_and_ask_for_nothing_of_other_splits() -> Non
     right = sum(judge(*f, c.original, c.used).success for c, f in zip(shown, readings(shown), strict=True))
     assert 20 <= right <= 60
     assert critic_message(shown[0])[-1] == f"was: {shown[0].original} used: {shown[0].used}"
+
+
+@few
+@given(seeds)
+def test_the_vision_lesson_knows_what_stands_where(seed: int) -> None:
+    """What is taught of a rendered scene is what the verifier reads in its picture, in the right cell."""
+    rng = np.random.default_rng(seed)
+    scene = compose(sample_spec(rng), rng)
+    taught, read = centres(scene), detect(torch.from_numpy(render(scene))[None])[0]
+    for told in taught:
+        assert any(told.thing == d.thing and max(abs(told.x - d.x), abs(told.y - d.y)) < 0.5 for d in read)
+        cell = labels(taught)[int(told.y // 8) * 4 + int(told.x // 8)]
+        assert COLOUR_NAMES[cell[0]] == told.thing.colour
+        assert SHAPE_NAMES[cell[1]] == told.thing.shape
+    assert int((labels(taught)[:, 0] > 0).sum()) == len(taught)
 
 
 TINY = train.Recipe(

@@ -1,6 +1,7 @@
 """A real OpenAI-compatible server, `transformers serve`, with the miniature's planner and critic behind it."""
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +16,9 @@ from PIL import Image
 
 from imgen_common import hub
 from imgen_common.config import load
+from imgen_common.errors import UserError
 from interleave import session
+from interleave.chat import EndpointChat, EndpointChatConfig
 from interleave.config import RunConfig
 from interleave.parts import Look, Picture
 from interleave.records import Request
@@ -83,3 +86,24 @@ def test_it_answers_as_the_local_models_do(url: str) -> None:
         return plan.plan, verdict.verdict
 
     assert asyncio.run(ask(config(url))) == asyncio.run(ask(load(RunConfig, [], ["cache=null"])))
+
+
+def test_seeds_decide_what_a_server_samples(url: str) -> None:
+    sampling = {"generation_config": json.dumps({"do_sample": True, "max_new_tokens": 40})}
+    folder = str(hub.resolve("builtin:shapes/planner"))
+    model = EndpointChat(EndpointChatConfig(url=url, model=folder, temperature=2.0, top_p=1.0, extra=sampling))
+
+    async def ask() -> list[str]:
+        try:
+            return [(await model.chat(("plan: draw a red circle",), seed)).text for seed in (1, 2, 1)]
+        finally:
+            await model.close()
+
+    first, second, again = asyncio.run(ask())
+    assert first == again != second
+
+
+def test_a_model_that_the_server_cannot_have_is_told_before_anything_starts(url: str) -> None:
+    model = EndpointChat(EndpointChatConfig(url=url, model="no/such-model"))
+    with pytest.raises(UserError, match=f"chat endpoint {url}: status .*model \\('no/such-model'\\)"):
+        asyncio.run(model.check())

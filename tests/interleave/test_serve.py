@@ -291,6 +291,16 @@ def test_a_model_that_does_not_load_is_said_and_not_tried_forever(service: Get) 
     assert (answer.status_code, answer.json()["error"]["kind"]) == (503, "not_ready")
 
 
+@pytest.mark.slow
+def test_ray_listens_on_this_machine_only(service: Get, request: pytest.FixtureRequest) -> None:
+    service("narrow")
+    if request.node.callspec.params["service"] == "ray":
+        from serving_ray import listeners
+
+        assert set(listeners()) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+        assert len(listeners()) > 3
+
+
 def metric(service: Service, name: str) -> float:
     values = [line.split()[1] for line in service.get("/metrics").text.splitlines() if line.split()[0] == name]
     return float(values[0])

@@ -10,12 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import httpx
 import pytest
 import serving
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import PATIENCE, eventually, gathered, http_get, http_post, image_of
+from serving import PATIENCE, eventually, gathered, http_get, http_post, image_of, status_of
 from serving_generator import make_dying, make_logging, picture_of
 
 from imgen_common.errors import UserError
@@ -161,7 +160,7 @@ def served() -> Iterator[tuple[subprocess.Popen[str], str]]:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        eventually(lambda: ask(url, "/readyz") == 200)
+        eventually(lambda: status_of(f"{url}/readyz") == 200)
         yield process, url
         process.kill()
 
@@ -175,7 +174,7 @@ def test_a_stopped_service_ends_what_runs_first(served: tuple[subprocess.Popen[s
         process.send_signal(signal.SIGTERM)
         assert answer.result().status_code == 200
     process.wait(PATIENCE)
-    assert ask(url, "/healthz") is None
+    assert status_of(f"{url}/healthz") is None
 
 
 @pytest.mark.slow
@@ -186,14 +185,6 @@ def test_workers_do_not_outlive_their_front(served: tuple[subprocess.Popen[str],
     process.kill()
     process.wait()
     eventually(lambda: not any(map(is_alive, workers)))
-
-
-def ask(url: str, path: str) -> int | None:
-    """The status of an answer; None where nobody answers."""
-    try:
-        return http_get(url + path).status_code
-    except httpx.TransportError:
-        return None
 
 
 def is_alive(pid: int) -> bool:

@@ -3,16 +3,14 @@
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import launched, lines, losses
 from sets import critic_row, make_set, planner_row, write
 from tiny import tiny_folder
 
@@ -362,15 +360,15 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: 
         again = sft.train("critic", config, ["test"], resume=tmp_path / f"k{moment}")
         assert digest(again) == digest(straight)
         assert not torn.exists()
-        losses = [[x["loss"] for x in lines(run) if "loss" in x] for run in (tmp_path / "straight", again.parent)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 4
+        assert losses(again.parent) == losses(straight.parent)
+        assert len(losses(straight.parent)) == 4
     before, after = weights(root / "model"), weights(straight)
     changed = {name for name in after if not after[name].equal(before[name])}
     assert changed == {name for name in before if ".visual." not in name}
     assert not list(straight.rglob("*.bin"))
     chat = LocalChat(LocalChatConfig(ref=str(straight), device="cpu", max_new_tokens=4))
-    (reply,) = chat.answer([(critic_row(0, PictureStore(root / "set" / "pictures")).message(store_of(root)), 0)])
+    store = PictureStore(root / "set" / "pictures")
+    (reply,) = chat.answer([(critic_row(0, store).message(store), 0)])
     assert not isinstance(reply, BaseException)
     with pytest.raises(UserError, match="finished already"):
         sft.train("critic", config, ["test"], resume=tmp_path / "straight")
@@ -378,14 +376,6 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: 
         sft.train("critic", config, ["test"], runs=tmp_path, name="other", callbacks=[killer(1)])
     with pytest.raises(UserError, match=r"trl.learning_rate = 0.001, now 0.1"):
         sft.train("critic", quick(root, learning_rate=0.1), ["test"], resume=tmp_path / "other")
-
-
-def store_of(root: Path) -> PictureStore:
-    return PictureStore(root / "set" / "pictures")
-
-
-def lines(run: Path) -> Sequence[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -422,8 +412,7 @@ def test_accumulation_changes_nothing(root: Path, tmp_path: Path) -> None:
     found = []
     for batch, steps in ((4, 1), (1, 4)):
         config = quick(root, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2)
-        run = sft.train("critic", config, ["t"], runs=tmp_path, name=f"{batch}x{steps}").parent
-        found.append([line["loss"] for line in lines(run) if "loss" in line])
+        found.append(losses(sft.train("critic", config, ["t"], runs=tmp_path, name=f"{batch}x{steps}").parent))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
@@ -446,26 +435,32 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def launched(processes: int, config: SftConfig, runs: Path, name: str) -> list[float]:
-    """The losses of `interleave sft planner` on some processes."""
-    file = runs / f"{name}.yaml"
-    file.write_text(to_yaml(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "interleave", "sft", "planner", str(file), "--runs", str(runs), "--name", name]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [line["loss"] for line in lines(runs / name) if "loss" in line]
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process on a mixed set."""
+    runs = tmp_path_factory.mktemp("alone")
+    (runs / "c.yaml").write_text(to_yaml(quick(root)))
+    launched(1, "sft", "planner", str(runs / "c.yaml"), "--runs", str(runs))
+    return losses(runs / "sft_planner")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_under_zero_give_the_losses_of_one(root: Path, tmp_path: Path, stage: int) -> None:
+def test_two_processes_under_zero_give_the_losses_of_one_and_go_on_exactly(
+    root: Path, alone: list[float], tmp_path: Path, stage: int
+) -> None:
     """On a mixed set, which would hang ZeRO-3 if processes differed in whether they run the vision tower."""
     from interleave.chat import LocalChat, LocalChatConfig
 
-    zero = str(CONFIGS / "deepspeed" / f"zero{stage}.json")
-    one = launched(1, quick(root, max_steps=3, per_device_train_batch_size=2), tmp_path, "one")
-    two = launched(2, quick(root, max_steps=3, per_device_train_batch_size=1, deepspeed=zero), tmp_path, "two")
-    assert two == pytest.approx(one, abs=1e-3)
-    assert len(two) == 3
-    LocalChat(LocalChatConfig(ref=str(tmp_path / "two" / "model"), device="cpu"))
+    config = quick(root, per_device_train_batch_size=1, deepspeed=str(CONFIGS / "deepspeed" / f"zero{stage}.json"))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    launched(2, "sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path))
+    run = tmp_path / "sft_planner"
+    assert losses(run) == pytest.approx(alone, abs=1e-3)
+    assert len(alone) == 4
+    straight = digest(run / "model")
+    LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "checkpoint-4" / "whole").unlink()  # as if killed while it was written
+    launched(2, "sft", "planner", "--resume", str(run))
+    assert digest(run / "model") == straight

@@ -40,7 +40,7 @@ class Amounts(Config):
     """Sampling steps, by turns."""
 
 
-TRAIN = Amounts(drawn=50, edited=50, chained=25, steps=(12, 12, 25))
+TRAIN = Amounts(drawn=30, edited=30, chained=7, steps=(12, 12, 25))
 TEST = Amounts(drawn=8, edited=5, chained=3, steps=(25,))
 GUIDANCE = (1.0, 2.0)
 

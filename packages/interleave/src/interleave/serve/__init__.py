@@ -57,6 +57,7 @@ def serve_ray(config: ServeConfig) -> None:
 
     Raises UserError as `serve`, and where Ray is not installed or its cluster cannot be reached.
     """
+    prepare_ray(config)
     try:
         from interleave.serve.ray import serve_until_stopped
     except ModuleNotFoundError as error:
@@ -66,6 +67,16 @@ def serve_ray(config: ServeConfig) -> None:
     with listening(config.host, config.port) as listener:  # whether it is free; Ray opens it again
         url, port = address(listener), listener.getsockname()[1]
     serve_until_stopped(config.model_copy(update={"port": port}), secret, url)
+
+
+def prepare_ray(config: ServeConfig) -> None:
+    """What Ray reads when it is imported: no usage statistics, and without a cluster to join, loopback only.
+
+    Without the second variable, named for other systems, Ray listens on all addresses of a Linux machine too.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.ray_address is None:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def required_secret(host: str) -> bytes | None:

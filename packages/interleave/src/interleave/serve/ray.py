@@ -6,9 +6,9 @@ checks them, and asks again where a replica died.
 
 import asyncio
 import logging
-import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 log = logging.getLogger("interleave.serve")
+LOOPBACK = "127.0.0.1"
 REPLICAS = "replicas"
 LOOK_EVERY = 1.0
 """Seconds between questions to Ray about the replicas."""
@@ -159,14 +160,16 @@ def cluster(config: ServeConfig) -> Iterator[None]:
     """Ray with its proxy listening: the cluster of `ray_address`, or one of this machine alone, without dashboard,
     ended afterwards.  Raises UserError where there is no such cluster.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if config.ray_address is None:
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+            ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
         else:
             ray.init(address=config.ray_address, log_to_driver=False)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"ray_address {config.ray_address}: {str(error).splitlines()[0]}") from None
+    if config.ray_address is None and ray.util.get_node_ip_address() != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError("Ray listens beyond this machine; `prepare` comes before Ray is imported")
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
         yield
@@ -182,7 +185,10 @@ def serve_until_stopped(config: ServeConfig, secret: bytes | None, url: str) -> 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
         deploy(config, secret)
-        print(url, flush=True)
+        while not stopped.wait(0.1):
+            with suppress(OSError), socket.create_connection((config.host, config.port), timeout=1):
+                print(url, flush=True)
+                break
         stopped.wait()
 
 
