@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from serving import COMMON, SECRET_TOKEN, Service, free_port
+from serving import COMMON, PATIENCE, SECRET_TOKEN, Service, free_port
 
 from interleave.serve import ServeConfig, prepare_ray
 from interleave.serve.app import digest
@@ -20,7 +20,8 @@ NUM_CHANCES = 8
 def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextManager[Service]]]:
     """What starts a service on a cluster that lives as long."""
     whole = COMMON.model_copy(update={"port": free_port()})
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where replicas find the generator
     prepare_ray(whole)
 
     from ray import serve
@@ -47,15 +48,24 @@ def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextMan
         yield start
 
 
-def listeners() -> list[str]:
-    """Addresses that processes of Ray listen on, in hexadecimal as Linux tells them."""
+def listeners() -> list[tuple[str, int]]:
+    """Addresses, in hexadecimal as Linux tells them, and ports that processes of Ray listen on."""
     owners: dict[str, str] = {}
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             owners[os.readlink(link)] = (link.parents[1] / "cmdline").read_text()
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
-    return [
-        line[1].partition(":")[0]
-        for line in lines
-        if line[3] == "0A" and "ray" in owners.get(f"socket:[{line[9]}]", "")
-    ]
+    listening = [line for line in lines if line[3] == "0A" and "ray" in owners.get(f"socket:[{line[9]}]", "")]
+    return [(address, int(port, 16)) for address, _, port in (line[1].partition(":") for line in listening)]
+
+
+def asks_for_a_token(port: int) -> bool:
+    """Whether a replica's port turns away those without Ray's token."""
+    import grpc
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=PATIENCE)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False

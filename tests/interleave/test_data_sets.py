@@ -384,6 +384,8 @@ def test_a_judge_that_is_down_from_the_start_is_refused(tmp_path: Path, asked: P
     with pytest.raises(UserError, match=r"does not answer \(unreachable: no luck"):
         build(tmp_path / "set", asked, made=made, judge=failing("unreachable", lambda look: True))
     assert read_trace(tmp_path / "set") == {}
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        build(tmp_path / "set", tmp_path / "none.jsonl")
     assert build(tmp_path / "set", asked).trajectories == {"complete": 12}
 
 
@@ -468,6 +470,8 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
     info = import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "critic", role="critic")
     assert info.rows == {"critic_sft": {"train": 1}}
     assert row_of((tmp_path / "critic" / "critic_sft.jsonl").read_bytes(), "critic_sft") == sft
+    half = sft.model_dump() | {"completion": "\ud800"}
+    write_sft([SftRow.model_construct(**half)], tmp_path / "in" / "half.json", store)
     rl = RlRow(
         origin_prompt="a",
         rewritten_prompt="",
@@ -485,6 +489,7 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
     for call, told in [
         (lambda: import_set("rl", tmp_path / "in" / "rl.jsonl", tmp_path / "rl"), "exists already"),
         (lambda: import_set("rl", tmp_path / "none", tmp_path / "x"), "no such file"),
+        (lambda: import_set("sharegpt", tmp_path / "in" / "half.json", tmp_path / "x", role="critic"), "holds half"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x"), "--role"),
         (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json:1"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x", tmp_path / "store", "critic"),

@@ -245,6 +245,11 @@ def test_the_sums_of_the_papers_recipe() -> None:
     sums = sft_sums(trl, 112_000, 3, 8)
     assert (sums.rows_per_update, sums.updates_per_epoch, sums.updates) == (16, 7000, 14_000)
     assert sft_sums({"max_steps": 5}, 10, 0, 1).updates == 5
+    mixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
+    sums = sft_sums(mixed, 10, 0, 2, pictured=3)  # batches of 4: one with pictures, two without
+    assert (sums.repeated, sums.updates_per_epoch, sums.updates) == (2, 1, 2)
+    order = arranged([True] * 3 + [False] * 7, 4, 1, 0)
+    assert len(order) - 10 == sums.repeated
     with pytest.raises(UserError, match=r"trl.per_device_train_batch_size: must be a positive whole number, got 0"):
         sft_sums({"per_device_train_batch_size": 0}, 10, 0, 1)
 
@@ -396,7 +401,8 @@ def test_text_alone_and_mixed_sets_train(root: Path, tmp_path: Path) -> None:
     from interleave.training import sft
 
     assert (sft.train("planner", quick(root, max_steps=-1, num_train_epochs=2), ["t"], runs=tmp_path)).is_dir()
-    assert max(line["step"] for line in lines(tmp_path / "sft_planner")) == 8  # 3 + 1 rows of a kind, 2 passes
+    sums = sft.check("planner", quick(root, max_steps=-1, num_train_epochs=2), 1).sums
+    assert max(line["step"] for line in lines(tmp_path / "sft_planner")) == sums.updates == 8
     plain = root / "plain"
     plain.mkdir()
     write(plain / "planner_sft.jsonl", [planner_row(i) for i in range(4)])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic_core import PydanticSerializationError
 
 from imgen_common.config import to_yaml
 from imgen_common.errors import UserError
@@ -69,19 +70,27 @@ def build(
 
 @contextlib.contextmanager
 def opened(out: Path, config: DataConfig, command: Sequence[str]) -> Iterator[list[Request]]:
-    """The requests of the build in `out`, a new one or one to go on with, while no one else works on it."""
+    """The requests of the build in `out`, a new one or one to go on with, while no one else works on it.
+
+    Until something is recorded the configuration may be any other: so a mistake in it is mended by beginning again.
+    """
     _check(config.templates)
-    exists = (out / CONFIG).is_file()
+    begun = is_begun(out)
     folder = (
-        RunFolder.open(out, config, command, may_differ=MAY_DIFFER)
-        if exists
+        RunFolder.open(out, config if begun else None, command, may_differ=MAY_DIFFER)
+        if (out / CONFIG).is_file()
         else RunFolder.create(out, config, command)
     )
     with folder:
         write_atomic(out / CONFIG, to_yaml(config))
-        if not (out / request_files.REQUESTS).is_file():
+        if not begun:
             request_files.save(prompts.ask(config.prompts, PictureStore(out / session.PICTURES)), out)
         yield request_files.saved(out)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether anything was recorded in a folder."""
+    return (out / TRACE).is_file() and (out / TRACE).stat().st_size > 0
 
 
 def _check(templates: TemplatesConfig) -> None:
@@ -349,12 +358,15 @@ def _placed(row: SftRow | None, attempt: Attempt) -> SftRow | None:
 
 
 def write_rows(path: Path, rows: Iterable[SftRow | RlRow]) -> int:
-    """Write JSON lines, whole or not at all, or no file where there are no rows; how many rows."""
+    """Write JSON lines, whole or not at all, or no file where there are no rows; how many rows.
+
+    Raises UserError for a row that no UTF-8 text can hold.
+    """
     fresh, count = path.with_name(f".{path.name}.tmp"), 0
     with writing(path):
         with fresh.open("w", encoding="utf-8") as file:
-            for count, row in enumerate(rows, 1):  # noqa: B007
-                file.write(row.model_dump_json() + "\n")
+            for count, row in enumerate(rows, 1):
+                file.write(_line(row, f"{path.name}: row {count}"))
             file.flush()
             os.fsync(file.fileno())
         if count:
@@ -363,6 +375,13 @@ def write_rows(path: Path, rows: Iterable[SftRow | RlRow]) -> int:
             fresh.unlink()
             path.unlink(missing_ok=True)
     return count
+
+
+def _line(row: SftRow | RlRow, where: str) -> str:
+    try:
+        return row.model_dump_json() + "\n"
+    except PydanticSerializationError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no text; mend or remove the row") from None
 
 
 def _info(

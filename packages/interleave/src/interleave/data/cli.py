@@ -75,7 +75,7 @@ def build(
     \b
       interleave data build configs/interleave/data_miniature.yaml --out sets/miniature
       interleave data build --resume sets/miniature
-      interleave data build --resume sets/miniature --set filters.rl_share=0.5 --set judge.num_samples=3
+      interleave data build --resume sets/miniature --set filters.rl_share=0.5 --set filters.val=0.1
     """
     if (out is None) == (resume is None):
         raise UserError("give --out DIR to begin, or --resume DIR to go on (one of the two)")
@@ -86,7 +86,7 @@ def build(
     from imgen_common.config import load
     from imgen_common.runs import CONFIG
     from interleave import show
-    from interleave.data.build import Telling
+    from interleave.data.build import Telling, is_begun
     from interleave.data.build import build as make
     from interleave.data.config import DataConfig
     from interleave.data.page import write_page
@@ -94,7 +94,7 @@ def build(
     recorded = folder / CONFIG
     if resume is not None and not recorded.is_file():
         raise UserError(f"{folder}: no build in it (no {CONFIG}); begin one with --out {folder}")
-    if out is not None and recorded.is_file():
+    if out is not None and is_begun(out):
         raise UserError(f"{folder}: holds a build already; go on with --resume {folder}, or give another folder")
     config = load(DataConfig, [*([recorded] if resume else []), *(configs or [])], sets or [])
     console = show.console(stderr=True)

@@ -266,6 +266,7 @@ STYLE = """
 .bar i { display: block; height: 100%; } i.good { background: var(--green); } i.bad { background: var(--orange); }
 span.good { color: var(--green); } span.bad { color: var(--orange); }
 .row { border-left: 2px solid var(--line); padding: .1rem 0 .1rem 1.1rem; margin: 1rem 0 1.4rem; break-inside: avoid; }
-.seen { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0; } .seen .shot { width: 9rem; }
+.seen { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0; } .seen .shot { width: 9rem;
+  box-shadow: 0 0 0 1px var(--line); }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; } .row pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """

@@ -67,6 +67,8 @@ PLANNER_LONGER = Recipe(
 CRITIC = Recipe(steps=1600, batch=32, lr=1.5e-3, seed=41, size=models.CRITIC)
 CRITIC_LONGER = Recipe(steps=700, batch=32, lr=1e-3, seed=42, drawn=(0.7, 0.85), size=models.CRITIC)
 """Goes on from `CRITIC` after the lesson of `vision`, mostly on drawn pictures."""
+CRITIC_LAST = Recipe(steps=1500, batch=32, lr=1e-3, seed=43, drawn=(0.8, 0.85), size=models.CRITIC)
+"""Goes on from `CRITIC_LONGER`."""
 
 
 def planner_rows(recipe: Recipe) -> Callable[[int], Rows]:

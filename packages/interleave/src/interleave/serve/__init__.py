@@ -70,12 +70,14 @@ def serve_ray(config: ServeConfig) -> None:
 
 
 def prepare_ray(config: ServeConfig) -> None:
-    """What Ray reads when it is imported: no usage statistics, and without a cluster to join, loopback only.
+    """What Ray reads when it is imported: no usage statistics; of a cluster of our own, that it stays on loopback.
 
-    Without the second variable, named for other systems, Ray listens on all addresses of a Linux machine too.
+    Without the last variable, named for other systems, Ray listens on all addresses of a Linux machine too.  A replica
+    still opens one port on all of them, which Ray 2.60 does not let us choose: it asks for Ray's own token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.ray_address is None:
+        os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 

@@ -48,11 +48,15 @@ class Batches:
 
 @dataclass(frozen=True)
 class SftSums:
-    """Of a supervised training: rows per update over all processes, updates per epoch and in all."""
+    """Of a supervised training: rows per update over all processes, updates per epoch and in all.
+
+    repeated: rows that come twice in an epoch, to fill the last batch of those with pictures and of those without.
+    """
 
     processes: int
     rows: int
     left_out: int
+    repeated: int
     rows_per_update: int
     updates_per_epoch: int
     updates: int
@@ -60,20 +64,28 @@ class SftSums:
     def told(self) -> list[str]:
         """In words."""
         return [
-            f"rows: {self.rows}, {self.left_out} left out for their length",
+            f"rows: {self.rows}, {self.left_out} left out for their length, {self.repeated} repeated to fill batches",
             f"an update: {self.rows_per_update} rows over {self.processes} processes",
             f"updates: {self.updates_per_epoch} an epoch, {self.updates} in all",
         ]
 
 
-def sft_sums(trl: Mapping[str, Any], rows: int, left_out: int, processes: int) -> SftSums:
-    """The arithmetic of TRL's SFTTrainer."""
+def sft_sums(trl: Mapping[str, Any], rows: int, left_out: int, processes: int, pictured: int | None = None) -> SftSums:
+    """The arithmetic of TRL's SFTTrainer.  pictured: how many rows have pictures, where not all or none; then batches
+    are of one kind, and all epochs are laid out as one."""
     b = Batches.of(trl)
-    batches = math.ceil(rows / (b.per_device_train_batch_size * processes))
-    per_epoch = max(math.ceil(batches / b.gradient_accumulation_steps), 1)
-    updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch)
-    per_update = b.per_device_train_batch_size * b.gradient_accumulation_steps * processes
-    return SftSums(processes, rows, left_out, per_update, per_epoch, updates)
+    batch = b.per_device_train_batch_size * processes
+    kinds = (rows,) if pictured is None else (pictured, rows - pictured)
+    batches = sum(math.ceil(kind / batch) for kind in kinds)
+    repeated = 0 if pictured is None else batches * batch - rows
+    per_epoch = math.ceil(batches / b.gradient_accumulation_steps)
+    updates = math.ceil(b.num_train_epochs * per_epoch)
+    if pictured is not None:
+        updates = math.ceil(b.num_train_epochs * batches / b.gradient_accumulation_steps)
+    if b.max_steps > 0:
+        updates = b.max_steps
+    per_update = batch * b.gradient_accumulation_steps
+    return SftSums(processes, rows, left_out, repeated, per_update, per_epoch, updates)
 
 
 @dataclass(frozen=True)

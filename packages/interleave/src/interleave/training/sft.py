@@ -65,7 +65,8 @@ def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -
         raise UserError(f"trl.eval_strategy: {folder / f'{name}.val.jsonl'} is missing; make it or leave this out")
     if is_mixed(kept) and "epoch" in (config.trl.get("save_strategy"), config.trl.get("eval_strategy")):
         raise UserError("trl: a strategy of `epoch` needs rows that all have pictures, or none; use `steps`")
-    sums = sft_sums(config.trl, len(kept), len(rows) - len(kept), processes)
+    pictured = sum(bool(row.image_ids) for row in kept) if is_mixed(kept) else None
+    sums = sft_sums(config.trl, len(kept), len(rows) - len(kept), processes, pictured)
     return SftJob(config, role, tuple(kept), tuple(kept_val), sums)
 
 
