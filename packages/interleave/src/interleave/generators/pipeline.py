@@ -120,7 +120,7 @@ class Painter:
                 f"generator.max_references {config.max_references}: {self.name} takes {self.family.max_references} "
                 "at most"
             )
-        defaults = Settings(num_inference_steps=25, guidance_scale=2.0, height=32, width=32)
+        defaults = Settings(num_inference_steps=12, guidance_scale=2.0, height=32, width=32)
         self.settings = config.over(defaults if config.ref == MINIATURE else Settings())
         self.check(self.settings)
         self._device = device_of(config.device)
