@@ -400,11 +400,16 @@ def test_an_endpoint_that_misbehaves_is_typed(name: str) -> None:
     assert failure(endpoint(lambda request: answer, max_answer_bytes=1024)).kind == kind
 
 
-def test_the_words_of_an_error_are_passed_on_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INTERLEAVE_API_KEY", "very secret")
-    said = failure(endpoint(lambda request: BAD_IMAGES["an error inside"][0]))
-    assert "the cat sat on it" in str(said)
-    assert "very secret" not in str(said) + repr(said.__cause__)
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_the_words_of_an_error_are_passed_on_without_the_key(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "very-secret")
+
+    def echo(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, json={"error": f"the cat sat on {request.headers['authorization']}"})
+
+    said = failure(endpoint(echo))
+    assert "the cat sat on Bearer ..." in str(said)
+    assert "very-secret" not in str(said) + repr(said.__cause__)
 
 
 def test_what_passes_is_asked_again() -> None:

@@ -148,16 +148,14 @@ class EndpointChat:
         try:
             return read_reply(data)
         except Transient as failure:
-            raise Transient(failure.kind, f"{self._url}: {http.line(str(failure))}") from None
+            raise Transient(failure.kind, f"{self._url}: {http.line(str(failure), self._headers)}") from None
 
     def _raise_for(self, answer: "httpx.Response", data: bytes) -> None:
         """Raises for every status but success."""
         status, said = answer.status_code, _message(data)
         if status < 300:
             return
-        for key in self._headers.values():
-            said = said.replace(key.removeprefix("Bearer "), "...")
-        what = f"{self._url}: status {status}: {http.line(said)}"
+        what = f"{self._url}: status {status}: {http.line(said, self._headers)}"
         if status in BUSY or status >= 500:
             kind: FailureKind = "overloaded" if status in BUSY else "unreachable" if status in NO_SERVER else "broken"
             raise Transient(kind, what, http.retry_after(answer.headers))

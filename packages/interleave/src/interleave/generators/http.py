@@ -7,6 +7,7 @@ import io
 import os
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -76,8 +77,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def line(words: str) -> str:
-    """A server's words, on one line and not too long."""
+def line(words: str, headers: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A server's words, on one line and not too long, without the token that `bearer` put into the headers."""
+    for value in headers.values():
+        words = words.replace(value.removeprefix("Bearer "), "...")
     plain = " ".join("".join(c if c.isprintable() else " " for c in words).split())
     return plain if len(plain) <= SHOWN else plain[: SHOWN - 1] + "…"
 

@@ -111,8 +111,8 @@ class ImagesApiGenerator:
         return self._client
 
     async def _send(self, request: dict[str, Any], left: float) -> Picture:
-        data = await self._fetch("POST", left, headers=http.bearer(self._config.key_env), **request)
-        entry = _entry(data)
+        headers = http.bearer(self._config.key_env)
+        entry = _entry(await self._fetch("POST", left, headers, **request), headers)
         if entry.get("b64_json") is not None:
             return await asyncio.to_thread(http.picture_of_base64, entry["b64_json"], self._config.max_pixels)
         address = entry.get("url")
@@ -126,21 +126,21 @@ class ImagesApiGenerator:
         if urlsplit(address).scheme != "https":
             raise PartFailed("refused", f"{self._url} answers an address that is not https")
         return await asyncio.to_thread(
-            http.picture, await self._fetch("GET", left, url=address), self._config.max_pixels
+            http.picture, await self._fetch("GET", left, {}, url=address), self._config.max_pixels
         )
 
-    async def _fetch(self, method: str, left: float, **request: Any) -> bytes:
+    async def _fetch(self, method: str, left: float, headers: Mapping[str, str], **request: Any) -> bytes:
         """The body of a good answer.  Raises Transient or PartFailed."""
         import httpx
 
         try:
-            async with self._open().stream(method, timeout=http.within(left), **request) as answer:
+            async with self._open().stream(method, headers=headers, timeout=http.within(left), **request) as answer:
                 data = await http.read(answer, self._config.max_answer_bytes)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise Transient("deadline", f"{self.id}: no answer in time") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise Transient("unreachable", f"{self._url}: {http.line(str(error) or type(error).__name__)}") from None
-        status, said = answer.status_code, http.line(data[:1000].decode("utf-8", "replace"))
+        status, said = answer.status_code, http.line(data[:1000].decode("utf-8", "replace"), headers)
         if status in RETRIED:
             raise Transient("overloaded", f"status {status}: {said}", http.retry_after(answer.headers))
         if status >= 300:
@@ -149,7 +149,7 @@ class ImagesApiGenerator:
         return data
 
 
-def _entry(data: bytes) -> dict[str, Any]:
+def _entry(data: bytes, headers: Mapping[str, str]) -> dict[str, Any]:
     """The first picture of an answer.  Raises Transient, with the server's own words where they are an error."""
     try:
         answer = json.loads(data)
@@ -157,6 +157,6 @@ def _entry(data: bytes) -> dict[str, Any]:
         if not isinstance(entry, dict):
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError):
-        said = http.line(data[:1000].decode("utf-8", "replace"))
+        said = http.line(data[:1000].decode("utf-8", "replace"), headers)
         raise Transient("garbage", f"no picture in the answer: {said}") from None
     return entry

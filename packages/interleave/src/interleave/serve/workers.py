@@ -26,6 +26,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from imgen_common.errors import UserError
+from imgen_common.libraries import quiet_libraries
 from interleave.serve.config import ServeConfig
 from interleave.serve.studio import About, Drawn, Failed, Make, Studio, Task, make_generator
 
@@ -63,6 +64,7 @@ def work(end: socket.socket, config: ServeConfig, make: Make) -> None:
     """A worker process: load, then answer until the front is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the front decides
     logging.basicConfig(format="%(name)s: worker: %(message)s")
+    quiet_libraries()
     try:
         studio = Studio(config, make)
     except Exception as error:
