@@ -44,7 +44,7 @@ def pool(work: Work = Path("runs/miniature")) -> None:
 
 @app.command()
 def critic(work: Work = Path("runs/miniature")) -> None:
-    """The critic, after the pool, in three stages.  Example: python -m interleave.miniature critic"""
+    """The critic, after the pool, in stages.  Example: python -m interleave.miniature critic"""
     from interleave.miniature import pool as stage
     from interleave.miniature import train, vision
     from interleave.miniature.cases import Cases
@@ -55,15 +55,17 @@ def critic(work: Work = Path("runs/miniature")) -> None:
     cases = Cases(drawn)
     train.train(work / "critic", train.CRITIC, train.critic_rows(train.CRITIC, cases))
     vision.train(work / "vision", train.CRITIC.size, drawn, start=work / "critic" / "model")
-    longer = train.CRITIC_LONGER
-    train.train(work / "critic-longer", longer, train.critic_rows(longer, cases), start=work / "vision" / "model")
+    before = work / "vision"
+    for name, recipe in train.CRITIC_LONGER.items():
+        train.train(work / name, recipe, train.critic_rows(recipe, cases), start=before / "model")
+        before = work / name
 
 
 @app.command()
 def package(work: Work = Path("runs/miniature")) -> None:
     """Ships both in float16, measured as saved.  Example: python -m interleave.miniature package"""
     from interleave.miniature import measure, train, vision
-    from interleave.miniature import pool as stage
+    from interleave.miniature import pool as pictures
     from interleave.miniature.package import ship
 
     recipes = [recipe.model_dump(mode="json") for recipe in (train.PLANNER, train.PLANNER_LONGER)]
@@ -73,12 +75,13 @@ def package(work: Work = Path("runs/miniature")) -> None:
         {"recipes": recipes, "data": {"requests": "stories of the training split, made as needed"}},
         lambda folder: measure.measure_planner(folder, NUM_REQUESTS, EVALUATION_SEED),
     )
-    drawn = {split: stage.load(work / "pool", split) for split in ("train", "test")}
-    recipes = [r.model_dump(mode="json") for r in (train.CRITIC, vision.SCHEDULE, train.CRITIC_LONGER)]
+    drawn = {split: pictures.load(work / "pool", split) for split in ("train", "test")}
+    stages = {"critic": train.CRITIC, "vision": vision.SCHEDULE} | train.CRITIC_LONGER
+    recipes = [stage.model_dump(mode="json") for stage in stages.values()]
     data = {"pool_seeds": POOL_SEEDS, "drawn_pictures": {split: len(d.prompts) for split, d in drawn.items()}}
     ship(
         "critic",
-        [work / "critic", work / "vision", work / "critic-longer"],
+        [work / name for name in stages],
         {"recipes": recipes, "data": data},
         lambda folder: measure.measure_critic(folder, drawn["test"]),
     )

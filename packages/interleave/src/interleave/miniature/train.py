@@ -65,10 +65,13 @@ PLANNER_LONGER = Recipe(
 )
 """Goes on from `PLANNER`, mostly on long stories."""
 CRITIC = Recipe(steps=1600, batch=32, lr=1.5e-3, seed=41, size=models.CRITIC)
-CRITIC_LONGER = Recipe(steps=700, batch=32, lr=1e-3, seed=42, drawn=(0.7, 0.85), size=models.CRITIC)
-"""Goes on from `CRITIC` after the lesson of `vision`, mostly on drawn pictures."""
-CRITIC_LAST = Recipe(steps=1500, batch=32, lr=1e-3, seed=43, drawn=(0.8, 0.85), size=models.CRITIC)
-"""Goes on from `CRITIC_LONGER`."""
+CRITIC_LONGER = {
+    "critic-longer": Recipe(steps=700, batch=32, lr=1e-3, seed=42, drawn=(0.7, 0.85), size=models.CRITIC),
+    "critic-last": Recipe(steps=1500, batch=32, lr=1e-3, seed=43, drawn=(0.8, 0.85), size=models.CRITIC),
+    "critic-sure": Recipe(steps=500, batch=32, lr=6e-4, warmup=40, seed=44, drawn=(0.8, 0.85), size=models.CRITIC),
+    "critic-surest": Recipe(steps=800, batch=32, lr=7e-4, warmup=40, seed=45, drawn=(0.8, 0.85), size=models.CRITIC),
+}
+"""Stages that go on from `CRITIC` after the lesson of `vision`, one from the other, mostly on drawn pictures."""
 
 
 def planner_rows(recipe: Recipe) -> Callable[[int], Rows]:
