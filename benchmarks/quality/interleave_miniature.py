@@ -177,15 +177,18 @@ def arms(
     return found
 
 
+def percent(value: Interval) -> str:
+    """`41.3 [36.0, 47.0]`."""
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def signed(value: Interval | None) -> str:
+    """`+1.3 [-0.4, +3.0]`."""
+    return "-" if value is None else f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The table."""
-
-    def percent(value: Interval) -> str:
-        return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-
-    def signed(value: Interval | None) -> str:
-        return "-" if value is None else f"{100 * value.mean:+.1f} [{100 * value.low:+.1f}, {100 * value.high:+.1f}]"
-
     cells = [
         (
             r.arm,

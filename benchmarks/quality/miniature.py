@@ -160,7 +160,7 @@ def settings_of(recipe: TrainConfig, updates: int, seconds: float | None, rates:
         rounds=6,
         search_seed=1000,
         pretraining_pictures=16_384,
-        weights=digests(recipe),
+        weights=digests([recipe.model.ref, *(scorer.ref for scorer in recipe.scorers)]),
     )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -308,9 +308,8 @@ def where(bench: Bench) -> dict[str, Any]:
     return stamp(MODULE, (), bench.device) | {"ready": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def digests(config: TrainConfig) -> dict[str, str]:
+def digests(refs: Iterable[str]) -> dict[str, str]:
     """Digest of all safetensors files of every model, so that cells of other weights are not mixed in."""
-    refs = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
     found = {}
     for ref in refs:
         digest = hashlib.blake2b(digest_size=8)
