@@ -3,12 +3,13 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backends import FakeGenerator
+from killed_training import assert_kills_change_nothing
 from launching import launched, lines
 from sets import make_set, write
 from tiny import tiny_folder
@@ -112,6 +113,22 @@ def test_sums_of_other_layouts() -> None:
     assert "2 prompts x 8 answers = 16 over 2 processes" in "\n".join(of().told())
 
 
+@pytest.mark.parametrize(("num_rows", "steps"), [(6, 14), (5, 14), (4, 3)])
+def test_passes_are_laid_out_one_after_the_other_each_in_its_order(
+    root: Path, rows: list[RlRow], num_rows: int, steps: int
+) -> None:
+    job = job_of(root, rows[:num_rows])
+    job = replace(job, sums=replace(job.sums, prompts_per_rollout=2, rollouts=steps))
+    found = grpo.order(job)
+    assert len(found) == 2 * steps
+    size = num_rows // 2 * 2
+    passes = [found[start : start + size] for start in range(0, len(found), size)]
+    assert all(len(set(numbers)) == len(numbers) for numbers in passes)
+    assert len(passes) < 3 or len({tuple(numbers) for numbers in passes}) > 1
+    longer = grpo.order(replace(job, sums=replace(job.sums, rollouts=steps + 5)))
+    assert longer[: len(found)] == found
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +186,7 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     columns = {"row": [job.item(0)["row"], job.item(1)["row"]], "prompts": ["p"] * 2, "completions": answers}
     with grpo.scoring(job, Closing(limit=1), LengthJudge()) as scored:
         for reward, names in (("released", 4), ("paper", 3)):
-            functions = scored.functions(reward)
+            functions = scored.functions(quick(root, reward=reward))
             assert [function.__name__ for function in functions][:2] == ["format", "accuracy"]
             assert len(functions) == names
 
@@ -291,12 +308,13 @@ def taught(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_path: Path) -> None:
     trl = QUICK | {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 48}
+    trl |= {"max_steps": 14}  # in the third pass over the rows
     config, make = quick(root, model=str(taught), trl=trl), parts_of(LengthJudge())
     straight = grpo.train(config, ["t"], runs=tmp_path, name="straight", make_parts=make)
     assert max(line.get("rewards/format/mean", 0) for line in lines(straight.parent)) > 0.5
     assert max(line.get("reward_std", 0) for line in lines(straight.parent)) > 0
     assert digest(straight) != digest(taught)
-    for moment in (1, 5):
+    for moment in (1, 9):
         name = f"k{moment}"
         with pytest.raises(KeyboardInterrupt):
             grpo.train(config, ["t"], runs=tmp_path, name=name, make_parts=make, callbacks=[at_step(moment, kill)])
@@ -307,6 +325,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_
         assert any(f"rewards/{part}/mean" in line for line in logged)
     assert logged[-1]["scoring/answers"] > 0
     assert logged[-1]["scoring/unscored"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reward", ["released", "trajectory"])
+def test_processes_killed_at_random_moments_lose_nothing_and_do_nothing_twice(
+    root: Path, taught: Path, tmp_path: Path, reward: Any
+) -> None:
+    trl = QUICK | {"num_generations": 4, "per_device_train_batch_size": 4, "max_steps": 24}
+    config = quick(
+        root,
+        model=str(taught),
+        generator=ScriptedConfig(width=32, height=32),
+        cache=str(tmp_path / "cache"),
+        reward=reward,
+        trl=trl | {"max_completion_length": 256 if reward == "trajectory" else 48},
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    straight = assert_kills_change_nothing(tmp_path / "runs", ["grpo", str(tmp_path / "c.yaml")], num_updates=24)
+    assert sum(line.get("reward_std", 0) > 0 for line in lines(straight)) > 4
+    assert digest(straight / "model") != digest(taught)
 
 
 @pytest.mark.slow

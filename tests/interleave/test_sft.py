@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from killed_training import assert_kills_change_nothing
 from launching import launched, lines, losses
 from sets import critic_row, make_set, planner_row, write
 from tiny import tiny_folder
@@ -381,6 +382,19 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: 
         sft.train("critic", config, ["test"], runs=tmp_path, name="other", callbacks=[killer(1)])
     with pytest.raises(UserError, match=r"trl.learning_rate = 0.001, now 0.1"):
         sft.train("critic", quick(root, learning_rate=0.1), ["test"], resume=tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["critic", "planner"])
+def test_processes_killed_at_random_moments_lose_nothing_and_do_nothing_twice(
+    root: Path, tmp_path: Path, role: str
+) -> None:
+    """The planner's rows are mixed, and laid out in batches of one kind."""
+    config = quick(root, max_steps=60)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    straight = assert_kills_change_nothing(tmp_path / "runs", ["sft", role, str(tmp_path / "c.yaml")], num_updates=60)
+    assert len(losses(straight)) == 60
+    assert digest(straight / "model") != digest(root / "model")
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ Source: InterleaveThinker, arXiv 2606.13679, and its released code.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import re
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from json_repair import repair_json
 
 from interleave.parsing import Policy, parse_verdict
 from interleave.parts import Generator, Job, Judge, Look, PartFailed, Picture
-from interleave.records import Verdict
+from interleave.records import Scores, Verdict
 
 NEUTRAL = 0.5
 WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "semantic": 0.3, "quality": 0.1}
@@ -194,26 +195,39 @@ class CriticScorer:
         if self._skip_unchanged and unchanged and seen.verdict:
             return Marks(mark, accuracy, NEUTRAL, NEUTRAL)
         try:
-            scores = await self._scores(prompt, row)
+            async with self.limits():
+                scores = await self.judge(prompt, await self.draw(prompt, row), row)
         except (PartFailed, TimeoutError) as failure:
-            self.counts.unscored += 1
-            self.counts.reasons[failure.kind if isinstance(failure, PartFailed) else "deadline"] += 1
-            self._recent.append(True)
+            self.tally(failure)
             return None
-        self._recent.append(False)
-        sc, pq = scores
-        return Marks(mark, accuracy, improvement(sc, row.semantics), improvement(pq, row.quality))
+        self.tally(None)
+        sc, pq = improvement(scores.sc, row.semantics), improvement(scores.pq, row.quality)
+        return Marks(mark, accuracy, sc, pq)
 
-    async def _scores(self, prompt: str, row: CriticRow) -> tuple[float, float]:
-        """The judge's scores of the picture drawn with `prompt`."""
+    @contextlib.asynccontextmanager
+    async def limits(self) -> AsyncIterator[None]:
+        """Room among the answers that are with generator or judge, and the deadline.  Raises TimeoutError."""
         if self._room is None:
             self._room = asyncio.Semaphore(self._concurrency)
         async with self._room, asyncio.timeout(self._deadline):
-            self.counts.pictures += 1
-            after = await self._generator.generate(Job(prompt, () if row.is_t2i else (row.before,), self._seed))
-            self.counts.judgements += 1
-            scores = await self._judge.score(Look(row.before, after, row.origin_prompt, prompt))
-        return scores.sc, scores.pq
+            yield
+
+    async def draw(self, prompt: str, row: CriticRow, again: int = 0) -> Picture:
+        """The picture drawn with `prompt` from the row's source.  again: how often it was drawn anew before."""
+        self.counts.pictures += 1
+        return await self._generator.generate(Job(prompt, () if row.is_t2i else (row.before,), self._seed + again))
+
+    async def judge(self, prompt: str, after: Picture, row: CriticRow) -> Scores:
+        """The judge's scores of a picture drawn with `prompt`."""
+        self.counts.judgements += 1
+        return await self._judge.score(Look(row.before, after, row.origin_prompt, prompt))
+
+    def tally(self, failure: PartFailed | TimeoutError | None) -> None:
+        """Count an answer that was scored, or could not be."""
+        self._recent.append(failure is not None)
+        if failure is not None:
+            self.counts.unscored += 1
+            self.counts.reasons[failure.kind if isinstance(failure, PartFailed) else "deadline"] += 1
 
 
 def improvement(new: float, old: float) -> float:

@@ -1,8 +1,10 @@
 """What the miniature's agents are taught: requests with their plans, pictures with their verdicts, as rows of TRL.
 
-The critic's reasoning reads both pictures in a fixed form, says what the instruction wants of them, and compares:
+The critic's reasoning reads both pictures in a fixed form, says of each thing that the instruction wants whether the
+picture has it, and concludes:
 
-    before: red circle d g. after: blue square m f, red circle d g. want: blue square, red circle. as asked
+    before: red circle d g. after: blue cross m f, red circle d g. want: blue square wrong, red circle asked. wrong
+    things
 
 Things stand in order of their names, each with its column and row (sixteen each, `models.PLACES`).
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from imgen_common.images import to_pil
 from imgen_common.shapes.edits import MAX_DRIFT
-from imgen_common.shapes.scene import OPPOSITE, OPPOSITE_POSITION, SIZE, Spec, position_holds
+from imgen_common.shapes.scene import OPPOSITE, OPPOSITE_POSITION, SIZE, Spec, Thing, position_holds
 from imgen_common.shapes.stories import DIRECTION, Change, Draw, Step, Story, read_prompt, short_name, step_holds
 from imgen_common.shapes.verify import Detection, detect
 from interleave.miniature.models import PLACES
@@ -102,7 +104,7 @@ def judge(before: Sequence[Detection] | None, after: Sequence[Detection], origin
     (`rewordings`) where the last one used was the original itself, else the original: wordings take turns.
     """
     step = read_prompt(original, None if before is None else [d.thing for d in before])
-    want = "nothing fits" if step is None else ", ".join(map(str, sorted(step.after)))
+    want = "nothing fits" if step is None else _compared(step.after, [d.thing for d in after])
     finding = _finding(before, after, step)
     reasoning = f"before: {_listed(before)}. after: {_listed(after)}. want: {want}. {finding}"
     if finding == "as asked":
@@ -110,6 +112,16 @@ def judge(before: Sequence[Detection] | None, after: Sequence[Detection], origin
     others = wordings(original, before)[1:]
     refined = others[0] if others and used == original else original
     return Verdict(success=False, refined_prompt=refined, reasoning=reasoning)
+
+
+def _compared(wanted: Sequence[Thing], shown: Sequence[Thing]) -> str:
+    """Each wanted thing with whether it is among those shown, none of which counts twice."""
+    left, parts = list(shown), []
+    for thing in sorted(wanted):
+        parts.append(f"{thing} {'asked' if thing in left else 'wrong'}")
+        if thing in left:
+            left.remove(thing)
+    return ", ".join(parts)
 
 
 def _listed(found: Sequence[Detection] | None) -> str:

@@ -90,7 +90,8 @@ def sft_sums(trl: Mapping[str, Any], rows: int, left_out: int, processes: int, p
 
 @dataclass(frozen=True)
 class GrpoSums:
-    """Of a reinforcement: a rollout is one round of sampling, from which `updates_per_rollout` updates are made.
+    """Of a reinforcement: a rollout is one round of sampling, from which `updates_per_rollout` updates are made.  With
+    `reward: trajectory` a completion is a trajectory, with all its answers.
 
     pictures, judgements: at most, since equal answers to one row are scored once and the caches know others.
     questions: put to the judge's model.
@@ -115,8 +116,7 @@ class GrpoSums:
         """In words."""
         group = self.completions_per_rollout // self.prompts_per_rollout
         return [
-            f"rows: {self.rows}, {self.left_out} left out for their length; {self.failed_rows} failed, for which "
-            "pictures are drawn",
+            f"rows: {self.rows}, {self.left_out} left out for their length; {self.failed_rows} are of failed attempts",
             f"a rollout: {self.prompts_per_rollout} prompts x {group} answers = {self.completions_per_rollout} over "
             f"{self.processes} processes, {self.updates_per_rollout} updates",
             f"an update: {self.completions_per_update} answers",
@@ -163,7 +163,10 @@ def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, process
     per_epoch = rows // prompts
     updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
     rollouts = math.ceil(updates / updates_per_rollout)
-    pictures = math.ceil(rollouts * per_rollout * failed / rows)
+    pictures = judgements = math.ceil(rollouts * per_rollout * failed / rows)
+    if config.reward == "trajectory":
+        judgements = rollouts * per_rollout
+        pictures = judgements * (config.max_attempts - 1)
     asked = 2 * config.judge.num_samples if isinstance(config.judge, ModelJudgeConfig) else 0
     return GrpoSums(
         processes=processes,
@@ -177,9 +180,9 @@ def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, process
         rollouts=rollouts,
         updates=updates,
         pictures=pictures,
-        judgements=pictures,
-        questions=pictures * asked,
-        cost=pictures * (config.prices.picture + config.prices.judgement),
+        judgements=judgements,
+        questions=judgements * asked,
+        cost=pictures * config.prices.picture + judgements * config.prices.judgement,
     )
 
 

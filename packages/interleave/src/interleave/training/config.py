@@ -77,7 +77,7 @@ class PricesConfig(Config):
 
 
 class GrpoConfig(TrainingConfig):
-    """Reinforcement of the critic, on single steps."""
+    """Reinforcement of the critic, on single steps or on trajectories that begin at one."""
 
     template: str = "shapes_critic"
     """Template of the prompt, which must be the one of run time: a built-in name or a text file."""
@@ -87,9 +87,12 @@ class GrpoConfig(TrainingConfig):
     """Who scores what was drawn; not the model that is trained."""
     cache: str | None = "cache"
     """Folder of generated pictures and judgements, shared by all runs; null: none."""
-    reward: Literal["released", "paper"] = "released"
+    reward: Literal["released", "paper", "trajectory"] = "released"
     """`released`: 0.5 format + 0.1 accuracy + 0.3 semantic + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
-    {-1, 0} + 0.4 gain of the overall score."""
+    {-1, 0} + 0.4 gain of the overall score; `trajectory`: the overall score of the last picture of the loop, in which
+    the critic goes on from the recorded attempt (experimental)."""
+    max_attempts: Annotated[int, Ge(2)] = 3
+    """Pictures of one trajectory with `reward: trajectory`, the recorded one included."""
     scorer: ScorerConfig = ScorerConfig()
     """How answers are scored."""
     max_logp_difference: Annotated[float, Gt(0)] = 0.2

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.streams import numpy_generator
 from interleave import generators, judging
 from interleave.formats.rows import RlRow, SftRow
 from interleave.generators import CachedGenerator
@@ -24,13 +27,20 @@ from interleave.prompts import Template, template
 from interleave.rewards import PAPER_WEIGHTS, WEIGHTS, CriticRow, CriticScorer, paper_parts, reward_functions
 from interleave.store import PictureStore
 from interleave.training import launch
-from interleave.training.arithmetic import GrpoSums, Memory, grpo_sums, memory_of
+from interleave.training.arithmetic import GrpoSums, Memory, deepspeed_json, grpo_sums, memory_of
 from interleave.training.config import GrpoConfig
 from interleave.training.mapping import OWNED_GRPO, check_trl
 from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, read_rows, short_enough
+from interleave.training.trajectory import Trajectories, as_caller
 
 T = TypeVar("T")
 Reward = Callable[..., Coroutine[Any, Any, list[float | None]]]
+REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "released": WEIGHTS,
+    "paper": PAPER_WEIGHTS,
+    "trajectory": {"trajectory": 1.0},
+}
+"""Parts of a reward by the key `reward`, and their weights."""
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
 
 
@@ -63,6 +73,7 @@ def check(config: GrpoConfig, processes: int, *, here: bool = True) -> GrpoJob:
 
     check_trl(config.trl, GRPOConfig, OWNED_GRPO)
     launch.adapter_of(config)
+    refuse_unequal_turns(config, processes)
     hub.resolve(config.model, weights=here)
     found = check_template(config.template)
     rows = read_rows(Path(config.data), "critic_rl", RlRow)
@@ -97,6 +108,18 @@ def refuse_resized(rows: Sequence[RlRow], store: PictureStore, max_pixels: int) 
             )
 
 
+def refuse_unequal_turns(config: GrpoConfig, processes: int) -> None:
+    """Raises UserError for trajectories where every process would have to wait for all others in every turn."""
+    zero = deepspeed_json(config.trl.get("deepspeed")).get("zero_optimization", {}).get("stage")
+    waits = {"ZeRO-3": zero == 3, "FSDP": config.trl.get("fsdp"), "vLLM": config.trl.get("use_vllm")}
+    found = [name for name, is_on in waits.items() if is_on]
+    if config.reward == "trajectory" and processes > 1 and found:
+        raise UserError(
+            f"reward: trajectory: processes differ in how many turns they take, so that {found[0]} would hang; "
+            "use ZeRO-2 or no sharding, without vLLM, or one process"
+        )
+
+
 def plan(config: GrpoConfig, processes: int) -> tuple[GrpoSums, Memory]:
     """What a training would do, cost and hold; nothing is started."""
     job = check(config, processes, here=False)
@@ -122,20 +145,26 @@ def train(
     from trl import GRPOConfig, GRPOTrainer
 
     job = check(config, launch.num_processes())
-    weights = WEIGHTS if config.reward == "released" else PAPER_WEIGHTS
-    arguments = launch.make_arguments(GRPOConfig, config, {"reward_weights": list(weights.values())})
+    fixed: dict[str, Any] = {"reward_weights": list(REWARD_WEIGHTS[config.reward].values())}
+    fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.sums.updates}  # see `order`
+    in_loop = config.reward == "trajectory"
+    if in_loop:
+        fixed["max_tool_calling_iterations"] = config.max_attempts - 1
+    arguments = launch.make_arguments(GRPOConfig, config, fixed)
     with scoring(job, *(make_parts or parts)(config)) as scored:
         scored.probe(job)
         with launch.session(
             config, arguments, command, runs=runs, name=name, otherwise="grpo_critic", resume=resume
         ) as at:
             watch = make_watch(scored, job)
+            processor = launch.load_processor(config)
             trainer = GRPOTrainer(
                 model=launch.load_model(config),
                 args=arguments,
                 train_dataset=train_rows(job),
-                reward_funcs=scored.functions(config.reward),
-                processing_class=launch.load_processor(config),
+                reward_funcs=scored.functions(config),
+                processing_class=as_caller(processor) if in_loop else processor,
+                environment_factory=scored.trajectories(config).new if in_loop else None,
                 peft_config=launch.adapter_of(config),
                 callbacks=[watch, launch.make_keeper(at.run, lambda: watch.numbers), *callbacks],
             )
@@ -149,10 +178,26 @@ def train(
             return launch.export(trainer, at, config)
 
 
+def order(job: GrpoJob) -> list[int]:
+    """Numbers of the rows in the order of training, all passes laid out as one.
+
+    TRL's sampler cannot tell, after a resume, which pass it is in: it would begin with the order of the first again.
+    """
+    wanted = job.sums.rollouts * job.sums.prompts_per_rollout
+    size = len(job.rows) // job.sums.prompts_per_rollout * job.sums.prompts_per_rollout
+    found: list[int] = []
+    while len(found) < wanted:
+        numbers = np.arange(len(job.rows))
+        if job.config.trl.get("shuffle_dataset", True):
+            numbers = numpy_generator(job.config.seed, "order of rows", len(found) // size).permutation(numbers)
+        found += numbers[:size].tolist()
+    return found[:wanted]
+
+
 def train_rows(job: GrpoJob) -> Any:
     """The dataset."""
     return dataset(
-        range(len(job.rows)),
+        order(job),
         lambda n: job.prompts[n].image_ids,
         lambda n, pictures: grpo_item(n, job.rows[n], job.prompts[n], pictures),
         job.pictures,
@@ -185,11 +230,15 @@ class Scored:
         """Run `work` there and wait for it."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    def functions(self, reward: str) -> list[Reward]:
+    def functions(self, config: GrpoConfig) -> list[Reward]:
         """Reward functions for TRL, whose own event loop waits for this one."""
-        given = reward_functions(self.scorer, lambda columns: columns["row"])
-        if reward == "paper":
-            given = reward_functions(self.scorer, lambda columns: columns["row"], paper_parts, PAPER_WEIGHTS)
+        match config.reward:
+            case "released":
+                given = reward_functions(self.scorer, lambda columns: columns["row"])
+            case "paper":
+                given = reward_functions(self.scorer, lambda columns: columns["row"], paper_parts, PAPER_WEIGHTS)
+            case "trajectory":
+                given = [self.trajectories(config).reward_function()]
 
         def moved(function: Reward) -> Reward:
             @functools.wraps(function)
@@ -199,6 +248,10 @@ class Scored:
             return there
 
         return [moved(function) for function in given]
+
+    def trajectories(self, config: GrpoConfig) -> Trajectories:
+        """Trajectories that are drawn and judged here."""
+        return Trajectories(self.scorer, template(config.template), config.scorer.policy, self.call)
 
     def probe(self, job: GrpoJob) -> None:
         """Draw and judge one picture.  Raises UserError if generator or judge is down: nothing is started then."""

@@ -37,7 +37,8 @@ OWNED_SFT: Mapping[str, str] = {
 }
 OWNED_GRPO: Mapping[str, str] = {
     **OWNED,
-    "reward_weights": "they belong to the key reward (released | paper)",
+    "reward_weights": "they belong to the key reward (released | paper | trajectory)",
+    "max_tool_calling_iterations": "use the key max_attempts",
 }
 OWNED_LORA: Mapping[str, str] = {
     "task_type": "it is CAUSAL_LM",
