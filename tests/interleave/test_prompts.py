@@ -246,13 +246,14 @@ def as_read(reasoning: str) -> str:
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    maybe = st.none() | st.one_of(nasty.filter(lambda text: "\ud800" not in text), words).filter(str.strip)
+    text = st.one_of(nasty.filter(lambda text: "\ud800" not in text), words).filter(str.strip)
+    maybe = st.none() | text.filter(lambda text: text != "None")  # which the tolerant policy takes for a null
     steps = []
     for index in range(1, draw(st.integers(1, 4)) + 1):
         prompt = draw(maybe)
-        text = draw(maybe if prompt else filled)
+        said = draw(maybe if prompt else filled.filter(lambda text: text != "None"))
         steps.append(
-            PlanStep(index=index, name=draw(filled | st.just("")), instruction=draw(maybe), prompt=prompt, text=text)
+            PlanStep(index=index, name=draw(filled | st.just("")), instruction=draw(maybe), prompt=prompt, text=said)
         )
     return Plan(steps=tuple(steps), reasoning=draw(nasty))
 

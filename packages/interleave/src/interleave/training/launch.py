@@ -19,6 +19,7 @@ from typing import Any
 
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.libraries import quiet_libraries
 from imgen_common.runs import RunFolder, free_path, write_atomic
 from interleave.training.arithmetic import deepspeed_json
 from interleave.training.config import TrainingConfig
@@ -55,6 +56,7 @@ def quiet_environment() -> None:
     import torch
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    quiet_libraries()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
