@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
-SMALL = ["num_steps=6", "batch_size=8", "eval.num_prompts=8", "eval.quick_num_prompts=8"]
+SMALL = ["num_steps=6", "batch_size=4", "eval.num_prompts=8", "eval.quick_num_prompts=8"]
 CASES = {
     "all weights": [],
     "adapters": ["lora.rank=4"],
@@ -26,7 +27,7 @@ CASES = {
     "both branches": ["guidance.scale=2", "guidance.detach_negative=false"],
     "micro-batches": ["micro_batch_size=2"],
     "checkpointing": ["model.gradient_checkpointing=true"],
-    "chunks": ["method=flowbp_sparse", "chunk=3"],
+    "chunks": ["method=flowbp_sparse", "chunk=3", "batch_size=8"],
     "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
     "rewards in parts": ["reward_chunk=2"],
     "autoencoder in parts": ["model.vae.gradient_checkpointing=true", "model.vae.tile=16", "offload_trajectory=true"],
@@ -37,11 +38,15 @@ def config_of(*sets: str) -> TrainConfig:
     return load(TrainConfig, [], [*SMALL, *sets])
 
 
+@cache
 def estimated(*sets: str, count: int = 1) -> Estimate:
     return estimate(launch.check(config_of(*sets), count))
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("adapters", "guidance", "micro-batches", "chunks")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     taken, _ = measure(config_of(*CASES[case]), torch.device("cpu"))
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
@@ -108,13 +113,14 @@ def test_live_bytes_are_those_that_live() -> None:
 
 def test_operations_are_counted() -> None:
     """Twice the pictures, twice the operations; micro-batches and chunks change nothing."""
-    one, two = estimated().flops, estimated("batch_size=16").flops
+    one, two = estimated().flops, estimated("batch_size=8").flops
     assert two == pytest.approx(2 * one, rel=0.01)
     assert estimated("micro_batch_size=2").flops == pytest.approx(one, rel=0.01)
     sparse = estimated("method=flowbp_sparse").flops
     assert estimated("method=flowbp_sparse", "chunk=3").flops == pytest.approx(sparse, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sharding_lowers_what_it_shards() -> None:
     whole = estimated(count=4).lasting
     for kind, weights in (("fsdp2", 4), ("zero2", 1), ("zero3", 4)):

@@ -96,6 +96,7 @@ def test_rewards_have_names_of_their_own() -> None:
             load(TrainConfig, [], [f"rewards=[{listed}]"])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(tmp_path)]
