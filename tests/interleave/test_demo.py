@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
+from backends import plan_of
 from PIL import Image
 
 from imgen_common.errors import UserError
 from interleave import demo
-from interleave.config import RunConfig
-from interleave.engine import Parts
 from interleave.parts import Picture
 from interleave.records import Attempt, GeneratorInfo, PlannerRecord, PlanRecord, Record, Request, Trajectory
-from interleave.session import Storytelling
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "correct horse"
@@ -231,23 +228,6 @@ def test_the_open_page_answers_to_this_machines_names_only() -> None:
             assert answer.status_code == 200
             assert answer.headers["content-security-policy"] == demo.POLICY
         assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
-
-
-@pytest.mark.slow
-def test_a_session_tells_its_records_with_their_pictures(tmp_path: Path) -> None:
-    planner = FakePlanner(lambda request, seed: plan_of("a red circle", None, "a blue square"))
-    parts = Parts(planner, FakeCritic(lambda look, seed: (True, look.prompt_used)), FakeGenerator())
-    given = Picture.of(Image.new("RGB", (4, 4), "green"))
-
-    async def told() -> list[tuple[Record, Picture | None]]:
-        stories: demo.Storyteller = Storytelling(RunConfig(), parts, tmp_path)
-        return [one async for one in stories.stream("two shapes", [given], 3)]
-
-    records = asyncio.run(told())
-    assert [type(record).__name__ for record, _ in records] == ["PlanRecord", "Attempt", "Attempt", "Trajectory"]
-    for record, picture in records:
-        assert (picture.id if picture else None) == (record.image_id if isinstance(record, Attempt) else None)
-    assert (tmp_path / "two_shapes" / "trace.jsonl").read_text().count("\n") == 4
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

@@ -187,7 +187,7 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     with grpo.scoring(job, Closing(limit=1), LengthJudge()) as scored:
         for reward, names in (("released", 4), ("paper", 3)):
             functions = scored.functions(quick(root, reward=reward))
-            assert [function.__name__ for function in functions][:2] == ["format", "accuracy"]
+            assert [function.__name__ for function in functions] == list(grpo.REWARD_WEIGHTS[reward])
             assert len(functions) == names
 
             async def ask(functions: Sequence[grpo.Reward] = tuple(functions)) -> list[list[float | None]]:
@@ -201,6 +201,20 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
         assert counters["scoring/pictures"] == 1  # of two rows one succeeded, and equal answers are scored once
         assert counters["scoring/answers"] == 2
     assert closed == [loop]
+
+
+def test_parts_of_the_reward_are_weighed_by_name() -> None:
+    config = load(GrpoConfig, [], ["reward_weights={accuracy: 1.0}"])
+    assert grpo.weights_of(config) == {"format": 0.5, "accuracy": 1.0, "semantic": 0.3, "quality": 0.1}
+    for weights, said in (
+        ("{accurracy: 1.0}", "reward_weights.accurracy: unknown option of reward: released; did you mean 'accuracy'"),
+        ("{format: 0, accuracy: 0, semantic: 0, quality: 0}", "all are 0"),
+        ("{accuracy: -1}", "reward_weights"),
+        ("{accuracy: .inf}", "reward_weights"),
+    ):
+        with pytest.raises(UserError) as error:
+            grpo.weights_of(load(GrpoConfig, [], [f"reward_weights={weights}"]))
+        assert said in str(error.value)
 
 
 @pytest.mark.parametrize("down", ["generator", "judge"])

@@ -32,7 +32,9 @@ EXTENDS = "extends"
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, each field's docstring is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
     @classmethod
     def presets(cls) -> Mapping[str, "Config"]:

@@ -91,6 +91,8 @@ class GrpoConfig(TrainingConfig):
     """`released`: 0.5 format + 0.1 accuracy + 0.3 semantic + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
     {-1, 0} + 0.4 gain of the overall score; `trajectory`: the overall score of the last picture of the loop, in which
     the critic goes on from the recorded attempt (experimental)."""
+    reward_weights: Mapping[str, Annotated[float, Ge(0)]] = {}
+    """Other weights for parts of the reward, by name; the parts of `paper` are format, accuracy and step."""
     max_attempts: Annotated[int, Ge(2)] = 3
     """Pictures of one trajectory with `reward: trajectory`, the recorded one included."""
     scorer: ScorerConfig = ScorerConfig()

@@ -29,7 +29,7 @@ from interleave.store import PictureStore
 from interleave.training import launch
 from interleave.training.arithmetic import GrpoSums, Memory, deepspeed_json, grpo_sums, memory_of
 from interleave.training.config import GrpoConfig
-from interleave.training.mapping import OWNED_GRPO, check_trl
+from interleave.training.mapping import OWNED_GRPO, check_keys, check_trl
 from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, read_rows, short_enough
 from interleave.training.trajectory import Trajectories, as_caller
 
@@ -72,6 +72,7 @@ def check(config: GrpoConfig, processes: int, *, here: bool = True) -> GrpoJob:
     from trl import GRPOConfig
 
     check_trl(config.trl, GRPOConfig, OWNED_GRPO)
+    weights_of(config)
     launch.adapter_of(config)
     refuse_unequal_turns(config, processes)
     hub.resolve(config.model, weights=here)
@@ -86,6 +87,16 @@ def check(config: GrpoConfig, processes: int, *, here: bool = True) -> GrpoJob:
     failed = sum(not rows[i].evaluation.success for i in kept)
     sums = grpo_sums(config, len(kept), failed, len(rows) - len(kept), processes)
     return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), sums)
+
+
+def weights_of(config: GrpoConfig) -> dict[str, float]:
+    """Weights of the parts of the reward, in the order of its functions.  Raises UserError for a part it has not."""
+    own = REWARD_WEIGHTS[config.reward]
+    check_keys("reward_weights", config.reward_weights, set(own), f"reward: {config.reward}")
+    weights = {**own, **config.reward_weights}
+    if not any(weights.values()):
+        raise UserError("reward_weights: all are 0, so that no answer is better than another; raise one")
+    return weights
 
 
 def check_template(ref: str) -> Template:
@@ -145,7 +156,7 @@ def train(
     from trl import GRPOConfig, GRPOTrainer
 
     job = check(config, launch.num_processes())
-    fixed: dict[str, Any] = {"reward_weights": list(REWARD_WEIGHTS[config.reward].values())}
+    fixed: dict[str, Any] = {"reward_weights": list(weights_of(config).values())}
     fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.sums.updates}  # see `order`
     in_loop = config.reward == "trajectory"
     if in_loop:

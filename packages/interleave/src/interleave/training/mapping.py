@@ -37,7 +37,7 @@ OWNED_SFT: Mapping[str, str] = {
 }
 OWNED_GRPO: Mapping[str, str] = {
     **OWNED,
-    "reward_weights": "they belong to the key reward (released | paper | trajectory)",
+    "reward_weights": "use the key reward_weights, which has their names",
     "max_tool_calling_iterations": "use the key max_attempts",
 }
 OWNED_LORA: Mapping[str, str] = {
