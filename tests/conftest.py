@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when torch is first imported, here and in processes that a test starts; the controller of xdist needs no torch.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Where this is set, each of the hundreds of processes of the tests compiles torch, diffusers and transformers anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 

@@ -1,6 +1,7 @@
 """The miniature's training, every stage with tiny numbers: what it leaves, the unmodified classes load."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from imgen_common.shapes.train import generator, package, rewards, vae
 from imgen_common.shapes.train.session import Schedule
 
 pytestmark = pytest.mark.slow
+sample = generator.sample
 
 
 def short(schedule: Schedule) -> Schedule:
     return schedule.model_copy(update={"steps": 2, "batch": 4, "save_every": 2})
+
+
+def sample_quickly(*given: Any, **named: Any) -> torch.Tensor:
+    return sample(*given, **named | {"steps": 2})
 
 
 def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +33,8 @@ def test_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewards, "NUM_LABELLED", {"tune": 120, "test": 120})
     monkeypatch.setattr(package, "NUM_EVALUATED", {"captions": 48, "edits": 12, "reconstructions": 12})
     monkeypatch.setattr(package, "WEIGHTS", tmp_path / "weights")
+    for module in (generator, rewards):
+        monkeypatch.setattr(module, "sample", sample_quickly)
     labelled = torch.arange(120) % 2 == 0
     monkeypatch.setattr(rewards, "verify", lambda images, specs: [Verdict(bool(ok)) for ok in labelled])
 

@@ -159,10 +159,13 @@ class Front:
                 body = await self._body(request)
                 task = await asyncio.to_thread(self._task, body, about)
                 drawn = await self._draw(request, task)
-        except TimeoutError:
-            raise Problem(504, "deadline", "there was no picture in time") from None
-        except ClientDisconnect:
-            raise Problem(CLIENT_LEFT, "client_left", "the client left") from None
+        except (TimeoutError, ClientDisconnect, asyncio.CancelledError) as error:
+            self._metrics.cancelled.inc()
+            if isinstance(error, TimeoutError):
+                raise Problem(504, "deadline", "there was no picture in time") from None
+            if isinstance(error, ClientDisconnect):
+                raise Problem(CLIENT_LEFT, "client_left", "the client left") from None
+            raise
         finally:
             self._num_inside -= 1
         image = base64.b64encode(drawn.png).decode()
@@ -240,12 +243,10 @@ class Front:
         self._num_drawing += 1
         try:
             await asyncio.wait({drawing, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not drawing.done():
+            if left.done():
                 raise ClientDisconnect
         finally:
             self._num_drawing -= 1
-            if not drawing.done():
-                self._metrics.cancelled.inc()
             drawing.cancel()
             left.cancel()
             await asyncio.gather(drawing, left, return_exceptions=True)

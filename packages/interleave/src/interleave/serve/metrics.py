@@ -25,7 +25,7 @@ class Metrics:
         )
         self.cancelled = Counter(
             "interleave_cancelled",
-            "Requests dropped before they were drawn, by deadline or because the client left.",
+            "Requests dropped without a picture, by deadline or because the client left.",
             registry=registry,
         )
         self.restarts = Counter("interleave_worker_restarts", "Workers that died and were replaced.", registry=registry)
