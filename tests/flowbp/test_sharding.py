@@ -44,7 +44,7 @@ PROMPTS = ["a red circle", "two blue crosses", "a green square"]
 def config_of(folder: Path, *sets: str) -> TrainConfig:
     # a large eps and rate: AdamW divides by the root of the second moment, which magnifies rounding where that is
     # small, and a small step drowns in the rounding of the weight it is added to
-    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_steps=5", "batch_size=4"]
+    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_steps=6", "batch_size=4"]
     common += ["optim.lr=0.01", "optim.eps=0.01", "optim.warmup=0", "method=flowbp_bridge", "guidance.scale=1.5"]
     common += ["eval.steps=2", "eval.batch_size=1"]
     return load(TrainConfig, [], [*common, *sets])

@@ -451,22 +451,22 @@ def test_killed_at_twenty_moments_a_batch_ends_as_if_it_were_not(tmp_path: Path)
 
 @pytest.mark.slow
 def test_throughput_is_that_of_the_slowest_stage(tmp_path: Path) -> None:
-    """200 requests of two steps; the generator takes 4 at once for 80 ms each: 400 pictures take 8 s at best.
+    """200 requests of two steps; the generator takes 8 at once for 80 ms each: 400 pictures take 4 s at best.
 
-    The best of three, as others may use the machine.
+    The quickest of three counts: what the tests beside this one take from the processors is not the engine's.
     """
 
-    def share(folder: Path) -> float:
+    def share_of_bound(folder: Path) -> float:
         made = Parts(
             FakePlanner(lambda r, s: plan_of("one", "two"), latency=0.1),
             FakeCritic(lambda look, seed: (True, look.prompt_used), latency=0.05),
-            FakeGenerator(latency=0.08, limit=4),
+            FakeGenerator(latency=0.08, limit=8),
         )
         began = time.perf_counter()
         run(folder, made, [ask(f"r{i}") for i in range(200)], LoopConfig(concurrency=64))
-        return 400 * 0.08 / 4 / (time.perf_counter() - began)
+        return 400 * 0.08 / 8 / (time.perf_counter() - began)
 
-    assert any(share(tmp_path / str(i)) >= 0.9 for i in range(3))
+    assert any(share_of_bound(tmp_path / str(turn)) >= 0.9 for turn in range(3))
 
 
 def test_random_rewrite_does_not_look() -> None:

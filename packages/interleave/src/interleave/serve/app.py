@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 CLIENT_LEFT = 499
+OUT_OF_TIME = 504
 STATUS: Mapping[str, int] = {"refused": 422, "overloaded": 429, "not_ready": 503, "deadline": 504}
 """Of a failed picture; 500 for other kinds."""
 LONGEST_RETRY_AFTER = 60
@@ -89,6 +90,8 @@ class Front:
             raise
         finally:
             self._metrics.requests.labels(int(status)).inc()
+            if status in (CLIENT_LEFT, OUT_OF_TIME):
+                self._metrics.cancelled.inc()
         return response
 
     async def ready(self, request: Request) -> Response:
@@ -159,13 +162,10 @@ class Front:
                 body = await self._body(request)
                 task = await asyncio.to_thread(self._task, body, about)
                 drawn = await self._draw(request, task)
-        except (TimeoutError, ClientDisconnect, asyncio.CancelledError) as error:
-            self._metrics.cancelled.inc()
-            if isinstance(error, TimeoutError):
-                raise Problem(504, "deadline", "there was no picture in time") from None
-            if isinstance(error, ClientDisconnect):
-                raise Problem(CLIENT_LEFT, "client_left", "the client left") from None
-            raise
+        except TimeoutError:
+            raise Problem(OUT_OF_TIME, "deadline", "there was no picture in time") from None
+        except ClientDisconnect:
+            raise Problem(CLIENT_LEFT, "client_left", "the client left") from None
         finally:
             self._num_inside -= 1
         image = base64.b64encode(drawn.png).decode()
