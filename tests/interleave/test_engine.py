@@ -289,7 +289,7 @@ def test_a_critic_that_fails_ends_the_story(tmp_path: Path) -> None:
 
 def test_out_of_memory_in_mid_story(tmp_path: Path) -> None:
     generator = FakeGenerator(fails=lambda job: PartFailed("out_of_memory", "no room") if job.sources else None)
-    (trajectory,) = run(tmp_path, parts(plan_of("one", "two"), generator=generator))
+    (trajectory,) = run(tmp_path, parts(plan_of("one", "two"), generator=generator), loop=LoopConfig(max_attempts=5))
     assert trajectory.status == "generator_failed"
     assert trajectory.selected == {1: 1}
     assert [a.status for a in attempts(tmp_path)] == ["accepted"] + ["generator_failed"] * 5

@@ -19,8 +19,17 @@ from imgen_common.shapes.scene import compose, sample_spec
 from imgen_common.shapes.stories import plan_is_correct, read_prompt, same_step, sample_story, step_holds
 from imgen_common.shapes.verify import Detection, detect
 from interleave.miniature import models, train
-from interleave.miniature.cases import Cases, _mirrored, _recoloured, centres
-from interleave.miniature.data import Case, critic_message, critic_row, judge, plan_of, planner_row, readings, wordings
+from interleave.miniature.cases import Cases, _mirrored, _recoloured, _shifted, centres
+from interleave.miniature.data import (
+    Case,
+    critic_message,
+    critic_row,
+    judge,
+    plan_of,
+    planner_row,
+    readings,
+    wordings,
+)
 from interleave.miniature.pool import Drawn, to_bytes
 from interleave.miniature.vision import COLOUR_NAMES, SHAPE_NAMES, labels
 from interleave.parsing import parse_plan, parse_verdict
@@ -28,6 +37,7 @@ from interleave.prompts import render_plan, render_verdict
 from interleave.records import Plan, Verdict
 
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
+PROMPTS = ["a red circle", "add a blue square right of the circle", "make the circle green"]
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20, deadline=None)
 
@@ -172,6 +182,17 @@ def test_mirrored_and_recoloured_looks_keep_their_verdict(seed: int, turns: int)
     assert _recoloured(_recoloured(case, turns), 3 - turns).used == case.used
 
 
+def test_moved_looks_show_the_same_elsewhere() -> None:
+    case = edit_case(sample_edit(np.random.default_rng(0)))
+    moved = _shifted(case, 2, -1)
+    assert case.before is not None
+    assert moved.before is not None
+    for was, now in ((case.before, moved.before), (case.after, moved.after)):
+        assert torch.equal(now[:, :-1, 2:], was[:, 1:, :-2])
+        assert torch.equal(now[:, -1, 2:], was[:, -1, :-2])
+        assert torch.equal(now[:, :-1, 0], was[:, 1:, 0])
+
+
 def test_cases_are_of_both_verdicts_and_ask_for_nothing_of_other_splits() -> None:
     made = [edit_case(sample_edit(np.random.default_rng(seed))) for seed in range(12)]
     drawn = Drawn(torch.stack([c.before for c in made if c.before is not None]), torch.stack([c.after for c in made]),
@@ -267,11 +288,7 @@ def test_the_shipped_planner_plans_the_example() -> None:
     (answer,) = answers(resolve("builtin:shapes/planner"), [planner_message(EXAMPLE)])
     plan = parse_plan(answer)
     assert isinstance(plan, Plan)
-    assert [step.prompt for step in plan.steps] == [
-        "a red circle",
-        "add a blue square right of the circle",
-        "make the circle green",
-    ]
+    assert [step.prompt for step in plan.steps] == PROMPTS
 
 
 @pytest.mark.slow
@@ -285,13 +302,16 @@ def test_the_shipped_planner_is_what_its_provenance_says() -> None:
         assert found[f"{kind}/correct"] >= 0.85 - 3 * (0.85 * 0.15 / 120) ** 0.5
 
 
+AMOUNTS = {"drawn": 2, "edited": 1, "chained": 0, "recoloured": 1}
+
+
 @pytest.mark.slow
 def test_the_shipped_critic_is_what_its_provenance_says(tmp_path: Path) -> None:
     """On 240 pictures that nobody has seen, drawn as the measured ones were, and three standard errors below."""
     from interleave.miniature import pool
     from interleave.miniature.measure import measure_critic
 
-    pool.generate(tmp_path, "test", pool.TEST.model_copy(update={"drawn": 2, "edited": 2, "chained": 0}), seed=23)
+    pool.generate(tmp_path, "test", pool.TEST.model_copy(update=AMOUNTS), seed=23)
     found = measure_critic(resolve("builtin:shapes/critic"), pool.load(tmp_path, "test"))
     assert found["parsable"] >= 0.95
     assert found["all/accuracy"] >= 0.85 - 3 * (0.85 * 0.15 / 240) ** 0.5

@@ -59,8 +59,9 @@ class LoopConfig(Config):
 
     max_steps: PositiveInt = 16
     """Longest plan that is accepted; a longer one is asked for again."""
-    max_attempts: PositiveInt = 5
-    """Pictures drawn for one step, at most; 5 is the paper's best, its released code takes 3."""
+    max_attempts: PositiveInt = 16
+    """Pictures drawn for one step, at most; 5 is the paper's best, its released code takes 3, the miniature's generator
+    needs more."""
     max_generations: PositiveInt | None = None
     """Pictures drawn for one request, at most; null: as many as its steps and attempts allow."""
     max_seconds: Annotated[float, Gt(0)] | None = None

@@ -39,7 +39,11 @@ STRANGE = 0.1
 """How often nothing belongs together.  Without such cases the critic learns which things the training split never asks
 for, and misreads them: shapes in drawn pictures of the test split at 77 % where it is 88 % on the training split."""
 REWORDED = 0.35
-"""How often the original instruction is another wording of the prompt used, where there is one."""
+"""How often the prompt used is another wording of the original instruction, where there is one."""
+UNCHANGED = 0.08
+"""How often a drawn change is shown as if nothing had come of it."""
+MAX_SHIFT = 2
+"""How far drawn pictures are moved, in pixels."""
 EXACT = 0.4
 """Share of rendered pictures that show what they should."""
 
@@ -102,9 +106,13 @@ class Cases:
             prompt = _other_prompt(known, rng)
             case = replace(case, original=prompt, used=prompt)
         elif known.wordings and rng.random() < REWORDED:
-            case = replace(case, original=known.wordings[rng.integers(len(known.wordings))])
+            wording = known.wordings[rng.integers(len(known.wordings))]
+            case = replace(case, original=wording) if rng.random() < 0.4 else replace(case, used=wording)
+        if case.before is not None and rng.random() < UNCHANGED:
+            case = replace(case, after=case.before)
         if rng.random() < 0.5:
             case = _mirrored(case)
+        case = _shifted(case, *(int(k) for k in rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, size=2)))
         turns = int(rng.integers(3))
         if known.step is not None and split_of(tuple(sorted(_turned(t, turns) for t in known.step.after))) == "train":
             case = _recoloured(case, turns)
@@ -126,6 +134,17 @@ def _mirrored(case: Case) -> Case:
 
     before = None if case.before is None else case.before.flip(-1)
     return Case(before, case.after.flip(-1), words(case.original), words(case.used))
+
+
+def _shifted(case: Case, right: int, down: int) -> Case:
+    """Both pictures moved by some pixels, their edges repeated; the verifier reads them anew."""
+
+    def moved(pixels: Tensor) -> Tensor:
+        rows = (torch.arange(SIZE) - down).clamp(0, SIZE - 1)
+        columns = (torch.arange(SIZE) - right).clamp(0, SIZE - 1)
+        return pixels[:, rows][:, :, columns]
+
+    return replace(case, before=None if case.before is None else moved(case.before), after=moved(case.after))
 
 
 def _turned(thing: Thing, turns: int) -> Thing:
@@ -164,7 +183,7 @@ def _rendered_change(rng: np.random.Generator) -> Case:
     luck = rng.random()
     if luck > 0.9:
         after = edit.before
-    elif luck > 0.8:
+    elif luck > 0.7:
         after = _bled(edit, rng)
     elif luck > EXACT:
         after = mutated(after, rng)
@@ -177,25 +196,33 @@ def _jittered(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _bled(edit: Edit, rng: np.random.Generator) -> Scene:
-    """Another thing takes the target's colour too, the commonest mistake of a recolouring."""
-    colour = edit.colour or edit.target.colour
-    placed = list(edit.after.placed)
+    """Another thing takes the target's colour too, or instead: the commonest mistakes of a recolouring."""
+    scene = edit.after if rng.random() < 0.5 else edit.before
+    placed = list(scene.placed)
     i = int(rng.integers(len(placed)))
-    placed[i] = replace(placed[i], thing=Thing(colour, placed[i].thing.shape), rgb=shade(colour, rng))
-    return replace(edit.after, placed=tuple(placed))
+    placed[i] = _in_colour(placed[i], edit.colour or edit.target.colour, rng)
+    return replace(scene, placed=tuple(placed))
+
+
+def _in_colour(placed: Placed, colour: str, rng: np.random.Generator) -> Placed:
+    return replace(placed, thing=Thing(colour, placed.thing.shape), rgb=shade(colour, rng))
 
 
 def mutated(scene: Scene, rng: np.random.Generator) -> Scene:
-    """One thing changed in colour, shape or place, one too many, or one missing."""
+    """One thing changed in colour, shape or place, two that exchange colours, one thing too many, or one missing."""
     placed = list(scene.placed)
-    i = int(rng.integers(len(placed)))
-    old = placed[i]
-    match ("colour", "shape", "shape", "place", "more", "less")[rng.integers(6)]:
+    i, j = (int(k) for k in rng.integers(len(placed), size=2))
+    old, other = placed[i], placed[j]
+    match ("colour", "shape", "shape", "exchange", "copy", "place", "more", "less")[rng.integers(8)]:
         case "colour":
-            colour = list(COLOURS)[rng.integers(len(COLOURS))]
-            placed[i] = replace(old, thing=Thing(colour, old.thing.shape), rgb=shade(colour, rng))
+            placed[i] = _in_colour(old, list(COLOURS)[rng.integers(len(COLOURS))], rng)
         case "shape":
             placed[i] = replace(old, thing=Thing(old.thing.colour, SHAPES[rng.integers(len(SHAPES))]))
+        case "exchange":
+            placed[i] = _in_colour(old, other.thing.colour, rng)
+            placed[j] = _in_colour(other, old.thing.colour, rng)
+        case "copy":
+            placed[i] = replace(old, thing=Thing(old.thing.colour, other.thing.shape))
         case "place":
             placed[i] = _somewhere(old.thing, [*placed[:i], *placed[i + 1 :]], rng) or old
         case "more":

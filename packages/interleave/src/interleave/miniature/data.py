@@ -3,10 +3,12 @@
 The critic's reasoning reads both pictures in a fixed form, says of each thing that the instruction wants whether the
 picture has it, and concludes:
 
-    before: red circle d g. after: blue cross m f, red circle d g. want: blue square wrong, red circle asked. wrong
-    things
+    before: red circle d g. after: (blue cross) m f, (red circle) d g. want: (blue square) wrong, (red circle) asked.
+    wrong things
 
-Things stand in order of their names, each with its column and row (sixteen each, `models.PLACES`).
+Things stand in order of their names, each with its column and row (sixteen each, `models.PLACES`).  What is wanted and
+what the new picture shows have names of one token each (`models.NAMES`), which nothing else in the report has: whether
+a wanted thing is there is a matter of equal tokens.
 """
 
 from collections.abc import Sequence
@@ -106,7 +108,7 @@ def judge(before: Sequence[Detection] | None, after: Sequence[Detection], origin
     step = read_prompt(original, None if before is None else [d.thing for d in before])
     want = "nothing fits" if step is None else _compared(step.after, [d.thing for d in after])
     finding = _finding(before, after, step)
-    reasoning = f"before: {_listed(before)}. after: {_listed(after)}. want: {want}. {finding}"
+    reasoning = f"before: {_listed(before)}. after: {_listed(after, '({})')}. want: {want}. {finding}"
     if finding == "as asked":
         return Verdict(success=True, refined_prompt=used, reasoning=reasoning)
     others = wordings(original, before)[1:]
@@ -118,17 +120,17 @@ def _compared(wanted: Sequence[Thing], shown: Sequence[Thing]) -> str:
     """Each wanted thing with whether it is among those shown, none of which counts twice."""
     left, parts = list(shown), []
     for thing in sorted(wanted):
-        parts.append(f"{thing} {'asked' if thing in left else 'wrong'}")
+        parts.append(f"({thing}) {'asked' if thing in left else 'wrong'}")
         if thing in left:
             left.remove(thing)
     return ", ".join(parts)
 
 
-def _listed(found: Sequence[Detection] | None) -> str:
+def _listed(found: Sequence[Detection] | None, name: str = "{}") -> str:
     if not found:
         return "nothing"
     ordered = sorted(found, key=lambda d: (d.thing, d.x, d.y))
-    return ", ".join(f"{d.thing} {_cell(d.x)} {_cell(d.y)}" for d in ordered)
+    return ", ".join(f"{name.format(d.thing)} {_cell(d.x)} {_cell(d.y)}" for d in ordered)
 
 
 def _cell(pixels: float) -> str:

@@ -5,7 +5,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from imgen_common.config import Config
-from imgen_common.shapes.scene import CATEGORIES, SIZE, specs
+from imgen_common.shapes.scene import CATEGORIES, COLOURS, SHAPES, SIZE, specs
 from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ PIECES = (
     '"}</answer>',
 )
 """The envelope of an answer: each is one token, so that a plan of three steps is about 100 tokens."""
+NAMES = tuple(f" ({colour} {shape})" for colour in (*COLOURS, "mixed") for shape in (*SHAPES, "blob"))
+"""Things as the critic's reports name them after the first picture, each one token.  With a token for the colour and
+one for the shape, a `green square` and a `red circle` passed for a `green circle`."""
 STARTS = (
     "was", "three", "Here", "before", "user", "assistant", "true", "false", "draw", "add", "recolour", "remove", "make",
     "a", "two", "A", "The", "plan",
@@ -107,7 +110,7 @@ def tokenizer() -> "Qwen2Tokenizer":
         model_max_length=MAX_LENGTH,
         padding_side="left",
     )
-    made.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in PIECES])
+    made.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in (*PIECES, *NAMES)])
     made.chat_template = CHAT_TEMPLATE
     return made
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imgen_common.config import Config
 from imgen_common.hub import resolve
-from imgen_common.shapes.edits import sample_edit
+from imgen_common.shapes.edits import EditKind, sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import SIZE, Split, sample_spec, split_of
 from imgen_common.shapes.stories import sample_change
@@ -35,13 +35,15 @@ class Amounts(Config):
     edited: int
     """Chunks of edits of rendered scenes."""
     chained: int
-    """Chunks of edits of drawn pictures that hold what their captions say."""
+    """Chunks of changes of drawn pictures."""
+    recoloured: int
+    """Chunks of recolourings of one of several things in drawn pictures, the generator's weakest side."""
     steps: tuple[int, ...]
     """Sampling steps, by turns."""
 
 
-TRAIN = Amounts(drawn=30, edited=30, chained=7, steps=(12, 12, 25))
-TEST = Amounts(drawn=8, edited=5, chained=3, steps=(25,))
+TRAIN = Amounts(drawn=30, edited=30, chained=7, recoloured=16, steps=(12, 12, 25))
+TEST = Amounts(drawn=8, edited=5, chained=3, recoloured=3, steps=(25,))
 GUIDANCE = (1.0, 2.0)
 
 
@@ -70,7 +72,7 @@ def read(file: Path) -> Drawn:
         return Drawn(tensors.get_tensor("before"), tensors.get_tensor("after"), prompts)
 
 
-def load(folder: Path, split: Split, kinds: Sequence[str] = ("drawn", "edited", "chained")) -> Drawn:
+def load(folder: Path, split: Split, kinds: Sequence[str] = ("drawn", "edited", "chained", "recoloured")) -> Drawn:
     """All finished chunks of a split."""
     files = [file for kind in kinds for file in sorted((folder / split).glob(f"{kind}-*.safetensors"))]
     return Drawn.join([read(file) for file in files])
@@ -89,6 +91,7 @@ def generate(folder: Path, split: Split, amounts: Amounts, seed: int) -> None:
         "drawn": (amounts.drawn, _captions),
         "edited": (amounts.edited, _edits),
         "chained": (amounts.chained, _chains),
+        "recoloured": (amounts.recoloured, _recolourings),
     }
     for kind, (count, make) in makers.items():
         for i in range(count):
@@ -125,8 +128,22 @@ def _edits(folder: Path, split: Split, seed: int, chunk: int) -> tuple[Tensor, l
 
 
 def _chains(folder: Path, split: Split, seed: int, chunk: int) -> tuple[Tensor, list[str]]:
-    """Changes of drawn and edited pictures whose things are distinct, well formed and of this split."""
-    rng = numpy_generator(seed, f"pool-{split}-chains", chunk)
+    """Changes of drawn and edited pictures."""
+    return _changes(folder, split, numpy_generator(seed, f"pool-{split}-chains", chunk))
+
+
+def _recolourings(folder: Path, split: Split, seed: int, chunk: int) -> tuple[Tensor, list[str]]:
+    """Recolourings of one of several things in drawn and edited pictures."""
+    return _changes(folder, split, numpy_generator(seed, f"pool-{split}-recolourings", chunk), "recolour")
+
+
+def _changes(
+    folder: Path, split: Split, rng: np.random.Generator, kind: EditKind | None = None
+) -> tuple[Tensor, list[str]]:
+    """Changes of drawn and edited pictures whose things are distinct, well formed and of this split.
+
+    kind: only changes of this kind, and only of pictures with several things.
+    """
     pictures = load(folder, split, ("drawn", "edited")).after
     chosen: list[Tensor] = []
     prompts: list[str] = []
@@ -135,7 +152,10 @@ def _chains(folder: Path, split: Split, seed: int, chunk: int) -> tuple[Tensor, 
         things = tuple(sorted(d.thing for d in detect(picture)[0]))
         if not 0 < len(set(things)) == len(things) <= 3 or any("mixed" in str(t) or "blob" in str(t) for t in things):
             continue
-        if split_of(things) == split and (step := sample_change(things, rng, split)) is not None:
+        if split_of(things) != split or (kind and len(things) == 1):
+            continue
+        step = sample_change(things, rng, split)
+        if step is not None and kind in (None, step.kind):
             chosen.append(picture[0])
             prompts.append(step.prompt)
     assert chosen[0].shape == (3, SIZE, SIZE)
