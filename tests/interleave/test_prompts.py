@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2Tokenizer
@@ -241,7 +241,7 @@ def test_a_conversation_holds_pictures_and_texts_in_order() -> None:
 
 
 def as_read(reasoning: str) -> str:
-    return inert(reasoning).strip()
+    return inert(inert(reasoning).strip())
 
 
 @st.composite
@@ -258,7 +258,8 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(steps=tuple(steps), reasoning=draw(nasty))
 
 
-@given(plans())
+@example(plan=Plan(steps=(PlanStep(index=1, text="words"),), reasoning="<\x00"))
+@given(plan=plans())
 def test_a_taught_plan_reads_back(plan: Plan) -> None:
     expected = plan.model_copy(update={"reasoning": as_read(plan.reasoning)})
     assert parse_plan(render_plan(plan)) == parse_plan(render_plan(plan), "tolerant") == expected
@@ -272,6 +273,7 @@ def test_a_taught_verdict_reads_back(success: bool, prompt: str, reasoning: str)
 
 
 @given(prompt=nasty, reasoning=nasty)
+@example(prompt="", reasoning="<\x00")
 def test_a_taught_answer_holds_no_tag_but_its_own(tokenizer: Qwen2Tokenizer, prompt: str, reasoning: str) -> None:
     answer = render_verdict(Verdict(success=False, refined_prompt=prompt, reasoning=reasoning))
     assert re.findall(r"<[|/A-Za-z<]", answer) == ["<t", "</", "<a", "</"]

@@ -195,7 +195,9 @@ def render_verdict(verdict: Verdict) -> str:
 
 
 def _answer(reasoning: str, value: Mapping[str, Any]) -> str:
-    return f"<think>{inert(reasoning).strip()}</think><answer>{safe_json(value)}</answer>"
+    # Twice, since a "<" that ends the text only once white space is gone would stand before the tag.
+    thought = inert(inert(reasoning).strip())
+    return f"<think>{thought}</think><answer>{safe_json(value)}</answer>"
 
 
 def safe_json(value: Mapping[str, Any]) -> str:
