@@ -21,7 +21,8 @@ A configuration is what the defaults below, then YAML files from left to right, 
 
     flowbp train my.yaml --set optim.lr=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3
 
-- `a(leap).b` is the key `a.b` where `a.kind` is `leap`. Setting `kind` to another value replaces its whole section.
+- `a(leap).b` is the key `a.b` where `a.kind` is `leap`. Setting `kind` to another value, or
+  over a default, begins its section anew.
 - `method` also takes a name (`flowbp methods` lists them), or a name and changes: `{preset: refl, tail: 0.5}`.
 - Defaults below `method` are those of the default method, where it has the key.
 - A file with `extends: other.yaml` lies over that file; lists are replaced whole, `rewards.0.weight` reaches into one.

@@ -116,6 +116,14 @@ def test_setting_kind_replaces_its_subtree(tmp_path: Path) -> None:
     assert same.method.weights == Leap(reach=7)
 
 
+def test_over_a_default_any_kind_begins_anew(tmp_path: Path) -> None:
+    """The default's own settings are not for a value that somebody describes from the start."""
+    assert load_text(tmp_path, "method: {weights: {kind: euler}}").method.weights == Euler()
+    assert load(Train, (), ["method.weights.kind=euler"]).method.weights == Euler()
+    assert load(Train, (), ["method.weights={kind: euler}"]).method.weights == Euler()
+    assert load_text(tmp_path, "method: {preset: refl, weights: {kind: leap}}").method.weights == Leap(reach=3.0)
+
+
 @given(
     st.permutations(["method=refl", "method.weights.kind=euler", "method.weights.refill=mass", "method.gap_floor=1"])
 )

@@ -1,15 +1,18 @@
 """Planner and critic over a chat model: what they show it, and what they make of its answers."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from interleave.agents import ChatCritic, ChatPlanner, success_probability
 from interleave.chat import ScriptedChat, ScriptedChatConfig
 from interleave.chat import make as make_chat
+from interleave.config import RunConfig
 from interleave.parts import Look, Message, PartFailed, Picture, Reply
 from interleave.prompts import render_critic, render_plan, render_planner, render_verdict, template
 from interleave.records import Plan, PlanStep, Request, Verdict
@@ -103,6 +106,61 @@ def test_the_critic_tells_how_sure_it_was() -> None:
     heard = Heard(Reply(verdict, token_probabilities=tokens))
     answer = asyncio.run(ChatCritic(heard.model, template("critic")).judge(LOOK, 0))
     assert answer.success_probability == pytest.approx(0.9)
+
+
+def said(success: bool) -> str:
+    return render_verdict(Verdict(success=success, refined_prompt="a cat" if success else "a better cat", reasoning=""))
+
+
+def counted(answers: Sequence[str], seeds: list[int]) -> ScriptedChat:
+    def say(message: Message, seed: int) -> str:
+        seeds.append(seed)
+        return answers[len(seeds) - 1]
+
+    return ScriptedChat(say)
+
+
+@pytest.mark.parametrize(
+    ("answers", "share", "success"),
+    [
+        ("+++-", 0.75, True),
+        ("-+++", 0.75, True),
+        ("++--", 0.75, False),
+        ("++--", 0.5, True),
+        ("+++-", 1.0, False),
+        ("++++", 1.0, True),
+        ("+??+", 1.0, True),
+        ("???-", 0.5, False),
+        ("-----------------------------+", 0.01, True),
+    ],
+)
+def test_a_share_of_the_critics_answers_decides(answers: str, share: float, success: bool) -> None:
+    """+ accepts, - does not, ? cannot be read."""
+    seeds: list[int] = []
+    words = {"+": said(True), "-": said(False), "?": "mumble"}
+    model = counted([words[a] for a in answers], seeds)
+    critic = ChatCritic(model, template("critic"), num_samples=len(answers), accept_share=share)
+    answer = asyncio.run(critic.judge(LOOK, 7))
+    assert answer.verdict == Verdict(success=success, refined_prompt="a cat" if success else "a better cat")
+    assert answer.raw == said(success)
+    assert answer.success_probability == pytest.approx(answers.count("+") / len(answers.replace("?", "")))
+    assert len(set(seeds)) == len(answers)
+    assert seeds[0] == 7
+
+
+def test_samples_that_none_can_read_are_one_unreadable_answer() -> None:
+    critic = ChatCritic(counted(["mumble", "murmur"], []), template("critic"), num_samples=2)
+    answer = asyncio.run(critic.judge(LOOK, 0))
+    assert (answer.verdict, answer.raw) == (None, "mumble")
+    assert answer.error
+
+
+def test_samples_of_a_greedy_model_are_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"num_samples 8: at model.temperature 0 all answers are the same; set it above"
+    ):
+        load(RunConfig, sets=["critic.model.temperature=0"])
+    assert load(RunConfig, sets=["critic.model.temperature=0", "critic.num_samples=1"])
 
 
 def test_templates_for_another_agent_are_refused_at_once() -> None:

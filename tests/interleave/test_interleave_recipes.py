@@ -31,6 +31,12 @@ def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path) -> None:
         assert ("story" in found.placeholders) == (config.critic.context == "story")
 
 
+@pytest.mark.parametrize("recipe", [r for r in RUNS if "miniature" not in r.stem], ids=lambda path: path.stem)
+def test_a_critic_that_costs_is_asked_once(recipe: Path) -> None:
+    critic = load(RunConfig, [recipe]).critic
+    assert isinstance(critic, SelfCritic) or (isinstance(critic, ModelCritic) and critic.num_samples == 1)
+
+
 def test_the_miniatures_recipe_is_the_default() -> None:
     recipe = next(path for path in RUNS if path.stem == "miniature")
     assert load(RunConfig, [recipe]) == RunConfig()

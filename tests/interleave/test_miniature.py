@@ -1,6 +1,7 @@
 """The miniature's agents: their words, their data, their training, and what is shipped."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from typer.testing import CliRunner
 
 from imgen_common.hub import WEIGHTS, resolve
+from imgen_common.images import from_pil
 from imgen_common.shapes.edits import Edit, sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import compose, sample_spec
-from imgen_common.shapes.stories import plan_is_correct, read_prompt, same_step, sample_story, step_holds
+from imgen_common.shapes.stories import (
+    Step,
+    Story,
+    plan_is_correct,
+    read_prompt,
+    same_step,
+    sample_story,
+    step_holds,
+    verify_story,
+)
 from imgen_common.shapes.verify import Detection, detect
+from interleave.cli import app
 from interleave.miniature import models, train
 from interleave.miniature.cases import Cases, _mirrored, _recoloured, _shifted, centres
 from interleave.miniature.data import (
@@ -35,6 +48,7 @@ from interleave.miniature.vision import COLOUR_NAMES, SHAPE_NAMES, labels
 from interleave.parsing import parse_plan, parse_verdict
 from interleave.prompts import render_plan, render_verdict
 from interleave.records import Plan, Verdict
+from interleave.store import PictureStore, read_trace
 
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
 PROMPTS = ["a red circle", "add a blue square right of the circle", "make the circle green"]
@@ -315,3 +329,26 @@ def test_the_shipped_critic_is_what_its_provenance_says(tmp_path: Path) -> None:
     found = measure_critic(resolve("builtin:shapes/critic"), pool.load(tmp_path, "test"))
     assert found["parsable"] >= 0.95
     assert found["all/accuracy"] >= 0.85 - 3 * (0.85 * 0.15 / 240) ** 0.5
+
+
+@pytest.mark.slow
+def test_the_readmes_story_comes_out_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the verifier, from the command as a user types it, seconds from the start included."""
+    monkeypatch.chdir(tmp_path)
+    began = time.perf_counter()
+    told = CliRunner().invoke(app, ["run", EXAMPLE])
+    assert time.perf_counter() - began <= 60
+    assert told.exit_code == 0, told.output
+    (run,) = (tmp_path / "runs").iterdir()
+    (recorded,) = read_trace(run).values()
+    assert recorded.trajectory
+    pictures = PictureStore(run / "pictures")
+    chosen = [recorded.attempts[key].image_id for key in sorted(recorded.trajectory.selected.items())]
+    steps: list[Step] = []
+    for prompt in PROMPTS:
+        step = read_prompt(prompt, steps[-1].after if steps else None)
+        assert step is not None
+        steps.append(step)
+    images = from_pil([pictures.get(image_id).image for image_id in chosen if image_id])
+    assert verify_story(images, Story(EXAMPLE, tuple(steps))) == [True, True, True]
+    assert (run / "report.html").is_file()

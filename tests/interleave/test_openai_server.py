@@ -56,8 +56,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(20)
 
 
+GREEDY = ["cache=null", "critic.num_samples=1", "critic.model.temperature=0"]
+
+
 def config(url: str) -> RunConfig:
-    sets = ["cache=null"]
+    sets = list(GREEDY)
     for part in ("planner", "critic"):
         folder = hub.resolve(f"builtin:shapes/{part}")
         sets += [f"{part}.model.kind=endpoint", f"{part}.model.url={url}", f"{part}.model.model={folder}"]
@@ -85,7 +88,7 @@ def test_it_answers_as_the_local_models_do(url: str) -> None:
         assert verdict.verdict is not None, verdict.raw
         return plan.plan, verdict.verdict
 
-    assert asyncio.run(ask(config(url))) == asyncio.run(ask(load(RunConfig, [], ["cache=null"])))
+    assert asyncio.run(ask(config(url))) == asyncio.run(ask(load(RunConfig, [], GREEDY)))
 
 
 def test_seeds_decide_what_a_server_samples(url: str) -> None:

@@ -2,8 +2,9 @@
 
 Precedence: class defaults < files, left to right < `--set`.  A file with `extends: other.yaml` lies over that file, its
 path counted from its own.  Mappings merge key by key; setting `kind` to another value replaces its mapping, so that
-nothing of the old kind is left; lists are replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read
-by the 1.2 core rules: `1e-4` is a number, `no` and `on` are words.
+nothing of the old kind is left, and over a default any `kind` begins anew with what that kind has by default; lists are
+replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by the 1.2 core rules: `1e-4` is a number,
+`no` and `on` are words.
 """
 
 import re
@@ -276,10 +277,11 @@ class _Merge:
         if isinstance(new, dict) and isinstance(old, list) and new and all(key.isdigit() for key in new):
             return self._apply_items(annotation, old, new, keys, source)
         if isinstance(new, dict):
-            if not isinstance(old, dict) or ("kind" in new and "kind" in old and new["kind"] != old["kind"]):
+            before = old if isinstance(old, dict) else {}
+            if not before or ("kind" in new and not (self._given(keys) and new["kind"] == before.get("kind"))):
                 self._forget(keys)
-                old = {}
-            return self._apply_mapping(annotation, old, new, keys, source)
+                before = {}
+            return self._apply_mapping(annotation, before, new, keys, source)
         if isinstance(new, bool) and {int, float} & set(parts := _parts(annotation)) and bool not in parts:
             # pydantic would read true as 1
             raise UserError(f"{_label(source, keys)}: must be a number, got {str(new).lower()}")
@@ -321,6 +323,10 @@ class _Merge:
             raise UserError(f"{_label(source, keys)}: unknown {keys[-1] if keys else PRESET} {name!r}{known}")
         rest = {} if isinstance(new, str) else {key: value for key, value in new.items() if key != PRESET}
         return presets[name].model_dump(mode="json"), rest
+
+    def _given(self, keys: Keys) -> bool:
+        """Whether an earlier layer gave the value at `keys` or something inside it, or a preset of which it comes."""
+        return any(known[: len(keys)] == keys[: len(known)] for known in self.origins)
 
     def _forget(self, keys: Keys) -> None:
         for known in [known for known in self.origins if known[: len(keys)] == keys]:

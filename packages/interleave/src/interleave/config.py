@@ -2,8 +2,8 @@
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, MinLen
-from pydantic import Field
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import Field, model_validator
 
 from imgen_common.config import Config
 from interleave.chat import ChatConfig, LocalChatConfig
@@ -52,6 +52,19 @@ class ModelCritic(Config):
     """What it sees: the pictures before and after, or also the request and the story so far."""
     policy: Policy = "strict"
     """How answers are read."""
+    num_samples: Annotated[int, Ge(1), Le(32)] = 1
+    """Answers per picture, with different seeds; more than one needs a temperature above 0."""
+    accept_share: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of those answers that must accept a picture."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "ModelCritic":
+        if self.num_samples > 1 and getattr(self.model, "temperature", 1.0) == 0:
+            raise ValueError(
+                f"num_samples {self.num_samples}: at model.temperature 0 all answers are the same; set it above 0, or "
+                "num_samples to 1"
+            )
+        return self
 
 
 class SelfCritic(Config):
@@ -83,7 +96,9 @@ class RunConfig(Config):
     """Seed of everything that is drawn."""
     planner: Annotated[NoPlanner | ModelPlanner, Field(discriminator="kind")] = ModelPlanner()
     """Who writes the steps."""
-    critic: Annotated[NoCritic | ModelCritic | SelfCritic | RandomCritic, Field(discriminator="kind")] = ModelCritic()
+    critic: Annotated[NoCritic | ModelCritic | SelfCritic | RandomCritic, Field(discriminator="kind")] = ModelCritic(
+        model=LocalChatConfig(ref="builtin:shapes/critic", temperature=1.0), num_samples=8, accept_share=0.75
+    )
     """Who judges the pictures."""
     generator: GeneratorConfig = PipelineConfig()
     """Who draws."""

@@ -70,6 +70,14 @@ def _critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | None:
         case ModelCritic():
             same = isinstance(config.planner, ModelPlanner) and config.planner.model == critic.model
             model = planner.model if planner is not None and same else chat.make(critic.model)
+            return ChatCritic(
+                model,
+                template(critic.template),
+                critic.context,
+                critic.policy,
+                critic.num_samples,
+                critic.accept_share,
+            )
     return ChatCritic(model, template(critic.template), critic.context, critic.policy)
 
 
