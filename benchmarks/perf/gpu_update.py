@@ -61,8 +61,8 @@ from flowbp import backbones, launch
 from flowbp.config import TrainConfig
 from flowbp.embeddings import Conditions
 from flowbp.engine import backpropagate, rollout, sweep
-from flowbp.estimate import LiveBytes, estimate, measured, nbytes, networks_held, stages_of
 from flowbp.estimate import Parts as Traced
+from flowbp.estimate import estimate, measured, networks_held, stages_of
 from flowbp.guidance import guided
 from flowbp.networks import prepare
 from flowbp.plan import Plan
@@ -72,6 +72,7 @@ from flowbp.types import Velocity
 from imgen_common.config import load
 from imgen_common.errors import UserError, run_cli
 from imgen_common.libraries import quiet_libraries
+from imgen_common.live import LiveBytes, nbytes
 from imgen_common.shapes.vocabulary import clip_tokenizer, qwen_tokenizer
 from imgen_common.streams import normal, numpy_generator
 

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from flowbp import launch
 from flowbp.cli import app
 from flowbp.config import TrainConfig
-from flowbp.estimate import Estimate, LiveBytes, advise, estimate, measure, size_of
+from flowbp.estimate import Estimate, advise, estimate, measure, size_of
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.live import LiveBytes
 
 SMALL = ["num_steps=6", "batch_size=4", "eval.num_prompts=8", "eval.quick_num_prompts=8"]
 CASES = {

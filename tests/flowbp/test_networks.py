@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flowbp import backbones, networks
 from flowbp.config import ModelConfig, TrainConfig
-from flowbp.estimate import LiveBytes, pieces
 from flowbp.train import Trainer, load_parts
 from flowbp.types import Backbone
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.live import LiveBytes, pieces
 
 PROMPTS = ["a red circle", "two blue crosses"]
 

@@ -6,8 +6,7 @@ torch's fake tensors, which have shapes and no content, and the storages that li
 
 import math
 import re
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +20,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from flowbp import backbones
 from flowbp.config import TrainConfig
@@ -34,6 +30,7 @@ from flowbp.networks import blocks_of, prepare, quantise
 from flowbp.train import Trainer, all_prompts, load_parts, losses_of, shares, trainable
 from flowbp.types import Backbone, Cond, Reward, tile
 from imgen_common.errors import UserError
+from imgen_common.live import LiveBytes, allocate, held, nbytes
 
 FLOAT = 4
 """Bytes of a float32: trained weights, gradients, moments, the average and the states between steps."""
@@ -44,36 +41,6 @@ SWITCHES = (
     *("model.dtype=bfloat16", "lora.rank=16", "chunk=1", "distributed.sync=step", "distributed.kind=fsdp2"),
 )
 """Settings that may lower the peak."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are made within it, `now` and the most at once, `peak`; and `flops`."""
-
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for one in known for t in pieces(one))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
-        tree_map_only(Tensor, self._note, found)
-        return found
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        self._change(storage.nbytes())
-        weakref.finalize(storage, self._change, -storage.nbytes())
-
-    def _change(self, by: int) -> None:
-        self.now += by
-        self.peak = max(self.peak, self.now)
 
 
 @dataclass(frozen=True)
@@ -237,30 +204,6 @@ class Parts:
         return tile(self.cond, batch), self.cond
 
 
-def allocate(network: nn.Module, device: torch.device) -> None:
-    """Memory without content for a network on the meta device; quantised weights cannot do `to_empty`."""
-    quantised = [
-        (module, name, p)
-        for module in network.modules()
-        for name, p in module.named_parameters(recurse=False)
-        if is_traceable_wrapper_subclass(p)
-    ]
-    for module, name, _ in quantised:
-        module.register_parameter(name, None)
-    network.to_empty(device=device)
-    for module, name, p in quantised:
-        module.register_parameter(name, nn.Parameter(emptied(p, device), requires_grad=False))
-
-
-def emptied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor without content like another one, quantised ones piece by piece."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return torch.empty_like(tensor, device=device)
-    names, context = tensor.__tensor_flatten__()
-    inner = {name: emptied(getattr(tensor, name), device) for name in names}
-    return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
-
-
 def modules_of(part: Any) -> Iterator[nn.Module]:
     """The networks that a reward is made of."""
     for value in vars(part).values():
@@ -268,25 +211,6 @@ def modules_of(part: Any) -> Iterator[nn.Module]:
             yield value
         elif type(value).__module__.startswith("flowbp.rewards"):
             yield from modules_of(value)
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, of quantised ones those they are made of."""
-    return sum(t.numel() * t.element_size() for tensor in tensors for t in pieces(tensor))
-
-
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a quantised one is made of; a plain one itself."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from pieces(getattr(tensor, name))
-
-
-def held(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """All weights and buffers of networks."""
-    return [t for module in modules for t in (*module.parameters(), *module.buffers())]
 
 
 @dataclass(frozen=True)
