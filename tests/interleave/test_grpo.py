@@ -415,6 +415,10 @@ def test_a_plan_starts_nothing(root: Path, tmp_path: Path) -> None:
     sums, held = grpo.plan(quick(root), processes=2)
     assert (sums.processes, sums.prompts_per_rollout, sums.failed_rows) == (2, 4, 4)
     assert held.num_trained < held.num_weights
+    assert held.reference == 0
+    assert grpo.plan(quick(root, trl=QUICK | {"beta": 0.1}), processes=2)[1].reference == held.weights
+    sampled = sums.completions_per_rollout // 2 * held.length
+    assert held.cache == sampled * 2 * 2 * 64 * 4  # keys and values of two layers, in float32
     assert not list(tmp_path.iterdir())
 
 

@@ -484,3 +484,40 @@ def test_two_processes_under_zero_give_the_losses_of_one_and_go_on_exactly(
     (run / "checkpoints" / "checkpoint-4" / "whole").unlink()  # as if killed while it was written
     launched(2, "sft", "planner", "--resume", str(run))
     assert digest(run / "model") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lora", "vision", "trl"),
+    [
+        (None, "frozen", {}),
+        (None, "train", {"gradient_checkpointing": True}),
+        (None, "train", {"bf16": True}),
+        ({"r": 4, "target_modules": "all-linear"}, "frozen", {"gradient_checkpointing": True}),
+    ],
+    ids=["frozen", "whole", "bf16", "lora"],
+)
+def test_an_update_holds_what_the_plan_says(root: Path, tmp_path: Path, lora: Any, vision: Any, trl: Any) -> None:
+    """Within 15 %, of the storages that live between the beginning of an update of TRL's trainer and its end."""
+    from transformers import TrainerCallback
+
+    from imgen_common.live import LiveBytes
+    from interleave.training import sft
+
+    peaks: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            self.live = LiveBytes([*model.parameters(), *model.buffers()])
+            self.live.__enter__()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.live.__exit__(None, None, None)
+            peaks.append(self.live.peak)
+
+    config = quick(root, lora, vision, **{"per_device_train_batch_size": 8, "max_steps": 2, **trl})
+    _, held = sft.plan("critic", config, 1)
+    assert held.passing
+    assert held.peak == held.total + held.passing
+    sft.train("critic", config, ["t"], runs=tmp_path, callbacks=[Watch()])
+    assert max(peaks) == pytest.approx(held.gradients + held.passing, rel=0.15)

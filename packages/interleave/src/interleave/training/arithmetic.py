@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from interleave.judge import ModelJudgeConfig
 from interleave.training.config import GrpoConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
 GIB = 2**30
 
@@ -207,27 +207,48 @@ def _rollout(b: Batches, processes: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one process holds all the time; activations, generation and the generator's model come on top."""
+    """Bytes of one process.  weights, gradients, optimizer: held all the time, and so is the reference model of a
+    reinforcement with `beta` and without adapters.  passing: what a pass forward and back
+    of `rows` rows of `length` tokens holds beside, None where it cannot be told before.  cache: keys and values of a
+    rollout, which is over when updates begin.  Generator and judge on the same machine come on top."""
 
     num_weights: int
     num_trained: int
     weights: int
     gradients: int
     optimizer: int
+    reference: int = 0
+    rows: int = 0
+    length: int = 0
+    passing: int | None = None
+    cache: int = 0
 
     @property
     def total(self) -> int:
-        """Their sum."""
-        return self.weights + self.gradients + self.optimizer
+        """What is held all the time."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def peak(self) -> int | None:
+        """The most that is held at once."""
+        return None if self.passing is None else self.total + max(self.passing, self.cache)
 
     def told(self) -> list[str]:
         """In words."""
         parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        parts |= {"reference": self.reference} if self.reference else {}
         each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        return [
+        shown = [
             f"weights: {self.num_weights:,}, trained: {self.num_trained:,}",
-            f"memory a process holds: {self.total / GIB:.2f} GiB ({each}); activations come on top",
+            f"memory a process holds: {self.total / GIB:.2f} GiB ({each})",
         ]
+        pass_ = f"{self.rows} rows of {self.length:,} tokens, forward and back"
+        if self.passing is None:
+            return [*shown, f"an update ({pass_}) holds more, which cannot be told for this model before it runs"]
+        shown.append(f"an update holds {self.passing / GIB:.2f} GiB more: {pass_}")
+        if self.cache:
+            shown.append(f"a rollout holds {self.cache / GIB:.2f} GiB more: keys and values of its answers")
+        return [*shown, f"at most {(self.peak or 0) / GIB:.2f} GiB; generator and judge on this machine come on top"]
 
 
 def memory(num_weights: int, num_trained: int, *, size: int, master: bool, stage: int, processes: int) -> Memory:
@@ -247,23 +268,45 @@ def memory(num_weights: int, num_trained: int, *, size: int, master: bool, stage
     )
 
 
-def memory_of(config: TrainingConfig, folder: Path, processes: int) -> Memory:
-    """That of a training of the model in `folder`, whose weights are not read."""
+def memory_of(
+    config: TrainingConfig, folder: Path, processes: int, inputs: "Mapping[str, Tensor]", kept: int
+) -> Memory:
+    """That of a training of the model in `folder`, whose weights are not read.
+
+    inputs: a micro-batch of the longest rows.  kept: how many tokens of a rollout a process keeps keys and values of.
+    """
+    import torch
+
+    from interleave.training.tracing import passing_bytes
+
     model = skeleton(folder, config)
-    weights = list(model.parameters())
-    size = weights[0].element_size() if config.dtype == "auto" else {"float32": 4, "bfloat16": 2}[config.dtype]
+    text = model.config.get_text_config()
     stage = int(deepspeed_json(config.trl.get("deepspeed")).get("zero_optimization", {}).get("stage", 0))
-    return memory(
+    half = config.trl.get("bf16", stage > 0 or torch.cuda.is_available())
+    if stage and half:
+        model.to(torch.bfloat16)
+    elif config.dtype != "auto":
+        model.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype])
+    weights = list(model.parameters())
+    size = weights[0].element_size()
+    found = memory(
         sum(w.numel() for w in weights),
         sum(w.numel() for w in weights if w.requires_grad),
-        size=2 if stage and config.trl.get("bf16", True) else size,
+        size=size,
         master=stage > 0,
         stage=stage,
         processes=processes,
     )
+    rows, length = inputs["input_ids"].shape
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if half else size)
+    checkpointing = bool(config.trl.get("gradient_checkpointing", True))
+    passing = passing_bytes(model, inputs, autocast=half and not stage, checkpointing=checkpointing)
+    reference = found.weights if config.trl.get("beta") and config.lora is None else 0
+    return replace(found, reference=reference, rows=rows, length=length, passing=passing, cache=kept * token)
 
 
-def skeleton(folder: Path, config: TrainingConfig) -> "nn.Module":
+def skeleton(folder: Path, config: TrainingConfig) -> Any:
     """The model without numbers, with what is trained marked."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -273,7 +316,7 @@ def skeleton(folder: Path, config: TrainingConfig) -> "nn.Module":
 
     about = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(about)
+        model: Any = AutoModelForImageTextToText.from_config(about)
         if config.lora is None:
             freeze(model, config.vision)
         else:
@@ -298,4 +341,4 @@ def deepspeed_json(given: object) -> Mapping[str, Any]:
 
 def as_json(sums: SftSums | GrpoSums, held: Memory) -> dict[str, Any]:
     """Everything `--dry-run` says."""
-    return {**asdict(sums), "memory": {**asdict(held), "total": held.total}}
+    return {**asdict(sums), "memory": {**asdict(held), "total": held.total, "peak": held.peak}}

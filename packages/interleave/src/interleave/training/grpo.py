@@ -27,10 +27,10 @@ from interleave.prompts import Template, template
 from interleave.rewards import PAPER_WEIGHTS, WEIGHTS, CriticRow, CriticScorer, paper_parts, reward_functions
 from interleave.store import PictureStore
 from interleave.training import launch
-from interleave.training.arithmetic import GrpoSums, Memory, deepspeed_json, grpo_sums, memory_of
+from interleave.training.arithmetic import Batches, GrpoSums, Memory, deepspeed_json, grpo_sums, memory_of
 from interleave.training.config import GrpoConfig
 from interleave.training.mapping import OWNED_GRPO, check_keys, check_trl
-from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, read_rows, short_enough
+from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
 from interleave.training.trajectory import Trajectories, as_caller
 
 T = TypeVar("T")
@@ -133,8 +133,15 @@ def refuse_unequal_turns(config: GrpoConfig, processes: int) -> None:
 
 def plan(config: GrpoConfig, processes: int) -> tuple[GrpoSums, Memory]:
     """What a training would do, cost and hold; nothing is started."""
+    from interleave.training.tracing import inputs_of
+
     job = check(config, processes, here=False)
-    return job.sums, memory_of(config, hub.resolve(config.model, weights=False), processes)
+    processor, b = launch.load_processor(config), Batches.of(config.trl)
+    row, answer = longest(job.prompts, processor, job.pictures), b.max_completion_length or 0
+    inputs = inputs_of(row, processor, job.pictures, b.per_device_train_batch_size, more=answer)
+    rollout = job.sums.completions_per_rollout // processes * inputs["input_ids"].shape[1]
+    kept = 0 if config.trl.get("use_vllm") else rollout
+    return job.sums, memory_of(config, hub.resolve(config.model, weights=False), processes, inputs, kept)
 
 
 def train(

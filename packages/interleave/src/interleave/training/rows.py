@@ -179,6 +179,20 @@ def num_tokens(row: SftRow, processor: Any, size_of: Callable[[str], tuple[int, 
     return len(processor.tokenizer(text, add_special_tokens=False).input_ids) + patches
 
 
+def longest(rows: Sequence[SftRow], processor: Any, store: PictureStore) -> SftRow:
+    """The row of most tokens."""
+    lengths = _lengths(rows, processor, store)
+    return rows[lengths.index(max(lengths))]
+
+
+def _lengths(rows: Sequence[SftRow], processor: Any, store: PictureStore) -> list[int]:
+    def size_of(image_id: str) -> tuple[int, int]:
+        with Image.open(store.path(image_id)) as picture:  # the header alone
+            return picture.size
+
+    return [num_tokens(row, processor, size_of) for row in rows]
+
+
 def short_enough(
     rows: Sequence[SftRow], processor: Any, store: PictureStore, max_length: int | None, answer: int = 0
 ) -> list[int]:
@@ -188,12 +202,7 @@ def short_enough(
     """
     if max_length is None:
         return list(range(len(rows)))
-
-    def size_of(image_id: str) -> tuple[int, int]:
-        with Image.open(store.path(image_id)) as picture:  # the header alone
-            return picture.size
-
-    lengths = [num_tokens(row, processor, size_of) + answer for row in rows]
+    lengths = [length + answer for length in _lengths(rows, processor, store)]
     kept = [number for number, length in enumerate(lengths) if length <= max_length]
     if not kept:
         shortest = min(lengths)

@@ -19,6 +19,7 @@ from interleave.training.rows import (
     check_template,
     dataset,
     is_mixed,
+    longest,
     read_rows,
     sft_item,
     short_enough,
@@ -72,8 +73,14 @@ def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -
 
 def plan(role: Role, config: SftConfig, processes: int) -> tuple[SftSums, Memory]:
     """What a training would do and hold; nothing is started."""
+    from interleave.training.tracing import inputs_of
+
     job = check(role, config, processes, here=False)
-    return job.sums, memory_of(config, hub.resolve(config.model, weights=False), processes)
+    processor = launch.load_processor(config)
+    row = longest(job.rows, processor, job.pictures)
+    batch = Batches.of(config.trl).per_device_train_batch_size
+    inputs = inputs_of(row, processor, job.pictures, batch, more=0)
+    return job.sums, memory_of(config, hub.resolve(config.model, weights=False), processes, inputs, kept=0)
 
 
 def train(
