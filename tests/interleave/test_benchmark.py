@@ -12,7 +12,9 @@ import torch
 from backends import FakePlanner
 from PIL import Image
 
+from benchmarks.quality import critics
 from benchmarks.quality import interleave_miniature as benchmark
+from imgen_common.errors import UserError
 from imgen_common.images import to_pil
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import Scene, Thing, compose, fits, place, shade
@@ -130,3 +132,38 @@ def test_the_whole_benchmark_runs_on_the_real_miniature(tmp_path: Path) -> None:
     assert names[:3] == ["single shot", "planner", "planner + critic"]
     assert names[-1] == "planner + oracle"
     assert (tmp_path / "out.md").read_text().count("\n| ") >= 7
+
+
+# --- critics side by side --------------------------------------------------------------------------------------------
+
+
+def test_critics_are_compared_with_the_first() -> None:
+    marks = {"sft": {"greedy": [1.0, 0.0, 1.0, 0.0]}, "grpo": {"greedy": [1.0, 1.0, 1.0, 0.0]}}
+    found = critics.cells(marks)
+    assert (found["sft"]["greedy"].share.mean, found["sft"]["greedy"].gain) == (0.5, None)
+    assert found["grpo"]["greedy"].share.mean == 0.75
+    gain = found["grpo"]["greedy"].gain
+    assert gain is not None
+    assert (gain.mean, gain.low) == (0.25, 0.0)
+    header, _, first, second = critics.markdown(found).splitlines()
+    assert header.split() == ["|", "critic", "|", "greedy", "%", "|", "gain", "|"]
+    assert "50.0 [" in first
+    assert "+25.0 [+0.0" in second
+
+
+def test_a_critics_verdicts_are_marked_by_the_verifiers() -> None:
+    from interleave.miniature.data import Case
+    from interleave.miniature.pool import to_bytes
+
+    rng = np.random.default_rng(0)
+    spec = next(step.spec for story in STORIES if isinstance(step := story.steps[0], Draw))
+    drawn = to_bytes(torch.from_numpy(render(compose(spec, rng))))
+    blank = torch.full_like(drawn, 255)
+    cases = [Case(None, picture, spec.caption, spec.caption) for picture in (drawn, blank, drawn)]
+    assert critics.verdicts("builtin:shapes/critic", cases, [True, False, False], 0.0) == [1.0, 1.0, 0.0]
+
+
+def test_critics_need_names() -> None:
+    for wrong in (["runs/model"], ["a=x", "a=y"], ["a="]):
+        with pytest.raises(UserError, match="write NAME=MODEL for every critic"):
+            critics.main(wrong)
