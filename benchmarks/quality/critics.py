@@ -7,8 +7,9 @@ The first one named is the base; gains over it are paired, by picture and by sto
     stories     `planner + critic` of benchmarks.quality.interleave_miniature, with one greedy answer a picture
     loop        the same as `interleave run` judges: a share of several sampled answers
 
-Pictures of the test split are drawn once for all critics, as those that the shipped critic was measured on, with
-another seed; an answer that cannot be read counts as wrong.
+Pictures of the test split are drawn once for all critics: those that the shipped critic was measured on, which none was
+trained on.  An answer that cannot be read counts as wrong.  What is done is kept in `--work`; a run that was killed
+goes on there.
 
     python -m benchmarks.quality.critics sft=builtin:shapes/critic grpo=runs/grpo_critic/model
 """
@@ -25,6 +26,7 @@ import typer
 
 from benchmarks.common import Interval, device_of, result_file, stamp, table, versions, write_json
 from benchmarks.quality.interleave_miniature import load_stories, percent, signed, tell
+from benchmarks.quality.miniature_cells import digests, read
 from flowbp.evaluate import interval, paired_interval
 from imgen_common.config import load
 from imgen_common.errors import UserError, run_cli
@@ -42,7 +44,8 @@ from interleave.session import make_parts
 
 VERSION = 1
 MODULE = "benchmarks.quality.critics"
-POOL_SEED = 24
+POOL_SEED = 22
+"""As in `python -m interleave.miniature pool`."""
 ONE_ANSWER = ("critic.num_samples=1", "critic.model.temperature=0")
 Marks = Mapping[str, Sequence[float]]
 """1 for right and 0 for wrong, by column."""
@@ -101,25 +104,35 @@ def markdown(found: Mapping[str, Mapping[str, Cell]]) -> str:
     return table(header, rows)
 
 
-def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: int) -> dict[str, Marks]:
-    """Every critic on the same pictures and stories."""
+def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: int, folder: Path) -> dict[str, Marks]:
+    """Every critic on the same pictures and stories; those with a file in `folder` are done.
+
+    Raises UserError for a file of other weights or numbers.
+    """
+    pool.generate(folder / "pool", "test", pool.TEST, POOL_SEED)
+    cases = to_cases(pool.load(folder / "pool", "test"))
+    truths = [judge(*f, c.original, c.used).success for c, f in zip(cases, readings(cases), strict=True)]
+    stories = load_stories(num_stories, False, seed)
+    limit = f"loop.max_attempts={attempts}"
     marks: dict[str, Marks] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pool.generate(folder / "pool", "test", pool.TEST, POOL_SEED + seed)
-        cases = to_cases(pool.load(folder / "pool", "test"))
-        truths = [judge(*f, c.original, c.used).success for c, f in zip(cases, readings(cases), strict=True)]
-        stories = load_stories(num_stories, False, seed)
-        limit = f"loop.max_attempts={attempts}"
-        for critic, ref in critics.items():
+    for critic, ref in critics.items():
+        file = folder / f"{critic}.json"
+        about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
+        if not file.exists():
             print(f"{critic} ...", file=sys.stderr, flush=True)
-            place = folder / critic
-            marks[critic] = {
-                "greedy": verdicts(ref, cases, truths, 0.0),
-                "sampled": verdicts(ref, cases, truths, 1.0),
-                "stories": told(ref, stories, (limit, *ONE_ANSWER), seed, place / "one", folder / "cache"),
-                "loop": told(ref, stories, (limit,), seed, place / "loop", folder / "cache"),
-            }
+            with tempfile.TemporaryDirectory() as name:
+                place = Path(name)
+                columns = {
+                    "greedy": verdicts(ref, cases, truths, 0.0),
+                    "sampled": verdicts(ref, cases, truths, 1.0),
+                    "stories": told(ref, stories, (limit, *ONE_ANSWER), seed, place / "one", folder / "cache"),
+                    "loop": told(ref, stories, (limit,), seed, place / "loop", folder / "cache"),
+                }
+            write_json(file, {"about": about, "marks": columns})
+        found = read(file)
+        if found["about"] != about:
+            raise UserError(f"{file}: of another critic or other numbers ({found['about']}); give another --work")
+        marks[critic] = found["marks"]
     return marks
 
 
@@ -127,7 +140,8 @@ def main(
     critics: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Critics, the base first.")],
     stories: Annotated[int, typer.Option(help="How many stories.")] = 300,
     attempts: Annotated[int, typer.Option(help="Pictures of a step, at most.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of pictures and stories.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the stories.")] = 0,
+    work: Annotated[Path, typer.Option(metavar="DIR", help="What is done already is there.")] = Path("runs/critics"),
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
     """Critics of the miniature side by side, by the verifier.
@@ -142,7 +156,7 @@ def main(
         raise UserError(f"{' '.join(critics)}: write NAME=MODEL for every critic, each with a name of its own")
     device = device_of("auto")
     torch.set_num_threads(1)
-    marks = measure(named, stories, attempts, seed)
+    marks = measure(named, stories, attempts, seed, work)
     found = cells(marks)
     environment = stamp(MODULE, sys.argv[1:], device)
     pictures = len(next(iter(marks.values()))["greedy"])

@@ -167,3 +167,24 @@ def test_critics_need_names() -> None:
     for wrong in (["runs/model"], ["a=x", "a=y"], ["a="]):
         with pytest.raises(UserError, match="write NAME=MODEL for every critic"):
             critics.main(wrong)
+
+
+def test_a_critic_that_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def told(ref: str, *rest: object) -> list[float]:
+        asked.append(ref)
+        return [1.0, 0.0]
+
+    blank = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
+    monkeypatch.setattr(critics.pool, "generate", lambda *args: None)
+    monkeypatch.setattr(critics.pool, "load", lambda *args: critics.pool.Drawn(blank, blank, ["a red circle"]))
+    monkeypatch.setattr(critics, "verdicts", lambda *args: [1.0])
+    monkeypatch.setattr(critics, "told", told)
+    first = critics.measure({"sft": "builtin:shapes/critic"}, 2, 3, 0, tmp_path)
+    assert first["sft"] == {"greedy": [1.0], "sampled": [1.0], "stories": [1.0, 0.0], "loop": [1.0, 0.0]}
+    both = critics.measure({"sft": "builtin:shapes/critic", "grpo": "builtin:shapes/planner"}, 2, 3, 0, tmp_path)
+    assert asked == ["builtin:shapes/critic"] * 2 + ["builtin:shapes/planner"] * 2
+    assert both["sft"] == first["sft"]
+    with pytest.raises(UserError, match=r"sft.json: of another critic or other numbers .* give another --work"):
+        critics.measure({"sft": "builtin:shapes/critic"}, 2, 4, 0, tmp_path)
