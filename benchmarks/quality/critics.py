@@ -2,14 +2,16 @@
 
 The first one named is the base; gains over it are paired, by picture and by story, with 95 % bootstrap intervals.
 
-    greedy      the most probable answer to a picture
-    sampled     one answer at temperature 1, which is what reinforcement works on
-    stories     `planner + critic` of benchmarks.quality.interleave_miniature, with one greedy answer a picture
-    loop        the same as `interleave run` judges: a share of several sampled answers
+    pool              verdicts on the pictures that the shipped critic was measured on
+    looks             verdicts on the first picture of every step of the stories, while the verifier is the critic:
+                      what a critic sees at run time, and learns from in reinforcement
+    , greedy          the most probable answer
+    , sampled         one answer at temperature 1, which is what reinforcement works on
+    stories, greedy   `planner + critic` of benchmarks.quality.interleave_miniature, with one greedy answer a picture
+    stories, asked    the same as `interleave run` judges: a share of several sampled answers
 
-Pictures of the test split are drawn once for all critics: those that the shipped critic was measured on, which none was
-trained on.  An answer that cannot be read counts as wrong.  What is done is kept in `--work`; a run that was killed
-goes on there.
+All is of the test split, which no critic was trained on, and the same for every critic.  An answer that cannot be read
+counts as wrong.  What is done is kept in `--work`; a run that was killed goes on there.
 
     python -m benchmarks.quality.critics sft=builtin:shapes/critic grpo=runs/grpo_critic/model
 """
@@ -17,7 +19,7 @@ goes on there.
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,13 +36,18 @@ from imgen_common.runs import write_atomic
 from imgen_common.shapes.stories import Story
 from interleave.chat import LocalChat, LocalChatConfig
 from interleave.config import RunConfig
+from interleave.engine import LoopConfig, Parts
+from interleave.formats.stories import pair
 from interleave.miniature import pool
 from interleave.miniature.cases import to_cases
-from interleave.miniature.data import Case, critic_message, judge, readings
+from interleave.miniature.data import critic_message, judge, readings
+from interleave.miniature.oracle import VerifierCritic
 from interleave.parsing import parse_verdict
-from interleave.parts import Reply
+from interleave.parts import Look, Message, Reply
+from interleave.prompts import render_critic, template
 from interleave.records import Verdict
 from interleave.session import make_parts
+from interleave.store import PictureStore, read_trace
 
 VERSION = 1
 MODULE = "benchmarks.quality.critics"
@@ -48,7 +55,9 @@ POOL_SEED = 22
 """As in `python -m interleave.miniature pool`."""
 ONE_ANSWER = ("critic.num_samples=1", "critic.model.temperature=0")
 Marks = Mapping[str, Sequence[float]]
-"""1 for right and 0 for wrong, by column."""
+"""1 for right and 0 for wrong, by what is measured."""
+Asked = Sequence[tuple[Message, bool]]
+"""Questions to a critic, each with the true verdict."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,21 @@ class Cell:
     gain: Interval | None
 
 
-def verdicts(ref: str, cases: Sequence[Case], truths: Sequence[bool], temperature: float) -> list[float]:
+@dataclass(frozen=True)
+class Measured:
+    """Marks of all critics, the stories right with the verifier as critic, and how many pictures there were."""
+
+    marks: dict[str, Marks]
+    oracle: list[float]
+    pool: int
+    looks: int
+
+
+def verdicts(ref: str, asked: Asked, temperature: float) -> list[float]:
     """Whether each verdict of the critic `ref` is the true one."""
     chat = LocalChat(LocalChatConfig(ref=ref, temperature=temperature, max_batch=64, top_logprobs=0))
-    replies = chat.answer([(critic_message(case), number) for number, case in enumerate(cases)])
-    return [float(_success(reply) is truth) for reply, truth in zip(replies, truths, strict=True)]
+    replies = chat.answer([(message, number) for number, (message, _) in enumerate(asked)])
+    return [float(_success(reply) is truth) for reply, (_, truth) in zip(replies, asked, strict=True)]
 
 
 def _success(reply: Reply | BaseException) -> bool | None:
@@ -71,15 +90,39 @@ def _success(reply: Reply | BaseException) -> bool | None:
     return read.success if isinstance(read, Verdict) else None
 
 
-def told(ref: str, stories: Sequence[Story], sets: Sequence[str], seed: int, folder: Path, cache: Path) -> list[float]:
-    """Whether each story comes out right with the critic `ref`."""
-    config = load(RunConfig, [], [f"cache={cache}", f"critic.model.ref={ref}", *sets])
-    found, _ = tell(stories, make_parts(config), config.loop, seed, folder)
+def pool_of(folder: Path) -> Asked:
+    """The pictures that the shipped critic was measured on, drawn in `folder` unless they are there."""
+    pool.generate(folder, "test", pool.TEST, POOL_SEED)
+    cases = to_cases(pool.load(folder, "test"))
+    found = zip(cases, readings(cases), strict=True)
+    return [(critic_message(case), judge(*seen, case.original, case.used).success) for case, seen in found]
+
+
+def told(parts: Parts, stories: Sequence[Story], loop: LoopConfig, seed: int) -> list[float]:
+    """Whether each story comes out right."""
+    with tempfile.TemporaryDirectory() as folder:
+        found, _ = tell(stories, parts, loop, seed, Path(folder))
     return [float(one.right) for one in found]
 
 
+def told_by_verifier(parts: Parts, stories: Sequence[Story], loop: LoopConfig, seed: int) -> tuple[list[float], Asked]:
+    """Whether each story comes out right with the verifier as critic, and what is asked of the first picture of every
+    step, so that a step that fails again and again does not count as often."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found, _ = tell(stories, replace(parts, critic=VerifierCritic()), loop, seed, folder)
+        pictures, asked = PictureStore(folder / "pictures"), []
+        for _, recorded in sorted(read_trace(folder).items()):
+            for (_, number), attempt in sorted(recorded.attempts.items()):
+                if number == 1 and attempt.verdict is not None:
+                    before, after = map(pictures.get, pair(attempt))
+                    look = Look(before, after, attempt.original_prompt, attempt.prompt_used)
+                    asked.append((render_critic(template("shapes_critic"), look), attempt.verdict))
+    return [float(one.right) for one in found], asked
+
+
 def cells(marks: Mapping[str, Marks]) -> dict[str, dict[str, Cell]]:
-    """The table: critics, the base first, by columns."""
+    """The table: critics, the base first, by what is measured."""
     base = next(iter(marks.values()))
     return {
         name: {
@@ -94,46 +137,54 @@ def cells(marks: Mapping[str, Marks]) -> dict[str, dict[str, Cell]]:
 
 
 def markdown(found: Mapping[str, Mapping[str, Cell]]) -> str:
-    """The table."""
-    columns = list(next(iter(found.values())))
-    header = ["critic", *(name for column in columns for name in (f"{column} %", "gain"))]
+    """The table: what is measured down, critics across."""
+    base, *others = found
+    header = ["right %", base, *(name for other in others for name in (other, f"{other} - {base}"))]
     rows = [
-        [critic, *(text for cell in row.values() for text in (percent(cell.share), signed(cell.gain)))]
-        for critic, row in found.items()
+        [
+            what,
+            percent(cell.share),
+            *(t for o in others for t in (percent(found[o][what].share), signed(found[o][what].gain))),
+        ]
+        for what, cell in found[base].items()
     ]
     return table(header, rows)
 
 
-def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: int, folder: Path) -> dict[str, Marks]:
+def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: int, folder: Path) -> Measured:
     """Every critic on the same pictures and stories; those with a file in `folder` are done.
 
     Raises UserError for a file of other weights or numbers.
     """
-    pool.generate(folder / "pool", "test", pool.TEST, POOL_SEED)
-    cases = to_cases(pool.load(folder / "pool", "test"))
-    truths = [judge(*f, c.original, c.used).success for c, f in zip(cases, readings(cases), strict=True)]
     stories = load_stories(num_stories, False, seed)
-    limit = f"loop.max_attempts={attempts}"
+    settings = [f"cache={folder / 'cache'}", f"loop.max_attempts={attempts}"]
+    config = load(RunConfig, [], settings)
+    print("the verifier ...", file=sys.stderr, flush=True)
+    keep = config.loop.model_copy(update={"rewrite": False})
+    oracle, looks = told_by_verifier(make_parts(config), stories, keep, seed)
+    pooled = pool_of(folder / "pool")
     marks: dict[str, Marks] = {}
     for critic, ref in critics.items():
         file = folder / f"{critic}.json"
         about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
         if not file.exists():
             print(f"{critic} ...", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory() as name:
-                place = Path(name)
-                columns = {
-                    "greedy": verdicts(ref, cases, truths, 0.0),
-                    "sampled": verdicts(ref, cases, truths, 1.0),
-                    "stories": told(ref, stories, (limit, *ONE_ANSWER), seed, place / "one", folder / "cache"),
-                    "loop": told(ref, stories, (limit,), seed, place / "loop", folder / "cache"),
-                }
+            asked = load(RunConfig, [], [*settings, f"critic.model.ref={ref}"])
+            greedy = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *ONE_ANSWER])
+            columns = {
+                "pool, greedy": verdicts(ref, pooled, 0.0),
+                "pool, sampled": verdicts(ref, pooled, 1.0),
+                "looks, greedy": verdicts(ref, looks, 0.0),
+                "looks, sampled": verdicts(ref, looks, 1.0),
+                "stories, greedy": told(make_parts(greedy), stories, greedy.loop, seed),
+                "stories, asked": told(make_parts(asked), stories, asked.loop, seed),
+            }
             write_json(file, {"about": about, "marks": columns})
         found = read(file)
         if found["about"] != about:
             raise UserError(f"{file}: of another critic or other numbers ({found['about']}); give another --work")
         marks[critic] = found["marks"]
-    return marks
+    return Measured(marks, oracle, len(pooled), len(looks))
 
 
 def main(
@@ -156,19 +207,21 @@ def main(
         raise UserError(f"{' '.join(critics)}: write NAME=MODEL for every critic, each with a name of its own")
     device = device_of("auto")
     torch.set_num_threads(1)
-    marks = measure(named, stories, attempts, seed, work)
-    found = cells(marks)
+    found = measure(named, stories, attempts, seed, work)
+    rows = cells(found.marks)
     environment = stamp(MODULE, sys.argv[1:], device)
-    pictures = len(next(iter(marks.values()))["greedy"])
+    oracle = percent(Interval(*interval([found.oracle])))
     text = (
-        f"{markdown(found)}\n\n{pictures} pictures and {stories} stories of the test split, seed {seed}, up to "
-        f"{attempts} pictures a step; brackets: 95 % bootstrap over pictures or stories, gains paired. "
+        f"{markdown(rows)}\n\n{found.pool} pictures of the pool, {found.looks} looks, {stories} stories of the test "
+        f"split, seed {seed}, up to {attempts} pictures a step; with the verifier as critic {oracle} of the stories "
+        "are right; brackets: 95 % bootstrap over pictures or stories, differences paired. "
         f"{environment['hardware']}; {versions(environment)}.\n"
     )
     print(text)
     file = output or result_file("critics", device, "json")
-    rows = {critic: {column: asdict(cell) for column, cell in row.items()} for critic, row in found.items()}
-    write_json(file, {"version": VERSION, "environment": environment, "rows": rows, "marks": marks})
+    cooked = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in rows.items()}
+    content = {"version": VERSION, "environment": environment, "rows": cooked, **asdict(found)}
+    write_json(file, content)
     write_atomic(file.with_suffix(".md"), text)
 
 

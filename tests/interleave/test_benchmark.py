@@ -22,7 +22,9 @@ from imgen_common.shapes.stories import Change, Draw, Story, read_prompt, step_h
 from imgen_common.shapes.verify import detect
 from interleave.config import RunConfig
 from interleave.engine import LoopConfig, Parts
+from interleave.miniature.data import Case, critic_message
 from interleave.miniature.oracle import VerifierCritic, VerifierJudge, is_blank
+from interleave.miniature.pool import to_bytes
 from interleave.parts import Job, Look, Picture
 from interleave.records import Plan, PlanStep
 
@@ -138,29 +140,43 @@ def test_the_whole_benchmark_runs_on_the_real_miniature(tmp_path: Path) -> None:
 
 
 def test_critics_are_compared_with_the_first() -> None:
-    marks = {"sft": {"greedy": [1.0, 0.0, 1.0, 0.0]}, "grpo": {"greedy": [1.0, 1.0, 1.0, 0.0]}}
+    marks = {"sft": {"looks": [1.0, 0.0, 1.0, 0.0]}, "grpo": {"looks": [1.0, 1.0, 1.0, 0.0]}}
     found = critics.cells(marks)
-    assert (found["sft"]["greedy"].share.mean, found["sft"]["greedy"].gain) == (0.5, None)
-    assert found["grpo"]["greedy"].share.mean == 0.75
-    gain = found["grpo"]["greedy"].gain
+    assert (found["sft"]["looks"].share.mean, found["sft"]["looks"].gain) == (0.5, None)
+    assert found["grpo"]["looks"].share.mean == 0.75
+    gain = found["grpo"]["looks"].gain
     assert gain is not None
     assert (gain.mean, gain.low) == (0.25, 0.0)
-    header, _, first, second = critics.markdown(found).splitlines()
-    assert header.split() == ["|", "critic", "|", "greedy", "%", "|", "gain", "|"]
-    assert "50.0 [" in first
-    assert "+25.0 [+0.0" in second
+    header, _, row = critics.markdown(found).splitlines()
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["right %", "sft", "grpo", "grpo - sft"]
+    what, base, other, difference = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert what == "looks"
+    assert base.startswith("50.0 [")
+    assert other.startswith("75.0 [")
+    assert difference.startswith("+25.0 [+0.0")
 
 
 def test_a_critics_verdicts_are_marked_by_the_verifiers() -> None:
-    from interleave.miniature.data import Case
-    from interleave.miniature.pool import to_bytes
-
     rng = np.random.default_rng(0)
     spec = next(step.spec for story in STORIES if isinstance(step := story.steps[0], Draw))
     drawn = to_bytes(torch.from_numpy(render(compose(spec, rng))))
     blank = torch.full_like(drawn, 255)
-    cases = [Case(None, picture, spec.caption, spec.caption) for picture in (drawn, blank, drawn)]
-    assert critics.verdicts("builtin:shapes/critic", cases, [True, False, False], 0.0) == [1.0, 1.0, 0.0]
+    messages = [critic_message(Case(None, picture, spec.caption, spec.caption)) for picture in (drawn, blank, drawn)]
+    asked = list(zip(messages, [True, False, False], strict=True))
+    assert critics.verdicts("builtin:shapes/critic", asked, 0.0) == [1.0, 1.0, 0.0]
+
+
+def test_looks_are_the_first_pictures_of_the_steps_with_the_verifiers_verdicts() -> None:
+    stories = [story for story in STORIES if not any(isinstance(s, Change) and s.kind == "add" for s in story.steps)]
+    loop = LoopConfig(rewrite=False, concurrency=1)
+    right, asked = critics.told_by_verifier(Parts(planner(stories), None, Gold(wrong=2)), stories, loop, 0)
+    assert right == [1.0] * len(stories)
+    prompts = [prompt for story in stories for prompt in story.prompts]
+    assert len(prompts) > len(stories) > 1
+    for (message, _), prompt in zip(asked, prompts, strict=True):
+        assert any(prompt in part for part in message if isinstance(part, str))
+    assert {truth for _, truth in asked} == {True, False}
+    assert critics.told(Parts(planner(stories), None, Gold(wrong=1)), stories, loop, 0) == [0.0] * len(stories)
 
 
 def test_critics_need_names() -> None:
@@ -172,19 +188,22 @@ def test_critics_need_names() -> None:
 def test_a_critic_that_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def told(ref: str, *rest: object) -> list[float]:
+    def verdicts(ref: str, *rest: object) -> list[float]:
         asked.append(ref)
-        return [1.0, 0.0]
+        return [1.0]
 
-    blank = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
-    monkeypatch.setattr(critics.pool, "generate", lambda *args: None)
-    monkeypatch.setattr(critics.pool, "load", lambda *args: critics.pool.Drawn(blank, blank, ["a red circle"]))
-    monkeypatch.setattr(critics, "verdicts", lambda *args: [1.0])
-    monkeypatch.setattr(critics, "told", told)
+    monkeypatch.setattr(critics, "told_by_verifier", lambda *rest: ([1.0, 1.0], [(("?",), True)] * 3))
+    monkeypatch.setattr(critics, "pool_of", lambda folder: [(("?",), True)])
+    monkeypatch.setattr(critics, "verdicts", verdicts)
+    monkeypatch.setattr(critics, "told", lambda *rest: [1.0, 0.0])
     first = critics.measure({"sft": "builtin:shapes/critic"}, 2, 3, 0, tmp_path)
-    assert first["sft"] == {"greedy": [1.0], "sampled": [1.0], "stories": [1.0, 0.0], "loop": [1.0, 0.0]}
+    assert first.marks == {
+        "sft": {f"{what}, {how}": [1.0] for what in ("pool", "looks") for how in ("greedy", "sampled")}
+        | {f"stories, {how}": [1.0, 0.0] for how in ("greedy", "asked")}
+    }
+    assert (first.oracle, first.pool, first.looks) == ([1.0, 1.0], 1, 3)
     both = critics.measure({"sft": "builtin:shapes/critic", "grpo": "builtin:shapes/planner"}, 2, 3, 0, tmp_path)
-    assert asked == ["builtin:shapes/critic"] * 2 + ["builtin:shapes/planner"] * 2
-    assert both["sft"] == first["sft"]
+    assert asked == ["builtin:shapes/critic"] * 4 + ["builtin:shapes/planner"] * 4
+    assert both.marks["sft"] == first.marks["sft"]
     with pytest.raises(UserError, match=r"sft.json: of another critic or other numbers .* give another --work"):
         critics.measure({"sft": "builtin:shapes/critic"}, 2, 4, 0, tmp_path)
