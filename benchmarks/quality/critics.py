@@ -7,7 +7,7 @@ The first one named is the base; gains over it are paired, by picture and by sto
                       what a critic sees at run time, and learns from in reinforcement
     , greedy          the most probable answer
     , sampled         one answer at temperature 1, which is what reinforcement works on
-    stories, greedy   `planner + critic` of benchmarks.quality.interleave_miniature, with one greedy answer a picture
+    stories           `planner + critic` of benchmarks.quality.interleave_miniature with one such answer a picture
     stories, asked    the same as `interleave run` judges: a share of several sampled answers
 
 All is of the test split, which no critic was trained on, and the same for every critic.  An answer that cannot be read
@@ -53,7 +53,12 @@ VERSION = 1
 MODULE = "benchmarks.quality.critics"
 POOL_SEED = 22
 """As in `python -m interleave.miniature pool`."""
-ONE_ANSWER = ("critic.num_samples=1", "critic.model.temperature=0")
+MODES = {
+    "greedy": ("critic.num_samples=1", "critic.model.temperature=0"),
+    "sampled": ("critic.num_samples=1", "critic.model.temperature=1"),
+    "asked": (),
+}
+"""How a critic answers in the loop: changes of the configuration."""
 Marks = Mapping[str, Sequence[float]]
 """1 for right and 0 for wrong, by what is measured."""
 Asked = Sequence[tuple[Message, bool]]
@@ -169,16 +174,14 @@ def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: i
         about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
         if not file.exists():
             print(f"{critic} ...", file=sys.stderr, flush=True)
-            asked = load(RunConfig, [], [*settings, f"critic.model.ref={ref}"])
-            greedy = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *ONE_ANSWER])
             columns = {
-                "pool, greedy": verdicts(ref, pooled, 0.0),
-                "pool, sampled": verdicts(ref, pooled, 1.0),
-                "looks, greedy": verdicts(ref, looks, 0.0),
-                "looks, sampled": verdicts(ref, looks, 1.0),
-                "stories, greedy": told(make_parts(greedy), stories, greedy.loop, seed),
-                "stories, asked": told(make_parts(asked), stories, asked.loop, seed),
+                f"{what}, {how}": verdicts(ref, asked, temperature)
+                for what, asked in (("pool", pooled), ("looks", looks))
+                for how, temperature in (("greedy", 0.0), ("sampled", 1.0))
             }
+            for how, sets in MODES.items():
+                config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *sets])
+                columns[f"stories, {how}"] = told(make_parts(config), stories, config.loop, seed)
             write_json(file, {"about": about, "marks": columns})
         found = read(file)
         if found["about"] != about:

@@ -199,7 +199,7 @@ def test_a_critic_that_was_measured_is_not_measured_again(tmp_path: Path, monkey
     first = critics.measure({"sft": "builtin:shapes/critic"}, 2, 3, 0, tmp_path)
     assert first.marks == {
         "sft": {f"{what}, {how}": [1.0] for what in ("pool", "looks") for how in ("greedy", "sampled")}
-        | {f"stories, {how}": [1.0, 0.0] for how in ("greedy", "asked")}
+        | {f"stories, {how}": [1.0, 0.0] for how in ("greedy", "sampled", "asked")}
     }
     assert (first.oracle, first.pool, first.looks) == ([1.0, 1.0], 1, 3)
     both = critics.measure({"sft": "builtin:shapes/critic", "grpo": "builtin:shapes/planner"}, 2, 3, 0, tmp_path)
