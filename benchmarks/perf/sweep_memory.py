@@ -4,11 +4,11 @@ The sweep is `flowbp.engine`; the joint graph is the papers' surrogate, one grap
 oracle executes it.  Method FlowBP-Sparse, random weights, a plain loss instead of a reward: what is compared is the
 part that depends on K.  The rollout before it is not measured; both need it.
 
-Memory on a CPU: a process of its own for every case (forked from a server that has only imported the libraries), its
-peak resident set (VmHWM, reset before) less the resident set just before the backward pass.  There every tensor is a
-mapping of its own (M_MMAP_THRESHOLD), so that what is freed leaves the resident set at once and fragmentation is not
-counted.  Beside it the peak of live tensor bytes as a dispatch mode sees them, temporary memory inside kernels left
-out.  On a GPU: torch.cuda.max_memory_allocated less what was allocated before.
+Memory on a CPU: processes of their own for every case (forked from a server that has only imported the libraries), each
+one's peak resident set (VmHWM, reset before) less the resident set just before the backward pass, and the median of
+them.  There every tensor is a mapping of its own (M_MMAP_THRESHOLD), so that what is freed leaves the resident set at
+once and fragmentation is not counted.  Beside it the peak of live tensor bytes as a dispatch mode sees them, temporary
+memory inside kernels left out.  On a GPU: torch.cuda.max_memory_allocated less what was allocated before.
 Time: both in one process, in turns, with the allocator as it comes; the median over repetitions.
 
 Exit code 1 if a claim fails.
@@ -277,8 +277,8 @@ def cuda_peak(update: Update, executor: Executor, num_active: int) -> Peak:
     return Peak((torch.cuda.max_memory_allocated(update.device) - before) / 1e6, None)
 
 
-def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int]) -> dict[tuple[Executor, int], Peak]:
-    """Of every executor and K."""
+def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> dict[tuple[Executor, int], Peak]:
+    """Of every executor and K; on a CPU medians over processes, since the kernel may take pages of one away."""
     cases = [(executor, k) for k in counts for executor in EXECUTORS]
     if device.type == "cuda":
         update = Update(sizes, device)
@@ -286,7 +286,8 @@ def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int]) -> dict[tup
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        return {case: pool.submit(cpu_peak, sizes, *case).result() for case in cases}
+        found = {case: [pool.submit(cpu_peak, sizes, *case).result() for _ in range(repeats)] for case in cases}
+    return {case: Peak(statistics.median(p.peak for p in several), several[0].live) for case, several in found.items()}
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def times(update: Update, num_active: int, repeats: int) -> tuple[float, float, 
 
 def measure(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> list[Row]:
     """All rows; memory first, so that its processes fork from one that has computed nothing."""
-    memory = peaks(sizes, device, counts)
+    memory = peaks(sizes, device, counts, repeats)
     update = Update(sizes, device)
     times(update, min(counts), 1)  # warm-up
     return [Row(k, memory["sweep", k], memory["joint", k], *times(update, k, repeats)) for k in counts]
@@ -376,7 +377,7 @@ def run(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int,
     print(f"{hardware(device)}, one thread, float32; {versions(environment)}; {sizes}\n\n{markdown(rows)}\n")
     for claim in stated:
         print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}: {claim.value:.6g}")
-    method = "max_memory_allocated" if device.type == "cuda" else "VmHWM of a process per case, less VmRSS before"
+    method = "max_memory_allocated" if device.type == "cuda" else "VmHWM of a process, less VmRSS before; medians"
     content = {"sizes": asdict(sizes), "repeats": repeats, "memory": method, "rows": [asdict(row) for row in rows]}
     write_json(output, content | {"claims": [asdict(claim) for claim in stated], "environment": environment})
     print(f"\nwritten to {output.name}")
@@ -392,7 +393,7 @@ def main(
     double: Annotated[int, typer.Option(help="Double-stream blocks.")] = Sizes.double,
     single: Annotated[int, typer.Option(help="Single-stream blocks.")] = Sizes.single,
     seed: Annotated[int, typer.Option(help="Seed of weights, noise and plans.")] = 0,
-    repeats: Annotated[int, typer.Option(help="Repetitions of each timing.", min=1)] = 3,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each measurement.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
     quick: Annotated[bool, typer.Option(help="Seconds: tiny sizes, K = 1, 2, 4; the sizes above are ignored.")] = False,

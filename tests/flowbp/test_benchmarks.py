@@ -103,8 +103,10 @@ def test_counts_outside_the_rollout_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sweep_memory_quickly(tmp_path: Path) -> None:
-    assert sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 3, tmp_path / "out.json")
+    held = sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 5, tmp_path / "out.json")
     content = json.loads((tmp_path / "out.json").read_text())
+    assert [claim for claim in content["claims"] if not claim["holds"]] == []
+    assert held
     assert [r["num_active"] for r in content["rows"]] == [1, 2, 4]
     assert content["environment"]["packages"]["torch"]
     assert str(ROOT) not in json.dumps(content)
