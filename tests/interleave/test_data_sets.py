@@ -746,6 +746,7 @@ def test_a_recipe_is_valid_and_a_misspelt_key_is_not(recipe: Path, tmp_path: Pat
     config = load(DataConfig, [recipe])
     building._check(config.templates)
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content.pop("extends", None)
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump(content | {"promts": content.pop("prompts")}), encoding="utf-8")
     with pytest.raises(UserError, match="did you mean 'prompts'"):
