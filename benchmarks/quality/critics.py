@@ -53,12 +53,13 @@ VERSION = 1
 MODULE = "benchmarks.quality.critics"
 POOL_SEED = 22
 """As in `python -m interleave.miniature pool`."""
-MODES = {
-    "greedy": ("critic.num_samples=1", "critic.model.temperature=0"),
-    "sampled": ("critic.num_samples=1", "critic.model.temperature=1"),
+TEMPERATURES = {"greedy": 0, "sampled": 1}
+"""How a critic answers once."""
+MODES: dict[str, tuple[str, ...]] = {
+    **{how: ("critic.num_samples=1", f"critic.model.temperature={t}") for how, t in TEMPERATURES.items()},
     "asked": (),
 }
-"""How a critic answers in the loop: changes of the configuration."""
+"""How it answers in the loop: changes of the configuration."""
 Marks = Mapping[str, Sequence[float]]
 """1 for right and 0 for wrong, by what is measured."""
 Asked = Sequence[tuple[Message, bool]]
@@ -177,7 +178,7 @@ def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: i
             columns = {
                 f"{what}, {how}": verdicts(ref, asked, temperature)
                 for what, asked in (("pool", pooled), ("looks", looks))
-                for how, temperature in (("greedy", 0.0), ("sampled", 1.0))
+                for how, temperature in TEMPERATURES.items()
             }
             for how, sets in MODES.items():
                 config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *sets])
