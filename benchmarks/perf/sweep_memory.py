@@ -7,11 +7,13 @@ part that depends on K.  The rollout before it is not measured; both need it.
 Memory on a CPU: processes of their own for every case (forked from a server that has only imported the libraries), each
 one's peak resident set (VmHWM, reset before) less the resident set just before the backward pass, and the median of
 them.  There every tensor is a mapping of its own (M_MMAP_THRESHOLD), so that what is freed leaves the resident set at
-once and fragmentation is not counted.  Beside it the peak of live tensor bytes as a dispatch mode sees them, temporary
-memory inside kernels left out.  On a GPU: torch.cuda.max_memory_allocated less what was allocated before.
+once and fragmentation is not counted.  On a GPU: torch.cuda.max_memory_allocated less what was allocated before.
+Beside it what a dispatch mode counts: the peak of live tensor bytes, temporary memory inside kernels left out, and the
+floating-point operations.  These do not depend on the machine.
 Time: both in one process, in turns, with the allocator as it comes; the median over repetitions.
 
-Exit code 1 if a claim fails.
+Exit code 1 if a claim fails.  With --quick the claims are about what is counted: a few MB and hundredths of a second
+are as coarse as a kernel's pages and a busy machine's clock.
 
     python -m benchmarks.perf.sweep_memory
     python -m benchmarks.perf.sweep_memory --tokens 2048 --heads 8 --repeats 5
@@ -23,10 +25,9 @@ import multiprocessing
 import re
 import statistics
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,8 +36,6 @@ import torch
 import typer
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import clock, device_of, hardware, result_file, stamp, table, versions, write_json
 from flowbp.axes import LateBiased
@@ -45,6 +44,7 @@ from flowbp.methods import METHODS, Method
 from flowbp.plan import Plan, plan
 from flowbp.types import Velocity
 from imgen_common.errors import UserError, run_cli
+from imgen_common.live import LiveBytes, held
 from imgen_common.streams import normal, numpy_generator
 
 MODULE = "benchmarks.perf.sweep_memory"
@@ -76,10 +76,11 @@ QUICK = Sizes(num_steps=4, tokens=1024, heads=1, double=1, single=2)
 
 @dataclass(frozen=True)
 class Peak:
-    """MB (10^6 bytes) above what was there before the backward pass; live: tensors alone, on a CPU only."""
+    """MB (10^6 bytes) above what was there before the backward pass, measured and of live tensors alone; operations."""
 
     peak: float
-    live: float | None
+    live: float
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -207,31 +208,12 @@ def joint_graph() -> Any:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages made while it is on and still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (key := t.untyped_storage()._cdata) not in known | self._known:
-                storage = t.untyped_storage()
-                self._known.add(key)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+def counted(update: Update, backward: Callable[[], None]) -> tuple[float, int]:
+    """MB of live tensors at their peak in one backward pass, and its floating-point operations."""
+    update.clear()
+    with LiveBytes(held([update.net])) as live:
+        backward()
+    return live.peak / 1e6, live.flops
 
 
 def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
@@ -245,7 +227,7 @@ def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
 
 
 def cpu_peak(sizes: Sizes, executor: Executor, num_active: int) -> Peak:
-    """What a process of its own does: small warm-up, rollout, backward pass measured; once more for live bytes."""
+    """What a process of its own does: small warm-up, rollout, backward pass measured; once more counted."""
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 65536)
@@ -259,10 +241,7 @@ def cpu_peak(sizes: Sizes, executor: Executor, num_active: int) -> Peak:
     before = resident("VmRSS")
     backward()
     peak = resident("VmHWM") - before
-    update.clear()
-    with LiveBytes() as live:
-        backward()
-    return Peak(peak, live.peak / 1e6)
+    return Peak(peak, *counted(update, backward))
 
 
 def cuda_peak(update: Update, executor: Executor, num_active: int) -> Peak:
@@ -274,7 +253,8 @@ def cuda_peak(update: Update, executor: Executor, num_active: int) -> Peak:
     before = torch.cuda.memory_allocated(update.device)
     backward()
     torch.cuda.synchronize(update.device)
-    return Peak((torch.cuda.max_memory_allocated(update.device) - before) / 1e6, None)
+    peak = (torch.cuda.max_memory_allocated(update.device) - before) / 1e6
+    return Peak(peak, *counted(update, backward))
 
 
 def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> dict[tuple[Executor, int], Peak]:
@@ -287,7 +267,9 @@ def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: in
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         found = {case: [pool.submit(cpu_peak, sizes, *case).result() for _ in range(repeats)] for case in cases}
-    return {case: Peak(statistics.median(p.peak for p in several), several[0].live) for case, several in found.items()}
+    return {
+        case: replace(several[0], peak=statistics.median(p.peak for p in several)) for case, several in found.items()
+    }
 
 
 # Time -----------------------------------------------------------------------------------------------------------------
@@ -324,21 +306,27 @@ def measure(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: 
     return [Row(k, memory["sweep", k], memory["joint", k], *times(update, k, repeats)) for k in counts]
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What `Done when` of the issue and the architecture state."""
+def claims(rows: Sequence[Row], as_counted: bool = False) -> list[Claim]:
+    """What the architecture states, of the memory and time measured or of the bytes and operations counted."""
+
+    def memory(peak: Peak) -> float:
+        return peak.live if as_counted else peak.peak
+
     few, many = rows[0], rows[-1]
-    growth = many.sweep.peak / few.sweep.peak
-    slope, fit = linear_fit([row.num_active for row in rows], [row.joint.peak for row in rows])
-    ratio = statistics.median(row.ratio for row in rows if row.num_active >= 2)
+    growth = memory(many.sweep) / memory(few.sweep)
+    slope, fit = linear_fit([row.num_active for row in rows], [memory(row.joint) for row in rows])
+    several = [row for row in rows if row.num_active >= 2]
+    ratio = statistics.median(row.sweep.flops / row.joint.flops if as_counted else row.ratio for row in several)
+    what, cost = ("live memory", "operations") if as_counted else ("peak", "time")
     return [
         Claim(
-            f"sweep: peak at K={many.num_active} <= {GROWTH_LIMIT} x peak at K={few.num_active}",
+            f"sweep: {what} at K={many.num_active} <= {GROWTH_LIMIT} x {what} at K={few.num_active}",
             growth,
             growth <= GROWTH_LIMIT,
         ),
-        Claim("joint graph: peak rises with K, MB a step > 0", slope, slope > 0),
+        Claim(f"joint graph: {what} rises with K, MB a step > 0", slope, slope > 0),
         Claim(f"joint graph: its rise is linear, R^2 > {FIT_LIMIT}", fit, fit > FIT_LIMIT),
-        Claim(f"time sweep / joint <= {TIME_LIMIT}, median over K >= 2", ratio, ratio <= TIME_LIMIT),
+        Claim(f"{cost} sweep / joint <= {TIME_LIMIT}, median over K >= 2", ratio, ratio <= TIME_LIMIT),
     ]
 
 
@@ -357,7 +345,7 @@ def markdown(rows: Sequence[Row]) -> str:
         [
             str(row.num_active),
             *(f"{p:.1f}" for p in (row.sweep.peak, row.joint.peak)),
-            *("-" if p is None else f"{p:.1f}" for p in (row.sweep.live, row.joint.live)),
+            *(f"{p:.1f}" for p in (row.sweep.live, row.joint.live)),
             *(f"{s:.3f}" for s in (row.sweep_seconds, row.joint_seconds)),
             f"{row.ratio:.3f}",
         ]
@@ -366,13 +354,15 @@ def markdown(rows: Sequence[Row]) -> str:
     return table(header, cells)
 
 
-def run(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int, output: Path) -> bool:
+def run(
+    sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int, output: Path, as_counted: bool = False
+) -> bool:
     """Measures, prints, writes; whether all claims hold.  Raises UserError for a K that is not in 1..N."""
     if not counts or min(counts) < 1 or max(counts) > sizes.num_steps or len(set(counts)) < 3:
         raise UserError(f"--counts {list(counts)}: give at least three numbers of steps in 1..{sizes.num_steps}")
     torch.set_num_threads(1)
     rows = measure(sizes, device, sorted(set(counts)), repeats)
-    stated = claims(rows)
+    stated = claims(rows, as_counted)
     environment = stamp(MODULE, sys.argv[1:], device)
     print(f"{hardware(device)}, one thread, float32; {versions(environment)}; {sizes}\n\n{markdown(rows)}\n")
     for claim in stated:
@@ -396,14 +386,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of each measurement.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
-    quick: Annotated[bool, typer.Option(help="Seconds: tiny sizes, K = 1, 2, 4; the sizes above are ignored.")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes, K = 1, 2, 4; claims on what is counted.")] = False,
 ) -> None:
     """Peak memory and time of an update's backward pass against K: the sweep and the joint graph of the papers."""
     sizes = QUICK if quick else Sizes(num_steps, batch, tokens, heads, double, single, seed)
     where = device_of(device)
     chosen = [1, 2, 4] if quick else [int(k) for k in counts.split(",")]
     file = output or result_file("sweep_memory-quick" if quick else "sweep_memory", where, "json")
-    if not run(sizes, where, chosen, repeats, file):
+    if not run(sizes, where, chosen, repeats, file, as_counted=quick):
         raise typer.Exit(1)
 
 

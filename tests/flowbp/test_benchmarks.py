@@ -1,6 +1,7 @@
 """The benchmarks' own logic, at sizes where the numbers mean nothing."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,26 +34,46 @@ def test_a_table_is_markdown() -> None:
 
 
 def row(num_active: int, sweep: float, joint: float, ratio: float = 1.0) -> sweep_memory.Row:
-    return sweep_memory.Row(num_active, sweep_memory.Peak(sweep, None), sweep_memory.Peak(joint, None), 1.0, 1.0, ratio)
+    return sweep_memory.Row(num_active, peak(sweep), peak(joint), 1.0, 1.0, ratio)
+
+
+def peak(measured: float, live: float = math.nan, flops: int = 0) -> sweep_memory.Peak:
+    return sweep_memory.Peak(measured, live, flops)
 
 
 GOOD = [row(1, 100, 100), row(2, 104, 200), row(4, 104, 400), row(8, 105, 801)]
 
 
-def broken(rows: list[sweep_memory.Row]) -> list[bool]:
-    return [not claim.holds for claim in sweep_memory.claims(rows)]
+def broken(rows: list[sweep_memory.Row], as_counted: bool = False) -> list[bool]:
+    return [not claim.holds for claim in sweep_memory.claims(rows, as_counted)]
+
+
+def as_counted(row: sweep_memory.Row) -> sweep_memory.Row:
+    """What was measured of a row as what was counted of another, of which nothing could be measured."""
+    sweep, joint = peak(math.nan, row.sweep.peak, round(100 * row.ratio)), peak(math.nan, row.joint.peak, 100)
+    return sweep_memory.Row(row.num_active, sweep, joint, math.nan, math.nan, math.nan)
 
 
 def test_claims_hold_where_they_should() -> None:
     assert broken(GOOD) == [False] * 4
+    assert broken([as_counted(r) for r in GOOD], as_counted=True) == [False] * 4
 
 
 def test_each_claim_fails_where_it_should() -> None:
     assert broken([*GOOD[:-1], row(8, 116, 801)]) == [True, False, False, False]
-    assert broken([replace(r, joint=sweep_memory.Peak(-r.joint.peak, None)) for r in GOOD])[1]
-    assert broken([replace(r, joint=sweep_memory.Peak(100, None)) for r in GOOD])[2]
+    assert broken([replace(r, joint=peak(-r.joint.peak)) for r in GOOD])[1]
+    assert broken([replace(r, joint=peak(100)) for r in GOOD])[2]
     assert broken([row(k, 100, 100 * k**2) for k in (1, 2, 4, 8, 16, 25)])[2]
     assert broken([replace(r, ratio=1.2) for r in GOOD]) == [False, False, False, True]
+    for index, bad in enumerate(
+        (
+            [*GOOD[:-1], row(8, 116, 801)],
+            [row(k, 100, -100 * k) for k in (1, 2, 4)],
+            [row(k, 100, 100 * k**2) for k in (1, 2, 4, 8, 16, 25)],
+            [replace(r, ratio=1.2) for r in GOOD],
+        )
+    ):
+        assert broken([as_counted(r) for r in bad], as_counted=True) == [index == claim for claim in range(4)]
 
 
 def test_the_time_claim_is_the_median_over_k_of_at_least_two() -> None:
@@ -73,26 +94,13 @@ def test_both_executors_give_one_gradient(update: sweep_memory.Update) -> None:
     assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
 
 
-def live(update: sweep_memory.Update, executor: sweep_memory.Executor, num_active: int) -> int:
-    backward = update.prepare(executor, num_active)
-    update.clear()
-    with sweep_memory.LiveBytes() as counter:
-        backward()
-    return counter.peak
+def live(update: sweep_memory.Update, executor: sweep_memory.Executor, num_active: int) -> float:
+    return sweep_memory.counted(update, update.prepare(executor, num_active))[0]
 
 
 def test_live_bytes_grow_with_k_in_the_joint_graph_alone(update: sweep_memory.Update) -> None:
     assert live(update, "sweep", 4) < 1.2 * live(update, "sweep", 1)
     assert live(update, "joint", 4) > 3 * live(update, "joint", 1)
-
-
-def test_live_bytes_know_what_is_alive() -> None:
-    with sweep_memory.LiveBytes() as counter:
-        for _ in range(3):
-            x = torch.ones(1000) + 1
-            x = x.view(10, 100).mul_(2)
-    assert counter.now == 4000  # the last one; views and in-place results are no storage of their own
-    assert counter.peak == 12000  # it, the ones and their sum
 
 
 def test_counts_outside_the_rollout_are_refused(tmp_path: Path) -> None:
@@ -103,7 +111,7 @@ def test_counts_outside_the_rollout_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sweep_memory_quickly(tmp_path: Path) -> None:
-    held = sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 5, tmp_path / "out.json")
+    held = sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 1, tmp_path / "out.json", as_counted=True)
     content = json.loads((tmp_path / "out.json").read_text())
     assert [claim for claim in content["claims"] if not claim["holds"]] == []
     assert held
