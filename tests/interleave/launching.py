@@ -4,17 +4,34 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 
-def launched(processes: int, *arguments: str) -> None:
-    """`torchrun ... -m interleave ARGUMENTS`, which must succeed."""
+
+def launched(processes: int, *arguments: str, program: Sequence[str] = ("-m", "interleave")) -> None:
+    """`torchrun ... -m interleave ARGUMENTS`, or another program, which must succeed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "-m", "interleave", *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*command, *program, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
+SHARDS: Mapping[str, Mapping[str, Any]] = {
+    **{f"zero{stage}": {"deepspeed": str(CONFIGS / "deepspeed" / f"zero{stage}.json")} for stage in (2, 3)},
+    "fsdp2": yaml.safe_load((CONFIGS / "fsdp" / "fsdp2.yaml").read_text(encoding="utf-8"))["trl"],
+}
+"""Ways to share out weights, as options of TRL."""
+
+
+def patched(shard: str | None = None, replay: int | None = None) -> tuple[str, ...]:
+    """The program of `patched.py`.  shard: one of `SHARDS`.  replay: updates on given answers."""
+    fsdp = ["--fsdp"] if shard == "fsdp2" else []
+    replayed = [] if replay is None else ["--replay", str(replay)]
+    return (str(Path(__file__).with_name("patched.py")), *fsdp, *replayed)
 
 
 def lines(run: Path) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from imgen_common.errors import UserError
 from interleave import cli
 from interleave.data import build as building
 from interleave.data import prompts
+from interleave.data.agreeing import Compared, compare
 from interleave.data.build import Telling, write_rows
 from interleave.data.check import Checker, row_of
 from interleave.data.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
@@ -417,6 +419,67 @@ def test_without_a_judge_there_is_nothing_to_reinforce(tmp_path: Path, asked: Pa
     assert any("no judge" in note for note in info.notes)
 
 
+# --- two judges --------------------------------------------------------------------------------------------------
+
+
+def other(score_of: Callable[[Look], float]) -> FakeJudge:
+    return FakeJudge(score_of, id="other judge")
+
+
+def agreeing(path: Path, judge: FakeJudge, **changes: Any) -> Compared:
+    return compare(path, DataConfig(**changes), judge, lambda done, total: None)
+
+
+def test_two_judges_are_compared_on_the_pictures_of_a_set(tmp_path: Path, asked: Path) -> None:
+    out = tmp_path / "set"
+    build(out, asked, filters=OPEN)
+    rows = [row_of(line, "critic_rl") for line in (out / "critic_rl.jsonl").read_bytes().splitlines()]
+    looked: list[str] = []
+
+    def halved(look: Look) -> float:
+        looked.append(look.after.id)
+        return mark(look) / 2
+
+    found = agreeing(out, other(halved))
+    assert (found.first, found.second) == ("fake judge", "other judge")
+    assert found.agreement.num == len(rows)
+    assert found.agreement.sc_correlation == pytest.approx(1)
+    assert found.agreement.same_order == 1
+    assert found.apart[0].distance == max(one.distance for one in found.apart) > 0
+    assert len(looked) == len(rows) + 1, "all pictures, and one that asks whether the judge is there"
+    first = found.apart[0]
+    number = int(first.where.removeprefix("critic_rl.jsonl:"))
+    row = rows[number - 1]
+    assert isinstance(row, RlRow)
+    assert (row.evaluation.semantics, row.origin_prompt) == (first.first.sc, first.prompt)
+    again = agreeing(out / "critic_rl.jsonl", other(lambda look: 0))
+    assert again.agreement == found.agreement, "what was said is not asked again"
+    assert json.loads(json.dumps(found.as_json()))["agreement"]["num"] == len(rows)
+
+
+def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path) -> None:
+    out = tmp_path / "set"
+    build(out, asked, filters=OPEN)
+    cases: list[tuple[str, Path, FakeJudge]] = [
+        ("was scored by fake judge itself", out, SCORING),
+        ("no rows of critic_rl", out / "planner_sft.jsonl", other(mark)),
+        ("does not answer", out, replace(failing("unreachable", lambda look: True), id="other judge")),
+        (
+            r"failed on \d+ pictures .* run the same command again",
+            out,
+            replace(failing("garbage", lambda look: look.after.id[0] in "0123456"), id="other judge"),
+        ),
+    ]
+    for said, path, judge in cases:
+        with pytest.raises(UserError, match=said):
+            agreeing(path, judge)
+    judge = replace(failing("garbage", lambda look: look.after.id[0] in "0123456"), id="other judge")
+    found = agreeing(out, judge, max_unscored=1.0)
+    rows = (out / "critic_rl.jsonl").read_text().count("\n")
+    assert 0 < found.failed["garbage"] == rows - found.agreement.num
+    assert any("the second failed on" in line for line in found.lines())
+
+
 # --- the miniature's prompts and teachers ------------------------------------------------------------------------
 
 
@@ -703,6 +766,9 @@ def test_the_commands(
     assert (code, "--- answer" in told) == (0, True)
     code, told = interleave("data", "show", out / "critic_rl.jsonl", 1, "--json")
     assert set(json.loads(told)) == {"reads", "answer", "known"}
+    code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1)
+    assert code == 0, told
+    assert "scored by both" in told
     (out / "planner_sft.jsonl").write_bytes(b"\xff\n")
     code, told = interleave("data", "check", out)
     assert code == 1
@@ -717,6 +783,8 @@ def test_the_commands(
         (("build", recipe, "--out", tmp_path / "x", "--set", "filters.vall=1"), "did you mean 'val'"),
         (("build", recipe, "--out", tmp_path / "x", "--set", "templates.critic=judge_quality"), "not a template"),
         (("check", tmp_path / "none"), "not a file of a set"),
+        (("agreement", out), "itself; give another judge"),
+        (("agreement", out, "--set", "judge=null"), "name the judge to compare with"),
     ]:
         code, told = interleave("data", *words)
         assert code == 2

@@ -2,15 +2,17 @@
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from backends import FakeGenerator
 from killed_training import assert_kills_change_nothing
-from launching import launched, lines
+from launching import SHARDS, launched, lines, patched
 from sets import make_set, write
 from tiny import tiny_folder
 
@@ -450,20 +452,62 @@ def test_the_trainers_prompt_tokens_are_those_of_the_chat_model(root: Path, tmp_
     assert all(ids in known for ids in seen)
 
 
+REPLAYED = 6
+"""Updates on given answers, which do not depend on how many processes share out the rows."""
+SHARED = QUICK | {
+    "num_generations": 4,
+    "num_iterations": 2,
+    "max_completion_length": 48,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler_type": "constant",
+}
+"""Two updates a rollout, in the second of which the loss depends on what the first has done to the weights."""
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, taught: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The updates of one process on given answers."""
+    runs = tmp_path_factory.mktemp("alone")
+    trl = SHARED | {"per_device_train_batch_size": 4, "max_steps": REPLAYED}
+    config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)
+    (runs / "c.yaml").write_text(to_yaml(config))
+    launched(1, "grpo", str(runs / "c.yaml"), "--runs", str(runs), program=patched(replay=REPLAYED))
+    return updates(runs / "grpo_critic")
+
+
+def updates(run: Path) -> dict[str, list[float]]:
+    """What was logged of every update, or of every rollout, by name."""
+    found = [line for line in lines(run) if "loss" in line]
+    names = ("step", "loss", "grad_norm", "reward", "reward_std")
+    return {name: [line[name] for line in found if name in line] for name in names}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_under_zero_train_and_leave_a_plain_folder(
-    root: Path, taught: Path, tmp_path: Path, stage: int
+@pytest.mark.parametrize("shard", SHARDS)
+def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
+    root: Path, taught: Path, alone: dict[str, list[float]], tmp_path: Path, shard: str
 ) -> None:
-    """What is sampled depends on the process, so the losses are not those of one."""
+    """On given answers, and then on sampled ones, which depend on the process: those are the same after a resume."""
     from interleave.chat import LocalChat, LocalChatConfig
 
-    zero = str(CONFIGS / "deepspeed" / f"zero{stage}.json")
-    trl = QUICK | {"num_generations": 4, "max_steps": 2, "max_completion_length": 48, "deepspeed": zero}
+    trl = {**SHARED, "max_steps": REPLAYED + 4, **SHARDS[shard]}
     config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    launched(2, "grpo", str(tmp_path / "c.yaml"), "--runs", str(tmp_path))
+    program = patched(shard, REPLAYED)
+    launched(2, "grpo", str(tmp_path / "c.yaml"), "--runs", str(tmp_path), program=program)
     run = tmp_path / "grpo_critic"
-    assert lines(run)[-1]["scoring/answers"] > 0
-    assert digest(run / "model") != digest(taught)
+    found = updates(run)
+    assert alone["step"] == [*range(1, REPLAYED + 1)]
+    for name, numbers in alone.items():
+        assert found[name][: len(numbers)] == pytest.approx(numbers, abs=1e-3, rel=1e-3), name
+    assert max(abs(a - b) for a, b in pairwise(alone["loss"])) > 0.01
+    assert min(alone["reward_std"]) > 0
+    straight = digest(run / "model")
+    assert straight != digest(taught)
     LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
+    shutil.rmtree(run / "model")
+    for step in (REPLAYED + 2, REPLAYED + 4):
+        (run / "checkpoints" / f"checkpoint-{step}" / "whole").unlink()  # as if killed while the first was written
+    launched(2, "grpo", "--resume", str(run), program=program)
+    assert digest(run / "model") == straight
+    assert updates(run) == found

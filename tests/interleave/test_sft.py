@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
-from launching import launched, lines, losses
+from launching import SHARDS, launched, lines, losses, patched
 from sets import critic_row, make_set, planner_row, write
 from tiny import tiny_folder
 
@@ -93,6 +93,22 @@ def test_recipes_name_options_that_trl_and_peft_have(recipe: Path) -> None:
         check_trl(config.trl, GRPOConfig, OWNED_GRPO)
     if config.lora is not None:
         assert lora_config(config.lora, config.vision).task_type == "CAUSAL_LM"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft_critic_qwen3vl", "grpo_critic_qwen3vl"])
+def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(recipe: str) -> None:
+    from transformers.models.qwen3_vl import modeling_qwen3_vl
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.mapping import check_trl
+
+    files = [CONFIGS / f"{recipe}.yaml", CONFIGS / "fsdp" / "fsdp2.yaml"]
+    trl = load(SftConfig if recipe.startswith("sft") else GrpoConfig, files).trl
+    assert trl["deepspeed"] is None
+    check_trl(trl, SFTConfig, OWNED_SFT) if recipe.startswith("sft") else check_trl(trl, GRPOConfig, OWNED_GRPO)
+    for name in trl["fsdp_config"]["transformer_layer_cls_to_wrap"]:
+        assert name in vars(modeling_qwen3_vl)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -446,6 +462,7 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
         "eval_strategy": {"eval_strategy": "steps"},
         "cannot be read": {"deepspeed": "none.json"},
         "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+        "no weights on a CPU": SHARDS["fsdp2"],
     }
     for said, trl in cases.items():
         with pytest.raises(UserError, match=said):
@@ -459,30 +476,30 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
 def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process on a mixed set."""
     runs = tmp_path_factory.mktemp("alone")
-    (runs / "c.yaml").write_text(to_yaml(quick(root)))
+    (runs / "c.yaml").write_text(to_yaml(quick(root, max_steps=6)))
     launched(1, "sft", "planner", str(runs / "c.yaml"), "--runs", str(runs))
     return losses(runs / "sft_planner")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_under_zero_give_the_losses_of_one_and_go_on_exactly(
-    root: Path, alone: list[float], tmp_path: Path, stage: int
+@pytest.mark.parametrize("shard", SHARDS)
+def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
+    root: Path, alone: list[float], tmp_path: Path, shard: str
 ) -> None:
-    """On a mixed set, which would hang ZeRO-3 if processes differed in whether they run the vision tower."""
+    """On a mixed set, which would hang ZeRO-3 and FSDP if processes differed in whether they run the vision tower."""
     from interleave.chat import LocalChat, LocalChatConfig
 
-    config = quick(root, per_device_train_batch_size=1, deepspeed=str(CONFIGS / "deepspeed" / f"zero{stage}.json"))
+    config = quick(root, **{"max_steps": 6, "per_device_train_batch_size": 1, **SHARDS[shard]})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    launched(2, "sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path))
+    launched(2, "sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path), program=patched(shard))
     run = tmp_path / "sft_planner"
     assert losses(run) == pytest.approx(alone, abs=1e-3)
-    assert len(alone) == 4
+    assert len(alone) == 6
     straight = digest(run / "model")
     LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
     shutil.rmtree(run / "model")
-    (run / "checkpoints" / "checkpoint-4" / "whole").unlink()  # as if killed while it was written
-    launched(2, "sft", "planner", "--resume", str(run))
+    (run / "checkpoints" / "checkpoint-6" / "whole").unlink()  # as if killed while it was written
+    launched(2, "sft", "planner", "--resume", str(run), program=patched(shard))
     assert digest(run / "model") == straight
 
 

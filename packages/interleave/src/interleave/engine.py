@@ -47,6 +47,7 @@ from interleave.records import (
     Trajectory,
     TrajectoryStatus,
 )
+from interleave.resilience import each
 from interleave.store import PictureStore, Recorded, Trace
 
 Selection = Literal["last", "first_success", "best_by_judge", "best_by_verdict_probability"]
@@ -176,18 +177,7 @@ class Engine:
         """
         if len({request.id for request in requests}) < len(requests):
             raise ValueError("two requests have the same id")
-        room = asyncio.Semaphore(self._loop.concurrency)
-
-        async def one(request: Request) -> Trajectory:
-            async with room:
-                return await self.run(request)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(request)) for request in requests]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        return [task.result() for task in tasks]
+        return await each(self.run, requests, self._loop.concurrency)
 
     async def run(self, request: Request) -> Trajectory:
         """One request, to its end."""

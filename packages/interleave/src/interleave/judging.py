@@ -3,18 +3,25 @@
 import asyncio
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from PIL import Image
 from pydantic import Field
 
 from imgen_common.config import Config
+from imgen_common.errors import UserError
 from imgen_common.runs import write_atomic
-from interleave import chat
+from interleave import chat, resilience
 from interleave.judge import ChatJudge, ModelJudgeConfig
-from interleave.parts import Judge, Look
+from interleave.parts import Judge, Look, PartFailed, Picture
 from interleave.records import Scores
 from interleave.store import writing
+
+PROBE = "a red circle"
+"""What a part is asked to see whether it answers."""
 
 
 class VerifierJudgeConfig(Config):
@@ -86,3 +93,59 @@ class CachedJudge:
             return Scores.model_validate_json(self._path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+
+def white() -> Picture:
+    """A small white picture."""
+    return Picture.of(Image.new("RGB", (32, 32), "white"))
+
+
+async def probe(judge: Judge) -> None:
+    """Raises UserError if the judge does not answer; what it says of a white picture does not matter."""
+    try:
+        await judge.score(Look(white(), white(), PROBE, PROBE))
+    except PartFailed as failure:
+        if failure.kind != "garbage":
+            raise UserError(
+                f"the judge {judge.id} does not answer ({failure.kind}: {failure}); start it, mend judge, or set "
+                "judge=null"
+            ) from None
+
+
+async def score_all(
+    judge: Judge,
+    looks: Sequence[Callable[[], Look]],
+    concurrency: int,
+    may_fail: float,
+    told: Callable[[int, int], None],
+    go_on: str,
+) -> tuple[list[Scores | None], Counter[str]]:
+    """The judge's scores of all looks, several at once, None where it failed, and how often it failed how.
+
+    may_fail: share of them.  told: how many are done, of how many.  go_on: what to do once the judge is mended.
+    Raises UserError once it failed on more.
+    """
+    failed, done = Counter[str](), 0
+
+    async def one(look: Callable[[], Look]) -> Scores | None:
+        nonlocal done
+        scores = None
+        try:
+            scores = await judge.score(await asyncio.to_thread(look))
+        except PartFailed as failure:
+            failed[failure.kind] += 1
+            if failed.total() > may_fail * len(looks):
+                raise _too_many(failed, failure, go_on) from None
+        done += 1
+        told(done, len(looks))
+        return scores
+
+    return await resilience.each(one, looks, concurrency), failed
+
+
+def _too_many(failed: Counter[str], last: PartFailed, go_on: str) -> UserError:
+    reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
+    return UserError(
+        f"the judge failed on {failed.total()} pictures ({reasons}; the last: {last}), more than max_unscored allows; "
+        f"everything is kept: {go_on}"
+    )

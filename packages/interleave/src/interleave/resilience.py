@@ -4,7 +4,7 @@ all for a while once nothing answers."""
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le
@@ -13,6 +13,23 @@ from imgen_common.config import Config
 from interleave.parts import FailureKind, PartFailed
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+async def each(work: Callable[[Item], Awaitable[T]], items: Iterable[Item], concurrency: int) -> list[T]:
+    """`work` on every item, so many at once; results in their order.  The first error ends the rest and is raised."""
+    room = asyncio.Semaphore(concurrency)
+
+    async def one(item: Item) -> T:
+        async with room:
+            return await work(item)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(item)) for item in items]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class CallerConfig(Config):

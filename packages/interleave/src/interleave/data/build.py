@@ -9,13 +9,12 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from pydantic_core import PydanticSerializationError
 
 from imgen_common.config import to_yaml
@@ -30,9 +29,10 @@ from interleave.data.sets import INFO, SETS, SPLITS, Chosen, SetInfo, SetName, S
 from interleave.engine import Engine, Parts
 from interleave.formats.rows import RlRow, SftRow, critic_row, planner_row, rl_row
 from interleave.formats.stories import Story, pair
-from interleave.parts import Judge, Look, PartFailed, Picture
+from interleave.parts import Judge, Look
 from interleave.prompts import render_critic, render_planner, template
 from interleave.records import Attempt, Record, Request, Scores, Trajectory
+from interleave.resilience import each
 from interleave.store import TRACE, PictureStore, Recorded, Trace, read_trace, writing
 
 SCORES = "scores"
@@ -41,7 +41,6 @@ MAY_DIFFER = (
     *("judge", "max_unscored", "trajectories", "budget", "templates", "filters"),
 )
 """What may change between the sessions of a build: nothing that a trajectory depends on."""
-PROBE = "a red circle"
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,10 @@ def is_begun(out: Path) -> bool:
 
 def _check(templates: TemplatesConfig) -> None:
     """Raises UserError if there is no such template, or it is one for another agent."""
-    white = _white()
-    render_planner(template(templates.planner_text), PROBE, ())
-    render_planner(template(templates.planner_pictures), PROBE, (white,))
-    render_critic(template(templates.critic), Look(white, white, PROBE, PROBE))
-
-
-def _white() -> Picture:
-    return Picture.of(Image.new("RGB", (32, 32), "white"))
+    white = judging.white()
+    render_planner(template(templates.planner_text), judging.PROBE, ())
+    render_planner(template(templates.planner_pictures), judging.PROBE, (white,))
+    render_critic(template(templates.critic), Look(white, white, judging.PROBE, judging.PROBE))
 
 
 def unfinished(out: Path, requests: Sequence[Request], retry: bool) -> list[Request]:
@@ -141,7 +136,7 @@ async def go_on(
     try:
         if parts is not None:
             if judge is not None:
-                await probe(judge)
+                await judging.probe(judge)
             await session.check(parts)
             await _tell_stories(out, config, requests, parts, telling, retry)
         stories, ends = _gathered(out, config, requests)
@@ -159,19 +154,6 @@ async def go_on(
     return info
 
 
-async def probe(judge: Judge) -> None:
-    """Raises UserError if the judge does not answer; what it says of a white picture does not matter."""
-    white = _white()
-    try:
-        await judge.score(Look(white, white, PROBE, PROBE))
-    except PartFailed as failure:
-        if failure.kind != "garbage":
-            raise UserError(
-                f"the judge {judge.id} does not answer ({failure.kind}: {failure}); start it, mend judge, or set "
-                "judge=null"
-            ) from None
-
-
 # --- trajectories ----------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +162,6 @@ async def _tell_stories(
 ) -> None:
     """Trajectories of all requests, several at once, until the budget is spent."""
     budget, began, drawn = config.budget, time.monotonic(), _num_pictures(out)
-    room = asyncio.Semaphore(config.run.loop.concurrency)
 
     def record(new: Record) -> None:
         nonlocal drawn
@@ -198,25 +179,14 @@ async def _tell_stories(
         )
 
         async def one(request: Request) -> None:
-            async with room:
-                if not is_spent():
-                    await engine.run(request)
+            if not is_spent():
+                await engine.run(request)
 
-        await _all(map(one, requests))
+        await each(one, requests, config.run.loop.concurrency)
 
 
 def _num_pictures(out: Path) -> int:
     return sum(a.image_id is not None for recorded in read_trace(out).values() for a in recorded.attempts.values())
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """All of it at once; the first error ends the rest."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
 
 
 def _gathered(out: Path, config: DataConfig, requests: Sequence[Request]) -> tuple[list[Story], Counter[str]]:
@@ -278,38 +248,25 @@ async def _scored(
     """
     if judge is None:
         return list(stories), Counter()
-    pictures, room = PictureStore(out / session.PICTURES), asyncio.Semaphore(config.run.loop.concurrency)
-    found: dict[tuple[str, int, int], Scores] = {}
-    failed: Counter[str] = Counter()
+    pictures = PictureStore(out / session.PICTURES)
     judged = [attempt for story in stories for attempt in story.judged()]
-
-    async def one(attempt: Attempt) -> None:
-        async with room:
-            try:
-                found[_key(attempt)] = await _score(attempt, judge, pictures)
-            except PartFailed as failure:
-                failed[failure.kind] += 1
-                if failed.total() > config.max_unscored * len(judged):
-                    raise _too_many(out, failed, failure) from None
-        telling.scored(len(found) + failed.total(), len(judged))
-
-    await _all(map(one, judged))
+    found = {_key(a): a.scores for a in judged if a.scores is not None and a.scores.judge_id == judge.id}
+    left = [attempt for attempt in judged if _key(attempt) not in found]
+    scores, failed = await judging.score_all(
+        judge,
+        [partial(_look, attempt, pictures) for attempt in left],
+        config.run.loop.concurrency,
+        config.max_unscored,
+        telling.scored,
+        f"go on with interleave data build --resume {out} when it answers",
+    )
+    found |= {_key(attempt): one for attempt, one in zip(left, scores, strict=True) if one is not None}
     return [_with_scores(story, found) for story in stories], failed
 
 
-def _too_many(out: Path, failed: Counter[str], last: PartFailed) -> UserError:
-    reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
-    return UserError(
-        f"{out}: the judge failed on {failed.total()} pictures ({reasons}; the last: {last}), more than max_unscored "
-        f"allows; everything is kept: go on with interleave data build --resume {out} when it answers"
-    )
-
-
-async def _score(attempt: Attempt, judge: Judge, pictures: PictureStore) -> Scores:
-    if attempt.scores is not None and attempt.scores.judge_id == judge.id:
-        return attempt.scores
-    before, after = await asyncio.to_thread(lambda: [pictures.get(image_id) for image_id in pair(attempt)])
-    return await judge.score(Look(before, after, attempt.original_prompt, attempt.prompt_used))
+def _look(attempt: Attempt, pictures: PictureStore) -> Look:
+    before, after = map(pictures.get, pair(attempt))
+    return Look(before, after, attempt.original_prompt, attempt.prompt_used)
 
 
 def _key(attempt: Attempt) -> tuple[str, int, int]:

@@ -200,6 +200,48 @@ def show_(
         console.print(part, markup=False, soft_wrap=True)
 
 
+@data_app.command()
+def agreement(
+    path: Annotated[Path, typer.Argument(metavar="SET", help="A set's folder, or one of its files of critic_rl.")],
+    configs: Annotated[
+        list[Path] | None, typer.Argument(metavar="CONFIG...", help="YAML files over the set's own; `judge` counts.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be given again."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=0, metavar="N", help="Rows shown on which they are furthest apart.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Let another judge score the pictures of critic_rl and say how far it agrees with the scores that are there:
+    differences, correlations, how many pairs of pictures both order alike, and the rows on which they are furthest
+    apart. What it said is kept in the set's folder and not asked again.
+
+    Example:
+
+    \b
+      interleave data agreement sets/mine --set judge.kind=model --set judge.model.model=Qwen/Qwen3-VL-32B-Instruct
+    """
+    from imgen_common.config import load
+    from imgen_common.runs import CONFIG
+    from interleave import judging, show
+    from interleave.data.agreeing import compare
+    from interleave.data.config import DataConfig
+
+    recorded = (path if path.is_dir() else path.parent) / CONFIG
+    config = load(DataConfig, [*([recorded] if recorded.is_file() else []), *(configs or [])], sets or [])
+    if config.judge is None:
+        raise UserError("judge: null; name the judge to compare with, such as --set judge.kind=model")
+    told = (lambda done, total: None) if as_json else _judging(show.console(stderr=True))
+    found = compare(path, config, judging.make(config.judge), told, most)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    console = show.console()
+    for line in found.lines():
+        console.print(show.plain(line), soft_wrap=True)
+
+
 # --- common ----------------------------------------------------------------------------------------------------------
 
 

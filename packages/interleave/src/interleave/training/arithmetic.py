@@ -255,7 +255,7 @@ def memory(num_weights: int, num_trained: int, *, size: int, master: bool, stage
     """What weights, gradients and AdamW hold.
 
     size: bytes of a weight.  master: DeepSpeed keeps the trained weights a second time in float32.  stage: of ZeRO, 0
-    without; from 1 the optimizer's numbers are shared out, from 2 gradients, from 3 weights.
+    without; from 1 the optimizer's numbers are shared out, from 2 gradients, from 3 weights, as FSDP does too.
     """
     share = {part: processes if stage >= part else 1 for part in (1, 2, 3)}
     kept = 12 if master else 2 * size
@@ -281,9 +281,10 @@ def memory_of(
 
     model = skeleton(folder, config)
     text = model.config.get_text_config()
-    stage = int(deepspeed_json(config.trl.get("deepspeed")).get("zero_optimization", {}).get("stage", 0))
-    half = config.trl.get("bf16", stage > 0 or torch.cuda.is_available())
-    if stage and half:
+    zero = int(zero_of(config.trl).get("stage", 0))
+    fsdp = config.trl.get("fsdp")
+    half = config.trl.get("bf16", bool(zero or fsdp) or torch.cuda.is_available())
+    if zero and half:
         model.to(torch.bfloat16)
     elif config.dtype != "auto":
         model.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype])
@@ -293,15 +294,16 @@ def memory_of(
         sum(w.numel() for w in weights),
         sum(w.numel() for w in weights if w.requires_grad),
         size=size,
-        master=stage > 0,
-        stage=stage,
+        master=zero > 0,
+        stage=3 if fsdp else zero,
         processes=processes,
     )
     rows, length = inputs["input_ids"].shape
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if half else size)
-    checkpointing = bool(config.trl.get("gradient_checkpointing", True))
-    passing = passing_bytes(model, inputs, autocast=half and not stage, checkpointing=checkpointing)
+    options = options_of_file("trl.fsdp_config", config.trl.get("fsdp_config"))
+    checkpointing = config.trl.get("gradient_checkpointing", True) or options.get("activation_checkpointing", False)
+    passing = passing_bytes(model, inputs, autocast=half and not zero, checkpointing=bool(checkpointing))
     reference = found.weights if config.trl.get("beta") and config.lora is None else 0
     return replace(found, reference=reference, rows=rows, length=length, passing=passing, cache=kept * token)
 
@@ -326,17 +328,23 @@ def skeleton(folder: Path, config: TrainingConfig) -> Any:
     return model
 
 
-def deepspeed_json(given: object) -> Mapping[str, Any]:
-    """A DeepSpeed configuration, given as a mapping or a file; {} for None.  Raises UserError if it cannot be read."""
+def options_of_file(key: str, given: object) -> Mapping[str, Any]:
+    """Options that TRL takes as a mapping or a JSON file; {} for None.  Raises UserError if it cannot be read."""
     if given is None or isinstance(given, Mapping):
         return given or {}
     try:
         content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"trl.deepspeed {given}: cannot be read ({error}); give a JSON file") from None
+        raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file") from None
     if not isinstance(content, dict):
-        raise UserError(f"trl.deepspeed {given}: must hold a JSON object")
+        raise UserError(f"{key} {given}: must hold a JSON object")
     return content
+
+
+def zero_of(trl: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What DeepSpeed's configuration says of ZeRO; {} without.  Raises UserError if it cannot be read."""
+    found: Mapping[str, Any] = options_of_file("trl.deepspeed", trl.get("deepspeed")).get("zero_optimization", {})
+    return found
 
 
 def as_json(sums: SftSums | GrpoSums, held: Memory) -> dict[str, Any]:

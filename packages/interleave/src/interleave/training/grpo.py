@@ -27,7 +27,7 @@ from interleave.prompts import Template, template
 from interleave.rewards import PAPER_WEIGHTS, WEIGHTS, CriticRow, CriticScorer, paper_parts, reward_functions
 from interleave.store import PictureStore
 from interleave.training import launch
-from interleave.training.arithmetic import Batches, GrpoSums, Memory, deepspeed_json, grpo_sums, memory_of
+from interleave.training.arithmetic import Batches, GrpoSums, Memory, grpo_sums, memory_of, zero_of
 from interleave.training.config import GrpoConfig
 from interleave.training.mapping import OWNED_GRPO, check_keys, check_trl
 from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
@@ -121,8 +121,11 @@ def refuse_resized(rows: Sequence[RlRow], store: PictureStore, max_pixels: int) 
 
 def refuse_unequal_turns(config: GrpoConfig, processes: int) -> None:
     """Raises UserError for trajectories where every process would have to wait for all others in every turn."""
-    zero = deepspeed_json(config.trl.get("deepspeed")).get("zero_optimization", {}).get("stage")
-    waits = {"ZeRO-3": zero == 3, "FSDP": config.trl.get("fsdp"), "vLLM": config.trl.get("use_vllm")}
+    waits = {
+        "ZeRO-3": zero_of(config.trl).get("stage") == 3,
+        "FSDP": config.trl.get("fsdp"),
+        "vLLM": config.trl.get("use_vllm"),
+    }
     found = [name for name, is_on in waits.items() if is_on]
     if config.reward == "trajectory" and processes > 1 and found:
         raise UserError(

@@ -21,7 +21,7 @@ from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.libraries import quiet_libraries
 from imgen_common.runs import RunFolder, free_path, write_atomic
-from interleave.training.arithmetic import deepspeed_json
+from interleave.training.arithmetic import zero_of
 from interleave.training.config import TrainingConfig
 from interleave.training.freeze import check_frozen, freeze
 from interleave.training.mapping import lora_config
@@ -69,13 +69,14 @@ def make_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, A
     if not torch.cuda.is_available():
         options |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     options |= {**config.trl, **fixed}
-    check_zero(config.trl.get("deepspeed"))
+    check_zero(config.trl)
     if options.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
     try:
         arguments = cls(**options)
     except (TypeError, ValueError, ImportError, OSError) as error:
         raise UserError(f"trl: {' '.join(str(error).split())}") from error
+    check_fsdp(arguments)
     if arguments.deepspeed is not None and arguments.use_cpu:
         import deepspeed
 
@@ -83,11 +84,24 @@ def make_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, A
     return arguments
 
 
-def check_zero(deepspeed: object) -> None:
+def check_zero(trl: Mapping[str, Any]) -> None:
     """Raises UserError if ZeRO-3 could train a model but not write it."""
-    zero = deepspeed_json(deepspeed).get("zero_optimization", {})
+    zero = zero_of(trl)
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError("trl.deepspeed: ZeRO-3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true")
+
+
+def check_fsdp(arguments: Any) -> None:
+    """Raises UserError if weights would silently not be shared out."""
+    from accelerate.utils import DistributedType
+
+    if arguments.fsdp and arguments.distributed_state.distributed_type in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+    ):
+        raise UserError(
+            "trl.fsdp: accelerate shares out no weights on a CPU or with one process; use several GPUs, or leave it out"
+        )
 
 
 def num_processes() -> int:
