@@ -1,8 +1,11 @@
 """What the benchmarks share: where results go, on what they ran, what time is, and tables."""
 
 import json
+import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from imgen_common.errors import UserError
 from imgen_common.runs import environment, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +68,19 @@ def clock(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
+
+
+def command(folder: Path, name: str, module: str, *arguments: str) -> None:
+    """Run a product's command on one thread, its output into NAME.log.  Raises UserError if it fails."""
+    log = folder / f"{name}.log"
+    with log.open("ab") as out:
+        call = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(call, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise UserError(
+            f"{name} failed ({last}); all it said is in {log}; mend it and go on, with another recipe in another --work"
+        )
 
 
 def write_json(file: Path, content: object) -> None:

@@ -15,9 +15,7 @@ serves both generators.  Trainings and cells that are done are kept in `--work`;
     python -m benchmarks.cross two_by_two --config mine.yaml --work runs/mine
 """
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,13 +30,12 @@ import typer
 from annotated_types import Ge
 from pydantic import model_validator
 
-from benchmarks.common import device_of, result_file, stamp, write_json
+from benchmarks.common import command, device_of, result_file, stamp, write_json
 from benchmarks.cross.report import AGENTS, ALIGNED, BASE, GRPO, SFT, SINGLE, Cells, write_report
 from benchmarks.quality.interleave_miniature import Told, load_stories, tell
 from benchmarks.quality.miniature_cells import digests, read
 from flowbp.data import load_prompts
 from imgen_common.config import Config, load
-from imgen_common.errors import UserError
 from imgen_common.runs import CONFIG, RunFolder
 from imgen_common.shapes.scene import parse_caption
 from imgen_common.shapes.stories import Draw, Story
@@ -172,19 +169,6 @@ def jobs_of(config: TwoByTwo) -> list[Job]:
 
 
 # --- trainings -------------------------------------------------------------------------------------------------------
-
-
-def command(folder: Path, name: str, module: str, *arguments: str) -> None:
-    """Run a product's command on one thread, its output into NAME.log.  Raises UserError if it fails."""
-    log = folder / f"{name}.log"
-    with log.open("ab") as out:
-        call = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(call, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        raise UserError(
-            f"{name} failed ({last}); all it said is in {log}; mend it and go on, with another recipe in another --work"
-        )
 
 
 def begin(recipe: Recipe, sets: Mapping[str, str]) -> list[str]:

@@ -157,10 +157,17 @@ def markdown(found: Mapping[str, Mapping[str, Cell]]) -> str:
     return table(header, rows)
 
 
-def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: int, folder: Path) -> Measured:
-    """Every critic on the same pictures and stories; those with a file in `folder` are done.
+def measure(
+    critics: Mapping[str, str],
+    num_stories: int,
+    attempts: int,
+    seed: int,
+    folder: Path,
+    modes: Sequence[str] = tuple(MODES),
+) -> Measured:
+    """Every critic on the same pictures and stories; what has a mark in `folder` is done.
 
-    Raises UserError for a file of other weights or numbers.
+    modes: how stories are judged, some of `MODES`.  Raises UserError for a file of other weights or numbers.
     """
     stories = load_stories(num_stories, False, seed)
     settings = [f"cache={folder / 'cache'}", f"loop.max_attempts={attempts}"]
@@ -169,26 +176,59 @@ def measure(critics: Mapping[str, str], num_stories: int, attempts: int, seed: i
     keep = config.loop.model_copy(update={"rewrite": False})
     oracle, looks = told_by_verifier(make_parts(config), stories, keep, seed)
     pooled = pool_of(folder / "pool")
+
+    def marked(ref: str, what: str, how: str) -> list[float]:
+        if what == "stories":
+            config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *MODES[how]])
+            return told(make_parts(config), stories, config.loop, seed)
+        return verdicts(ref, {"pool": pooled, "looks": looks}[what], TEMPERATURES[how])
+
+    columns = [(what, how) for what in ("pool", "looks") for how in TEMPERATURES]
+    columns += [("stories", how) for how in modes]
     marks: dict[str, Marks] = {}
     for critic, ref in critics.items():
-        file = folder / f"{critic}.json"
         about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
-        if not file.exists():
-            print(f"{critic} ...", file=sys.stderr, flush=True)
-            columns = {
-                f"{what}, {how}": verdicts(ref, asked, temperature)
-                for what, asked in (("pool", pooled), ("looks", looks))
-                for how, temperature in TEMPERATURES.items()
-            }
-            for how, sets in MODES.items():
-                config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *sets])
-                columns[f"stories, {how}"] = told(make_parts(config), stories, config.loop, seed)
-            write_json(file, {"about": about, "marks": columns})
-        found = read(file)
+        file = folder / f"{critic}.json"
+        found = read(file) if file.exists() else {"about": about, "marks": {}}
         if found["about"] != about:
             raise UserError(f"{file}: of another critic or other numbers ({found['about']}); give another --work")
-        marks[critic] = found["marks"]
+        for what, how in columns:
+            if f"{what}, {how}" not in found["marks"]:
+                print(f"{critic}: {what}, {how} ...", file=sys.stderr, flush=True)
+                found["marks"][f"{what}, {how}"] = marked(ref, what, how)
+                write_json(file, found)
+        marks[critic] = {f"{what}, {how}": found["marks"][f"{what}, {how}"] for what, how in columns}
     return Measured(marks, oracle, len(pooled), len(looks))
+
+
+def report(
+    critics: Mapping[str, str],
+    stories: int,
+    attempts: int,
+    seed: int,
+    work: Path,
+    output: Path,
+    module: str,
+    modes: Sequence[str] = tuple(MODES),
+) -> str:
+    """Measure, write `output` and its Markdown, print and give the latter."""
+    device = device_of("auto")
+    torch.set_num_threads(1)
+    found = measure(critics, stories, attempts, seed, work, modes)
+    rows = cells(found.marks)
+    environment = stamp(module, sys.argv[1:], device)
+    oracle = percent(Interval(*interval([found.oracle])))
+    text = (
+        f"{markdown(rows)}\n\n{found.pool} pictures of the pool, {found.looks} looks, {stories} stories of the test "
+        f"split, seed {seed}, up to {attempts} pictures a step; with the verifier as critic {oracle} of the stories "
+        "are right; brackets: 95 % bootstrap over pictures or stories, differences paired. "
+        f"{environment['hardware']}; {versions(environment)}.\n"
+    )
+    print(text)
+    cooked = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in rows.items()}
+    write_json(output, {"version": VERSION, "environment": environment, "rows": cooked, **asdict(found)})
+    write_atomic(output.with_suffix(".md"), text)
+    return text
 
 
 def main(
@@ -209,24 +249,7 @@ def main(
     named = dict(pair.partition("=")[::2] for pair in critics)
     if len(named) < len(critics) or not all(named.values()):
         raise UserError(f"{' '.join(critics)}: write NAME=MODEL for every critic, each with a name of its own")
-    device = device_of("auto")
-    torch.set_num_threads(1)
-    found = measure(named, stories, attempts, seed, work)
-    rows = cells(found.marks)
-    environment = stamp(MODULE, sys.argv[1:], device)
-    oracle = percent(Interval(*interval([found.oracle])))
-    text = (
-        f"{markdown(rows)}\n\n{found.pool} pictures of the pool, {found.looks} looks, {stories} stories of the test "
-        f"split, seed {seed}, up to {attempts} pictures a step; with the verifier as critic {oracle} of the stories "
-        "are right; brackets: 95 % bootstrap over pictures or stories, differences paired. "
-        f"{environment['hardware']}; {versions(environment)}.\n"
-    )
-    print(text)
-    file = output or result_file("critics", device, "json")
-    cooked = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in rows.items()}
-    content = {"version": VERSION, "environment": environment, "rows": cooked, **asdict(found)}
-    write_json(file, content)
-    write_atomic(file.with_suffix(".md"), text)
+    report(named, stories, attempts, seed, work, output or result_file("critics", device_of("auto"), "json"), MODULE)
 
 
 if __name__ == "__main__":

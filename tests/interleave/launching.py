@@ -10,10 +10,18 @@ from typing import Any
 
 import yaml
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
 
-def launched(processes: int, *arguments: str, program: Sequence[str] = ("-m", "interleave")) -> None:
-    """`torchrun ... -m interleave ARGUMENTS`, or another program, which must succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+def launched(
+    processes: int,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "interleave"),
+    launcher: Sequence[str] = TORCHRUN,
+) -> None:
+    """`torchrun ... -m interleave ARGUMENTS`, or another program or launcher, which must succeed."""
+    command = [sys.executable, "-m", *launcher, str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *program, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
-from launching import SHARDS, launched, lines, losses, patched
+from launching import ACCELERATE, SHARDS, TORCHRUN, launched, lines, losses, patched
 from sets import critic_row, make_set, planner_row, write
 from tiny import tiny_folder
 
@@ -280,6 +280,25 @@ def test_what_a_process_holds() -> None:
     assert (zero3.weights, zero3.gradients, zero3.optimizer, zero3.total) == (200, 100, 600, 900)
 
 
+def test_a_launcher_that_did_not_do_what_was_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interleave.training import launch
+
+    cases = {
+        "one was started.* torchrun --nproc_per_node N -m interleave grpo": {
+            "ACCELERATE_MIXED_PRECISION": "no",
+            "MASTER_ADDR": "127.0.0.1",
+        },
+        "asks for DEEPSPEED; interleave does that itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+        r"asks for FSDP; .*fsdp2\.yaml": {"RANK": "0", "ACCELERATE_USE_FSDP": "1"},
+    }
+    for said, environment in cases.items():
+        monkeypatch.setattr(launch.os, "environ", environment)
+        with pytest.raises(UserError, match=said):
+            launch.num_processes("interleave grpo")
+    monkeypatch.setattr(launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+    assert launch.num_processes("interleave grpo") == 3
+
+
 # --- training (slow) -------------------------------------------------------------------------------------------------
 
 QUICK: dict[str, Any] = {
@@ -499,7 +518,8 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
     shutil.rmtree(run / "model")
     (run / "checkpoints" / "checkpoint-6" / "whole").unlink()  # as if killed while it was written
-    launched(2, "sft", "planner", "--resume", str(run), program=patched(shard))
+    launcher = ACCELERATE if shard == "zero2" else TORCHRUN
+    launched(2, "sft", "planner", "--resume", str(run), program=patched(shard), launcher=launcher)
     assert digest(run / "model") == straight
 
 

@@ -20,7 +20,7 @@ from flowbp.plan import Plan
 from flowbp.plan import plan as draw_plan
 from flowbp.results import load_evaluations
 from flowbp.train import MAY_DIFFER, shares, trainable
-from imgen_common import hub
+from imgen_common import hub, launchers
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.runs import CONFIG, RunFolder, free_path, write_atomic
@@ -83,23 +83,13 @@ def check(config: TrainConfig, num_processes: int, *, here: bool = True) -> Job:
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
     """Raises UserError if weights are to be cut up without a launcher, or a launcher was told to do it itself, or
     started one process where several were asked for."""
-    # where accelerate sees no GPU it starts a single process, quietly, and leaves this behind
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "RANK" not in environment:
-        raise UserError(
-            "accelerate launch: several processes were asked for and one was started, as it does on a CPU; add "
-            "--multi_gpu, which needs no GPU, or start it with torchrun --nproc_per_node N -m flowbp train ..."
-        )
+    kinds = {"FSDP": "distributed.kind=fsdp2", "DEEPSPEED": "distributed.kind=zero2 or zero3"}
+    launchers.check_launcher(environment, "flowbp train", kinds)
     if kind != "ddp" and "RANK" not in environment:
         raise UserError(
             f"distributed.kind {kind}: needs processes; start it with torchrun --nproc_per_node N -m flowbp train ..., "
             "or with accelerate launch"
         )
-    for name, said in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2 or zero3")):
-        if environment.get(name, "").lower() in ("1", "true"):
-            raise UserError(
-                f"accelerate's own configuration asks for {name.rpartition('_')[2]}; flowbp does that itself: launch "
-                f"with plain multi-GPU and --set distributed.kind={said}"
-            )
 
 
 def check_disk(job: Job, folder: Path, *, resume: bool) -> None:

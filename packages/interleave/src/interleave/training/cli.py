@@ -71,7 +71,7 @@ def sft(
     files = [run / CONFIG] if run else []
     config = load(SftConfig, [*files, *(configs or [])], sets or [])
     if dry_run:
-        _tell(*sft.plan(agent.value, config, processes or launch.num_processes()), as_json)
+        _tell(*sft.plan(agent.value, config, processes or launch.num_processes("interleave sft")), as_json)
         return
     _done(sft.train(agent.value, config, sys.argv, runs=runs, name=name, resume=run), as_json)
 
@@ -110,7 +110,7 @@ def grpo(
     files = [run / CONFIG] if run else []
     config = load(GrpoConfig, [*files, *(configs or [])], sets or [])
     if dry_run:
-        _tell(*grpo.plan(config, processes or launch.num_processes()), as_json)
+        _tell(*grpo.plan(config, processes or launch.num_processes("interleave grpo")), as_json)
         return
     _done(grpo.train(config, sys.argv, runs=runs, name=name, resume=run), as_json)
 

@@ -165,7 +165,7 @@ def train(
     launch.quiet_environment()
     from trl import GRPOConfig, GRPOTrainer
 
-    job = check(config, launch.num_processes())
+    job = check(config, launch.num_processes("interleave grpo"))
     fixed: dict[str, Any] = {"reward_weights": list(weights_of(config).values())}
     fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.sums.updates}  # see `order`
     in_loop = config.reward == "trajectory"

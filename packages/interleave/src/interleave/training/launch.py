@@ -19,6 +19,7 @@ from typing import Any
 
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.launchers import check_launcher
 from imgen_common.libraries import quiet_libraries
 from imgen_common.runs import RunFolder, free_path, write_atomic
 from interleave.training.arithmetic import zero_of
@@ -34,6 +35,11 @@ MAY_DIFFER = (
     *("generator.urls", "generator.url", "generator.calls", "judge.model.url", "judge.model.calls"),
 )
 """What may change between the sessions of a run: nothing that its weights depend on."""
+OURS = {
+    "DEEPSPEED": "trl.deepspeed=configs/interleave/deepspeed/zero2.json (or zero3.json)",
+    "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
+}
+"""Settings that cut up weights, by what accelerate calls it."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -104,8 +110,10 @@ def check_fsdp(arguments: Any) -> None:
         )
 
 
-def num_processes() -> int:
-    """How many processes were launched."""
+def num_processes(command: str) -> int:
+    """How many processes were launched.  command: what was, as "interleave grpo".  Raises UserError if the launcher
+    did not do what was asked of it, or would do what `trl` is asked for."""
+    check_launcher(os.environ, command, OURS)
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

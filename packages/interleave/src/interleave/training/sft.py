@@ -97,7 +97,7 @@ def train(
     launch.quiet_environment()
     from trl import SFTConfig, SFTTrainer
 
-    job = check(role, config, launch.num_processes())
+    job = check(role, config, launch.num_processes(f"interleave sft {role}"))
     fixed: dict[str, Any] = {"max_length": None}
     if is_mixed(job.rows):
         fixed |= {"train_sampling_strategy": "sequential", "num_train_epochs": 1}
