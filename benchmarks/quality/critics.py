@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -189,7 +189,7 @@ def measure(
     for critic, ref in critics.items():
         about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
         file = folder / f"{critic}.json"
-        found = read(file) if file.exists() else {"about": about, "marks": {}}
+        found: dict[str, Any] = read(file) if file.exists() else {"about": about, "marks": {}}
         if found["about"] != about:
             raise UserError(f"{file}: of another critic or other numbers ({found['about']}); give another --work")
         for what, how in columns:

@@ -29,11 +29,11 @@ from imgen_common.config import load
 from imgen_common.errors import run_cli
 from imgen_common.runs import CONFIG
 from imgen_common.streams import stream_key
-from interleave import judging
 from interleave.data import build
 from interleave.data.config import DataConfig
 from interleave.data.sets import INFO
 from interleave.data.teachers import KnowingCritic
+from interleave.miniature.oracle import VerifierJudge
 from interleave.parts import CriticAnswer, Look
 from interleave.prompts import render_verdict
 from interleave.records import Verdict
@@ -83,7 +83,7 @@ def taught_set(out: Path, cache: Path, sets: list[str]) -> None:
     with build.opened(out, config, sys.argv) as requests:
         left = build.unfinished(out, requests, retry=False)
         parts = replace(build.make_parts(config), critic=LenientCritic()) if left else None
-        asyncio.run(build.go_on(out, config, requests, parts, judging.make(config.judge), build.Telling()))
+        asyncio.run(build.go_on(out, config, requests, parts, VerifierJudge(), build.Telling()))
 
 
 def train(folder: Path, sets: dict[str, list[str]]) -> dict[str, float | None]:
