@@ -75,6 +75,9 @@ def test_the_released_recipe() -> None:
     sums = grpo_sums(config, rows=13_000, failed=6_500, left_out=1, processes=8)
     assert (sums.prompts_per_rollout, sums.completions_per_rollout, sums.completions_per_update) == (16, 128, 64)
     assert (sums.updates_per_rollout, sums.rollouts, sums.updates) == (2, 812, 1624)
+    assert sums.updates_per_epoch == 1624
+    assert "an update: 64 answers to 8 prompts" in sums.told()
+    assert "updates: 1624 an epoch; 1624 in all, in 812 rollouts" in sums.told()
     assert (sums.pictures, sums.judgements, sums.questions) == (51_968, 51_968, 103_936)
     assert sums.cost == pytest.approx(51_968 * 0.03)
 

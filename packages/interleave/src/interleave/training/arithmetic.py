@@ -105,6 +105,7 @@ class GrpoSums:
     completions_per_rollout: int
     completions_per_update: int
     updates_per_rollout: int
+    updates_per_epoch: int
     rollouts: int
     updates: int
     pictures: int
@@ -119,8 +120,8 @@ class GrpoSums:
             f"rows: {self.rows}, {self.left_out} left out for their length; {self.failed_rows} are of failed attempts",
             f"a rollout: {self.prompts_per_rollout} prompts x {group} answers = {self.completions_per_rollout} over "
             f"{self.processes} processes, {self.updates_per_rollout} updates",
-            f"an update: {self.completions_per_update} answers",
-            f"in all: {self.rollouts} rollouts, {self.updates} updates",
+            f"an update: {self.completions_per_update} answers to {self.completions_per_update / group:g} prompts",
+            f"updates: {self.updates_per_epoch} an epoch; {self.updates} in all, in {self.rollouts} rollouts",
             f"generator: at most {self.pictures} pictures",
             f"judge: at most {self.judgements} judgements, {self.questions} questions to a model",
             f"cost: at most {self.cost:g}",
@@ -177,6 +178,7 @@ def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, process
         completions_per_rollout=per_rollout,
         completions_per_update=processes * b.per_device_train_batch_size * b.gradient_accumulation_steps,
         updates_per_rollout=updates_per_rollout,
+        updates_per_epoch=per_epoch * updates_per_rollout,
         rollouts=rollouts,
         updates=updates,
         pictures=pictures,
