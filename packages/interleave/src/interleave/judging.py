@@ -107,8 +107,8 @@ async def probe(judge: Judge) -> None:
     except PartFailed as failure:
         if failure.kind != "garbage":
             raise UserError(
-                f"the judge {judge.id} does not answer ({failure.kind}: {failure}); start it, mend judge, or set "
-                "judge=null"
+                f"the judge {judge.id} does not answer ({failure.kind}: {failure}); start it, mend judge, or build "
+                "without one (judge=null)"
             ) from None
 
 
