@@ -210,8 +210,12 @@ def report(
     output: Path,
     module: str,
     modes: Sequence[str] = tuple(MODES),
+    seconds: Mapping[str, float | None] | None = None,
 ) -> str:
-    """Measure, write `output` and its Markdown, print and give the latter."""
+    """Measure, write `output` and its Markdown, print and give the latter.
+
+    seconds: of what was done before, by name, None where they are not known.
+    """
     device = device_of("auto")
     torch.set_num_threads(1)
     found = measure(critics, stories, attempts, seed, work, modes)
@@ -224,9 +228,14 @@ def report(
         "are right; brackets: 95 % bootstrap over pictures or stories, differences paired. "
         f"{environment['hardware']}; {versions(environment)}.\n"
     )
+    if seconds:
+        took = ", ".join(f"{name} {'unknown' if s is None else format(s, '.0f')}" for name, s in seconds.items())
+        text += f"\nSeconds by the wall: {took}.\n"
     print(text)
     cooked = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in rows.items()}
-    write_json(output, {"version": VERSION, "environment": environment, "rows": cooked, **asdict(found)})
+    write_json(
+        output, {"version": VERSION, "environment": environment, "seconds": seconds, "rows": cooked, **asdict(found)}
+    )
     write_atomic(output.with_suffix(".md"), text)
     return text
 

@@ -139,7 +139,7 @@ def train(folder: Path, sets: dict[str, list[str]]) -> dict[str, float | None]:
             work()
             took[name] = None if is_begun else time.perf_counter() - began
             write_json(seconds, took)
-    return took
+    return {name: took.get(name) for name in steps}
 
 
 def main(
@@ -159,8 +159,7 @@ def main(
         "shipped": "builtin:shapes/critic"
     }
     file = output or result_file("lenient", device_of("auto"), "json")
-    critics.report(named, stories, attempts, seed, work, file, MODULE, tuple(critics.TEMPERATURES))
-    print(", ".join(f"{name} {'-' if s is None else format(s, '.0f')} s" for name, s in took.items()))
+    critics.report(named, stories, attempts, seed, work, file, MODULE, tuple(critics.TEMPERATURES), took)
 
 
 if __name__ == "__main__":
