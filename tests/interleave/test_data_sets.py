@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -478,6 +479,8 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
     rows = (out / "critic_rl.jsonl").read_text().count("\n")
     assert 0 < found.failed["garbage"] == rows - found.agreement.num
     assert any("the second failed on" in line for line in found.lines())
+    flat = agreeing(out, FakeJudge(lambda look: 5, id="a third judge"))
+    assert flat.as_json()["agreement"]["sc_correlation"] is None
 
 
 # --- the miniature's prompts and teachers ------------------------------------------------------------------------
@@ -769,6 +772,10 @@ def test_the_commands(
     code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1)
     assert code == 0, told
     assert "scored by both" in told
+    shutil.copytree(out, alone := tmp_path / "alone")
+    (alone / "config.yaml").unlink()  # as of an imported set
+    code, told = interleave("data", "agreement", alone)
+    assert (code, "judge: none is given" in told) == (2, True)
     (out / "planner_sft.jsonl").write_bytes(b"\xff\n")
     code, told = interleave("data", "check", out)
     assert code == 1
@@ -784,7 +791,7 @@ def test_the_commands(
         (("build", recipe, "--out", tmp_path / "x", "--set", "templates.critic=judge_quality"), "not a template"),
         (("check", tmp_path / "none"), "not a file of a set"),
         (("agreement", out), "itself; give another judge"),
-        (("agreement", out, "--set", "judge=null"), "name the judge to compare with"),
+        (("agreement", out, "--set", "judge=null"), "name the one to compare with"),
     ]:
         code, told = interleave("data", *words)
         assert code == 2

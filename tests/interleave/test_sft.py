@@ -524,6 +524,15 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
 
 
 @pytest.mark.slow
+def test_a_plan_counts_what_fsdp_shares_out(root: Path) -> None:
+    from interleave.training import sft
+
+    one, two = (sft.plan("critic", quick(root, **SHARDS["fsdp2"]), processes)[1] for processes in (1, 2))
+    assert two.total == pytest.approx(one.total / 2, rel=1e-3)
+    assert two.passing == one.passing
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "vision", "trl"),
     [

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class Apart:
 class Compared:
     """Scores that a set holds against another judge's.
 
-    first: who scored the set.  rows: that both scored.  failed: how often the second judge failed how.  apart: the rows
-    on which they are furthest apart, the furthest first.
+    first: who scored the set.  failed: how often the second judge failed how.  apart: the rows on which they are
+    furthest apart, the furthest first.
     """
 
     first: str
@@ -68,21 +69,21 @@ class Compared:
             yield f"  {row.where}: {marks}: {row.prompt}"
 
     def as_json(self) -> dict[str, Any]:
-        """For a machine."""
-        rows = [
-            {"where": row.where, "prompt": row.prompt, **{k: v.model_dump(mode="json") for k, v in _marks(row).items()}}
-            for row in self.apart
-        ]
+        """For a machine; what is not defined is null."""
         return {
             "judges": [self.first, self.second],
-            "agreement": asdict(self.agreement),
+            "agreement": {name: None if isnan(value) else value for name, value in asdict(self.agreement).items()},
             "failed": self.failed,
-            "apart": rows,
+            "apart": [
+                {
+                    "where": row.where,
+                    "prompt": row.prompt,
+                    "first": row.first.model_dump(mode="json"),
+                    "second": row.second.model_dump(mode="json"),
+                }
+                for row in self.apart
+            ],
         }
-
-
-def _marks(row: Apart) -> dict[str, Scores]:
-    return {"first": row.first, "second": row.second}
 
 
 def compare(path: Path, config: DataConfig, judge: Judge, told: Callable[[int, int], None], shown: int = 5) -> Compared:

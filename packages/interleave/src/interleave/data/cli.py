@@ -230,8 +230,8 @@ def agreement(
 
     recorded = (path if path.is_dir() else path.parent) / CONFIG
     config = load(DataConfig, [*([recorded] if recorded.is_file() else []), *(configs or [])], sets or [])
-    if config.judge is None:
-        raise UserError("judge: null; name the judge to compare with, such as --set judge.kind=model")
+    if config.judge is None or (not recorded.is_file() and "judge" not in config.model_fields_set):
+        raise UserError("judge: none is given; name the one to compare with, such as --set judge.kind=model")
     told = (lambda done, total: None) if as_json else _judging(show.console(stderr=True))
     found = compare(path, config, judging.make(config.judge), told, most)
     if as_json:
