@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "interleave.cli"]
 
 
 def command(arguments: Sequence[str], log: Path) -> None:
@@ -30,7 +31,7 @@ def command(arguments: Sequence[str], log: Path) -> None:
 
 def start(arguments: Sequence[str], log: Path) -> BaseProcess:
     """That, in a process of its own."""
-    CONTEXT.set_forkserver_preload(["trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "interleave.cli"])
+    CONTEXT.set_forkserver_preload(PRELOAD)
     process = CONTEXT.Process(target=command, args=(arguments, log))
     process.start()
     return process

@@ -2,13 +2,16 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import patched
 import yaml
+from killed_training import CONTEXT, PRELOAD, command
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
@@ -17,13 +20,12 @@ ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port"
 def launched(
     processes: int,
     *arguments: str,
-    program: Sequence[str] = ("-m", "interleave"),
     launcher: Sequence[str] = TORCHRUN,
 ) -> None:
-    """`torchrun ... -m interleave ARGUMENTS`, or another program or launcher, which must succeed."""
-    command = [sys.executable, "-m", *launcher, str(processes)]
+    """`torchrun ... -m interleave ARGUMENTS`, or by another launcher, which must succeed."""
+    call = [sys.executable, "-m", *launcher, str(processes), "-m", "interleave", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *program, *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run(call, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -35,11 +37,32 @@ SHARDS: Mapping[str, Mapping[str, Any]] = {
 """Ways to share out weights, as options of TRL."""
 
 
-def patched(shard: str | None = None, replay: int | None = None) -> tuple[str, ...]:
-    """The program of `patched.py`.  shard: one of `SHARDS`.  replay: updates on given answers."""
-    fsdp = ["--fsdp"] if shard == "fsdp2" else []
-    replayed = [] if replay is None else ["--replay", str(replay)]
-    return (str(Path(__file__).with_name("patched.py")), *fsdp, *replayed)
+def forked(processes: int, *arguments: str, log: Path, shard: str | None = None, replay: int = 0) -> None:
+    """`interleave ARGUMENTS` in processes that know of each other as from a launcher, but are forked from one that has
+    imported everything; what they say goes to `log`.  They must succeed.
+
+    shard: one of `SHARDS`.  replay: updates of GRPO on given answers (`patched`).
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    given = (processes, port, arguments, log, shard == "fsdp2", replay)
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, *given)) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(400)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+
+
+def _rank(rank: int, processes: int, port: int, arguments: Sequence[str], log: Path, fsdp: bool, replayed: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if fsdp:
+        patched.shard()
+    patched.replay(replayed)
+    command(arguments, log)
 
 
 def lines(run: Path) -> list[Mapping[str, Any]]:

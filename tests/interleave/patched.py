@@ -1,20 +1,11 @@
-"""`interleave ARGUMENTS` with one or both of two changes, for tests of several processes on a CPU.
+"""Changes to other libraries, for tests of several processes on a CPU; each is for a process of its own."""
 
-    python -m torch.distributed.run ... patched.py [--fsdp] [--replay UPDATES] ARGUMENTS
-
---fsdp    accelerate shards weights with FSDP2 on a CPU too, which it else does on accelerators alone
---replay  the first updates of GRPO learn from given answers, which do not depend on how rows are shared out over
-          processes; later ones sample, as without this
-"""
-
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from interleave.cli import main
 from interleave.prompts import render_verdict
 from interleave.records import Verdict
 
@@ -28,7 +19,7 @@ ANSWERS = (
 
 
 def shard() -> None:
-    """From now on processes on a CPU count as processes that FSDP can shard weights over."""
+    """From now on accelerate shards weights with FSDP2 on a CPU too, which it else does on accelerators alone."""
     made = PartialState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +31,8 @@ def shard() -> None:
 
 
 def replay(updates: int) -> None:
-    """From now on the answers to a prompt are given in the first `updates` updates."""
+    """From now on the first `updates` updates of GRPO learn from given answers, which do not depend on how rows are
+    shared out over processes; later ones sample, as without this."""
     from trl import GRPOTrainer
 
     sampled = GRPOTrainer._generate_single_turn
@@ -53,14 +45,3 @@ def replay(updates: int) -> None:
         return [[*words(ANSWERS[n % len(ANSWERS)]).input_ids, words.eos_token_id] for n in chosen], None
 
     GRPOTrainer._generate_single_turn = given
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--fsdp":
-        del sys.argv[1]
-        shard()
-    if sys.argv[1] == "--replay":
-        updates = int(sys.argv[2])
-        del sys.argv[1:3]
-        replay(updates)
-    main()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from backends import FakeGenerator
 from killed_training import assert_kills_change_nothing
-from launching import SHARDS, launched, lines, patched
+from launching import SHARDS, forked, lines
 from sets import make_set, write
 from tiny import tiny_folder
 
@@ -474,7 +474,7 @@ def alone(root: Path, taught: Path, tmp_path_factory: pytest.TempPathFactory) ->
     trl = SHARED | {"per_device_train_batch_size": 4, "max_steps": REPLAYED}
     config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)
     (runs / "c.yaml").write_text(to_yaml(config))
-    launched(1, "grpo", str(runs / "c.yaml"), "--runs", str(runs), program=patched(replay=REPLAYED))
+    forked(1, "grpo", str(runs / "c.yaml"), "--runs", str(runs), log=runs / "log", replay=REPLAYED)
     return updates(runs / "grpo_critic")
 
 
@@ -496,8 +496,8 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     trl = {**SHARED, "max_steps": REPLAYED + 4, **SHARDS[shard]}
     config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    program = patched(shard, REPLAYED)
-    launched(2, "grpo", str(tmp_path / "c.yaml"), "--runs", str(tmp_path), program=program)
+    how: dict[str, Any] = {"log": tmp_path / "log", "shard": shard, "replay": REPLAYED}
+    forked(2, "grpo", str(tmp_path / "c.yaml"), "--runs", str(tmp_path), **how)
     run = tmp_path / "grpo_critic"
     found = updates(run)
     assert alone["step"] == [*range(1, REPLAYED + 1)]
@@ -511,6 +511,6 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     shutil.rmtree(run / "model")
     for step in (REPLAYED + 2, REPLAYED + 4):
         (run / "checkpoints" / f"checkpoint-{step}" / "whole").unlink()  # as if killed while the first was written
-    launched(2, "grpo", "--resume", str(run), program=program)
+    forked(2, "grpo", "--resume", str(run), **how)
     assert digest(run / "model") == straight
     assert updates(run) == found

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
-from launching import ACCELERATE, SHARDS, TORCHRUN, launched, lines, losses, patched
+from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
 from sets import critic_row, make_set, planner_row, write
 from tiny import tiny_folder
 
@@ -496,7 +496,7 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process on a mixed set."""
     runs = tmp_path_factory.mktemp("alone")
     (runs / "c.yaml").write_text(to_yaml(quick(root, max_steps=6)))
-    launched(1, "sft", "planner", str(runs / "c.yaml"), "--runs", str(runs))
+    forked(1, "sft", "planner", str(runs / "c.yaml"), "--runs", str(runs), log=runs / "log")
     return losses(runs / "sft_planner")
 
 
@@ -510,7 +510,11 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
 
     config = quick(root, **{"max_steps": 6, "per_device_train_batch_size": 1, **SHARDS[shard]})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    launched(2, "sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path), program=patched(shard))
+    begin, go_on = ("sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path)), ("sft", "planner", "--resume")
+    if shard == "zero2":
+        launched(2, *begin)
+    else:
+        forked(2, *begin, log=tmp_path / "log", shard=shard)
     run = tmp_path / "sft_planner"
     assert losses(run) == pytest.approx(alone, abs=1e-3)
     assert len(alone) == 6
@@ -518,8 +522,10 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
     shutil.rmtree(run / "model")
     (run / "checkpoints" / "checkpoint-6" / "whole").unlink()  # as if killed while it was written
-    launcher = ACCELERATE if shard == "zero2" else TORCHRUN
-    launched(2, "sft", "planner", "--resume", str(run), program=patched(shard), launcher=launcher)
+    if shard == "zero2":
+        launched(2, *go_on, str(run), launcher=ACCELERATE)
+    else:
+        forked(2, *go_on, str(run), log=tmp_path / "log", shard=shard)
     assert digest(run / "model") == straight
 
 
