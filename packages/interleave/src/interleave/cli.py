@@ -132,7 +132,7 @@ def _go_on(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: boo
     """Run what is left of a run folder, show it, write its page."""
     from interleave import requests, session, show
     from interleave.report import write_report
-    from interleave.store import PictureStore, read_trace
+    from interleave.store import PICTURES, PictureStore, read_trace
 
     out = show.console()
     total = len(requests.saved(path))
@@ -150,7 +150,7 @@ def _go_on(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: boo
         print(json.dumps({"type": "Run", "path": str(path), "report": str(page)}))
     else:
         if one:
-            show.story(trajectories[0], attempts, PictureStore(path / session.PICTURES), out)
+            show.story(trajectories[0], attempts, PictureStore(path / PICTURES), out)
         show.summary(trajectories, attempts, path, out)
         out.print(f"report: {page}")
     _exit(trajectories)

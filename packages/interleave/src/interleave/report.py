@@ -10,8 +10,7 @@ from imgen_common.page import document, fold, text
 from imgen_common.runs import write_atomic
 from interleave.parts import Picture
 from interleave.requests import saved
-from interleave.session import PICTURES
-from interleave.store import PictureStore, Recorded, read_trace
+from interleave.store import PICTURES, PictureStore, Recorded, read_trace
 from interleave.storyboard import ENDS, SMALL, STYLE, WEBP_QUALITY, Shots, Story, reason, short, story_html, user
 
 PAGE = "report.html"

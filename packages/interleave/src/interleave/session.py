@@ -29,9 +29,8 @@ from interleave.engine import Engine, Parts, ask_planner
 from interleave.parts import Critic, Generator, Picture
 from interleave.prompts import template
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
-from interleave.store import PictureStore, Trace
+from interleave.store import PICTURES, PictureStore, Trace
 
-PICTURES = "pictures"
 MAY_DIFFER = ("loop.concurrency", "cache")
 """What may change between the sessions of a run: nothing that a record depends on."""
 

@@ -26,6 +26,7 @@ from interleave.parts import Picture
 from interleave.records import Attempt, PlanRecord, Record, Trajectory
 
 TRACE = "trace.jsonl"
+PICTURES = "pictures"
 TYPES: Mapping[str, type[PlanRecord] | type[Attempt] | type[Trajectory]] = {
     "plan": PlanRecord,
     "attempt": Attempt,

@@ -12,14 +12,13 @@ from typing import Any
 from imgen_common.errors import UserError
 from interleave import judging
 from interleave.data.build import SCORES
-from interleave.data.check import FILES, files_of, row_of
+from interleave.data.check import FILES, files_of
 from interleave.data.config import DataConfig
-from interleave.formats.rows import RlRow
+from interleave.formats.rows import RlRow, parsed
 from interleave.judge import Agreement, agreement
 from interleave.parts import Judge
 from interleave.records import Scores
-from interleave.session import PICTURES
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 
 UNNAMED = "not named"
 
@@ -135,10 +134,9 @@ def _rows(path: Path, judge_id: str) -> dict[str, RlRow]:
             continue
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
             try:
-                row = row_of(line, "critic_rl")
+                row = parsed(line, RlRow)
             except ValueError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
-            assert isinstance(row, RlRow)
             found[f"{file.name}:{number}"] = row
     if not found:
         raise UserError(f"{path}: no rows of critic_rl, which hold a judge's scores; give a set that has some")

@@ -33,7 +33,7 @@ from interleave.parts import Judge, Look
 from interleave.prompts import render_critic, render_planner, template
 from interleave.records import Attempt, Record, Request, Scores, Trajectory
 from interleave.resilience import each
-from interleave.store import TRACE, PictureStore, Recorded, Trace, read_trace, writing
+from interleave.store import PICTURES, TRACE, PictureStore, Recorded, Trace, read_trace, writing
 
 SCORES = "scores"
 MAY_DIFFER = (
@@ -83,7 +83,7 @@ def opened(out: Path, config: DataConfig, command: Sequence[str]) -> Iterator[li
     with folder:
         write_atomic(out / CONFIG, to_yaml(config))
         if not begun:
-            request_files.save(prompts.ask(config.prompts, PictureStore(out / session.PICTURES)), out)
+            request_files.save(prompts.ask(config.prompts, PictureStore(out / PICTURES)), out)
         yield request_files.saved(out)
 
 
@@ -173,7 +173,7 @@ async def _tell_stories(
         return too_many or (budget.max_seconds is not None and time.monotonic() - began >= budget.max_seconds)
 
     with Trace(out) as trace:
-        pictures = PictureStore(out / session.PICTURES)
+        pictures = PictureStore(out / PICTURES)
         engine = Engine(
             parts, config.run.loop, config.run.seed, trace, pictures, record, _versions(), retry_failed=retry
         )
@@ -198,7 +198,7 @@ def _gathered(out: Path, config: DataConfig, requests: Sequence[Request]) -> tup
     ends = Counter({"not finished": len(requests) - len(stories)})
     taken = {story.trajectory.id for story in stories}
     for folder in map(Path, config.trajectories):
-        for story in _of_folder(folder, PictureStore(out / session.PICTURES)):
+        for story in _of_folder(folder, PictureStore(out / PICTURES)):
             name = story.trajectory.id
             while name in taken:
                 name += f"@{folder.name}"
@@ -219,7 +219,7 @@ def _of_folder(folder: Path, pictures: PictureStore) -> Iterator[Story]:
     """Another folder's stories, once the pictures that rows need are in the store.  Raises UserError."""
     if not (folder / TRACE).is_file():
         raise UserError(f"trajectories: {folder}: no {TRACE} in it; give folders of builds, runs or imported records")
-    source = PictureStore(folder / session.PICTURES)
+    source = PictureStore(folder / PICTURES)
     for story in filter(None, map(_story, read_trace(folder).values())):
         shown = [image_id for attempt in story.judged() for image_id in pair(attempt)]
         for image_id in (*story.trajectory.request.image_ids, *shown):
@@ -248,7 +248,7 @@ async def _scored(
     """
     if judge is None:
         return list(stories), Counter()
-    pictures = PictureStore(out / session.PICTURES)
+    pictures = PictureStore(out / PICTURES)
     judged = [attempt for story in stories for attempt in story.judged()]
     found = {_key(a): a.scores for a in judged if a.scores is not None and a.scores.judge_id == judge.id}
     left = [attempt for attempt in judged if _key(attempt) not in found]

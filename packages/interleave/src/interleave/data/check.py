@@ -5,14 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from imgen_common.errors import UserError, nearest
 from interleave.data.sets import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
-from interleave.formats.rows import RlRow, SftRow
+from interleave.formats.rows import RlRow, SftRow, parsed
 from interleave.parsing import Policy, Unreadable, parse_plan, parse_verdict
-from interleave.session import PICTURES
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 
 MARKER = re.compile(r"<image>|<\|[A-Za-z_]+\|>")
 """What a tokenizer or a reader of rows takes for a picture or the end of a turn, wherever it stands."""
@@ -147,18 +144,7 @@ def files_of(path: Path) -> list[Path]:
 
 def row_of(line: bytes, name: SetName) -> SftRow | RlRow:
     """The row of a line.  Raises ValueError saying what is wrong."""
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    try:
-        return (RlRow if name == "critic_rl" else SftRow).model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        given = first["input"] if isinstance(first["input"], int | float | str | None) else None
-        shown = "" if given is None or first["type"] == "json_invalid" else f", got {str(given)[:40]!r}"
-        raise ValueError(f"{f'{place}: ' if place else ''}{first['msg']}{shown}") from None
+    return parsed(line, RlRow) if name == "critic_rl" else parsed(line, SftRow)
 
 
 def info_of(folder: Path) -> SetInfo | None:

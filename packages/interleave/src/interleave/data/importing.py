@@ -14,8 +14,7 @@ from interleave.formats.rows import RlRow, SftRow, critic_rows, planner_row, rea
 from interleave.formats.stories import Story, read_execution_record
 from interleave.prompts import template
 from interleave.records import PlanRecord
-from interleave.session import PICTURES
-from interleave.store import PictureStore, Trace
+from interleave.store import PICTURES, PictureStore, Trace
 
 Format = Literal["sharegpt", "rl", "execution_record"]
 Role = Literal["planner", "critic"]

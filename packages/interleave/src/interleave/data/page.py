@@ -13,8 +13,7 @@ from interleave.data.sets import SetInfo, SetName
 from interleave.formats.rows import RlRow, SftRow
 from interleave.parsing import parse_plan, parse_verdict
 from interleave.records import Plan, Verdict
-from interleave.session import PICTURES
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 from interleave.storyboard import STYLE as STORY_STYLE
 from interleave.storyboard import Shots, short
 

@@ -8,15 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from imgen_common.errors import UserError
 from interleave.data.check import FILES, files_of, info_of, row_of
 from interleave.formats.rows import RlRow, SftRow
-from interleave.parts import Look, Message, Picture
+from interleave.parts import Message
 from interleave.prompts import render_critic, template
-from interleave.session import PICTURES
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 
 
 @dataclass(frozen=True)
@@ -86,9 +83,7 @@ def _template(path: Path) -> str:
 
 
 def _reads(row: RlRow, store: PictureStore, name: str) -> tuple[str | Path, ...]:
-    blank = Image.new("RGB", (1, 1))  # the renderer passes pictures on and looks at none
-    look = Look(Picture(blank, row.before_id), Picture(blank, row.after_id), row.origin_prompt, row.rewritten_prompt)
-    message: Message = render_critic(template(name), look)
+    message: Message = render_critic(template(name), row.named())
     return tuple(part if isinstance(part, str) else store.path(part.id) for part in message)
 
 

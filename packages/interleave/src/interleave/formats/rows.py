@@ -5,10 +5,10 @@ planner_sft.json, critic_sft.json: a JSON list of {messages, images}.  Reinforce
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from imgen_common.errors import UserError
 from imgen_common.runs import write_atomic
@@ -84,13 +84,36 @@ class RlRow(Record):
         before, after = pictures.get(self.before_id), pictures.get(self.after_id)
         return Look(before, after, self.origin_prompt, self.rewritten_prompt)
 
+    def named(self) -> Look:
+        """The same with pictures that have a name and nothing to see, for who only places them."""
+        return Look(named(self.before_id), named(self.after_id), self.origin_prompt, self.rewritten_prompt)
+
+
+Row = TypeVar("Row", SftRow, RlRow)
+
+
+def parsed(line: bytes, kind: type[Row]) -> Row:
+    """The row of a line of a set.  Raises ValueError saying what is wrong."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        given = first["input"] if isinstance(first["input"], int | float | str | None) else None
+        shown = "" if given is None or first["type"] == "json_invalid" else f", got {str(given)[:40]!r}"
+        raise ValueError(f"{f'{place}: ' if place else ''}{first['msg']}{shown}") from None
+
 
 def planner_row(story: Story, template: Template) -> SftRow | None:
     """The planner's example, rendered as at run time; None without a plan."""
     trajectory = story.trajectory
     if trajectory.plan is None:
         return None
-    given = [_named(image_id) for image_id in trajectory.request.image_ids]
+    given = [named(image_id) for image_id in trajectory.request.image_ids]
     message = render_planner(template, trajectory.request.text, given)
     return SftRow.of(message, render_plan(trajectory.plan), trajectory.id)
 
@@ -109,9 +132,9 @@ def critic_row(story: Story, attempt: Attempt, template: Template) -> SftRow | N
     refined = attempt.prompt_used if attempt.verdict else attempt.refined_prompt or ""
     if not attempt.verdict and not refined.strip():
         return None
-    before, after = map(_named, pair(attempt))
+    before, after = map(named, pair(attempt))
     told = tuple(
-        (step.words, _named(pair(chosen)[1]) if chosen else None)
+        (step.words, named(pair(chosen)[1]) if chosen else None)
         for step, chosen in story.steps()
         if step.index < attempt.step
     )
@@ -146,7 +169,7 @@ def rl_row(attempt: Attempt, scores: Scores) -> RlRow:
     )
 
 
-def _named(image_id: str) -> Picture:
+def named(image_id: str) -> Picture:
     """A picture for the renderer, which passes pictures on and never looks at one."""
     return Picture(Image.new("RGB", (1, 1)), image_id)
 

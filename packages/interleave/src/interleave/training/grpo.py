@@ -25,12 +25,12 @@ from interleave.judging import CachedJudge
 from interleave.parts import Generator, Job, Judge, Look, PartFailed
 from interleave.prompts import Template, template
 from interleave.rewards import PAPER_WEIGHTS, WEIGHTS, CriticRow, CriticScorer, paper_parts, reward_functions
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 from interleave.training import launch
 from interleave.training.arithmetic import Batches, GrpoSums, Memory, grpo_sums, memory_of, zero_of
 from interleave.training.config import GrpoConfig
 from interleave.training.mapping import OWNED_GRPO, check_keys, check_trl
-from interleave.training.rows import PICTURES, critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
+from interleave.training.rows import critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
 from interleave.training.trajectory import Trajectories, as_caller
 
 T = TypeVar("T")

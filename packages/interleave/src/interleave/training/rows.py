@@ -6,21 +6,17 @@ A dataset holds row numbers only; a row's pictures are read from the store when 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
-from pydantic import ValidationError
 
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
-from interleave.formats.rows import RlRow, SftRow
-from interleave.parts import Look, Picture
+from interleave.formats.rows import RlRow, Row, SftRow, parsed
+from interleave.parts import Picture
 from interleave.prompts import Template, render_critic
 from interleave.rewards import CriticRow
-from interleave.store import PictureStore
-
-PICTURES = "pictures"
-Row = TypeVar("Row", SftRow, RlRow)
+from interleave.store import PICTURES, PictureStore
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,9 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
 
 def _row(line: bytes, kind: type[Row], store: PictureStore, where: str) -> Row:
     try:
-        row = kind.model_validate_json(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {f'{place}: ' if place else ''}{first['msg']}; mend or remove the row") from None
+        row = parsed(line, kind)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; mend or remove the row") from None
     if isinstance(row, SftRow) and not row.completion.strip():
         raise UserError(f"{where}: the answer is empty; mend or remove the row")
     for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
@@ -72,15 +64,9 @@ def _row(line: bytes, kind: type[Row], store: PictureStore, where: str) -> Row:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def named(image_id: str) -> Picture:
-    """A picture for the renderer, which passes pictures on and never looks at one."""
-    return Picture(Image.new("RGB", (1, 1)), image_id)
-
-
 def critic_prompt(row: RlRow, template: Template) -> SftRow:
     """The prompt of a reinforcement row, rendered as at run time, as a supervised row without an answer."""
-    look = Look(named(row.before_id), named(row.after_id), row.origin_prompt, row.rewritten_prompt)
-    return SftRow.of(render_critic(template, look), "")
+    return SftRow.of(render_critic(template, row.named()), "")
 
 
 def content(texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,13 +8,12 @@ from typing import Any
 from imgen_common import hub
 from imgen_common.errors import UserError
 from interleave.formats.rows import SftRow
-from interleave.store import PictureStore
+from interleave.store import PICTURES, PictureStore
 from interleave.training import launch
 from interleave.training.arithmetic import Batches, Memory, SftSums, memory_of, sft_sums
 from interleave.training.config import Role, SftConfig
 from interleave.training.mapping import OWNED_SFT, check_trl
 from interleave.training.rows import (
-    PICTURES,
     arranged,
     check_template,
     dataset,
