@@ -6,8 +6,8 @@
     shipped      the one that both began as, whose teacher was the verifier
 
 The recipes are configs/interleave/{data_miniature,data_miniature_rl,sft_critic,grpo_critic_once}.yaml as they are, but
-for that teacher.  Measured as in benchmarks.quality.critics.  What is done is kept in `--work`; a run that was killed
-goes on there.
+for that teacher and fewer updates of reinforcement.  Measured as in benchmarks.quality.critics.  What is done is kept
+in `--work`; a run that was killed goes on there.
 
     python -m benchmarks.quality.lenient
 """
@@ -44,6 +44,8 @@ LETS_PASS = 0.8
 """How often the teacher lets a forgivable picture pass."""
 ALL = [f"filters.{key}" for key in ("degrading=null", "low=null", "balance=null", "rl_share=0.0", "val=0.0")]
 """Every attempt is a row of supervision: most of what the teacher rejects is dropped or balanced away else."""
+UPDATES = 100
+"""Of reinforcement, whose recipe has 120: these take less than 20 minutes on two cores."""
 COMPARED = re.compile(r"want: (.*)\. [a-z ]+$")
 """What the report says of each wanted thing (`interleave.miniature.data.judge`)."""
 
@@ -126,7 +128,7 @@ def train(folder: Path, sets: dict[str, list[str]]) -> dict[str, float | None]:
                 recipe="grpo_critic_once",
                 model=str(runs / "taught" / "model"),
                 data=rl,
-                more=("--set", f"cache={folder / 'grpo-cache'}"),
+                more=("--set", f"cache={folder / 'grpo-cache'}", "--set", f"trl.max_steps={UPDATES}"),
             ),
         ),
     }
