@@ -177,8 +177,9 @@ def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trained_and_measured_on_the_real_miniature(tmp_path: Path) -> None:
-    sets = ["num_requests=2", "num_captions=2", "recipes.align.sets=[num_updates=1, eval.every=0, eval.num_prompts=2]"]
-    sets += ["recipes.data.sets=[prompts.count=24, filters.rl_share=1]"]
+    sets = ["num_requests=2", "num_captions=2"]
+    sets += ["recipes.align.sets=[num_updates=1, eval.every=0, eval.num_prompts=2, eval.steps=2]"]
+    sets += ["recipes.data.sets=[prompts.count=6, filters.rl_share=1, filters.balance=null, filters.low=null]"]
     small = "trl.num_generations=2, trl.per_device_train_batch_size=4, trl.steps_per_generation=1"
     sets += [f"recipes.grpo.sets=[trl.max_steps=1, trl.save_steps=1, trl.gradient_accumulation_steps=1, {small}]"]
     config = load(TwoByTwo, [], sets)

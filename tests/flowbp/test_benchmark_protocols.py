@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detectors import saved_mask2former
+from forking import command, forked, ranks
 from PIL import Image
 
 from flowbp import benchmark, cli, inference, tables
@@ -358,13 +358,14 @@ def test_settings_and_metadata_are_refused_in_one_line(flowbp: Call, copied: Ben
 
 @pytest.mark.slow
 def test_two_processes_make_one_folder(finished: Benchmark, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowbp"]
-    words = [*torchrun, *map(str, hpdv2(tmp_path / "two", "--batch-size", 1))]
-    command = subprocess.run(words, capture_output=True, text=True, timeout=240)
-    assert command.returncode == 0, command.stderr
-    assert command.stdout.count(GENERATOR) == 1
+    words = ["flowbp", *map(str, hpdv2(tmp_path / "two", "--batch-size", 1))]
+    log, again = tmp_path / "log", tmp_path / "again"
+    forked(2, command, *words, log=log)
+    assert log.read_text().count(GENERATOR) == 1
     assert scores(tmp_path / "two") == pytest.approx(scores(finished.out), abs=1e-4)
     assert [len(file.read_text().splitlines()) for file in (tmp_path / "two" / "scores").iterdir()] == [2, 2]
-    again = subprocess.run([*words, "--seed", "1"], capture_output=True, text=True, timeout=240)
-    assert again.returncode != 0
-    assert again.stderr.count("flowbp: error: ") == 1
+    refused = ranks(2, command, *words, "--seed", "1", log=again)
+    for process in refused:
+        process.join()
+        assert process.exitcode
+    assert again.read_text().count("flowbp: error: ") == 1

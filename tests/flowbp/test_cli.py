@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 import torch
 import typer
@@ -362,9 +363,12 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("update 3/3") == 1
     assert len(list(tmp_path.iterdir())) == 1
-    again = subprocess.run([*command, *sets(f"name={next(tmp_path.iterdir()).name}")], capture_output=True, text=True)
-    assert again.returncode != 0
-    assert again.stderr.count("flowbp: error: ") == 1
+    (run,) = tmp_path.iterdir()
+    words, log = ["flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, f"name={run.name}")], tmp_path / "log"
+    for process in forking.ranks(2, forking.command, *words, log=log):
+        process.join()
+        assert process.exitcode
+    assert log.read_text().count("flowbp: error: ") == 1
 
 
 @pytest.mark.slow

@@ -2,11 +2,11 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forking
 import pytest
 import torch
 
@@ -20,15 +20,15 @@ SETS = [
 ADAPTERS = {"full": [], "lora": ["lora.rank=4"]}
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(folder), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(folder: Path, *arguments: str) -> BaseProcess:
+    words = ("flowbp", "train", "--runs", str(folder), *arguments)
+    return forking.start(forking.command, *words, log=folder / "log")
 
 
-def wait_for(process: subprocess.Popen[bytes], run: Path, update: int) -> None:
+def wait_for(process: BaseProcess, run: Path, update: int) -> None:
     """Until the run has logged an update."""
     while not any(line["step"] >= update for line in metrics(run)):
-        assert process.poll() is None, process.communicate()[0].decode()
+        assert process.is_alive(), (run.parent / "log").read_text()
         time.sleep(0.01)
 
 
@@ -45,8 +45,8 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
     sets = [part for text in [*SETS, *ADAPTERS[adapters]] for part in ("--set", text)]
-    whole = start(tmp_path, *sets, "--set", "name=whole")
-    assert whole.wait(300) == 0, whole.communicate()[0].decode()
+    log = tmp_path / "log"
+    forking.finish(start(tmp_path, *sets, "--set", "name=whole"), log)
 
     rng = random.Random(adapters)
     run, arguments = tmp_path / "killed", [*sets, "--set", "name=killed"]
@@ -54,11 +54,11 @@ def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
         process = start(tmp_path, *arguments)
         wait_for(process, run, moment)
         time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         arguments = ["--resume", str(run)]
-    last = start(tmp_path, *arguments)
-    assert last.wait(300) == 0, last.communicate()[0].decode()
+    forking.finish(start(tmp_path, *arguments), log)
 
     ours, theirs = final_state(run), final_state(tmp_path / "whole")
     assert ours.keys() == theirs.keys()

@@ -1,13 +1,12 @@
 """The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
 
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from forking import forked
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -98,10 +97,7 @@ def test_rewards_have_names_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", __file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked(2, _worker, tmp_path, log=tmp_path / "log")
     for method in METHODS:
         assert distance(gradients(config_of(method)), load_file(tmp_path / f"{method}.safetensors")) < TOLERANCE
 
@@ -116,7 +112,3 @@ def _worker(folder: Path) -> None:
         if accelerator.is_main_process:
             save_file({k: g.contiguous() for k, g in grads.items()}, folder / f"{method}.safetensors")
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    _worker(Path(sys.argv[1]))

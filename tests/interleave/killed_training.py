@@ -1,40 +1,21 @@
-"""Trainings in processes of their own, killed by SIGKILL at random moments, as a machine that goes down would.
-
-The processes are forked from one that has imported everything, so that a moment falls into the training.
-"""
+"""Trainings in processes of their own, killed by SIGKILL at random moments, as a machine that goes down would."""
 
 import hashlib
 import json
-import multiprocessing
-import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "interleave.cli"]
-
-
-def command(arguments: Sequence[str], log: Path) -> None:
-    """`interleave ARGUMENTS` in this process; what it says goes to `log`."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1), os.dup2(out, 2)
-    sys.argv = ["interleave", *arguments]
-    from interleave.cli import main
-
-    main()
+import forking
+from forking import finish
 
 
 def start(arguments: Sequence[str], log: Path) -> BaseProcess:
-    """That, in a process of its own."""
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    process = CONTEXT.Process(target=command, args=(arguments, log))
-    process.start()
-    return process
+    """`interleave ARGUMENTS`."""
+    return forking.start(forking.command, "interleave", *arguments, log=log)
 
 
 def assert_kills_change_nothing(runs: Path, training: Sequence[str], num_updates: int, seed: int = 0) -> Path:
@@ -59,12 +40,6 @@ def assert_kills_change_nothing(runs: Path, training: Sequence[str], num_updates
     assert updates(cut) == updates(straight)
     assert [step for step, _ in updates(cut)] == list(range(1, num_updates + 1))
     return straight
-
-
-def finish(process: BaseProcess, log: Path) -> None:
-    """Wait for a process, which must succeed."""
-    process.join()
-    assert process.exitcode == 0, log.read_text()[-3000:]
 
 
 def begin(runs: Path, training: Sequence[str]) -> BaseProcess:

@@ -2,16 +2,15 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import forking
 import patched
 import yaml
-from killed_training import CONTEXT, PRELOAD, command
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes")
@@ -38,31 +37,18 @@ SHARDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def forked(processes: int, *arguments: str, log: Path, shard: str | None = None, replay: int = 0) -> None:
-    """`interleave ARGUMENTS` in processes that know of each other as from a launcher, but are forked from one that has
-    imported everything; what they say goes to `log`.  They must succeed.
+    """`interleave ARGUMENTS` in processes that know of each other as from a launcher (`forking`); they must succeed.
 
     shard: one of `SHARDS`.  replay: updates of GRPO on given answers (`patched`).
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    CONTEXT.set_forkserver_preload(PRELOAD)
-    given = (processes, port, arguments, log, shard == "fsdp2", replay)
-    ranks = [CONTEXT.Process(target=_rank, args=(rank, *given)) for rank in range(processes)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(400)
-        assert process.exitcode == 0, log.read_text()[-3000:]
+    forking.forked(processes, _command, arguments, shard == "fsdp2", replay, log=log)
 
 
-def _rank(rank: int, processes: int, port: int, arguments: Sequence[str], log: Path, fsdp: bool, replayed: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _command(arguments: Sequence[str], fsdp: bool, replayed: int) -> None:
     if fsdp:
         patched.shard()
     patched.replay(replayed)
-    command(arguments, log)
+    forking.command("interleave", *arguments)
 
 
 def lines(run: Path) -> list[Mapping[str, Any]]:

@@ -130,7 +130,7 @@ def test_the_judge_agrees_with_the_oracle() -> None:
 
 @pytest.mark.slow
 def test_the_whole_benchmark_runs_on_the_real_miniature(tmp_path: Path) -> None:
-    rows = benchmark.run(4, False, RunConfig(), 2, 0, torch.device("cpu"), tmp_path / "out.json")
+    rows = benchmark.run(2, False, RunConfig(), 2, 0, torch.device("cpu"), tmp_path / "out.json")
     names = [row.arm for row in rows]
     assert names[:3] == ["single shot", "planner", "planner + critic"]
     assert names[-1] == "planner + oracle"
