@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "interleave.cli"]
 _PRELOAD += ["flowbp.cli", "flowbp.launch", "flowbp.backbones.pipelines", "matplotlib.pyplot", "tensorboard"]
+SECONDS = 400
+"""After which what has not ended is killed."""
 
 
 def command(*words: str) -> None:
@@ -39,23 +42,33 @@ def _run(work: Callable[..., None], given: Sequence[Any], log: Path, environment
     work(*given)
 
 
-def finish(process: BaseProcess, log: Path, seconds: float = 400) -> None:
+def finish(process: BaseProcess, log: Path) -> None:
     """Wait for a process, which must succeed."""
-    process.join(seconds)
-    assert process.exitcode == 0, log.read_text()[-4000:]
+    assert _exit_codes([process]) == [0], log.read_text()[-4000:]
 
 
-def ranks(processes: int, work: Callable[..., None], *given: Any, log: Path) -> list[BaseProcess]:
-    """Begin `work(*given)` in processes that know of each other as from a launcher."""
+def exit_codes(processes: int, work: Callable[..., None], *given: Any, log: Path) -> list[int | None]:
+    """Of `work(*given)` in processes that know of each other as from a launcher; None: one that did not end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     size = str(processes)
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(work, *given, log=log, RANK=rank, LOCAL_RANK=rank, **common) for rank in map(str, range(processes))]
+    return _exit_codes(
+        [start(work, *given, log=log, RANK=rank, LOCAL_RANK=rank, **common) for rank in map(str, range(processes))]
+    )
 
 
 def forked(processes: int, work: Callable[..., None], *given: Any, log: Path) -> None:
     """`work(*given)` in processes that know of each other as from a launcher; all must succeed."""
-    for process in ranks(processes, work, *given, log=log):
-        finish(process, log)
+    assert exit_codes(processes, work, *given, log=log) == [0] * processes, log.read_text()[-4000:]
+
+
+def _exit_codes(started: Sequence[BaseProcess]) -> list[int | None]:
+    deadline = time.monotonic() + SECONDS
+    for process in started:
+        process.join(max(0, deadline - time.monotonic()))
+    found = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from detectors import saved_mask2former
-from forking import command, forked, ranks
+from forking import command, exit_codes, forked
 from PIL import Image
 
 from flowbp import benchmark, cli, inference, tables
@@ -364,8 +364,5 @@ def test_two_processes_make_one_folder(finished: Benchmark, tmp_path: Path) -> N
     assert log.read_text().count(GENERATOR) == 1
     assert scores(tmp_path / "two") == pytest.approx(scores(finished.out), abs=1e-4)
     assert [len(file.read_text().splitlines()) for file in (tmp_path / "two" / "scores").iterdir()] == [2, 2]
-    refused = ranks(2, command, *words, "--seed", "1", log=again)
-    for process in refused:
-        process.join()
-        assert process.exitcode
+    assert all(exit_codes(2, command, *words, "--seed", "1", log=again))
     assert again.read_text().count("flowbp: error: ") == 1

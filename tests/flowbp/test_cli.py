@@ -365,9 +365,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     (run,) = tmp_path.iterdir()
     words, log = ["flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, f"name={run.name}")], tmp_path / "log"
-    for process in forking.ranks(2, forking.command, *words, log=log):
-        process.join()
-        assert process.exitcode
+    assert all(forking.exit_codes(2, forking.command, *words, log=log))
     assert log.read_text().count("flowbp: error: ") == 1
 
 

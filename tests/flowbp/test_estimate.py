@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flowbp import launch
 from flowbp.cli import app
 from flowbp.config import TrainConfig
-from flowbp.estimate import Estimate, estimate, measure, size_of
+from flowbp.estimate import SWITCHES, Estimate, estimate, measure, size_of
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -148,8 +148,15 @@ def test_the_command_says_whether_it_fits() -> None:
     assert "not fit" not in done.stdout
 
 
+def test_all_that_is_advised_are_settings() -> None:
+    assert all(config_of("chunk=3", change) != config_of("chunk=3") for change in SWITCHES)
+
+
 @pytest.mark.slow
-def test_the_command_says_what_would_help() -> None:
+def test_the_command_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five settings, the last of which needs processes."""
+    tried = ("model.gradient_checkpointing=true", "micro_batch_size=1", "lora.rank=16", "eval.batch_size=1")
+    monkeypatch.setattr("flowbp.estimate.SWITCHES", (*tried, "distributed.kind=fsdp2"))
     sets = [part for text in SMALL for part in ("--set", text)]
     done = CliRunner().invoke(app, ["plan", "--memory", "20MB", "--json", *sets])
     content = json.loads(done.stdout)

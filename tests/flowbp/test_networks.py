@@ -89,10 +89,12 @@ def test_tiles_that_do_not_fit_are_refused(folder: Path, side: int) -> None:
 # attention ------------------------------------------------------------------------------------------------------------
 
 
-def swept(folder: Path, attention: str | None) -> Tensor:
+def swept(folder: Path, attention: str | None, compiled: bool = False) -> Tensor:
     """The gradient of one velocity."""
     backbone = backbones.load(str(folder))
     networks.prepare(backbone, model_of(attention=attention))
+    if compiled:
+        networks.compile_blocks(backbone.net)
     backbone.net.requires_grad_(True)
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
     backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS)).pow(2).sum().backward()
@@ -190,14 +192,11 @@ def test_adapters_train_over_an_8_bit_base(folder: Path, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "backend"),
-    [("flux2", "aot_eager"), ("sd3", "eager"), pytest.param("flux2", "inductor", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize(("family", "backend"), [("flux2", "aot_eager"), ("sd3", "eager")])
 def test_compiled_blocks_have_the_same_gradient(
     family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under adapters and with recomputed blocks; inductor's kernels, which take minutes to compile, beside a GPU."""
+    """Under adapters and with recomputed blocks; without inductor, which would compile for minutes."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     folder = folder_of(family, tmp_path)
     sets = ["lora.rank=2", "model.gradient_checkpointing=true"]
@@ -208,3 +207,10 @@ def test_compiled_blocks_have_the_same_gradient(
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] > 0
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_inductors_kernels_have_the_same_gradient(tmp_path: Path) -> None:
+    """Of one pass; they round in another order."""
+    folder = folder_of("flux2", tmp_path)
+    assert distance(swept(folder, None), swept(folder, None, compiled=True)) < 1e-4
