@@ -187,11 +187,7 @@ def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "sets", "barks"),
-    [
-        (["hack.yaml"], ["seed=1", "num_updates=30", "eval.every=15"], True),
-        ([], ["num_updates=20", "eval.every=20"], False),
-    ],
+    ("recipe", "sets", "barks"), [(["hack.yaml"], ["seed=1", "eval.every=10"], True), ([], ["eval.every=30"], False)]
 )
 def test_hacking_is_caught_before_the_verifier_falls(
     tmp_path: Path, recipe: list[str], sets: list[str], barks: bool
@@ -203,7 +199,7 @@ def test_hacking_is_caught_before_the_verifier_falls(
     from flowbp.train import train
     from imgen_common.runs import RunFolder
 
-    sets = [*sets, "eval.num_prompts=2", "eval.guidance=[1.0]", "eval.quick_num_prompts=120"]
+    sets = [*sets, "num_updates=30", "eval.num_prompts=2", "eval.guidance=[1.0]", "eval.quick_num_prompts=120"]
     config = load(TrainConfig, [RECIPES / name for name in recipe], [*sets, "watchdog.stop=true"])
     with RunFolder.create(tmp_path / "run", config, ["flowbp"]) as run:
         train(config, run, Accelerator(cpu=True), JsonLines(lambda line: None))
