@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results go, on what they ran, what time is, and tables."""
+"""What the benchmarks share: where results go, on what they ran, and what time is."""
 
 import json
 import os
@@ -9,22 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from imgen_common.errors import UserError
-from imgen_common.runs import environment, write_atomic
+from imgen_common.files import write_atomic
+from imgen_common.run_folder.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-
-
-class Interval(NamedTuple):
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def device_of(name: str) -> torch.device:
@@ -87,16 +80,3 @@ def write_json(file: Path, content: object) -> None:
     """Whole or not at all; folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(content, indent=1) + "\n")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column aligned left, the rest right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first = cells[0].ljust(widths[0])
-        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return "| " + " | ".join([first, *rest]) + " |"
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])

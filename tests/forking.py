@@ -16,7 +16,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["trl", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer", "interleave.cli"]
-_PRELOAD += ["flowbp.cli", "flowbp.launch", "flowbp.backbones.pipelines", "matplotlib.pyplot", "tensorboard"]
+_PRELOAD += ["flowbp.cli", "flowbp.training.loop", "flowbp.backbones.pipelines", "matplotlib.pyplot", "tensorboard"]
 SECONDS = 400
 """After which what has not ended is killed."""
 

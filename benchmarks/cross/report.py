@@ -6,10 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Interval, table, versions, write_json
+from benchmarks.common import versions, write_json
 from benchmarks.quality.interleave_miniature import Row, Told, percent, row, signed
-from flowbp.evaluate import paired_interval
-from imgen_common.runs import write_atomic
+from imgen_common.console import markdown_table
+from imgen_common.files import write_atomic
+from imgen_common.statistics import Interval, paired_bootstrap_interval
 
 BASE, ALIGNED = "base", "aligned"
 SINGLE, PLANNER, SFT, GRPO = "single shot", "planner", "planner + critic SFT", "planner + critic GRPO"
@@ -49,7 +50,7 @@ def effects_of(cells: Cells) -> list[Effect]:
 
 def gain(before: Sequence[Told], after: Sequence[Told]) -> Interval:
     """How many more are right, in the mean."""
-    return Interval(*paired_interval([float(t.right) for t in before], [float(t.right) for t in after]))
+    return paired_bootstrap_interval([float(t.right) for t in before], [float(t.right) for t in after])
 
 
 def main_table(rows: Mapping[Cell, Row]) -> str:
@@ -65,14 +66,14 @@ def main_table(rows: Mapping[Cell, Row]) -> str:
             line += [percent(stories.right), signed(stories.gain), percent(riddles.right), signed(riddles.gain)]
             line += [f"{stories.pictures:.2f}", f"{riddles.pictures:.2f}", f"{stories.seconds + riddles.seconds:.0f}"]
             lines.append(line)
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def effects_table(effects: Sequence[Effect]) -> str:
     """A line an effect."""
     header = ["points more right", *KINDS.values()]
     lines = [[f"{where}: {what}", *(signed(by.get(kind)) for kind in KINDS)] for what, where, by in effects]
-    return table(header, lines)
+    return markdown_table(header, lines)
 
 
 def caption(about: Mapping[str, Any], cells: Cells) -> str:

@@ -34,17 +34,17 @@ from benchmarks.common import command, device_of, result_file, stamp, write_json
 from benchmarks.cross.report import AGENTS, ALIGNED, BASE, GRPO, SFT, SINGLE, Cells, write_report
 from benchmarks.quality.interleave_miniature import Told, load_stories, tell
 from benchmarks.quality.miniature_cells import digests, read
-from flowbp.data import load_prompts
+from flowbp.data.prompts import load_prompts
 from imgen_common.config import Config, load
-from imgen_common.runs import CONFIG, RunFolder
+from imgen_common.run_folder.find import CONFIG
+from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.scene import parse_caption
-from imgen_common.shapes.stories import Draw, Story
-from interleave.chat import LocalChatConfig
-from interleave.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RunConfig
-from interleave.engine import LoopConfig, Parts
-from interleave.generators import PipelineConfig
-from interleave.generators.pipeline import Painter
-from interleave.session import make_parts
+from imgen_common.shapes.steps import Draw, Story
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig, ModelCritic, ModelPlanner, NoCritic, NoPlanner, RunConfig
+from interleave.loop.run import build_components
+from interleave.models.chat.local import LocalChatConfig
+from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
 
 VERSION = 1
 MODULE = "benchmarks.cross"
@@ -91,7 +91,7 @@ class Recipe(Config):
 class Recipes(Config):
     """What is made here where it is not given."""
 
-    align: Recipe = Recipe(sets=("guidance.scale=2", "num_steps=12", "eval.every=0", "eval.num_prompts=24"))
+    align: Recipe = Recipe(sets=("guidance_scale=2", "num_inference_steps=12", "eval.every=0", "eval.num_prompts=24"))
     """Of `flowbp train`: at the guidance and in the steps that the cells draw with, which are also those of `base`."""
     data: Recipe = Recipe(files=("configs/interleave/data_miniature.yaml",), sets=("prompts.count=160",))
     """Of `interleave data build`, for `grpo`."""
@@ -230,10 +230,10 @@ def generator_of(config: TwoByTwo, folder: Path, name: str) -> PipelineConfig:
     if name == BASE:
         return config.generators.base
     found = config.generators.aligned or PipelineConfig(ref=str(folder / ALIGNED))
-    return found.model_copy(update=found.over(Painter(config.generators.base).settings).model_dump())
+    return found.model_copy(update=found.with_defaults(PipelineRunner(config.generators.base).settings).model_dump())
 
 
-def parts_of(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Parts:
+def parts_of(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Components:
     """The parts of a cell, models loaded."""
     known = config.agents
     trained = known.sft.model.model_copy(update={"ref": str(folder / TRAININGS["grpo"][1])})
@@ -244,7 +244,7 @@ def parts_of(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Par
         generator=generator_of(config, folder, generator),
         cache=str(folder / "cache"),
     )
-    return make_parts(run)
+    return build_components(run)
 
 
 def measure(config: TwoByTwo, folder: Path, job: Job) -> dict[str, Any]:

@@ -8,9 +8,9 @@ reward is the miniature's, tiny: what is measured is the generator and its autoe
 Per K of N = 25 active steps of FlowBP-Sparse, batch 1, adapters, bfloat16, 512x512, nothing recomputed in the backward
 pass: the most memory that a whole update holds (rollout, reward, backward, AdamW), and its seconds, with flowbp's sweep
 and with the papers' joint graph, as the tests' oracle executes it.  `-` is out of memory.
-Rate: operations of rollout and sweep (counted as `flowbp plan` counts them, recomputed ones too) over their seconds,
-against the rate of a product of bfloat16 matrices measured here.
-Fit: the published adapter recipe for 24 GB, real updates, beside what `flowbp plan` says of it.
+Rate: operations of rollout and sweep (counted as `flowbp estimate` counts them, recomputed ones too) over their
+seconds, against the rate of a product of bfloat16 matrices measured here.
+Fit: the published adapter recipe for 24 GB, real updates, beside what `flowbp estimate` says of it.
 
 Memory is torch.cuda.max_memory_allocated; exit code 1 if a claim fails.  `--tiny` runs the same code at tiny sizes on a
 CPU, where memory is that of storages that live; its numbers mean nothing and no claim is made.
@@ -55,24 +55,27 @@ from transformers import (
     T5EncoderModel,
 )
 
-from benchmarks.common import clock, device_of, hardware, result_file, stamp, table, versions, write_json
+from benchmarks.common import clock, device_of, hardware, result_file, stamp, versions, write_json
 from benchmarks.perf.sweep_memory import Claim, Executor, joint_graph, sparse
-from flowbp import backbones, launch
+from flowbp import backbones
+from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.options import apply_model_options
 from flowbp.config import TrainConfig
-from flowbp.embeddings import Conditions
-from flowbp.engine import backpropagate, rollout, sweep
-from flowbp.estimate import Parts as Traced
-from flowbp.estimate import estimate, measured, networks_held, stages_of
-from flowbp.guidance import guided
-from flowbp.networks import prepare
-from flowbp.plan import Plan
-from flowbp.plan import plan as draw_plan
-from flowbp.train import Parts, Trainer, load_rewards, losses_of, trainable
-from flowbp.types import Velocity
+from flowbp.core.engine import backpropagate, rollout, sweep
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.plan import Plan, draw_plan
+from flowbp.core.types import Velocity
+from flowbp.data.embeddings import PromptEmbeddings
+from flowbp.estimate import FakeModels as Traced
+from flowbp.estimate import estimate_run, measure_updates, network_tensors, trace_stages
+from flowbp.training import preflight
+from flowbp.training.loading import LoadedModels, load_rewards
+from flowbp.training.reward_stage import reward_losses
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
+from imgen_common.console import markdown_table, quiet_libraries
 from imgen_common.errors import UserError, run_cli
-from imgen_common.libraries import quiet_libraries
-from imgen_common.live import LiveBytes, nbytes
+from imgen_common.memory import LiveBytes, nbytes
 from imgen_common.shapes.vocabulary import clip_tokenizer, qwen_tokenizer
 from imgen_common.streams import normal, numpy_generator
 
@@ -186,7 +189,7 @@ MODELS: dict[str, Callable[[bool], DiffusionPipeline]] = {"sd3_5_medium": sd3, "
 
 
 def described(name: str, tiny: bool, place: Path) -> Path:
-    """A diffusers folder without weights, which is all that `flowbp plan` reads."""
+    """A diffusers folder without weights, which is all that `flowbp estimate` reads."""
     with torch.device("meta"):
         pipe = MODELS[name](tiny)
     folder = place / name
@@ -218,8 +221,18 @@ class Setting:
     def config(self, folder: Path, *sets: str) -> TrainConfig:
         """What a case trains: adapters as in the recipe, FlowBP-Sparse, one reward."""
         common = [f"model.ref={folder}", f"model.height={self.size}", f"model.width={self.size}"]
-        common += ["model.dtype=bfloat16", f"num_steps={self.num_steps}", "method=flowbp_sparse", "heldout=[]"]
-        common += ["lora={rank: 32, alpha: 32}", "method.active.num_steps=1", "batch_size=1", "eval.batch_size=1"]
+        common += [
+            "model.dtype=bfloat16",
+            f"num_inference_steps={self.num_steps}",
+            "method=flowbp_sparse",
+            "heldout=[]",
+        ]
+        common += [
+            "lora={rank: 32, alpha: 32}",
+            "method.active.num_active_steps=1",
+            "total_batch_size=1",
+            "eval.batch_size=1",
+        ]
         return load(TrainConfig, [], [*common, *sets])
 
 
@@ -229,15 +242,15 @@ TINY = Setting(tiny=True, size=32, num_steps=25, matrix=128, repeats=1, batch=2)
 
 def random_trainer(config: TrainConfig, device: torch.device) -> Trainer:
     """A trainer of the described model with random weights, made on the device."""
-    backbone = backbones.skeleton(config.model.ref)
+    backbone = backbones.init_empty_weights(config.model.ref)
     backbone.bfloat16 = True
     for part in backbone.pipe.components.values():
         if isinstance(part, nn.Module):
             part.to(torch.bfloat16).to_empty(device=device).requires_grad_(False).eval()
             fill(part)
-    prepare(backbone, config.model)
-    parameters = trainable(backbone.net, config)
-    parts = Parts(backbone, load_rewards(config, device), list(PROMPTS), Conditions(backbone), parameters)
+    apply_model_options(backbone, config.model)
+    parameters = mark_trainable(backbone.net, config)
+    parts = LoadedModels(backbone, load_rewards(config, device), list(PROMPTS), PromptEmbeddings(backbone), parameters)
     return Trainer(config, parts, Accelerator(cpu=device.type == "cpu"))
 
 
@@ -258,18 +271,18 @@ class Update:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
-        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(config.batch_size)]
-        cond, negative = trainer.parts.conditions(prompts)
-        trainer.parts.backbone.free_text()
-        backbone = trainer.parts.backbone
-        self.velocity: Velocity = guided(backbone.velocity, cond, negative, config.guidance)
-        shape = (config.batch_size, *backbone.latent_shape(trainer.size))
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(config.total_batch_size)]
+        cond, negative = trainer.models.embeddings(prompts)
+        trainer.models.backbone.unload_text_encoders()
+        backbone = trainer.models.backbone
+        self.velocity: Velocity = guided_velocity(backbone.velocity, cond, negative, config.classifier_free_guidance)
+        shape = (config.total_batch_size, *backbone.latent_shape(trainer.size))
         self.x_0 = normal(shape, 0, "noise").to(trainer.accelerator.device)
         (reward,) = config.rewards
 
         def loss(x: Tensor, rows: slice) -> Tensor:
-            scores = trainer.parts.rewards[reward.name](backbone.decode(x), prompts[rows])
-            return losses_of(reward.loss, scores)
+            scores = trainer.models.rewards[reward.name](backbone.decode(x), prompts[rows])
+            return reward_losses(reward.loss, scores)
 
         self.loss = loss
 
@@ -281,18 +294,18 @@ class Update:
         """Rollout, reward, backward and AdamW."""
         drawn = self.drawn(num_active)
         if executor == "sweep":
-            trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, drawn.keep)
+            trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, drawn.rollout_spec)
             backpropagate(drawn, trajectory, self.velocity, self.loss)
         else:
             oracle = joint_graph()
             run = oracle.roll(self.velocity, self.x_0, self.trainer.sigmas.to(self.x_0))
             oracle.backpropagate_jointly(sparse(num_active), drawn, run, self.loss)
-        self.trainer.weights.step(1e-6, 1.0, 0.9)
+        self.trainer.state.step(1e-6, 1.0, 0.9)
 
     def passes(self, num_active: int) -> None:
         """Rollout and sweep alone."""
         drawn = self.drawn(num_active)
-        trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, drawn.keep)
+        trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, drawn.rollout_spec)
         sweep(drawn, trajectory, self.velocity, torch.ones_like(self.x_0))
 
 
@@ -335,8 +348,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes of real updates of the recipe for 24 GB: measured, and as `flowbp plan` has them.  seconds: of an update of
-    `batch` pictures."""
+    """Bytes of real updates of the recipe for 24 GB: measured, and as `flowbp estimate` has them.  seconds: of an
+    update of `batch` pictures."""
 
     model: str
     batch: int
@@ -360,12 +373,12 @@ def cost(update: Update, executor: Executor, num_active: int, repeats: int) -> C
             torch.cuda.reset_peak_memory_stats(device)
             times = [seconds(work, device) for _ in range(repeats)]
             return Cost(torch.cuda.max_memory_allocated(device), statistics.median(times))
-        known = networks_held(update.trainer)
+        known = network_tensors(update.trainer)
         with LiveBytes(known) as live:
             work()
         return Cost(nbytes(known) + live.peak, seconds(work, device))
     except torch.cuda.OutOfMemoryError:
-        update.trainer.parts.backbone.net.zero_grad(set_to_none=True)
+        update.trainer.models.backbone.net.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
         return Cost(None, None)
 
@@ -402,12 +415,12 @@ def matrix_rate(side: int, device: torch.device) -> float:
 
 def rate_of(name: str, folder: Path, setting: Setting, device: torch.device) -> Rate:
     """Of a batch, blocks recomputed in the backward pass so that it fits."""
-    config = setting.config(folder, f"batch_size={setting.batch}", "model.gradient_checkpointing=true")
-    job, traced = launch.check(config, 1, here=False), Traced(config)
+    config = setting.config(folder, f"total_batch_size={setting.batch}", "model.gradient_checkpointing=true")
+    job, traced = preflight.check_run(config, 1, estimate_only=True), Traced(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        traced.fake()
-        stages, _ = stages_of(traced, job, setting.batch)
-    flops = config.num_steps * stages["rollout"].flops + RATE_ACTIVE * stages["swept step"].flops
+        traced.allocate()
+        stages, _ = trace_stages(traced, job, setting.batch)
+    flops = config.num_inference_steps * stages["rollout"].flops + RATE_ACTIVE * stages["swept step"].flops
     update = Update(random_trainer(config, device))
     update.passes(RATE_ACTIVE)
     took = statistics.median(seconds(partial(update.passes, RATE_ACTIVE), device) for _ in range(setting.repeats))
@@ -418,11 +431,11 @@ def fit_of(name: str, folder: Path, setting: Setting, device: torch.device) -> F
     """The recipe for 24 GB, with the miniature's reward and prompts in the place of those that are not here."""
     sets = [f"model.ref={folder}", f"model.height={setting.size}", f"model.width={setting.size}", "heldout=[]"]
     sets += ["rewards=[{ref: builtin:shapes/reward}]", *(f"{key}=builtin:shapes/test" for key in PROMPT_KEYS)]
-    batch = ["batch_size=2"] if setting.tiny else []
+    batch = ["total_batch_size=2"] if setting.tiny else []
     config = load(TrainConfig, [RECIPES / name / "lora_24gb.yaml"], [*sets, *batch])
-    planned = estimate(launch.check(config, 1, here=False)).update_peak
-    peak, took = measured(random_trainer(config, device))
-    return Fit(name, config.batch_size, peak, planned, took)
+    planned = estimate_run(preflight.check_run(config, 1, estimate_only=True)).update_peak
+    peak, took = measure_updates(random_trainer(config, device))
+    return Fit(name, config.total_batch_size, peak, planned, took)
 
 
 PROMPT_KEYS = ("data.prompts", "eval.prompts", "eval.quick_prompts")
@@ -449,7 +462,7 @@ def claims(rows: Sequence[Row], rates: Sequence[Rate], fits: Sequence[Fit]) -> l
         if fit.model == "sd3_5_medium":
             text = f"{fit.model}: recipe for 24 GB, GB held"
             stated.append(Claim(text, fit.measured / 1e9, fit.measured < FIT_BYTES))
-        text = f"{fit.model}: `flowbp plan` is within {PLAN_LIMIT:.0%} of that"
+        text = f"{fit.model}: `flowbp estimate` is within {PLAN_LIMIT:.0%} of that"
         stated.append(Claim(text, fit.error, abs(fit.error) <= PLAN_LIMIT))
     return stated
 
@@ -463,7 +476,7 @@ def markdown(rows: Sequence[Row], rates: Sequence[Rate], fits: Sequence[Fit]) ->
     def taken(time: float | None) -> str:
         return "-" if time is None else f"{time:.3f}"
 
-    by_k = table(
+    by_k = markdown_table(
         ["model", "steps K", "sweep GB", "joint GB", "sweep s", "joint s"],
         [
             [row.model, str(row.num_active), *(gigabytes(c.peak) for c in (row.sweep, row.joint))]
@@ -471,14 +484,14 @@ def markdown(rows: Sequence[Row], rates: Sequence[Rate], fits: Sequence[Fit]) ->
             for row in rows
         ],
     )
-    by_rate = table(
+    by_rate = markdown_table(
         ["model", "batch", "steps K", "TFLOP/s", "matrices", "share"],
         [
             [r.model, str(r.batch), str(r.num_active), f"{r.reached:.4g}", f"{r.matrices:.4g}", f"{r.share:.1%}"]
             for r in rates
         ],
     )
-    by_fit = table(
+    by_fit = markdown_table(
         ["model", "batch", "GB", "planned GB", "error", "s"],
         [
             [f.model, str(f.batch), gigabytes(f.measured), gigabytes(f.planned), f"{f.error:+.1%}", taken(f.seconds)]
@@ -525,7 +538,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
     tiny: Annotated[bool, typer.Option(help="Tiny sizes, wherever it runs: whether the code works.")] = False,
 ) -> None:
-    """Memory, time and rate of an update at real sizes on one GPU, and what `flowbp plan` says of it."""
+    """Memory, time and rate of an update at real sizes on one GPU, and what `flowbp estimate` says of it."""
     device = device_of("cpu" if tiny else "auto")
     if device.type != "cuda" and not tiny:
         raise UserError("needs a CUDA device, torch sees none; run it on a GPU, or with --tiny to see that it works")

@@ -29,9 +29,10 @@ import numpy as np
 import typer
 from PIL import Image
 
+from imgen_common.console import markdown_table
 from imgen_common.errors import UserError, run_cli
-from interleave.generators.scripted import bands
-from interleave.parts import Job
+from interleave.models.generators.scripted import color_bands
+from interleave.protocols import GenerationRequest
 
 MODULE = "benchmarks.perf.serve_load"
 STARTUP = 300.0
@@ -139,16 +140,15 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt
     if " 200 " not in lines[0]:
         raise RuntimeError(f"{lines[0]}: {answer}")
     picture = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
-    if picture.tobytes() != bands(Job(prompt, (), seed)).tobytes():
+    if picture.tobytes() != color_bands(GenerationRequest(prompt, (), seed)).tobytes():
         raise RuntimeError(f"the answer to {prompt!r} is the picture of another")
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table."""
-    from benchmarks.common import table
 
     header = ["clients", "answers", "pictures/s", "bound", "ratio", "p50 ms", "p95 ms", "p99 ms"]
-    return table(
+    return markdown_table(
         header,
         [
             [str(row.clients), str(row.answers)]

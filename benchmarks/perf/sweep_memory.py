@@ -1,8 +1,8 @@
 """Peak memory and time of an update's backward pass against the number K of active steps: sweep and joint graph.
 
-The sweep is `flowbp.engine`; the joint graph is the papers' surrogate, one graph over all active steps, as the tests'
-oracle executes it.  Method FlowBP-Sparse, random weights, a plain loss instead of a reward: what is compared is the
-part that depends on K.  The rollout before it is not measured; both need it.
+The sweep is `flowbp.core.engine`; the joint graph is the papers' surrogate, one graph over all active steps, as the
+tests' oracle executes it.  Method FlowBP-Sparse, random weights, a plain loss instead of a reward: what is compared is
+the part that depends on K.  The rollout before it is not measured; both need it.
 
 Memory on a CPU: processes of their own for every case (forked from a server that has only imported the libraries), each
 one's peak resident set (VmHWM, reset before) less the resident set just before the backward pass, and the median of
@@ -37,14 +37,15 @@ import typer
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from benchmarks.common import clock, device_of, hardware, result_file, stamp, table, versions, write_json
-from flowbp.axes import LateBiased
-from flowbp.engine import backpropagate, rollout
+from benchmarks.common import clock, device_of, hardware, result_file, stamp, versions, write_json
+from flowbp.core.axes.active import LateBiased
+from flowbp.core.engine import backpropagate, rollout
+from flowbp.core.plan import Plan, draw_plan
+from flowbp.core.types import Velocity
 from flowbp.methods import METHODS, Method
-from flowbp.plan import Plan, plan
-from flowbp.types import Velocity
+from imgen_common.console import markdown_table
 from imgen_common.errors import UserError, run_cli
-from imgen_common.live import LiveBytes, held
+from imgen_common.memory import LiveBytes, held
 from imgen_common.streams import normal, numpy_generator
 
 MODULE = "benchmarks.perf.sweep_memory"
@@ -53,7 +54,7 @@ EXECUTORS: tuple[Executor, ...] = ("sweep", "joint")
 GROWTH_LIMIT, TIME_LIMIT, FIT_LIMIT = 1.15, 1.1, 0.98
 M_MMAP_THRESHOLD = -3
 """Name of the setting in glibc's mallopt."""
-PRELOADED = ["benchmarks.common", "diffusers.models.transformers.transformer_flux2", "flowbp.engine"]
+PRELOADED = ["benchmarks.common", "diffusers.models.transformers.transformer_flux2", "flowbp.core.engine"]
 """What the server that measuring processes are forked from imports beforehand."""
 HEAD_DIM, CHANNELS, TEXT_DIM, TEXT_TOKENS = 32, 16, 64, 16
 
@@ -153,7 +154,7 @@ def loss(x: Tensor, rows: slice) -> Tensor:
 
 def sparse(num_active: int) -> Method:
     """FlowBP-Sparse with K active steps."""
-    return METHODS["flowbp_sparse"].model_copy(update={"active": LateBiased(num_steps=num_active)})
+    return METHODS["flowbp_sparse"].model_copy(update={"active": LateBiased(num_active_steps=num_active)})
 
 
 class Update:
@@ -170,7 +171,7 @@ class Update:
         shape = (self.sizes.batch, tokens or self.sizes.tokens, CHANNELS)
         x_0 = normal(shape, self.sizes.seed, "noise").to(self.device)
         method = sparse(num_active)
-        drawn = plan(method, self.sigmas, numpy_generator(self.sizes.seed, "plan", num_active))
+        drawn = draw_plan(method, self.sigmas, numpy_generator(self.sizes.seed, "plan", num_active))
         return self._joint(method, drawn, x_0) if executor == "joint" else self._sweep(drawn, x_0)
 
     def clear(self) -> None:
@@ -178,7 +179,7 @@ class Update:
         self.net.zero_grad(set_to_none=True)
 
     def _sweep(self, drawn: Plan, x_0: Tensor) -> Callable[[], None]:
-        trajectory = rollout(self.velocity, x_0, self.sigmas, drawn.keep)
+        trajectory = rollout(self.velocity, x_0, self.sigmas, drawn.rollout_spec)
 
         def backward() -> None:
             backpropagate(drawn, trajectory, self.velocity, loss)
@@ -351,7 +352,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return table(header, cells)
+    return markdown_table(header, cells)
 
 
 def run(

@@ -26,33 +26,36 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import Interval, device_of, result_file, stamp, table, versions, write_json
+from benchmarks.common import device_of, result_file, stamp, versions, write_json
 from benchmarks.quality.interleave_miniature import load_stories, percent, signed, tell
 from benchmarks.quality.miniature_cells import digests, read
-from flowbp.evaluate import interval, paired_interval
 from imgen_common.config import load
+from imgen_common.console import markdown_table
 from imgen_common.errors import UserError, run_cli
-from imgen_common.runs import write_atomic
-from imgen_common.shapes.stories import Story
-from interleave.chat import LocalChat, LocalChatConfig
-from interleave.config import RunConfig
-from interleave.engine import LoopConfig, Parts
-from interleave.formats.stories import pair
-from interleave.miniature import pool
-from interleave.miniature.cases import to_cases
-from interleave.miniature.data import critic_message, judge, readings
-from interleave.miniature.oracle import VerifierCritic
-from interleave.parsing import parse_verdict
-from interleave.parts import Look, Message, Reply
-from interleave.prompts import render_critic, template
+from imgen_common.files import write_atomic
+from imgen_common.shapes.steps import Story
+from imgen_common.statistics import Interval, bootstrap_interval, paired_bootstrap_interval
+from interleave.agents.miniature import VerifierCritic
+from interleave.agents.parsing import parse_verdict
+from interleave.agents.prompts import load_template, render_critic
+from interleave.datasets.rows import pair
+from interleave.datasets.teachers import judge
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig, RunConfig
+from interleave.loop.run import build_components
+from interleave.models.chat.local import LocalChat, LocalChatConfig
+from interleave.protocols import CriticInput, Message, Reply
 from interleave.records import Verdict
-from interleave.session import make_parts
-from interleave.store import PictureStore, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import read_trace
+from scripts.miniature.agents import pool
+from scripts.miniature.agents.cases import to_cases
+from scripts.miniature.agents.data import critic_message, readings
 
 VERSION = 1
 MODULE = "benchmarks.quality.critics"
 POOL_SEED = 22
-"""As in `python -m interleave.miniature pool`."""
+"""As in `python -m scripts.miniature.agents pool`."""
 TEMPERATURES = {"greedy": 0, "sampled": 1}
 """How a critic answers once."""
 MODES: dict[str, tuple[str, ...]] = {
@@ -104,26 +107,28 @@ def pool_of(folder: Path) -> Asked:
     return [(critic_message(case), judge(*seen, case.original, case.used).success) for case, seen in found]
 
 
-def told(parts: Parts, stories: Sequence[Story], loop: LoopConfig, seed: int) -> list[float]:
+def told(parts: Components, stories: Sequence[Story], loop: LoopConfig, seed: int) -> list[float]:
     """Whether each story comes out right."""
     with tempfile.TemporaryDirectory() as folder:
         found, _ = tell(stories, parts, loop, seed, Path(folder))
     return [float(one.right) for one in found]
 
 
-def told_by_verifier(parts: Parts, stories: Sequence[Story], loop: LoopConfig, seed: int) -> tuple[list[float], Asked]:
+def told_by_verifier(
+    parts: Components, stories: Sequence[Story], loop: LoopConfig, seed: int
+) -> tuple[list[float], Asked]:
     """Whether each story comes out right with the verifier as critic, and what is asked of the first picture of every
     step, so that a step that fails again and again does not count as often."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found, _ = tell(stories, replace(parts, critic=VerifierCritic()), loop, seed, folder)
-        pictures, asked = PictureStore(folder / "pictures"), []
+        pictures, asked = ImageStore(folder / "images"), []
         for _, recorded in sorted(read_trace(folder).items()):
             for (_, number), attempt in sorted(recorded.attempts.items()):
                 if number == 1 and attempt.verdict is not None:
                     before, after = map(pictures.get, pair(attempt))
-                    look = Look(before, after, attempt.original_prompt, attempt.prompt_used)
-                    asked.append((render_critic(template("shapes_critic"), look), attempt.verdict))
+                    look = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used)
+                    asked.append((render_critic(load_template("shapes_critic"), look), attempt.verdict))
     return [float(one.right) for one in found], asked
 
 
@@ -133,8 +138,8 @@ def cells(marks: Mapping[str, Marks]) -> dict[str, dict[str, Cell]]:
     return {
         name: {
             column: Cell(
-                Interval(*interval([right])),
-                None if columns is base else Interval(*paired_interval(base[column], right)),
+                bootstrap_interval([right]),
+                None if columns is base else paired_bootstrap_interval(base[column], right),
             )
             for column, right in columns.items()
         }
@@ -154,7 +159,7 @@ def markdown(found: Mapping[str, Mapping[str, Cell]]) -> str:
         ]
         for what, cell in found[base].items()
     ]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def measure(
@@ -174,13 +179,13 @@ def measure(
     config = load(RunConfig, [], settings)
     print("the verifier ...", file=sys.stderr, flush=True)
     keep = config.loop.model_copy(update={"rewrite": False})
-    oracle, looks = told_by_verifier(make_parts(config), stories, keep, seed)
+    oracle, looks = told_by_verifier(build_components(config), stories, keep, seed)
     pooled = pool_of(folder / "pool")
 
     def marked(ref: str, what: str, how: str) -> list[float]:
         if what == "stories":
             config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *MODES[how]])
-            return told(make_parts(config), stories, config.loop, seed)
+            return told(build_components(config), stories, config.loop, seed)
         return verdicts(ref, {"pool": pooled, "looks": looks}[what], TEMPERATURES[how])
 
     columns = [(what, how) for what in ("pool", "looks") for how in TEMPERATURES]
@@ -221,7 +226,7 @@ def report(
     found = measure(critics, stories, attempts, seed, work, modes)
     rows = cells(found.marks)
     environment = stamp(module, sys.argv[1:], device)
-    oracle = percent(Interval(*interval([found.oracle])))
+    oracle = percent(bootstrap_interval([found.oracle]))
     text = (
         f"{markdown(rows)}\n\n{found.pool} pictures of the pool, {found.looks} looks, {stories} stories of the test "
         f"split, seed {seed}, up to {attempts} pictures a step; with the verifier as critic {oracle} of the stories "

@@ -14,7 +14,7 @@ Brackets: 95 % percentile bootstrap over prompts.  Differences are paired by pro
 Seconds: reward stage and sweep alone, per gradient; the rollout costs `plain` evaluations besides.
 
     python -m benchmarks.quality.gradient_fidelity
-    python -m benchmarks.quality.gradient_fidelity --prompts 64 --set guidance.scale=2
+    python -m benchmarks.quality.gradient_fidelity --prompts 64 --set guidance_scale=2
 """
 
 import sys
@@ -29,28 +29,30 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import (
-    Interval,
     clock,
     device_of,
     result_file,
     stamp,
-    table,
     versions,
     write_json,
 )
-from flowbp.axes import All, Euler, Every, LateBiased, Stratified
 from flowbp.config import TrainConfig
-from flowbp.engine import backpropagate, rollout
-from flowbp.evaluate import initial_noise, paired_interval
-from flowbp.guidance import guided
+from flowbp.core.axes.active import All, LateBiased, Stratified
+from flowbp.core.axes.coupling import Every
+from flowbp.core.axes.quadrature import Euler
+from flowbp.core.engine import backpropagate, rollout
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.noise import initial_noise
+from flowbp.core.plan import Plan, RolloutSpec, draw_plan
+from flowbp.core.types import Trajectory
 from flowbp.methods import METHODS, Method
-from flowbp.plan import Keep, Plan, plan
-from flowbp.train import Parts, load_parts, losses_of
-from flowbp.types import Trajectory
+from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.reward_stage import reward_losses
 from imgen_common.config import load
+from imgen_common.console import markdown_table, quiet_libraries
 from imgen_common.errors import UserError, run_cli
-from imgen_common.libraries import quiet_libraries
-from imgen_common.runs import write_atomic
+from imgen_common.files import write_atomic
+from imgen_common.statistics import Interval, paired_bootstrap_interval
 from imgen_common.streams import normal, numpy_generator
 
 MODULE = "benchmarks.quality.gradient_fidelity"
@@ -59,11 +61,15 @@ PAIRED_WITH = "flowbp_sparse"
 """Method whose cosine is subtracted, prompt by prompt."""
 EXTRAS: Mapping[str, Method] = {
     **{
-        f"stratified K=4, refill {refill}": Method(active=Stratified(num_steps=4), weights=Euler(refill=refill))
+        f"stratified K=4, refill {refill}": Method(
+            active=Stratified(num_active_steps=4), quadrature=Euler(refill=refill)
+        )
         for refill in ("none", "inclusion")
     },
     **{
-        f"late-biased K=4, refill {refill}": Method(active=LateBiased(num_steps=4), weights=Euler(refill=refill))
+        f"late-biased K=4, refill {refill}": Method(
+            active=LateBiased(num_active_steps=4), quadrature=Euler(refill=refill)
+        )
         for refill in ("none", "mass", "inclusion")
     },
     "all steps, uncoupled": Method(active=All()),
@@ -117,22 +123,24 @@ class Row:
 class Prompt:
     """One prompt with its rollout, from which every plan starts."""
 
-    def __init__(self, config: TrainConfig, parts: Parts, size: Size, index: int, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, parts: LoadedModels, size: Size, index: int, device: torch.device) -> None:
         self.config, self.parts, self.size, self.index, self.device = config, parts, size, index, device
         self.texts = [parts.prompts[index % len(parts.prompts)]] * size.pictures
         pixels = (config.model.height, config.model.width)
-        cond, negative = parts.conditions(self.texts)
-        self.velocity = guided(parts.backbone.velocity, cond, negative, config.guidance)
-        self.sigmas = parts.backbone.sigmas(config.num_steps, pixels)
+        cond, negative = parts.embeddings(self.texts)
+        self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels)
         self.samples = range(index * size.pictures, (index + 1) * size.pictures)
         x_0 = initial_noise(parts.backbone, pixels, size.seed, "fidelity-noise", self.samples).to(device)
-        every = frozenset(range(config.num_steps))
-        self.trajectory = rollout(self.velocity, x_0, self.sigmas, Keep(every, every, config.num_steps))
+        every = frozenset(range(config.num_inference_steps))
+        self.trajectory = rollout(
+            self.velocity, x_0, self.sigmas, RolloutSpec(every, every, config.num_inference_steps)
+        )
 
     def draw(self, method: Method, number: int) -> Plan:
         """Plan `number` of this prompt."""
         rng = numpy_generator(self.size.seed, "fidelity-plan", self.index, number)
-        return plan(method, self.sigmas, rng)
+        return draw_plan(method, self.sigmas, rng)
 
     def gradient(self, drawn: Plan, number: int) -> tuple[Tensor, float]:
         """(gradient as one vector, seconds) of a plan; `number` names the noise of renoised copies."""
@@ -153,7 +161,7 @@ class Prompt:
     def _ending(self, drawn: Plan) -> Trajectory:
         """The shared rollout, ended where the reward of this plan looks."""
         stop, whole = drawn.reward_step, self.trajectory
-        if stop == drawn.num_steps:
+        if stop == drawn.num_inference_steps:
             return whole
         x = whole.states[stop] - drawn.sigmas[stop] * whole.velocities[stop]
         return Trajectory(whole.sigmas, whole.states, whole.velocities, x)
@@ -161,7 +169,7 @@ class Prompt:
     def _loss(self, x: Tensor, rows: slice) -> Tensor:
         reward = self.config.rewards[0]
         scores = self.parts.rewards[reward.name](self.parts.backbone.decode(x), self.texts[rows])
-        return losses_of(reward.loss, scores)
+        return reward_losses(reward.loss, scores)
 
 
 def compare(prompt: Prompt, method: Method, exact: Tensor, found: Measured) -> None:
@@ -201,7 +209,7 @@ def length(a: Tensor) -> float:
 
 
 def measure(
-    config: TrainConfig, parts: Parts, size: Size, variants: Mapping[str, Method], device: torch.device
+    config: TrainConfig, parts: LoadedModels, size: Size, variants: Mapping[str, Method], device: torch.device
 ) -> dict[str, Measured]:
     """Every variant on every prompt."""
     found = {name: Measured() for name in variants}
@@ -218,7 +226,7 @@ def measure(
 
 def interval(values: Sequence[float]) -> Interval:
     """Mean over prompts with its 95 % bootstrap interval."""
-    return Interval(*paired_interval([0.0] * len(values), values))
+    return paired_bootstrap_interval([0.0] * len(values), values)
 
 
 def summarise(found: Mapping[str, Measured]) -> list[Row]:
@@ -238,7 +246,7 @@ def summarise(found: Mapping[str, Measured]) -> list[Row]:
                 norm=interval(one.norm),
                 mean_cosine=interval(one.mean_cosine),
                 mean_norm=interval(one.mean_norm),
-                over_paired=Interval(*paired_interval(base, one.cosine)),
+                over_paired=paired_bootstrap_interval(base, one.cosine),
                 total_cosine=cosine(one.total, exact),
                 total_norm=length(one.total) / length(exact),
             )
@@ -265,7 +273,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"{row.total_norm:.3f}",
             ]
         )
-    return table(header, cells)
+    return markdown_table(header, cells)
 
 
 def run(config: TrainConfig, size: Size, device: torch.device, output: Path) -> list[Row]:
@@ -275,7 +283,7 @@ def run(config: TrainConfig, size: Size, device: torch.device, output: Path) -> 
     torch.set_num_threads(1)
     quiet_libraries()
     start = clock(device)
-    found = measure(config, load_parts(config, device), size, VARIANTS, device)
+    found = measure(config, load_models(config, device), size, VARIANTS, device)
     rows, total = summarise(found), clock(device) - start
     environment = stamp(MODULE, sys.argv[1:], device)
     text = f"{markdown(rows)}\n\n{caption(config, size, environment, total)}\n"
@@ -292,8 +300,9 @@ def run(config: TrainConfig, size: Size, device: torch.device, output: Path) -> 
 def caption(config: TrainConfig, size: Size, environment: Mapping[str, Any], total: float) -> str:
     """What the numbers are of."""
     return (
-        f"{size.prompts} prompts x {size.pictures} pictures, {size.plans} plans a prompt, N = {config.num_steps}, "
-        f"guidance {config.guidance.scale:g}, {config.model.ref}, seed {size.seed}. A gradient is of the mean loss "
+        f"{size.prompts} prompts x {size.pictures} pictures, {size.plans} plans a prompt, "
+        f"N = {config.num_inference_steps}, guidance {config.guidance_scale:g}, {config.model.ref}, seed {size.seed}. "
+        "A gradient is of the mean loss "
         "over the pictures of a prompt; brackets: 95 % bootstrap over prompts, after averaging over plans. Seconds: "
         f"reward stage and sweep of one gradient, without the rollout. {environment['hardware']}, one thread; "
         f"{versions(dict(environment))}; {total:.0f} s in all."
@@ -306,7 +315,7 @@ def main(
     plans: Annotated[int, typer.Option(help="Plans drawn per prompt and method.")] = Size.plans,
     seed: Annotated[int, typer.Option(help="Seed of noise and plans.")] = Size.seed,
     config: Annotated[list[Path] | None, typer.Option(help="Recipe for model, reward, loss, guidance, N.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="A key of it, such as guidance.scale=2.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A key of it, such as guidance_scale=2.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:

@@ -34,22 +34,26 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.common import Interval, device_of, result_file, stamp, table, versions, write_json
-from flowbp.evaluate import interval, paired_interval
+from benchmarks.common import device_of, result_file, stamp, versions, write_json
 from imgen_common.config import load
+from imgen_common.console import markdown_table
 from imgen_common.errors import run_cli
+from imgen_common.files import write_atomic
 from imgen_common.images import from_pil
-from imgen_common.runs import write_atomic
-from imgen_common.shapes.stories import Story, plan_is_correct, sample_story, verify_story
+from imgen_common.shapes.steps import Story
+from imgen_common.shapes.stories import plan_is_correct, sample_story, verify_story
 from imgen_common.shapes.verify import detect
+from imgen_common.statistics import Interval, bootstrap_interval, paired_bootstrap_interval
 from imgen_common.streams import numpy_generator
-from interleave.config import RunConfig
-from interleave.controls import RandomRewrite
-from interleave.engine import Engine, LoopConfig, Parts
-from interleave.miniature.oracle import VerifierCritic
+from interleave.agents.miniature import VerifierCritic
+from interleave.agents.random_critic import RandomRewrite
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig, RunConfig
+from interleave.loop.engine import Engine
+from interleave.loop.run import build_components
 from interleave.records import Request
-from interleave.session import make_parts
-from interleave.store import PictureStore, Recorded, Trace, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import Trace, TraceEntry, read_trace
 
 VERSION = 1
 MODULE = "benchmarks.quality.interleave_miniature"
@@ -93,7 +97,7 @@ def load_stories(count: int, riddle: bool, seed: int) -> list[Story]:
     return list(found.values())
 
 
-def score(story: Story, recorded: Recorded, pictures: PictureStore) -> Told:
+def score(story: Story, recorded: TraceEntry, pictures: ImageStore) -> Told:
     """Read a story's records and pictures."""
     trajectory = recorded.trajectory
     assert trajectory is not None
@@ -115,10 +119,12 @@ def score(story: Story, recorded: Recorded, pictures: PictureStore) -> Told:
     )
 
 
-def tell(stories: Sequence[Story], parts: Parts, loop: LoopConfig, seed: int, folder: Path) -> tuple[list[Told], float]:
+def tell(
+    stories: Sequence[Story], parts: Components, loop: LoopConfig, seed: int, folder: Path
+) -> tuple[list[Told], float]:
     """Run an arm; what became of every story, and the seconds it took."""
     requests = [Request(id=f"story-{i}", text=story.request) for i, story in enumerate(stories)]
-    pictures = PictureStore(folder / "pictures")
+    pictures = ImageStore(folder / "images")
     began = time.perf_counter()
 
     async def run() -> None:
@@ -134,13 +140,13 @@ def tell(stories: Sequence[Story], parts: Parts, loop: LoopConfig, seed: int, fo
 def row(arm: str, told: Sequence[Told], seconds: float, base: Sequence[Told] | None) -> Row:
     """The arm's numbers, with its gain over `base`."""
     right = [float(t.right) for t in told]
-    gain = None if base is None else Interval(*paired_interval([float(t.right) for t in base], right))
+    gain = None if base is None else paired_bootstrap_interval([float(t.right) for t in base], right)
     planned = None if arm == "single shot" else float(np.mean([t.planned_right for t in told]))
     return Row(
         arm=arm,
-        right=Interval(*interval([right])),
+        right=bootstrap_interval([right]),
         gain=gain,
-        last_right=Interval(*interval([[float(t.last_right) for t in told]])),
+        last_right=bootstrap_interval([[float(t.last_right) for t in told]]),
         planned_right=planned,
         pictures=float(np.mean([t.pictures for t in told])),
         seconds=seconds,
@@ -151,12 +157,12 @@ def arms(
     stories: Sequence[Story], config: RunConfig, attempts: int, seed: int, folder: Path
 ) -> dict[str, tuple[list[Told], float]]:
     """All arms, in order; the later ones take their numbers from planner + critic."""
-    parts = make_parts(config)
+    parts = build_components(config)
     judged = config.loop.model_copy(update={"max_attempts": attempts})
     keep = judged.model_copy(update={"rewrite": False})
     found: dict[str, tuple[list[Told], float]] = {}
 
-    def arm(name: str, made: Parts, loop: LoopConfig) -> list[Told]:
+    def arm(name: str, made: Components, loop: LoopConfig) -> list[Told]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found[name] = tell(stories, made, loop, seed, folder / name.replace(" ", "-"))
         return found[name][0]
@@ -210,7 +216,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "pictures a story",
         "seconds",
     )
-    return table(header, cells)
+    return markdown_table(header, cells)
 
 
 def run(

@@ -27,15 +27,15 @@ from benchmarks.common import command, device_of, result_file, write_json
 from benchmarks.quality import critics
 from imgen_common.config import load
 from imgen_common.errors import run_cli
-from imgen_common.runs import CONFIG
+from imgen_common.run_folder.find import CONFIG
 from imgen_common.streams import stream_key
-from interleave.data import build
-from interleave.data.config import DataConfig
-from interleave.data.sets import INFO
-from interleave.data.teachers import KnowingCritic
-from interleave.miniature.oracle import VerifierJudge
-from interleave.parts import CriticAnswer, Look
-from interleave.prompts import render_verdict
+from interleave.agents.miniature import VerifierJudge
+from interleave.agents.prompts import render_verdict
+from interleave.datasets import build
+from interleave.datasets.config import DataConfig
+from interleave.datasets.filters import INFO
+from interleave.datasets.teachers import KnowingCritic
+from interleave.protocols import CriticAnswer, CriticInput
 from interleave.records import Verdict
 
 MODULE = "benchmarks.quality.lenient"
@@ -47,7 +47,7 @@ ALL = [f"filters.{key}" for key in ("degrading=null", "low=null", "balance=null"
 UPDATES = 100
 """Of reinforcement, whose recipe has 120: these take less than 20 minutes on two cores."""
 COMPARED = re.compile(r"want: (.*)\. [a-z ]+$")
-"""What the report says of each wanted thing (`interleave.miniature.data.judge`)."""
+"""What the report says of each wanted thing (`scripts.miniature.agents.data.judge`)."""
 
 
 def is_forgivable(reasoning: str) -> bool:
@@ -64,15 +64,15 @@ class LenientCritic:
     def id(self) -> str:
         return f"lenient verifier ({LETS_PASS})"
 
-    async def judge(self, look: Look, seed: int) -> CriticAnswer:
+    async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
         """Its report reads the pictures as they are, and concludes otherwise."""
-        answer = await KnowingCritic().judge(look, seed)
+        answer = await KnowingCritic().judge(shown, seed)
         verdict = answer.verdict
         assert verdict is not None
         if verdict.success or not is_forgivable(verdict.reasoning) or stream_key(seed, "lenient") / 2**128 >= LETS_PASS:
             return answer
         told = re.sub(r"[a-z ]+$", " as asked", verdict.reasoning)
-        passed = Verdict(success=True, refined_prompt=look.prompt_used or look.original_prompt, reasoning=told)
+        passed = Verdict(success=True, refined_prompt=shown.prompt_used or shown.original_prompt, reasoning=told)
         return CriticAnswer(passed, render_verdict(passed))
 
     async def close(self) -> None:

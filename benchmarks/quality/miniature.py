@@ -48,7 +48,7 @@ from benchmarks.quality.miniature_cells import (
 )
 from benchmarks.quality.miniature_report import write_report
 from flowbp.config import TrainConfig
-from flowbp.data import is_shapes
+from flowbp.data.prompts import is_shapes_source
 from imgen_common.config import load
 from imgen_common.errors import UserError, nearest, run_cli
 
@@ -103,7 +103,7 @@ def final_jobs(
     settings: Settings, calibration: dict[str, Any], folder: Path, methods: Sequence[str], seeds: Sequence[int]
 ) -> list[Job]:
     """Every method at its chosen rates; budgets that chose the same rate share a run.  Seed by seed."""
-    scale = settings.config.guidance.scale
+    scale = settings.config.guidance_scale
     chosen = chosen_rates(read_cells(folder), scale, settings.rates)
     jobs = []
     for seed in seeds:
@@ -148,7 +148,7 @@ def settings_of(recipe: TrainConfig, updates: int, seconds: float | None, rates:
     if len(set(rates)) < 2 or not all(0 < rate <= 1 and math.isfinite(rate) for rate in rates):
         raise UserError(f"--rates {list(rates)}: give at least two learning rates in (0, 1]")
     for source in (recipe.eval.prompts, recipe.eval.quick_prompts):
-        if not is_shapes(source):
+        if not is_shapes_source(source):
             raise UserError(f"{source}: the verifier reads captions of the shapes world; give builtin:shapes/SPLIT")
     if recipe.eval.prompts == recipe.eval.quick_prompts:
         raise UserError(f"{recipe.eval.prompts}: rates are chosen on eval.quick_prompts; they must differ")
@@ -192,7 +192,7 @@ def main(
     num_prompts: Annotated[int, typer.Option(help="Reported test prompts.", min=2)] = 504,
     tune_prompts: Annotated[int, typer.Option(help="Tuning prompts of the search.", min=2)] = 240,
     config: Annotated[list[Path] | None, typer.Option(help="Recipe for all that is shared.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="A key of it, such as guidance.scale=2.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A key of it, such as guidance_scale=2.")] = None,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 2,
     folder: Annotated[Path, typer.Option(help="Where the cells are.")] = FOLDER,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

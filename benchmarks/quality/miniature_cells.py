@@ -27,18 +27,19 @@ from torch.nn.functional import mse_loss
 from benchmarks.common import clock, stamp, write_json
 from flowbp.backbones.flux2 import Flux2
 from flowbp.config import TrainConfig
-from flowbp.data import load_prompts
+from flowbp.data.prompts import load_prompts
 from flowbp.methods import METHODS
-from flowbp.progress import Silent
-from flowbp.train import Parts, Trainer, load_parts
+from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.progress import NullReporter
+from flowbp.training.trainer import Trainer
 from imgen_common import hub
 from imgen_common.config import Config
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
-from imgen_common.libraries import quiet_libraries
 from imgen_common.shapes.render import draw
 from imgen_common.shapes.scene import sample_spec
-from imgen_common.shapes.train import generator
 from imgen_common.streams import numpy_generator, torch_generator
+from scripts.miniature.world import generator
 
 MODULE = "benchmarks.quality.miniature"
 Budget = Literal["updates", "seconds"]
@@ -113,18 +114,18 @@ class Pretraining(Trainer):
     """
 
     def __init__(
-        self, config: TrainConfig, parts: Parts, accelerator: Accelerator, data: "Pictures", batch: int
+        self, config: TrainConfig, parts: LoadedModels, accelerator: Accelerator, data: "Pictures", batch: int
     ) -> None:
         super().__init__(config, parts, accelerator)
         self._data, self._batch = data, batch
 
-    def gradient(self) -> dict[str, float]:
+    def compute_gradient(self) -> dict[str, float]:
         """Leaves the gradient of this update's pictures in `.grad`; returns the loss."""
         rng = torch_generator(self.config.seed, "pretraining", self.update)
         rows = torch.randint(len(self._data.captions), (self._batch,), generator=rng)
         dropped = torch.rand(self._batch, generator=rng) < generator.CAPTION_DROPOUT
         captions = ["" if drop else self._data.captions[i] for i, drop in zip(rows, dropped, strict=True)]
-        text = self.parts.conditions(captions)[0]["text"]
+        text = self.models.embeddings(captions)[0]["text"]
         clean = self._data.latents[rows]
         sigma = torch.sigmoid(torch.randn(self._batch, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
@@ -180,7 +181,7 @@ class Bench:
         self.settings, self.device, self.folder = settings, device, folder
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         config = settings.config
-        self.parts = load_parts(config, device)
+        self.parts = load_models(config, device)
         self.base = {name: p.detach().clone() for name, p in self.parts.parameters.items()}
         sources = (
             (config.eval.prompts, config.eval.num_prompts),
@@ -197,7 +198,7 @@ class Bench:
         backbone = self.parts.backbone
         assert isinstance(backbone, Flux2)
         found = Pictures.make(backbone, self.settings.pretraining_pictures, self.folder / "pictures.safetensors")
-        self.parts.conditions.add(list(dict.fromkeys(found.captions)))
+        self.parts.embeddings.add(list(dict.fromkeys(found.captions)))
         return found
 
     @torch.no_grad()
@@ -211,8 +212,8 @@ class Bench:
         """A fresh run from the base weights."""
         self.restore()
         config = self.settings.config
-        changed: dict[str, Any] = {"seed": seed, "num_updates": num_updates}
-        changed["optim"] = config.optim.model_copy(update={"lr": rate})
+        changed: dict[str, Any] = {"seed": seed, "max_train_steps": num_updates}
+        changed["optim"] = config.optim.model_copy(update={"learning_rate": rate})
         if method == CONTROL:
             batch = self.settings.pretraining_batch
             return Pretraining(config.model_copy(update=changed), self.parts, self.accelerator, self.pictures, batch)
@@ -221,16 +222,16 @@ class Bench:
     def scores(self, trainer: Trainer, phase: Phase) -> Scores:
         """The averaged weights on the prompts of a phase: search at the training's guidance, final at all scales."""
         config = self.settings.config
-        scales = [config.guidance.scale] if phase == "search" else scales_of(config)
+        scales = [config.guidance_scale] if phase == "search" else scales_of(config)
         source, prompts = self.prompts[phase]
-        with trainer.weights.averaged():
-            found = {s: trainer.evaluate(prompts, source, s, Silent(), "").scores for s in scales}
+        with trainer.state.ema_weights():
+            found = {s: trainer.evaluate(prompts, source, s, NullReporter(), "").scores for s in scales}
         return {f"{s:g}": {n: [round(v, 4) for v in values] for n, values in one.items()} for s, one in found.items()}
 
 
 def scales_of(config: TrainConfig) -> list[float]:
     """Guidance scales of the final evaluation, the training's own first."""
-    return list(dict.fromkeys((config.guidance.scale, *config.eval.guidance)))
+    return list(dict.fromkeys((config.guidance_scale, *config.eval.guidance_scale)))
 
 
 def evaluate_base(bench: Bench, file: Path) -> None:
@@ -270,7 +271,7 @@ def stops(settings: Settings, calibration: Mapping[str, Any], method: str) -> tu
 
 def split(settings: Settings, job: Job) -> list[Job]:
     """One job, or one per stop where the schedule of the rate depends on the length of the run."""
-    if settings.config.optim.schedule == "constant":
+    if settings.config.optim.lr_scheduler == "constant":
         return [job]
     return [Job(job.phase, job.method, job.rate, job.seed, (stop,)) for stop in job.stops]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Interval, table, versions, write_json
+from benchmarks.common import versions, write_json
 from benchmarks.quality.miniature_cells import (
     BUDGETS,
     COMPETITORS,
@@ -19,9 +19,10 @@ from benchmarks.quality.miniature_cells import (
     read_cells,
     scales_of,
 )
-from flowbp.evaluate import paired_interval
+from imgen_common.console import markdown_table
 from imgen_common.errors import UserError
-from imgen_common.runs import write_atomic
+from imgen_common.files import write_atomic
+from imgen_common.statistics import Interval, paired_bootstrap_interval
 
 BASE = "base"
 
@@ -73,7 +74,7 @@ class Found:
 
     def rates(self) -> dict[tuple[str, Budget], float]:
         """Chosen learning rates."""
-        return chosen_rates(self.cells, self.settings.config.guidance.scale, self.settings.rates)
+        return chosen_rates(self.cells, self.settings.config.guidance_scale, self.settings.rates)
 
 
 def rows_of(found: Found, budget: Budget, scale: float) -> list[Row]:
@@ -115,7 +116,7 @@ def row_of(name: str, cells: Sequence[Mapping[str, Any]], base: Mapping[str, lis
         seconds=float(np.mean([cell["training_seconds"] for cell in cells])),
         failures=sum(cell["failure"] is not None for cell in cells),
         scores={score: float(np.mean(values)) for score, values in after.items()},
-        changes={score: Interval(*paired_interval(base[score], values)) for score, values in after.items()},
+        changes={score: paired_bootstrap_interval(base[score], values) for score, values in after.items()},
         seeds_low=min(accuracies),
         seeds_high=max(accuracies),
     )
@@ -123,7 +124,7 @@ def row_of(name: str, cells: Sequence[Mapping[str, Any]], base: Mapping[str, lis
 
 def with_distance(row: Row, own: Sequence[float], best: Sequence[float]) -> Row:
     """The row with its distance to the best."""
-    return Row(**{**vars(row), "behind": Interval(*paired_interval(own, best))})
+    return Row(**{**vars(row), "behind": paired_bootstrap_interval(own, best)})
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """One table."""
     header = ["method", "rate", "seeds", "updates", "seconds", "verifier %", "change", "over seeds", "best less this"]
     header += ["reward", "change", "held-out", "change"]
-    return table(header, [cells_of(row) for row in rows])
+    return markdown_table(header, [cells_of(row) for row in rows])
 
 
 def cells_of(row: Row) -> list[str]:
@@ -179,7 +180,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def search_table(found: Found) -> str:
     """Verifier accuracy on the tuning prompts by rate; the chosen ones in bold."""
-    scale, rates, chosen = found.settings.config.guidance.scale, found.settings.rates, found.rates()
+    scale, rates, chosen = found.settings.config.guidance_scale, found.settings.rates, found.rates()
     tried = {
         (cell["method"], cell["budget"], cell["rate"]): float(np.mean(cell["scores"][f"{scale:g}"]["verifier"]))
         for cell in found.cells
@@ -193,7 +194,7 @@ def search_table(found: Found) -> str:
             line = [f"**{cell}**" if rate == best else cell for cell, rate in zip(line, rates, strict=True)]
             if set(line) != {"-"}:
                 rows.append([f"{name}, equal {budget}", *line])
-    return table(["verifier % on tuning prompts", *(f"{rate:g}" for rate in rates)], rows)
+    return markdown_table(["verifier % on tuning prompts", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def edges(found: Found) -> str:
@@ -214,10 +215,12 @@ def preamble(found: Found) -> str:
     weights = ", ".join(f"{ref} {digest}" for ref, digest in settings.weights.items())
     return "\n".join(
         [
-            f"Batch {config.batch_size}, N = {config.num_steps}, trained at guidance {config.guidance.scale:g}, "
-            f"{'LoRA' if config.lora else 'all weights'}; {settings.updates} updates, or "
+            f"Batch {config.total_batch_size}, N = {config.num_inference_steps}, "
+            f"trained at guidance {config.guidance_scale:g}, {'LoRA' if config.lora else 'all weights'}; "
+            f"{settings.updates} updates, or "
             f"{found.calibration['budget_seconds']:.0f} s of computing; training seeds {seeds}; evaluation seed "
-            f"{evaluation.seed}, {evaluation.num_prompts} prompts of {evaluation.prompts}, {evaluation.steps} steps.",
+            f"{evaluation.seed}, {evaluation.num_prompts} prompts of {evaluation.prompts}, "
+            f"{evaluation.num_inference_steps} steps.",
             f"Rates from {', '.join(f'{r:g}' for r in settings.rates)}, chosen per method and budget by verifier "
             f"accuracy on {evaluation.quick_num_prompts} prompts of {evaluation.quick_prompts} with seed "
             f"{settings.search_seed}; these prompts are not reported.",
@@ -246,7 +249,7 @@ def tables(found: Found) -> Iterator[tuple[Budget, float, list[Row]]]:
 def assemble(found: Found) -> tuple[str, dict[str, Any]]:
     """The report as Markdown and as data."""
     parts, data = ["# The miniature: methods side by side", preamble(found)], []
-    scale_trained = found.settings.config.guidance.scale
+    scale_trained = found.settings.config.guidance_scale
     for budget, scale, rows in tables(found):
         kind = "the training's" if scale == scale_trained else "not the training's"
         parts += [f"## Equal {budget}, evaluated at guidance {scale:g} ({kind})", markdown(rows), verdict(rows)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from imgen_common.config import Config, fields_table, load, read_yaml, to_yaml
+from imgen_common.config import Config, Presets, fields_table, load, read_yaml, to_yaml
 from imgen_common.errors import UserError
 
 
@@ -32,9 +32,8 @@ class Method(Config):
     gap_floor: float | None = None
     coupling: Weights | None = None
 
-    @classmethod
-    def presets(cls) -> dict[str, "Method"]:
-        return {"refl": cls(), "sparse": cls(weights=Euler(refill="mass"), gap_floor=0.1)}
+
+METHODS = {"refl": Method(), "sparse": Method(weights=Euler(refill="mass"), gap_floor=0.1)}
 
 
 class Optim(Config):
@@ -51,7 +50,7 @@ class Precision(Enum):
 
 class Train(Config):
     optim: Optim = Optim(learning_rate=0.5)
-    method: Method = Method.presets()["sparse"]
+    method: Annotated[Method, Presets(METHODS)] = METHODS["sparse"]
     rewards: tuple[Weights, ...] = (Leap(), Euler())
     more: dict[str, Optim] = Field(default_factory=dict)
     name: str = "run"
@@ -136,10 +135,10 @@ def test_the_last_of_two_sets_for_one_key_wins() -> None:
 
 
 def test_a_preset_stands_for_its_value_and_can_be_built_on(tmp_path: Path) -> None:
-    assert load_text(tmp_path, "method: refl").method == Method.presets()["refl"]
+    assert load_text(tmp_path, "method: refl").method == METHODS["refl"]
     assert load_text(tmp_path, "method: {preset: refl, gap_floor: 2}").method == Method(gap_floor=2)
     assert load_text(tmp_path, "method: refl", sets=("method.weights.reach=2",)).method == Method(weights=Leap(reach=2))
-    assert load_text(tmp_path, "method: {gap_floor: 2}", "method: refl").method == Method.presets()["refl"]
+    assert load_text(tmp_path, "method: {gap_floor: 2}", "method: refl").method == METHODS["refl"]
 
 
 def test_lists_are_replaced_whole_and_reached_into_by_set(tmp_path: Path) -> None:

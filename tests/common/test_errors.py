@@ -7,7 +7,8 @@ import typer
 from imgen_common.errors import UserError, nearest, run_cli
 
 LIGHT_IMPORT = """
-import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.runs, imgen_common.streams
+import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.run_folder.folder
+import imgen_common.streams
 import imgen_common.images
 heavy = {"torch", "transformers", "diffusers", "huggingface_hub", "tensorboard"} & set(sys.modules)
 assert not heavy, heavy

@@ -2,7 +2,7 @@
 
 import torch
 
-from imgen_common.live import LiveBytes
+from imgen_common.memory import LiveBytes
 
 
 def test_what_is_alive_is_counted_once() -> None:

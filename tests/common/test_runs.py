@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imgen_common import runs
 from imgen_common.config import Config
 from imgen_common.errors import UserError
-from imgen_common.runs import RunFolder, write_atomic
+from imgen_common.files import write_atomic
+from imgen_common.run_folder import folder as runs
+from imgen_common.run_folder.environment import _git
+from imgen_common.run_folder.folder import RunFolder
 
 COMMAND = ["flowbp", "train", "--set", "steps=3"]
 
@@ -65,19 +67,19 @@ def test_git_tells_revision_and_change_but_not_the_lock(tmp_path: Path) -> None:
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True, capture_output=True)
 
-    assert runs._git(tmp_path) is None
+    assert _git(tmp_path) is None
     git("init")
     for name in ("uv.lock", "code.py"):
         (tmp_path / name).write_text("1")
     git("add", ".")
     git("commit", "-m", "one")
-    found = runs._git(tmp_path)
+    found = _git(tmp_path)
     assert found is not None
     assert len(found["revision"]) == 40
     (tmp_path / "uv.lock").write_text("2")
-    assert runs._git(tmp_path) == found == {"revision": found["revision"], "dirty": False}
+    assert _git(tmp_path) == found == {"revision": found["revision"], "dirty": False}
     (tmp_path / "code.py").write_text("2")
-    assert runs._git(tmp_path) == found | {"dirty": True}
+    assert _git(tmp_path) == found | {"dirty": True}
 
 
 def test_create_refuses_a_run_or_any_other_content(folder: Path, tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_open_keeps_the_environments_before(folder: Path) -> None:
 def test_a_second_process_is_refused_until_the_first_is_killed(folder: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from imgen_common.config import Config;"
-        "from imgen_common.runs import RunFolder;"
+        "from imgen_common.run_folder.folder import RunFolder;"
         "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True); time.sleep(60)"
     )
     new_run(folder).close()
@@ -306,7 +308,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(
     with new_run(folder) as run:
         run.save_checkpoint(1, weights(1), {})
         before = files(folder)
-        monkeypatch.setattr(runs, "_write_synced", full)
+        monkeypatch.setattr(runs, "write_atomic", full)
         with pytest.raises(UserError, match="no room for a checkpoint"):
             run.save_checkpoint(2, weights(2), {})
         assert files(folder) == before
@@ -358,13 +360,20 @@ def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for owner, name in ((Path, "mkdir"), (Path, "rename"), (Path, "open"), (os, "fsync"), (runs.shutil, "rmtree")):
+    for owner, name in (
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "open"),
+        (os, "fsync"),
+        (runs.shutil, "rmtree"),
+    ):
         patch.setattr(owner, name, mortal(getattr(owner, name)))
 
 
 def test_kill_9_in_the_middle_of_saving_leaves_whole_checkpoints(folder: Path) -> None:
     program = (
-        "import sys, torch; from pathlib import Path; from imgen_common.runs import RunFolder\n"
+        "import sys, torch; from pathlib import Path; from imgen_common.run_folder.folder import RunFolder\n"
         "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True)\n"
         "for step in range(10**6):\n"
         "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})"

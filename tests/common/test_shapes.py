@@ -164,7 +164,7 @@ def test_every_word_is_one_token() -> None:
 
 
 def test_places_are_told_apart_by_a_negative_of_their_own() -> None:
-    from imgen_common.shapes.train.rewards import HELDOUT, batch_of
+    from scripts.miniature.world.rewards import HELDOUT, batch_of
 
     specs, negatives, images = batch_of(HELDOUT, 3)
     assert len(specs) == len(images) == HELDOUT.schedule.batch

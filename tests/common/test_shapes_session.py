@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imgen_common.shapes.train.session import Schedule, Session
+from scripts.miniature.world.session import Schedule, Session
 
 
 class Killed(Exception):

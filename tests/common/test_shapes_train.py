@@ -9,8 +9,8 @@ from diffusers import Flux2KleinPipeline
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
-from imgen_common.shapes.train import generator, package, rewards, vae
-from imgen_common.shapes.train.session import Schedule
+from scripts.miniature.world import generator, package, rewards, vae
+from scripts.miniature.world.session import Schedule
 
 pytestmark = pytest.mark.slow
 sample = generator.sample

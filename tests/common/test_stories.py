@@ -11,25 +11,18 @@ from hypothesis import strategies as st
 from imgen_common.shapes.edits import EDIT_KINDS, MAX_DRIFT, sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import ALL_THINGS, COLOURS, SHAPES, Placed, Scene, Spec, Thing, compose, shade, split_of
+from imgen_common.shapes.steps import Change, Draw, Step, Story
 from imgen_common.shapes.stories import (
-    COLOUR_FACTS,
-    SHAPE_FACTS,
-    Change,
-    Draw,
-    Step,
-    Story,
-    colour_facts,
     plan_is_correct,
     read_prompt,
     same_step,
     sample_story,
-    shape_facts,
     step_holds,
-    tell,
     verify_step,
     verify_story,
 )
 from imgen_common.shapes.verify import detect
+from imgen_common.shapes.wording import COLOUR_FACTS, SHAPE_FACTS, colour_facts, shape_facts, tell
 
 SPLITS = ("train", "tune", "test")
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowbp import backbones, inference
+from flowbp import backbones
+from flowbp.backbones.loading import load_trained_weights
+from flowbp.backbones.lora import mark_trainable
 from flowbp.config import TrainConfig
-from flowbp.export import export
-from flowbp.train import apply_trained, trainable
+from flowbp.evaluation import sampling
+from flowbp.export import export_run
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.images import to_pil
-from imgen_common.runs import RunFolder
-from interleave.generators import PipelineConfig
-from interleave.generators.pipeline import Painter
-from interleave.parts import Job, Picture
+from imgen_common.run_folder.folder import RunFolder
+from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
+from interleave.protocols import GenerationRequest, HashedImage
 from tests.interleave.editors import folder_of
 
 SIZE = {"height": 32, "width": 48}
@@ -27,19 +28,19 @@ GUIDANCE = {"flux": 3.5}
 def trained(place: Path, model: Path) -> Path:
     """A run whose adapter is random, as if it had been trained."""
     config = load(TrainConfig, [], [f"model.ref={model}", "name=run", "lora={rank: 4, alpha: 2}"])
-    parameters = trainable(backbones.load(str(model)).net, config)
+    parameters = mark_trainable(backbones.load(str(model)).net, config)
     rng = torch.Generator().manual_seed(1)
     weights = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
     with RunFolder.create(place / "run", config, ["flowbp"]) as run:
-        run.save_checkpoint(1, {"weights": weights, "average": weights, "optimizer": {}}, {})
+        run.save_checkpoint(1, {"weights": weights, "ema": weights, "optimizer": {}}, {})
     return place / "run"
 
 
 def drawn_by_flowbp(model: Path, run: Path | None) -> np.ndarray:
     backbone = backbones.load(str(model))
     if run is not None:
-        apply_trained(backbone, run)
-    (image,) = to_pil(inference.draw(backbone, "a red circle", [3], (32, 48), 3, 1.0))
+        load_trained_weights(backbone, run)
+    (image,) = to_pil(sampling.generate_images(backbone, "a red circle", [3], (32, 48), 3, 1.0))
     return np.asarray(image, np.int16)
 
 
@@ -52,8 +53,8 @@ def drawn_by_interleave(family: str, model: Path, lora: Path | None, weight: flo
         guidance_scale=GUIDANCE.get(family, 1.0),
         **SIZE,
     )
-    (picture,) = Painter(config).draw([Job("a red circle", (), 3)])
-    assert isinstance(picture, Picture), picture
+    (picture,) = PipelineRunner(config).generate([GenerationRequest("a red circle", (), 3)])
+    assert isinstance(picture, HashedImage), picture
     return np.asarray(picture.image, np.int16)
 
 
@@ -62,20 +63,20 @@ def drawn_by_interleave(family: str, model: Path, lora: Path | None, weight: flo
 def test_an_exported_adapter_draws_the_same_picture(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model)
-    out = export(run, "diffusers", tmp_path / "out")
+    out = export_run(run, "diffusers", tmp_path / "out")
     base, aligned = drawn_by_flowbp(model, None), drawn_by_flowbp(model, run)
     assert np.abs(aligned - base).mean() > 0.2
     assert np.abs(drawn_by_interleave(family, model, out) - aligned).max() <= 1
     assert np.abs(drawn_by_interleave(family, model, None) - base).max() <= 1
     assert np.abs(drawn_by_interleave(family, model, out, 0.0) - base).max() <= 1
     assert np.abs(drawn_by_interleave(family, model, out, 0.5) - aligned).mean() > 0.05
-    merged = export(run, "merged", tmp_path / "merged")
+    merged = export_run(run, "merged", tmp_path / "merged")
     assert np.abs(drawn_by_interleave(family, merged, None) - aligned).max() <= 1
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = folder_of("flux2", tmp_path)
-    out = export(trained(tmp_path, model), "diffusers", tmp_path / "out")
+    out = export_run(trained(tmp_path, model), "diffusers", tmp_path / "out")
     other = folder_of("sd3", tmp_path)
     with pytest.raises(UserError, match="does not fit StableDiffusion3Pipeline"):
         drawn_by_interleave("sd3", other, out)

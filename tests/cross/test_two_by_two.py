@@ -17,11 +17,11 @@ from imgen_common.errors import UserError
 from imgen_common.images import to_pil
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import compose, parse_caption
-from imgen_common.shapes.stories import Story
-from interleave.engine import Parts
-from interleave.miniature.oracle import VerifierCritic
-from interleave.parts import Job as Drawing
-from interleave.parts import Picture, PlannerAnswer
+from imgen_common.shapes.steps import Story
+from interleave.agents.miniature import VerifierCritic
+from interleave.loop.components import Components
+from interleave.protocols import GenerationRequest as Drawing
+from interleave.protocols import HashedImage, PlannerAnswer
 from interleave.records import Plan, PlanStep, Request
 
 GIVEN = [
@@ -41,13 +41,13 @@ class Captions:
     max_sources: int = 1
     params: dict[str, Any] = field(default_factory=dict)
 
-    async def generate(self, job: Drawing) -> Picture:
+    async def generate(self, job: Drawing) -> HashedImage:
         try:
             spec = parse_caption(job.prompt if self.sound else "a red circle")
         except KeyError:
             spec = parse_caption("a red circle")
         scene = render(compose(spec, np.random.default_rng(job.seed)))
-        return Picture.of(to_pil(torch.as_tensor(np.asarray(scene))[None])[0])
+        return HashedImage.from_pil(to_pil(torch.as_tensor(np.asarray(scene))[None])[0])
 
     async def close(self) -> None:
         pass
@@ -60,7 +60,7 @@ class Knowing:
     stories: Sequence[Story]
     id: str = "knowing"
 
-    async def plan(self, request: Request, pictures: Sequence[Picture], seed: int) -> PlannerAnswer:
+    async def plan(self, request: Request, pictures: Sequence[HashedImage], seed: int) -> PlannerAnswer:
         (story,) = [story for story in self.stories if story.request == request.text]
         steps = [PlanStep(index=i, prompt=prompt) for i, prompt in enumerate(story.prompts, 1)]
         return PlannerAnswer(Plan(steps=tuple(steps)), "", template="knowing", template_hash="0")
@@ -69,11 +69,11 @@ class Knowing:
         pass
 
 
-def scripted(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Parts:
+def scripted(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Components:
     stories = [story for kind in ("stories", "riddles") for story in two_by_two.stories_of(config, kind)]
     planner = None if agents == report.SINGLE else Knowing(stories)
     critic = VerifierCritic() if agents in (report.SFT, report.GRPO) else None
-    return Parts(planner, critic, Captions(generator == report.ALIGNED))
+    return Components(planner, critic, Captions(generator == report.ALIGNED))
 
 
 def told(folder: Path) -> dict[str, Any]:
@@ -171,14 +171,14 @@ def test_both_generators_draw_with_the_same_settings() -> None:
 @pytest.mark.slow
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
     config = load(TwoByTwo, [], ["recipes.align.sets=[num_update=3]"])
-    with pytest.raises(UserError, match=r"align failed .*unknown key; did you mean 'num_updates'.*align\.log"):
+    with pytest.raises(UserError, match=r"align failed .*unknown key; did you mean 'max_train_steps'.*align\.log"):
         two_by_two.work(config, tmp_path, two_by_two.jobs_of(config)[0])
 
 
 @pytest.mark.slow
 def test_trained_and_measured_on_the_real_miniature(tmp_path: Path) -> None:
     sets = ["num_requests=2", "num_captions=2"]
-    sets += ["recipes.align.sets=[num_updates=1, eval.every=0, eval.num_prompts=2, eval.steps=2]"]
+    sets += ["recipes.align.sets=[max_train_steps=1, eval.every=0, eval.num_prompts=2, eval.num_inference_steps=2]"]
     sets += ["recipes.data.sets=[prompts.count=6, filters.rl_share=1, filters.balance=null, filters.low=null]"]
     small = "trl.num_generations=2, trl.per_device_train_batch_size=4, trl.steps_per_generation=1"
     sets += [f"recipes.grpo.sets=[trl.max_steps=1, trl.save_steps=1, trl.gradient_accumulation_steps=1, {small}]"]

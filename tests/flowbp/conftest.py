@@ -7,7 +7,7 @@ from families import FAMILIES, folder_of
 from hypothesis import settings
 
 from flowbp import backbones
-from flowbp.types import Backbone
+from flowbp.core.types import Backbone
 
 settings.register_profile("flowbp", deadline=None)
 settings.load_profile("flowbp")

@@ -7,7 +7,7 @@ import torch
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former import modeling_mask2former
 
-from flowbp.evaluators.geneval import CLASSES
+from flowbp.evaluation.benchmarks.geneval import CLASSES
 
 
 def tiny_mask2former() -> Mask2FormerForUniversalSegmentation:

@@ -8,7 +8,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from flowbp.types import Velocity
+from flowbp.core.types import Velocity
 
 NUM_SAMPLES, NUM_TOKENS, NUM_CHANNELS = 2, 4, 4
 

@@ -1,4 +1,4 @@
-"""The papers' surrogates as they wrote them: one joint graph, one backward.  Independent of `flowbp.engine`.
+"""The papers' surrogates as they wrote them: one joint graph, one backward.  Independent of `flowbp.core.engine`.
 
 From a plan it takes only which steps were drawn; every coefficient is computed here, from the method's settings and
 the formulas of FlowBP (arXiv 2606.11075), LeapAlign (2604.15311), DRaFT (2309.17400), DRTune (2405.00760) and ReFL
@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from flowbp.core.plan import Plan
+from flowbp.core.types import Loss, Velocity
 from flowbp.methods import Method
-from flowbp.plan import Plan
-from flowbp.types import Loss, Velocity
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def refl(run: Rollout, method: Method, plan: Plan, noise: Tensor | None) -> Surr
 
 
 def draft_k(run: Rollout, method: Method, plan: Plan, noise: Tensor | None) -> Surrogate:
-    first = run.num_steps - method.active.num_steps
+    first = run.num_steps - method.active.num_active_steps
     x = run.x[first]
     for i in range(first, run.num_steps):
         x = x + run.h(i) * run.at(i, x)
@@ -144,17 +144,17 @@ def flowbp_bridge(run: Rollout, method: Method, plan: Plan, noise: Tensor | None
 
 
 def rescale(run: Rollout, method: Method, active: set[int], minimum: int) -> float:
-    if method.weights.refill == "none":
+    if method.quadrature.refill == "none":
         return 1.0
     num_window = max(minimum, math.ceil(run.num_steps * Fraction(str(method.tail))))
     total = sum(abs(float(run.h(i))) for i in range(run.num_steps - num_window, run.num_steps))
-    rho = 1 + method.weights.gamma * (total / sum(abs(float(run.h(i))) for i in active) - 1)
-    return rho if method.weights.rho_max is None else min(rho, method.weights.rho_max)
+    rho = 1 + method.quadrature.gamma * (total / sum(abs(float(run.h(i))) for i in active) - 1)
+    return rho if method.quadrature.rho_max is None else min(rho, method.quadrature.rho_max)
 
 
 def flowbp_lagrange(run: Rollout, method: Method, plan: Plan, noise: Tensor | None) -> Surrogate:
     k, j, end = plan.legs[0].start, plan.legs[1].start, run.num_steps
-    lam = method.weights.anchor
+    lam = method.quadrature.anchor
     v_k = run.again(k)
     lagrange = run.x[k] + leg_sum(run, method, k, j, v_k)
     reached = (1 - lam) * (run.x[k] + run.h(k, j) * v_k) + lam * lagrange
@@ -166,13 +166,13 @@ def flowbp_lagrange(run: Rollout, method: Method, plan: Plan, noise: Tensor | No
 
 def leg_sum(run: Rollout, method: Method, start: int, stop: int, v_start: Tensor) -> Tensor:
     """Sum of w_q v_q over the nodes of a leg, with the gradient of the first `num_supports` scaled."""
-    nodes = nodes_of(start, stop, method.weights.order)
+    nodes = nodes_of(start, stop, method.quadrature.order)
     sigmas = [Fraction(float(s)) for s in run.sigmas]
     w = [exact_weight(q, nodes, sigmas, sigmas[start], sigmas[stop]) for q in nodes]
     active = nodes[: method.active.num_supports]
     rho = 1.0
-    if method.weights.refill == "mass":
-        rho = 1 + method.weights.gamma * (sum(map(abs, w)) / sum(map(abs, w[: len(active)])) - 1)
+    if method.quadrature.refill == "mass":
+        rho = 1 + method.quadrature.gamma * (sum(map(abs, w)) / sum(map(abs, w[: len(active)])) - 1)
     total = torch.zeros_like(v_start)
     for q, w_q in zip(nodes, w, strict=True):
         if q == start:

@@ -20,7 +20,7 @@ GOLDEN_512 = (
     *(0.876604, 0.858219, 0.837461, 0.813839, 0.786717, 0.755256, 0.718322, 0.674352, 0.621124, 0.555369, 0.472075),
     *(0.363147, 0.214596, 0),
 )
-"""FLUX.2-klein at 512x512 and 25 steps (facts 1.2)."""
+"""FLUX.2-klein at 512x512 and 25 steps, as its pipeline prints them."""
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,14 @@ from detectors import saved_mask2former
 from forking import command, exit_codes, forked
 from PIL import Image
 
-from flowbp import benchmark, cli, inference, tables
-from flowbp.benchmark import Benchmark, Item, ScorerSpec, picture_file, read_scores
-from flowbp.compare import level
-from flowbp.evaluate import interval
+from flowbp import cli
+from flowbp.evaluation import sampling
+from flowbp.evaluation.benchmarks import run, settings, tables
+from flowbp.evaluation.benchmarks.run import Benchmark, image_file, read_scores
+from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec
+from flowbp.evaluation.compare import mean_score
 from imgen_common.errors import UserError
+from imgen_common.statistics import bootstrap_interval
 
 GENERATOR, PROMPTS = "builtin:shapes/generator", "builtin:shapes/test"
 CLIP = ScorerSpec(name="clip", kind="clip", ref="builtin:shapes/reward")
@@ -27,29 +30,30 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 def work(out: Path, scorers: Sequence[ScorerSpec] = (CLIP,), batch_size: int = 2, **changed: Any) -> Benchmark:
-    """Two prompts of two pictures each, three steps."""
-    one = inference.subject(GENERATOR, Path("runs"))
-    prompts = benchmark.read_prompts("hpdv2", PROMPTS, "prompt", changed.pop("num_prompts", 2))
-    numbers = {"images": 2, "steps": 3, "guidance": 2.0, "seed": 0} | changed
-    config = benchmark.configuration(one, "hpdv2", PROMPTS, prompts, scorers, **numbers)
+    """Two prompts of two images each, three steps."""
+    one = sampling.model_source(GENERATOR, Path("runs"))
+    changed = {"num_prompts": 2, "images": 2, "num_inference_steps": 3, "guidance_scale": 2.0} | changed
+    request = BenchmarkRequest("hpdv2", PROMPTS, tuple(scorers), **changed)
+    prompts = settings.read_prompts(request, "prompt")
+    config = settings.benchmark_config(one, request, prompts)
     return Benchmark(one, config, prompts, out, batch_size)
 
 
 def done(given: Benchmark) -> Benchmark:
     """All of it, as `run` does it in one process."""
-    with benchmark.open_folder(given.out, given.config, ["test"]):
-        given.draw(given.undrawn)
+    with settings.open_benchmark_folder(given.out, given.config, ["test"]):
+        given.generate_images(given.missing_images)
         for spec in given.config.scorers:
-            given.score(spec, given.unscored(spec.name))
+            given.score_images(spec, given.unscored_images(spec.name))
     return given
 
 
-def scores(out: Path, name: str = "clip") -> dict[Item, float]:
+def scores(out: Path, name: str = "clip") -> dict[ImageId, float]:
     return {item: row["score"] for item, row in read_scores(out, name).items()}
 
 
-def pictures(given: Benchmark) -> dict[Item, bytes]:
-    return {item: picture_file(given.out, item).read_bytes() for item in given.config.items}
+def pictures(given: Benchmark) -> dict[ImageId, bytes]:
+    return {item: image_file(given.out, item).read_bytes() for item in given.config.image_ids}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +71,9 @@ def copied(finished: Benchmark, tmp_path: Path) -> Benchmark:
 
 
 def test_the_folder(finished: Benchmark) -> None:
-    assert sorted(scores(finished.out)) == finished.config.items == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(scores(finished.out)) == finished.config.image_ids == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert len(set(pictures(finished).values())) == 4
-    assert json.loads((finished.out / "pictures/00001/metadata.jsonl").read_text()) == {
+    assert json.loads((finished.out / "images/00001/metadata.jsonl").read_text()) == {
         "prompt": finished.prompts[1].text
     }
     row = read_scores(finished.out, "clip")[1, 0]
@@ -78,8 +82,8 @@ def test_the_folder(finished: Benchmark) -> None:
 
 
 def test_what_is_done_is_not_done_again(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference.Subject, "load", lambda self, device: pytest.fail("loaded"))
-    monkeypatch.setattr(benchmark, "load_scorer", lambda *ignored: pytest.fail("loaded"))
+    monkeypatch.setattr(sampling.ModelSource, "load", lambda self, device: pytest.fail("loaded"))
+    monkeypatch.setattr(run, "load_scorer", lambda *ignored: pytest.fail("loaded"))
     done(copied)
 
 
@@ -89,13 +93,13 @@ def test_going_on_makes_what_is_missing_only(
     file = copied.out / "scores" / "clip.rank0.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(lines[0] + lines[2])
-    picture_file(copied.out, (1, 1)).unlink()
-    kept = {item: picture_file(copied.out, item).stat().st_mtime_ns for item in copied.config.items[:3]}
-    assert (copied.undrawn, copied.unscored("clip")) == ([(1, 1)], [(0, 1), (1, 1)])
+    image_file(copied.out, (1, 1)).unlink()
+    kept = {item: image_file(copied.out, item).stat().st_mtime_ns for item in copied.config.image_ids[:3]}
+    assert (copied.missing_images, copied.unscored_images("clip")) == ([(1, 1)], [(0, 1), (1, 1)])
     done(copied)
     assert pictures(copied) == pictures(finished)
     assert scores(copied.out) == pytest.approx(scores(finished.out), abs=1e-4)
-    assert {item: picture_file(copied.out, item).stat().st_mtime_ns for item in kept} == kept
+    assert {item: image_file(copied.out, item).stat().st_mtime_ns for item in kept} == kept
     assert len(file.read_text().splitlines()) == 4
 
 
@@ -104,26 +108,26 @@ def test_the_batch_does_not_matter(finished: Benchmark, tmp_path: Path, batch_si
     other = done(work(tmp_path / "other", batch_size=batch_size))
     assert scores(other.out) == pytest.approx(scores(finished.out), abs=1e-4)
     ours, theirs = (
-        [np.asarray(Image.open(picture_file(one.out, item)), int) for item in one.config.items]
+        [np.asarray(Image.open(image_file(one.out, item)), int) for item in one.config.image_ids]
         for one in (other, finished)
     )
     assert max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) <= 1
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are(finished: Benchmark, tmp_path: Path) -> None:
+def test_a_image_does_not_depend_on_how_many_there_are(finished: Benchmark, tmp_path: Path) -> None:
     more = done(work(tmp_path / "more", scorers=(), num_prompts=3, images=3, batch_size=9))
     assert pictures(finished).items() <= pictures(more).items()
 
 
-def test_two_processes_share_the_pictures_without_overlap(finished: Benchmark, tmp_path: Path) -> None:
+def test_two_processes_share_the_images_without_overlap(finished: Benchmark, tmp_path: Path) -> None:
     ranks = [replace(work(tmp_path / "two"), rank=rank) for rank in (0, 1)]
-    with benchmark.open_folder(ranks[0].out, ranks[0].config, ["test"]):
-        todo = ranks[0].undrawn
+    with settings.open_benchmark_folder(ranks[0].out, ranks[0].config, ["test"]):
+        todo = ranks[0].missing_images
         for rank in ranks:
-            rank.draw(todo[rank.rank :: 2])
-        todo = ranks[0].unscored("clip")
+            rank.generate_images(todo[rank.rank :: 2])
+        todo = ranks[0].unscored_images("clip")
         for rank in ranks:
-            rank.score(CLIP, todo[rank.rank :: 2])
+            rank.score_images(CLIP, todo[rank.rank :: 2])
     assert scores(ranks[0].out) == pytest.approx(scores(finished.out), abs=1e-4)
     files = sorted((ranks[0].out / "scores").iterdir())
     assert [(file.name, len(file.read_text().splitlines())) for file in files] == [
@@ -135,19 +139,19 @@ def test_two_processes_share_the_pictures_without_overlap(finished: Benchmark, t
 def test_scores_without_a_number_stay_so(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ScorerSpec(name="ur_iq", kind="ur_iq", ref="served")
     marks: list[dict[str, Any]] = [{"score": 4.0}, {"score": None, "answer": "no"}, {"score": None}, {"score": None}]
-    monkeypatch.setattr(benchmark, "load_scorer", lambda *ignored: lambda pictures, prompts: marks)
+    monkeypatch.setattr(run, "load_scorer", lambda *ignored: lambda pictures, prompts: marks)
     done(replace(copied, config=copied.config.model_copy(update={"scorers": (spec,)})))
-    assert copied.unscored("ur_iq") == []
-    row = tables.row_of(copied.out)
-    assert (row.levels["ur_iq"].mean, row.levels["ur_iq"].num, row.unscored) == (4.0, 1, {"clip": 0, "ur_iq": 3})
-    assert "ur_iq gave 3 of 4 pictures no score" in tables.markdown([row])
+    assert copied.unscored_images("ur_iq") == []
+    row = tables.read_row(copied.out)
+    assert (row.means["ur_iq"].mean, row.means["ur_iq"].num, row.unscored) == (4.0, 1, {"clip": 0, "ur_iq": 3})
+    assert "ur_iq gave 3 of 4 images no score" in tables.table_markdown([row])
 
 
 def test_a_torn_row_is_told(copied: Benchmark) -> None:
     file = copied.out / "scores" / "clip.rank0.jsonl"
     file.write_text(file.read_text() + '{"prompt": 1, "ima')
     with pytest.raises(UserError, match=r"clip\.rank0\.jsonl:5: not a row of scores"):
-        copied.unscored("clip")
+        copied.unscored_images("clip")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -156,8 +160,8 @@ def test_a_torn_row_is_told(copied: Benchmark) -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"guidance": 3.0}, "the run has guidance = 2.0, now 3.0 was given"),
-        ({"steps": 4}, "steps = 3, now 4"),
+        ({"guidance_scale": 3.0}, "the run has guidance_scale = 2.0, now 3.0 was given"),
+        ({"num_inference_steps": 4}, "num_inference_steps = 3, now 4"),
         ({"seed": 1}, "seed = 0, now 1"),
         ({"images": 1}, "images = 2, now 1"),
         ({"num_prompts": 3}, "content = "),
@@ -166,14 +170,14 @@ def test_a_torn_row_is_told(copied: Benchmark) -> None:
 def test_other_settings_are_refused(copied: Benchmark, changed: dict[str, Any], said: str) -> None:
     other = work(copied.out, **changed)
     with pytest.raises(UserError) as error:
-        benchmark.open_folder(other.out, other.config, ["test"])
+        settings.open_benchmark_folder(other.out, other.config, ["test"])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_scorers_may_be_added_but_not_exchanged(copied: Benchmark) -> None:
     done(work(copied.out, scorers=(HELDOUT,)))
-    assert list(tables.row_of(copied.out).levels) == ["clip", "heldout"]
+    assert list(tables.read_row(copied.out).means) == ["clip", "heldout"]
     exchanged = HELDOUT.model_copy(update={"ref": CLIP.ref})
     with pytest.raises(UserError, match="its scores 'heldout' are of clip=builtin:shapes/heldout"):
         done(work(copied.out, scorers=(exchanged,)))
@@ -185,7 +189,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty and not a run"):
         done(work(tmp_path))
     with pytest.raises(UserError, match="not a run folder"):
-        tables.row_of(tmp_path)
+        tables.read_row(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +199,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ("clip=", "must be KIND=REF"),
         ("aesthetc=x", "unknown kind 'aesthetc'; did you mean 'aesthetic'?"),
         ("Pick Score:clip=x", "lower-case letters"),
-        ("geneval=x", "give it with --colours"),
+        ("geneval=x", "give --color-model"),
     ],
 )
 def test_scorers_are_parsed(text: str, said: str) -> None:
-    assert benchmark.parse_scorer("clip=a=b", None) == ScorerSpec(name="clip", kind="clip", ref="a=b")
-    assert benchmark.parse_scorer("pickscore:clip=o/n@r", "x") == ScorerSpec(name="pickscore", kind="clip", ref="o/n@r")
+    assert settings.parse_scorer("clip=a=b", None) == ScorerSpec(name="clip", kind="clip", ref="a=b")
+    assert settings.parse_scorer("pickscore:clip=o/n@r", "x") == ScorerSpec(name="pickscore", kind="clip", ref="o/n@r")
     with pytest.raises(UserError) as error:
-        benchmark.parse_scorer(text, None)
+        settings.parse_scorer(text, None)
     assert said in str(error.value)
 
 
@@ -210,17 +214,17 @@ def test_scorers_are_parsed(text: str, said: str) -> None:
 
 
 def test_an_interval_of_strata_weighs_them_the_same() -> None:
-    mean, low, high = interval([[1.0] * 50, [0.0] * 5])
+    mean, low, high = bootstrap_interval([[1.0] * 50, [0.0] * 5])
     assert (mean, low, high) == (0.5, 0.5, 0.5)
     values = np.random.default_rng(0).normal(size=400)
-    mean, low, high = interval([values.tolist()])
+    mean, low, high = bootstrap_interval([values.tolist()])
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
-    assert level([0.0] * 40 + [1.0] * 40, [1.0] * 10).mean == 0.75
+    assert mean_score([0.0] * 40 + [1.0] * 40, [1.0] * 10).mean == 0.75
 
 
 def geneval_folder(folder: Path, right: dict[str, list[float]]) -> Path:
-    """A finished folder of two pictures a prompt, as far as a table needs it; right: by tag, a value per picture."""
-    spec = ScorerSpec(name="geneval", kind="geneval", ref="detector", colours="clip")
+    """A finished folder of two images a prompt, as far as a table needs it; right: by tag, a value per image."""
+    spec = ScorerSpec(name="geneval", kind="geneval", ref="detector", color_model="clip")
     values = [(tag, value) for tag, given in right.items() for value in given]
     config = work(folder).config.model_copy(
         update={
@@ -230,7 +234,7 @@ def geneval_folder(folder: Path, right: dict[str, list[float]]) -> Path:
             "label": folder.name,
         }
     )
-    benchmark.open_folder(folder, config, ["test"]).close()
+    settings.open_benchmark_folder(folder, config, ["test"]).close()
     (folder / "scores").mkdir()
     rows = [{"prompt": i // 2, "image": i % 2, "tag": tag, "score": score} for i, (tag, score) in enumerate(values)]
     (folder / "scores" / "geneval.rank0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -241,18 +245,18 @@ def test_the_table_of_geneval(tmp_path: Path) -> None:
     folder = geneval_folder(
         tmp_path / "mine", {"counting": [1, 0, 1, 1, 0, 0, 1, 1], "single_object": [1, 1], "position": [0, 1]}
     )
-    row = tables.write(folder)
-    assert list(tables.columns([row])) == ["overall", "single_object", "counting", "position"]
-    means = {name: one.mean for name, one in row.levels.items()}
+    row = tables.write_table(folder)
+    assert list(tables.score_columns([row])) == ["overall", "single_object", "counting", "position"]
+    means = {name: one.mean for name, one in row.means.items()}
     assert means == {"overall": pytest.approx(212.5 / 3), "single_object": 100, "counting": 62.5, "position": 50}
-    counting = row.levels["counting"]
+    counting = row.means["counting"]
     assert 0 < counting.low < 62.5 < counting.high <= 100
     page = (folder / "table.md").read_text()
-    assert page.startswith("| | Overall | Single | Count | Position |\n| --- | ---: |")
+    assert [cell.strip() for cell in page.splitlines()[0].split("|")][2:6] == ["Overall", "Single", "Count", "Position"]
     assert "| mine | 70.83 <br> " in page
-    assert "heldout has 0 of 12 pictures" in page
+    assert "heldout has 0 of 12 images" in page
     (content,) = json.loads((folder / "table.json").read_text())
-    assert content["levels"]["overall"]["mean"] == means["overall"]
+    assert content["means"]["overall"]["mean"] == means["overall"]
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
@@ -272,8 +276,19 @@ def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def hpdv2(out: Path, *more: object) -> list[object]:
-    words = ["benchmark", GENERATOR, "--prompts", PROMPTS, "--num-prompts", 2, "--images", 2, "--steps", 3]
-    return [*words, "--guidance", 2, "--out", out, "--score", "clip=builtin:shapes/reward", *more]
+    words = [
+        "benchmark",
+        GENERATOR,
+        "--prompts",
+        PROMPTS,
+        "--num-prompts",
+        2,
+        "--images",
+        2,
+        "--num-inference-steps",
+        3,
+    ]
+    return [*words, "--guidance-scale", 2, "--out", out, "--score", "clip=builtin:shapes/reward", *more]
 
 
 def test_hpdv2_as_a_command(flowbp: Call, finished: Benchmark, tmp_path: Path) -> None:
@@ -285,11 +300,11 @@ def test_hpdv2_as_a_command(flowbp: Call, finished: Benchmark, tmp_path: Path) -
     code, output, _ = flowbp(*hpdv2(tmp_path / "a", "--json"))
     assert code == 0
     (row,) = json.loads(output)
-    assert row["levels"]["clip"]["num"] == 2
+    assert row["means"]["clip"]["num"] == 2
     code, output, _ = flowbp("table", tmp_path / "a", finished.out, "--markdown")
     assert code == 0
-    assert f"| {GENERATOR} (a) |" in output
-    assert f"| {GENERATOR} (finished) |" in output
+    assert f"| {GENERATOR} (a) " in output
+    assert f"| {GENERATOR} (finished) " in output
 
 
 METADATA = [
@@ -308,16 +323,25 @@ def test_geneval_as_a_command(flowbp: Call, tmp_path: Path) -> None:
     """A random detector that sees cats everywhere, none of them surely, and a CLIP that has never seen one."""
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, METADATA)))
     detector = saved_mask2former(tmp_path / "detector")
-    words = ["benchmark", GENERATOR, "--protocol", "geneval", "--prompts", tmp_path / "metadata.jsonl", "--steps", 2]
+    words = [
+        "benchmark",
+        GENERATOR,
+        "--protocol",
+        "geneval",
+        "--prompts",
+        tmp_path / "metadata.jsonl",
+        "--num-inference-steps",
+        2,
+    ]
     words += ["--out", tmp_path / "out", "--images", 2, "--score", f"geneval={detector}"]
-    code, output, errors = flowbp(*words, "--colours", "builtin:shapes/heldout")
+    code, output, errors = flowbp(*words, "--color-model", "builtin:shapes/heldout")
     assert code == 0, errors
-    assert output.split()[:4] == ["Overall", "Single", "Count", "Colour"]
+    assert output.split()[:4] == ["Overall", "Single", "Count", "Color"]
     rows = read_scores(tmp_path / "out", "geneval")
     assert [rows[0, k]["score"] for k in (0, 1)] == [1.0, 1.0]
     assert [rows[1, k]["mistakes"] for k in (0, 1)] == [["0 of 2 cat found"]] * 2
     assert all(row["score"] == float(not row["mistakes"]) for row in rows.values())
-    assert [json.loads(file.read_text()) for file in sorted(tmp_path.glob("out/pictures/*/metadata.jsonl"))] == METADATA
+    assert [json.loads(file.read_text()) for file in sorted(tmp_path.glob("out/images/*/metadata.jsonl"))] == METADATA
 
 
 def assert_refused(answer: tuple[int, str, str], said: str) -> None:
@@ -335,11 +359,11 @@ def assert_refused(answer: tuple[int, str, str], said: str) -> None:
         (["--score", "heldout:clip=builtin:shapes/none"], "unknown model"),
         (["--score", "clip=builtin:shapes/heldout"], "--score: clip given twice"),
         (["--score", "ur_iq=m"], "must be the base URL"),
-        (["--score", "geneval=x", "--colours", "y"], "give --protocol geneval"),
-        (["--guidance", "0"], "--guidance 0"),
+        (["--score", "geneval=x", "--color-model", "y"], "give --protocol geneval"),
+        (["--guidance-scale", "0"], "--guidance-scale 0"),
         (["--size", "33"], "multiples of"),
         (["--prompts", "none.txt"], "no such prompt file"),
-        (["--protocol", "geneval"], "cannot be read"),
+        (["--protocol", "geneval"], "no such file"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:

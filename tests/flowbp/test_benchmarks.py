@@ -10,24 +10,30 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.common import table
 from benchmarks.perf import gpu_update, sweep_memory
 from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
 from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
 from flowbp.config import TrainConfig
-from flowbp.engine import rollout
-from flowbp.evaluate import initial_noise
+from flowbp.core.engine import rollout
+from flowbp.core.noise import initial_noise
 from flowbp.methods import METHODS
 from imgen_common.config import load
+from imgen_common.console import markdown_table
 from imgen_common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["num_steps=12", "batch_size=1", "eval.steps=2", "eval.num_prompts=4", "eval.quick_num_prompts=3"]
+SMALL = [
+    "num_inference_steps=12",
+    "total_batch_size=1",
+    "eval.num_inference_steps=2",
+    "eval.num_prompts=4",
+    "eval.quick_num_prompts=3",
+]
 CPU = torch.device("cpu")
 
 
 def test_a_table_is_markdown() -> None:
-    assert table(["a", "b"], [["x", "1.0"]]) == "| a |   b |\n| - | --: |\n| x | 1.0 |"
+    assert markdown_table(["a", "b"], [["x", "1.0"]]) == "| a |   b |\n| - | --: |\n| x | 1.0 |"
 
 
 # sweep_memory ---------------------------------------------------------------------------------------------------------
@@ -218,9 +224,9 @@ def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
 
 
 def test_fidelity_measures_the_trained_reward_alone() -> None:
-    recipe = gradient_fidelity.recipe_of([], ["guidance.scale=2"])
+    recipe = gradient_fidelity.recipe_of([], ["guidance_scale=2"])
     assert [scorer.name for scorer in recipe.scorers] == ["reward"]
-    assert recipe.guidance.scale == 2
+    assert recipe.guidance_scale == 2
 
 
 def test_fidelity_ends_a_shared_rollout_where_the_reward_looks(bench: Bench) -> None:
@@ -228,7 +234,7 @@ def test_fidelity_ends_a_shared_rollout_where_the_reward_looks(bench: Bench) -> 
     prompt = gradient_fidelity.Prompt(bench.settings.config, bench.parts, SIZE, 1, CPU)
     drawn = prompt.draw(METHODS["refl"], 0)
     noise = initial_noise(bench.parts.backbone, (32, 32), SIZE.seed, "fidelity-noise", prompt.samples)
-    own = rollout(prompt.velocity, noise, prompt.sigmas, drawn.keep)
+    own = rollout(prompt.velocity, noise, prompt.sigmas, drawn.rollout_spec)
     torch.testing.assert_close(prompt._ending(drawn).x_end, own.x_end)
 
 
@@ -269,10 +275,10 @@ def test_a_run_cut_off_between_budgets_goes_on_to_the_same_end(bench: Bench, tmp
 
 def test_the_control_learns_its_own_loss(bench: Bench) -> None:
     trainer = bench.trainer(CONTROL, 1e-4, 0, 1)
-    before = {name: p.detach().clone() for name, p in trainer.parts.parameters.items()}
+    before = {name: p.detach().clone() for name, p in trainer.models.parameters.items()}
     metrics = trainer.step()
     assert 0 < metrics["loss"] < 10
-    assert any(not torch.equal(p, before[name]) for name, p in trainer.parts.parameters.items())
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.models.parameters.items())
     assert len(bench.pictures.captions) == len(bench.pictures.latents) == 32
 
 
@@ -375,7 +381,7 @@ def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
 def test_cells_of_other_settings_are_not_mixed_in(folder: Path) -> None:
     miniature_cells.keep_settings(folder, settings_of())
     with pytest.raises(UserError, match="other config, rates"):
-        miniature_cells.keep_settings(folder, settings_of("batch_size=4", rates=(1e-5, 1e-3)))
+        miniature_cells.keep_settings(folder, settings_of("total_batch_size=4", rates=(1e-5, 1e-3)))
 
 
 def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
@@ -392,7 +398,7 @@ def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
     assert [(j.method, j.seed, len(j.stops)) for j in final] == [
         ("refl", 0, 2), ("draft_k", 0, 2), ("refl", 1, 2), ("draft_k", 1, 2)
     ]  # fmt: skip
-    other = settings_of("optim.schedule=cosine")
+    other = settings_of("optim.lr_scheduler=cosine")
     assert [part.stops for part in miniature_cells.split(other, final[0])] == [(s,) for s in final[0].stops]
 
 
@@ -419,4 +425,4 @@ def test_an_unknown_competitor_is_refused_with_the_nearest() -> None:
 def test_the_recipe_that_hacks_the_reward_is_one() -> None:
     config = load(TrainConfig, [ROOT / "configs" / "flowbp" / "miniature" / "hack.yaml"])
     assert config.method.active.kind == "last_steps"
-    assert config.optim.lr > TrainConfig().optim.lr
+    assert config.optim.learning_rate > TrainConfig().optim.learning_rate

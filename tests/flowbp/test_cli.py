@@ -18,34 +18,37 @@ import pytest
 import torch
 import typer
 
-from flowbp import cli, launch
+from flowbp import cli
+from flowbp.cli import app
 from flowbp.config import Hinge, TrainConfig
-from flowbp.explain import METHODS, about, axes_of, linear_grid, strip
-from flowbp.plan import plan
-from flowbp.progress import Lines, clock, memory, spark
-from flowbp.results import load_evaluations
-from flowbp.train import losses_of
+from flowbp.core.plan import draw_plan
+from flowbp.evaluation.results import load_evaluations
+from flowbp.methods import METHODS
+from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, plan_strip
+from flowbp.training.progress import TextReporter, format_duration, format_memory, sparkline
+from flowbp.training.reward_stage import reward_losses
+from flowbp.training.runs import new_run_path
 from imgen_common import hub
 from imgen_common.config import load
-from imgen_common.runs import RunFolder
+from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator
 
 COMMANDS = (
-    *("train", "plan", "methods", "explain", "sample", "eval", "benchmark", "table"),
+    *("train", "estimate", "methods", "explain", "sample", "eval", "benchmark", "table"),
     *("report", "prefetch", "export", "convert-reward"),
 )
 SMALL = (
     *(
         "method=flowbp_sparse",
-        "guidance.scale=1",
-        "num_updates=3",
-        "num_steps=4",
-        "batch_size=2",
+        "guidance_scale=1",
+        "max_train_steps=3",
+        "num_inference_steps=4",
+        "total_batch_size=2",
         "eval.num_prompts=12",
-        "eval.steps=2",
+        "eval.num_inference_steps=2",
         "eval.every=2",
     ),
-    *("eval.quick_num_prompts=2", "checkpoint.every=2", "eval.guidance=[1.0, 2.0]"),
+    *("eval.quick_num_prompts=2", "checkpoint.every=2", "eval.guidance_scale=[1.0, 2.0]"),
 )
 
 Call = Callable[..., tuple[int, str, str]]
@@ -125,7 +128,7 @@ def test_every_command_has_an_example(flowbp: Call, command: str) -> None:
 
 
 def test_the_examples_are_all_commands() -> None:
-    assert tuple(typer.main.get_command(cli.app).commands) == COMMANDS  # type: ignore[attr-defined]
+    assert tuple(typer.main.get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -133,11 +136,14 @@ def test_the_examples_are_all_commands() -> None:
     [
         (["trian"], "Did you mean 'train'?"),
         (["train", "--resum", "x"], "--resume"),
-        (["explain", "full", "--stesp", "3"], "--steps"),
+        (["explain", "full", "--num-inferense-steps", "3"], "--num-inference-steps"),
         (["explain", "refll"], "did you mean 'refl'?"),
         (["explain", "nothing"], "allowed: refl, draft_k"),
         (["train", "--set", "lorra.rank=2"], "did you mean 'lora'?"),
         (["train", "flowbp_bridge"], "write --set method=flowbp_bridge"),
+        (["plan"], "plan: renamed; write estimate"),
+        (["sample", "a cat", "--steps=3"], "--steps: renamed; write --num-inference-steps"),
+        (["explain", "full", "--picture", "a.png"], "--picture: renamed; write --figure"),
     ],
 )
 def test_typos_answer_with_the_nearest_name(flowbp: Call, words: list[str], said: str) -> None:
@@ -150,13 +156,17 @@ def test_typos_answer_with_the_nearest_name(flowbp: Call, words: list[str], said
 
 
 BAD = {
+    "renamed key": (["num_updates=3"], "num_updates=3: renamed; write max_train_steps"),
+    "renamed key of a part": (["optim.lr=1e-3"], "optim.lr=1e-3: renamed; write learning_rate"),
+    "renamed key of a method": (["method.active.num_steps=3"], "renamed; write num_active_steps"),
+    "key of a part that is no longer there": (["guidance.scale=2"], "renamed; write guidance_scale, beside guidance"),
     "unknown key": (["optim.learing_rate=1"], "unknown key"),
-    "wrong type": (["num_updates=many"], "must be a valid integer, got 'many'"),
-    "out of range": (["optim.lr=2"], "must be less than or equal to 1"),
+    "wrong type": (["max_train_steps=many"], "must be a valid integer, got 'many'"),
+    "out of range": (["optim.learning_rate=2"], "must be less than or equal to 1"),
     "unknown method": (["method=flowbp_spars"], "did you mean 'flowbp_sparse'?; allowed: refl, draft_k"),
     "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
     "more active steps than steps": (
-        ["method=flowbp_sparse", "num_steps=4", "method.active.num_steps=5"],
+        ["method=flowbp_sparse", "num_inference_steps=4", "method.active.num_active_steps=5"],
         "asks for 5 of 4 steps",
     ),
     "alpha above 1": (["method=flowbp_bridge", "method.coupling.alpha=1.5"], "less than or equal to 1, got 1.5"),
@@ -166,9 +176,9 @@ BAD = {
     "not a generator": (["model.ref=builtin:shapes/reward"], "cannot train"),
     "missing prompts": (["data.prompts=none.txt"], "no such prompt file"),
     "missing prompts to evaluate": (["eval.prompts=none.txt"], "no such prompt file"),
-    "batch that does not divide": (["batch_size=5", "micro_batch_size=2"], "choose a divisor"),
+    "batch that does not divide": (["total_batch_size=5", "per_device_batch_size=2"], "choose a divisor"),
     "picture that does not fit": (["model.height=33"], "multiples of"),
-    "adapters that match nothing": (["lora.targets=[nothing]"], "match no linear layer"),
+    "adapters that match nothing": (["lora.target_modules=[nothing]"], "match no linear layer"),
     "name with a folder": (["name=../elsewhere"], "must be the plain name"),
 }
 
@@ -242,11 +252,11 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["train", "--resume", "nowhere"], "no such run"),
         (["sample", "--run", "nowhere"], "nowhere"),
         (["sample", "--base"], "is for --run"),
-        (["sample", "--guidance", "0"], "above 0"),
+        (["sample", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
-        (["explain", "full", "--picture", "x.gif"], "must end in .png, .svg or .pdf"),
+        (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
-        (["explain", "flowbp_sparse", "--steps", "2"], "asks for 3 of 2 steps"),
+        (["explain", "flowbp_sparse", "--num-inference-steps", "2"], "asks for 3 of 2 steps"),
         (["prefetch", "builtin:shapes/nothing"], "unknown model"),
         (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv3'"),
         (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
@@ -278,17 +288,17 @@ def test_the_environment_names_the_command(trained: Path) -> None:
 
 
 def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: Path) -> None:
-    assert launch.new_path(load(TrainConfig, [], SMALL), trained.parent) == trained.with_name(trained.name + "-2")
+    assert new_run_path(load(TrainConfig, [], SMALL), trained.parent) == trained.with_name(trained.name + "-2")
     code, output, _ = flowbp(
-        "train", "--runs", trained.parent, "--resume", trained.name, "--json", *sets("num_updates=4")
+        "train", "--runs", trained.parent, "--resume", trained.name, "--json", *sets("max_train_steps=4")
     )
     assert code == 0
     events = [json.loads(line) for line in output.splitlines()]
     assert [event["update"] for event in events if event["event"] == "update"] == [4]
-    assert events[0] == {"event": "start", "run": str(trained), "num_updates": 4}
+    assert events[0] == {"event": "start", "run": str(trained), "max_train_steps": 4}
     assert events[-1]["event"] == "done"
     assert {one["guidance"] for one in events[-1]["results"]} == {1.0, 2.0}
-    assert RunFolder.open(trained, is_main=False).config(TrainConfig).num_updates == 4
+    assert RunFolder.open(trained, is_main=False).config(TrainConfig).max_train_steps == 4
     lines = list(RunFolder.open(trained, is_main=False).metrics())
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
@@ -296,7 +306,18 @@ def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: 
 
 
 def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, tmp_path: Path) -> None:
-    words = ["sample", "a red circle", "--run", trained, "--num", 2, "--steps", 3, "--out", tmp_path]
+    words = [
+        "sample",
+        "a red circle",
+        "--run",
+        trained,
+        "--num-images",
+        2,
+        "--num-inference-steps",
+        3,
+        "--out",
+        tmp_path,
+    ]
     assert flowbp(*words)[0] == 0
     assert flowbp(*words, "--base")[0] == 0
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -306,7 +327,7 @@ def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, 
 
 
 def test_evaluating_a_run_compares_it_with_its_base(flowbp: Call, trained: Path) -> None:
-    code, output, _ = flowbp("eval", trained, "--num-prompts", 6, "--guidance", 1, "--json")
+    code, output, _ = flowbp("eval", trained, "--num-prompts", 6, "--guidance-scale", 1, "--json")
     assert code == 0
     (result,) = json.loads(output)["results"]
     assert (result["before"], result["after"]) == (f"{trained.name} (base)", trained.name)
@@ -315,7 +336,15 @@ def test_evaluating_a_run_compares_it_with_its_base(flowbp: Call, trained: Path)
 
 
 def test_evaluating_a_model_alone(flowbp: Call) -> None:
-    words = ["eval", "builtin:shapes/generator", "--num-prompts", 6, "--guidance", 1, *sets("eval.steps=2")]
+    words = [
+        "eval",
+        "builtin:shapes/generator",
+        "--num-prompts",
+        6,
+        "--guidance-scale",
+        1,
+        *sets("eval.num_inference_steps=2"),
+    ]
     code, output, _ = flowbp(*words)
     assert code == 0
     assert "builtin:shapes/generator, 6 prompts" in output
@@ -340,7 +369,7 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
         "--dry-run",
         "--runs",
         tmp_path / "runs",
-        *sets("method=draft_k", "num_steps=25", "guidance.scale=2", "batch_size=6"),
+        *sets("method=draft_k", "num_inference_steps=25", "guidance_scale=2", "total_batch_size=6"),
     ]
     code, output, _ = flowbp(*words)
     assert code == 0
@@ -371,7 +400,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, "num_updates=500")]
+    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, "max_train_steps=500")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -381,7 +410,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     (run,) = tmp_path.iterdir()
     assert process.returncode == 130
-    assert errors == f"\nstopped; go on with: flowbp train --resume {run}\n"  # and no advice from libraries
+    assert errors == f"\nstopped; continue with: flowbp train --resume {run}\n"  # and no advice from libraries
     assert RunFolder.open(run, is_main=False).latest_checkpoint() >= 10  # type: ignore[operator]
 
 
@@ -392,7 +421,7 @@ def test_methods_lists_all_with_their_sources(flowbp: Call) -> None:
     rows = json.loads(flowbp("methods", "--json")[1])
     assert [row["name"] for row in rows] == list(METHODS)
     assert all(row["about"].endswith(".") and row["source"] for row in rows)
-    assert "2606.11075" in about("flowbp_bridge").source
+    assert "2606.11075" in describe_method("flowbp_bridge").source
     code, output, _ = flowbp("methods")
     assert code == 0
     assert all(name in output for name in METHODS)
@@ -400,31 +429,31 @@ def test_methods_lists_all_with_their_sources(flowbp: Call) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_explain_shows_every_method(flowbp: Call, method: str) -> None:
-    code, output, _ = flowbp("explain", method, "--steps", 25, "--seed", 3)
+    code, output, _ = flowbp("explain", method, "--num-inference-steps", 25, "--seed", 3)
     assert code == 0
-    drawn = plan(METHODS[method], linear_grid(25), numpy_generator(3, "plan", 0))
+    drawn = draw_plan(METHODS[method], linear_sigmas(25), numpy_generator(3, "plan", 0))
     assert all(f"{row['weight']:+.4f}" in output for row in drawn.table())
     assert "what the reward sees" in output
 
 
-def test_explain_draws_a_picture_and_takes_the_models_levels(flowbp: Call, tmp_path: Path) -> None:
+def test_explain_writes_a_figure_and_takes_the_models_levels(flowbp: Call, tmp_path: Path) -> None:
     words = [
         "--set",
         "method.coupling.alpha=0.7",
         "--model",
         "builtin:shapes/generator",
-        "--picture",
+        "--figure",
         tmp_path / "a.png",
     ]
-    code, output, _ = flowbp("explain", "flowbp_bridge", "--steps", 9, *words)
+    code, output, _ = flowbp("explain", "flowbp_bridge", "--num-inference-steps", 9, *words)
     assert code == 0
     assert "bridge: alpha 0.7" in output
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_strip_lines_up() -> None:
-    drawn = plan(METHODS["flowbp_lagrange"], linear_grid(25, 3.0), numpy_generator(3, "plan", 0))
-    rows = dict(strip(drawn))
+    drawn = draw_plan(METHODS["flowbp_lagrange"], linear_sigmas(25, 3.0), numpy_generator(3, "plan", 0))
+    rows = dict(plan_strip(drawn))
     for term in drawn.terms:
         assert rows["active"][3 * term.step] == ("◉" if term.coupling else "●")
     for k, leg in enumerate(drawn.legs, 1):
@@ -432,15 +461,15 @@ def test_the_strip_lines_up() -> None:
         assert line.index("○") == 3 * leg.start
         assert line.index("┤") == 3 * leg.stop
     assert rows["reward"].index("▲") == 75
-    assert strip(plan(METHODS["full"], linear_grid(100), numpy_generator(0, "plan", 0))) == []
+    assert plan_strip(draw_plan(METHODS["full"], linear_sigmas(100), numpy_generator(0, "plan", 0))) == []
 
 
 def test_axes_name_their_numbers() -> None:
-    axes = axes_of(METHODS["flowbp_lagrange"])
+    axes = describe_axes(METHODS["flowbp_lagrange"])
     assert axes["active steps"].startswith(
         "first_supports: sampler dirichlet (clean 2.5, gap 6, noisy 2), num_supports 2"
     )
-    assert axes_of(METHODS["full"])["weights"] == "euler"
+    assert describe_axes(METHODS["full"])["weights"] == "euler"
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
@@ -454,23 +483,23 @@ def test_the_configuration_reference_is_up_to_date(monkeypatch: pytest.MonkeyPat
 
 def test_without_a_ceiling_the_loss_is_the_negative_score() -> None:
     scores = torch.tensor([-2.0, 0.5, 3.0])
-    assert torch.equal(losses_of(Hinge(), scores), -scores)
-    assert losses_of(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
+    assert torch.equal(reward_losses(Hinge(), scores), -scores)
+    assert reward_losses(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
 
 
 def test_plain_progress_speaks_now_and_then() -> None:
     said: list[str] = []
-    lines = Lines(25, ["reward"], said.append)
+    lines = TextReporter(25, ["reward"], said.append)
     lines.stage("training")
     for update in range(1, 26):
-        lines.update(update, {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_mb": 1500.0, "gap_0": 0.1})
+        lines.update(update, {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_gib": 1.5, "gap_0": 0.1})
     assert [line.split()[1] for line in said[1:]] == ["1/25", "10/25", "20/25", "25/25"]
     assert "gaps 0.100" in said[-1]
-    assert "1.50 GB" in said[-1]
+    assert "1.50 GiB" in said[-1]
 
 
 def test_numbers_for_people() -> None:
-    assert [clock(s) for s in (41, 125, 3 * 3600 + 1200)] == ["41 s", "2 min 05 s", "3 h 20 min"]
-    assert [memory(m) for m in (842, 1020)] == ["842 MB", "1.02 GB"]
-    assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert spark([1.0, 1.0], 40) == "▁▁"
+    assert [format_duration(s) for s in (41, 125, 3 * 3600 + 1200)] == ["41 s", "2 min 05 s", "3 h 20 min"]
+    assert [format_memory(m) for m in (0.842, 1.02)] == ["0.84 GiB", "1.02 GiB"]
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, 1.0], 40) == "▁▁"

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from flowbp.engine import backpropagate, leg_gaps, rollout, sample_weights, sweep
-from flowbp.methods import METHODS, get
-from flowbp.plan import Keep, Leg, Plan, Term, plan
-from flowbp.types import Trajectory
+from flowbp.core.axes.grid import Leg
+from flowbp.core.engine import BackwardOptions, backpropagate, leg_gaps, rollout, sample_weights, sweep
+from flowbp.core.plan import Plan, RolloutSpec, Term, draw_plan
+from flowbp.core.types import Trajectory
+from flowbp.methods import METHODS, get_method
 
 DIM = 3
 
@@ -45,21 +46,23 @@ def by_matrices(drawn: Plan, field: Linear, cotangent: Tensor) -> Tensor:
 def test_every_method_is_a_product_of_matrices(name, num_steps, seed, chunk):
     field, rng = Linear(), np.random.default_rng(seed)
     sigmas = random_sigmas(num_steps, rng)
-    drawn = plan(get(name), sigmas, rng)
-    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.keep)
+    drawn = draw_plan(get_method(name), sigmas, rng)
+    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.rollout_spec)
     cotangent = noise(2, DIM, seed=9)
     stats = sweep(drawn, trajectory, field, cotangent, chunk)
     assert relative(field.b.grad, by_matrices(drawn, field, cotangent)) <= 1e-12
     assert stats.num_forwards == len(drawn.terms)
-    assert stats.num_batches <= len(drawn.terms)
+    assert stats.num_forward_passes <= len(drawn.terms)
     assert stats.num_jacobians == sum(term.coupling > 0 for term in drawn.terms)
 
 
 def test_chunks_share_forwards():
     field, sigmas = Linear(), random_sigmas(9, np.random.default_rng(0))
     drawn = Plan(tuple(sigmas.tolist()), tuple(Term(i, -0.1, 0.5 * (i == 5)) for i in range(8, -1, -1)), 9)
-    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.keep)
-    batches = {chunk: sweep(drawn, trajectory, field, noise(2, DIM), chunk).num_batches for chunk in (1, 2, 3, 9)}
+    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.rollout_spec)
+    batches = {
+        chunk: sweep(drawn, trajectory, field, noise(2, DIM), chunk).num_forward_passes for chunk in (1, 2, 3, 9)
+    }
     assert batches == {1: 9, 2: 2 + 1 + 3, 3: 1 + 1 + 2, 9: 1 + 1 + 1}
 
 
@@ -72,8 +75,10 @@ def test_constant_fields_have_no_gaps():
         return field(x, torch.zeros_like(sigma))
 
     for name, floor in (("leapalign", 0.1), ("flowbp_lagrange", 0.2)):
-        drawn = plan(get(name), sigmas, np.random.default_rng(0))
-        outcome = backpropagate(drawn, rollout(velocity, noise(2, DIM), sigmas, drawn.keep), velocity, mean_square)
+        drawn = draw_plan(get_method(name), sigmas, np.random.default_rng(0))
+        outcome = backpropagate(
+            drawn, rollout(velocity, noise(2, DIM), sigmas, drawn.rollout_spec), velocity, mean_square
+        )
         assert outcome.gaps.shape == (2, 2)
         assert outcome.gaps.max() < 1e-14
         assert outcome.weights.tolist() == pytest.approx([1 / (2 * floor)] * 2)
@@ -92,12 +97,12 @@ def test_gaps_are_mean_absolute_differences_per_sample():
 
 def test_weights_and_scale_multiply_the_gradient_not_the_losses():
     field, sigmas = Linear(), random_sigmas(12, np.random.default_rng(0))
-    drawn = plan(get("leapalign"), sigmas, np.random.default_rng(0))
-    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.keep)
+    drawn = draw_plan(get_method("leapalign"), sigmas, np.random.default_rng(0))
+    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.rollout_spec)
     one = backpropagate(drawn, trajectory, field, mean_square)
     whole = field.b.grad.clone()
     field.b.grad = None
-    half = backpropagate(drawn, trajectory, field, mean_square, scale=0.5)
+    half = backpropagate(drawn, trajectory, field, mean_square, options=BackwardOptions(scale=0.5))
     torch.testing.assert_close(field.b.grad, whole / 2)
     assert torch.equal(one.losses, half.losses)
     field.b.grad = None
@@ -111,20 +116,22 @@ def test_micro_batches_add_up():
     x_0, grads = noise(4, DIM), []
     eps = noise(2, 4, DIM, seed=3)
     for name in METHODS:
-        drawn = plan(get(name), sigmas, np.random.default_rng(1))
+        drawn = draw_plan(get_method(name), sigmas, np.random.default_rng(1))
         for size in (1, 2, 4):
             field.b.grad = None
             for rows in (slice(start, start + size) for start in range(0, 4, size)):
-                trajectory = rollout(field, x_0[rows], sigmas, drawn.keep)
-                backpropagate(drawn, trajectory, field, mean_square, noise=eps[:, rows], scale=size / 4)
+                trajectory = rollout(field, x_0[rows], sigmas, drawn.rollout_spec)
+                backpropagate(
+                    drawn, trajectory, field, mean_square, noise=eps[:, rows], options=BackwardOptions(scale=size / 4)
+                )
             grads.append(field.b.grad)
         assert max(relative(grads[-1], grads[-2]), relative(grads[-1], grads[-3])) <= 1e-12
 
 
 def test_renoised_copies_stay_at_the_last_noise_level():
     field, sigmas = Linear(), random_sigmas(6, np.random.default_rng(0))
-    drawn = plan(get("draft_lv"), sigmas, np.random.default_rng(0))
-    trajectory = rollout(field, torch.zeros(1, DIM, dtype=torch.float64), sigmas, drawn.keep)
+    drawn = draw_plan(get_method("draft_lv"), sigmas, np.random.default_rng(0))
+    trajectory = rollout(field, torch.zeros(1, DIM, dtype=torch.float64), sigmas, drawn.rollout_spec)
     seen: list[Tensor] = []
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -145,14 +152,14 @@ def test_renoised_copies_stay_at_the_last_noise_level():
 
 def test_an_early_stop_ends_with_the_posterior_mean_and_keeps_no_more_than_asked():
     field, sigmas = Linear(), random_sigmas(6, np.random.default_rng(0))
-    full = rollout(field, noise(2, DIM), sigmas, Keep(frozenset(range(6)), frozenset(range(6)), 6))
+    full = rollout(field, noise(2, DIM), sigmas, RolloutSpec(frozenset(range(6)), frozenset(range(6)), 6))
     calls = []
 
     def counted(x: Tensor, sigma: Tensor) -> Tensor:
         calls.append(float(sigma[0]))
         return field(x, sigma)
 
-    part = rollout(counted, noise(2, DIM), sigmas, Keep(frozenset({1}), frozenset(), 3))
+    part = rollout(counted, noise(2, DIM), sigmas, RolloutSpec(frozenset({1}), frozenset(), 3))
     assert len(calls) == 4
     assert set(part.states) == {1}
     assert not part.velocities
@@ -166,8 +173,8 @@ def test_the_state_stays_float32_around_a_bfloat16_network():
         assert x.dtype == sigma.dtype == torch.float32
         return field(x.bfloat16(), sigma.bfloat16())
 
-    drawn = plan(get("flowbp_lagrange"), sigmas, np.random.default_rng(0))
-    trajectory = rollout(velocity, noise(2, DIM).bfloat16(), sigmas, drawn.keep)
+    drawn = draw_plan(get_method("flowbp_lagrange"), sigmas, np.random.default_rng(0))
+    trajectory = rollout(velocity, noise(2, DIM).bfloat16(), sigmas, drawn.rollout_spec)
     assert trajectory.x_end.dtype == torch.float32
     assert all(x.dtype == torch.float32 for x in trajectory.states.values())
     outcome = backpropagate(drawn, trajectory, velocity, mean_square)
@@ -177,7 +184,7 @@ def test_the_state_stays_float32_around_a_bfloat16_network():
 
 def test_a_trajectory_holds_no_graph():
     field, sigmas = Linear(), random_sigmas(6, np.random.default_rng(0))
-    trajectory = rollout(field, noise(2, DIM), sigmas, Keep(frozenset({2}), frozenset({2}), 6))
+    trajectory = rollout(field, noise(2, DIM), sigmas, RolloutSpec(frozenset({2}), frozenset({2}), 6))
     held = [trajectory.x_end, *trajectory.states.values(), *trajectory.velocities.values()]
     assert not any(tensor.requires_grad for tensor in held)
 
@@ -205,29 +212,29 @@ def test_one_graph_at_a_time():
             v = Watched.apply(v)
         return v
 
-    drawn = plan(get("full"), sigmas, np.random.default_rng(0))
-    backpropagate(drawn, rollout(velocity, noise(2, DIM), sigmas, drawn.keep), velocity, mean_square)
+    drawn = draw_plan(get_method("full"), sigmas, np.random.default_rng(0))
+    backpropagate(drawn, rollout(velocity, noise(2, DIM), sigmas, drawn.rollout_spec), velocity, mean_square)
 
 
 def test_the_engine_says_what_it_lacks():
     field, sigmas = Linear(), random_sigmas(12, np.random.default_rng(0))
-    drawn = plan(get("draft_lv"), sigmas, np.random.default_rng(0))
-    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.keep)
+    drawn = draw_plan(get_method("draft_lv"), sigmas, np.random.default_rng(0))
+    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.rollout_spec)
     with pytest.raises(ValueError, match="pass noise"):
         backpropagate(drawn, trajectory, field, mean_square)
     with pytest.raises(ValueError, match="noise of a copy"):
         backpropagate(drawn, trajectory, field, mean_square, noise=torch.zeros(2, 1, DIM))
     with pytest.raises(ValueError, match="one value per sample"):
         backpropagate(drawn, trajectory, field, lambda x, rows: x.sum())
-    with pytest.raises(ValueError, match="chunk must be >= 1"):
-        sweep(drawn, trajectory, field, trajectory.x_end, chunk=0)
-    with pytest.raises(ValueError, match="reward_chunk must be >= 1"):
-        backpropagate(drawn, trajectory, field, mean_square, reward_chunk=0)
-    other = plan(get("draft_k"), sigmas, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="steps_per_forward must be >= 1"):
+        sweep(drawn, trajectory, field, trajectory.x_end, steps_per_forward=0)
+    with pytest.raises(ValueError, match="reward_batch_size must be >= 1"):
+        backpropagate(drawn, trajectory, field, mean_square, options=BackwardOptions(reward_batch_size=0))
+    other = draw_plan(get_method("draft_k"), sigmas, np.random.default_rng(0))
     with pytest.raises(ValueError, match=r"kept no state at steps \[11, 10, 9\]"):
         sweep(other, Trajectory(sigmas, {}, {}, trajectory.x_end), field, trajectory.x_end)
     with pytest.raises(ValueError, match="cannot keep"):
-        rollout(field, noise(2, DIM), sigmas, Keep(frozenset({5}), frozenset(), 4))
+        rollout(field, noise(2, DIM), sigmas, RolloutSpec(frozenset({5}), frozenset(), 4))
     field.b.requires_grad_(False)
     with pytest.raises(ValueError, match="carries no gradient"):
         sweep(drawn, trajectory, field, trajectory.x_end)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowbp.data import draw_prompts, load_prompts
+from flowbp.data.prompts import load_prompts, prompt_indices
 from imgen_common.errors import UserError
 from imgen_common.shapes.scene import parse_caption
 
@@ -94,13 +94,13 @@ def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 16])
 def test_every_epoch_uses_every_prompt_once_in_another_order(count: int) -> None:
-    drawn = draw_prompts(count, seed=3, first=0, number=3 * count)
+    drawn = prompt_indices(count, seed=3, first=0, number=3 * count)
     epochs = [drawn[k * count : (k + 1) * count] for k in range(3)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 7 or len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_the_order_does_not_depend_on_how_it_is_asked_for() -> None:
-    whole = draw_prompts(7, seed=1, first=0, number=30)
-    assert [draw_prompts(7, seed=1, first=i, number=1)[0] for i in range(30)] == whole
-    assert draw_prompts(7, seed=1, first=11, number=5) == whole[11:16]
+    whole = prompt_indices(7, seed=1, first=0, number=30)
+    assert [prompt_indices(7, seed=1, first=i, number=1)[0] for i in range(30)] == whole
+    assert prompt_indices(7, seed=1, first=11, number=5) == whole[11:16]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowbp import backbones
-from flowbp.embeddings import BATCH, SHARD, Conditions, Shards, fingerprint
-from flowbp.types import Backbone
+from flowbp.core.types import Backbone
+from flowbp.data.embeddings import ENCODE_BATCH_SIZE, PROMPTS_PER_FILE, EmbeddingStore, PromptEmbeddings, fingerprint
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red circle"]
@@ -15,15 +15,15 @@ PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red
 
 def test_a_prompt_embeds_alike_whatever_its_neighbours(backbone: Backbone) -> None:
     """Bit for bit: a resumed run embeds other prompts beside it than the run before did."""
-    alone, crowd = Conditions(backbone), Conditions(backbone)
+    alone, crowd = PromptEmbeddings(backbone), PromptEmbeddings(backbone)
     alone.add(PROMPTS[:1])
-    crowd.add([f"{i} of the red circle" for i in range(BATCH + 3)] + PROMPTS)
+    crowd.add([f"{i} of the red circle" for i in range(ENCODE_BATCH_SIZE + 3)] + PROMPTS)
     for name, value in alone.rows(PROMPTS[:1]).items():
         assert torch.equal(value, crowd.rows(PROMPTS[:1])[name])
 
 
 def test_they_are_what_the_backbone_says(backbone: Backbone) -> None:
-    cond, negative = Conditions(backbone)(PROMPTS)
+    cond, negative = PromptEmbeddings(backbone)(PROMPTS)
     expected = backbone.encode(PROMPTS)
     for name, value in expected.items():
         assert torch.allclose(cond[name], value, atol=1e-5)
@@ -42,36 +42,36 @@ class Counted:
         self.encoded += len(prompts)
         return dict(self._whole.encode(prompts))
 
-    def free_text(self) -> None: ...
+    def unload_text_encoders(self) -> None: ...
 
 
 def test_the_next_run_reads_them_from_disk(backbone: Backbone, tmp_path: Path) -> None:
     first, second = Counted(backbone), Counted(backbone)
-    many = PROMPTS + [f"{i} red circles" for i in range(SHARD)]
-    one = Conditions(first, Shards(tmp_path / "cache"), "mark")
+    many = PROMPTS + [f"{i} red circles" for i in range(PROMPTS_PER_FILE)]
+    one = PromptEmbeddings(first, EmbeddingStore(tmp_path / "cache"), "mark")
     one.add(many)
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
-    again = Conditions(second, Shards(tmp_path / "cache"), "mark")
+    again = PromptEmbeddings(second, EmbeddingStore(tmp_path / "cache"), "mark")
     for name, value in one.rows(many).items():
         assert torch.equal(value, again.rows(many)[name])
     again(many)
     assert second.encoded == 0
-    Conditions(second, Shards(tmp_path / "cache"), "another").add(PROMPTS)
-    assert second.encoded == BATCH
+    PromptEmbeddings(second, EmbeddingStore(tmp_path / "cache"), "another").add(PROMPTS)
+    assert second.encoded == ENCODE_BATCH_SIZE
     assert not list((tmp_path / "cache").glob("*.new"))
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(UserError, match=r"a\.safetensors: damaged"):
-        Shards(tmp_path)
+        EmbeddingStore(tmp_path)
 
 
 def test_text_encoders_are_let_go(folder: Path) -> None:
     backbone = backbones.load(str(folder))
-    conditions = Conditions(backbone)
+    conditions = PromptEmbeddings(backbone)
     cond, _ = conditions(PROMPTS)
-    backbone.free_text()
+    backbone.unload_text_encoders()
     assert not [name for name, part in backbone.pipe.components.items() if name.startswith("text_encoder") and part]
     again, _ = conditions(PROMPTS)
     for name, value in cond.items():

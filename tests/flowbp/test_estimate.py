@@ -10,26 +10,32 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowbp import launch
 from flowbp.cli import app
 from flowbp.config import TrainConfig
-from flowbp.estimate import SWITCHES, Estimate, estimate, measure, size_of
+from flowbp.estimate import SWITCHES, Estimate, estimate_run, measure_run, parse_memory_size
+from flowbp.training import preflight
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.live import LiveBytes
+from imgen_common.memory import LiveBytes
 
-SMALL = ["num_steps=4", "method.active.num_steps=3", "batch_size=4", "eval.num_prompts=8", "eval.quick_num_prompts=8"]
+SMALL = [
+    "num_inference_steps=4",
+    "method.active.num_active_steps=3",
+    "total_batch_size=4",
+    "eval.num_prompts=8",
+    "eval.quick_num_prompts=8",
+]
 CASES = {
     "all weights": [],
     "adapters": ["lora.rank=4"],
-    "guidance": ["guidance.scale=2"],
-    "both branches": ["guidance.scale=2", "guidance.detach_negative=false"],
-    "micro-batches": ["micro_batch_size=2"],
+    "guidance": ["guidance_scale=2"],
+    "both branches": ["guidance_scale=2", "guidance.detach_negative=false"],
+    "micro-batches": ["per_device_batch_size=2"],
     "checkpointing": ["model.gradient_checkpointing=true"],
-    "chunks": ["method=flowbp_sparse", "chunk=3", "batch_size=8"],
+    "chunks": ["method=flowbp_sparse", "active_steps_per_forward=3", "total_batch_size=8"],
     "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
-    "rewards in parts": ["reward_chunk=2"],
+    "rewards in parts": ["reward_batch_size=2"],
     "autoencoder in parts": ["model.vae.gradient_checkpointing=true", "model.vae.tile=16", "offload_trajectory=true"],
 }
 
@@ -40,7 +46,7 @@ def config_of(*sets: str) -> TrainConfig:
 
 @cache
 def estimated(*sets: str, count: int = 1) -> Estimate:
-    return estimate(launch.check(config_of(*sets), count))
+    return estimate_run(preflight.check_run(config_of(*sets), count))
 
 
 QUICK = ("adapters", "guidance", "micro-batches", "chunks")
@@ -48,15 +54,21 @@ QUICK = ("adapters", "guidance", "micro-batches", "chunks")
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
-    taken, _ = measure(config_of(*CASES[case]), torch.device("cpu"))
+    taken, _ = measure_run(config_of(*CASES[case]), torch.device("cpu"))
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
 
 
 def test_every_family_is_traced(folder: Path) -> None:
-    sets = [f"model.ref={folder}", "model.height=16", "model.width=24", "method=refl", "method.active.num_steps=2"]
+    sets = [
+        f"model.ref={folder}",
+        "model.height=16",
+        "model.width=24",
+        "method=refl",
+        "method.active.num_active_steps=2",
+    ]
     found = estimated(*sets)
     assert found.flops > 0
-    assert all(size > 0 for size in found.passing.values())
+    assert all(size > 0 for size in found.activation.values())
     assert not found.untraced
 
 
@@ -72,28 +84,28 @@ def test_weights_are_not_needed_to_plan(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
     for name, ref in zip(keys, refs, strict=True):
         with pytest.raises(UserError, match=rf"{name}: half-downloaded model: no \*\.safetensors"):
-            launch.check(config_of(ref), 1)
-    assert estimate(launch.check(config_of(*refs), 1, here=False)) == estimated()
+            preflight.check_run(config_of(ref), 1)
+    assert estimate_run(preflight.check_run(config_of(*refs), 1, estimate_only=True)) == estimated()
     words = [part for text in (*SMALL, *refs) for part in ("--set", text)]
-    assert CliRunner().invoke(app, ["plan", *words]).exit_code == 0
+    assert CliRunner().invoke(app, ["estimate", *words]).exit_code == 0
 
 
 def test_the_switches_lower_what_they_are_for() -> None:
     kept = estimated()
     found = estimated("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true")
     assert kept.host == 0 < found.host
-    assert kept.passing["rollout"] - found.passing["rollout"] == found.host
+    assert kept.activation["rollout"] - found.activation["rollout"] == found.host
     for stage in ("reward", "evaluation"):
-        assert found.passing[stage] < kept.passing[stage] - found.host
+        assert found.activation[stage] < kept.activation[stage] - found.host
 
 
 @pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
 def test_a_quantized_base_is_planned_and_measured_alike() -> None:
     sets = ["lora.rank=4", "model.dtype=bfloat16", "model.gradient_checkpointing=true"]
     found, plain = estimated(*sets, "model.quantization=int8"), estimated(*sets)
-    taken, _ = measure(config_of(*sets, "model.quantization=int8"), torch.device("cpu"))
+    taken, _ = measure_run(config_of(*sets, "model.quantization=int8"), torch.device("cpu"))
     assert found.update_peak == pytest.approx(taken, rel=0.1)
-    assert found.lasting["frozen weights"] < 0.65 * plain.lasting["frozen weights"]
+    assert found.static["frozen weights"] < 0.65 * plain.static["frozen weights"]
 
 
 def test_live_bytes_are_those_that_live() -> None:
@@ -113,18 +125,18 @@ def test_live_bytes_are_those_that_live() -> None:
 
 def test_operations_are_counted() -> None:
     """Twice the pictures, twice the operations; micro-batches and chunks change nothing."""
-    one, two = estimated().flops, estimated("batch_size=8").flops
+    one, two = estimated().flops, estimated("total_batch_size=8").flops
     assert two == pytest.approx(2 * one, rel=0.01)
-    assert estimated("micro_batch_size=2").flops == pytest.approx(one, rel=0.01)
+    assert estimated("per_device_batch_size=2").flops == pytest.approx(one, rel=0.01)
     sparse = estimated("method=flowbp_sparse").flops
-    assert estimated("method=flowbp_sparse", "chunk=3").flops == pytest.approx(sparse, rel=0.01)
+    assert estimated("method=flowbp_sparse", "active_steps_per_forward=3").flops == pytest.approx(sparse, rel=0.01)
 
 
 @pytest.mark.slow
 def test_sharding_lowers_what_it_shards() -> None:
-    whole = estimated(count=4).lasting
+    whole = estimated(count=4).static
     for kind, weights in (("fsdp2", 4), ("zero2", 1), ("zero3", 4)):
-        cut = estimated(f"distributed.kind={kind}", count=4).lasting
+        cut = estimated(f"distributed.kind={kind}", count=4).static
         assert cut["trained weights"] == whole["trained weights"] // weights
         assert cut["AdamW"] == whole["AdamW"] // 4
 
@@ -132,33 +144,36 @@ def test_sharding_lowers_what_it_shards() -> None:
 @pytest.mark.parametrize("text", ["24GB", "24 GiB", "1.5GiB", "1000"])
 def test_sizes(text: str) -> None:
     known = {"24GB": 24 * 10**9, "24 GiB": 24 * 2**30, "1.5GiB": 3 * 2**29, "1000": 1000}
-    assert size_of(text) == known[text]
+    assert parse_memory_size(text) == known[text]
 
 
 @pytest.mark.parametrize("text", ["", "0GB", "24 gigabytes", "-1", "GiB"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UserError, match=r"such as 24GiB"):
-        size_of(text)
+        parse_memory_size(text)
 
 
 def test_the_command_says_whether_it_fits() -> None:
     sets = [part for text in SMALL for part in ("--set", text)]
-    done = CliRunner().invoke(app, ["plan", "--memory", "8GiB", "--gpus", "2", *sets])
+    done = CliRunner().invoke(app, ["estimate", "--memory", "8GiB", "--gpus", "2", *sets])
     assert "fits" in done.stdout
     assert "not fit" not in done.stdout
 
 
 def test_all_that_is_advised_are_settings() -> None:
-    assert all(config_of("chunk=3", change) != config_of("chunk=3") for change in SWITCHES)
+    assert all(
+        config_of("active_steps_per_forward=3", change) != config_of("active_steps_per_forward=3")
+        for change in SWITCHES
+    )
 
 
 @pytest.mark.slow
 def test_the_command_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five settings, the last of which needs processes."""
-    tried = ("model.gradient_checkpointing=true", "micro_batch_size=1", "lora.rank=16", "eval.batch_size=1")
+    tried = ("model.gradient_checkpointing=true", "per_device_batch_size=1", "lora.rank=16", "eval.batch_size=1")
     monkeypatch.setattr("flowbp.estimate.SWITCHES", (*tried, "distributed.kind=fsdp2"))
     sets = [part for text in SMALL for part in ("--set", text)]
-    done = CliRunner().invoke(app, ["plan", "--memory", "20MB", "--json", *sets])
+    done = CliRunner().invoke(app, ["estimate", "--memory", "20MB", "--json", *sets])
     content = json.loads(done.stdout)
     assert content["fits"] is False
     assert content["peak"] == estimated().peak > 20e6

@@ -11,15 +11,19 @@ from families import SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
 
-from flowbp import backbones, inference
+from flowbp import backbones
+from flowbp.backbones.lora import mark_trainable
 from flowbp.config import LoraConfig, TrainConfig
-from flowbp.engine import backpropagate, rollout
-from flowbp.guidance import Guidance, guided
+from flowbp.core.engine import backpropagate, rollout
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.plan import draw_plan
+from flowbp.core.settings import Guidance
+from flowbp.core.types import Backbone
+from flowbp.evaluation import sampling
 from flowbp.methods import METHODS
-from flowbp.plan import plan
-from flowbp.progress import Silent
-from flowbp.train import Trainer, load_parts, trainable
-from flowbp.types import Backbone
+from flowbp.training.loading import load_models
+from flowbp.training.progress import NullReporter
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
@@ -42,7 +46,7 @@ def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) ->
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_picture_is_the_pipelines_own(backbone: Backbone, folder: Path, guidance: float) -> None:
-    ours = inference.draw(backbone, PROMPTS[0], [5], SIZE, 4, guidance)
+    ours = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 4, guidance)
     _, expected = theirs(folder, 4, guidance, 5, "pt")
     assert ours.shape == expected.shape == (1, 3, *SIZE)
     assert ours.std() > 0.01
@@ -86,7 +90,7 @@ def test_samples_do_not_see_each_other(backbone: Backbone) -> None:
 
 
 def test_the_skeleton_is_the_model_without_weights(backbone: Backbone, folder: Path) -> None:
-    bones = backbones.skeleton(str(folder))
+    bones = backbones.init_empty_weights(str(folder))
     assert torch.equal(bones.sigmas(7, SIZE), backbone.sigmas(7, SIZE))
     assert bones.latent_shape(SIZE) == backbone.latent_shape(SIZE)
     names = {name: p.shape for name, p in backbone.net.named_parameters()}
@@ -99,7 +103,7 @@ def test_the_skeleton_is_the_model_without_weights(backbone: Backbone, folder: P
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
 def test_gradient_reaches_every_trained_weight(folder: Path, lora: LoraConfig | None) -> None:
     backbone = backbones.load(str(folder))
-    parameters = trainable(backbone.net, TrainConfig(lora=lora))
+    parameters = mark_trainable(backbone.net, TrainConfig(lora=lora))
     for name, parameter in parameters.items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)  # they start at zero, and so hide the other factor
@@ -119,17 +123,17 @@ def test_the_sweep_is_the_joint_graph(folder: Path, method: str, guidance: Guida
     backbone = backbones.load(str(folder), dtype=torch.float64)
     backbone.net.requires_grad_(True)
     cond, negative = backbone.encode(PROMPTS), backbone.encode([""])
-    velocity = guided(backbone.velocity, cond, negative, guidance)
+    velocity = guided_velocity(backbone.velocity, cond, negative, guidance)
     rng = np.random.default_rng(0)
     sigmas = backbone.sigmas(12, SIZE).double()
-    drawn = plan(METHODS[method], sigmas.tolist(), rng)
+    drawn = draw_plan(METHODS[method], sigmas.tolist(), rng)
     x_0 = backbone.noise(2, SIZE, torch.Generator().manual_seed(0)).double()
     eps = torch.randn(max(drawn.copies, 1), *x_0.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def loss(x: torch.Tensor, rows: slice) -> torch.Tensor:
         return backbone.decode(x).pow(2).mean((1, 2, 3))
 
-    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.keep), velocity, loss, noise=eps)
+    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.rollout_spec), velocity, loss, noise=eps)
     swept = gradient(backbone.net)
     backbone.net.zero_grad()
     backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
@@ -151,9 +155,15 @@ def test_decoding_is_differentiable(backbone: Backbone) -> None:
 def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -> None:
     """Frozen weights are bfloat16 under adapters; the cached velocity is still the re-forwarded one, bit for bit."""
     sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}, dtype: bfloat16}}", f"lora={lora}"]
-    sets += ["batch_size=2", "num_steps=6", "guidance.scale=2", "guidance.batched=false", "method=leapalign"]
+    sets += [
+        "total_batch_size=2",
+        "num_inference_steps=6",
+        "guidance_scale=2",
+        "guidance.batched=false",
+        "method=leapalign",
+    ]
     config = load(TrainConfig, [], sets)
-    parts = load_parts(config, torch.device("cpu"))
+    parts = load_models(config, torch.device("cpu"))
     trainer = Trainer(config, parts, Accelerator(cpu=True))
     assert {p.dtype for p in parts.parameters.values()} == {torch.float32}
     frozen = {p.dtype for name, p in parts.backbone.net.named_parameters() if name not in parts.parameters}
@@ -163,11 +173,11 @@ def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -
     assert metrics["grad_norm"] > 0
     moved = [name for name, p in parts.parameters.items() if not torch.equal(p, before[name])]
     assert moved
-    cond, negative = parts.conditions(PROMPTS)
-    velocity = guided(parts.backbone.velocity, cond, negative, config.guidance)
+    cond, negative = parts.embeddings(PROMPTS)
+    velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
     x, sigma = parts.backbone.noise(2, SIZE, torch.Generator().manual_seed(0)), torch.full((2,), 0.6)
     with torch.no_grad():
         cached = velocity(x, sigma)
     assert torch.equal(cached, velocity(x.clone().requires_grad_(), sigma))
-    found = trainer.evaluate(PROMPTS, "prompts", 2.0, Silent(), "")
+    found = trainer.evaluate(PROMPTS, "prompts", 2.0, NullReporter(), "")
     assert all(abs(score) < 1e3 for score in found.scores["reward"])

@@ -1,4 +1,4 @@
-"""GenEval: the official rules on hand-made detections, the metadata, and the detector with its colours."""
+"""GenEval: the official rules on hand-made detections, the metadata, and the detector with its colors."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from flowbp.evaluators import detector as detectors
-from flowbp.evaluators.detector import Detector, GenEval, check_detector
-from flowbp.evaluators.geneval import CLASSES, Detection, Task, kept, mistakes, read_tasks, relations
+from flowbp.evaluation.benchmarks import detector as detectors
+from flowbp.evaluation.benchmarks.detector import Detector, GenEval, check_detector
+from flowbp.evaluation.benchmarks.geneval import (
+    CLASSES,
+    Detection,
+    GenEvalTask,
+    filter_detections,
+    find_mistakes,
+    read_tasks,
+    spatial_relations,
+)
 from flowbp.rewards.clip import ClipReward
 from imgen_common.errors import UserError
 
@@ -25,17 +33,17 @@ def at(name: str, x: float, y: float, score: float = 0.95, side: float = 20) -> 
     return Detection(name, score, (x - side / 2, y - side / 2, x + side / 2, y + side / 2))
 
 
-def task(tag: str, *include: dict[str, Any], **more: Any) -> Task:
-    return Task.model_validate({"tag": tag, "prompt": "a photo", "include": include, **more})
+def task(tag: str, *include: dict[str, Any], **more: Any) -> GenEvalTask:
+    return GenEvalTask.model_validate({"tag": tag, "prompt": "a photo", "include": include, **more})
 
 
-def wrong(asked: Task, *detections: Detection, colours: dict[float, str] | None = None) -> list[str]:
-    """The mistakes; colours: of objects by the x of their centre."""
+def wrong(asked: GenEvalTask, *detections: Detection, colors: dict[float, str] | None = None) -> list[str]:
+    """The mistakes; colors: of objects by the x of their center."""
 
     def seen(objects: Any, name: str) -> list[str]:
-        return [(colours or {})[(one.box[0] + one.box[2]) / 2] for one in objects]
+        return [(colors or {})[(one.box[0] + one.box[2]) / 2] for one in objects]
 
-    return mistakes(asked, kept(detections, asked.tag), seen)
+    return find_mistakes(asked, filter_detections(detections, asked.tag), seen)
 
 
 CAT, DOG = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
@@ -74,27 +82,31 @@ def test_counting_is_exact_by_its_exclude_clause() -> None:
 
 
 def test_thresholds_are_exclusive_and_classes_are_cut_at_sixteen() -> None:
-    assert kept([at("cat", 0, 0, 0.3)], "colors") == kept([at("cat", 0, 0, 0.9)], "counting") == {}
-    found = kept([at("cat", i, 0, 0.4 + i / 100) for i in range(20)], "colors")
+    assert (
+        filter_detections([at("cat", 0, 0, 0.3)], "colors")
+        == filter_detections([at("cat", 0, 0, 0.9)], "counting")
+        == {}
+    )
+    found = filter_detections([at("cat", i, 0, 0.4 + i / 100) for i in range(20)], "colors")
     assert [one.score for one in found["cat"]] == sorted((0.4 + i / 100 for i in range(4, 20)), reverse=True)
 
 
-def test_colours_are_asked_of_the_surest_objects_only() -> None:
+def test_colors_are_asked_of_the_surest_objects_only() -> None:
     red = task("colors", RED_CAT)
-    assert wrong(red, at("cat", 10, 0), colours={10: "red"}) == []
-    assert wrong(red, at("cat", 10, 0), colours={10: "blue"}) == ["0 of 1 cat red; found: blue"]
+    assert wrong(red, at("cat", 10, 0), colors={10: "red"}) == []
+    assert wrong(red, at("cat", 10, 0), colors={10: "blue"}) == ["0 of 1 cat red; found: blue"]
     pair = (at("cat", 10, 0, 0.9), at("cat", 90, 0, 0.8))
-    assert wrong(red, *pair, colours={10: "red", 90: "blue"}) == []
-    assert wrong(red, *pair, colours={10: "blue", 90: "red"}) != []
+    assert wrong(red, *pair, colors={10: "red", 90: "blue"}) == []
+    assert wrong(red, *pair, colors={10: "blue", 90: "red"}) != []
     two = task("colors", {"class": "cat", "count": 2, "color": "red"})
-    assert wrong(two, *pair, colours={10: "red", 90: "blue"}) == ["1 of 2 cat red; found: red, blue"]
+    assert wrong(two, *pair, colors={10: "red", 90: "blue"}) == ["1 of 2 cat red; found: red, blue"]
 
 
 def test_attributes_must_not_be_swapped() -> None:
     objects = (at("cat", 10, 0), at("dog", 90, 0))
-    assert wrong(BOTH, *objects, colours={10: "red", 90: "blue"}) == []
-    assert len(wrong(BOTH, *objects, colours={10: "blue", 90: "red"})) == 2
-    assert wrong(BOTH, objects[0], colours={10: "red"}) == ["0 of 1 dog found"]
+    assert wrong(BOTH, *objects, colors={10: "red", 90: "blue"}) == []
+    assert len(wrong(BOTH, *objects, colors={10: "blue", 90: "red"})) == 2
+    assert wrong(BOTH, objects[0], colors={10: "red"}) == ["0 of 1 dog found"]
 
 
 def test_positions() -> None:
@@ -106,9 +118,9 @@ def test_positions() -> None:
     assert wrong(pair, at("cat", 90, 50), at("cat", 5, 50), at("dog", 30, 50)) != []  # of all of them
 
 
-def test_a_wrong_colour_leaves_no_target() -> None:
+def test_a_wrong_color_leaves_no_target() -> None:
     red_left = task("position", RED_CAT, DOG | {"position": ["left of", 0]})
-    said = wrong(red_left, at("cat", 90, 0), at("dog", 10, 0), colours={90: "blue"})
+    said = wrong(red_left, at("cat", 90, 0), at("dog", 10, 0), colors={90: "blue"})
     assert said[1] == "nothing found that dog could be left of"
 
 
@@ -128,14 +140,14 @@ def test_a_wrong_colour_leaves_no_target() -> None:
     ],
 )
 def test_relations_have_a_margin(offset: tuple[float, float], expected: set[str]) -> None:
-    assert relations(at("cat", *offset).box, at("dog", 0, 0).box) == expected
+    assert spatial_relations(at("cat", *offset).box, at("dog", 0, 0).box) == expected
 
 
 @given(st.tuples(*[st.floats(0, 100)] * 4), st.floats(1, 50), st.floats(1, 50))
 def test_relations_turn_round(place: tuple[float, float, float, float], a: float, b: float) -> None:
     turned = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     one, other = at("cat", *place[:2], side=a).box, at("dog", *place[2:], side=b).box
-    assert {turned[name] for name in relations(one, other)} == relations(other, one)
+    assert {turned[name] for name in spatial_relations(one, other)} == spatial_relations(other, one)
 
 
 # --- metadata --------------------------------------------------------------------------------------------------------
@@ -190,11 +202,11 @@ def test_files_that_are_no_metadata(tmp_path: Path, content: bytes, said: str) -
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         read_tasks(tmp_path / "none.jsonl")
 
 
-# --- detector and colours --------------------------------------------------------------------------------------------
+# --- detector and colors --------------------------------------------------------------------------------------------
 
 
 def test_the_detector_is_transformers_own(tmp_path: Path) -> None:
@@ -228,7 +240,7 @@ def planted(box: tuple[int, int, int, int], size: tuple[int, int], logit: float 
 
 
 def test_instances_keep_place_and_score_without_the_padding() -> None:
-    """A picture of 100 x 200 seen at 200 x 400, padded to 224 x 416, masks at a quarter of that."""
+    """A image of 100 x 200 seen at 200 x 400, padded to 224 x 416, masks at a quarter of that."""
     logits = torch.zeros(3, len(CLASSES) + 1)
     logits[0, CLASSES.index("dog")] = 8
     logits[1, CLASSES.index("cat")] = 8
@@ -258,7 +270,7 @@ def test_a_mask_that_is_nowhere_on_is_no_object() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40), (40, 24)])
 def test_the_whole_chain(tmp_path: Path, size: tuple[int, int]) -> None:
-    rules = GenEval(Detector(Detector.load(saved_mask2former(tmp_path)).model, short=64, long=96), ByColour())
+    rules = GenEval(Detector(Detector.load(saved_mask2former(tmp_path)).model, short=64, long=96), ByColor())
     red = Image.new("RGB", size[::-1], (230, 20, 20))
     tasks = [task("colors", RED_CAT), task("colors", CAT | {"color": "blue"}), task("single_object", DOG)]
     assert rules([red] * 3, tasks) == [[], ["0 of 1 cat blue; found: red"], ["0 of 1 dog found"]]
@@ -268,34 +280,34 @@ def test_the_whole_chain(tmp_path: Path, size: tuple[int, int]) -> None:
 WORDS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1)}
 
 
-class ByColour(ClipReward):
-    """Instead of CLIP: features are mean colours, of pictures and of the colours that words name."""
+class ByColor(ClipReward):
+    """Instead of CLIP: features are mean colors, of images and of the colors that words name."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
 
-    def picture(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Tensor) -> Tensor:
         self.seen.append(images)
         return images.mean((2, 3))
 
-    def text(self, prompts: Any) -> Tensor:
-        return torch.stack([torch.tensor(self.colour(text)).float() for text in prompts])
+    def text_features(self, prompts: Any) -> Tensor:
+        return torch.stack([torch.tensor(self.color(text)).float() for text in prompts])
 
-    def colour(self, text: str) -> tuple[int, int, int]:
+    def color(self, text: str) -> tuple[int, int, int]:
         return next((rgb for word, rgb in WORDS.items() if f" {word}" in text), (0, 0, 0))
 
 
-def test_colours_see_the_object_alone_on_grey(tmp_path: Path) -> None:
+def test_colors_see_the_object_alone_on_gray(tmp_path: Path) -> None:
     image = torch.zeros(3, 10, 10)
     image[2] = 1
     image[:, 2:4, 2:6] = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
     mask = np.zeros((10, 10), bool)
     mask[2:4, 2:6] = True
     mask[8, 8] = True
-    by_colour = ByColour()
-    rules = GenEval(Detector.load(saved_mask2former(tmp_path)), by_colour)
-    assert rules.colours(image, [Detection("cat", 1.0, (2, 2, 9, 9), mask)], "cat") == ["red"]
-    (crop,) = by_colour.seen
+    by_color = ByColor()
+    rules = GenEval(Detector.load(saved_mask2former(tmp_path)), by_color)
+    assert rules.classify_colors(image, [Detection("cat", 1.0, (2, 2, 9, 9), mask)], "cat") == ["red"]
+    (crop,) = by_color.seen
     assert crop.shape == (1, 3, 7, 7)
     assert crop[0, :, 0, 0].tolist() == [1, 0, 0]
     assert crop[0, :, 6, 6].tolist() == [0, 0, 1]

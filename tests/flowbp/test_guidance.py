@@ -5,8 +5,9 @@ import torch
 from fields import noise
 from torch import Tensor, nn
 
-from flowbp.guidance import Guidance, guided
-from flowbp.types import batch_size, concat, take, tile
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.settings import Guidance
+from flowbp.core.types import batch_size, concat, repeat_batch
 from imgen_common.errors import UserError
 
 COND = {"text": noise(2, 3, seed=1)}
@@ -40,7 +41,7 @@ def grads(field: Field, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_scale_one_is_a_single_forward(field):
-    v = guided(field, COND, NEGATIVE)(X, SIGMA)
+    v = guided_velocity(field, COND, NEGATIVE)(X, SIGMA)
     assert field.batches == [2]
     torch.testing.assert_close(v, field(X, SIGMA, COND))
 
@@ -48,7 +49,7 @@ def test_scale_one_is_a_single_forward(field):
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_value_is_the_guided_velocity(field, detach, batched):
-    velocity = guided(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=detach, batched=batched))
+    velocity = guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=detach, batched=batched))
     want = field(X, SIGMA, NEGATIVE) + 4 * (field(X, SIGMA, COND) - field(X, SIGMA, NEGATIVE))
     torch.testing.assert_close(velocity(X, SIGMA), want)
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_which_forwards_are_batched(field):
     def batches(guidance: Guidance, grad: bool) -> list[int]:
         field.batches.clear()
         with torch.set_grad_enabled(grad):
-            guided(field, COND, NEGATIVE, guidance)(X, SIGMA)
+            guided_velocity(field, COND, NEGATIVE, guidance)(X, SIGMA)
         return list(field.batches)
 
     detached, both = Guidance(scale=4.0), Guidance(scale=4.0, detach_negative=False)
@@ -70,7 +71,7 @@ def test_which_forwards_are_batched(field):
 
 
 def test_a_detached_negative_gives_the_scaled_gradient_of_the_positive(field):
-    got = grads(field, guided(field, COND, NEGATIVE, Guidance(scale=4.0))(X, SIGMA))
+    got = grads(field, guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0))(X, SIGMA))
     positive = grads(field, field(X, SIGMA, COND))
     for a, b in zip(got, positive, strict=True):
         torch.testing.assert_close(a, 4 * b)
@@ -78,7 +79,7 @@ def test_a_detached_negative_gives_the_scaled_gradient_of_the_positive(field):
 
 def test_both_branches_carry_gradient_otherwise(field):
     x = X.clone().requires_grad_()
-    velocity = guided(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=False))
+    velocity = guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0, detach_negative=False))
     want = 4 * field(x, SIGMA, COND) - 3 * field(x, SIGMA, NEGATIVE)
     cotangent = noise(2, 3, seed=9)
     for got, exact in zip(
@@ -90,7 +91,7 @@ def test_both_branches_carry_gradient_otherwise(field):
 
 
 def test_copies_repeat_the_conditioning(field):
-    velocity = guided(field, COND, NEGATIVE, Guidance(scale=2.0))
+    velocity = guided_velocity(field, COND, NEGATIVE, Guidance(scale=2.0))
     other = noise(2, 3, seed=7)
     v = velocity(torch.cat([X, other]), torch.cat([SIGMA, SIGMA]))
     torch.testing.assert_close(v, torch.cat([velocity(X, SIGMA), velocity(other, SIGMA)]))
@@ -100,8 +101,8 @@ def test_copies_repeat_the_conditioning(field):
 
 def test_one_negative_serves_all(field):
     one = {"text": NEGATIVE["text"][:1]}
-    v = guided(field, COND, one, Guidance(scale=2.0))(X, SIGMA)
-    torch.testing.assert_close(v, guided(field, COND, tile(one, 2), Guidance(scale=2.0))(X, SIGMA))
+    v = guided_velocity(field, COND, one, Guidance(scale=2.0))(X, SIGMA)
+    torch.testing.assert_close(v, guided_velocity(field, COND, repeat_batch(one, 2), Guidance(scale=2.0))(X, SIGMA))
 
 
 def test_compensation_divides_by_the_scale():
@@ -111,18 +112,16 @@ def test_compensation_divides_by_the_scale():
 
 def test_bad_guidance_is_refused(field):
     with pytest.raises(UserError, match="needs a negative prompt"):
-        guided(field, COND, None, Guidance(scale=3.0))
+        guided_velocity(field, COND, None, Guidance(scale=3.0))
     with pytest.raises(ValueError, match="3 negative prompts for 2 samples"):
-        guided(field, COND, {"text": noise(3, 3)}, Guidance(scale=3.0))
+        guided_velocity(field, COND, {"text": noise(3, 3)}, Guidance(scale=3.0))
     with pytest.raises(ValueError):
         Guidance(scale=0.0)
 
 
 def test_conditioning_helpers():
-    tiled = tile({"a": torch.arange(4).reshape(2, 2)}, 2)
+    tiled = repeat_batch({"a": torch.arange(4).reshape(2, 2)}, 2)
     assert tiled["a"].tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
-    assert take(tiled, slice(1, 3))["a"].tolist() == [[2, 3], [0, 1]]
-    assert take(tiled, [0])["a"].tolist() == [[0, 1]]
     assert batch_size(concat(tiled, tiled)) == 8
     with pytest.raises(ValueError, match=r"pad both .*batched"):
         concat({"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 4)})

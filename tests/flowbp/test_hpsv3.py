@@ -1,4 +1,4 @@
-"""HPSv3: the original's scores on the same weights, the processor's pictures, gradients, and the conversion."""
+"""HPSv3: the original's scores on the same weights, the processor's images, gradients, and the conversion."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Qwen2Tokenizer, Qwen2VLModel, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
 from flowbp.rewards import RewardConfig, convert
-from flowbp.rewards.hpsv3 import PIXELS, HPSv3
+from flowbp.rewards.convert.hpsv3 import read_prompt_template
+from flowbp.rewards.hpsv3 import IMAGE_AREA, HPSv3
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -43,7 +44,7 @@ def source(file: Path, **changed: str) -> Path:
 def converted(base: Path, state: dict[str, torch.Tensor]) -> Path:
     save_file(state, base / "HPSv3.safetensors")
     qwen, words = str(companion(base / "qwen")), source(base / "words.py")
-    return convert.convert("hpsv3", base / "HPSv3.safetensors", qwen, base / "reward", words)
+    return convert.convert_checkpoint("hpsv3", base / "HPSv3.safetensors", qwen, base / "reward", words)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def pil(images: torch.Tensor) -> list[Image.Image]:
 
 
 def noise(height: int, width: int) -> torch.Tensor:
-    """Pictures of hard edges, which a bicubic filter overshoots."""
+    """Images of hard edges, which a bicubic filter overshoots."""
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).round()
 
 
@@ -90,9 +91,9 @@ def test_scores_are_the_models_own(reward: HPSv3) -> None:
     marks = batch.input_ids == reward.tokenizer.convert_tokens_to_ids("<|Reward|>")
     with torch.no_grad():
         states = reward.model(**batch, position_ids=torch.arange(length).expand(2, length)).last_hidden_state
-        ours, expected = reward(images, PROMPTS), reward.ranker(states[marks])[:, 0]
+        ours, expected = reward(images, PROMPTS), reward.head(states[marks])[:, 0]
         assert torch.allclose(ours, expected, atol=1e-4)
-        placed = reward.ranker(reward.model(**batch).last_hidden_state[marks])[:, 0]
+        placed = reward.head(reward.model(**batch).last_hidden_state[marks])[:, 0]
     assert (placed - expected).abs().min() > 1e-3  # transformers' own positions would give other scores
 
 
@@ -101,7 +102,7 @@ def test_scores_are_the_models_own(reward: HPSv3) -> None:
 def test_preprocessing_follows_the_processor(reward: HPSv3, kind, size: tuple[int, int]) -> None:
     images = kind(*size)
     expected = reward.processor(pil(images), return_tensors="pt")
-    ours, grid = reward.patches(images)
+    ours, grid = reward.extract_patches(images)
     assert torch.equal(grid, expected.image_grid_thw)
     assert ours.shape == expected.pixel_values.shape
     # the processor rounds to 1/255 across and again down, and 1/255 is 0.015 after normalisation
@@ -110,9 +111,9 @@ def test_preprocessing_follows_the_processor(reward: HPSv3, kind, size: tuple[in
 
 def test_the_gradient_is_the_slope(reward: HPSv3) -> None:
     """In steps that are large against the float32 in which transformers keeps norms and rotations, so without kinks."""
-    first, middle, last = (layer for layer in reward.ranker if isinstance(layer, nn.Linear))
+    first, middle, last = (layer for layer in reward.head if isinstance(layer, nn.Linear))
     smooth = nn.Sequential(first, nn.Tanh(), middle, nn.Tanh(), last)
-    double = HPSv3(reward.model.double(), smooth.double(), reward.processor, reward.tokenizer, reward.words)
+    double = HPSv3(reward.model.double(), smooth.double(), reward.processor, reward.tokenizer, reward.template)
     images = (0.1 + 0.8 * tensor(64, 48)).double().requires_grad_()
     (gradient,) = torch.autograd.grad(double(images, PROMPTS).sum(), images)
     direction = gradient.sign() * torch.rand(images.shape, generator=torch.Generator().manual_seed(1))
@@ -126,17 +127,17 @@ def test_the_gradient_is_the_slope(reward: HPSv3) -> None:
 def test_checkpointed_layers_change_no_gradient(reward: HPSv3) -> None:
     images = tensor(40, 56).requires_grad_()
     plain = Qwen2VLModel.from_pretrained(reward.model.name_or_path).eval()
-    both = (reward, HPSv3(plain, reward.ranker, reward.processor, reward.tokenizer, reward.words))
+    both = (reward, HPSv3(plain, reward.head, reward.processor, reward.tokenizer, reward.template))
     assert torch.equal(*(torch.autograd.grad(each(images, PROMPTS).sum(), images)[0] for each in both))
-    assert not any(p.requires_grad for part in (reward.model, reward.ranker) for p in part.parameters())
+    assert not any(p.requires_grad for part in (reward.model, reward.head) for p in part.parameters())
 
 
 def test_in_bfloat16_a_score_and_its_gradient_are_float32(reward: HPSv3) -> None:
-    """As on a GPU: the model rounds, the picture and the head do not."""
+    """As on a GPU: the model rounds, the image and the head do not."""
     images = tensor(40, 56).requires_grad_()
     rough = Qwen2VLModel.from_pretrained(reward.model.name_or_path, dtype=torch.bfloat16).eval()
     results = []
-    for each in (reward, HPSv3(rough, reward.ranker, reward.processor, reward.tokenizer, reward.words)):
+    for each in (reward, HPSv3(rough, reward.head, reward.processor, reward.tokenizer, reward.template)):
         scores = each(images, PROMPTS)
         (gradient,) = torch.autograd.grad(scores.sum(), images)
         results.append((scores.detach(), gradient.flatten()))
@@ -158,7 +159,7 @@ def test_neither_neighbours_nor_padding_change_a_score(reward: HPSv3) -> None:
 
 @pytest.mark.parametrize("token", [*QWEN2_VL_TOKENS, "<|Reward|>"])
 def test_a_special_token_in_a_prompt_is_a_space(reward: HPSv3, token: str) -> None:
-    """A second <|image_pad|> would ask for a second picture, and what a removal joins must not be a token either."""
+    """A second <|image_pad|> would ask for a second image, and what a removal joins must not be a token either."""
     given = [f"a{token}red circle", f"{token[:4]}{token}{token[4:]}"]
     with torch.no_grad():
         scores, expected = (
@@ -177,8 +178,8 @@ def test_a_converted_folder_holds_the_published_weights(reward: HPSv3) -> None:
     )
     assert torch.equal(reward.model.visual.merger.mlp[0].bias, state["visual.merger.mlp.0.bias"])
     assert torch.equal(reward.model.language_model.embed_tokens.weight, state["model.embed_tokens.weight"])
-    assert torch.equal(reward.ranker[3].weight, state["rm_head.3.weight"])
-    assert reward.processor.size["shortest_edge"] == reward.processor.size["longest_edge"] == PIXELS
+    assert torch.equal(reward.head[3].weight, state["rm_head.3.weight"])
+    assert reward.processor.size["shortest_edge"] == reward.processor.size["longest_edge"] == IMAGE_AREA
     assert reward.tokenizer.convert_tokens_to_ids("<|Reward|>") == len(state["model.embed_tokens.weight"]) - 1
 
 
@@ -187,23 +188,23 @@ def test_precision_is_kept(tmp_path: Path) -> None:
     folder = converted(tmp_path, state)
     assert {x.dtype for x in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     reward = RewardConfig(score="hpsv3", ref=str(folder)).load()
-    assert {reward.model.dtype, reward.ranker[0].weight.dtype} == {torch.float32}
+    assert {reward.model.dtype, reward.head[0].weight.dtype} == {torch.float32}
 
 
 def test_what_does_not_fit_is_refused(reward: HPSv3, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a score 'hpsv3' is made of a 'qwen2_vl' model, this is a 'clip'"):
+    with pytest.raises(UserError, match="the score 'hpsv3' needs a 'qwen2_vl' model, this is a 'clip'"):
         RewardConfig(score="hpsv3", ref="builtin:shapes/heldout").load()
     qwen, file, words = companion(tmp_path / "qwen"), tmp_path / "HPSv3.safetensors", source(tmp_path / "words.py")
     with pytest.raises(UserError, match=r"no such file; download HPSv3\.safetensors of MizzenAI/HPSv3 first"):
-        convert.convert("hpsv3", file, str(qwen), tmp_path / "out", words)
+        convert.convert_checkpoint("hpsv3", file, str(qwen), tmp_path / "out", words)
     save_file({k: v for k, v in published().items() if k != "visual.merger.ln_q.bias"}, file)
     with pytest.raises(UserError, match=r"not a checkpoint of hpsv3: visual\.merger\.ln_q\.bias is missing"):
-        convert.convert("hpsv3", file, str(qwen), tmp_path / "out", words)
+        convert.convert_checkpoint("hpsv3", file, str(qwen), tmp_path / "out", words)
     with pytest.raises(UserError, match="holds a 'clip'; hpsv3 is made of Qwen2-VL-7B-Instruct"):
-        convert.convert("hpsv3", file, str(hub.resolve("builtin:shapes/heldout")), tmp_path / "out", words)
+        convert.convert_checkpoint("hpsv3", file, str(hub.resolve("builtin:shapes/heldout")), tmp_path / "out", words)
     (qwen / "config.json").write_text(json.dumps(QWEN2_VL | {"hidden_size": 64}))
     with pytest.raises(UserError, match=r"the checkpoint has 264 tokens, 32 wide; .* has 264, 64 wide"):
-        convert.convert("hpsv3", file, str(qwen), tmp_path / "out", words)
+        convert.convert_checkpoint("hpsv3", file, str(qwen), tmp_path / "out", words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["HPSv3.safetensors", "qwen", "words.py"]
 
 
@@ -220,7 +221,7 @@ def test_the_words_around_a_prompt_are_read_from_the_published_source(reward: HP
         "prompt_with_special_token = '<|Reward|>'\n",
         encoding="latin-1",
     )
-    assert convert.words_of(spread).model_dump() == {"before": "caf\xe9 ", "after": ""}
+    assert read_prompt_template(spread).model_dump() == {"before": "caf\xe9 ", "after": ""}
 
 
 @pytest.mark.parametrize(
@@ -248,16 +249,16 @@ def test_a_source_without_the_words_is_refused(tmp_path: Path, content: dict | b
     elif content is not None:
         source(file, **content)
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        convert.convert("hpsv3", tmp_path / "HPSv3.safetensors", "qwen", tmp_path / "out", file)
+        convert.convert_checkpoint("hpsv3", tmp_path / "HPSv3.safetensors", "qwen", tmp_path / "out", file)
     assert str(error.value).startswith(str(file))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_words_belong_to_hpsv3(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs --prompt-source FILE, hpsv3/dataset/data_collator_qwen\.py"):
-        convert.convert("hpsv3", tmp_path / "a", "b", tmp_path / "out")
-    with pytest.raises(UserError, match=r"--prompt-source: is for hpsv3; hpsv2 reads"):
-        convert.convert("hpsv2", tmp_path / "a", "b", tmp_path / "out", source(tmp_path / "words.py"))
+        convert.convert_checkpoint("hpsv3", tmp_path / "a", "b", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--prompt-source: is for hpsv3; hpsv2 puts"):
+        convert.convert_checkpoint("hpsv2", tmp_path / "a", "b", tmp_path / "out", source(tmp_path / "words.py"))
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"before": "a"}', '{"before": "a", "after": 1}'])

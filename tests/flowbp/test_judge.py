@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from flowbp.evaluators.judge import KEY, QUESTIONS, Judge, Mark, check_url, mark
+from flowbp.evaluation.vlm_judge import KEY_VARIABLE, QUESTIONS, Judge, Judgment, check_url, parse_score
 from imgen_common.errors import UserError
 
 RED = Image.new("RGB", (64, 32), (255, 0, 0))
@@ -54,7 +54,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     one = Server()
     thread = threading.Thread(target=one.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -65,7 +65,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def judge(server: Server, **more: Any) -> Judge:
-    return Judge("ur_align", server.url, "UnifiedReward", wait=0.01, **more)
+    return Judge("ur_align", server.url, "UnifiedReward", initial_backoff=0.01, **more)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +87,12 @@ def judge(server: Server, **more: Any) -> Judge:
         ("", None),
     ],
 )
-def test_marks_are_read_strictly(answer: str, score: float | None) -> None:
-    assert mark(answer) == score
+def test_scores_are_read_strictly(answer: str, score: float | None) -> None:
+    assert parse_score(answer) == score
 
 
 def test_the_question(server: Server) -> None:
-    assert judge(server)([RED], ["a red wall"]) == [Mark(4.0)]
+    assert judge(server)([RED], ["a red wall"]) == [Judgment(4.0)]
     (body,) = server.bodies
     assert server.paths == ["/v1/chat/completions"]
     assert (body["model"], body["temperature"]) == ("UnifiedReward", 0)
@@ -112,16 +112,18 @@ def test_the_two_aspects_ask_for_different_things(server: Server) -> None:
     assert len(set(QUESTIONS.values())) == 2
 
 
-def test_marks_keep_the_order_of_the_pictures(server: Server) -> None:
+def test_scores_keep_the_order_of_the_images(server: Server) -> None:
     server.reply = lambda number, body: (
         200,
         body["messages"][0]["content"][1]["text"].split("mark: ")[1].split("\n")[0],
     )
     prompts = [f"mark: Final Score: {1 + i / 10}" for i in range(12)]
-    assert [one.score for one in judge(server, at_once=3)([RED] * 12, prompts)] == [1 + i / 10 for i in range(12)]
+    assert [one.score for one in judge(server, max_concurrency=3)([RED] * 12, prompts)] == [
+        1 + i / 10 for i in range(12)
+    ]
 
 
-def test_an_answer_without_a_mark_is_kept_and_is_no_number(server: Server) -> None:
+def test_an_answer_without_a_score_is_kept_and_is_no_number(server: Server) -> None:
     server.reply = lambda number, body: (200, "I would rather not say. " * 40)
     (found,) = judge(server)([RED], ["a wall"])
     assert found.score is None
@@ -133,14 +135,14 @@ def test_an_answer_without_a_mark_is_kept_and_is_no_number(server: Server) -> No
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server: Server, status: int) -> None:
     server.reply = lambda number, body: (status, "") if number < 2 else (200, "Final Score: 2")
-    assert judge(server)([RED], ["a wall"]) == [Mark(2.0)]
+    assert judge(server)([RED], ["a wall"]) == [Judgment(2.0)]
     assert len(server.bodies) == 3
 
 
 def test_tries_have_an_end(server: Server) -> None:
     server.reply = lambda number, body: (500, "")
     with pytest.raises(UserError, match=r"500 .*\(try 3 of 3\); check --judge"):
-        judge(server, tries=3)([RED], ["a wall"])
+        judge(server, max_tries=3)([RED], ["a wall"])
     assert len(server.bodies) == 3
 
 
@@ -162,13 +164,13 @@ def test_what_is_no_chat_completion(server: Server, raw: bytes) -> None:
 
 def test_nobody_answers() -> None:
     with pytest.raises(UserError, match=r"judge 127\.0\.0\.1:1, model 'm': .*refused"):
-        Judge("ur_iq", "http://127.0.0.1:1/v1", "m", tries=2, wait=0.01)([RED], ["a wall"])
+        Judge("ur_iq", "http://127.0.0.1:1/v1", "m", max_tries=2, initial_backoff=0.01)([RED], ["a wall"])
 
 
 def test_the_key_is_sent_and_nowhere_shown(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.setenv(KEY_VARIABLE, SECRET)
     server.reply = lambda number, body: (403, SECRET)
     one = judge(server)
     with pytest.raises(UserError) as error:

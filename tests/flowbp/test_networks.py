@@ -10,13 +10,15 @@ from accelerate import Accelerator
 from families import SIZE, folder_of
 from torch import Tensor
 
-from flowbp import backbones, networks
+from flowbp import backbones
+from flowbp.backbones import options
 from flowbp.config import ModelConfig, TrainConfig
-from flowbp.train import Trainer, load_parts
-from flowbp.types import Backbone
+from flowbp.core.types import Backbone
+from flowbp.training.loading import load_models
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.live import LiveBytes, pieces
+from imgen_common.memory import LiveBytes, pieces
 
 PROMPTS = ["a red circle", "two blue crosses"]
 
@@ -41,7 +43,7 @@ def loss(backbone: Backbone, x: Tensor) -> Tensor:
 def decoded(folder: Path, **vae: object) -> tuple[Backbone, Tensor, Tensor]:
     """A backbone with these switches, latents of two pictures, and the gradient of a loss at them."""
     backbone = backbones.load(str(folder), dtype=torch.float64)
-    networks.prepare(backbone, model_of(vae=vae))
+    options.apply_model_options(backbone, model_of(vae=vae))
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0)).double().requires_grad_()
     return backbone, x, torch.autograd.grad(loss(backbone, x), x)[0]
 
@@ -83,7 +85,7 @@ def test_checkpointing_and_tiles_lower_what_a_decoding_holds(folder: Path) -> No
 @pytest.mark.parametrize("side", [12, 24, 4096])
 def test_tiles_that_do_not_fit_are_refused(folder: Path, side: int) -> None:
     with pytest.raises(UserError, match=f"model.vae.tile {side}: must be a multiple of 8 pixels and less than .* 24"):
-        networks.prepare(backbones.skeleton(str(folder)), model_of(vae={"tile": side}))
+        options.apply_model_options(backbones.init_empty_weights(str(folder)), model_of(vae={"tile": side}))
 
 
 # attention ------------------------------------------------------------------------------------------------------------
@@ -92,9 +94,9 @@ def test_tiles_that_do_not_fit_are_refused(folder: Path, side: int) -> None:
 def swept(folder: Path, attention: str | None, compiled: bool = False) -> Tensor:
     """The gradient of one velocity."""
     backbone = backbones.load(str(folder))
-    networks.prepare(backbone, model_of(attention=attention))
+    options.apply_model_options(backbone, model_of(attention=attention))
     if compiled:
-        networks.compile_blocks(backbone.net)
+        options.compile_blocks(backbone.net)
     backbone.net.requires_grad_(True)
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
     backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS)).pow(2).sum().backward()
@@ -115,8 +117,8 @@ def test_kernels_of_attention_agree(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sage", "quantised and has no backward pass"),
-        ("_sage_qk_int8_pv_fp16_cuda", "quantised and has no backward pass"),
+        ("sage", "quantized and has no backward pass"),
+        ("_sage_qk_int8_pv_fp16_cuda", "quantized and has no backward pass"),
         ("flash_hub", "would fetch a kernel from the hub"),
         ("nativ", "native"),
     ],
@@ -129,28 +131,34 @@ def test_kernels_that_cannot_train_are_refused(name: str, said: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they work here")
 def test_what_this_machine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="needs a CUDA device"):
-        networks.check_machine(model_of(attention="_native_cudnn"))
+        options.check_machine(model_of(attention="_native_cudnn"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="flash_attn is not installed"):
-        networks.check_machine(model_of(attention="flash"))
-    monkeypatch.setattr(networks, "find_spec", lambda name: None)
+        options.check_machine(model_of(attention="flash"))
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torchao is not installed; pip install 'flowbp\[int8\]'"):
-        networks.check_machine(model_of(quantization="int8"))
+        options.check_machine(model_of(quantization="int8"))
     with pytest.raises(UserError, match="torchao is not installed"):
-        networks.quantise(torch.nn.Linear(2, 2))
+        options.quantize(torch.nn.Linear(2, 2))
 
 
 # 8-bit and compiled blocks --------------------------------------------------------------------------------------------
 
 
 def config_of(folder: Path, *sets: str) -> TrainConfig:
-    common = [f"model.ref={folder}", f"model.height={SIZE[0]}", f"model.width={SIZE[1]}", "num_steps=6", "batch_size=4"]
-    return load(TrainConfig, [], [*common, "method=flowbp_bridge", "guidance.scale=1.5", *sets])
+    common = [
+        f"model.ref={folder}",
+        f"model.height={SIZE[0]}",
+        f"model.width={SIZE[1]}",
+        "num_inference_steps=6",
+        "total_batch_size=4",
+    ]
+    return load(TrainConfig, [], [*common, "method=flowbp_bridge", "guidance_scale=1.5", *sets])
 
 
 def trainer_of(config: TrainConfig) -> Trainer:
     """With adapters that say something, so that both of their factors have a gradient."""
-    parts = load_parts(config, torch.device("cpu"))
+    parts = load_models(config, torch.device("cpu"))
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in parts.parameters.values():
@@ -159,8 +167,8 @@ def trainer_of(config: TrainConfig) -> Trainer:
 
 
 def update(trainer: Trainer) -> Tensor:
-    trainer.gradient()
-    return torch.cat([p.grad.flatten() for p in trainer.parts.parameters.values() if p.grad is not None])
+    trainer.compute_gradient()
+    return torch.cat([p.grad.flatten() for p in trainer.models.parameters.values() if p.grad is not None])
 
 
 @pytest.mark.parametrize(("sets", "kind"), [([], "lora"), (["lora.rank=2", "distributed.kind=fsdp2"], "ddp")])
@@ -180,12 +188,12 @@ def test_adapters_train_over_an_8_bit_base(folder: Path, dtype: str) -> None:
     sets = ["lora.rank=2", f"model.dtype={dtype}", "model.gradient_checkpointing=true"]
     plain = update(trainer_of(config_of(folder, *sets)))
     trainer = trainer_of(config_of(folder, *sets, "model.quantization=int8"))
-    net = trainer.parts.backbone.net
-    weights = [m.weight for block in networks.blocks_of(net) for m in block.modules() if hasattr(m, "base_layer")]
+    net = trainer.models.backbone.net
+    weights = [m.weight for block in options.blocks_of(net) for m in block.modules() if hasattr(m, "base_layer")]
     before = [next(pieces(weight)).clone() for weight in weights]
     assert {piece.dtype for piece in before} == {torch.int8}
     assert distance(plain, update(trainer)) < 0.1  # 8 bits are not 16
-    silent = [name for name, p in trainer.parts.parameters.items() if p.grad is None or not p.grad.any()]
+    silent = [name for name, p in trainer.models.parameters.items() if p.grad is None or not p.grad.any()]
     assert [name for name in silent if "2.attn.add_q_proj." not in name] == []
     trainer.step()
     assert all(torch.equal(next(pieces(w)), kept) for w, kept in zip(weights, before, strict=True))

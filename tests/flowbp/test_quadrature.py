@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import exact_weight
 
-from flowbp.axes import supports
-from flowbp.numerics import inclusion_probabilities, lagrange_weights, race, tail_start
+from flowbp.core.axes.quadrature import leg_nodes
+from flowbp.core.numerics import draw_without_replacement, inclusion_probabilities, lagrange_weights, tail_start
 
 GOLDEN_GRIDS = {
     "sd3": ".986301 .971831 .956522 .940299 .923077 .904762 .885246 .864407 .842105 .818182 .792453 .764706 .734694"
@@ -42,7 +42,7 @@ def test_grids_are_those_of_the_papers(name):
 )
 def test_weights_are_those_of_the_papers(grid, start, stop, nodes, weights):
     sigmas = GRIDS[grid]
-    assert supports(start, stop, 3) == nodes
+    assert leg_nodes(start, stop, 3) == nodes
     got = lagrange_weights([sigmas[q] for q in nodes], sigmas[start], sigmas[stop])
     np.testing.assert_allclose(got, weights, atol=2e-7)
 
@@ -56,7 +56,7 @@ def test_weights_are_those_of_the_papers(grid, start, stop, nodes, weights):
     ],
 )  # fmt: skip
 def test_supports_are_those_of_the_papers(order, count, nodes):
-    assert supports(5, 5 + count, order) == tuple(5 + q for q in sorted(nodes))
+    assert leg_nodes(5, 5 + count, order) == tuple(5 + q for q in sorted(nodes))
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, "linear"])
@@ -66,11 +66,11 @@ def test_weights_are_exact_for_polynomials(grid, order):
     where a high order extrapolates an uneven grid (sum of |w| up to 1e8)."""
     sigmas = GRIDS.get(grid) or linear_grid(25)
     for start, stop in itertools.combinations(range(0, 26, 3), 2):
-        nodes = [sigmas[q] for q in supports(start, stop, order)]
+        nodes = [sigmas[q] for q in leg_nodes(start, stop, order)]
         w = lagrange_weights(nodes, sigmas[start], sigmas[stop])
-        centre, half = (sigmas[start] + sigmas[stop]) / 2, (sigmas[start] - sigmas[stop]) / 2
+        center, half = (sigmas[start] + sigmas[stop]) / 2, (sigmas[start] - sigmas[stop]) / 2
         for degree in range(len(nodes)):
-            values = ((np.array(nodes) - centre) / half) ** degree
+            values = ((np.array(nodes) - center) / half) ** degree
             exact = -half * (1 - (-1) ** (degree + 1)) / (degree + 1)
             tolerance = 1e-12 if order <= 5 or grid in ("linear", "flux1") else 1e-14 * np.abs(w).sum()
             assert abs(values @ w - exact) <= max(1e-12, tolerance)
@@ -81,7 +81,7 @@ def test_weights_are_exact_for_polynomials(grid, order):
 def test_weights_equal_rational_arithmetic(grid, order):
     sigmas = [Fraction(s) for s in GRIDS[grid]]
     for start, stop in [(0, 25), (0, 13), (12, 25), (4, 20)]:
-        nodes = supports(start, stop, order)
+        nodes = leg_nodes(start, stop, order)
         exact = [exact_weight(q, list(nodes), sigmas, sigmas[start], sigmas[stop]) for q in nodes]
         got = lagrange_weights([GRIDS[grid][q] for q in nodes], GRIDS[grid][start], GRIDS[grid][stop])
         np.testing.assert_allclose(got, exact, rtol=0, atol=1e-12 * np.abs(exact).max())
@@ -146,7 +146,7 @@ def test_race_draws_with_these_probabilities():
     odds, num = [(i + 1.0) ** 2 for i in range(10)], 20_000
     hits = np.zeros(10)
     for _ in range(num):
-        drawn = race(odds, 3, rng)
+        drawn = draw_without_replacement(odds, 3, rng)
         assert list(drawn) == sorted(set(drawn))
         hits[list(drawn)] += 1
     p = inclusion_probabilities(odds, 3)
@@ -155,15 +155,15 @@ def test_race_draws_with_these_probabilities():
 
 def test_race_for_nothing_or_everything_uses_no_random_numbers():
     rng = np.random.default_rng(0)
-    assert race([1.0, 2.0], 2, rng) == (0, 1)
-    assert race([1.0, 2.0], 0, rng) == ()
+    assert draw_without_replacement([1.0, 2.0], 2, rng) == (0, 1)
+    assert draw_without_replacement([1.0, 2.0], 0, rng) == ()
     assert inclusion_probabilities([1.0, 2.0], 0).tolist() == [0, 0]
     assert rng.random() == np.random.default_rng(0).random()
 
 
 def test_race_refuses_more_than_there_is():
     with pytest.raises(ValueError, match="cannot draw 3 of 2"):
-        race([1.0, 2.0], 3, np.random.default_rng(0))
+        draw_without_replacement([1.0, 2.0], 3, np.random.default_rng(0))
     with pytest.raises(ValueError, match="cannot draw 3 of 2"):
         inclusion_probabilities([1.0, 2.0], 3)
 
@@ -185,5 +185,5 @@ def test_tail_rounds_up_in_decimal(num_steps, thousandths, minimum):
 def test_linear_grid_needs_no_extrapolation_to_keep_its_sign():
     sigmas = linear_grid(25)
     for start, stop in itertools.combinations(range(26), 2):
-        w = lagrange_weights([sigmas[q] for q in supports(start, stop, 3)], sigmas[start], sigmas[stop])
+        w = lagrange_weights([sigmas[q] for q in leg_nodes(start, stop, 3)], sigmas[start], sigmas[stop])
         assert np.all(w <= 1e-12)

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from families import folder_of
 
-from flowbp import launch
 from flowbp.config import TrainConfig
-from flowbp.plan import plan
+from flowbp.core.plan import draw_plan
+from flowbp.training import preflight
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
@@ -24,8 +24,8 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_is_valid_and_its_method_can_be_planned(recipe: Path) -> None:
     config = load(TrainConfig, [recipe])
-    sigmas = np.linspace(1, 0, config.num_steps + 1).tolist()
-    assert plan(config.method, sigmas, np.random.default_rng(0)).num_gradient_forwards >= 1
+    sigmas = np.linspace(1, 0, config.num_inference_steps + 1).tolist()
+    assert draw_plan(config.method, sigmas, np.random.default_rng(0)).num_gradient_forwards >= 1
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str
     sets = [f"model.ref={tiny[recipe.parent.name]}", "rewards.0.ref=builtin:shapes/reward"]
     sets += ["heldout.0.ref=builtin:shapes/heldout", "heldout.1.ref=builtin:shapes/heldout"]
     sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
-    job = launch.check(load(TrainConfig, [recipe], sets), 8 if recipe.stem != "lora_24gb" else 1)
-    cost = launch.arithmetic(job)
-    assert cost["pictures_per_update"] == job.config.batch_size
+    job = preflight.check_run(load(TrainConfig, [recipe], sets), 8 if recipe.stem != "lora_24gb" else 1)
+    cost = preflight.update_arithmetic(job)
+    assert cost["images_per_update"] == job.config.total_batch_size
     assert cost["updates"] == 300
 
 

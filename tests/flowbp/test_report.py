@@ -8,17 +8,19 @@ import pytest
 import torch
 from pages import Page
 
-from flowbp import compare, report
-from flowbp.charts import Series, chart, smooth, ticks
 from flowbp.config import TrainConfig
-from flowbp.evaluate import Evaluation
-from flowbp.explain import inline_svg, linear_grid
+from flowbp.core.plan import draw_plan
+from flowbp.evaluation import compare
+from flowbp.evaluation.evaluate import Evaluation
+from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.methods import METHODS
-from flowbp.plan import plan
-from flowbp.results import drop_evaluations, load_evaluations, save_evaluation
+from flowbp.reports import report
+from flowbp.reports.charts import Series, line_chart, moving_average, ticks
+from flowbp.reports.explain import linear_sigmas
+from flowbp.reports.figure import plan_svg
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.runs import RunFolder
+from imgen_common.run_folder.folder import RunFolder
 
 EVIL = '<script>alert("1")</script> & "quotes"'
 
@@ -37,14 +39,14 @@ def evaluation(prompts: list[str], rate: float, shift: float, *, verified: bool 
 def run(tmp_path: Path) -> Path:
     """A run folder with metrics and evaluations at the training's guidance and at 2."""
     config = load(
-        TrainConfig, [], ["method=leapalign", "guidance.scale=1", "num_updates=30", f"data.key={json.dumps(EVIL)}"]
+        TrainConfig, [], ["method=leapalign", "guidance_scale=1", "max_train_steps=30", f"data.key={json.dumps(EVIL)}"]
     )
     path = tmp_path / "runs" / "some run"
     prompts = [EVIL, *(f"prompt {i}" for i in range(119))]
     with RunFolder.create(path, config, ["flowbp", "train", EVIL]) as folder:
         for i in range(1, 31):
             numbers = {"reward": i / 10, "heldout": 1.0, "loss": -i / 10, "grad_norm": 0.5, "gap_0": 0.1, "gap_1": 0.2}
-            numbers |= {"seconds": 2.0, "peak_memory_mb": 900.0, "lr": 1e-4}
+            numbers |= {"seconds": 2.0, "peak_memory_gib": 0.9, "learning_rate": 1e-4}
             folder.log(i, {f"train/{name}": value for name, value in numbers.items()})
         folder.log(20, {"eval/reward": 1.0, "eval/heldout": 2.0, "eval/verifier": 0.5})
         folder.log(21, {"train/reward": float("nan")})
@@ -56,7 +58,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def read(path: Path) -> tuple[str, Page]:
-    text = report.write(path).read_text(encoding="utf-8")
+    text = report.write_report(path).read_text(encoding="utf-8")
     return text, Page(text)
 
 
@@ -84,12 +86,12 @@ def test_what_others_wrote_is_escaped(run: Path) -> None:
 def test_the_result_comes_first_and_every_guidance_beside_it(run: Path) -> None:
     _, page = read(run)
     place = [
-        page.text.index(title) for title in ("Verifier", "Every guidance scale", "Pictures at equal seeds", "Curves")
+        page.text.index(title) for title in ("Verifier", "Every guidance scale", "Images at equal seeds", "Curves")
     ]
     assert place == sorted(place)
     base, trained = (evaluation([""] * 120, rate, 0).scores["verifier"] for rate in (0.4, 0.6))
-    assert compare.number("verifier", float(np.mean(base))) in page.text
-    assert compare.number("verifier", float(np.mean(trained))) in page.text
+    assert compare.format_score("verifier", float(np.mean(base))) in page.text
+    assert compare.format_score("verifier", float(np.mean(trained))) in page.text
     assert "120 prompts" in page.text
     assert "paired bootstrap over prompts" in page.text
     assert page.text.count("lower") >= 1  # guidance 2 got worse, and the page says so
@@ -114,8 +116,8 @@ def test_a_run_that_is_not_finished_says_so(run: Path) -> None:
 
 def test_an_evaluation_made_again_leaves_nothing_of_the_one_before(run: Path) -> None:
     save_evaluation(run, "base", 1.0, Evaluation(["a"], {"reward": [0.5]}, None, torch.rand(1, 3, 8, 8)))
-    assert len(load_evaluations(run)["base", 1.0].pictures) == 1
-    drop_evaluations(run, "trained")
+    assert len(load_evaluations(run)["base", 1.0].image_files) == 1
+    delete_evaluations(run, "trained")
     assert sorted(load_evaluations(run)) == [("base", 1.0), ("base", 2.0)]
 
 
@@ -140,7 +142,7 @@ def test_prompts_without_a_verifier_have_rewards_only(run: Path) -> None:
     assert "higher" in page.text
 
 
-def test_large_pictures_are_made_small(run: Path) -> None:
+def test_large_images_are_made_small(run: Path) -> None:
     from PIL import Image
 
     for file in (run / "evaluations").glob("*/00*.png"):
@@ -160,13 +162,13 @@ def _width(uri: str) -> int:
 
 def test_only_a_run_folder_has_a_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
-        report.write(tmp_path)
+        report.write_report(tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_picture_that_follows_the_theme(method: str) -> None:
-    drawn = plan(METHODS[method], linear_grid(25, 3.0), np.random.default_rng(3))
-    svg = inline_svg(drawn, "title")
+def test_every_method_has_a_image_that_follows_the_theme(method: str) -> None:
+    drawn = draw_plan(METHODS[method], linear_sigmas(25, 3.0), np.random.default_rng(3))
+    svg = plan_svg(drawn, "title")
     page = Page(svg)
     assert "var(--ink)" in svg
     assert "://" not in svg
@@ -185,13 +187,13 @@ def test_every_method_has_a_picture_that_follows_the_theme(method: str) -> None:
     ],
 )
 def test_verdicts_follow_the_interval(before: list[float], after: list[float], verdict: str) -> None:
-    assert compare.change(before, after).verdict == verdict
+    assert compare.paired_change(before, after).verdict == verdict
 
 
 def test_numbers_for_people() -> None:
-    assert compare.number("verifier", 0.5238) == "52.4 %"
-    assert compare.signed("verifier", -0.031) == "\N{MINUS SIGN}3.1"
-    assert compare.signed("reward", 0.5) == "+0.50"
+    assert compare.format_score("verifier", 0.5238) == "52.4 %"
+    assert compare.format_change("verifier", -0.031) == "\N{MINUS SIGN}3.1"
+    assert compare.format_change("reward", 0.5) == "+0.50"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6)])
@@ -203,6 +205,6 @@ def test_ticks_are_few_and_enclose(low: float, high: float) -> None:
 
 
 def test_charts_without_data_are_left_out() -> None:
-    assert chart("t", "u", [Series("", "--blue", [], [])], 10) == ""
-    assert "<circle" in chart("t", "u", [Series("", "--blue", [3], [2.0])], 10)
-    assert smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert line_chart("t", "u", [Series("", "--blue", [], [])], 10) == ""
+    assert "<circle" in line_chart("t", "u", [Series("", "--blue", [3], [2.0])], 10)
+    assert moving_average([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]

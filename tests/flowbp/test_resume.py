@@ -10,12 +10,24 @@ import forking
 import pytest
 import torch
 
-from imgen_common.runs import RunFolder
+from imgen_common.run_folder.folder import RunFolder
 
 NUM_UPDATES = 14
 SETS = [
-    *("num_steps=6", "batch_size=4", f"num_updates={NUM_UPDATES}", "checkpoint.every=3", "method=flowbp_bridge"),
-    *("eval.num_prompts=4", "eval.steps=2", "eval.guidance=[1.0]", "eval.every=5", "eval.quick_num_prompts=4"),
+    *(
+        "num_inference_steps=6",
+        "total_batch_size=4",
+        f"max_train_steps={NUM_UPDATES}",
+        "checkpoint.every=3",
+        "method=flowbp_bridge",
+    ),
+    *(
+        "eval.num_prompts=4",
+        "eval.num_inference_steps=2",
+        "eval.guidance_scale=[1.0]",
+        "eval.every=5",
+        "eval.quick_num_prompts=4",
+    ),
 ]
 ADAPTERS = {"full": [], "lora": ["lora.rank=4"]}
 

@@ -12,11 +12,17 @@ from golden.inputs import pictures as waves
 from PIL import Image
 from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from flowbp.rewards import RewardConfig, convert
+from flowbp.config import TrainConfig
+from flowbp.evaluation.benchmarks.settings import parse_scorer
+from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward
 from flowbp.rewards.clip import AestheticReward, ClipReward
-from flowbp.rewards.head import PLACES
+from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
+from flowbp.rewards.convert.image_reward import save_image_reward
+from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
+from flowbp.rewards.head import CHECKPOINT_LAYERS
 from flowbp.rewards.image_reward import ImageReward
 from imgen_common import hub
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.shapes.vocabulary import clip_tokenizer
 
@@ -70,12 +76,35 @@ def test_the_gradient_is_the_slope(reward: ClipReward) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(UserError, match="made of a 'clip' model, this is a 'qwen3'"):
+    with pytest.raises(UserError, match="needs a 'clip' model, this is a 'qwen3'"):
         RewardConfig(ref=str(hub.resolve("builtin:shapes/generator") / "text_encoder")).load()
-    with pytest.raises(UserError, match="made of a 'blip' model"):
+    with pytest.raises(UserError, match="needs a 'blip' model"):
         RewardConfig(score="imagereward", ref=REF).load()
     with pytest.raises(UserError, match=r"no head\.safetensors in it"):
         RewardConfig(score="aesthetic", ref=REF).load()
+
+
+class Brightness:
+    """A reward as CONTRIBUTING.md describes one."""
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "Brightness":
+        return cls()
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_a_new_reward_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REWARDS, "brightness", RewardType(__name__, "Brightness", "clip"))
+    config = load(TrainConfig, [], ["rewards.0.score=brightness"])
+    assert load_reward(config.rewards[0])(torch.full((2, 3, 4, 4), 0.25), PROMPTS).tolist() == [0.25, 0.25]
+    assert parse_scorer(f"brightness={REF}", None).kind == "brightness"
+
+
+def test_an_unknown_score_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown score 'hpsv4'; did you mean 'hpsv[23]'\?; allowed: clip, clipscore"):
+        load(TrainConfig, [], ["rewards.0.score=hpsv4"])
 
 
 # --- published checkpoints --------------------------------------------------------------------------------------------
@@ -99,7 +128,7 @@ def published(name: str) -> dict[str, torch.Tensor]:
 
 
 def golden_clip(folder: Path) -> ClipReward:
-    convert.save_clip(convert.open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
+    save_clip(clip_from_open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
     reward = RewardConfig(score="hpsv2", ref=str(folder)).load()
     reward.tokenizer = Ids([[*row[:-1], 39] for row in TOKENS])
     return reward
@@ -107,7 +136,7 @@ def golden_clip(folder: Path) -> ClipReward:
 
 def golden_image_reward(folder: Path) -> ImageReward:
     folder.mkdir()
-    convert.save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
+    save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
     reward = RewardConfig(score="imagereward", ref=str(folder)).load()
     reward.tokenizer = Ids(TOKENS)
     return reward
@@ -116,10 +145,10 @@ def golden_image_reward(folder: Path) -> ImageReward:
 def golden_aesthetic(folder: Path) -> AestheticReward:
     shutil.copytree(hub.resolve(REF), folder.parent / "clip")
     widths = (64, 1024, 128, 64, 16, 1)
-    shapes = {f"layers.{i}.weight": (b, a) for i, a, b in zip(PLACES, widths, widths[1:], strict=False)}
-    shapes |= {f"layers.{i}.bias": (b,) for i, b in zip(PLACES, widths[1:], strict=True)}
+    shapes = {f"layers.{i}.weight": (b, a) for i, a, b in zip(CHECKPOINT_LAYERS, widths, widths[1:], strict=False)}
+    shapes |= {f"layers.{i}.bias": (b,) for i, b in zip(CHECKPOINT_LAYERS, widths[1:], strict=True)}
     torch.save({k: torch.from_numpy(weights(k, v)) for k, v in shapes.items()}, folder.parent / "head.pth")
-    convert.convert("aesthetic", folder.parent / "head.pth", str(folder.parent / "clip"), folder)
+    convert.convert_checkpoint("aesthetic", folder.parent / "head.pth", str(folder.parent / "clip"), folder)
     return RewardConfig(score="aesthetic", ref=str(folder)).load()
 
 
@@ -162,12 +191,12 @@ def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> N
     state = published("open_clip")
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items() if k != "ln_final.bias"}}, file)
     with pytest.raises(UserError, match=r"not a checkpoint of hpsv2: ln_final\.bias is missing"):
-        convert.convert("hpsv2", file, str(tokenizer), tmp_path / "out")
+        convert.convert_checkpoint("hpsv2", file, str(tokenizer), tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["HPS.pt", "tokenizer"]
     with pytest.raises(UserError, match="exists already"):
-        convert.convert("hpsv2", file, str(tokenizer), tokenizer)
+        convert.convert_checkpoint("hpsv2", file, str(tokenizer), tokenizer)
     with pytest.raises(UserError, match="no tokenizer there"):
-        convert.tokenizer_of(str(tmp_path / "nothing"))
+        load_tokenizer(str(tmp_path / "nothing"))
 
 
 class Evil:
@@ -178,5 +207,5 @@ class Evil:
 def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="anything else is not unpickled"):
-        convert.read(tmp_path / "evil.pt")
+        read_checkpoint(tmp_path / "evil.pt")
     assert capsys.readouterr().out == ""

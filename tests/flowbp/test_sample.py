@@ -1,4 +1,4 @@
-"""Pictures outside of training: seeds mean what they mean to diffusers, files are kept, names are safe."""
+"""Images outside of training: seeds mean what they mean to diffusers, files are kept, names are safe."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 
-from flowbp import backbones, inference
+from flowbp import backbones
+from flowbp.evaluation import sampling
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -26,7 +27,7 @@ def pipeline() -> Flux2KleinPipeline:
 def test_a_seed_draws_what_the_pipeline_draws(pipeline: Flux2KleinPipeline, guidance: float, seed: int) -> None:
     backbone = backbones.load(GENERATOR)
     prompt = "a red circle left of a blue square"
-    ours = inference.draw(backbone, prompt, [seed], SIZE, 6, guidance)
+    ours = sampling.generate_images(backbone, prompt, [seed], SIZE, 6, guidance)
     theirs = pipeline(
         prompt=prompt,
         height=SIZE[0],
@@ -41,15 +42,15 @@ def test_a_seed_draws_what_the_pipeline_draws(pipeline: Flux2KleinPipeline, guid
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_a_picture_does_not_depend_on_its_neighbours() -> None:
+def test_a_image_does_not_depend_on_its_neighbours() -> None:
     backbone = backbones.load(GENERATOR)
-    together = inference.draw(backbone, "two green squares", [3, 4, 5], SIZE, 4, 2.0)
-    alone = inference.draw(backbone, "two green squares", [4], SIZE, 4, 2.0)
+    together = sampling.generate_images(backbone, "two green squares", [3, 4, 5], SIZE, 4, 2.0)
+    alone = sampling.generate_images(backbone, "two green squares", [4], SIZE, 4, 2.0)
     assert (together[1:2] - alone).abs().max() < 1e-5
 
 
 def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
-    bones, whole = backbones.skeleton(GENERATOR), backbones.load(GENERATOR)
+    bones, whole = backbones.init_empty_weights(GENERATOR), backbones.load(GENERATOR)
     assert torch.equal(bones.sigmas(25, SIZE), whole.sigmas(25, SIZE))
     assert [name for name, _ in bones.net.named_parameters()] == [name for name, _ in whole.net.named_parameters()]
     assert all(p.is_meta for p in bones.net.parameters())
@@ -59,19 +60,19 @@ def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
 
 def test_the_skeleton_refuses_what_loading_refuses() -> None:
     with pytest.raises(UserError, match=r"cannot train a folder without model_index\.json"):
-        backbones.skeleton("builtin:shapes/reward")
+        backbones.init_empty_weights("builtin:shapes/reward")
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:
-    assert inference.next_number(tmp_path / "none") == 0
+    assert sampling.next_file_number(tmp_path / "none") == 0
     (tmp_path / "007-a-red-circle-seed0.png").touch()
     (tmp_path / "notes.txt").touch()
-    assert inference.next_number(tmp_path) == 8
+    assert sampling.next_file_number(tmp_path) == 8
 
 
 @pytest.mark.parametrize(
     ("prompt", "name"),
-    [("A red circle!", "a-red-circle"), ("../../etc/passwd", "etc-passwd"), ("§", "picture"), ("x" * 99, "x" * 60)],
+    [("A red circle!", "a-red-circle"), ("../../etc/passwd", "etc-passwd"), ("§", "image"), ("x" * 99, "x" * 60)],
 )
 def test_prompts_become_safe_file_names(prompt: str, name: str) -> None:
-    assert inference.slug(prompt) == name
+    assert sampling.slug(prompt) == name

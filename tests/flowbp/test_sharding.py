@@ -18,26 +18,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowbp.config import TrainConfig
-from flowbp.launch import check_launcher
-from flowbp.progress import Silent
-from flowbp.train import Trainer, load_parts
+from flowbp.training.loading import load_models
+from flowbp.training.preflight import check_launcher
+from flowbp.training.progress import NullReporter
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.runs import RunFolder
+from imgen_common.run_folder.folder import RunFolder
 
 TOLERANCE = 1e-5
 CASES = {
     "fsdp2": {
         "full": ["distributed.kind=fsdp2"],
-        "each-step": ["distributed.kind=fsdp2", "distributed.sync=step", "micro_batch_size=1"],
-        "lora": ["distributed.kind=fsdp2", "lora.rank=4", "chunk=2"],
+        "each-step": ["distributed.kind=fsdp2", "distributed.sync=step", "per_device_batch_size=1"],
+        "lora": ["distributed.kind=fsdp2", "lora.rank=4", "active_steps_per_forward=2"],
         "checkpointing": ["distributed.kind=fsdp2", "model.gradient_checkpointing=true"],
     },
     "zero": {
         "zero2": ["distributed.kind=zero2"],
         "zero3": ["distributed.kind=zero3"],
-        "zero2-lora": ["distributed.kind=zero2", "distributed.sync=step", "lora.rank=4", "micro_batch_size=1"],
-        "zero3-lora": ["distributed.kind=zero3", "distributed.sync=step", "lora.rank=4", "chunk=2"],
+        "zero2-lora": ["distributed.kind=zero2", "distributed.sync=step", "lora.rank=4", "per_device_batch_size=1"],
+        "zero3-lora": ["distributed.kind=zero3", "distributed.sync=step", "lora.rank=4", "active_steps_per_forward=2"],
     },
 }
 ALL_CASES = "sd3"  # the family that runs every case and resumes; the others run those below
@@ -48,14 +49,20 @@ PROMPTS = ["a red circle", "two blue crosses", "a green square"]
 def config_of(folder: Path, *sets: str) -> TrainConfig:
     # a large eps and rate: AdamW divides by the root of the second moment, which magnifies rounding where that is
     # small, and a small step drowns in the rounding of the weight it is added to
-    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_steps=4", "batch_size=4"]
-    common += ["optim.lr=0.01", "optim.eps=0.01", "optim.warmup=0", "method=flowbp_bridge", "guidance.scale=1.5"]
-    common += ["method.active.num_steps=3", "eval.steps=2", "eval.batch_size=1"]
+    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_inference_steps=4", "total_batch_size=4"]
+    common += [
+        "optim.learning_rate=0.01",
+        "optim.eps=0.01",
+        "optim.lr_warmup_steps=0",
+        "method=flowbp_bridge",
+        "guidance_scale=1.5",
+    ]
+    common += ["method.active.num_active_steps=3", "eval.num_inference_steps=2", "eval.batch_size=1"]
     return load(TrainConfig, [], [*common, *sets])
 
 
 def fresh(config: TrainConfig, accelerator: Accelerator) -> Trainer:
-    return Trainer(config, load_parts(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
+    return Trainer(config, load_models(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
 
 
 def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None = None) -> Trainer:
@@ -69,9 +76,11 @@ def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None =
 
 def flat(trainer: Trainer) -> dict[str, Tensor]:
     """State and scores after the updates; whole on the main process."""
-    with trainer.weights.averaged():
-        scores = trainer.evaluate(PROMPTS, "", 1.5, Silent(), "").scores
-    state = {f"{group}/{name}": t for group, tensors in trainer.weights.state().items() for name, t in tensors.items()}
+    with trainer.state.ema_weights():
+        scores = trainer.evaluate(PROMPTS, "", 1.5, NullReporter(), "").scores
+    state = {
+        f"{group}/{name}": t for group, tensors in trainer.state.state_dict().items() for name, t in tensors.items()
+    }
     return {**state, **{f"score/{name}": torch.tensor(values) for name, values in scores.items()}}
 
 
@@ -99,11 +108,11 @@ def results(library: str) -> Path:
 def check_one_process(library: str, family: str, case: str) -> None:
     place = results(library)
     config = config_of(place / family, *CASES[library][case], "distributed.kind=ddp")
-    parts = load_parts(config, torch.device("cpu"))
+    parts = load_models(config, torch.device("cpu"))
     base = {name: p.detach().clone() for name, p in parts.parameters.items()}
     one, two = flat(trained(config, Accelerator(cpu=True))), load_file(place / f"{family}-{case}.safetensors")
     assert one.keys() == two.keys()
-    for group in ("weights", "average"):
+    for group in ("weights", "ema"):
         ours, theirs = change(one, base, group), change(two, base, group)
         assert ours.norm() > 0
         assert (ours - theirs).norm() < TOLERANCE * ours.norm()
@@ -145,7 +154,7 @@ def test_a_run_under_zero_resumes_exactly(case: str) -> None:
 def test_a_launcher_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"distributed.kind fsdp2: needs processes; start it with torchrun"):
         check_launcher("fsdp2", {})
-    with pytest.raises(UserError, match=r"asks for FSDP; flowbp does that itself.*distributed.kind=fsdp2"):
+    with pytest.raises(UserError, match=r"asks for FSDP; flowbp shards weights itself.*distributed.kind=fsdp2"):
         check_launcher("ddp", {"RANK": "0", "ACCELERATE_USE_FSDP": "true"})
     quiet = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
     with pytest.raises(UserError, match=r"several processes were asked for and one was started.*--multi_gpu"):
@@ -160,11 +169,23 @@ def test_a_launcher_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["fsdp2", "zero2"])
 def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> None:
     """Through the command: three prompts on two processes, then from its checkpoint without them."""
-    common = ["num_steps=4", "batch_size=2", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
-    common += ["eval.num_prompts=3", "eval.steps=2", "eval.every=1", "eval.quick_num_prompts=3", "eval.batch_size=1"]
+    common = [
+        "num_inference_steps=4",
+        "total_batch_size=2",
+        "method=refl",
+        "method.active.num_active_steps=2",
+        "eval.guidance_scale=[1.0]",
+    ]
+    common += [
+        "eval.num_prompts=3",
+        "eval.num_inference_steps=2",
+        "eval.every=1",
+        "eval.quick_num_prompts=3",
+        "eval.batch_size=1",
+    ]
     words = ["flowbp", "train", "--runs", str(tmp_path)]
-    changes = [f"--set={text}" for text in (*common, "num_updates=2", f"distributed.kind={kind}", "lora.rank=2")]
-    resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=num_updates=3"]
+    changes = [f"--set={text}" for text in (*common, "max_train_steps=2", f"distributed.kind={kind}", "lora.rank=2")]
+    resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=max_train_steps=3"]
     forked(2, command, *words, *changes, "--set=name=flowbp", log=tmp_path / "log")
     forked(1, command, *words, *resumed, log=tmp_path / "log")
     run = RunFolder.open(tmp_path / "flowbp", is_main=False)
@@ -174,8 +195,21 @@ def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:
-    common = ["num_steps=4", "batch_size=2", "method=refl", "method.active.num_steps=2", "eval.guidance=[1.0]"]
-    common += ["eval.num_prompts=3", "eval.steps=2", "eval.every=0", "num_updates=2", "lora.rank=2", "name=run"]
+    common = [
+        "num_inference_steps=4",
+        "total_batch_size=2",
+        "method=refl",
+        "method.active.num_active_steps=2",
+        "eval.guidance_scale=[1.0]",
+    ]
+    common += [
+        "eval.num_prompts=3",
+        "eval.num_inference_steps=2",
+        "eval.every=0",
+        "max_train_steps=2",
+        "lora.rank=2",
+        "name=run",
+    ]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     words = [*launcher, "--main_process_port", "0", "-m", "flowbp", "train", "--runs", str(tmp_path), "--json"]
     done = subprocess.run([*words, *(f"--set={s}" for s in common)], capture_output=True, text=True, timeout=400)
@@ -204,6 +238,6 @@ def _worker(place: Path, library: str) -> None:
         if family == ALL_CASES and len(CASES[library][case]) == 1:
             first = fresh(config, accelerator)
             first.step()
-            saved = {group: keep(f"{family}-{group}", part) for group, part in first.weights.state().items()}
+            saved = {group: keep(f"{family}-{group}", part) for group, part in first.state.state_dict().items()}
             keep(f"{family}-{case}-resumed", flat(trained(config, accelerator, saved)))
     accelerator.end_training()

@@ -17,10 +17,10 @@ from fields import (
 )
 from oracle import SURROGATES, backpropagate_jointly, roll
 
-from flowbp.axes import Dirichlet, Midpoint, MidpointJ, Uniform
-from flowbp.engine import Outcome, backpropagate, rollout
-from flowbp.methods import METHODS, Method, get
-from flowbp.plan import Plan, Term, plan
+from flowbp.core.axes.active import Dirichlet, Midpoint, MidpointJ, Uniform
+from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, rollout
+from flowbp.core.plan import Plan, Term, draw_plan
+from flowbp.methods import METHODS, Method, get_method
 
 SHAPE = (NUM_SAMPLES, NUM_TOKENS, NUM_CHANNELS)
 LOSS = random_loss(SHAPE)
@@ -33,21 +33,21 @@ def net():
 
 
 def swept(
-    net, method_plan: Plan, velocity, x_0, sigmas, *, offload: bool = False, **options
+    net, method_plan: Plan, velocity, x_0, sigmas, *, offload: bool = False, noise=None, **options
 ) -> tuple[torch.Tensor, Outcome]:
     net.zero_grad()
-    trajectory = rollout(velocity, x_0, sigmas, method_plan.keep, offload=offload)
-    outcome = backpropagate(method_plan, trajectory, velocity, LOSS, **options)
+    trajectory = rollout(velocity, x_0, sigmas, method_plan.rollout_spec, offload=offload)
+    outcome = backpropagate(method_plan, trajectory, velocity, LOSS, noise=noise, options=BackwardOptions(**options))
     return gradient(net), outcome
 
 
 def vary(method: Method, num_steps: int, rng: np.random.Generator) -> Method:
-    """The method with other settings, within what `num_steps` allows."""
+    """The method with other settings, within what `num_inference_steps` allows."""
     ours, renoised = method.name.startswith("flowbp"), method.name == "draft_lv"
     samplers = [Uniform(), Uniform(cap=2), Dirichlet(), Dirichlet(cap=3), Midpoint(), MidpointJ()]
     sampler = samplers[rng.integers(len(samplers))]
     active = {
-        "num_steps": 1 if renoised else int(rng.integers(2, 4)) if ours else int(rng.integers(1, num_steps)),
+        "num_active_steps": 1 if renoised else int(rng.integers(2, 4)) if ours else int(rng.integers(1, num_steps)),
         "early_stop": float(rng.uniform(0, 1)),
         "bias": float(rng.uniform(0, 4)),
         "sampler": sampler,
@@ -65,7 +65,7 @@ def vary(method: Method, num_steps: int, rng: np.random.Generator) -> Method:
         update={
             "reward_input": _with(method.reward_input, {"copies": int(rng.integers(1, 4))}),
             "active": _with(method.active, active),
-            "weights": _with(method.weights, weights),
+            "weights": _with(method.quadrature, weights),
             "coupling": coupling,
             "gap_floor": method.gap_floor and float(10 ** rng.uniform(-4, -1)),
             "tail": float(rng.choice([0.6, 0.8, 1.0])) if ours or method.name == "leapalign" else 1.0,
@@ -90,10 +90,10 @@ def test_sweep_equals_joint_graph(name, net):
         rng = np.random.default_rng(seed)
         num_steps = int(rng.integers(5, 7))
         sigmas = random_sigmas(num_steps, rng)
-        method = vary(get(name), num_steps, rng)
-        drawn = plan(method, sigmas, rng)
+        method = vary(get_method(name), num_steps, rng)
+        drawn = draw_plan(method, sigmas, rng)
         x_0, eps = noise(*SHAPE, seed=seed), noise(max(drawn.copies, 1), *SHAPE, seed=1000 + seed)
-        options = {"chunk": int(rng.integers(1, 4)), "reward_chunk": [None, 1][rng.integers(2)]}
+        options = {"steps_per_forward": int(rng.integers(1, 4)), "reward_batch_size": [None, 1][rng.integers(2)]}
         got, outcome = swept(net, drawn, velocity, x_0, sigmas, noise=eps, scale=0.7, **options)
         net.zero_grad()
         surrogate = backpropagate_jointly(method, drawn, roll(velocity, x_0, sigmas), LOSS, eps, scale=0.7)
@@ -106,36 +106,36 @@ def test_sweep_equals_joint_graph(name, net):
 
 def test_bridge_without_coupling_is_sparse_on_the_same_steps(net):
     velocity = flux2_velocity(net)
-    bridge = get("flowbp_bridge")
+    bridge = get_method("flowbp_bridge")
     detached = bridge.model_copy(update={"coupling": bridge.coupling.model_copy(update={"alpha": 0.0})})
     for seed in range(5):
         rng = np.random.default_rng(seed)
         sigmas = random_sigmas(7, rng)
         x_0 = noise(*SHAPE, seed=seed)
-        drawn = plan(detached, sigmas, rng)
+        drawn = draw_plan(detached, sigmas, rng)
         assert not any(term.coupling for term in drawn.terms)
         run = roll(velocity, x_0, sigmas)
         got, _ = swept(net, drawn, velocity, x_0, sigmas)
         net.zero_grad()
-        backpropagate_jointly(get("flowbp_sparse"), drawn, run, LOSS)
+        backpropagate_jointly(get_method("flowbp_sparse"), drawn, run, LOSS)
         assert relative(got, gradient(net)) <= 1e-12
 
 
 def test_lagrange_of_order_one_is_leapalign(net):
     velocity = flux2_velocity(net)
-    leap = get("leapalign")
-    base = get("flowbp_lagrange")
+    leap = get_method("leapalign")
+    base = get_method("flowbp_lagrange")
     lagrange = base.model_copy(
         update={
             "active": base.active.model_copy(update={"num_supports": 1, "sampler": leap.active.sampler}),
-            "weights": base.weights.model_copy(update={"order": 1, "refill": "none"}),
+            "quadrature": base.quadrature.model_copy(update={"order": 1, "refill": "none"}),
             "coupling": leap.coupling,
             "gap_floor": leap.gap_floor,
         }
     )
     for seed in range(5):
         sigmas = random_sigmas(6, np.random.default_rng(seed))
-        a, b = (plan(method, sigmas, np.random.default_rng(seed)) for method in (lagrange, leap))
+        a, b = (draw_plan(method, sigmas, np.random.default_rng(seed)) for method in (lagrange, leap))
         assert [t.step for t in a.terms] == [t.step for t in b.terms]
         got, one = swept(net, a, velocity, noise(*SHAPE, seed=seed), sigmas)
         want, other = swept(net, b, velocity, noise(*SHAPE, seed=seed), sigmas)
@@ -147,10 +147,10 @@ def test_lagrange_of_order_one_is_leapalign(net):
 def test_chunk_does_not_change_the_gradient(name, net):
     velocity = flux2_velocity(net)
     sigmas = random_sigmas(8, np.random.default_rng(0))
-    drawn = plan(get(name), sigmas, np.random.default_rng(3))
+    drawn = draw_plan(get_method(name), sigmas, np.random.default_rng(3))
     want, _ = swept(net, drawn, velocity, noise(*SHAPE), sigmas)
     for chunk in (2, 3, 8):
-        got, outcome = swept(net, drawn, velocity, noise(*SHAPE), sigmas, chunk=chunk, reward_chunk=1)
+        got, outcome = swept(net, drawn, velocity, noise(*SHAPE), sigmas, steps_per_forward=chunk, reward_batch_size=1)
         assert relative(got, want) <= 1e-12
         assert outcome.num_gradient_forwards == len(drawn.terms)
 
@@ -159,7 +159,7 @@ def test_chunk_does_not_change_the_gradient(name, net):
 def test_an_offloaded_trajectory_changes_no_bit(name, net):
     velocity, rng = flux2_velocity(net), np.random.default_rng(0)
     sigmas = random_sigmas(6, rng)
-    drawn = plan(vary(get(name), 6, rng), sigmas, rng)
+    drawn = draw_plan(vary(get_method(name), 6, rng), sigmas, rng)
     eps = noise(max(drawn.copies, 1), *SHAPE, seed=1)
     kept, outcome = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps)
     again, same = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps, offload=True)
@@ -169,11 +169,11 @@ def test_an_offloaded_trajectory_changes_no_bit(name, net):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_is_offloaded_is_a_copy_on_the_host(device):
-    drawn = plan(get("leapalign"), torch.linspace(1, 0, 7), np.random.default_rng(0))
+    drawn = draw_plan(get_method("leapalign"), torch.linspace(1, 0, 7), np.random.default_rng(0))
     x_0 = noise(*SHAPE).to(device)
     places = {}
     for offload in (False, True):
-        found = rollout(lambda x, sigma: x, x_0, torch.linspace(1, 0, 7), drawn.keep, offload=offload)
+        found = rollout(lambda x, sigma: x, x_0, torch.linspace(1, 0, 7), drawn.rollout_spec, offload=offload)
         kept = [*found.states.values(), *found.velocities.values()]
         places[offload] = {t.data_ptr() for t in kept}
         assert {t.device.type for t in kept} == {"cpu" if offload else device}
@@ -187,14 +187,14 @@ def test_coupling_all_steps_partly_is_neither_sparse_nor_full(net):
     sigmas = random_sigmas(5, np.random.default_rng(1))
     x_0 = noise(*SHAPE)
     run = roll(velocity, x_0, sigmas)
-    full = get("full")
+    full = get_method("full")
     grads = {}
     for alpha in (0.0, 0.5, 1.0):
         method = full.model_copy(update={"coupling": full.coupling.model_copy(update={"alpha": alpha})})
-        grads[alpha], _ = swept(net, plan(method, sigmas, np.random.default_rng(0)), velocity, x_0, sigmas)
+        grads[alpha], _ = swept(net, draw_plan(method, sigmas, np.random.default_rng(0)), velocity, x_0, sigmas)
     net.zero_grad()
     everything = Plan(tuple(sigmas.tolist()), tuple(Term(i, -1.0) for i in range(4, -1, -1)), 5)
-    backpropagate_jointly(get("flowbp_sparse"), everything, run, LOSS)
+    backpropagate_jointly(get_method("flowbp_sparse"), everything, run, LOSS)
     assert relative(grads[0.0], gradient(net)) <= 1e-12
     net.zero_grad()
     backpropagate_jointly(full, everything, run, LOSS)
@@ -205,7 +205,7 @@ def test_coupling_all_steps_partly_is_neither_sparse_nor_full(net):
 def test_frozen_parameters_get_no_gradient_and_the_rest_the_same(net):
     velocity = flux2_velocity(net)
     sigmas = random_sigmas(6, np.random.default_rng(0))
-    drawn = plan(get("flowbp_bridge"), sigmas, np.random.default_rng(0))
+    drawn = draw_plan(get_method("flowbp_bridge"), sigmas, np.random.default_rng(0))
     swept(net, drawn, velocity, noise(*SHAPE), sigmas)
     frozen = [p for name, p in net.named_parameters() if "attn" not in name]
     want = {id(p): p.grad.clone() for p in net.parameters() if p.grad is not None}

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from flowbp.config import TrainConfig
 from flowbp.methods import METHODS
-from flowbp.train import Parts, Trainer, load_parts
+from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
 TOLERANCE = 1e-10
-SMALL = ["num_steps=12", "batch_size=4", "eval.every=0", "eval.num_prompts=2", "eval.steps=2", "eval.guidance=[1.0]"]
+SMALL = [
+    "num_inference_steps=12",
+    "total_batch_size=4",
+    "eval.every=0",
+    "eval.num_prompts=2",
+    "eval.num_inference_steps=2",
+    "eval.guidance_scale=[1.0]",
+]
 
 
 def config_of(method: str, *sets: str) -> TrainConfig:
@@ -28,16 +36,16 @@ def gradients(config: TrainConfig, accelerator: Accelerator | None = None) -> di
     """The gradient of update 8 of the base model."""
     trainer = Trainer(config, parts(), accelerator or Accelerator(cpu=True))
     trainer.update = 7
-    for p in trainer.parts.parameters.values():
+    for p in trainer.models.parameters.values():
         p.grad = None
-    trainer.gradient()
-    return {name: p.grad.clone() for name, p in trainer.parts.parameters.items() if p.grad is not None}
+    trainer.compute_gradient()
+    return {name: p.grad.clone() for name, p in trainer.models.parameters.items() if p.grad is not None}
 
 
 @cache
-def parts() -> Parts:
+def parts() -> LoadedModels:
     """In float64: batches of other sizes round otherwise, by 3e-6 of the gradient in float32."""
-    loaded = load_parts(config_of("refl"), torch.device("cpu"))
+    loaded = load_models(config_of("refl"), torch.device("cpu"))
     backbone = loaded.backbone
     for module in (
         backbone.net,
@@ -61,26 +69,26 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_changes_nothing(method: str) -> None:
-    whole, halves, singles = (gradients(config_of(method, f"micro_batch_size={n}")) for n in (4, 2, 1))
+    whole, halves, singles = (gradients(config_of(method, f"per_device_batch_size={n}")) for n in (4, 2, 1))
     assert distance(whole, halves) < TOLERANCE
     assert distance(whole, singles) < TOLERANCE
 
 
 def test_one_reward_in_halves_is_the_whole() -> None:
-    one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, centre: 22.3}, weight: 0.5}"
+    one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, center: 22.3}, weight: 0.5}"
     halves = config_of("flowbp_bridge", f"rewards=[{one}, {one.replace('name: a', 'name: b')}]")
     whole = config_of("flowbp_bridge")
     first = gradients(whole)
     named = parts().rewards
-    twice = Parts(
+    twice = LoadedModels(
         **(vars(parts()) | {"rewards": {"a": named["reward"], "b": named["reward"], "heldout": named["heldout"]}})
     )
     trainer = Trainer(halves, twice, Accelerator(cpu=True))
     trainer.update = 7
-    for p in trainer.parts.parameters.values():
+    for p in trainer.models.parameters.values():
         p.grad = None
-    metrics = trainer.gradient()
-    second = {name: p.grad.clone() for name, p in trainer.parts.parameters.items() if p.grad is not None}
+    metrics = trainer.compute_gradient()
+    second = {name: p.grad.clone() for name, p in trainer.models.parameters.items() if p.grad is not None}
     assert distance(first, second) < TOLERANCE
     assert metrics["cosine_a_b"] == pytest.approx(1)
     assert metrics["gradient_a"] == pytest.approx(metrics["gradient_b"])

@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from interleave.parts import CriticAnswer, Job, Look, PartFailed, Picture, PlannerAnswer
+from interleave.protocols import BackendError, CriticAnswer, CriticInput, GenerationRequest, HashedImage, PlannerAnswer
 from interleave.records import Plan, PlanStep, Request, Scores, Verdict
 
 
-def picture_of(job: Job) -> Image.Image:
+def picture_of(request: GenerationRequest) -> Image.Image:
     """A picture that tells its prompt, sources and seed apart."""
-    named = repr((job.prompt, [source.id for source in job.sources], job.seed)).encode()
+    named = repr((request.prompt, [source.id for source in request.sources], request.seed)).encode()
     return Image.frombytes("RGB", (4, 4), (hashlib.sha256(named).digest() * 2)[:48])
 
 
@@ -32,16 +32,16 @@ def plan_of(*prompts: str | None) -> Plan:
 class FakePlanner:
     """Answers with `answer(request, seed)`: a plan, an error, or a failure."""
 
-    answer: Callable[[Request, int], Plan | str | PartFailed]
+    answer: Callable[[Request, int], Plan | str | BackendError]
     latency: float = 0.0
     calls: int = 0
     id: str = "fake planner"
 
-    async def plan(self, request: Request, pictures: Sequence[Picture], seed: int) -> PlannerAnswer:
+    async def plan(self, request: Request, pictures: Sequence[HashedImage], seed: int) -> PlannerAnswer:
         self.calls += 1
         await asyncio.sleep(self.latency)
         answer = self.answer(request, seed)
-        if isinstance(answer, PartFailed):
+        if isinstance(answer, BackendError):
             raise answer
         template = {"template": "fake", "template_hash": "0"}
         if isinstance(answer, str):
@@ -54,24 +54,24 @@ class FakePlanner:
 
 @dataclass
 class FakeCritic:
-    """Answers with `answer(look, seed)`: a verdict (success, next prompt), an error, or a failure."""
+    """Answers with `answer(shown, seed)`: a verdict (success, next prompt), an error, or a failure."""
 
-    answer: Callable[[Look, int], tuple[bool, str] | str | PartFailed]
+    answer: Callable[[CriticInput, int], tuple[bool, str] | str | BackendError]
     latency: float = 0.0
-    looks: list[Look] = field(default_factory=list)
-    probability: Callable[[Look], float] | None = None
+    looks: list[CriticInput] = field(default_factory=list)
+    probability: Callable[[CriticInput], float] | None = None
     id: str = "fake critic"
 
-    async def judge(self, look: Look, seed: int) -> CriticAnswer:
-        self.looks.append(look)
+    async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
+        self.looks.append(shown)
         await asyncio.sleep(self.latency)
-        answer = self.answer(look, seed)
-        if isinstance(answer, PartFailed):
+        answer = self.answer(shown, seed)
+        if isinstance(answer, BackendError):
             raise answer
         if isinstance(answer, str):
             return CriticAnswer(None, answer, "unreadable")
         verdict = Verdict(success=answer[0], refined_prompt=answer[1], reasoning="seen")
-        return CriticAnswer(verdict, "raw", None, self.probability(look) if self.probability else None)
+        return CriticAnswer(verdict, "raw", None, self.probability(shown) if self.probability else None)
 
     async def close(self) -> None:
         pass
@@ -79,27 +79,27 @@ class FakeCritic:
 
 @dataclass
 class FakeGenerator:
-    """Draws `picture_of` the job; fails where `fails(job)` gives a failure.  `limit`: jobs at once."""
+    """Draws `picture_of` the request; fails where `fails(request)` gives a failure.  `limit`: jobs at once."""
 
-    fails: Callable[[Job], Exception | None] = lambda job: None
+    fails: Callable[[GenerationRequest], Exception | None] = lambda request: None
     latency: float = 0.0
     limit: int = 10_000
     max_sources: int = 1
     id: str = "fake generator"
     params: Mapping[str, Any] = field(default_factory=dict)
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[GenerationRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(self.limit)
 
-    async def generate(self, job: Job) -> Picture:
+    async def generate(self, request: GenerationRequest) -> HashedImage:
         async with self._room:
-            self.jobs.append(job)
+            self.jobs.append(request)
             await asyncio.sleep(self.latency)
-        failure = self.fails(job)
+        failure = self.fails(request)
         if failure is not None:
             raise failure
-        return Picture.of(picture_of(job))
+        return HashedImage.from_pil(picture_of(request))
 
     async def close(self) -> None:
         pass
@@ -109,18 +109,18 @@ class FakeGenerator:
 class FakeJudge:
     """Scores by rule."""
 
-    score_of: Callable[[Look], float]
+    score_of: Callable[[CriticInput], float]
     id: str = "fake judge"
 
-    async def score(self, look: Look) -> Scores:
-        value = self.score_of(look)
-        return Scores(sc=value, pq=value, judge_id=self.id)
+    async def score(self, shown: CriticInput) -> Scores:
+        value = self.score_of(shown)
+        return Scores(semantics=value, quality=value, judge_id=self.id)
 
     async def close(self) -> None:
         pass
 
 
-def repeated(jobs: Sequence[Job]) -> Counter[tuple[Any, ...]]:
+def repeated(jobs: Sequence[GenerationRequest]) -> Counter[tuple[Any, ...]]:
     """Jobs that were given more than once."""
-    counts = Counter((job.prompt, tuple(s.id for s in job.sources), job.seed) for job in jobs)
-    return Counter({job: count for job, count in counts.items() if count > 1})
+    counts = Counter((request.prompt, tuple(s.id for s in request.sources), request.seed) for request in jobs)
+    return Counter({request: count for request, count in counts.items() if count > 1})

@@ -6,23 +6,23 @@ from pathlib import Path
 
 from backends import FakeCritic, FakeGenerator, FakeJudge, FakePlanner, plan_of
 
-from interleave.data.build import Telling, go_on, opened
-from interleave.data.config import DataConfig, FilePrompts, FiltersConfig, TemplatesConfig
-from interleave.data.sets import SetInfo
-from interleave.engine import Parts
-from interleave.parts import Judge, Look
+from interleave.datasets.build import Telling, go_on, opened
+from interleave.datasets.config import DataConfig, FilePrompts, FiltersConfig, TemplatesConfig
+from interleave.datasets.filters import SetInfo
+from interleave.loop.components import Components
+from interleave.protocols import CriticInput, Judge
 
 
-def mark(look: Look) -> float:
+def mark(shown: CriticInput) -> float:
     """A score by the picture alone."""
-    return int(look.after.id[:2], 16) / 25.5
+    return int(shown.after.id[:2], 16) / 25.5
 
 
-def parts(latency: float = 0.0) -> Parts:
+def parts(latency: float = 0.0) -> Components:
     """Two pictures a story; a third of them is accepted."""
-    return Parts(
+    return Components(
         FakePlanner(lambda r, s: plan_of(f"{r.id} one", "two", None), latency=latency),
-        FakeCritic(lambda look, seed: (seed % 3 == 0, look.prompt_used + "!"), latency=latency),
+        FakeCritic(lambda shown, seed: (seed % 3 == 0, shown.prompt_used + "!"), latency=latency),
         FakeGenerator(latency=latency, limit=4),
     )
 
@@ -30,7 +30,7 @@ def parts(latency: float = 0.0) -> Parts:
 def build(
     out: Path,
     asked: Path,
-    made: Parts | None,
+    made: Components | None,
     judge: Judge | None = None,
     telling: Telling | None = None,
     **changes: object,

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from interleave.prompts import render_verdict
+from interleave.agents.prompts import render_verdict
 from interleave.records import Verdict
 
 ANSWERS = (

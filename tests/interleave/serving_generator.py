@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from imgen_common.errors import UserError
-from interleave.generators.pipeline import Settings
-from interleave.generators.scripted import ScriptedGenerator, bands
-from interleave.parts import Generator, Job, PartFailed, Picture
+from interleave.models.generators.pipeline import GenerationSettings
+from interleave.models.generators.scripted import ScriptedGenerator, color_bands
+from interleave.protocols import BackendError, GenerationRequest, Generator, HashedImage
 from interleave.serve import ServeConfig
 
 
@@ -26,39 +26,39 @@ class LoggingGenerator:
         self._log, self._latency, self._on_batch = log, latency, on_batch
         self._write("load", str(os.getpid()))
 
-    def with_params(self, settings: Settings) -> Generator:
+    def with_params(self, settings: GenerationSettings) -> Generator:
         if settings.guidance_scale == 99:
             raise UserError("guidance_scale 99: never heard of")
         return ScriptedGenerator(self._draw, max_sources=2).with_params(settings) if settings.height else self
 
-    async def generate(self, job: Job) -> Picture:
-        self._write("begin", job.prompt)
-        if job.prompt.startswith("crash"):
+    async def generate(self, request: GenerationRequest) -> HashedImage:
+        self._write("begin", request.prompt)
+        if request.prompt.startswith("crash"):
             os._exit(3)
-        if job.prompt.startswith("fail"):
-            raise PartFailed("out_of_memory", "secret detail")
-        if job.prompt.startswith("bug"):
+        if request.prompt.startswith("fail"):
+            raise BackendError("out_of_memory", "secret detail")
+        if request.prompt.startswith("bug"):
             raise RuntimeError("secret detail")
-        slow = float(job.prompt.split()[1]) if job.prompt.startswith("slow ") else 0.0
+        slow = float(request.prompt.split()[1]) if request.prompt.startswith("slow ") else 0.0
         await asyncio.sleep(self._latency + slow)
         self._on_batch(1)
-        return Picture.of(self._draw(job))
+        return HashedImage.from_pil(self._draw(request))
 
     async def close(self) -> None:
         pass
 
-    def _draw(self, job: Job) -> Image.Image:
-        self._write("draw", job.prompt)
-        return picture_of(job)
+    def _draw(self, request: GenerationRequest) -> Image.Image:
+        self._write("draw", request.prompt)
+        return picture_of(request)
 
     def _write(self, what: str, text: str) -> None:
         with self._log.open("a") as file:
             file.write(f"{what} {text}\n")
 
 
-def picture_of(job: Job) -> Image.Image:
+def picture_of(request: GenerationRequest) -> Image.Image:
     """What the service is to answer."""
-    return bands(job, 10, 10)
+    return color_bands(request, 10, 10)
 
 
 def make_logging(log: Path, latency: float, config: ServeConfig, on_batch: Callable[[int], None]) -> LoggingGenerator:

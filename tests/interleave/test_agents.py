@@ -9,17 +9,18 @@ from PIL import Image
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from interleave.agents import ChatCritic, ChatPlanner, success_probability
-from interleave.chat import ScriptedChat, ScriptedChatConfig
-from interleave.chat import make as make_chat
-from interleave.config import RunConfig
-from interleave.parts import Look, Message, PartFailed, Picture, Reply
-from interleave.prompts import render_critic, render_plan, render_planner, render_verdict, template
+from interleave.agents.critic import ChatCritic, success_probability
+from interleave.agents.planner import ChatPlanner
+from interleave.agents.prompts import load_template, render_critic, render_plan, render_planner, render_verdict
+from interleave.loop.config import RunConfig
+from interleave.models.chat import build_chat_model as make_chat
+from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
+from interleave.protocols import BackendError, CriticInput, HashedImage, Message, Reply
 from interleave.records import Plan, PlanStep, Request, Verdict
 
-RED, BLUE = (Picture.of(Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue"))
+RED, BLUE = (HashedImage.from_pil(Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue"))
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"),), reasoning="easy")
-LOOK = Look(RED, BLUE, "a cat", "a big cat", "the request", (("words", RED),))
+LOOK = CriticInput(RED, BLUE, "a cat", "a big cat", "the request", (("words", RED),))
 
 
 class Heard:
@@ -34,17 +35,17 @@ class Heard:
 
 
 def planner(heard: Heard, policy: Any = "strict") -> ChatPlanner:
-    return ChatPlanner(heard.model, template("planner_text"), template("planner_pictures"), policy)
+    return ChatPlanner(heard.model, load_template("planner_text"), load_template("planner_images"), policy)
 
 
 def test_a_plan() -> None:
     heard = Heard(render_plan(PLAN))
     answer = asyncio.run(planner(heard).plan(Request(id="a", text="draw {text_input}"), [], 0))
     assert answer.plan == PLAN
-    assert (answer.template, answer.template_hash) == ("planner_text", template("planner_text").hash)
-    assert heard.messages == [render_planner(template("planner_text"), "draw {text_input}", [])]
+    assert (answer.template, answer.template_hash) == ("planner_text", load_template("planner_text").hash)
+    assert heard.messages == [render_planner(load_template("planner_text"), "draw {text_input}", [])]
     answer = asyncio.run(planner(heard).plan(Request(id="a", text="go on", image_ids=(RED.id,)), [RED], 0))
-    assert answer.template == "planner_pictures"
+    assert answer.template == "planner_images"
     assert heard.messages[1][0] == RED
 
 
@@ -66,14 +67,14 @@ def test_a_critic_sees_what_its_context_says(context: Any) -> None:
     verdict = Verdict(success=False, refined_prompt="a better cat", reasoning="too small")
     heard = Heard(render_verdict(verdict))
     name = "critic" if context == "pair" else "critic_story"
-    answer = asyncio.run(ChatCritic(heard.model, template(name), context).judge(LOOK, 0))
+    answer = asyncio.run(ChatCritic(heard.model, load_template(name), context).judge(LOOK, 0))
     assert answer.verdict == verdict
     assert answer.success_probability is None
     assert heard.messages[0][:2] == (RED, BLUE)
     words = "".join(part for part in heard.messages[0] if isinstance(part, str))
     assert ("the request" in words) == (context == "story")
-    shown = LOOK if context == "story" else Look(RED, BLUE, "a cat", "a big cat")
-    assert heard.messages[0] == render_critic(template(name), shown)
+    shown = LOOK if context == "story" else CriticInput(RED, BLUE, "a cat", "a big cat")
+    assert heard.messages[0] == render_critic(load_template(name), shown)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_the_critic_tells_how_sure_it_was() -> None:
     before, _, after = verdict.partition("true")
     tokens = ((before, {before: 1.0}), ("true", {"true": 0.9, "false": 0.1}), (after, {after: 1.0}))
     heard = Heard(Reply(verdict, token_probabilities=tokens))
-    answer = asyncio.run(ChatCritic(heard.model, template("critic")).judge(LOOK, 0))
+    answer = asyncio.run(ChatCritic(heard.model, load_template("critic")).judge(LOOK, 0))
     assert answer.success_probability == pytest.approx(0.9)
 
 
@@ -139,7 +140,7 @@ def test_a_share_of_the_critics_answers_decides(answers: str, share: float, succ
     seeds: list[int] = []
     words = {"+": said(True), "-": said(False), "?": "mumble"}
     model = counted([words[a] for a in answers], seeds)
-    critic = ChatCritic(model, template("critic"), num_samples=len(answers), accept_share=share)
+    critic = ChatCritic(model, load_template("critic"), num_samples=len(answers), acceptance_threshold=share)
     answer = asyncio.run(critic.judge(LOOK, 7))
     assert answer.verdict == Verdict(success=success, refined_prompt="a cat" if success else "a better cat")
     assert answer.raw == said(success)
@@ -149,7 +150,7 @@ def test_a_share_of_the_critics_answers_decides(answers: str, share: float, succ
 
 
 def test_samples_that_none_can_read_are_one_unreadable_answer() -> None:
-    critic = ChatCritic(counted(["mumble", "murmur"], []), template("critic"), num_samples=2)
+    critic = ChatCritic(counted(["mumble", "murmur"], []), load_template("critic"), num_samples=2)
     answer = asyncio.run(critic.judge(LOOK, 0))
     assert (answer.verdict, answer.raw) == (None, "mumble")
     assert answer.error
@@ -166,19 +167,19 @@ def test_samples_of_a_greedy_model_are_refused() -> None:
 def test_templates_for_another_agent_are_refused_at_once() -> None:
     model = Heard("").model
     with pytest.raises(UserError, match="not a template for this agent"):
-        ChatPlanner(model, template("planner_text"), template("critic"))
+        ChatPlanner(model, load_template("planner_text"), load_template("critic"))
     with pytest.raises(UserError, match="not a template for this agent"):
-        ChatCritic(model, template("planner_text"))
+        ChatCritic(model, load_template("planner_text"))
     with pytest.raises(UserError, match="critic_story shows the request or the story; set context to story"):
-        ChatCritic(model, template("critic_story"))
+        ChatCritic(model, load_template("critic_story"))
     with pytest.raises(UserError, match=r"critic has neither .* set context to pair"):
-        ChatCritic(model, template("critic"), "story")
+        ChatCritic(model, load_template("critic"), "story")
 
 
 def test_a_failure_passes_through() -> None:
-    heard = Heard(PartFailed("unreachable", "down"))
-    with pytest.raises(PartFailed, match="down"):
-        asyncio.run(ChatCritic(heard.model, template("critic")).judge(LOOK, 0))
+    heard = Heard(BackendError("unreachable", "down"))
+    with pytest.raises(BackendError, match="down"):
+        asyncio.run(ChatCritic(heard.model, load_template("critic")).judge(LOOK, 0))
 
 
 def test_scripted_answers_come_in_turn() -> None:

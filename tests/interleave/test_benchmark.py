@@ -18,22 +18,23 @@ from imgen_common.errors import UserError
 from imgen_common.images import to_pil
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import Scene, Thing, compose, fits, place, shade
-from imgen_common.shapes.stories import Change, Draw, Story, read_prompt, step_holds
+from imgen_common.shapes.steps import Change, Draw, Story
+from imgen_common.shapes.stories import read_prompt, step_holds
 from imgen_common.shapes.verify import detect
-from interleave.config import RunConfig
-from interleave.engine import LoopConfig, Parts
-from interleave.miniature.data import Case, critic_message
-from interleave.miniature.oracle import VerifierCritic, VerifierJudge, is_blank
-from interleave.miniature.pool import to_bytes
-from interleave.parsing import parse_verdict
-from interleave.parts import Job, Look, Picture
+from interleave.agents.miniature import VerifierCritic, VerifierJudge, is_blank
+from interleave.agents.parsing import parse_verdict
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig, RunConfig
+from interleave.protocols import CriticInput, GenerationRequest, HashedImage
 from interleave.records import Plan, PlanStep, Verdict
+from scripts.miniature.agents.data import Case, critic_message
+from scripts.miniature.agents.pool import to_bytes
 
 STORIES = benchmark.load_stories(12, riddle=False, seed=0)
 
 
-def picture_of(scene: Scene) -> Picture:
-    return Picture.of(to_pil(torch.as_tensor(np.asarray(render(scene)))[None])[0])
+def picture_of(scene: Scene) -> HashedImage:
+    return HashedImage.from_pil(to_pil(torch.as_tensor(np.asarray(render(scene)))[None])[0])
 
 
 @dataclass
@@ -47,12 +48,12 @@ class Gold:
     scenes: dict[str, Scene] = field(default_factory=dict)
     drawn: int = 0
 
-    async def generate(self, job: Job) -> Picture:
+    async def generate(self, request: GenerationRequest) -> HashedImage:
         self.drawn += 1
-        rng = np.random.default_rng(job.seed)
-        before = self.scenes[job.sources[-1].id] if job.sources else None
-        step = read_prompt(job.prompt, before.things if before else None)
-        assert step is not None, job.prompt
+        rng = np.random.default_rng(request.seed)
+        before = self.scenes[request.sources[-1].id] if request.sources else None
+        step = read_prompt(request.prompt, before.things if before else None)
+        assert step is not None, request.prompt
         scene = self.changed(before, step, rng)
         if self.wrong and self.drawn % self.wrong == 0:
             scene = replace(scene, placed=(place(Thing("red", "cross"), 1, rng),) * 2)
@@ -101,15 +102,17 @@ def test_stories_are_different_and_of_all_lengths() -> None:
 
 
 def test_gold_answers_score_full_marks(tmp_path: Path) -> None:
-    told, _ = benchmark.tell(STORIES, Parts(planner(STORIES), None, Gold()), LoopConfig(), 0, tmp_path)
+    told, _ = benchmark.tell(STORIES, Components(planner(STORIES), None, Gold()), LoopConfig(), 0, tmp_path)
     assert all(t.right and t.last_right and t.planned_right for t in told)
     assert [t.pictures for t in told] == [len(s.steps) for s in STORIES]
 
 
 def test_wrong_pictures_score_none_and_the_oracle_mends_them(tmp_path: Path) -> None:
-    wrong, _ = benchmark.tell(STORIES, Parts(planner(STORIES), None, Gold(wrong=1)), LoopConfig(), 0, tmp_path / "a")
+    wrong, _ = benchmark.tell(
+        STORIES, Components(planner(STORIES), None, Gold(wrong=1)), LoopConfig(), 0, tmp_path / "a"
+    )
     assert not any(t.right for t in wrong)
-    parts = Parts(planner(STORIES), VerifierCritic(), Gold(wrong=2))
+    parts = Components(planner(STORIES), VerifierCritic(), Gold(wrong=2))
     mended, _ = benchmark.tell(STORIES, parts, LoopConfig(rewrite=False, concurrency=1), 0, tmp_path / "b")
     assert all(t.right for t in mended)
     assert sum(t.pictures for t in mended) > sum(len(s.steps) for s in STORIES)
@@ -119,13 +122,13 @@ def test_the_judge_agrees_with_the_oracle() -> None:
     rng = np.random.default_rng(0)
     story = next(s for s in STORIES if len(s.steps) == 1)
     good, other = (picture_of(compose(step.spec, rng)) for step in (story.steps[0], STORIES[1].steps[0]))
-    white = Picture.of(Image.new("RGB", (32, 32), "white"))
+    white = HashedImage.from_pil(Image.new("RGB", (32, 32), "white"))
     assert is_blank(white)
     assert not is_blank(good)
-    scores = [asyncio.run(VerifierJudge().score(Look(white, p, story.prompts[0], ""))) for p in (good, other)]
-    assert scores[0].sc == 10
-    assert scores[0].pq == 10
-    assert scores[1].sc < 10
+    scores = [asyncio.run(VerifierJudge().score(CriticInput(white, p, story.prompts[0], ""))) for p in (good, other)]
+    assert scores[0].semantics == 10
+    assert scores[0].quality == 10
+    assert scores[1].semantics < 10
 
 
 @pytest.mark.slow
@@ -170,14 +173,14 @@ def test_a_critics_verdicts_are_marked_by_the_verifiers() -> None:
 def test_looks_are_the_first_pictures_of_the_steps_with_the_verifiers_verdicts() -> None:
     stories = [story for story in STORIES if not any(isinstance(s, Change) and s.kind == "add" for s in story.steps)]
     loop = LoopConfig(rewrite=False, concurrency=1)
-    right, asked = critics.told_by_verifier(Parts(planner(stories), None, Gold(wrong=2)), stories, loop, 0)
+    right, asked = critics.told_by_verifier(Components(planner(stories), None, Gold(wrong=2)), stories, loop, 0)
     assert right == [1.0] * len(stories)
     prompts = [prompt for story in stories for prompt in story.prompts]
     assert len(prompts) > len(stories) > 1
     for (message, _), prompt in zip(asked, prompts, strict=True):
         assert any(prompt in part for part in message if isinstance(part, str))
     assert {truth for _, truth in asked} == {True, False}
-    assert critics.told(Parts(planner(stories), None, Gold(wrong=1)), stories, loop, 0) == [0.0] * len(stories)
+    assert critics.told(Components(planner(stories), None, Gold(wrong=1)), stories, loop, 0) == [0.0] * len(stories)
 
 
 def test_critics_need_names() -> None:
@@ -234,10 +237,12 @@ def test_a_lenient_teacher_lets_most_but_not_all_of_it_pass_and_sees_what_is_the
     )
     scene = compose(spec, rng)
     other = replace(scene, placed=(scene.placed[0],))  # the second thing is missing
-    white = Picture.of(Image.new("RGB", (32, 32), "white"))
+    white = HashedImage.from_pil(Image.new("RGB", (32, 32), "white"))
 
-    def told(picture: Picture, seed: int) -> Verdict:
-        answer = asyncio.run(lenient.LenientCritic().judge(Look(white, picture, spec.caption, spec.caption), seed))
+    def told(picture: HashedImage, seed: int) -> Verdict:
+        answer = asyncio.run(
+            lenient.LenientCritic().judge(CriticInput(white, picture, spec.caption, spec.caption), seed)
+        )
         assert answer.verdict is not None
         assert parse_verdict(answer.raw) == answer.verdict
         return answer.verdict

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from interleave.parts import Look, PartFailed, Picture
+from interleave.agents.partial_parsing import has_format
+from interleave.protocols import BackendError, CriticInput, HashedImage
 from interleave.records import Scores
-from interleave.rewards import CriticRow, CriticScorer, Marks, format_mark, reward_functions
+from interleave.training.reward import CriticRow, CriticScorer, Marks, ScorerSettings, reward_functions
 
-WHITE, RED, BLUE = (Picture.of(Image.new("RGB", (4, 4), colour)) for colour in ("white", "red", "blue"))
+WHITE, RED, BLUE = (HashedImage.from_pil(Image.new("RGB", (4, 4), colour)) for colour in ("white", "red", "blue"))
 
 
 def row(success: bool = False, semantics: float = 5, quality: float = 5, name: str = "r") -> CriticRow:
@@ -32,17 +33,17 @@ class Fixed(FakeJudge):
     """Gives the same two scores to every picture."""
 
     def __init__(self, sc: float, pq: float, latency: float = 0.0) -> None:
-        super().__init__(lambda look: sc)
-        self.sc, self.pq, self.latency, self.looks = sc, pq, latency, list[Look]()
+        super().__init__(lambda shown: sc)
+        self.sc, self.pq, self.latency, self.looks = sc, pq, latency, list[CriticInput]()
 
-    async def score(self, look: Look) -> Scores:
-        self.looks.append(look)
+    async def score(self, shown: CriticInput) -> Scores:
+        self.looks.append(shown)
         await asyncio.sleep(self.latency)
-        return Scores(sc=self.sc, pq=self.pq, judge_id="fixed")
+        return Scores(semantics=self.sc, quality=self.pq, judge_id="fixed")
 
 
 def marks(text: str, of: CriticRow, new: tuple[float, float] = (5, 5), **kwargs: Any) -> Marks | None:
-    return asyncio.run(CriticScorer(FakeGenerator(), Fixed(*new), **kwargs).score(text, of))
+    return asyncio.run(CriticScorer(FakeGenerator(), Fixed(*new), ScorerSettings(**kwargs)).score(text, of))
 
 
 FORMED = {(1, 1, False): answer(False), (1, 0, False): answer(True), (1, 1, True): answer(True)}
@@ -73,13 +74,13 @@ def test_the_table(
     found = marks(FORMED[f, a, success], row(success, *old), new)
     assert found is not None
     assert (found.format, found.accuracy) == (f, a)
-    assert (found.semantic, found.quality) == pytest.approx((s, q))
+    assert (found.semantics, found.quality) == pytest.approx((s, q))
     assert found.reward == pytest.approx(reward)
 
 
-@pytest.mark.parametrize("kind", ["unreachable", "deadline", "out_of_memory", "garbage"])
+@pytest.mark.parametrize("kind", ["unreachable", "timeout", "out_of_memory", "malformed_response"])
 def test_a_failure_has_no_reward(kind: Any) -> None:
-    scorer = CriticScorer(FakeGenerator(fails=lambda job: PartFailed(kind, "x")), Fixed(5, 5))
+    scorer = CriticScorer(FakeGenerator(fails=lambda job: BackendError(kind, "x")), Fixed(5, 5))
     functions = reward_functions(scorer, lambda columns: columns["row"])
     rows = [row(), row(success=True, name="other")]
 
@@ -88,7 +89,7 @@ def test_a_failure_has_no_reward(kind: Any) -> None:
         return await asyncio.gather(*(f(completions=texts, row=rows, prompts=["p"] * 2) for f in functions))
 
     values = asyncio.run(all_four())
-    assert [f.__name__ for f in functions] == ["format", "accuracy", "semantic", "quality"]
+    assert [f.__name__ for f in functions] == ["format", "accuracy", "semantics", "quality"]
     assert [v[0] for v in values] == [None] * 4
     assert [v[1] for v in values] == [1.0, 1.0, 0.5, 0.5]
     assert scorer.counts.unscored == 1
@@ -113,7 +114,7 @@ def test_equal_answers_cost_one_picture_and_the_critics_words_are_not_shown_to_t
 
     asyncio.run(group())
     assert sorted(job.prompt for job in generator.jobs) == ["x", "y"]
-    assert {look.original_prompt for look in judge.looks} == {"a cat"}
+    assert {shown.original_prompt for shown in judge.looks} == {"a cat"}
     assert all(job.seed == 0 and job.sources == (RED,) for job in generator.jobs)
 
 
@@ -127,14 +128,14 @@ def test_which_prompt_is_drawn() -> None:
     assert drawn(answer(False, ""), row()) == [("a big cat", 1)]
     assert drawn(answer(False, None), row()) == [("a big cat", 1)]
     assert drawn("mumble", row()) == [("a big cat", 1)]
-    assert drawn("mumble", replace(row(), rewritten_prompt="")) == [("a cat", 1)]
+    assert drawn("mumble", replace(row(), prompt_used="")) == [("a cat", 1)]
     assert drawn(answer(False, "new"), replace(row(), is_t2i=True, before=WHITE)) == [("new", 0)]
     assert drawn(answer(True, "a big cat"), row()) == [("a big cat", 1)]
 
 
 def test_unchanged_success_may_be_skipped() -> None:
     generator = FakeGenerator()
-    scorer = CriticScorer(generator, Fixed(9, 9), skip_unchanged=True)
+    scorer = CriticScorer(generator, Fixed(9, 9), ScorerSettings(skip_unchanged=True))
     found = asyncio.run(scorer.score(answer(True, "a big cat"), row()))
     assert found == Marks(1, 0, 0.5, 0.5)
     assert generator.jobs == []
@@ -191,13 +192,13 @@ def test_the_released_rule_for_the_form_is_laxer() -> None:
         "<answer>no</answer>": (0, 0),
         answer(False, think="")[:-9] + "</answer><think>late</think>": (0, 0),
     }
-    assert {k: (format_mark(k), format_mark(k, "released")) for k in cases} == cases
+    assert {k: (has_format(k), has_format(k, "released")) for k in cases} == cases
 
 
 def test_too_many_failures_ask_for_a_stop() -> None:
     down = [False]
-    generator = FakeGenerator(fails=lambda job: PartFailed("unreachable", "x") if down[0] else None)
-    scorer = CriticScorer(generator, Fixed(5, 5), ceiling=0.5, window=8)
+    generator = FakeGenerator(fails=lambda job: BackendError("unreachable", "x") if down[0] else None)
+    scorer = CriticScorer(generator, Fixed(5, 5), ScorerSettings(ceiling=0.5, window=8))
 
     def score(count: int) -> None:
         for i in range(count):
@@ -215,17 +216,17 @@ def test_too_many_failures_ask_for_a_stop() -> None:
 
 
 def test_a_hung_generator_is_not_waited_for() -> None:
-    scorer = CriticScorer(FakeGenerator(latency=30), Fixed(5, 5), deadline=0.05)
+    scorer = CriticScorer(FakeGenerator(latency=30), Fixed(5, 5), ScorerSettings(deadline=0.05))
     began = time.perf_counter()
     assert asyncio.run(scorer.score(answer(False), row())) is None
     assert time.perf_counter() - began < 2
-    assert scorer.counts.reasons == {"deadline": 1}
+    assert scorer.counts.reasons == {"timeout": 1}
 
 
 @pytest.mark.slow
 def test_128_answers_take_as_long_as_the_limit_on_concurrency_says() -> None:
     """1 s a picture and 0.5 s a judgement, 16 at once: 96 distinct answers take 9 s at best."""
-    scorer = CriticScorer(FakeGenerator(latency=1.0), Fixed(5, 5, latency=0.5), concurrency=16)
+    scorer = CriticScorer(FakeGenerator(latency=1.0), Fixed(5, 5, latency=0.5), ScorerSettings(concurrency=16))
     functions = reward_functions(scorer, lambda columns: columns["row"])
     texts = [answer(False, f"prompt {i % 96}") for i in range(128)]
 

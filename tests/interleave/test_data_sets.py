@@ -26,23 +26,24 @@ from PIL import Image
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from interleave import cli
-from interleave.data import build as building
-from interleave.data import prompts
-from interleave.data.agreeing import Compared, compare
-from interleave.data.build import Telling, write_rows
-from interleave.data.check import Checker, row_of
-from interleave.data.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
-from interleave.data.importing import import_set
-from interleave.data.page import write_page
-from interleave.data.sets import SetInfo, choose
-from interleave.data.showing import shown
-from interleave.engine import Parts
-from interleave.formats.rows import Evaluation, RlRow, SftRow, write_rl, write_sft
-from interleave.formats.stories import Story, write_execution_record
-from interleave.parsing import parse_plan, parse_verdict
-from interleave.parts import Job, Look, PartFailed, Picture
-from interleave.prompts import render_plan, render_planner, render_verdict, template
+from interleave.agents.parsing import parse_plan, parse_verdict
+from interleave.agents.prompts import load_template, render_plan, render_planner, render_verdict
+from interleave.cli import main
+from interleave.datasets import build as building
+from interleave.datasets import requests as prompts
+from interleave.datasets.agreement import Compared, compare
+from interleave.datasets.build import Telling, write_rows
+from interleave.datasets.check import Checker, row_of
+from interleave.datasets.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
+from interleave.datasets.filters import SetInfo, choose
+from interleave.datasets.formats.execution import write_execution_record
+from interleave.datasets.formats.training import write_rl, write_sft
+from interleave.datasets.importing import import_set
+from interleave.datasets.inspect import shown
+from interleave.datasets.rows import Evaluation, RlRow, SftRow, Story
+from interleave.loop.components import Components
+from interleave.pages.dataset import write_page
+from interleave.protocols import BackendError, CriticInput, GenerationRequest, HashedImage
 from interleave.records import (
     Attempt,
     GeneratorInfo,
@@ -54,13 +55,14 @@ from interleave.records import (
     Trajectory,
     Verdict,
 )
-from interleave.store import PictureStore, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import read_trace
 
 ROOT = Path(__file__).parents[2]
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
 NO = render_verdict(Verdict(success=False, refined_prompt="better", reasoning="bad"))
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"),), reasoning="because")
-A, B = (Picture.of(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+A, B = (HashedImage.from_pil(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def tale(name: str, steps: list[list[tuple[bool, float | None]]], text: str | No
             verdict=verdict,
             refined_prompt="next",
             status="accepted" if verdict else "rejected",
-            scores=None if score is None else Scores(sc=score, pq=score, judge_id="j"),
+            scores=None if score is None else Scores(semantics=score, quality=score, judge_id="j"),
         )
         for step, tried in enumerate(steps, 1)
         for number, (verdict, score) in enumerate(tried, 1)
@@ -209,7 +211,7 @@ def asked(tmp_path: Path) -> Path:
 SCORING = FakeJudge(mark)
 
 
-def build(out: Path, asked: Path, made: Parts | None = None, idle: bool = False, **changes: Any) -> SetInfo:
+def build(out: Path, asked: Path, made: Components | None = None, idle: bool = False, **changes: Any) -> SetInfo:
     """A build with fresh parts, unless it is `idle` and has none, and a judge that scores by the picture."""
     return go_on_building(out, asked, None if idle else made or parts(), **{"judge": SCORING, **changes})
 
@@ -238,8 +240,8 @@ def test_a_build_makes_sets_that_pass_the_check(tmp_path: Path, asked: Path) -> 
     assert isinstance(first, SftRow)
     story = read_trace(out)[first.trajectory_id or ""].trajectory
     assert story is not None
-    asked_for = render_planner(template("planner_text"), story.request.text, ())
-    assert first.message(PictureStore(out / "pictures")) == asked_for
+    asked_for = render_planner(load_template("planner_text"), story.request.text, ())
+    assert first.message(ImageStore(out / "images")) == asked_for
     read = parse_plan(first.completion)
     assert isinstance(read, Plan)
     assert story.plan is not None
@@ -247,8 +249,8 @@ def test_a_build_makes_sets_that_pass_the_check(tmp_path: Path, asked: Path) -> 
     for line in (out / "critic_rl.jsonl").read_bytes().splitlines():
         row = row_of(line, "critic_rl")
         assert isinstance(row, RlRow)
-        look = row.look(PictureStore(out / "pictures"))
-        assert row.evaluation.semantics == pytest.approx(mark(look))
+        shown = row.critic_input(ImageStore(out / "images"))
+        assert row.evaluation.semantics == pytest.approx(mark(shown))
         assert row.evaluation.model_extra == {"judge_id": "fake judge", "num_samples": 1}
 
 
@@ -258,7 +260,7 @@ def test_a_finished_build_calls_nobody_and_can_be_filtered_anew(tmp_path: Path, 
     before = files(out)
     trace = (out / "trace.jsonl").read_bytes()
 
-    def refuse(look: Look) -> float:
+    def refuse(shown: CriticInput) -> float:
         raise AssertionError("asked again")
 
     assert build(out, asked, idle=True, judge=FakeJudge(refuse)) == SetInfo.model_validate_json(before["set.json"])
@@ -282,7 +284,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("moment", [4, 30])
 def test_stopped_anywhere_a_build_ends_as_if_it_were_not(tmp_path: Path, asked: Path, moment: int) -> None:
     build(tmp_path / "whole", asked)
-    out, jobs = tmp_path / "cut", list[Job]()
+    out, jobs = tmp_path / "cut", list[GenerationRequest]()
     left = moment
 
     def stop(*_: object) -> None:
@@ -342,7 +344,7 @@ def test_a_budget_ends_a_build_and_a_larger_one_goes_on(tmp_path: Path, asked: P
     out = tmp_path / "set"
     loop = {"loop": {"concurrency": 2}}
     config = load(DataConfig, [], []).run.model_validate(loop)
-    info = build(out, asked, run=config, budget=BudgetConfig(max_pictures=10))
+    info = build(out, asked, run=config, budget=BudgetConfig(max_images=10))
     drawn = sum(info.attempts.values())
     assert 10 <= drawn < 10 + 2 * 6
     waiting = info.trajectories["not finished"]
@@ -371,13 +373,13 @@ def test_other_folders_trajectories_are_taken_in(tmp_path: Path, asked: Path) ->
 # --- judges that fail ------------------------------------------------------------------------------------------------
 
 
-def failing(kind: Any, when: Callable[[Look], bool]) -> FakeJudge:
+def failing(kind: Any, when: Callable[[CriticInput], bool]) -> FakeJudge:
     """A judge that fails on some pictures."""
 
-    def score(look: Look) -> float:
-        if when(look):
-            raise PartFailed(kind, "no luck")
-        return mark(look)
+    def score(shown: CriticInput) -> float:
+        if when(shown):
+            raise BackendError(kind, "no luck")
+        return mark(shown)
 
     return FakeJudge(score)
 
@@ -385,7 +387,7 @@ def failing(kind: Any, when: Callable[[Look], bool]) -> FakeJudge:
 def test_a_judge_that_is_down_from_the_start_is_refused(tmp_path: Path, asked: Path) -> None:
     made = parts()
     with pytest.raises(UserError, match=r"does not answer \(unreachable: no luck"):
-        build(tmp_path / "set", asked, made=made, judge=failing("unreachable", lambda look: True))
+        build(tmp_path / "set", asked, made=made, judge=failing("unreachable", lambda shown: True))
     assert read_trace(tmp_path / "set") == {}
     with pytest.raises(UserError, match=r"none\.jsonl"):
         build(tmp_path / "set", tmp_path / "none.jsonl")
@@ -394,8 +396,8 @@ def test_a_judge_that_is_down_from_the_start_is_refused(tmp_path: Path, asked: P
 
 def test_a_judge_that_goes_down_stops_the_build_and_nothing_is_lost(tmp_path: Path, asked: Path) -> None:
     build(tmp_path / "whole", asked)
-    out, down = tmp_path / "set", failing("overloaded", lambda look: look.before.id != look.after.id)
-    with pytest.raises(UserError, match=r"failed on \d+ pictures \(\d+ overloaded; .*--resume"):
+    out, down = tmp_path / "set", failing("rate_limited", lambda shown: shown.before.id != shown.after.id)
+    with pytest.raises(UserError, match=r"failed on \d+ images \(\d+ rate_limited; .*--resume"):
         build(out, asked, judge=down)
     assert not (out / "set.json").exists()
     assert len([recorded for recorded in read_trace(out).values() if recorded.trajectory]) == 12
@@ -404,9 +406,9 @@ def test_a_judge_that_goes_down_stops_the_build_and_nothing_is_lost(tmp_path: Pa
 
 
 def test_answers_out_of_range_are_counted_and_never_become_scores(tmp_path: Path, asked: Path) -> None:
-    judge = failing("garbage", lambda look: look.after.id[0] in "0123")
+    judge = failing("malformed_response", lambda shown: shown.after.id[0] in "0123")
     info = build(tmp_path / "set", asked, judge=judge, max_unscored=1.0, filters=OPEN)
-    unscored = info.unscored["garbage"]
+    unscored = info.unscored["malformed_response"]
     assert 0 < unscored < info.rows["critic_sft"]["train"]
     assert info.rows["critic_rl"]["train"] == info.rows["critic_sft"]["train"] - unscored
     report = next(one for one in info.filters if one.filter == "unscored")
@@ -423,7 +425,7 @@ def test_without_a_judge_there_is_nothing_to_reinforce(tmp_path: Path, asked: Pa
 # --- two judges --------------------------------------------------------------------------------------------------
 
 
-def other(score_of: Callable[[Look], float]) -> FakeJudge:
+def other(score_of: Callable[[CriticInput], float]) -> FakeJudge:
     return FakeJudge(score_of, id="other judge")
 
 
@@ -437,14 +439,14 @@ def test_two_judges_are_compared_on_the_pictures_of_a_set(tmp_path: Path, asked:
     rows = [row_of(line, "critic_rl") for line in (out / "critic_rl.jsonl").read_bytes().splitlines()]
     looked: list[str] = []
 
-    def halved(look: Look) -> float:
-        looked.append(look.after.id)
-        return mark(look) / 2
+    def halved(shown: CriticInput) -> float:
+        looked.append(shown.after.id)
+        return mark(shown) / 2
 
     found = agreeing(out, other(halved))
     assert (found.first, found.second) == ("fake judge", "other judge")
     assert found.agreement.num == len(rows)
-    assert found.agreement.sc_correlation == pytest.approx(1)
+    assert found.agreement.semantics_correlation == pytest.approx(1)
     assert found.agreement.same_order == 1
     assert found.apart[0].distance == max(one.distance for one in found.apart) > 0
     assert len(looked) == len(rows) + 1, "all pictures, and one that asks whether the judge is there"
@@ -452,8 +454,8 @@ def test_two_judges_are_compared_on_the_pictures_of_a_set(tmp_path: Path, asked:
     number = int(first.where.removeprefix("critic_rl.jsonl:"))
     row = rows[number - 1]
     assert isinstance(row, RlRow)
-    assert (row.evaluation.semantics, row.origin_prompt) == (first.first.sc, first.prompt)
-    again = agreeing(out / "critic_rl.jsonl", other(lambda look: 0))
+    assert (row.evaluation.semantics, row.original_prompt) == (first.first.semantics, first.prompt)
+    again = agreeing(out / "critic_rl.jsonl", other(lambda shown: 0))
     assert again.agreement == found.agreement, "what was said is not asked again"
     assert json.loads(json.dumps(found.as_json()))["agreement"]["num"] == len(rows)
 
@@ -464,23 +466,23 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
     cases: list[tuple[str, Path, FakeJudge]] = [
         ("was scored by fake judge itself", out, SCORING),
         ("no rows of critic_rl", out / "planner_sft.jsonl", other(mark)),
-        ("does not answer", out, replace(failing("unreachable", lambda look: True), id="other judge")),
+        ("does not answer", out, replace(failing("unreachable", lambda shown: True), id="other judge")),
         (
-            r"failed on \d+ pictures .* run the same command again",
+            r"failed on \d+ images .* run the same command again",
             out,
-            replace(failing("garbage", lambda look: look.after.id[0] in "0123456"), id="other judge"),
+            replace(failing("malformed_response", lambda shown: shown.after.id[0] in "0123456"), id="other judge"),
         ),
     ]
     for said, path, judge in cases:
         with pytest.raises(UserError, match=said):
             agreeing(path, judge)
-    judge = replace(failing("garbage", lambda look: look.after.id[0] in "0123456"), id="other judge")
+    judge = replace(failing("malformed_response", lambda shown: shown.after.id[0] in "0123456"), id="other judge")
     found = agreeing(out, judge, max_unscored=1.0)
     rows = (out / "critic_rl.jsonl").read_text().count("\n")
-    assert 0 < found.failed["garbage"] == rows - found.agreement.num
+    assert 0 < found.failed["malformed_response"] == rows - found.agreement.num
     assert any("the second failed on" in line for line in found.lines())
-    flat = agreeing(out, FakeJudge(lambda look: 5, id="a third judge"))
-    assert flat.as_json()["agreement"]["sc_correlation"] is None
+    flat = agreeing(out, FakeJudge(lambda shown: 5, id="a third judge"))
+    assert flat.as_json()["agreement"]["semantics_correlation"] is None
 
 
 # --- the miniature's prompts and teachers ------------------------------------------------------------------------
@@ -488,24 +490,24 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
 
 def test_requests_of_the_world_are_different_and_always_the_same(tmp_path: Path) -> None:
     config = ShapesPrompts(count=20, riddles=0.5)
-    found = prompts.ask(config, PictureStore(tmp_path))
-    assert found == prompts.ask(config, PictureStore(tmp_path))
-    assert found[:10] == prompts.ask(ShapesPrompts(count=10, riddles=0.5), PictureStore(tmp_path))
+    found = prompts.ask(config, ImageStore(tmp_path))
+    assert found == prompts.ask(config, ImageStore(tmp_path))
+    assert found[:10] == prompts.ask(ShapesPrompts(count=10, riddles=0.5), ImageStore(tmp_path))
     assert len({request.text for request in found}) == len({request.id for request in found}) == 20
     assert {request.category.partition(",")[0] for request in found} == {"riddle", "plain"}
 
 
 def test_the_world_teaches_its_own_plans_and_verdicts(tmp_path: Path) -> None:
-    from interleave.data.teachers import KnowingCritic, StoryPlanner
-    from interleave.miniature.oracle import VerifierJudge
+    from interleave.agents.miniature import VerifierJudge
+    from interleave.datasets.teachers import KnowingCritic, StoryPlanner
 
     class White(FakeGenerator):
-        async def generate(self, job: Job) -> Picture:
-            return Picture.of(Image.new("RGB", (32, 32), "#fffefe" if job.seed % 2 else "#fefeff"))
+        async def generate(self, request: GenerationRequest) -> HashedImage:
+            return HashedImage.from_pil(Image.new("RGB", (32, 32), "#fffefe" if request.seed % 2 else "#fefeff"))
 
     source = ShapesPrompts(count=4)
     stories = prompts.stories(source)
-    made = Parts(StoryPlanner(stories.values()), KnowingCritic(), White())
+    made = Components(StoryPlanner(stories.values()), KnowingCritic(), White())
     settings = {"prompts": source, "templates": TemplatesConfig(), "filters": OPEN, "judge": VerifierJudge()}
     info = build(tmp_path / "set", tmp_path, made=made, **settings)
     assert info.rows["planner_sft"]["train"] == 4
@@ -529,7 +531,7 @@ def test_the_world_teaches_its_own_plans_and_verdicts(tmp_path: Path) -> None:
 
 
 def test_released_rows_are_imported(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     store.put(A), store.put(B)
     sft = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO, extra={"from": "x"})
     write_sft([sft], tmp_path / "in" / "critic.json", store)
@@ -539,8 +541,8 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
     half = sft.model_dump() | {"completion": "\ud800"}
     write_sft([SftRow.model_construct(**half)], tmp_path / "in" / "half.json", store)
     rl = RlRow(
-        origin_prompt="a",
-        rewritten_prompt="",
+        original_prompt="a",
+        prompt_used="",
         before_id=A.id,
         after_id=B.id,
         is_t2i=False,
@@ -571,7 +573,7 @@ def test_execution_records_are_imported_to_be_scored_and_filtered(tmp_path: Path
     for recorded in read_trace(tmp_path / "built").values():
         assert recorded.trajectory
         story = Story(recorded.trajectory, tuple(recorded.attempts[key] for key in sorted(recorded.attempts)))
-        write_execution_record(story, tmp_path / "records", PictureStore(tmp_path / "built" / "pictures"))
+        write_execution_record(story, tmp_path / "records", ImageStore(tmp_path / "built" / "images"))
     info = import_set("execution_record", tmp_path / "records", tmp_path / "imported")
     assert info.rows["planner_sft"]["train"] == 12
     assert list(Checker(tmp_path / "imported").problems()) == []
@@ -588,13 +590,13 @@ def test_execution_records_are_imported_to_be_scored_and_filtered(tmp_path: Path
 def small_set(folder: Path) -> Path:
     """One good row in each file."""
     folder.mkdir()
-    store = PictureStore(folder / "pictures")
+    store = ImageStore(folder / "images")
     store.put(A), store.put(B)
     plan = SftRow(texts=("plan it",), completion=render_plan(PLAN), trajectory_id="t1")
     critic = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO, trajectory_id="t1")
     rl = RlRow(
-        origin_prompt="a cat",
-        rewritten_prompt="a big cat",
+        original_prompt="a cat",
+        prompt_used="a big cat",
         before_id=A.id,
         after_id=B.id,
         is_t2i=True,
@@ -617,8 +619,8 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
-        ("critic_sft", lambda r: r.update(image_ids=[A.id, "0" * 64]), "no such picture"),
-        ("critic_sft", lambda r: r.update(image_ids=[A.id, "../../x"]), "not the id of a picture"),
+        ("critic_sft", lambda r: r.update(image_ids=[A.id, "0" * 64]), "no such image"),
+        ("critic_sft", lambda r: r.update(image_ids=[A.id, "../../x"]), "not the id of an image"),
         ("critic_sft", lambda r: r.update(texts=["", "look"]), "1 places for 2 pictures"),
         ("critic_sft", lambda r: r.update(texts=["", "look"], image_ids=[A.id]), "a critic looks at two pictures"),
         ("critic_sft", lambda r: r.update(texts=["", "", "<|image_pad|> x"]), "<|image_pad|> stands in the words"),
@@ -633,8 +635,8 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("critic_rl", lambda r: r["evaluation"].update(quality=-1), "got '-1'"),
         ("critic_rl", lambda r: r["evaluation"].update(semantics="7"), "evaluation.semantics"),
         ("critic_rl", lambda r: r["evaluation"].update(success=1), "evaluation.success"),
-        ("critic_rl", lambda r: r.update(origin_prompt=""), "origin_prompt is empty"),
-        ("critic_rl", lambda r: r.update(after_id="1" * 64), "no such picture"),
+        ("critic_rl", lambda r: r.update(original_prompt=""), "original_prompt is empty"),
+        ("critic_rl", lambda r: r.update(after_id="1" * 64), "no such image"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(
@@ -657,8 +659,8 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     critics.write_bytes(good + b"\xff\xfe{}\n" + b"{\n\n")
     plans.write_bytes(b"")
     (folder / "critic_sft.val.jsonl").write_bytes(good)
-    picture = PictureStore(folder / "pictures").path(B.id)
-    picture.write_bytes(PictureStore(folder / "pictures").path(A.id).read_bytes())
+    picture = ImageStore(folder / "images").path(B.id)
+    picture.write_bytes(ImageStore(folder / "images").path(A.id).read_bytes())
     told = [str(problem).removeprefix(f"{folder}/") for problem in Checker(folder).problems()]
     expected = [
         "planner_sft.jsonl: holds no rows",
@@ -691,7 +693,7 @@ def test_answers_in_the_released_style_pass_the_tolerant_check(tmp_path: Path) -
 
 def test_a_row_is_shown_as_it_is_read(tmp_path: Path) -> None:
     folder = small_set(tmp_path / "set")
-    store = PictureStore(folder / "pictures")
+    store = ImageStore(folder / "images")
     seen = shown(folder / "critic_sft.jsonl", 1)
     assert seen.reads == (store.path(A.id), store.path(B.id), "look")
     assert seen.answer == NO
@@ -729,7 +731,7 @@ def interleave(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(sys, "argv", ["interleave", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         output = capsys.readouterr()
         return int(stop.value.code or 0), output.out + output.err
 

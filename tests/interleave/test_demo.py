@@ -17,7 +17,7 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from interleave import demo
-from interleave.parts import Picture
+from interleave.protocols import HashedImage
 from interleave.records import Attempt, GeneratorInfo, PlannerRecord, PlanRecord, Record, Request, Trajectory
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,8 +34,8 @@ class Teller:
     ended: threading.Event = field(default_factory=threading.Event)
 
     async def stream(
-        self, text: str, pictures: Sequence[Picture], seed: int
-    ) -> AsyncGenerator[tuple[Record, Picture | None], None]:
+        self, text: str, pictures: Sequence[HashedImage], seed: int
+    ) -> AsyncGenerator[tuple[Record, HashedImage | None], None]:
         self.asked.append((text, [picture.id for picture in pictures], seed))
         request = Request(id="r", text=text, image_ids=tuple(picture.id for picture in pictures))
         planner = PlannerRecord(model="m", template="t", template_hash="h")
@@ -47,7 +47,7 @@ class Teller:
             yield PlanRecord(trajectory_id="r", request=request, planner=planner, plan=plan), None
             for step, colour in enumerate(("red", "blue"), 1):
                 await self._let(step)
-                picture = Picture.of(Image.new("RGB", (8, 8), colour))
+                picture = HashedImage.from_pil(Image.new("RGB", (8, 8), colour))
                 yield self._attempt(step, picture), picture
             await self._let(3)
             yield (
@@ -63,7 +63,7 @@ class Teller:
         while not self.gates[gate].is_set():
             await asyncio.sleep(0.02)
 
-    def _attempt(self, step: int, picture: Picture) -> Attempt:
+    def _attempt(self, step: int, picture: HashedImage) -> Attempt:
         return Attempt(
             trajectory_id="r",
             step=step,
@@ -167,7 +167,7 @@ def test_a_story_appears_step_by_step(browser: Any, connections: list[str], tmp_
     kept = (tmp_path / "story.html").read_text(encoding="utf-8")
     assert kept.count("data:image/png") == 3
     assert "&lt;b&gt;two&lt;/b&gt;" in kept
-    given = Picture.of(Image.new("RGB", (9, 9), "green")).id
+    given = HashedImage.from_pil(Image.new("RGB", (9, 9), "green")).id
     assert teller.asked == [(evil, [given], 7)]
     assert set(connections) <= {"127.0.0.1", "::1", "local"}
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from imgen_common.errors import UserError
-from interleave.chat import EndpointChat, EndpointChatConfig
-from interleave.parts import PartFailed, Picture, Reply
-from interleave.resilience import CallerConfig
+from imgen_common.http import RetryPolicy
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
+from interleave.protocols import BackendError, HashedImage, Reply
 
-RED = Picture.of(Image.new("RGB", (4, 4), "red"))
-QUICK = CallerConfig(tries=2, first_wait=1e-6, deadline=5)
+RED = HashedImage.from_pil(Image.new("RGB", (4, 4), "red"))
+QUICK = RetryPolicy(max_tries=2, initial_backoff=1e-6, deadline=5)
 
 
 def completion(text: Any = "hello", **choice: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def completion(text: Any = "hello", **choice: Any) -> dict[str, Any]:
 
 
 def endpoint(handler: Callable[[httpx.Request], httpx.Response], **settings: Any) -> EndpointChat:
-    config = EndpointChatConfig(**{"url": "http://example.test/v1", "model": "m", "calls": QUICK} | settings)
+    config = EndpointChatConfig(**{"url": "http://example.test/v1", "model": "m", "retry": QUICK} | settings)
     return EndpointChat(config, httpx.MockTransport(handler))
 
 
@@ -43,8 +43,8 @@ def ask(model: EndpointChat, message: Any = ("hi",), seed: int = 3) -> Reply:
     return asyncio.run(main())
 
 
-def failure(model: EndpointChat) -> PartFailed:
-    with pytest.raises(PartFailed) as caught:
+def failure(model: EndpointChat) -> BackendError:
+    with pytest.raises(BackendError) as caught:
         ask(model)
     return caught.value
 
@@ -67,7 +67,7 @@ def test_what_is_sent_and_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> No
     parts = body["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["image_url", "text", "text"]
     sent = base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])
-    assert Picture.of(Image.open(io.BytesIO(sent))).id == RED.id
+    assert HashedImage.from_pil(Image.open(io.BytesIO(sent))).id == RED.id
 
 
 def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +101,7 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
     answers = [httpx.Response(status, headers={"retry-after": "0"}), httpx.Response(200, json=completion("later"))]
     assert ask(endpoint(lambda request: answers.pop(0))).text == "later"
     found = failure(endpoint(lambda request: httpx.Response(status)))
-    assert found.kind == {500: "broken", 502: "unreachable", 504: "unreachable", 529: "broken"}.get(
-        status, "overloaded"
-    )
+    assert found.kind == ("rate_limited" if status < 500 else "server_error")
 
 
 @pytest.mark.parametrize(
@@ -118,12 +116,12 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
 def test_garbage_is_asked_for_again_then_told(body: bytes) -> None:
     answers = [httpx.Response(200, content=body), httpx.Response(200, json=completion("good"))]
     assert ask(endpoint(lambda request: answers.pop(0))).text == "good"
-    assert failure(endpoint(lambda request: httpx.Response(200, content=body))).kind == "garbage"
+    assert failure(endpoint(lambda request: httpx.Response(200, content=body))).kind == "malformed_response"
 
 
 def test_an_answer_without_end_is_cut() -> None:
     found = failure(endpoint(lambda r: httpx.Response(200, content=b"x" * 5000), max_answer_bytes=2048))
-    assert found.kind == "garbage"
+    assert found.kind == "malformed_response"
     assert "2048 bytes" in str(found)
 
 
@@ -140,7 +138,7 @@ def test_a_slow_server() -> None:
     def handler(request: httpx.Request) -> httpx.Response:
         raise httpx.ReadTimeout("slow")
 
-    assert failure(endpoint(handler)).kind == "deadline"
+    assert failure(endpoint(handler)).kind == "timeout"
 
 
 def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +184,10 @@ def test_a_check_says_what_to_mend() -> None:
 
     for answer, message in [
         (httpx.Response(401), "http://example.test/v1: status 401: ; set INTERLEAVE_API_KEY to a valid key"),
-        (httpx.Response(404, json={"message": "no model m"}), "status 404: no model m; start the server, or mend url"),
+        (
+            httpx.Response(404, json={"message": "no model m"}),
+            "status 404: no model m; start the server, or correct url",
+        ),
         (httpx.Response(500), "status 500"),
         (httpx.Response(200, text="<html>"), "not a chat completion"),
     ]:
@@ -234,9 +235,9 @@ def test_reasoning_that_a_server_split_off_goes_back(name: str) -> None:
     ("behaviour", "kind", "says"),
     [
         ("closed", "unreachable", "cannot be reached"),
-        ("silent", "deadline", "no answer within"),
-        ("trickle", "deadline", "no answer within"),
-        ("endless", "garbage", "more than 4096 bytes"),
+        ("silent", "timeout", "no answer within"),
+        ("trickle", "timeout", "no answer within"),
+        ("endless", "malformed_response", "more than 4096 bytes"),
         ("cut", "unreachable", "cannot be reached"),
         ("not http", "unreachable", "cannot be reached"),
     ],
@@ -254,14 +255,14 @@ def test_servers_on_a_real_socket(behaviour: str, kind: str, says: str) -> None:
                 await asyncio.sleep(0 if behaviour == "endless" else 0.02)
         writer.close()
 
-    async def main() -> PartFailed:
+    async def main() -> BackendError:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         if behaviour == "closed":
             server.close()
-        calls = CallerConfig(tries=2, first_wait=1e-6, timeout=0.3)
-        model = EndpointChat(EndpointChatConfig(url=f"http://127.0.0.1:{port}/v1", calls=calls, max_answer_bytes=4096))
-        with pytest.raises(PartFailed) as caught:
+        calls = RetryPolicy(max_tries=2, initial_backoff=1e-6, timeout=0.3)
+        model = EndpointChat(EndpointChatConfig(url=f"http://127.0.0.1:{port}/v1", retry=calls, max_answer_bytes=4096))
+        with pytest.raises(BackendError) as caught:
             await model.chat(("hi",), 0)
         await model.close()
         server.close()

@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgen_common.errors import UserError
-from interleave.controls import RandomRewrite
-from interleave.engine import Engine, LoopConfig, Parts, select
-from interleave.parts import Job, Look, PartFailed, Picture
+from interleave.agents.random_critic import RandomRewrite
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig
+from interleave.loop.engine import Engine
+from interleave.loop.selection import select_attempt
+from interleave.protocols import BackendError, CriticInput, GenerationRequest, HashedImage
 from interleave.records import Attempt, Plan, Record, Request, Trajectory
-from interleave.store import PictureStore, Trace, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import Trace, read_trace
 
 TIMES = {"timings", "spent"}
 
@@ -35,17 +39,17 @@ def ask(name: str = "a", text: str = "a story") -> Request:
 
 def parts(
     plan: Plan | None = None,
-    verdict: Callable[[Look, int], Any] = lambda look, seed: (True, look.prompt_used),
+    verdict: Callable[[CriticInput, int], Any] = lambda shown, seed: (True, shown.prompt_used),
     generator: FakeGenerator | None = None,
     **kwargs: Any,
-) -> Parts:
+) -> Components:
     planner = FakePlanner(lambda request, seed: plan or plan_of("one", "two"))
-    return Parts(planner, FakeCritic(verdict), generator or FakeGenerator(), **kwargs)
+    return Components(planner, FakeCritic(verdict), generator or FakeGenerator(), **kwargs)
 
 
 def run(
     folder: Path,
-    made: Parts,
+    made: Components,
     requests: Sequence[Request] = (ask(),),
     loop: LoopConfig | None = None,
     on_record: Callable[[Record], None] = lambda record: None,
@@ -53,7 +57,7 @@ def run(
 ) -> list[Trajectory]:
     folder.mkdir(parents=True, exist_ok=True)
     with Trace(folder) as trace:
-        engine = Engine(made, loop or LoopConfig(), 0, trace, PictureStore(folder / "pictures"), on_record, **kwargs)
+        engine = Engine(made, loop or LoopConfig(), 0, trace, ImageStore(folder / "images"), on_record, **kwargs)
         return asyncio.run(engine.run_all(requests))
 
 
@@ -82,7 +86,7 @@ def test_a_story_is_drawn_then_edited(tmp_path: Path) -> None:
     assert trajectory.status == "complete"
     assert trajectory.selected == {1: 1, 3: 1}
     assert first.sources == ()
-    assert [source.id for source in second.sources] == [Picture.of(picture_of(first)).id]
+    assert [source.id for source in second.sources] == [HashedImage.from_pil(picture_of(first)).id]
     looks = made.critic.looks
     assert looks[0].before.image.getpixel((0, 0)) == (255, 255, 255)
     assert looks[0].before.image.size == looks[0].after.image.size
@@ -92,7 +96,9 @@ def test_a_story_is_drawn_then_edited(tmp_path: Path) -> None:
 
 
 def test_a_users_picture_is_edited_from_the_first_step(tmp_path: Path) -> None:
-    given = [PictureStore(tmp_path / "pictures").put(Picture.of(Image.new("RGB", (4, 4), c))) for c in ("red", "blue")]
+    given = [
+        ImageStore(tmp_path / "images").put(HashedImage.from_pil(Image.new("RGB", (4, 4), c))) for c in ("red", "blue")
+    ]
     made = parts()
     run(tmp_path, made, [Request(id="a", text="x", image_ids=tuple(given))])
     assert [source.id for source in made.generator.jobs[0].sources] == [given[-1]]
@@ -107,7 +113,7 @@ def test_all_references_up_to_what_the_generator_takes(tmp_path: Path) -> None:
 
 
 def test_without_a_planner_the_request_is_the_prompt(tmp_path: Path) -> None:
-    made = Parts(None, None, FakeGenerator())
+    made = Components(None, None, FakeGenerator())
     (trajectory,) = run(tmp_path, made, [ask(text="all at once")])
     assert [job.prompt for job in made.generator.jobs] == ["all at once"]
     assert attempts(tmp_path)[0].status == "unjudged"
@@ -115,7 +121,7 @@ def test_without_a_planner_the_request_is_the_prompt(tmp_path: Path) -> None:
 
 
 def test_a_rejected_picture_is_drawn_again_from_the_same_source(tmp_path: Path) -> None:
-    made = parts(plan_of("one", "two"), lambda look, seed: (look.prompt_used == "better", "better"))
+    made = parts(plan_of("one", "two"), lambda shown, seed: (shown.prompt_used == "better", "better"))
     run(tmp_path, made)
     used = [(a.step, a.attempt, a.prompt_used, a.status) for a in attempts(tmp_path)]
     assert used == [
@@ -132,9 +138,9 @@ def test_a_rejected_picture_is_drawn_again_from_the_same_source(tmp_path: Path) 
 
 def test_best_of_n_keeps_the_prompt_and_takes_the_best(tmp_path: Path) -> None:
     critic = FakeCritic(
-        lambda look, seed: (False, "other"), probability=lambda look: int(look.after.id[:4], 16) / 65536
+        lambda shown, seed: (False, "other"), probability=lambda shown: int(shown.after.id[:4], 16) / 65536
     )
-    made = Parts(FakePlanner(lambda r, s: plan_of("one")), critic, FakeGenerator())
+    made = Components(FakePlanner(lambda r, s: plan_of("one")), critic, FakeGenerator())
     loop = LoopConfig(max_attempts=5, stop_on_success=False, rewrite=False, select="best_by_verdict_probability")
     (trajectory,) = run(tmp_path, made, loop=loop)
     drawn = attempts(tmp_path)
@@ -144,10 +150,10 @@ def test_best_of_n_keeps_the_prompt_and_takes_the_best(tmp_path: Path) -> None:
 
 
 def test_the_judge_chooses(tmp_path: Path) -> None:
-    judge = FakeJudge(lambda look: int(look.after.id[0], 16) / 1.6)
-    made = parts(plan_of("one"), lambda look, seed: (False, "more"), judge=judge)
+    judge = FakeJudge(lambda shown: int(shown.after.id[0], 16) / 1.6)
+    made = parts(plan_of("one"), lambda shown, seed: (False, "more"), judge=judge)
     (trajectory,) = run(tmp_path, made, loop=LoopConfig(max_attempts=4, select="best_by_judge"))
-    scores = {a.attempt: a.scores.sc for a in attempts(tmp_path) if a.scores}
+    scores = {a.attempt: a.scores.semantics for a in attempts(tmp_path) if a.scores}
     assert len(scores) == 4
     assert scores[trajectory.selected[1]] == max(scores.values())
 
@@ -156,7 +162,7 @@ def test_a_selection_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a judge"):
         run(tmp_path, parts(), loop=LoopConfig(select="best_by_judge"))
     with pytest.raises(UserError, match="needs a critic"):
-        run(tmp_path, Parts(None, None, FakeGenerator()), loop=LoopConfig(select="best_by_verdict_probability"))
+        run(tmp_path, Components(None, None, FakeGenerator()), loop=LoopConfig(select="best_by_verdict_probability"))
 
 
 # --- any story -------------------------------------------------------------------------------------------------------
@@ -188,14 +194,14 @@ def test_the_laws_of_the_loop(
     folder = tmp_path_factory.mktemp("loop")
     said: list[str] = []
 
-    def verdict(look: Look, seed: int) -> tuple[bool, str] | str:
+    def verdict(shown: CriticInput, seed: int) -> tuple[bool, str] | str:
         said.append(verdicts[len(said) % len(verdicts)])
-        return {"yes": (True, look.prompt_used), "no": (False, look.prompt_used + "!"), "same": (False, "p")}.get(
+        return {"yes": (True, shown.prompt_used), "no": (False, shown.prompt_used + "!"), "same": (False, "p")}.get(
             said[-1], "?"
         )
 
     generator = FakeGenerator()
-    generator.fails = lambda job: PartFailed("overloaded", "busy") if len(generator.jobs) in fails else None
+    generator.fails = lambda job: BackendError("rate_limited", "busy") if len(generator.jobs) in fails else None
     made = parts(plan_of(*prompts), verdict, generator)
     loop = LoopConfig(max_attempts=tries, max_generations=limit, select=rule, critic_tries=2, stop_on_success=stop)
     (trajectory,) = run(folder, made, loop=loop)
@@ -237,9 +243,9 @@ def test_selection(statuses: list[Any]) -> None:
     ]
     drawn = [a for a in tried if a.image_id]
     good = [a for a in drawn if a.status == "accepted"]
-    assert select("last", tried) == ((good or drawn or [None])[-1])
-    assert select("first_success", tried) == (good[0] if good else (drawn or [None])[-1])
-    assert (select("best_by_judge", tried) is None) == (not drawn)
+    assert select_attempt("last", tried) == ((good or drawn or [None])[-1])
+    assert select_attempt("first_success", tried) == (good[0] if good else (drawn or [None])[-1])
+    assert (select_attempt("best_by_judge", tried) is None) == (not drawn)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
@@ -247,7 +253,7 @@ def test_selection(statuses: list[Any]) -> None:
 
 def test_a_planner_that_never_parses(tmp_path: Path) -> None:
     planner = FakePlanner(lambda request, seed: "mumble")
-    (trajectory,) = run(tmp_path, Parts(planner, None, FakeGenerator()), loop=LoopConfig(planner_tries=3))
+    (trajectory,) = run(tmp_path, Components(planner, None, FakeGenerator()), loop=LoopConfig(planner_tries=3))
     assert (trajectory.status, trajectory.error, planner.calls) == ("planner_failed", "unreadable", 3)
     assert trajectory.planner
     assert trajectory.planner.raw == "mumble"
@@ -256,23 +262,23 @@ def test_a_planner_that_never_parses(tmp_path: Path) -> None:
 def test_a_plan_of_500_steps_is_asked_for_again(tmp_path: Path) -> None:
     plans = iter([plan_of(*["x"] * 500), plan_of("one")])
     planner = FakePlanner(lambda request, seed: next(plans))
-    (trajectory,) = run(tmp_path, Parts(planner, None, FakeGenerator()))
+    (trajectory,) = run(tmp_path, Components(planner, None, FakeGenerator()))
     assert trajectory.status == "complete"
     long = FakePlanner(lambda request, seed: plan_of(*["x"] * 500))
-    (trajectory,) = run(tmp_path / "b", Parts(long, None, FakeGenerator()))
+    (trajectory,) = run(tmp_path / "b", Components(long, None, FakeGenerator()))
     assert trajectory.status == "planner_failed"
     assert "500 steps; at most 16" in (trajectory.error or "")
 
 
 def test_a_planner_that_cannot_be_reached_is_asked_once(tmp_path: Path) -> None:
-    planner = FakePlanner(lambda request, seed: PartFailed("unreachable", "no route"))
-    (trajectory,) = run(tmp_path, Parts(planner, None, FakeGenerator()))
+    planner = FakePlanner(lambda request, seed: BackendError("unreachable", "no route"))
+    (trajectory,) = run(tmp_path, Components(planner, None, FakeGenerator()))
     assert trajectory.error == "unreachable: no route"
     assert planner.calls == 1
 
 
 def test_an_unreadable_critic_costs_a_new_seed_not_a_repetition(tmp_path: Path) -> None:
-    made = parts(plan_of("one"), lambda look, seed: "mumble")
+    made = parts(plan_of("one"), lambda shown, seed: "mumble")
     (trajectory,) = run(tmp_path, made, loop=LoopConfig(max_attempts=3, critic_tries=2))
     assert [a.status for a in attempts(tmp_path)] == ["critic_unparsable"] * 3
     assert len(made.critic.looks) == 6
@@ -281,14 +287,14 @@ def test_an_unreadable_critic_costs_a_new_seed_not_a_repetition(tmp_path: Path) 
 
 
 def test_a_critic_that_fails_ends_the_story(tmp_path: Path) -> None:
-    made = parts(plan_of("one", "two"), lambda look, seed: PartFailed("refused", "wrong token"))
+    made = parts(plan_of("one", "two"), lambda shown, seed: BackendError("refused", "wrong token"))
     (trajectory,) = run(tmp_path, made)
     assert (trajectory.status, trajectory.error) == ("critic_failed", "step 1: refused: wrong token")
     assert len(made.generator.jobs) == 1
 
 
 def test_out_of_memory_in_mid_story(tmp_path: Path) -> None:
-    generator = FakeGenerator(fails=lambda job: PartFailed("out_of_memory", "no room") if job.sources else None)
+    generator = FakeGenerator(fails=lambda job: BackendError("out_of_memory", "no room") if job.sources else None)
     (trajectory,) = run(tmp_path, parts(plan_of("one", "two"), generator=generator), loop=LoopConfig(max_attempts=5))
     assert trajectory.status == "generator_failed"
     assert trajectory.selected == {1: 1}
@@ -296,7 +302,7 @@ def test_out_of_memory_in_mid_story(tmp_path: Path) -> None:
 
 
 def test_what_is_refused_for_good_is_asked_once(tmp_path: Path) -> None:
-    generator = FakeGenerator(fails=lambda job: PartFailed("refused", "no such model"))
+    generator = FakeGenerator(fails=lambda job: BackendError("refused", "no such model"))
     run(tmp_path, parts(plan_of("one"), generator=generator))
     assert len(generator.jobs) == 1
 
@@ -311,22 +317,22 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 def test_one_request_in_ten_that_fails_changes_no_other(tmp_path: Path) -> None:
     requests = [ask(f"r{i}", f"text {i}") for i in range(50)]
 
-    def broken(job: Job) -> Exception | None:
+    def broken(job: GenerationRequest) -> Exception | None:
         return RuntimeError("bug") if job.prompt == "bad" else None
 
     def planner(bad: bool) -> FakePlanner:
         return FakePlanner(lambda r, s: plan_of(f"{r.id} one", "bad" if bad and r.id.endswith("3") else f"{r.id} two"))
 
-    def accept(look: Look, seed: int) -> tuple[bool, str]:
-        return seed % 2 == 0, look.prompt_used + "!"
+    def accept(shown: CriticInput, seed: int) -> tuple[bool, str]:
+        return seed % 2 == 0, shown.prompt_used + "!"
 
     for name in ("good", "bad"):
-        made = Parts(planner(name == "bad"), FakeCritic(accept), FakeGenerator(fails=broken))
+        made = Components(planner(name == "bad"), FakeCritic(accept), FakeGenerator(fails=broken))
         run(tmp_path / name, made, requests)
     good, bad = without_times(tmp_path / "good"), without_times(tmp_path / "bad")
     for name in good:
         if name.endswith("3"):
-            assert bad[name][1]["status"] == "broken"
+            assert bad[name][1]["status"] == "internal_error"
             assert bad[name][1]["error"] == "RuntimeError: bug"
         else:
             assert bad[name] == good[name]
@@ -353,15 +359,15 @@ class Stop(BaseException):
     """As if the process were killed."""
 
 
-def picky(look: Look, seed: int) -> tuple[bool, str]:
-    return seed % 3 == 0, look.prompt_used + "!"
+def picky(shown: CriticInput, seed: int) -> tuple[bool, str]:
+    return seed % 3 == 0, shown.prompt_used + "!"
 
 
 @pytest.mark.parametrize("after", range(1, 12))
 def test_a_run_cut_after_any_record_goes_on_to_the_same_records(tmp_path: Path, after: int) -> None:
     requests = [ask("a"), ask("b")]
 
-    def make() -> Parts:
+    def make() -> Components:
         return parts(plan_of("one", None, "three"), picky)
 
     run(tmp_path / "whole", make(), requests)
@@ -388,8 +394,8 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_failed_stories_can_be_tried_again(tmp_path: Path) -> None:
-    def make(down: bool) -> Parts:
-        fails = (lambda job: PartFailed("unreachable", "down") if job.prompt == "two" else None) if down else None
+    def make(down: bool) -> Components:
+        fails = (lambda job: BackendError("unreachable", "down") if job.prompt == "two" else None) if down else None
         return parts(plan_of("one", "two"), generator=FakeGenerator(fails=fails or (lambda job: None)))
 
     assert run(tmp_path, make(True))[0].status == "generator_failed"
@@ -409,7 +415,7 @@ def test_a_planner_that_failed_is_asked_with_other_seeds(tmp_path: Path) -> None
         seeds.append(seed)
         return plan_of("one") if len(seeds) > 5 else "mumble"
 
-    made = Parts(FakePlanner(plan), None, FakeGenerator())
+    made = Components(FakePlanner(plan), None, FakeGenerator())
     assert run(tmp_path, made)[0].status == "planner_failed"
     assert run(tmp_path, made, retry_failed=True)[0].status == "complete"
     assert len(set(seeds)) == 6
@@ -457,9 +463,9 @@ def test_throughput_is_that_of_the_slowest_stage(tmp_path: Path) -> None:
     """
 
     def share_of_bound(folder: Path) -> float:
-        made = Parts(
+        made = Components(
             FakePlanner(lambda r, s: plan_of("one", "two"), latency=0.1),
-            FakeCritic(lambda look, seed: (True, look.prompt_used), latency=0.05),
+            FakeCritic(lambda shown, seed: (True, shown.prompt_used), latency=0.05),
             FakeGenerator(latency=0.08, limit=8),
         )
         began = time.perf_counter()
@@ -471,9 +477,9 @@ def test_throughput_is_that_of_the_slowest_stage(tmp_path: Path) -> None:
 
 def test_random_rewrite_does_not_look() -> None:
     critic = RandomRewrite(0.5, ("x", "y"))
-    pictures = [Picture.of(Image.new("RGB", (2, 2), colour)) for colour in ("red", "green", "blue")]
+    pictures = [HashedImage.from_pil(Image.new("RGB", (2, 2), colour)) for colour in ("red", "green", "blue")]
     answers = [
-        [asyncio.run(critic.judge(Look(pictures[0], after, "p", "p"), seed)).verdict for seed in range(200)]
+        [asyncio.run(critic.judge(CriticInput(pictures[0], after, "p", "p"), seed)).verdict for seed in range(200)]
         for after in pictures[1:]
     ]
     assert answers[0] == answers[1]

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgen_common.errors import UserError
-from interleave.generators import CachedGenerator, ScriptedConfig, ScriptedGenerator, make
-from interleave.generators.pipeline import Settings
-from interleave.parts import Job, PartFailed, Picture
+from interleave.models.generators import build_generator
+from interleave.models.generators.cache import CachedGenerator
+from interleave.models.generators.pipeline import GenerationSettings
+from interleave.models.generators.scripted import ScriptedConfig, ScriptedGenerator
+from interleave.protocols import BackendError, GenerationRequest, HashedImage
 
 T = TypeVar("T")
 
@@ -23,9 +25,9 @@ class Counting(ScriptedGenerator):
 
     calls = 0
 
-    async def generate(self, job: Job) -> Picture:
+    async def generate(self, request: GenerationRequest) -> HashedImage:
         self.calls += 1
-        return await super().generate(job)
+        return await super().generate(request)
 
 
 def run(awaitable: Awaitable[T]) -> T:
@@ -35,11 +37,11 @@ def run(awaitable: Awaitable[T]) -> T:
     return asyncio.run(main())
 
 
-def source(shade: int) -> Picture:
-    return Picture.of(Image.new("RGB", (4, 4), (shade, 0, 0)))
+def source(shade: int) -> HashedImage:
+    return HashedImage.from_pil(Image.new("RGB", (4, 4), (shade, 0, 0)))
 
 
-JOB = Job("a red circle", (source(1),), 3)
+JOB = GenerationRequest("a red circle", (source(1),), 3)
 
 
 def test_an_identical_job_is_never_drawn_twice(tmp_path: Path) -> None:
@@ -57,15 +59,15 @@ def test_an_identical_job_is_never_drawn_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        Job("a red circle ", JOB.sources, 3),
-        Job("a red circle", (source(2),), 3),
-        Job("a red circle", (), 3),
-        Job("a red circle", (source(1), source(1)), 3),
-        Job("a red circle", JOB.sources, 4),
-        Job("half a pair \ud800", JOB.sources, 3),
+        GenerationRequest("a red circle ", JOB.sources, 3),
+        GenerationRequest("a red circle", (source(2),), 3),
+        GenerationRequest("a red circle", (), 3),
+        GenerationRequest("a red circle", (source(1), source(1)), 3),
+        GenerationRequest("a red circle", JOB.sources, 4),
+        GenerationRequest("half a pair \ud800", JOB.sources, 3),
     ],
 )
-def test_what_differs_is_drawn(other: Job, tmp_path: Path) -> None:
+def test_what_differs_is_drawn(other: GenerationRequest, tmp_path: Path) -> None:
     inner = Counting()
     cached = CachedGenerator(inner, tmp_path)
     run(cached.generate(JOB))
@@ -85,7 +87,7 @@ def test_equal_jobs_at_the_same_time_share_one_picture(tmp_path: Path) -> None:
     inner = Counting(latency=0.05)
     cached = CachedGenerator(inner, tmp_path)
 
-    async def main() -> list[Picture]:
+    async def main() -> list[HashedImage]:
         return await asyncio.gather(*(cached.generate(JOB) for _ in range(20)))
 
     assert len({picture.id for picture in run(main())}) == 1
@@ -99,18 +101,18 @@ class Held(ScriptedGenerator):
         super().__init__()
         self.begun, self.go, self.cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def generate(self, job: Job) -> Picture:
+    async def generate(self, request: GenerationRequest) -> HashedImage:
         self.begun.set()
         try:
             await self.go.wait()
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        return await super().generate(job)
+        return await super().generate(request)
 
 
 def test_one_cancelled_caller_does_not_take_the_picture_from_another(tmp_path: Path) -> None:
-    async def main() -> tuple[Picture | BaseException, ...]:
+    async def main() -> tuple[HashedImage | BaseException, ...]:
         inner = Held()
         cached = CachedGenerator(inner, tmp_path)
         tasks = [asyncio.create_task(cached.generate(JOB)) for _ in range(3)]
@@ -122,11 +124,11 @@ def test_one_cancelled_caller_does_not_take_the_picture_from_another(tmp_path: P
 
     first, *others = run(main())
     assert isinstance(first, asyncio.CancelledError)
-    assert all(isinstance(other, Picture) for other in others)
+    assert all(isinstance(other, HashedImage) for other in others)
 
 
 def test_what_no_caller_waits_for_is_cancelled_and_can_be_asked_again(tmp_path: Path) -> None:
-    async def main() -> Picture:
+    async def main() -> HashedImage:
         inner = Held()
         cached = CachedGenerator(inner, tmp_path)
         task = asyncio.create_task(cached.generate(JOB))
@@ -167,10 +169,10 @@ def test_what_is_damaged_is_drawn_again(damage: str, tmp_path: Path) -> None:
 
 
 def test_failures_are_not_kept(tmp_path: Path) -> None:
-    failures = [PartFailed("overloaded", "later"), None]
-    inner = Counting(fails=lambda job: failures.pop(0))
+    failures = [BackendError("rate_limited", "later"), None]
+    inner = Counting(fails=lambda request: failures.pop(0))
     cached = CachedGenerator(inner, tmp_path)
-    with pytest.raises(PartFailed, match="later"):
+    with pytest.raises(BackendError, match="later"):
         run(cached.generate(JOB))
     assert run(cached.generate(JOB)).id
 
@@ -189,11 +191,11 @@ def test_a_cache_passes_on_what_its_generator_is(tmp_path: Path) -> None:
 
 
 def test_scripted_pictures_tell_their_jobs_apart() -> None:
-    generator = make(ScriptedConfig(height=20, width=10))
+    generator = build_generator(ScriptedConfig(height=20, width=10))
     picture = run(generator.generate(JOB))
     assert picture.image.size == (10, 20)
     assert picture == run(generator.generate(JOB))
-    assert picture != run(generator.generate(Job(JOB.prompt, JOB.sources, 4)))
-    wider = ScriptedGenerator().with_params(Settings(width=12, num_inference_steps=3))
+    assert picture != run(generator.generate(GenerationRequest(JOB.prompt, JOB.sources, 4)))
+    wider = ScriptedGenerator().with_params(GenerationSettings(width=12, num_inference_steps=3))
     assert wider.params == {"width": 12, "num_inference_steps": 3}
     assert run(wider.generate(JOB)).image.size == (12, 64)

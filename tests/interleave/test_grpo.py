@@ -18,18 +18,20 @@ from tiny import tiny_folder
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
-from interleave.formats.rows import RlRow
-from interleave.generators import ScriptedConfig
-from interleave.miniature import models
-from interleave.parts import Generator, Judge, Look, PartFailed
-from interleave.prompts import render_critic, template, to_conversation
+from interleave.agents.prompts import load_template, render_critic
+from interleave.datasets.rows import RlRow
+from interleave.models.chat.conversation import to_conversation
+from interleave.models.generators.scripted import ScriptedConfig
+from interleave.protocols import BackendError, CriticInput, Generator, Judge
 from interleave.records import Scores
-from interleave.rewards import PAPER_WEIGHTS, CriticRow, Marks, paper_parts
-from interleave.store import PictureStore
+from interleave.storage.images import ImageStore
 from interleave.training import grpo
-from interleave.training.arithmetic import GrpoSums, grpo_sums
+from interleave.training.batch_plan import GrpoSums, grpo_sums
 from interleave.training.config import GrpoConfig, PricesConfig, ScorerConfig
-from interleave.training.rows import critic_prompt, grpo_item, read_rows
+from interleave.training.reward import PAPER_WEIGHTS, CriticRow, Marks, Reward, paper_parts
+from interleave.training.rows import GrpoJob, critic_prompt, grpo_item, read_rows
+from interleave.training.scoring import check_image_tokens, concurrency_per_process, scoring_metrics, scoring_thread
+from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
 
@@ -54,13 +56,13 @@ class LengthJudge:
 
     fails: bool = False
     id: str = "length"
-    looks: list[Look] = field(default_factory=list)
+    looks: list[CriticInput] = field(default_factory=list)
 
-    async def score(self, look: Look) -> Scores:
-        self.looks.append(look)
+    async def score(self, shown: CriticInput) -> Scores:
+        self.looks.append(shown)
         if self.fails:
-            raise PartFailed("unreachable", "nobody there")
-        return Scores(sc=len(look.prompt_used) % 11, pq=5, judge_id=self.id)
+            raise BackendError("unreachable", "nobody there")
+        return Scores(semantics=len(shown.prompt_used) % 11, quality=5, judge_id=self.id)
 
     async def close(self) -> None:
         pass
@@ -71,7 +73,7 @@ class LengthJudge:
 
 def test_the_released_recipe() -> None:
     config = load(GrpoConfig, [CONFIGS / "grpo_critic_qwen3vl.yaml"])
-    config = config.model_copy(update={"prices": PricesConfig(picture=0.01, judgement=0.02)})
+    config = config.model_copy(update={"prices": PricesConfig(image=0.01, judgement=0.02)})
     sums = grpo_sums(config, rows=13_000, failed=6_500, left_out=1, processes=8)
     assert (sums.prompts_per_rollout, sums.completions_per_rollout, sums.completions_per_update) == (16, 128, 64)
     assert (sums.updates_per_rollout, sums.rollouts, sums.updates) == (2, 812, 1624)
@@ -139,12 +141,12 @@ def test_passes_are_laid_out_one_after_the_other_each_in_its_order(
 
 @pytest.mark.parametrize("name", ["shapes_critic", "critic"])
 def test_the_prompt_is_that_of_run_time_byte_by_byte(root: Path, rows: list[RlRow], name: str) -> None:
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     processor = models.processor()
     for number, row in enumerate(rows[:2]):
-        prompt = critic_prompt(row, template(name))
+        prompt = critic_prompt(row, load_template(name))
         item = grpo_item(number, row, prompt, {i: store.get(i) for i in prompt.image_ids})
-        talk = to_conversation(render_critic(template(name), row.look(store)))
+        talk = to_conversation(render_critic(load_template(name), row.critic_input(store)))
         text, again = (
             processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             for messages in (talk, item["prompt"])
@@ -173,10 +175,10 @@ def test_the_papers_form_of_the_reward() -> None:
     assert sum(PAPER_WEIGHTS.values()) == pytest.approx(1)
 
 
-def job_of(root: Path, rows: Sequence[RlRow], **settings: Any) -> grpo.GrpoJob:
+def job_of(root: Path, rows: Sequence[RlRow], **settings: Any) -> GrpoJob:
     config = GrpoConfig(model=str(root / "model"), data=str(root / "set"), trl=QUICK, **settings)
-    prompts = tuple(critic_prompt(row, template("shapes_critic")) for row in rows)
-    return grpo.GrpoJob(config, tuple(rows), prompts, grpo_sums(config, len(rows), 4, 0, 1))
+    prompts = tuple(critic_prompt(row, load_template("shapes_critic")) for row in rows)
+    return GrpoJob(config, tuple(rows), prompts, grpo_sums(config, len(rows), 4, 0, 1))
 
 
 def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Path, rows: list[RlRow]) -> None:
@@ -189,20 +191,20 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     job = job_of(root, rows)
     answers = [[{"role": "assistant", "content": "x"}]] * 2
     columns = {"row": [job.item(0)["row"], job.item(1)["row"]], "prompts": ["p"] * 2, "completions": answers}
-    with grpo.scoring(job, Closing(limit=1), LengthJudge()) as scored:
+    with scoring_thread(job, Closing(limit=1), LengthJudge()) as scored:
         for reward, names in (("released", 4), ("paper", 3)):
             functions = scored.functions(quick(root, reward=reward))
             assert [function.__name__ for function in functions] == list(grpo.REWARD_WEIGHTS[reward])
             assert len(functions) == names
 
-            async def ask(functions: Sequence[grpo.Reward] = tuple(functions)) -> list[list[float | None]]:
+            async def ask(functions: Sequence[Reward] = tuple(functions)) -> list[list[float | None]]:
                 return await asyncio.gather(*(function(**columns) for function in functions))
 
             values = [asyncio.run(ask()) for _ in range(2)]
             assert values[0] == values[1]
             assert all(None not in value for value in values[0])
         loop = scored.loop
-        counters = grpo.costs(scored)
+        counters = scoring_metrics(scored)
         assert counters["scoring/pictures"] == 1  # of two rows one succeeded, and equal answers are scored once
         assert counters["scoring/answers"] == 2
     assert closed == [loop]
@@ -210,10 +212,10 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
 
 def test_parts_of_the_reward_are_weighed_by_name() -> None:
     config = load(GrpoConfig, [], ["reward_weights={accuracy: 1.0}"])
-    assert grpo.weights_of(config) == {"format": 0.5, "accuracy": 1.0, "semantic": 0.3, "quality": 0.1}
+    assert grpo.weights_of(config) == {"format": 0.5, "accuracy": 1.0, "semantics": 0.3, "quality": 0.1}
     for weights, said in (
         ("{accurracy: 1.0}", "reward_weights.accurracy: unknown option of reward: released; did you mean 'accuracy'"),
-        ("{format: 0, accuracy: 0, semantic: 0, quality: 0}", "all are 0"),
+        ("{format: 0, accuracy: 0, semantics: 0, quality: 0}", "all are 0"),
         ("{accuracy: -1}", "reward_weights"),
         ("{accuracy: .inf}", "reward_weights"),
     ):
@@ -224,11 +226,11 @@ def test_parts_of_the_reward_are_weighed_by_name() -> None:
 
 @pytest.mark.parametrize("down", ["generator", "judge"])
 def test_a_part_that_is_down_is_told_before_anything_starts(root: Path, rows: list[RlRow], down: str) -> None:
-    failure = PartFailed("unreachable", "no connection")
+    failure = BackendError("unreachable", "no connection")
     generator = FakeGenerator(fails=lambda job: failure if down == "generator" else None)
     job = job_of(root, rows)
     with (
-        grpo.scoring(job, generator, LengthJudge(fails=down == "judge")) as scored,
+        scoring_thread(job, generator, LengthJudge(fails=down == "judge")) as scored,
         pytest.raises(UserError, match=rf"the {down} failed on the first row \(unreachable: .*; nothing was started"),
     ):
         scored.probe(job)
@@ -237,7 +239,7 @@ def test_a_part_that_is_down_is_told_before_anything_starts(root: Path, rows: li
 def test_a_part_that_hangs_is_told(root: Path, rows: list[RlRow]) -> None:
     job = job_of(root, rows, scorer=ScorerConfig(deadline=0.05))
     with (
-        grpo.scoring(job, FakeGenerator(latency=30), LengthJudge()) as scored,
+        scoring_thread(job, FakeGenerator(latency=30), LengthJudge()) as scored,
         pytest.raises(UserError, match="no answer within the deadline"),
     ):
         scored.probe(job)
@@ -245,21 +247,21 @@ def test_a_part_that_hangs_is_told(root: Path, rows: list[RlRow]) -> None:
 
 @pytest.mark.parametrize(("processes", "each"), [(1, 12), (5, 2), (100, 1)])
 def test_concurrency_is_shared_out(processes: int, each: int) -> None:
-    assert grpo.share(12, processes) == each
+    assert concurrency_per_process(12, processes) == each
 
 
 def test_vllm_that_expands_pictures_twice_is_stopped() -> None:
     def generate(prompts: Sequence[Sequence[int]], images: Any) -> tuple[Any, str]:
         return [[9, *ids] if len(ids) > 3 else ids for ids in prompts], images
 
-    checked = grpo.guarded(generate, image_token=9)
+    checked = check_image_tokens(generate, image_token=9)
     assert checked(prompts=[[1, 9, 2]], images="i") == ([[1, 9, 2]], "i")
     with pytest.raises(UserError, match="vLLM read 3 picture tokens where the prompt has 2"):
         checked(prompts=[[1, 9, 9, 2]], images="i")
 
 
 def test_pictures_that_vllm_would_not_scale_are_refused(root: Path, rows: list[RlRow]) -> None:
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     grpo.refuse_resized(rows, store, 32 * 32)
     with pytest.raises(UserError, match="32x32 is more than max_pixels 1000"):
         grpo.refuse_resized(rows, store, 1000)
@@ -340,7 +342,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_
         again = grpo.train(config, ["t"], resume=tmp_path / name, make_parts=make)
         assert digest(again) == digest(straight)
     logged = lines(tmp_path / "straight")
-    for part in ("format", "accuracy", "semantic", "quality"):
+    for part in ("format", "accuracy", "semantics", "quality"):
         assert any(f"rewards/{part}/mean" in line for line in logged)
     assert logged[-1]["scoring/answers"] > 0
     assert logged[-1]["scoring/unscored"] == 0
@@ -373,7 +375,7 @@ def test_a_judge_that_goes_down_stops_the_run_with_a_checkpoint_from_which_it_go
     judge = LengthJudge()
     failed = root / "failed"
     failed.mkdir()
-    (failed / "pictures").symlink_to(root / "set" / "pictures")
+    (failed / "images").symlink_to(root / "set" / "images")
     rows = read_rows(root / "set", "critic_rl", RlRow)
     write(failed / "critic_rl.jsonl", [row for row in rows if not row.evaluation.success])
     config = quick(root, data=str(failed), scorer=ScorerConfig(window=4, ceiling=0.25))
@@ -412,7 +414,7 @@ def test_an_adapter_the_papers_reward_and_a_scripted_generator_from_the_configur
     logged = lines(model.parent)
     assert any("rewards/step/mean" in line for line in logged)
     assert logged[-1]["scoring/pictures_from_cache"] + logged[-1]["scoring/pictures"] > 0
-    assert any((tmp_path / "c" / "pictures").rglob("*.png"))
+    assert any((tmp_path / "c" / "images").rglob("*.png"))
 
 
 @pytest.mark.slow
@@ -431,7 +433,7 @@ def test_a_plan_starts_nothing(root: Path, tmp_path: Path) -> None:
 def test_the_trainers_prompt_tokens_are_those_of_the_chat_model(root: Path, tmp_path: Path) -> None:
     from trl import GRPOTrainer
 
-    from interleave.chat import LocalChat, LocalChatConfig
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
 
     seen: list[list[int]] = []
     real = GRPOTrainer._tokenize_prompts
@@ -446,10 +448,10 @@ def test_the_trainers_prompt_tokens_are_those_of_the_chat_model(root: Path, tmp_
         config = quick(root, trl=QUICK | {"max_steps": 2})
         grpo.train(config, ["t"], runs=tmp_path, make_parts=parts_of(LengthJudge()))
     chat = LocalChat(LocalChatConfig(ref=str(root / "model"), device="cpu"))
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     known = []
     for row in read_rows(root / "set", "critic_rl", RlRow):
-        inputs = chat._inputs([render_critic(template("shapes_critic"), row.look(store))])
+        inputs = chat._inputs([render_critic(load_template("shapes_critic"), row.critic_input(store))])
         known.append(inputs["input_ids"][0].tolist())
     assert seen
     assert all(ids in known for ids in seen)
@@ -491,7 +493,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     root: Path, taught: Path, alone: dict[str, list[float]], tmp_path: Path, shard: str
 ) -> None:
     """On given answers, and then on sampled ones, which depend on the process: those are the same after a resume."""
-    from interleave.chat import LocalChat, LocalChatConfig
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
 
     trl = {**SHARED, "max_steps": REPLAYED + 4, **SHARDS[shard]}
     config = quick(root, model=str(taught), generator=ScriptedConfig(width=32, height=32), trl=trl)

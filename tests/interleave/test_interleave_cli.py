@@ -11,10 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from interleave import cli
-from interleave.prompts import render_plan, render_verdict
+from interleave.agents.prompts import render_plan, render_verdict
+from interleave.cli import main
 from interleave.records import Plan, PlanStep, Verdict
-from interleave.store import read_trace
+from interleave.storage.trace import read_trace
 
 COMMANDS = ("run", "batch", "plan", "report", "serve", "demo")
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
@@ -32,7 +32,7 @@ def interleave(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(sys, "argv", ["interleave", *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         output = capsys.readouterr()
         return int(stop.value.code or 0), output.out, output.err
 
@@ -186,7 +186,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--name", "../up"), ("plain name",)),
         (("run", "x", "--image", "none.png"), ("none.png",)),
         (("batch",), ("FILE", "--resume")),
-        (("batch", "none.jsonl"), ("none.jsonl", "cannot be read")),
+        (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
         (("batch", "--resume", "none"), ("no such run",)),
         (("batch", "f.jsonl", "--retry"), ("--retry goes with --resume",)),
         (("serve", "--engine", "rai"), ("did you mean 'ray'",)),

@@ -8,8 +8,8 @@ import yaml
 
 from imgen_common.config import Config, load
 from imgen_common.errors import UserError
-from interleave.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
-from interleave.prompts import template
+from interleave.agents.prompts import load_template
+from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "interleave").glob("*.yaml"))
 RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve"))]
@@ -23,10 +23,10 @@ def test_there_are_recipes() -> None:
 def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path) -> None:
     config = load(RunConfig, [recipe])
     if isinstance(config.planner, ModelPlanner):
-        for name in (config.planner.text_template, config.planner.pictures_template):
-            assert "text_input" in template(name).placeholders
+        for name in (config.planner.text_template, config.planner.images_template):
+            assert "text_input" in load_template(name).placeholders
     if isinstance(config.critic, ModelCritic | SelfCritic):
-        found = template(config.critic.template)
+        found = load_template(config.critic.template)
         assert {"original_instruction", "rewritten_prompt"} <= found.placeholders
         assert ("story" in found.placeholders) == (config.critic.context == "story")
 

@@ -13,21 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from interleave import judging
-from interleave.chat import ScriptedChat
-from interleave.chat.scripted import ScriptedChatConfig
-from interleave.judge import ChatJudge, ModelJudgeConfig, agreement, parse_marks
-from interleave.judging import CachedJudge
-from interleave.miniature.oracle import VerifierJudge
-from interleave.parsing import Unreadable
-from interleave.parts import Look, Message, PartFailed, Picture
-from interleave.prompts import template
+from interleave.agents import scoring
+from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_agreement, parse_scores
+from interleave.agents.miniature import VerifierJudge
+from interleave.agents.parsing import ParseFailure
+from interleave.agents.prompts import load_template
+from interleave.agents.scoring import CachedJudge
+from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
+from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Scores
 
 RED, BLUE, WIDE = (
-    Picture.of(Image.new("RGB", size, colour)) for size, colour in (((8, 8), "red"), ((8, 8), "blue"), ((16, 4), "red"))
+    HashedImage.from_pil(Image.new("RGB", size, colour))
+    for size, colour in (((8, 8), "red"), ((8, 8), "blue"), ((16, 4), "red"))
 )
-LOOK = Look(RED, BLUE, "make it blue", "make it very blue")
+LOOK = CriticInput(RED, BLUE, "make it blue", "make it very blue")
 
 
 def score(*marks: Any, **more: Any) -> str:
@@ -50,7 +50,7 @@ def score(*marks: Any, **more: Any) -> str:
     ],
 )
 def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None:
-    assert parse_marks(answer) == marks
+    assert parse_scores(answer) == marks
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
     ],
 )
 def test_marks_that_cannot_be_read_are_never_guessed(answer: str, reason: str) -> None:
-    read = parse_marks(answer)
-    assert isinstance(read, Unreadable)
+    read = parse_scores(answer)
+    assert isinstance(read, ParseFailure)
     assert reason in read.reason
 
 
@@ -94,8 +94,8 @@ values = st.recursive(
 
 @given(st.text(max_size=60) | values.map(json.dumps) | st.lists(values, max_size=3).map(lambda v: score(*v)))
 def test_reading_marks_never_raises_and_keeps_the_range(answer: str) -> None:
-    read = parse_marks(answer)
-    assert isinstance(read, Unreadable) or all(0 <= mark <= 10 for mark in read)
+    read = parse_scores(answer)
+    assert isinstance(read, ParseFailure) or all(0 <= mark <= 10 for mark in read)
 
 
 # --- a chat model as judge -------------------------------------------------------------------------------------------
@@ -103,12 +103,16 @@ def test_reading_marks_never_raises_and_keeps_the_range(answer: str) -> None:
 
 def judge_of(say: Callable[[Message, int], Any], num_samples: int = 1, tries: int = 3, name: str = "m") -> ChatJudge:
     return ChatJudge(
-        ScriptedChat(say, name=name), template("judge_semantics"), template("judge_quality"), num_samples, tries
+        ScriptedChat(say, name=name),
+        load_template("judge_semantics"),
+        load_template("judge_quality"),
+        num_samples,
+        tries,
     )
 
 
-def pictures(message: Message) -> list[Picture]:
-    return [part for part in message if isinstance(part, Picture)]
+def pictures(message: Message) -> list[HashedImage]:
+    return [part for part in message if isinstance(part, HashedImage)]
 
 
 def is_quality(message: Message) -> bool:
@@ -124,7 +128,7 @@ def test_two_questions_the_lower_mark_of_each() -> None:
         return score(6, 9) if is_quality(message) else score(8, 3)
 
     scores = asyncio.run(judge_of(say).score(LOOK))
-    assert (scores.sc, scores.pq, scores.num_samples) == (3, 6, 1)
+    assert (scores.semantics, scores.quality, scores.num_samples) == (3, 6, 1)
     task, alone = sorted(asked, key=is_quality)
     assert pictures(task) == [RED, BLUE]
     assert pictures(alone) == [BLUE]
@@ -140,7 +144,7 @@ def test_the_picture_is_judged_at_the_size_of_the_one_before() -> None:
         sizes.extend(picture.image.size for picture in pictures(message))
         return score(5, 5)
 
-    asyncio.run(judge_of(say).score(Look(RED, WIDE, "x", "x")))
+    asyncio.run(judge_of(say).score(CriticInput(RED, WIDE, "x", "x")))
     assert sizes == [(8, 8)] * 3
 
 
@@ -153,7 +157,7 @@ def test_samples_have_seeds_of_their_own_and_are_averaged() -> None:
         return score(10, len(mine))
 
     scores = asyncio.run(judge_of(say, num_samples=4).score(LOOK))
-    assert (scores.sc, scores.pq, scores.num_samples) == (2.5, 2.5, 4)
+    assert (scores.semantics, scores.quality, scores.num_samples) == (2.5, 2.5, 4)
     for mine in seeds.values():
         assert len(set(mine)) == 4
     assert asyncio.run(judge_of(lambda m, s: score(10, s % 11), num_samples=4).score(LOOK)) == asyncio.run(
@@ -170,16 +174,16 @@ def test_an_unreadable_answer_is_asked_for_again_with_another_seed() -> None:
         seeds.append(seed)
         return score(4, 4) if len(seeds) == 3 else score(4, 40)
 
-    assert asyncio.run(judge_of(say).score(LOOK)).sc == 4
+    assert asyncio.run(judge_of(say).score(LOOK)).semantics == 4
     assert len(set(seeds)) == 3
 
 
 def test_a_judge_that_stays_out_of_range_fails_by_name() -> None:
-    with pytest.raises(PartFailed, match=r"2 answers of the judge could not be read.*not 40") as failure:
+    with pytest.raises(BackendError, match=r"2 answers of the judge could not be read.*not 40") as failure:
         asyncio.run(judge_of(lambda m, s: score(4, 40), tries=2).score(LOOK))
-    assert failure.value.kind == "garbage"
-    down = judge_of(lambda m, s: PartFailed("unreachable", "nobody there"))
-    with pytest.raises(PartFailed, match="nobody there") as failure:
+    assert failure.value.kind == "malformed_response"
+    down = judge_of(lambda m, s: BackendError("unreachable", "nobody there"))
+    with pytest.raises(BackendError, match="nobody there") as failure:
         asyncio.run(down.score(LOOK))
     assert failure.value.kind == "unreachable"
 
@@ -189,18 +193,18 @@ def test_its_name_tells_what_marks_depend_on(tmp_path: Path) -> None:
     other.write_text("Is {original_instruction} done?", encoding="utf-8")
     config = ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(1, 1),)))
     ids = [
-        judging.make(config.model_copy(update=change)).id
+        scoring.build_judge(config.model_copy(update=change)).id
         for change in ({}, {"num_samples": 2}, {"semantics_template": str(other)}, {"quality_template": str(other)})
     ]
     assert len(set(ids)) == 4
     assert judge_of(lambda m, s: "", name="a").id != judge_of(lambda m, s: "", name="b").id
-    assert judging.make(config).id == ids[0]
+    assert scoring.build_judge(config).id == ids[0]
 
 
 def test_judges_by_configuration() -> None:
-    made = judging.make(ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(6, 7),)), num_samples=2))
-    assert asyncio.run(made.score(LOOK)) == Scores(sc=6, pq=6, judge_id=made.id, num_samples=2)
-    assert isinstance(judging.make(judging.VerifierJudgeConfig()), VerifierJudge)
+    made = scoring.build_judge(ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(6, 7),)), num_samples=2))
+    assert asyncio.run(made.score(LOOK)) == Scores(semantics=6, quality=6, judge_id=made.id, num_samples=2)
+    assert isinstance(scoring.build_judge(scoring.VerifierJudgeConfig()), VerifierJudge)
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -210,15 +214,15 @@ class Counting(FakeJudge):
     """Counts its calls, which take a moment, and fails as long as it is told to."""
 
     def __init__(self, name: str = "counting", failing: bool = False) -> None:
-        super().__init__(lambda look: 5.0, id=name)
+        super().__init__(lambda shown: 5.0, id=name)
         self.calls, self.failing, self.closed = 0, failing, False
 
-    async def score(self, look: Look) -> Scores:
+    async def score(self, shown: CriticInput) -> Scores:
         self.calls += 1
         await asyncio.sleep(0.01)
         if self.failing:
-            raise PartFailed("overloaded", "later")
-        return await super().score(look)
+            raise BackendError("rate_limited", "later")
+        return await super().score(shown)
 
     async def close(self) -> None:
         self.closed = True
@@ -234,7 +238,7 @@ def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
     assert len(set(asyncio.run(all_at_once()))) == 1
     assert (inner.calls, cached.misses, cached.hits) == (1, 1, 7)
     fresh = CachedJudge(Counting(), tmp_path)
-    assert asyncio.run(fresh.score(LOOK)) == Scores(sc=5, pq=5, judge_id="counting")
+    assert asyncio.run(fresh.score(LOOK)) == Scores(semantics=5, quality=5, judge_id="counting")
     assert (fresh.misses, fresh.hits) == (0, 1)
     assert cached.id == "counting"
     asyncio.run(cached.close())
@@ -244,14 +248,14 @@ def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
 def test_what_the_judge_sees_is_what_counts(tmp_path: Path) -> None:
     inner = Counting()
     cached = CachedJudge(inner, tmp_path)
-    for look in (
+    for shown in (
         LOOK,
-        Look(RED, BLUE, "make it blue", "other words of the critic"),
-        Look(BLUE, RED, "make it blue", "x"),
-        Look(RED, RED, "make it blue", "x"),
-        Look(RED, BLUE, "make it red", "x"),
+        CriticInput(RED, BLUE, "make it blue", "other words of the critic"),
+        CriticInput(BLUE, RED, "make it blue", "x"),
+        CriticInput(RED, RED, "make it blue", "x"),
+        CriticInput(RED, BLUE, "make it red", "x"),
     ):
-        asyncio.run(cached.score(look))
+        asyncio.run(cached.score(shown))
     assert inner.calls == 4
     other = Counting("another judge")
     asyncio.run(CachedJudge(other, tmp_path).score(LOOK))
@@ -264,9 +268,9 @@ def test_a_damaged_file_is_asked_for_again(tmp_path: Path, damage: bytes) -> Non
     (file,) = tmp_path.rglob("*.json")
     file.write_bytes(damage)
     inner = Counting()
-    assert asyncio.run(CachedJudge(inner, tmp_path).score(LOOK)).sc == 5
+    assert asyncio.run(CachedJudge(inner, tmp_path).score(LOOK)).semantics == 5
     assert inner.calls == 1
-    assert Scores.model_validate_json(file.read_bytes()).sc == 5
+    assert Scores.model_validate_json(file.read_bytes()).semantics == 5
 
 
 def test_failures_are_not_kept(tmp_path: Path) -> None:
@@ -277,11 +281,11 @@ def test_failures_are_not_kept(tmp_path: Path) -> None:
         return await asyncio.gather(*(cached.score(LOOK) for _ in range(2)), return_exceptions=True)
 
     answers = asyncio.run(twice())
-    assert [isinstance(answer, PartFailed) and answer.kind for answer in answers] == ["overloaded"] * 2
+    assert [isinstance(answer, BackendError) and answer.kind for answer in answers] == ["rate_limited"] * 2
     assert inner.calls == 1
     assert list(tmp_path.rglob("*.json")) == []
     inner.failing = False
-    assert asyncio.run(cached.score(LOOK)).sc == 5
+    assert asyncio.run(cached.score(LOOK)).semantics == 5
     assert inner.calls == 2
 
 
@@ -295,7 +299,7 @@ def test_one_who_gives_up_takes_nothing_from_the_others(tmp_path: Path) -> None:
         first.cancel()
         return await second
 
-    assert asyncio.run(race()).sc == 5
+    assert asyncio.run(race()).semantics == 5
     assert inner.calls == 1
 
 
@@ -303,28 +307,28 @@ def test_one_who_gives_up_takes_nothing_from_the_others(tmp_path: Path) -> None:
 
 
 def marks_of(*pairs: tuple[float, float]) -> list[Scores]:
-    return [Scores(sc=sc, pq=pq, judge_id="j") for sc, pq in pairs]
+    return [Scores(semantics=sc, quality=pq, judge_id="j") for sc, pq in pairs]
 
 
 def test_agreement_in_numbers() -> None:
     first = marks_of((2, 2), (4, 4), (8, 8), (8, 8))
-    same = agreement(first, first)
-    assert (same.num, same.sc_difference, same.pq_difference, same.same_order) == (4, 0, 0, 1)
-    assert (same.sc_correlation, same.pq_correlation) == pytest.approx((1, 1))
-    turned = agreement(first, marks_of((8, 6), (6, 6), (2, 6), (2, 6)))
-    assert (turned.sc_difference, turned.pq_difference) == ((6 + 2 + 6 + 6) / 4, (4 + 2 + 2 + 2) / 4)
-    assert turned.sc_correlation == pytest.approx(-1)
-    assert math.isnan(turned.pq_correlation)
+    same = judge_agreement(first, first)
+    assert (same.num, same.semantics_difference, same.quality_difference, same.same_order) == (4, 0, 0, 1)
+    assert (same.semantics_correlation, same.quality_correlation) == pytest.approx((1, 1))
+    turned = judge_agreement(first, marks_of((8, 6), (6, 6), (2, 6), (2, 6)))
+    assert (turned.semantics_difference, turned.quality_difference) == ((6 + 2 + 6 + 6) / 4, (4 + 2 + 2 + 2) / 4)
+    assert turned.semantics_correlation == pytest.approx(-1)
+    assert math.isnan(turned.quality_correlation)
     assert turned.same_order == 0
-    half = agreement(marks_of((1, 1), (2, 2), (3, 3)), marks_of((1, 1), (3, 3), (2, 2)))
+    half = judge_agreement(marks_of((1, 1), (2, 2), (3, 3)), marks_of((1, 1), (3, 3), (2, 2)))
     assert half.same_order == pytest.approx(2 / 3)
-    assert math.isnan(agreement(marks_of((5, 5), (5, 5)), first[:2]).same_order)
+    assert math.isnan(judge_agreement(marks_of((5, 5), (5, 5)), first[:2]).same_order)
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 3), (0, 0)])
 def test_agreement_needs_the_same_pictures(first: int, second: int) -> None:
     with pytest.raises(ValueError, match="at least two"):
-        agreement(marks_of(*[(1, 1)] * first), marks_of(*[(1, 1)] * second))
+        judge_agreement(marks_of(*[(1, 1)] * first), marks_of(*[(1, 1)] * second))
 
 
 pairs = st.lists(st.tuples(*[st.floats(0, 10)] * 4), min_size=2, max_size=12)
@@ -333,6 +337,6 @@ pairs = st.lists(st.tuples(*[st.floats(0, 10)] * 4), min_size=2, max_size=12)
 @given(pairs)
 def test_agreement_does_not_depend_on_who_is_first(marks: list[tuple[float, float, float, float]]) -> None:
     first, second = marks_of(*[m[:2] for m in marks]), marks_of(*[m[2:] for m in marks])
-    one, other = agreement(first, second), agreement(second, first)
+    one, other = judge_agreement(first, second), judge_agreement(second, first)
     assert vars(one) == pytest.approx(vars(other), nan_ok=True)
     assert math.isnan(one.same_order) or 0 <= one.same_order <= 1

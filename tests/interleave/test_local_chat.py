@@ -14,11 +14,11 @@ from tiny import tiny_folder
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from interleave import chat
-from interleave.chat import LocalChat, LocalChatConfig
-from interleave.parts import Message, PartFailed, Picture, Reply
+from interleave.models import chat
+from interleave.models.chat.local import LocalChat, LocalChatConfig
+from interleave.protocols import BackendError, HashedImage, Message, Reply
 
-RED, BLUE = (Picture.of(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
+RED, BLUE = (HashedImage.from_pil(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
 MESSAGES: list[Message] = [
     ("plan: draw a red circle",),
     (RED, BLUE, "was: a red circle used: a red circle"),
@@ -105,7 +105,7 @@ def test_answers_end_where_the_models_positions_do(folder: Path) -> None:
     assert isinstance(found[1], Reply)
     assert found[1].truncated
     assert found[1].num_prompt_tokens + found[1].num_completion_tokens == 512
-    assert isinstance(found[2], PartFailed)
+    assert isinstance(found[2], BackendError)
     assert (found[2].kind, "takes 511" in str(found[2])) == ("refused", True)
 
 
@@ -115,7 +115,7 @@ def test_large_pictures_are_made_smaller(folder: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "large" / "processor_config.json").read_text())
     config["image_processor"]["size"]["longest_edge"] = 128 * 128
     (tmp_path / "large" / "processor_config.json").write_text(json.dumps(config))
-    large = Picture.of(Image.radial_gradient("L").resize((96, 64)))
+    large = HashedImage.from_pil(Image.radial_gradient("L").resize((96, 64)))
     replies = [
         model(tmp_path / "large", max_pixels=pixels).answer([((large, "x"), 0)])[0] for pixels in (None, 64 * 64, 1024)
     ]
@@ -164,8 +164,8 @@ def test_one_that_does_not_fit_alone_fails_alone(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(of, "_generate", limited)
     found = of.answer([(m, 0) for m in MESSAGES])
-    assert [type(r).__name__ for r in found] == ["Reply", "PartFailed", "Reply", "Reply"]
-    assert isinstance(found[1], PartFailed)
+    assert [type(r).__name__ for r in found] == ["Reply", "BackendError", "Reply", "Reply"]
+    assert isinstance(found[1], BackendError)
     assert found[1].kind == "out_of_memory"
 
 
@@ -173,7 +173,7 @@ def test_what_is_no_such_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         model(tmp_path / "none")
     with pytest.raises(UserError, match=r"not a vision-language model"):
-        chat.make(LocalChatConfig(ref="builtin:shapes/reward", device="cpu"))
+        chat.build_chat_model(LocalChatConfig(ref="builtin:shapes/reward", device="cpu"))
 
 
 def test_a_typo_in_a_setting_is_refused() -> None:

@@ -19,36 +19,21 @@ from imgen_common.images import from_pil
 from imgen_common.shapes.edits import Edit, sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import compose, sample_spec
-from imgen_common.shapes.stories import (
-    Step,
-    Story,
-    plan_is_correct,
-    read_prompt,
-    same_step,
-    sample_story,
-    step_holds,
-    verify_story,
-)
+from imgen_common.shapes.steps import Step, Story
+from imgen_common.shapes.stories import plan_is_correct, read_prompt, same_step, sample_story, step_holds, verify_story
 from imgen_common.shapes.verify import Detection, detect
+from interleave.agents.parsing import parse_plan, parse_verdict
+from interleave.agents.prompts import render_plan, render_verdict
 from interleave.cli import app
-from interleave.miniature import models, train
-from interleave.miniature.cases import Cases, _mirrored, _recoloured, _shifted, centres
-from interleave.miniature.data import (
-    Case,
-    critic_message,
-    critic_row,
-    judge,
-    plan_of,
-    planner_row,
-    readings,
-    wordings,
-)
-from interleave.miniature.pool import Drawn, to_bytes
-from interleave.miniature.vision import COLOUR_NAMES, SHAPE_NAMES, labels
-from interleave.parsing import parse_plan, parse_verdict
-from interleave.prompts import render_plan, render_verdict
+from interleave.datasets.teachers import judge, plan_of, wordings
 from interleave.records import Plan, Verdict
-from interleave.store import PictureStore, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import read_trace
+from scripts.miniature.agents import models, train
+from scripts.miniature.agents.cases import Cases, _mirrored, _recoloured, _shifted, centres
+from scripts.miniature.agents.data import Case, critic_message, critic_row, planner_row, readings
+from scripts.miniature.agents.pool import Drawn, to_bytes
+from scripts.miniature.agents.vision import COLOUR_NAMES, SHAPE_NAMES, labels
 
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
 PROMPTS = ["a red circle", "add a blue square right of the circle", "make the circle green"]
@@ -296,8 +281,8 @@ def test_what_is_shipped_is_small_and_says_how_it_came_to_be() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_planner_plans_the_example() -> None:
-    from interleave.miniature.data import planner_message
-    from interleave.miniature.measure import answers
+    from scripts.miniature.agents.data import planner_message
+    from scripts.miniature.agents.measure import answers
 
     (answer,) = answers(resolve("builtin:shapes/planner"), [planner_message(EXAMPLE)])
     plan = parse_plan(answer)
@@ -308,7 +293,7 @@ def test_the_shipped_planner_plans_the_example() -> None:
 @pytest.mark.slow
 def test_the_shipped_planner_is_what_its_provenance_says() -> None:
     """On other requests; three standard errors of 120 below what is asked for."""
-    from interleave.miniature.measure import measure_planner
+    from scripts.miniature.agents.measure import measure_planner
 
     found = measure_planner(resolve("builtin:shapes/planner"), 120, seed=8)
     for kind in ("plain", "riddle"):
@@ -322,8 +307,8 @@ AMOUNTS = {"drawn": 2, "edited": 1, "chained": 0, "recoloured": 1}
 @pytest.mark.slow
 def test_the_shipped_critic_is_what_its_provenance_says(tmp_path: Path) -> None:
     """On 240 pictures that nobody has seen, drawn as the measured ones were, and three standard errors below."""
-    from interleave.miniature import pool
-    from interleave.miniature.measure import measure_critic
+    from scripts.miniature.agents import pool
+    from scripts.miniature.agents.measure import measure_critic
 
     pool.generate(tmp_path, "test", pool.TEST.model_copy(update=AMOUNTS), seed=23)
     found = measure_critic(resolve("builtin:shapes/critic"), pool.load(tmp_path, "test"))
@@ -342,7 +327,7 @@ def test_the_readmes_story_comes_out_right(tmp_path: Path, monkeypatch: pytest.M
     (run,) = (tmp_path / "runs").iterdir()
     (recorded,) = read_trace(run).values()
     assert recorded.trajectory
-    pictures = PictureStore(run / "pictures")
+    pictures = ImageStore(run / "images")
     chosen = [recorded.attempts[key].image_id for key in sorted(recorded.trajectory.selected.items())]
     steps: list[Step] = []
     for prompt in PROMPTS:

@@ -17,10 +17,10 @@ from PIL import Image
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from interleave import session
-from interleave.chat import EndpointChat, EndpointChatConfig
-from interleave.config import RunConfig
-from interleave.parts import Look, Picture
+from interleave.loop import run
+from interleave.loop.config import RunConfig
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
+from interleave.protocols import CriticInput, HashedImage
 from interleave.records import Request
 
 pytestmark = pytest.mark.slow
@@ -71,15 +71,15 @@ def config(url: str) -> RunConfig:
 def test_it_answers_as_the_local_models_do(url: str) -> None:
     """The same plan and the same verdict over HTTP as in this process."""
     text = "draw a red circle, then add a blue square on its right"
-    white, red = (Picture.of(Image.new("RGB", (32, 32), colour)) for colour in ("white", "red"))
-    look = Look(white, red, "a red circle", "a red circle")
+    white, red = (HashedImage.from_pil(Image.new("RGB", (32, 32), colour)) for colour in ("white", "red"))
+    look = CriticInput(white, red, "a red circle", "a red circle")
 
     async def ask(of: RunConfig) -> tuple[object, object]:
-        parts = session.make_parts(of)
+        parts = run.build_components(of)
         assert parts.planner
         assert parts.critic
         try:
-            await session.check(parts)
+            await run.check_endpoints(parts)
             plan = await parts.planner.plan(Request(id="a", text=text), [], 0)
             verdict = await parts.critic.judge(look, 0)
         finally:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interleave.parsing import Policy, Unreadable, parse_plan, parse_verdict
+from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
 from interleave.records import Plan, PlanStep, Verdict
 
-POLICIES: tuple[Policy, ...] = ("strict", "tolerant")
+POLICIES: tuple[ParseMode, ...] = ("strict", "tolerant")
 NOTHING = None
 
 
@@ -118,7 +118,7 @@ CONTENTS = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", CONTENTS)
-def test_contents_of_the_answer(name: str, policy: Policy) -> None:
+def test_contents_of_the_answer(name: str, policy: ParseMode) -> None:
     content, strict, tolerant = CONTENTS[name]
     expected = strict if policy == "strict" else tolerant
     found = parse_verdict(wrapped(content), policy)
@@ -150,7 +150,7 @@ ENVELOPES = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ENVELOPES)
-def test_the_last_answer_after_the_thought_counts(name: str, policy: Policy) -> None:
+def test_the_last_answer_after_the_thought_counts(name: str, policy: ParseMode) -> None:
     answer, is_readable = ENVELOPES[name]
     found = parse_verdict(answer, policy)
     assert isinstance(found, Verdict) == is_readable, found
@@ -220,15 +220,15 @@ def test_any_number_of_steps_is_read() -> None:
     ],
 )
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_plan_that_is_none_says_why(steps: list[object], reason: str, policy: Policy) -> None:
+def test_a_plan_that_is_none_says_why(steps: list[object], reason: str, policy: ParseMode) -> None:
     found = parse_plan(plan_answer(*steps), policy)
-    assert isinstance(found, Unreadable)
+    assert isinstance(found, ParseFailure)
     assert reason in found.reason
 
 
 @pytest.mark.parametrize("content", ["{}", '{"execution_plan": {}}', '{"execution_plan": null}', "[]", "null"])
 def test_an_object_without_a_plan_says_so(content: str) -> None:
-    assert isinstance(parse_plan(wrapped(content)), Unreadable)
+    assert isinstance(parse_plan(wrapped(content)), ParseFailure)
 
 
 def test_none_in_words_is_null_for_the_tolerant_only() -> None:
@@ -242,7 +242,7 @@ def test_none_in_words_is_null_for_the_tolerant_only() -> None:
 def test_a_plan_that_lost_a_bracket_is_cut_short() -> None:
     body = json.dumps({"execution_plan": [step(1), step(2)]})
     for lost in (body[:-2] + "}", body[:-3] + "}", body[:-3], body[: body.rindex("{")] + "}"):
-        assert isinstance(parse_plan(wrapped(lost), "tolerant"), Unreadable)
+        assert isinstance(parse_plan(wrapped(lost), "tolerant"), ParseFailure)
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "it's", 'a "cat"'])
@@ -293,10 +293,10 @@ rubbish = st.lists(st.one_of(st.sampled_from(TOKENS), st.text(max_size=4)), max_
 
 
 @given(rubbish, st.sampled_from(POLICIES), st.booleans())
-def test_nothing_is_ever_raised(text: str, policy: Policy, is_wrapped: bool) -> None:
+def test_nothing_is_ever_raised(text: str, policy: ParseMode, is_wrapped: bool) -> None:
     answer = wrapped(f"{{{text}}}") if is_wrapped else text
-    assert isinstance(parse_verdict(answer, policy), Verdict | Unreadable)
-    assert isinstance(parse_plan(answer, policy), Plan | Unreadable)
+    assert isinstance(parse_verdict(answer, policy), Verdict | ParseFailure)
+    assert isinstance(parse_plan(answer, policy), Plan | ParseFailure)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_nothing_is_ever_raised(text: str, policy: Policy, is_wrapped: bool) -> 
 )
 def test_hostile_answers_are_refused_in_bounded_time(content: str) -> None:
     began = time.monotonic()
-    assert isinstance(parse_verdict(wrapped(content), "tolerant"), Unreadable)
+    assert isinstance(parse_verdict(wrapped(content), "tolerant"), ParseFailure)
     assert time.monotonic() - began < 20
 
 

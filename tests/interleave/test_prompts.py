@@ -11,20 +11,20 @@ from transformers import Qwen2Tokenizer
 
 from imgen_common.errors import UserError
 from imgen_common.shapes.vocabulary import qwen_tokenizer
-from interleave.parsing import parse_plan, parse_verdict
-from interleave.parts import Look, Picture
-from interleave.prompts import (
+from interleave.agents.parsing import parse_plan, parse_verdict
+from interleave.agents.prompts import (
     BUILTIN,
     JOINER,
     Template,
-    inert,
+    escape_control_tokens,
+    load_template,
     render_critic,
     render_plan,
     render_planner,
     render_verdict,
-    template,
-    to_conversation,
 )
+from interleave.models.chat.conversation import to_conversation
+from interleave.protocols import CriticInput, HashedImage
 from interleave.records import Plan, PlanStep, Verdict
 
 CONTROL = [
@@ -68,7 +68,7 @@ PIECES = [
 nasty = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=12).map("".join)
 words = st.text(st.characters(codec="utf-8"), max_size=30)
 filled = words.filter(str.strip)
-RED, BLUE, WHITE = (Picture.of(Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue", "white"))
+RED, BLUE, WHITE = (HashedImage.from_pil(Image.new("RGB", (4, 4), colour)) for colour in ("red", "blue", "white"))
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +88,26 @@ def control_ids(tokenizer: Qwen2Tokenizer, text: str) -> set[int]:
 
 @given(text=nasty)
 def test_no_tokenizer_reads_a_control_token_in_inert_text(tokenizer: Qwen2Tokenizer, text: str) -> None:
-    assert control_ids(tokenizer, inert(text)) == set()
+    assert control_ids(tokenizer, escape_control_tokens(text)) == set()
 
 
 @pytest.mark.parametrize("token", CONTROL)
 def test_the_tokenizer_does_read_them_in_raw_text(tokenizer: Qwen2Tokenizer, token: str) -> None:
     assert control_ids(tokenizer, f"a {token} b")
-    assert not control_ids(tokenizer, inert(f"a {token} b"))
+    assert not control_ids(tokenizer, escape_control_tokens(f"a {token} b"))
 
 
 @given(first=nasty, second=nasty)
 def test_two_inert_texts_make_no_control_token_where_they_meet(
     tokenizer: Qwen2Tokenizer, first: str, second: str
 ) -> None:
-    assert control_ids(tokenizer, inert(first) + inert(second)) == set()
+    assert control_ids(tokenizer, escape_control_tokens(first) + escape_control_tokens(second)) == set()
 
 
 @given(nasty)
 def test_inert_text_looks_the_same_and_is_left_alone(text: str) -> None:
-    once = inert(text)
-    assert inert(once) == once
+    once = escape_control_tokens(text)
+    assert escape_control_tokens(once) == once
     assert once.encode().decode() == once
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", once)
     visible = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
@@ -116,11 +116,11 @@ def test_inert_text_looks_the_same_and_is_left_alone(text: str) -> None:
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"], exclude_characters="<[")))
 def test_plain_words_are_left_alone(text: str) -> None:
-    assert inert(text) == text
+    assert escape_control_tokens(text) == text
 
 
 def test_signs_that_open_nothing_are_left_alone() -> None:
-    assert inert("2 < 3, <3, a <- b, [1], {x}\n\tend") == "2 < 3, <3, a <- b, [1], {x}\n\tend"
+    assert escape_control_tokens("2 < 3, <3, a <- b, [1], {x}\n\tend") == "2 < 3, <3, a <- b, [1], {x}\n\tend"
 
 
 # --- templates -------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_signs_that_open_nothing_are_left_alone() -> None:
 
 @pytest.mark.parametrize("name", BUILTIN)
 def test_a_builtin_template_is_known_by_the_hash_of_its_text(name: str) -> None:
-    found = template(name)
+    found = load_template(name)
     assert found.name == name
     assert found.text == found.text.strip()
     assert found.hash == hashlib.sha256(found.text.encode()).hexdigest()
@@ -136,10 +136,10 @@ def test_a_builtin_template_is_known_by_the_hash_of_its_text(name: str) -> None:
 
 
 def test_the_miniature_reads_little_but_the_words() -> None:
-    (prompt,) = render_planner(template("shapes_planner"), "draw a red circle", [])
+    (prompt,) = render_planner(load_template("shapes_planner"), "draw a red circle", [])
     assert prompt == "plan: draw a red circle"
-    look = Look(WHITE, RED, "a red circle", "one red circle")
-    assert render_critic(template("shapes_critic"), look)[2] == "was: a red circle used: one red circle"
+    look = CriticInput(WHITE, RED, "a red circle", "one red circle")
+    assert render_critic(load_template("shapes_critic"), look)[2] == "was: a red circle used: one red circle"
 
 
 @pytest.mark.parametrize(
@@ -155,72 +155,86 @@ def test_a_mistake_in_a_template_of_the_users_is_named(tmp_path: Path, text: str
     file = tmp_path / "mine.txt"
     file.write_text(text)
     with pytest.raises(UserError, match=re.escape(said)):
-        template(str(file))
+        load_template(str(file))
 
 
 def test_a_template_of_the_users_is_used_as_it_stands(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("\ufeffPlan {'step_number': 1, 'prompt': None}: {text_input}\n")
-    assert render_planner(template(str(file)), "a cat", []) == ("Plan {'step_number': 1, 'prompt': None}: a cat",)
+    assert render_planner(load_template(str(file)), "a cat", []) == ("Plan {'step_number': 1, 'prompt': None}: a cat",)
 
 
 def test_a_template_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'critic_story'"):
-        template("critic_storry")
-    with pytest.raises(UserError, match="cannot be read"):
-        template(str(tmp_path / "none.txt"))
+        load_template("critic_storry")
+    with pytest.raises(UserError, match="no such file"):
+        load_template(str(tmp_path / "none.txt"))
     (tmp_path / "latin.txt").write_bytes(b"{text_input} \xe9")
     with pytest.raises(UserError, match="not UTF-8 at byte 13"):
-        template(str(tmp_path / "latin.txt"))
+        load_template(str(tmp_path / "latin.txt"))
 
 
 def test_a_template_for_the_other_agent_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("{text_input} is missing")):
-        render_planner(template("critic"), "a cat", [])
+        render_planner(load_template("critic"), "a cat", [])
     with pytest.raises(UserError, match=re.escape("{original_instruction} is missing")):
-        render_critic(template("planner_text"), Look(WHITE, RED, "a", "b"))
+        render_critic(load_template("planner_text"), CriticInput(WHITE, RED, "a", "b"))
     with pytest.raises(UserError, match=re.escape("{text_input} has no value here")):
-        render_critic(Template("mix", "{original_instruction}{rewritten_prompt}{text_input}"), Look(WHITE, RED, "", ""))
+        render_critic(
+            Template("mix", "{original_instruction}{rewritten_prompt}{text_input}"), CriticInput(WHITE, RED, "", "")
+        )
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(["planner_text", "planner_pictures", "shapes_planner"]), nasty, st.integers(0, 3))
+@given(st.sampled_from(["planner_text", "planner_images", "shapes_planner"]), nasty, st.integers(0, 3))
 def test_the_request_stands_in_the_planners_prompt_once_and_changes_nothing_else(
     name: str, text: str, count: int
 ) -> None:
-    message = render_planner(template(name), text, [RED] * count)
+    message = render_planner(load_template(name), text, [RED] * count)
     assert message[:count] == (RED,) * count
     (prompt,) = message[count:]
-    before, after = template(name).text.split("{text_input}")
-    assert prompt == before + inert(text) + after
+    before, after = load_template(name).text.split("{text_input}")
+    assert prompt == before + escape_control_tokens(text) + after
 
 
 @given(st.sampled_from(["critic", "shapes_critic"]), nasty, nasty.filter(bool))
 def test_the_critic_reads_two_pictures_and_then_both_prompts(name: str, original: str, used: str) -> None:
-    before, after, prompt = render_critic(template(name), Look(WHITE, RED, original, used, "request", (("x", BLUE),)))
+    before, after, prompt = render_critic(
+        load_template(name), CriticInput(WHITE, RED, original, used, "request", (("x", BLUE),))
+    )
     assert (before, after) == (WHITE, RED)
-    parts = re.split(r"\{original_instruction\}|\{rewritten_prompt\}", template(name).text)
-    assert prompt == parts[0] + inert(original) + parts[1] + inert(used) + parts[2]
+    parts = re.split(r"\{original_instruction\}|\{rewritten_prompt\}", load_template(name).text)
+    assert prompt == parts[0] + escape_control_tokens(original) + parts[1] + escape_control_tokens(used) + parts[2]
 
 
 def test_no_prompt_used_means_the_original_one() -> None:
-    critic = template("critic")
-    assert render_critic(critic, Look(WHITE, RED, "a cat", "")) == render_critic(
-        critic, Look(WHITE, RED, "a cat", "a cat")
+    critic = load_template("critic")
+    assert render_critic(critic, CriticInput(WHITE, RED, "a cat", "")) == render_critic(
+        critic, CriticInput(WHITE, RED, "a cat", "a cat")
     )
 
 
 @given(nasty, st.lists(st.tuples(nasty, st.sampled_from([None, RED, BLUE])), max_size=4))
-def test_the_story_is_told_in_its_order(request: str, story: list[tuple[str, Picture | None]]) -> None:
-    message = render_critic(template("critic_story"), Look(WHITE, BLUE, "do it", "do", request, tuple(story)))
-    pictures = [part for part in message if isinstance(part, Picture)]
+def test_the_story_is_told_in_its_order(request: str, story: list[tuple[str, HashedImage | None]]) -> None:
+    message = render_critic(
+        load_template("critic_story"), CriticInput(WHITE, BLUE, "do it", "do", request, tuple(story))
+    )
+    pictures = [part for part in message if isinstance(part, HashedImage)]
     assert pictures == [WHITE, BLUE, *(picture for _, picture in story if picture is not None)]
     text = "".join(part if isinstance(part, str) else "\0" for part in message[2:])
-    told = "".join(inert(said) + ("\n\0\n" if picture else "\n") for said, picture in story) or "nothing yet"
-    values = {"request": inert(request), "story": told, "original_instruction": "do it", "rewritten_prompt": "do"}
-    assert text == re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template("critic_story").text)
+    told = (
+        "".join(escape_control_tokens(said) + ("\n\0\n" if picture else "\n") for said, picture in story)
+        or "nothing yet"
+    )
+    values = {
+        "request": escape_control_tokens(request),
+        "story": told,
+        "original_instruction": "do it",
+        "rewritten_prompt": "do",
+    }
+    assert text == re.sub(r"\{(\w+)\}", lambda match: values[match[1]], load_template("critic_story").text)
     assert not any(isinstance(a, str) and isinstance(b, str) for a, b in itertools.pairwise(message))
 
 
@@ -241,7 +255,7 @@ def test_a_conversation_holds_pictures_and_texts_in_order() -> None:
 
 
 def as_read(reasoning: str) -> str:
-    return inert(inert(reasoning).strip())
+    return escape_control_tokens(escape_control_tokens(reasoning).strip())
 
 
 @st.composite

@@ -22,7 +22,7 @@ from PIL import Image
 from serving import Clients, Service, encoded, eventually, gathered, http_get, http_post, image_of
 from serving_generator import picture_of
 
-from interleave.parts import Job, Picture
+from interleave.protocols import GenerationRequest, HashedImage
 
 NUM_CLIENTS = 240
 Get = Callable[[str], Service]
@@ -60,7 +60,7 @@ def test_each_of_many_clients_gets_the_picture_of_its_own_prompt_and_seed(servic
 
     async def one(clients: Clients, number: int) -> None:
         for round_ in range(2):
-            job = Job(f"prompt {number} {round_}", (), random.Random(number).getrandbits(62))
+            job = GenerationRequest(f"prompt {number} {round_}", (), random.Random(number).getrandbits(62))
             answer = await clients.post(job.prompt, job.seed)
             assert image_of(answer).tobytes() == picture_of(job).tobytes()
             assert answer.json()["seed"] == job.seed
@@ -71,9 +71,9 @@ def test_each_of_many_clients_gets_the_picture_of_its_own_prompt_and_seed(servic
 
 
 def test_sources_reach_the_generator_in_order(service: Get) -> None:
-    red, blue = (Picture.of(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+    red, blue = (HashedImage.from_pil(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
     answer = service("roomy").post("edit", images=[encoded(red.image), encoded(blue.image)], seed=5)
-    assert image_of(answer).tobytes() == picture_of(Job("edit", (red, blue), 5)).tobytes()
+    assert image_of(answer).tobytes() == picture_of(GenerationRequest("edit", (red, blue), 5)).tobytes()
 
 
 def test_a_request_sets_the_size_of_its_own_picture_only(service: Get) -> None:
@@ -106,10 +106,10 @@ def test_a_full_queue_answers_429_and_loses_nobody_it_let_in(service: Get) -> No
     assert counts[200] >= 4, "one that is drawn and three that wait"
     for i, answer in enumerate(answers):
         if answer.status_code == 200:
-            assert image_of(answer).tobytes() == picture_of(Job(f"slow 0.3 {i}", (), i)).tobytes()
+            assert image_of(answer).tobytes() == picture_of(GenerationRequest(f"slow 0.3 {i}", (), i)).tobytes()
         else:
             assert int(answer.headers["retry-after"]) >= 1
-            assert answer.json()["error"]["kind"] == "overloaded"
+            assert answer.json()["error"]["kind"] == "rate_limited"
     assert image_of(narrow.post()), "it serves on"
 
 
@@ -136,7 +136,7 @@ def test_what_no_one_waits_for_is_not_computed(service: Get) -> None:
 def test_a_deadline_drops_the_request(service: Get) -> None:
     narrow = service("narrow")
     answer = narrow.post("slow 20 too late", headers={"X-Deadline-Seconds": "0.3"})
-    assert (answer.status_code, answer.json()["error"]["kind"]) == (504, "deadline")
+    assert (answer.status_code, answer.json()["error"]["kind"]) == (504, "timeout")
     image_of(narrow.post("after the deadline"))
     assert "slow 20 too late" not in narrow.logged("draw")
 
@@ -255,7 +255,7 @@ def test_other_types_paths_and_methods_are_refused_by_kind(service: Get) -> None
     assert "error" in roomy.get("/no/such/path").json()
 
 
-@pytest.mark.parametrize(("prompt", "kind"), [("fail", "out_of_memory"), ("bug", "broken")])
+@pytest.mark.parametrize(("prompt", "kind"), [("fail", "out_of_memory"), ("bug", "model_error")])
 def test_a_failure_is_typed_and_tells_nothing_of_the_inside(service: Get, prompt: str, kind: str) -> None:
     answer = service("roomy").post(prompt)
     assert (answer.status_code, answer.json()["error"]["kind"]) == (500, kind)
@@ -277,7 +277,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_answered(service: Get)
         return await asyncio.gather(*tasks)
 
     for i, answer in enumerate(gathered(roomy, work)):
-        assert image_of(answer).tobytes() == picture_of(Job(f"slow 1 killed {i}", (), 0)).tobytes()
+        assert image_of(answer).tobytes() == picture_of(GenerationRequest(f"slow 1 killed {i}", (), 0)).tobytes()
     eventually(lambda: len(roomy.logged("load")) == len(pids) + 1)
 
 

@@ -18,9 +18,9 @@ from serving import PATIENCE, eventually, gathered, http_get, http_post, image_o
 from serving_generator import make_dying, make_logging, picture_of
 
 from imgen_common.errors import UserError
-from interleave.generators import PipelineConfig
-from interleave.generators.scripted import ScriptedConfig, bands
-from interleave.parts import Job
+from interleave.models.generators.pipeline import PipelineConfig
+from interleave.models.generators.scripted import ScriptedConfig, color_bands
+from interleave.protocols import GenerationRequest
 from interleave.serve import TOKEN, ServeConfig, address, is_loopback, listening, required_secret
 from interleave.serve.app import digest
 from interleave.serve.studio import Drawn, Failed, Studio, Task
@@ -70,7 +70,10 @@ def test_a_studio_answers_what_its_generator_draws_or_why_not() -> None:
     drawn, failed = asyncio.run(draw())
     assert isinstance(drawn, Drawn)
     assert isinstance(failed, Failed)
-    assert serving.opened(drawn.png).tobytes() == bands(Job("p", (), 7), 20, 10).resize((40, 10), 0).tobytes()
+    assert (
+        serving.opened(drawn.png).tobytes()
+        == color_bands(GenerationRequest("p", (), 7), 20, 10).resize((40, 10), 0).tobytes()
+    )
     assert failed.kind == "refused"
 
 
@@ -109,7 +112,7 @@ def test_a_request_that_kills_its_workers_is_given_up_and_those_beside_it_are_an
             if prompt == "crash":
                 assert (answer.status_code, answer.json()["error"]["kind"]) == (500, "worker_died")
             else:
-                assert image_of(answer).tobytes() == picture_of(Job(prompt, (), 0)).tobytes()
+                assert image_of(answer).tobytes() == picture_of(GenerationRequest(prompt, (), 0)).tobytes()
         assert service.logged("begin").count("crash") == serving.COMMON.max_deaths
         assert "interleave_worker_restarts_total 3.0" in service.get("/metrics").text
         service.wait_until_ready()

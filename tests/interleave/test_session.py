@@ -7,20 +7,20 @@ from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 from PIL import Image
 
 from interleave import demo
-from interleave.config import RunConfig
-from interleave.engine import Parts
-from interleave.parts import Picture
+from interleave.loop.components import Components
+from interleave.loop.config import RunConfig
+from interleave.loop.run import StoryStream
+from interleave.protocols import HashedImage
 from interleave.records import Attempt, Record
-from interleave.session import Storytelling
 
 
 def test_a_session_tells_its_records_with_their_pictures(tmp_path: Path) -> None:
     planner = FakePlanner(lambda request, seed: plan_of("a red circle", None, "a blue square"))
-    parts = Parts(planner, FakeCritic(lambda look, seed: (True, look.prompt_used)), FakeGenerator())
-    given = Picture.of(Image.new("RGB", (4, 4), "green"))
+    parts = Components(planner, FakeCritic(lambda shown, seed: (True, shown.prompt_used)), FakeGenerator())
+    given = HashedImage.from_pil(Image.new("RGB", (4, 4), "green"))
 
-    async def told() -> list[tuple[Record, Picture | None]]:
-        stories: demo.Storyteller = Storytelling(RunConfig(), parts, tmp_path)
+    async def told() -> list[tuple[Record, HashedImage | None]]:
+        stories: demo.Storyteller = StoryStream(RunConfig(), parts, tmp_path)
         return [one async for one in stories.stream("two shapes", [given], 3)]
 
     records = asyncio.run(told())

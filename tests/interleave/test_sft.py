@@ -17,14 +17,12 @@ from tiny import tiny_folder
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
-from interleave.formats.rows import SftRow
-from interleave.miniature import models
-from interleave.prompts import to_conversation
-from interleave.store import PictureStore
-from interleave.training.arithmetic import memory, sft_sums
+from interleave.datasets.rows import SftRow
+from interleave.models.chat.conversation import to_conversation
+from interleave.storage.images import ImageStore
+from interleave.training.batch_plan import sft_sums
 from interleave.training.config import GrpoConfig, SftConfig
-from interleave.training.freeze import freeze, is_frozen, is_vision
-from interleave.training.mapping import OWNED_GRPO, OWNED_LORA, OWNED_SFT, check_keys, check_owned
+from interleave.training.memory import memory
 from interleave.training.rows import (
     arranged,
     check_template,
@@ -34,6 +32,9 @@ from interleave.training.rows import (
     short_enough,
     sized,
 )
+from interleave.training.trl_options import OWNED_GRPO, OWNED_LORA, OWNED_SFT, check_keys, check_owned
+from interleave.training.vision import freeze, is_frozen, is_vision
+from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
 SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
@@ -84,7 +85,7 @@ def test_recipes_are_read(recipe: Path) -> None:
 def test_recipes_name_options_that_trl_and_peft_have(recipe: Path) -> None:
     from trl import GRPOConfig, SFTConfig
 
-    from interleave.training.mapping import check_trl, lora_config
+    from interleave.training.trl_options import check_trl, lora_config
 
     config = load(SftConfig if recipe in SFT_RECIPES else GrpoConfig, [recipe])
     if recipe in SFT_RECIPES:
@@ -101,7 +102,7 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
     from transformers.models.qwen3_vl import modeling_qwen3_vl
     from trl import GRPOConfig, SFTConfig
 
-    from interleave.training.mapping import check_trl
+    from interleave.training.trl_options import check_trl
 
     files = [CONFIGS / f"{recipe}.yaml", CONFIGS / "fsdp" / "fsdp2.yaml"]
     trl = load(SftConfig if recipe.startswith("sft") else GrpoConfig, files).trl
@@ -132,7 +133,7 @@ def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -
     lines = (root / "set" / "critic_sft.jsonl").read_bytes().splitlines()
     lines[2] = spoil(lines[2])
     (tmp_path / "critic_sft.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    (tmp_path / "pictures").symlink_to(root / "set" / "pictures")
+    (tmp_path / "images").symlink_to(root / "set" / "images")
     with pytest.raises(UserError, match=r"critic_sft\.jsonl:3: ") as error:
         read_rows(tmp_path, "critic_sft", SftRow)
     assert said in str(error.value)
@@ -147,7 +148,7 @@ def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Path, rows: list[SftRow]) -> None:
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     mixed = [*rows[:2], planner_row(1)]
     lengths = []
     for row in mixed:
@@ -281,14 +282,14 @@ def test_what_a_process_holds() -> None:
 
 
 def test_a_launcher_that_did_not_do_what_was_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from interleave.training import launch
+    from interleave.training import run as launch
 
     cases = {
         "one was started.* torchrun --nproc_per_node N -m interleave grpo": {
             "ACCELERATE_MIXED_PRECISION": "no",
             "MASTER_ADDR": "127.0.0.1",
         },
-        "asks for DEEPSPEED; interleave does that itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+        "asks for DEEPSPEED; interleave shards weights itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
         r"asks for FSDP; .*fsdp2\.yaml": {"RANK": "0", "ACCELERATE_USE_FSDP": "1"},
     }
     for said, environment in cases.items():
@@ -346,7 +347,7 @@ def test_our_defaults_are_trls() -> None:
 
     from trl import GRPOConfig, SFTConfig
 
-    from interleave.training.arithmetic import Batches
+    from interleave.training.batch_plan import Batches
 
     given = {f.name: f.default for cls in (SFTConfig, GRPOConfig) for f in fields(cls)}
     for field in fields(Batches):
@@ -366,7 +367,7 @@ def test_only_the_answer_is_learnt(root: Path, rows: list[SftRow], own: bool) ->
     processor = models.processor()
     if own:
         processor.chat_template = real_template()
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     batch = [rows[0], rows[1]]
     items = [sft_item(row, {i: store.get(i) for i in row.image_ids}) for row in batch]
     made = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(items)
@@ -388,7 +389,7 @@ def test_only_the_answer_is_learnt(root: Path, rows: list[SftRow], own: bool) ->
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: Path, tmp_path: Path) -> None:
-    from interleave.chat import LocalChat, LocalChatConfig
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
     from interleave.training import sft
 
     config = quick(root)
@@ -408,7 +409,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: 
     assert changed == {name for name in before if ".visual." not in name}
     assert not list(straight.rglob("*.bin"))
     chat = LocalChat(LocalChatConfig(ref=str(straight), device="cpu", max_new_tokens=4))
-    store = PictureStore(root / "set" / "pictures")
+    store = ImageStore(root / "set" / "images")
     (reply,) = chat.answer([(critic_row(0, store).message(store), 0)])
     assert not isinstance(reply, BaseException)
     with pytest.raises(UserError, match="finished already"):
@@ -506,7 +507,7 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     root: Path, alone: list[float], tmp_path: Path, shard: str
 ) -> None:
     """On a mixed set, which would hang ZeRO-3 and FSDP if processes differed in whether they run the vision tower."""
-    from interleave.chat import LocalChat, LocalChatConfig
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
 
     config = quick(root, **{"max_steps": 6, "per_device_train_batch_size": 1, **SHARDS[shard]})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
@@ -553,7 +554,7 @@ def test_an_update_holds_what_the_plan_says(root: Path, tmp_path: Path, lora: An
     """Within 15 %, of the storages that live between the beginning of an update of TRL's trainer and its end."""
     from transformers import TrainerCallback
 
-    from imgen_common.live import LiveBytes
+    from imgen_common.memory import LiveBytes
     from interleave.training import sft
 
     peaks: list[int] = []

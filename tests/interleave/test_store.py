@@ -15,9 +15,10 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.images import content_hash
-from interleave.parts import Picture
+from interleave.protocols import HashedImage
 from interleave.records import Attempt, GeneratorInfo, Plan, PlannerRecord, PlanRecord, PlanStep, Request, Trajectory
-from interleave.store import TRACE, PictureStore, Recorded, Trace, read_trace
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import TRACE, Trace, TraceEntry, read_trace
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,8 +29,10 @@ def unsynced() -> Iterator[None]:
         yield
 
 
-def noise(seed: int, width: int = 5, height: int = 4) -> Picture:
-    return Picture.of(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)))
+def noise(seed: int, width: int = 5, height: int = 4) -> HashedImage:
+    return HashedImage.from_pil(
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    )
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -39,7 +42,7 @@ def noise(seed: int, width: int = 5, height: int = 4) -> Picture:
 def test_a_picture_comes_back_by_its_pixels(
     tmp_path_factory: pytest.TempPathFactory, seed: int, width: int, height: int
 ) -> None:
-    store, picture = PictureStore(tmp_path_factory.mktemp("p")), noise(seed, width, height)
+    store, picture = ImageStore(tmp_path_factory.mktemp("p")), noise(seed, width, height)
     assert picture.id not in store
     assert store.put(picture) == store.put(picture) == picture.id
     assert picture.id in store
@@ -47,7 +50,7 @@ def test_a_picture_comes_back_by_its_pixels(
 
 
 def test_it_lies_in_folders_of_two_levels_and_nothing_else_does(tmp_path: Path) -> None:
-    name = PictureStore(tmp_path).put(noise(0))
+    name = ImageStore(tmp_path).put(noise(0))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files == [tmp_path / name[:2] / name[2:4] / f"{name}.png"]
 
@@ -58,30 +61,30 @@ def test_only_pixels_are_stored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     image.info |= {"transparency": colour, "exif": exif.tobytes(), "icc_profile": b"none"}
-    picture = Picture(image, content_hash(image))
-    store = PictureStore(tmp_path)
+    picture = HashedImage(image, content_hash(image))
+    store = ImageStore(tmp_path)
     store.put(picture)
     assert store.get(picture.id).image.tobytes() == image.tobytes()
 
 
 def test_a_picture_under_a_wrong_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other pixels"):
-        PictureStore(tmp_path).put(Picture(noise(0).image, noise(1).id))
+        ImageStore(tmp_path).put(HashedImage(noise(0).image, noise(1).id))
 
 
 @pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "\n", "a" * 65])
 def test_what_is_no_id_leads_nowhere(tmp_path: Path, name: str) -> None:
-    store = PictureStore(tmp_path)
+    store = ImageStore(tmp_path)
     for ask in (store.get, store.path, store.__contains__):
-        with pytest.raises(UserError, match="not the id of a picture"):
+        with pytest.raises(UserError, match="not the id of an image"):
             ask(name)
 
 
 def test_a_missing_or_changed_picture_is_named(tmp_path: Path) -> None:
-    store, picture, other = PictureStore(tmp_path), noise(0), noise(1)
-    with pytest.raises(UserError, match="no such picture"):
+    store, picture, other = ImageStore(tmp_path), noise(0), noise(1)
+    with pytest.raises(UserError, match="no such image"):
         store.get(picture.id)
-    with pytest.raises(UserError, match="no such picture"):
+    with pytest.raises(UserError, match="no such image"):
         store.copy(picture.id, tmp_path / "copy.png")
     for image in (picture, other):
         store.put(image)
@@ -94,7 +97,7 @@ def test_a_missing_or_changed_picture_is_named(tmp_path: Path) -> None:
 
 
 def test_many_threads_may_store_the_same_pictures(tmp_path: Path) -> None:
-    store, images = PictureStore(tmp_path), [noise(seed) for seed in range(8)]
+    store, images = ImageStore(tmp_path), [noise(seed) for seed in range(8)]
     threads = [threading.Thread(target=lambda: [store.put(image) for image in images]) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -142,8 +145,8 @@ def test_records_come_back_by_trajectory(tmp_path: Path) -> None:
         for record in written:
             trace.append(record)
         expected = {
-            "a": Recorded(plan_record("a"), {(1, 1): attempt(1), (1, 2): attempt(2)}, trajectory("a")),
-            "b": Recorded(plan_record("b"), {(1, 1): attempt(1, "b")}),
+            "a": TraceEntry(plan_record("a"), {(1, 1): attempt(1), (1, 2): attempt(2)}, trajectory("a")),
+            "b": TraceEntry(plan_record("b"), {(1, 1): attempt(1, "b")}),
         }
         assert trace.read() == expected
     assert read_trace(tmp_path / "new" / "run") == expected
@@ -192,7 +195,7 @@ import resource, signal, sys
 from pathlib import Path
 from imgen_common.errors import UserError
 from interleave.records import Attempt, GeneratorInfo
-from interleave.store import Trace
+from interleave.storage.trace import Trace
 
 def attempt(number):
     about = {"original_prompt": "long " * 2000, "prompt_used": "", "generator": GeneratorInfo(id="g")}
@@ -299,7 +302,7 @@ def test_a_full_disk_leaves_the_records_before_and_says_how_to_go_on(
 
 
 def test_a_picture_on_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = PictureStore(tmp_path)
+    store = ImageStore(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         with pytest.raises(UserError, match="the disk is full"):
@@ -309,8 +312,16 @@ def test_a_picture_on_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatc
     assert store.get(noise(0).id) == noise(0)
 
 
-@pytest.mark.parametrize("make", [lambda path: Trace(path), lambda path: PictureStore(path).put(noise(0))])
+@pytest.mark.parametrize("make", [lambda path: Trace(path), lambda path: ImageStore(path).put(noise(0))])
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, make: Callable[[Path], object]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         make(tmp_path / "file" / "run")
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    assert read_trace(tmp_path) == {}
+    (tmp_path / "trace.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="made by an earlier version of interleave"):
+        read_trace(tmp_path)

@@ -14,9 +14,13 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.page import text
-from interleave import requests as request_files
-from interleave import storyboard
-from interleave.parts import FailureKind, Picture
+from interleave.loop import requests as request_files
+from interleave.pages import story as storyboard
+from interleave.pages.images import PIXELS, SIDES, SMALL, Shots
+from interleave.pages.run import render, write_report
+from interleave.pages.story import Story
+from interleave.pages.words import FAILURES, MARKS, word_diff
+from interleave.protocols import FailureKind, HashedImage
 from interleave.records import (
     Attempt,
     AttemptStatus,
@@ -31,26 +35,25 @@ from interleave.records import (
     Trajectory,
     TrajectoryStatus,
 )
-from interleave.report import render, write_report
-from interleave.store import PictureStore, Trace
-from interleave.storyboard import Story, word_diff
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import Trace
 
 EVIL = '<script>alert("1")</script> & \'quotes\' "onload="x'
 RUN = Path("runs") / "my run"
 
 
-class Album(dict[str, Picture]):
+class Album(dict[str, HashedImage]):
     """Pictures by id, as a store that cannot lack one silently."""
 
     def draw(self, seed: int, size: tuple[int, int] = (32, 32)) -> str:
         """A picture of random squares, made and kept."""
         pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        picture = Picture.of(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
+        picture = HashedImage.from_pil(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
         self[picture.id] = picture
         return picture.id
 
-    def get_picture(self, image_id: str) -> Picture:
-        """As `PictureStore.get`."""
+    def get_picture(self, image_id: str) -> HashedImage:
+        """As `ImageStore.get`."""
         if image_id not in self:
             raise UserError("no such picture <b>")
         return self[image_id]
@@ -94,7 +97,7 @@ def told(album: Album, words: str = "two shapes", story_id: str = "r", seed: int
     )
     planner = PlannerRecord(model="some planner", template="own", template_hash="abc", raw="raw plan")
     refused = {"verdict": False, "status": "rejected", "refined_prompt": better, "reasoning": "too pale"}
-    scores = Scores(sc=9, pq=7.5, judge_id="some judge")
+    scores = Scores(semantics=9, quality=7.5, judge_id="some judge")
     attempts = (
         attempt(1, 1, first),
         attempt(2, 1, bad, first, **refused),
@@ -224,7 +227,7 @@ def test_what_others_wrote_is_escaped_everywhere(num: int) -> None:
     step = PlanStep(index=1, name=EVIL, instruction=EVIL, prompt=EVIL, text=EVIL)
     wild = {"original_prompt": EVIL, "prompt_used": EVIL + " x", "refined_prompt": EVIL + " y", "reasoning": EVIL}
     generator = GeneratorInfo(id=EVIL, params={EVIL: EVIL})
-    scores = Scores(sc=1, pq=1, judge_id=EVIL)
+    scores = Scores(semantics=1, quality=1, judge_id=EVIL)
     one = attempt(1, 1, picture, generator=generator, raw=EVIL, error=EVIL, scores=scores, timings={EVIL: 1.0}, **wild)
     two = one.model_copy(update={"attempt": 2})
     planner = PlannerRecord(model=EVIL, template=EVIL, template_hash=EVIL, raw=EVIL, error=EVIL)
@@ -237,7 +240,7 @@ def test_what_others_wrote_is_escaped_everywhere(num: int) -> None:
             planner=planner,
             plan=Plan(steps=(step,), reasoning=EVIL),
             selected={1: 2},
-            status="broken",
+            status="internal_error",
             error=EVIL,
             versions={EVIL: EVIL},
         )
@@ -310,7 +313,7 @@ ENDED: list[tuple[str, str, int, dict[int, int], str]] = [
     ("generator_failed", "step 2: out_of_memory: 12 GiB", 1, {1: 1}, "step 2: out of memory: 12 GiB"),
     ("critic_failed", "step 2: unreachable: refused", 2, {1: 1, 2: 1}, "step 2: no connection: refused"),
     ("budget_exhausted", "3 pictures were drawn", 1, {1: 1}, "3 pictures were drawn"),
-    ("broken", "ValueError: x", 0, {}, "ValueError: x"),
+    ("internal_error", "ValueError: x", 0, {}, "ValueError: x"),
 ]
 
 
@@ -326,18 +329,18 @@ def test_a_story_that_ended_early_says_why_and_how_to_go_on(
 
 
 def test_every_state_has_words() -> None:
-    assert set(storyboard.MARKS) == set(get_args(AttemptStatus))
+    assert set(MARKS) == set(get_args(AttemptStatus))
     assert set(storyboard.ENDS) == {*get_args(TrajectoryStatus), "unfinished", "waiting"}
-    assert set(storyboard.FAILURES) == set(get_args(FailureKind))
+    assert set(FAILURES) == set(get_args(FailureKind))
 
 
 def test_a_failed_attempt_says_so_in_plain_words() -> None:
     album = Album()
     story = told(album)
-    failure = {"status": "generator_failed", "verdict": None, "error": "overloaded: 503"}
+    failure = {"status": "generator_failed", "verdict": None, "error": "rate_limited: 503"}
     failed = attempt(2, 1, None, story.attempts[0].image_id, **failure)
     story = Story(story.request, story.planner, story.plan, (story.attempts[0], failed), story.trajectory)
-    _, page = page_of([ended(story, "generator_failed", "step 2: overloaded: 503", 2, {1: 1})], album)
+    _, page = page_of([ended(story, "generator_failed", "step 2: rate_limited: 503", 2, {1: 1})], album)
     assert "the generator failed" in page.text
     assert "the endpoint was too busy, however often it was asked: 503" in page.text
     assert "no picture" in page.text
@@ -383,7 +386,7 @@ def test_a_missing_picture_is_named_and_the_page_is_there() -> None:
 
 def test_small_pictures_stay_exact_and_large_ones_become_small() -> None:
     album = Album()
-    html, page = page_of([told(album, size=storyboard.SMALL)], album)
+    html, page = page_of([told(album, size=SMALL)], album)
     assert html.count('class="shot pixels"') == len(drawings(page))
     assert "each pixel a square" in page.text
     html, page = page_of([told(album, size=1100)], album)
@@ -391,7 +394,7 @@ def test_small_pictures_stay_exact_and_large_ones_become_small() -> None:
     assert {_size(uri) for uri in data} == {(1024, 1024)}
     assert all(uri.startswith("data:image/webp") for uri in data)
     assert "at most 1024 pixels a side" in page.text
-    assert "'runs/my run/pictures'" in page.text or "runs/my run/pictures" in page.text
+    assert "'runs/my run/images'" in page.text or "runs/my run/images" in page.text
 
 
 def _size(uri: str) -> tuple[int, int]:
@@ -402,17 +405,17 @@ def _size(uri: str) -> tuple[int, int]:
 
 
 def test_the_more_pictures_the_smaller_they_are() -> None:
-    picture = Picture.of(Image.new("RGB", (2, 2), "red"))
-    sides = [storyboard.Shots((f"{i:064x}" for i in range(num)), lambda _: picture).side for num in (3, 60, 200, 700)]
+    picture = HashedImage.from_pil(Image.new("RGB", (2, 2), "red"))
+    sides = [Shots((f"{i:064x}" for i in range(num)), lambda _: picture).side for num in (3, 60, 200, 700)]
     assert sides == sorted(sides, reverse=True)
-    assert all(num * side**2 <= storyboard.PIXELS for num, side in zip((3, 60, 200), sides, strict=False))
-    assert sides[-1] == storyboard.SIDES[-1]
+    assert all(num * side**2 <= PIXELS for num, side in zip((3, 60, 200), sides, strict=False))
+    assert sides[-1] == SIDES[-1]
 
 
 def test_a_batch_begins_with_an_index_of_all_requests() -> None:
     album = Album()
     stories = [told(album, f"story number {i}", f"r{i}", i) for i in range(5)]
-    stories[3] = ended(stories[3], "generator_failed", "step 2: garbage: x", 1, {1: 1})
+    stories[3] = ended(stories[3], "generator_failed", "step 2: malformed_response: x", 1, {1: 1})
     html, page = page_of(stories, album)
     index = html[html.index("<nav") : html.index("</nav>") + len("</nav>")]
     assert [f"story number {i}" in Page(index).text for i in range(5)] == [True] * 5
@@ -425,8 +428,8 @@ def test_a_batch_begins_with_an_index_of_all_requests() -> None:
 def run_folder(path: Path, album: Album, stories: list[Story], keep: Callable[[Story], bool]) -> None:
     """A run folder that holds the records of the stories that are to be kept."""
     path.mkdir()
-    request_files.save([story.request for story in stories], path)
-    store = PictureStore(path / "pictures")
+    request_files.save_requests([story.request for story in stories], path)
+    store = ImageStore(path / "images")
     with Trace(path) as trace:
         for story in filter(keep, stories):
             name = {"trajectory_id": story.request.id}

@@ -15,17 +15,19 @@ from tiny import tiny_folder
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from interleave.miniature import models
-from interleave.parsing import parse_verdict
-from interleave.parts import Generator, Job, Judge, Look, PartFailed
-from interleave.prompts import render_critic, template, to_conversation
+from interleave.agents.parsing import parse_verdict
+from interleave.agents.prompts import load_template, render_critic
+from interleave.models.chat.conversation import to_conversation
+from interleave.protocols import BackendError, CriticInput, GenerationRequest, Generator, Judge
 from interleave.records import Scores
-from interleave.rewards import CriticRow
 from interleave.training import grpo
-from interleave.training.arithmetic import grpo_sums
+from interleave.training.batch_plan import grpo_sums
 from interleave.training.config import GrpoConfig
-from interleave.training.rows import critic_prompt, read_rows
-from interleave.training.trajectory import Trajectory, answer_of, as_caller
+from interleave.training.environment import Trajectory, answer_of, as_caller
+from interleave.training.reward import CriticRow
+from interleave.training.rows import GrpoJob, critic_prompt, read_rows
+from interleave.training.scoring import ScoringThread, scoring_thread
+from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "interleave"
 QUICK: dict[str, Any] = {
@@ -67,8 +69,8 @@ ACCEPTED = '<think>fits</think><answer>{"previous_step_success": true, "refine_p
 def test_the_prompt_is_that_of_run_time_and_so_is_what_a_tool_returns(real: bool) -> None:
     plain, processor = caller(real), caller(real)
     plain.chat_template = plain.chat_template.partition("{%- set messages = turns.all -%}\n")[2]
-    look = Look(picture(1), picture(2), "draw a red circle", "draw a red circle")
-    (turn,) = to_conversation(render_critic(template("shapes_critic"), look))
+    look = CriticInput(picture(1), picture(2), "draw a red circle", "draw a red circle")
+    (turn,) = to_conversation(render_critic(load_template("shapes_critic"), look))
     asked = plain.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
     tools = [Trajectory.__new__(Trajectory).regenerate]
     assert processor.apply_chat_template([turn], tools=tools, tokenize=False, add_generation_prompt=True) == asked
@@ -140,19 +142,19 @@ ROW = CriticRow("r", "a red circle", "red", picture(1), picture(2), is_t2i=False
 
 def play(
     root: Path, answers: Sequence[str], row: CriticRow = ROW, fails: Any = lambda job: None, judge: Judge | None = None
-) -> tuple[float | None, list[Job], list[Look], grpo.Scored]:
+) -> tuple[float | None, list[GenerationRequest], list[CriticInput], ScoringThread]:
     """Its reward, and what generator and judge were asked, for a trajectory in which the critic says `answers`."""
     rows = read_rows(root / "set", "critic_rl", grpo.RlRow)
-    prompts = tuple(critic_prompt(one, template("shapes_critic")) for one in rows)
+    prompts = tuple(critic_prompt(one, load_template("shapes_critic")) for one in rows)
     config = config_of(root)
-    job = grpo.GrpoJob(config, tuple(rows), prompts, grpo_sums(config, len(rows), 4, 0, 1))
+    job = GrpoJob(config, tuple(rows), prompts, grpo_sums(config, len(rows), 4, 0, 1))
     generator, words, looks = FakeGenerator(fails=fails), caller().tokenizer, []
 
-    def score(look: Look) -> float:
-        looks.append(look)
+    def score(shown: CriticInput) -> float:
+        looks.append(shown)
         return 6.4
 
-    with grpo.scoring(job, generator, judge or FakeJudge(score)) as scored:
+    with scoring_thread(job, generator, judge or FakeJudge(score)) as scored:
         there = scored.trajectories(config).new()
         there.reset(row=row, prompt="unused")
         said: list[dict[str, Any]] = []
@@ -178,7 +180,7 @@ def test_the_reward_is_the_judges_score_of_the_last_picture(root: Path) -> None:
         ("two", [ROW.before.id]),
     ]
     assert jobs[0].seed != jobs[1].seed
-    assert [(look.original_prompt, look.prompt_used) for look in looks] == [("a red circle", "two")]
+    assert [(shown.original_prompt, shown.prompt_used) for shown in looks] == [("a red circle", "two")]
     assert scored.scorer.counts.pictures == 2
     assert scored.scorer.counts.judgements == 1
 
@@ -196,16 +198,16 @@ def test_an_answer_that_cannot_be_read_makes_it_worthless(root: Path, answers: l
 
 
 def test_a_generator_or_judge_that_fails_leaves_it_without_a_reward(root: Path) -> None:
-    failure = PartFailed("overloaded", "busy")
+    failure = BackendError("rate_limited", "busy")
     value, jobs, _, scored = play(root, [rejection("a"), rejection("b"), ACCEPTED], fails=lambda job: failure)
     assert value is None
     assert len(jobs) == 1  # it is not asked again
-    assert scored.scorer.counts.reasons == {"overloaded": 1}
+    assert scored.scorer.counts.reasons == {"rate_limited": 1}
 
     class Down:
         id = "down"
 
-        async def score(self, look: Look) -> Scores:
+        async def score(self, shown: CriticInput) -> Scores:
             raise failure
 
         async def close(self) -> None:
@@ -313,11 +315,11 @@ def test_a_critic_trains_in_its_loop(root: Path, tmp_path: Path, rollouts: Rollo
     trl = {"per_device_train_batch_size": 8, "max_steps": 150, "learning_rate": 3e-3, "gradient_checkpointing": False}
     taught = SftConfig(model=str(root / "model"), data=str(root / "set"), vision="train", trl=trl)
     model = sft.train("critic", taught, ["t"], runs=tmp_path)
-    failure = PartFailed("overloaded", "busy")
+    failure = BackendError("rate_limited", "busy")
     drawn = FakeGenerator(fails=lambda job: failure if "blue" in job.prompt and len(drawn.jobs) > 1 else None)
 
     def parts(config: GrpoConfig) -> tuple[Generator, Judge]:  # the first job only tries whether the generator is up
-        return drawn, FakeJudge(lambda look: int(look.after.id[:2], 16) / 25.5)
+        return drawn, FakeJudge(lambda shown: int(shown.after.id[:2], 16) / 25.5)
 
     config = config_of(root, model=str(model), scorer={"ceiling": 1.0})
     trained = grpo.train(config, ["t"], runs=tmp_path, make_parts=parts)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from imgen_common import hub
-from interleave.miniature import models
+from scripts.miniature.agents import models
 
 
 def tiny_folder(folder: Path, seed: int = 0) -> Path:

@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -22,13 +23,25 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def run_cli(app: "typer.Typer", name: str) -> NoReturn:
+def one_line(text: str, limit: int = 300) -> str:
+    """Words of someone else on one line: what cannot be printed becomes a space, and what exceeds `limit` is cut."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = MappingProxyType({})) -> NoReturn:
     """Run a typer application as the program `name` and exit.
+
+    renamed: commands and options of earlier versions, each with its name now; they are refused with it.
 
     Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
     stderr, no traceback); 130 Ctrl-C.  Any other exception keeps its traceback.
     """
     try:
+        for place, word in enumerate(sys.argv[1:]):
+            option = word.partition("=")[0]
+            if option in renamed and (option.startswith("--") or place == 0):
+                raise UserError(f"{option}: renamed; write {renamed[option]}")
         app(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)

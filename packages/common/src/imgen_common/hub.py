@@ -5,9 +5,13 @@ import os
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgen_common.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import Qwen3Config
+
 
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
@@ -195,3 +199,18 @@ def _check_file(folder: Path, file: Path) -> None:
         whole = False
     if not whole:
         raise _half(folder, f"{file.relative_to(folder)} is cut short or not a safetensors file")
+
+
+def text_layers(config: "Qwen3Config", joint_dim: int) -> tuple[int, ...]:
+    """Which hidden states of its text encoder FLUX.2-klein reads: evenly spaced, 9, 18, 27 of 36 layers.
+
+    Its pipeline does not derive them.  Their number follows from the transformer's text width.
+    Raises UserError if the two models do not fit.
+    """
+    count, rest = divmod(joint_dim, config.hidden_size)
+    if rest or not 0 < count < config.num_hidden_layers:
+        raise UserError(
+            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
+            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
+        )
+    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))

@@ -22,6 +22,11 @@ def stream_key(seed: int, purpose: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
 
 
+def stream_seed(seed: int, purpose: str, *counters: int) -> int:
+    """A seed of 31 bits from the stream's key, as models and services take it."""
+    return stream_key(seed, purpose, *counters) % 2**31
+
+
 def numpy_generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     """A fresh Philox generator keyed by the stream's whole 128-bit key."""
     return np.random.Generator(np.random.Philox(key=stream_key(seed, purpose, *counters)))

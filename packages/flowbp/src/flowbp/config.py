@@ -1,16 +1,31 @@
 """What `flowbp train` is asked to do.  The defaults are the miniature: minutes on a CPU."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field, field_validator, model_validator
 
-from flowbp.combine import Combination
-from flowbp.guidance import Guidance
+from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
-from flowbp.watchdog import WatchdogConfig
-from imgen_common.config import Config
+from imgen_common.config import Config, Presets
+
+
+class WatchdogConfig(Config):
+    """What counts as hacking, judged at every quick evaluation against the base model at equal seeds."""
+
+    enabled: bool = True
+    """Whether to watch; needs quick evaluations."""
+    shift: Annotated[float, Gt(0)] = 1.0
+    """How far the mean of an image statistic may move, in standard deviations over the base's images."""
+    lead: Annotated[float, Gt(0)] = 1.0
+    """How far a reward may run ahead of every held-out one, in standard deviations over the base's images."""
+    drift: Annotated[float, Gt(0)] | None = 0.2
+    """How unlike the base's images at equal prompts and seeds the model's may become, brightness and contrast aside:
+    0, the same; 1, as unlike as the base's images of different prompts.  null: any."""
+    stop: bool = False
+    """Whether an alert ends the training."""
+
 
 PositiveInt = Annotated[int, Ge(1)]
 
@@ -33,11 +48,11 @@ class VaeConfig(Config):
     gradient_checkpointing: bool = False
     """Whether blocks of the decoder are recomputed in the backward pass: the same gradient in less memory."""
     slicing: bool = False
-    """Whether pictures are decoded one after the other: less memory in evaluations; in training `reward_chunk` does
-    more."""
+    """Whether images are decoded one after the other: less memory in evaluations; in training `reward_batch_size`
+    does more."""
     tile: Annotated[int, Ge(8)] | None = None
-    """Side, in pixels, of tiles that overlap by a quarter and are decoded one after the other; null: whole pictures.
-    Tiles do not see each other's statistics, so pictures differ a little; in training it saves memory only together
+    """Side, in pixels, of tiles that overlap by a quarter and are decoded one after the other; null: whole images.
+    Tiles do not see each other's statistics, so images differ a little; in training it saves memory only together
     with `gradient_checkpointing`."""
 
 
@@ -47,19 +62,19 @@ class ModelConfig(Config):
     ref: str = "builtin:shapes/generator"
     """Diffusers folder: `builtin:...`, a path, or `org/name@revision`."""
     height: Annotated[int, Ge(8), Le(4096)] = 32
-    """Height of the pictures in pixels."""
+    """Height of the images in pixels."""
     width: Annotated[int, Ge(8), Le(4096)] = 32
-    """Width of the pictures in pixels."""
+    """Width of the images in pixels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's arithmetic, and of frozen weights under adapters; trained weights and the states
     between steps stay float32."""
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
-    """What a guidance-distilled model (FLUX.1-dev) is told; null: 3.5 for such a model.  Others have no such input."""
+    """Guidance input of a guidance-distilled model (FLUX.1-dev); null: its default, 3.5.  Others have no such input."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
     attention: Attention | None = None
     """Attention kernel by its name in diffusers, for FLUX; null: torch chooses.  `flash` and `xformers` must be
-    installed; those that quantise or fetch code are refused."""
+    installed; those that quantize or fetch code are refused."""
     compile: bool = False
     """Whether the repeated blocks are compiled (inductor), one kind after the other: the first steps take minutes,
     later ones less; equal to rounding."""
@@ -74,7 +89,7 @@ class ModelConfig(Config):
     def _attention_trains(cls, value: object) -> object:
         name = str(value).lower()
         if "sage" in name:
-            raise ValueError(f"{value}: its kernel is quantised and has no backward pass, so it cannot train")
+            raise ValueError(f"{value}: its kernel is quantized and has no backward pass, so it cannot train")
         if name.endswith("_hub"):
             raise ValueError(f"{value}: would fetch a kernel from the hub and run it; install flash-attn, use flash")
         return value
@@ -83,18 +98,22 @@ class ModelConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters (peft) instead of all weights."""
 
+    renamed: ClassVar = {"targets": "target_modules"}
+
     rank: PositiveInt = 16
     """Rank of each update."""
     alpha: Annotated[float, Gt(0)] = 16.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
     """Ends of the names of the linear layers that get an adapter."""
 
 
 class OptimConfig(Config):
     """AdamW."""
 
-    lr: Annotated[float, Gt(0), Le(1)] = 1e-4
+    renamed: ClassVar = {"lr": "learning_rate", "warmup": "lr_warmup_steps", "schedule": "lr_scheduler"}
+
+    learning_rate: Annotated[float, Gt(0), Le(1)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
     """Decay rates of the two moments."""
@@ -104,9 +123,9 @@ class OptimConfig(Config):
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm."""
-    warmup: Annotated[int, Ge(0)] = 5
+    lr_warmup_steps: Annotated[int, Ge(0)] = 5
     """Updates of linear warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate falls from the warm-up to the last update (linear and cosine: to zero)."""
 
 
@@ -115,14 +134,16 @@ class Hinge(Config):
 
     kind: Literal["hinge"] = "hinge"
     ceiling: float | None = None
-    """Score from which a picture no longer contributes, in the reward's units; null: none."""
+    """Score from which an image no longer contributes, in the reward's units; null: none."""
 
 
 class LogSigmoid(Config):
-    """loss = -log sigmoid((score - centre) / width): a picture's share fades as its score passes the centre."""
+    """loss = -log sigmoid((score - center) / width): an image's share fades as its score passes the center."""
+
+    renamed: ClassVar = {"centre": "center"}
 
     kind: Literal["log_sigmoid"] = "log_sigmoid"
-    centre: float
+    center: float
     """Score at which the gradient has fallen to a half, in the reward's units."""
     width: Annotated[float, Gt(0)] = 1.0
     """How gradually it fades, in the reward's units."""
@@ -159,15 +180,17 @@ class DataConfig(Config):
 
 
 class EvalConfig(Config):
-    """Pictures at fixed seeds, before, during and after the training."""
+    """Images at fixed seeds, before, during and after the training."""
+
+    renamed: ClassVar = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
 
     prompts: str = "builtin:shapes/test"
     """Prompts of the evaluation before and after, as `data.prompts`."""
     num_prompts: PositiveInt = 504
     """How many of them."""
-    guidance: tuple[Annotated[float, Gt(0), Le(100)], ...] = (1.0, 2.0)
+    guidance_scale: tuple[Annotated[float, Gt(0), Le(100)], ...] = (1.0, 2.0)
     """Guidance scales of the evaluation before and after."""
-    steps: PositiveInt = 25
+    num_inference_steps: PositiveInt = 25
     """Denoising steps."""
     seed: int = 1
     """Seed of the noise; prompt i has its own stream whatever the batch."""
@@ -195,7 +218,7 @@ class DistributedConfig(Config):
 
     kind: Literal["ddp", "fsdp2", "zero2", "zero3"] = "ddp"
     """`ddp`: every process holds all weights; `fsdp2`, and DeepSpeed's `zero3`: weights, gradients and the optimizer
-    are cut up over them; `zero2`: gradients and the optimizer."""
+    are sharded over them; `zero2`: gradients and the optimizer."""
     sync: Literal["update", "step"] = "update"
     """When sharded gradients are added up: once per `update`, every process holding a whole gradient until then; or
     after every swept `step`, in the memory of a part."""
@@ -204,37 +227,48 @@ class DistributedConfig(Config):
 class TrainConfig(Config):
     """One run of reward backpropagation."""
 
+    renamed: ClassVar = {
+        "num_updates": "max_train_steps",
+        "num_steps": "num_inference_steps",
+        "batch_size": "total_batch_size",
+        "micro_batch_size": "per_device_batch_size",
+        "reward_chunk": "reward_batch_size",
+        "chunk": "active_steps_per_forward",
+    }
+
     name: str = "{method}"
     """Run folder under `runs/`; `{method}` stands for the method's name.  A number is added if it exists."""
     seed: int = 0
     """Seed of prompts' order, noise, plans and adapters."""
     model: ModelConfig = ModelConfig()
     """The generator."""
-    method: Method = METHODS["flowbp_bridge"]
+    method: Annotated[Method, Presets(METHODS)] = METHODS["flowbp_bridge"]
     """Which velocities receive which multiple of the reward gradient."""
     rewards: Annotated[tuple[TrainedReward, ...], MinLen(1)] = (
-        TrainedReward(ref="builtin:shapes/reward", loss=LogSigmoid(centre=22.3)),
+        TrainedReward(ref="builtin:shapes/reward", loss=LogSigmoid(center=22.3)),
     )
     """What is maximised."""
     combine: Combination = "weighted"
-    """How the gradients of several rewards at the picture become one: `weighted` sum; `normalised` to equal length
+    """How the gradients of several rewards at the image become one: `weighted` sum; `normalized` to equal length
     first; `pcgrad`, without the parts that point against each other."""
     heldout: tuple[Scorer, ...] = (Scorer(name="heldout", ref="builtin:shapes/heldout"),)
     """Rewards that are only watched, as a check against reward hacking."""
-    guidance: Guidance = Guidance()
-    """Classifier-free guidance of the training rollouts."""
-    num_steps: Annotated[int, Ge(2), Le(1000)] = 25
+    guidance_scale: GuidanceScale = 1.0
+    """Scale of classifier-free guidance in the training rollouts; 1 runs the positive branch alone."""
+    guidance: GuidanceOptions = GuidanceOptions()
+    """How guidance is computed and differentiated."""
+    num_inference_steps: Annotated[int, Ge(2), Le(1000)] = 25
     """Denoising steps N of the training rollouts."""
-    num_updates: PositiveInt = 105
+    max_train_steps: PositiveInt = 105
     """Optimizer updates."""
-    batch_size: PositiveInt = 16
-    """Pictures per update, over all processes and micro-batches."""
-    micro_batch_size: PositiveInt | None = None
-    """Pictures per process at a time; null: all of the process's share at once."""
-    chunk: PositiveInt = 1
+    total_batch_size: PositiveInt = 16
+    """Images per update, over all processes and micro-batches."""
+    per_device_batch_size: PositiveInt | None = None
+    """Images per process at a time; null: all of the process's share at once."""
+    active_steps_per_forward: PositiveInt = 1
     """Uncoupled active steps that share one forward: memory for speed, the same gradient."""
-    reward_chunk: PositiveInt | None = None
-    """Pictures per decode-and-reward graph; null: the micro-batch."""
+    reward_batch_size: PositiveInt | None = None
+    """Images per decode-and-reward graph; null: the micro-batch."""
     offload_trajectory: bool = False
     """Whether kept states of the rollout wait in the host's memory, pinned, and come back step by step: the same
     update bit for bit.  On a CPU they are there anyway."""
@@ -277,10 +311,15 @@ class TrainConfig(Config):
         return self
 
     @property
+    def classifier_free_guidance(self) -> Guidance:
+        """Scale and options together."""
+        return Guidance(scale=self.guidance_scale, **dict(self.guidance))
+
+    @property
     def scorers(self) -> tuple[Scorer, ...]:
         """All rewards, the trained ones first."""
         return (*self.rewards, *self.heldout)
 
 
-RESERVED = ("verifier", "loss", "lr", "seconds", "grad_norm", "gradient_forwards", "peak_memory_mb")
+RESERVED = ("verifier", "loss", "learning_rate", "seconds", "grad_norm", "gradient_forwards", "peak_memory_gib")
 """Names that metrics and evaluations use for something else."""

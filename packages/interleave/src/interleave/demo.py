@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from imgen_common import page
 from imgen_common.errors import UserError
 from imgen_common.images import decode
-from interleave.parts import Picture
+from interleave.pages.images import Shots
+from interleave.pages.run import render
+from interleave.pages.story import BEING_TOLD, STYLE, Story, story_html
+from interleave.protocols import HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
-from interleave.report import render
-from interleave.storyboard import BEING_TOLD, STYLE, Shots, Story, story_html
 
 if TYPE_CHECKING:
     import gradio
@@ -51,8 +52,8 @@ class Storyteller(Protocol):
     """Whoever tells the stories."""
 
     def stream(
-        self, text: str, pictures: Sequence[Picture], seed: int
-    ) -> AsyncGenerator[tuple[Record, Picture | None], None]:
+        self, text: str, pictures: Sequence[HashedImage], seed: int
+    ) -> AsyncGenerator[tuple[Record, HashedImage | None], None]:
         """The records of one story, each when it is complete, an attempt's with its picture.
 
         Raises UserError for what the user can mend.  Closed early, it stops the work.
@@ -129,7 +130,7 @@ def application(blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0
         ssr_mode=False,
         enable_monitoring=False,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        head=f"<style>{page.COLOURS}\n.told {{ {page.STYLE}{STYLE}{NARROW} }}</style>",
+        head=f"<style>{page.COLORS}\n.told {{ {page.STYLE}{STYLE}{NARROW} }}</style>",
     )
     return app
 
@@ -170,14 +171,7 @@ def build(storyteller: Storyteller) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 text = gr.Textbox(label="Request", lines=4, max_lines=12, placeholder=EXAMPLES[0], autofocus=True)
-                files = gr.Gallery(
-                    label="Pictures, if it is about some",
-                    file_types=[".png", ".jpg", ".jpeg", ".webp"],
-                    sources=["upload", "clipboard"],
-                    interactive=True,
-                    height=180,
-                    buttons=[],
-                )
+                files = _gallery(gr)
                 seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
                 with gr.Row():
                     start = gr.Button("Tell", variant="primary")
@@ -194,21 +188,33 @@ def build(storyteller: Storyteller) -> "gradio.Blocks":
     return blocks
 
 
-def _uploaded(files: "list[tuple[str, str | None]] | None") -> list[Picture]:
+def _gallery(gr: Any) -> Any:
+    """Where a user puts images."""
+    return gr.Gallery(
+        label="Pictures, if it is about some",
+        file_types=[".png", ".jpg", ".jpeg", ".webp"],
+        sources=["upload", "clipboard"],
+        interactive=True,
+        height=180,
+        buttons=[],
+    )
+
+
+def _uploaded(files: "list[tuple[str, str | None]] | None") -> list[HashedImage]:
     """Raises UserError for too many, or what is no picture."""
     if len(files or []) > MAX_PICTURES:
         raise UserError(f"{len(files or [])} pictures; at most {MAX_PICTURES} can be given")
     pictures = []
     for file, _ in files or []:
         try:
-            pictures.append(Picture.of(decode(Path(file), max_bytes=MAX_FILE_BYTES)))
+            pictures.append(HashedImage.from_pil(decode(Path(file), max_bytes=MAX_FILE_BYTES)))
         except UserError as error:
             raise UserError(str(error).replace(str(Path(file).parent) + os.sep, "")) from None
     return pictures
 
 
 async def _told(
-    storyteller: Storyteller, text: str, given: Sequence[Picture], seed: int
+    storyteller: Storyteller, text: str, given: Sequence[HashedImage], seed: int
 ) -> AsyncGenerator[tuple[str, str | None], None]:
     """The story as HTML after every record; last the whole with the file of a page to keep."""
     pictures = {picture.id: picture for picture in given}
@@ -246,7 +252,7 @@ def _stopped(html: str | None) -> str:
     return (html or "").replace(f">{BEING_TOLD}<", ">stopped<", 1)
 
 
-def _html(story: Story, pictures: dict[str, Picture], live: bool) -> str:
+def _html(story: Story, pictures: dict[str, HashedImage], live: bool) -> str:
     return story_html(story, Shots(story.image_ids(), pictures.__getitem__, LIVE_SIDES), live=live)
 
 

@@ -1,7 +1,7 @@
 """What a run of the loop leaves behind: requests, plans, attempts, verdicts and trajectories, as plain data.
 
-Pictures are named by the hash of their pixels (`imgen_common.images.content_hash`); their files lie in a
-`PictureStore`.  Every record is one JSON object on one line, all optional fields written out.
+Images are named by the hash of their pixels (`imgen_common.images.content_hash`); their files lie in a
+`ImageStore`.  Every record is one JSON object on one line, all optional fields written out.
 """
 
 from collections.abc import Mapping
@@ -9,15 +9,29 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
+FailureKind = Literal[
+    "unreachable",
+    "refused",
+    "rate_limited",
+    "server_error",
+    "timeout",
+    "malformed_response",
+    "out_of_memory",
+    "model_error",
+]
+"""unreachable: no connection.  refused: the endpoint said no for good (token, model name, request).  rate_limited: it
+said not now (429), however often it was asked.  server_error: it failed (5xx).  timeout: it was too slow.
+malformed_response: its answer cannot be read.  out_of_memory, model_error: a local model failed."""
+
 AttemptStatus = Literal["accepted", "rejected", "unjudged", "critic_unparsable", "critic_failed", "generator_failed"]
 """accepted, rejected: the critic's verdict.  unjudged: no critic was asked.  critic_unparsable: none of its answers
-could be read.  critic_failed, generator_failed: the part itself failed (`error` says how)."""
+could be read.  critic_failed, generator_failed: its model failed (`error_kind`, and `error` in words)."""
 
 TrajectoryStatus = Literal[
-    "complete", "planner_failed", "generator_failed", "critic_failed", "budget_exhausted", "broken"
+    "complete", "planner_failed", "generator_failed", "critic_failed", "budget_exhausted", "internal_error"
 ]
 """complete: every step of the plan has its part of the story.  Otherwise the story ends at the step that failed, or for
-which nothing was left; broken: an error in a part's own code."""
+which nothing was left; internal_error: an exception in a part's own code."""
 
 
 class Record(BaseModel):
@@ -27,7 +41,7 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asks for: words, and the pictures given with them (`image_ids`, in their order).
+    """What the user asks for: words, and the images given with them (`image_ids`, in their order).
 
     category: of a file's own choosing, for statistics only.
     """
@@ -39,9 +53,9 @@ class Request(Record):
 
 
 class PlanStep(Record):
-    """One step: a picture to make or edit with `prompt`, or, where `prompt` is None, text alone.
+    """One step: an image to make or edit with `prompt`, or, where `prompt` is None, text alone.
 
-    `index` counts from 1 in the order of the story; `text` is the caption or answer shown beside the picture.
+    `index` counts from 1 in the order of the story; `text` is the caption or answer shown beside the image.
     """
 
     index: int = Field(ge=1)
@@ -53,7 +67,7 @@ class PlanStep(Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def kind(self) -> Literal["image", "text"]:
-        """`text` where there is nothing to draw."""
+        """`text` where there is nothing to generate."""
         return "text" if self.prompt is None else "image"
 
     @model_validator(mode="before")
@@ -70,7 +84,7 @@ class PlanStep(Record):
 
     @property
     def words(self) -> str:
-        """What the reader sees beside the picture: the text, else the instruction, else nothing."""
+        """What the reader sees beside the image: the text, else the instruction, else nothing."""
         return self.text or self.instruction or ""
 
 
@@ -98,14 +112,14 @@ class Verdict(Record):
 class Scores(Record):
     """A judge's two numbers, each in [0, 10], larger better: semantics `sc`, perceptual quality `pq`."""
 
-    sc: float = Field(ge=0, le=10)
-    pq: float = Field(ge=0, le=10)
+    semantics: float = Field(ge=0, le=10)
+    quality: float = Field(ge=0, le=10)
     judge_id: str
     num_samples: int = Field(default=1, ge=1)
 
 
 class GeneratorInfo(Record):
-    """Which generator made a picture, and with which parameters."""
+    """Which generator made an image, and with which parameters."""
 
     id: str
     params: Mapping[str, Any] = Field(default_factory=dict)
@@ -114,10 +128,10 @@ class GeneratorInfo(Record):
 class Attempt(Record):
     """One generation of one step and what the critic said of it.
 
-    `step` and `attempt` count from 1.  `source_ids` are the pictures the generator was given (none for text to image),
+    `step` and `attempt` count from 1.  `source_ids` are the images the generator was given (none for text to image),
     `before_id` the one the critic compared with.  Times in seconds.  `success_probability`: how much of the critic's
-    probability mass lay on success, in [0, 1], where its model tells.  `critic_tries`: how often it was asked, because
-    an answer could not be read.
+    probability mass lay on success, in [0, 1], where its model gives it.  `critic_tries`: how often it was asked,
+    because an answer could not be read.
     """
 
     trajectory_id: str
@@ -138,6 +152,7 @@ class Attempt(Record):
     raw: str = ""
     critic_tries: int = Field(default=0, ge=0)
     error: str | None = None
+    error_kind: FailureKind | None = None
     scores: Scores | None = None
     timings: Mapping[str, float] = Field(default_factory=dict)
     status: AttemptStatus
@@ -152,6 +167,7 @@ class PlannerRecord(Record):
     raw: str = ""
     num_tries: int = Field(default=1, ge=0)
     error: str | None = None
+    error_kind: FailureKind | None = None
 
 
 class PlanRecord(Record):
@@ -164,7 +180,7 @@ class PlanRecord(Record):
 
 
 class Spent(Record):
-    """What a trajectory cost: pictures asked for, calls of critic and planner; seconds of all its sessions."""
+    """What a trajectory cost: images asked for, calls of critic and planner; seconds of all its sessions."""
 
     generations: int = 0
     critic_calls: int = 0
@@ -173,7 +189,7 @@ class Spent(Record):
 
 
 class Trajectory(Record):
-    """One finished request.  `selected` maps each drawn step to the attempt whose picture the story shows."""
+    """One finished request.  `selected` maps each step with an image to the attempt whose image the story shows."""
 
     id: str
     request: Request
@@ -182,5 +198,6 @@ class Trajectory(Record):
     selected: Mapping[int, int] = Field(default_factory=dict)
     status: TrajectoryStatus
     error: str | None = None
+    error_kind: FailureKind | None = None
     spent: Spent = Spent()
     versions: Mapping[str, str] = Field(default_factory=dict)

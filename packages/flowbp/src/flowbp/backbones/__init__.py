@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from flowbp.types import Backbone
+    from flowbp.core.types import Backbone
 
 FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
@@ -34,43 +34,47 @@ def load(
     """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`), frozen, float32 by default.
 
     net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
-    embedded_guidance: what a guidance-distilled model is told; None: its default.
+    embedded_guidance: guidance input of a guidance-distilled model; None: its default.
     Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, or an
     embedded guidance that the model does not take.
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _checked(ref, weights=True)
-    return told(adapter(pipelines.load(family, folder, dtype, device, net_device)), ref, embedded_guidance)
+    folder, family, adapter = _resolve_family(ref, weights=True)
+    return with_embedded_guidance(
+        adapter(pipelines.load_pipeline(family, folder, dtype, device, net_device)), ref, embedded_guidance
+    )
 
 
-def told(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
-    """The backbone with its distilled guidance.  Raises UserError where it has none."""
+def with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
+    """The backbone with its guidance input set, unless that is None.  Raises UserError where it has no such input."""
     if embedded_guidance is not None:
         from flowbp.backbones.flux import Flux
 
         if not (isinstance(backbone, Flux) and backbone.pipe.transformer.config.guidance_embeds):
             raise UserError(
                 f"model.embedded_guidance {embedded_guidance:g}: {ref} is not guidance-distilled; set it to null and "
-                "use guidance.scale"
+                "use guidance_scale"
             )
         backbone.guidance = embedded_guidance
     return backbone
 
 
-def skeleton(ref: str) -> "Backbone":
-    """The backbone that `ref` names, every weight on the meta device: `encode`, `velocity` and `decode` do not work.
+def init_empty_weights(ref: str) -> "Backbone":
+    """The backbone that `ref` names on the meta device, as under accelerate's `init_empty_weights`.
 
-    Gives noise levels, picture sizes and layer names at the cost of its JSON files, which are enough.  Raises what
+    `encode`, `velocity` and `decode` do not work.
+
+    Gives noise levels, image sizes and layer names at the cost of its JSON files, which are enough.  Raises what
     `load` raises, but for weights that are missing.
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _checked(ref, weights=False)
-    return adapter(pipelines.skeleton(family, folder))
+    folder, family, adapter = _resolve_family(ref, weights=False)
+    return adapter(pipelines.init_empty_pipeline(family, folder))
 
 
-def _checked(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
+def _resolve_family(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
     """The folder, its pipeline class and the adapter of that."""
     import diffusers
 

@@ -9,17 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.types import Cond
+from flowbp.core.types import Cond
 
-GUIDANCE = 3.5
-"""What a guidance-distilled model is told where nothing else is said: the pipeline's own default."""
+DEFAULT_EMBEDDED_GUIDANCE = 3.5
+"""Guidance input of a guidance-distilled model unless another is set: the pipeline's own default."""
 
 
-class Flux:
+class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
     def __init__(self, pipe: FluxPipeline) -> None:
-        self.pipe, self.net, self.guidance, self.bfloat16 = pipe, pipe.transformer, GUIDANCE, False
+        super().__init__(pipe)
+        self.guidance = DEFAULT_EMBEDDED_GUIDANCE
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -27,18 +28,10 @@ class Flux:
         text, pooled, _ = self.pipe.encode_prompt(list(prompts), None)
         return {"text": text, "pooled": pooled}
 
-    def free_text(self) -> None:
-        """Lets the text encoders go."""
-        pipelines.free_text(self.pipe)
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
+        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)
         return self.pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns
-
-    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
-        """Standard normal float32 latents, drawn as the pipeline draws them."""
-        return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
         """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
@@ -58,13 +51,13 @@ class Flux:
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
-        told = torch.full_like(sigma, self.guidance) if self.pipe.transformer.config.guidance_embeds else None
+        guidance = torch.full_like(sigma, self.guidance) if self.pipe.transformer.config.guidance_embeds else None
         text = cond["text"]
-        with pipelines.arithmetic(x, self.bfloat16):
+        with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
                 timestep=sigma,
-                guidance=told,
+                guidance=guidance,
                 pooled_projections=cond["pooled"],
                 encoder_hidden_states=text,
                 txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),
@@ -74,6 +67,6 @@ class Flux:
         return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Pictures in [0, 1], differentiable (but for the clamp)."""
+        """Images in [0, 1], differentiable (but for the clamp)."""
         vae = self.pipe.vae
         return pipelines.decode(vae, x / vae.config.scaling_factor + vae.config.shift_factor)

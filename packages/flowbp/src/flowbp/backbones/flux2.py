@@ -1,4 +1,4 @@
-"""FLUX.2-klein-base over diffusers: true guidance, Qwen3 text states, normalised 2x2-patched latents."""
+"""FLUX.2-klein-base over diffusers: true guidance, Qwen3 text states, normalized 2x2-patched latents."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.types import Cond
-from imgen_common.klein import text_layers
+from flowbp.core.types import Cond
+from imgen_common.hub import text_layers
 
 
-class Flux2:
-    """Latents are "b c h w": c channels of normalised 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
+class Flux2(pipelines.PipelineBackbone):
+    """Latents are "b c h w": c channels of normalized 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
 
     def __init__(self, pipe: Flux2KleinPipeline) -> None:
-        self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
+        super().__init__(pipe)
         self.patch = 2 ** len(pipe.vae.config.block_out_channels)  # 2 x the autoencoder's factor
         self.text_layers = text_layers(pipe.text_encoder.config, self.pipe.transformer.config.joint_attention_dim)
         self.max_tokens = min(512, pipe.tokenizer.model_max_length)
@@ -32,17 +32,9 @@ class Flux2:
         )
         return {"text": text}
 
-    def free_text(self) -> None:
-        """Lets the text encoders go."""
-        pipelines.free_text(self.pipe)
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
+        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         return self.pipe.transformer.config.in_channels, *pipelines.grid_size(size, self.patch)
-
-    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
-        """Standard normal float32 latents, drawn as the pipeline draws them."""
-        return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
 
     def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
         """The pipeline's own noise levels: linear from 1 to 1/steps, shifted as the scheduler says, then 0."""
@@ -54,7 +46,7 @@ class Flux2:
         """dx/dsigma, unguided."""
         _, _, height, width = x.shape
         text = cond["text"]
-        with pipelines.arithmetic(x, self.bfloat16):
+        with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=x.flatten(2).transpose(1, 2),
                 timestep=sigma,
@@ -66,7 +58,7 @@ class Flux2:
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Pictures in [0, 1], differentiable (but for the clamp)."""
+        """Images in [0, 1], differentiable (but for the clamp)."""
         vae = self.pipe.vae
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = x.to(vae.dtype) * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)

@@ -1,7 +1,8 @@
-"""What the families share: diffusers pipelines from folders, picture sizes, noise levels, decoding."""
+"""What the families share: diffusers pipelines from folders, image sizes, noise levels, decoding."""
 
 import copy
 import importlib
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
 
 
-def load(
+def load_pipeline(
     kind: type[P],
     folder: Path,
     dtype: torch.dtype | None,
@@ -32,7 +33,9 @@ def load(
     """
     dtype, given = dtype or torch.float32, {}
     if net_device == "meta":
-        given["transformer"] = _part(folder / "transformer", *kind.load_config(folder)["transformer"]).to(dtype)
+        given["transformer"] = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"]).to(
+            dtype
+        )
     pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -41,16 +44,20 @@ def load(
     return pipe
 
 
-def skeleton(kind: type[P], folder: Path) -> P:
-    """The pipeline of a folder with every weight on the meta device, at the cost of its JSON files."""
+def init_empty_pipeline(kind: type[P], folder: Path) -> P:
+    """The pipeline of a folder with every weight on the meta device; only its JSON files are read."""
     parts: dict[str, Any] = {}
     for name, value in kind.load_config(folder).items():
         if not name.startswith("_"):
-            parts[name] = _part(folder / name, *value) if isinstance(value, list | tuple) and len(value) == 2 else value
+            parts[name] = (
+                _empty_component(folder / name, *value)
+                if isinstance(value, list | tuple) and len(value) == 2
+                else value
+            )
     return kind(**parts)
 
 
-def _part(folder: Path, library: str | None, name: str | None) -> Any:
+def _empty_component(folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
     if library not in LIBRARIES:
@@ -68,24 +75,42 @@ def _part(folder: Path, library: str | None, name: str | None) -> Any:
     return kind.from_pretrained(folder)
 
 
-def arithmetic(x: Tensor, bfloat16: bool) -> torch.autocast:
+def autocast(x: Tensor, bfloat16: bool) -> torch.autocast:
     """A context in which matrices are multiplied in bfloat16 where asked for; norms, times and sums stay float32."""
     return torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def free_text(pipe: DiffusionPipeline) -> None:
-    """Lets go of every text encoder of a pipeline, whatever their number."""
-    for name in list(pipe.components):
-        if name.startswith("text_encoder"):
-            setattr(pipe, name, None)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def text_encoder_names(pipe: DiffusionPipeline) -> list[str]:
+    """Names of the text encoders among a pipeline's components; diffusers numbers them text_encoder, text_encoder_2."""
+    return [name for name in pipe.components if name.startswith("text_encoder")]
+
+
+class PipelineBackbone(ABC):
+    """What the families' adapters share: a diffusers pipeline whose transformer is trained (see `Backbone`)."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
+
+    @abstractmethod
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(c, h, w) for images of `size` (height, width) pixels."""
+
+    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
+        """Standard normal float32 latents, drawn as the pipeline draws them."""
+        return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
+
+    def unload_text_encoders(self) -> None:
+        """Removes the text encoders; `encode` does not work afterwards."""
+        for name in text_encoder_names(self.pipe):
+            setattr(self.pipe, name, None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def grid_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Rows and columns of `patch` x `patch` pixels in a picture.  Raises UserError where they do not divide it."""
+    """Rows and columns of `patch` x `patch` pixels in an image.  Raises UserError where they do not divide it."""
     if size[0] % patch or size[1] % patch or min(size) < patch:
-        raise UserError(f"picture size {size[0]}x{size[1]}: height and width must be multiples of {patch}")
+        raise UserError(f"image size {size[0]}x{size[1]}: height and width must be multiples of {patch}")
     return size[0] // patch, size[1] // patch
 
 
@@ -107,7 +132,7 @@ def linear_levels(steps: int) -> list[float]:
 
 
 def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-    """Pictures in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the clamp)."""
+    """Images in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the clamp)."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 

@@ -9,14 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowbp.backbones import pipelines
-from flowbp.types import Cond
+from flowbp.core.types import Cond
 
 
-class SD3:
+class SD3(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder."""
 
-    def __init__(self, pipe: StableDiffusion3Pipeline) -> None:
-        self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
+    pipe: StableDiffusion3Pipeline
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -24,24 +23,16 @@ class SD3:
         text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 
-    def free_text(self) -> None:
-        """Lets the text encoders go."""
-        pipelines.free_text(self.pipe)
-
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) for pictures of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
+        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         patch = self.pipe.transformer.config.patch_size
         rows, columns = pipelines.grid_size(size, patch * self.pipe.vae_scale_factor)
         return self.pipe.transformer.config.in_channels, patch * rows, patch * columns
 
-    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
-        """Standard normal float32 latents, drawn as the pipeline draws them."""
-        return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
-
     def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
         """The pipeline's own noise levels, with its own spacing: the last step starts at 0.0089 of SD3.5 at 25 steps.
 
-        The paper's code trained on another grid (0.111 there) than the pipeline it evaluated with (facts 1.2).
+        FlowBP (arXiv 2606.11075) trains on another grid in its published code, 0.111 there, than it evaluates on.
         """
         _, height, width = self.latent_shape(size)
         scheduler, mu = self.pipe.scheduler, None
@@ -58,7 +49,7 @@ class SD3:
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
-        with pipelines.arithmetic(x, self.bfloat16):
+        with pipelines.autocast(x, self.bfloat16):
             return self.net(
                 hidden_states=x,
                 timestep=sigma * self.pipe.scheduler.config.num_train_timesteps,
@@ -68,6 +59,6 @@ class SD3:
             )[0]
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Pictures in [0, 1], differentiable (but for the clamp)."""
+        """Images in [0, 1], differentiable (but for the clamp)."""
         vae = self.pipe.vae
         return pipelines.decode(vae, x / vae.config.scaling_factor + vae.config.shift_factor)

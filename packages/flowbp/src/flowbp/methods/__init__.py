@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from flowbp.methods.base import Method
+from flowbp.core.method import Method
 from flowbp.methods.draft_k import DRAFT_K
 from flowbp.methods.draft_lv import DRAFT_LV
 from flowbp.methods.drtune import DRTUNE
@@ -15,7 +15,7 @@ from flowbp.methods.leapalign import LEAPALIGN
 from flowbp.methods.refl import REFL
 from imgen_common.errors import UserError, nearest
 
-__all__ = ["METHODS", "Method", "get"]
+__all__ = ["METHODS", "Method", "get_method"]
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -36,7 +36,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Method by name, with the defaults of its paper."""
 
 
-def get(name: str) -> Method:
+def get_method(name: str) -> Method:
     """The method called `name`.  Raises UserError with the nearest name and the list if there is none."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}; allowed: {', '.join(METHODS)}")

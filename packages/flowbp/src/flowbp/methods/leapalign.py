@@ -1,15 +1,18 @@
-from flowbp.axes import Bridge, Leap, Pair, Sample, Uniform
-from flowbp.methods.base import Method
+from flowbp.core.axes.active import Pair, Uniform
+from flowbp.core.axes.coupling import Bridge
+from flowbp.core.axes.quadrature import Leap
+from flowbp.core.axes.reward_input import Sample
+from flowbp.core.method import Method
 
 LEAPALIGN = Method(
     name="leapalign",
     reward_input=Sample(),
     active=Pair(sampler=Uniform()),
-    weights=Leap(),
+    quadrature=Leap(),
     coupling=Bridge(alpha=0.3),
     gap_floor=0.1,
 )
 """Two pinned leaps x_k -> x_j -> x_N; samples whose leaps land far off weigh less.
 
-Source: LeapAlign, arXiv 2604.15311 (facts 3.4).
+Source: LeapAlign, arXiv 2604.15311.
 """

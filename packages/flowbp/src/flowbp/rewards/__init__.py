@@ -1,67 +1,86 @@
-"""Differentiable rewards: pictures in [0, 1] and prompts in, one score per picture out, larger is better."""
+"""Differentiable rewards: images in [0, 1] and prompts in, one score per image out; larger is better.
+
+Knows nothing of backbones or training.  A new reward is one file here and one line in `REWARDS`.
+"""
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import field_validator
 
 from imgen_common import hub
 from imgen_common.config import Config
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
 
-    from flowbp.types import Reward
+    from flowbp.core.types import Reward
 
-Kind = Literal["clip", "clipscore", "hpsv2", "hpsv3", "aesthetic", "imagereward"]
-MODEL_TYPES: dict[Kind, str] = {
-    "clip": "clip",
-    "clipscore": "clip",
-    "hpsv2": "clip",
-    "hpsv3": "qwen2_vl",
-    "aesthetic": "clip",
-    "imagereward": "blip",
+
+class RewardType(NamedTuple):
+    """Where the implementation of a score is, and which model it needs."""
+
+    module: str
+    """Module that is imported when a reward of this type is loaded."""
+    class_name: str
+    """Class in it, with a class method `load(folder, *, device, **options)` that returns a frozen `Reward`."""
+    model_type: str
+    """`model_type` that transformers writes into the model's config.json."""
+    options: Mapping[str, Any] = MappingProxyType({})
+    """Further arguments of `load`."""
+
+
+REWARDS: dict[str, RewardType] = {
+    "clip": RewardType("flowbp.rewards.clip", "ClipReward", "clip"),
+    "clipscore": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True}),
+    "hpsv2": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True, "letterbox": True}),
+    "hpsv3": RewardType("flowbp.rewards.hpsv3", "HPSv3", "qwen2_vl"),
+    "aesthetic": RewardType("flowbp.rewards.clip", "AestheticReward", "clip"),
+    "imagereward": RewardType("flowbp.rewards.image_reward", "ImageReward", "blip"),
 }
-"""transformers' name of the model under each kind."""
+"""Every reward by the name of its score."""
 
 
 class RewardConfig(Config):
     """A reward model."""
 
-    score: Kind = "clip"
-    """What is made of the model: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
-    `hpsv2` the cosine of bordered pictures (HPSv2.1), `hpsv3` HPSv3, `aesthetic` the LAION predictor, `imagereward`
+    score: str = "clip"
+    """How the model scores an image: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
+    `hpsv2` the cosine of padded images (HPSv2.1), `hpsv3` HPSv3, `aesthetic` the LAION predictor, `imagereward`
     ImageReward."""
     ref: str
-    """Its folder: `builtin:...`, a path, or `org/name@revision`; published pickles first go through
+    """Its folder: `builtin:...`, a path, or `org/name@revision`.  Convert published pickles first with
     `flowbp convert-reward`."""
 
+    @field_validator("score")
+    @classmethod
+    def _score_is_known(cls, value: str) -> str:
+        if value not in REWARDS:
+            raise ValueError(f"unknown score {value!r}{nearest(value, REWARDS)}; allowed: {', '.join(REWARDS)}")
+        return value
+
     def load(self, device: "torch.device | str" = "cpu") -> "Reward":
-        """The frozen reward; on the device "meta" without its weights, which are not read.
-
-        Raises UserError if the folder holds another kind of model.
-        """
-        folder = hub.resolve(self.ref, weights=str(device) != "meta")
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
-        if found != MODEL_TYPES[self.score]:
-            raise UserError(
-                f"{self.ref}: a score {self.score!r} is made of a {MODEL_TYPES[self.score]!r} model, this is a "
-                f"{found!r}; scores are {', '.join(MODEL_TYPES)}"
-            )
-        return _load(self.score, folder, device)
+        """The same as `load_reward(self, device)`."""
+        return load_reward(self, device)
 
 
-def _load(kind: Kind, folder: Path, device: "torch.device | str") -> "Reward":
-    if kind == "imagereward":
-        from flowbp.rewards.image_reward import ImageReward
+def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":
+    """The frozen reward on a device.  On the device "meta" it has no weights, and none are read.
 
-        return ImageReward.load(folder, device=device)
-    if kind == "hpsv3":
-        from flowbp.rewards.hpsv3 import HPSv3
-
-        return HPSv3.load(folder, device=device)
-    from flowbp.rewards.clip import AestheticReward, ClipReward
-
-    if kind == "aesthetic":
-        return AestheticReward.load(folder, device=device)
-    return ClipReward.load(folder, device=device, cosine=kind != "clip", letterbox=kind == "hpsv2")
+    Raises UserError if the folder holds a model of another type.
+    """
+    kind = REWARDS[config.score]
+    folder = hub.resolve(config.ref, weights=str(device) != "meta")
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != kind.model_type:
+        raise UserError(
+            f"{config.ref}: the score {config.score!r} needs a {kind.model_type!r} model, this is a {model_type!r}; "
+            f"scores are {', '.join(REWARDS)}"
+        )
+    reward_class = getattr(import_module(kind.module), kind.class_name)
+    reward: Reward = reward_class.load(folder, device=device, **kind.options)
+    return reward

@@ -1,4 +1,4 @@
-"""Scores over transformers' `CLIPModel`: PickScore and its kin, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
+"""Rewards on transformers' `CLIPModel`: PickScore and its kin, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import head, load_head
-from flowbp.rewards.reading import pretrained
+from flowbp.rewards.head import load_head, scoring_head
+from flowbp.rewards.loading import load_frozen
 
 
 class ClipReward:
-    """score = exp(logit_scale) cos(picture, prompt), the scale that PickScore publishes; a cosine with `cosine`.
+    """score = exp(logit_scale) cos(image, prompt), the scale that PickScore publishes.
 
-    letterbox: pictures are scaled to fit and get borders, as HPSv2 does, instead of being cropped.
+    cosine: the score is the cosine alone.  letterbox: images are padded to a square, as HPSv2 does, instead of cropped.
     """
 
     def __init__(
@@ -39,35 +39,35 @@ class ClipReward:
     def load(
         cls, folder: Path, *, device: torch.device | str = "cpu", cosine: bool = False, letterbox: bool = False
     ) -> "ClipReward":
-        """Frozen float32 reward from a transformers folder with its image processor and tokenizer."""
-        model = pretrained(CLIPModel, folder, device, torch.float32)
+        """The frozen float32 reward of a transformers folder with its image processor and tokenizer."""
+        model = load_frozen(CLIPModel, folder, device, torch.float32)
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(model, processor, tokenizer, cosine=cosine, letterbox=letterbox)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
-        """Resized, cropped or bordered, normalised: the processor's steps with gradient.
+        """Resizes, crops or pads, and normalizes: the steps of the image processor, differentiably.
 
-        Differs from the processor on uint8 pictures by its rounding to 1/255 only.
+        On uint8 images it differs from the processor by the rounding to 1/255 only.
         """
         if self.letterbox:
             images = preprocess.letterbox(images, self.size)
         else:
-            images = preprocess.crop_square(images, self.size, self.crop)
-        return preprocess.normalise(images, self.mean, self.std)
+            images = preprocess.center_crop(images, self.size, self.crop)
+        return preprocess.normalize_channels(images, self.mean, self.std)
 
-    def picture(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit picture features."""
+    def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Image features of unit length."""
         return normalize(self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output, dim=-1)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Scores of pictures in [0, 1] for their prompts."""
-        cosine = (self.picture(images) * self.text(prompts)).sum(-1)
+        """Scores of images in [0, 1] for their prompts."""
+        cosine = (self.image_features(images) * self.text_features(prompts)).sum(-1)
         return cosine if self.cosine else self.model.logit_scale.exp() * cosine
 
     @torch.no_grad()
-    def text(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit text features."""
+    def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Text features of unit length."""
         batch = self.tokenizer(
             list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self.max_tokens
         ).to(self.model.device)
@@ -76,17 +76,17 @@ class ClipReward:
 
 
 class AestheticReward:
-    """The LAION aesthetic predictor: a head over unit picture features, about 1 (worst) to 10; prompts are ignored."""
+    """The LAION aesthetic predictor: a head on unit image features; about 1 (worst) to 10.  It ignores prompts."""
 
     def __init__(self, clip: ClipReward, head: nn.Module) -> None:
         self.clip, self.head = clip, head
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "AestheticReward":
-        """Frozen float32 reward from a `CLIPModel` folder with `head.safetensors` in it."""
+        """The frozen float32 reward of a `CLIPModel` folder that holds `head.safetensors` too."""
         clip = ClipReward.load(folder, device=device)
-        return cls(clip, load_head(folder, head(clip.model.config.projection_dim), device))
+        return cls(clip, load_head(folder, scoring_head(clip.model.config.projection_dim), device))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Scores of pictures in [0, 1]."""
-        return self.head(self.clip.picture(images)).squeeze(-1)
+        """Scores of images in [0, 1]."""
+        return self.head(self.clip.image_features(images)).squeeze(-1)

@@ -1,4 +1,4 @@
-"""ImageReward over transformers' BLIP: a text tower that reads the picture by cross-attention, then a head."""
+"""ImageReward on transformers' BLIP: a text tower that attends to the image, then a head."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import head, load_head
+from flowbp.rewards.head import load_head, scoring_head
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw score over the annotated pictures: the published score is standardised with them."""
+SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
+"""Mean and standard deviation of the raw score over the annotated images; the published score is standardized."""
 MAX_TOKENS = 35
 
 
 class ImageReward:
-    """score = (head(first token) - MEAN) / STD.  Source: ImageReward, arXiv 2304.05977."""
+    """score = (head(state of the first token) - SCORE_MEAN) / SCORE_STD.  Source: ImageReward, arXiv 2304.05977."""
 
     def __init__(
         self,
@@ -33,19 +33,19 @@ class ImageReward:
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
-        """Frozen float32 reward from a folder made by `flowbp convert-reward imagereward`."""
-        vision, text = towers(BlipConfig.from_pretrained(folder, local_files_only=True))
+        """The frozen float32 reward of a folder made by `flowbp convert-reward imagereward`."""
+        vision, text = build_towers(BlipConfig.from_pretrained(folder, local_files_only=True))
         weights = load_file(folder / "model.safetensors") if str(device) != "meta" else {}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
             if weights:
                 tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
             tower.to(device, torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(vision, text, load_head(folder, head(text.config.hidden_size), device), tokenizer)
+        return cls(vision, text, load_head(folder, scoring_head(text.config.hidden_size), device), tokenizer)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Scores of pictures in [0, 1] for their prompts."""
-        pixels = preprocess.normalise(preprocess.crop_square(images, self.size, (self.size, self.size)))
+        """Scores of images in [0, 1] for their prompts."""
+        pixels = preprocess.normalize_channels(preprocess.center_crop(images, self.size, (self.size, self.size)))
         seen = self.vision(pixel_values=pixels).last_hidden_state
         batch = self.tokenizer(
             list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
@@ -56,9 +56,9 @@ class ImageReward:
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         ).last_hidden_state
-        return (self.head(read[:, 0]).squeeze(-1) - MEAN) / STD
+        return (self.head(read[:, 0]).squeeze(-1) - SCORE_MEAN) / SCORE_STD
 
 
-def towers(config: BlipConfig) -> tuple[BlipVisionModel, BlipTextModel]:
-    """The two towers, with fresh weights."""
+def build_towers(config: BlipConfig) -> tuple[BlipVisionModel, BlipTextModel]:
+    """Vision and text tower with new weights."""
     return BlipVisionModel(config.vision_config), BlipTextModel(config.text_config, add_pooling_layer=False)

@@ -1,4 +1,4 @@
-"""From pictures in [0, 1] to what a picture tower sees: float32, with gradient, resized as PIL resizes."""
+"""From images in [0, 1] to the input of a vision tower: float32, differentiable, resized as PIL resizes."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Float[Tensor, "b 3 h w"], height: int, width: int) -> Float[Tensor, "b 3 height width"]:
-    """Bicubic and antialiased; the very tensor where nothing changes."""
+    """Bicubic and antialiased; the same tensor if it has that size already."""
     if images.shape[-2:] == (height, width):
         return images
     return interpolate(images, (height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
-def crop_square(images: Float[Tensor, "b 3 h w"], side: int, crop: tuple[int, int]) -> Float[Tensor, "b 3 c1 c2"]:
-    """The shorter side made `side`, then the centre of `crop` (height, width): CLIP's way."""
+def center_crop(images: Float[Tensor, "b 3 h w"], side: int, crop: tuple[int, int]) -> Float[Tensor, "b 3 c1 c2"]:
+    """Resizes the shorter side to `side`, then cuts out the center of size `crop` (height, width), as CLIP does."""
     height, width = images.shape[-2:]
     short = min(height, width)
     images = resize(images, side * height // short, side * width // short)
@@ -27,7 +27,10 @@ def crop_square(images: Float[Tensor, "b 3 h w"], side: int, crop: tuple[int, in
 
 
 def letterbox(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
-    """The longer side made `side`, then black borders, the odd line below or on the right: HPSv2's way."""
+    """Resizes the longer side to `side`, then pads with black to a square, as HPSv2 does.
+
+    An odd line of padding is at the bottom or on the right.
+    """
     height, width = images.shape[-2:]
     scale = side / max(height, width)
     images = resize(images, round(height * scale), round(width * scale))
@@ -35,8 +38,8 @@ def letterbox(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3
     return pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def normalise(
+def normalize_channels(
     images: Float[Tensor, "b 3 h w"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
 ) -> Float[Tensor, "b 3 h w"]:
-    """(x - mean) / std by channel."""
+    """(x - mean) / std for each channel."""
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)

@@ -28,7 +28,7 @@ from starlette.responses import Response
 
 from imgen_common.errors import UserError
 from imgen_common.images import decode
-from interleave.generators.pipeline import Settings
+from interleave.models.generators.pipeline import GenerationSettings
 from interleave.serve.config import ServeConfig
 from interleave.serve.metrics import Metrics
 from interleave.serve.studio import About, Backend, Drawn, Failed, Task
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 CLIENT_LEFT = 499
 OUT_OF_TIME = 504
-STATUS: Mapping[str, int] = {"refused": 422, "overloaded": 429, "not_ready": 503, "deadline": 504}
+STATUS: Mapping[str, int] = {"refused": 422, "rate_limited": 429, "not_ready": 503, "timeout": 504}
 """Of a failed picture; 500 for other kinds."""
 LONGEST_RETRY_AFTER = 60
 
@@ -50,7 +50,7 @@ class Asked(BaseModel):
     prompt: str
     images: tuple[str, ...] = ()
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    params: Settings = Settings()
+    params: GenerationSettings = GenerationSettings()
 
 
 class Problem(Exception):
@@ -155,7 +155,7 @@ class Front:
         self._authorise(request)
         about = self._about()
         if self._num_inside >= self._config.max_queue + self._backend.capacity:
-            raise Problem(429, "overloaded", "the queue is full; ask again later", self._retry_after())
+            raise Problem(429, "rate_limited", "the queue is full; ask again later", self._retry_after())
         self._num_inside += 1
         try:
             async with asyncio.timeout(self._seconds_for(request)):
@@ -163,7 +163,7 @@ class Front:
                 task = await asyncio.to_thread(self._task, body, about)
                 drawn = await self._draw(request, task)
         except TimeoutError:
-            raise Problem(OUT_OF_TIME, "deadline", "there was no picture in time") from None
+            raise Problem(OUT_OF_TIME, "timeout", "there was no picture in time") from None
         except ClientDisconnect:
             raise Problem(CLIENT_LEFT, "client_left", "the client left") from None
         finally:
@@ -222,7 +222,7 @@ class Front:
             raise _invalid(f"images.{index}: {error}") from None
         return data
 
-    def _settings(self, params: Settings) -> dict[str, Any]:
+    def _settings(self, params: GenerationSettings) -> dict[str, Any]:
         given = params.model_dump(exclude_none=True)
         most = {"num_inference_steps": self._config.max_steps} | dict.fromkeys(
             ("height", "width"), self._config.max_side
@@ -252,7 +252,7 @@ class Front:
             await asyncio.gather(drawing, left, return_exceptions=True)
         match drawing.result():
             case Failed(kind, message):
-                headers = self._retry_after() if kind in ("overloaded", "not_ready") else None
+                headers = self._retry_after() if kind in ("rate_limited", "not_ready") else None
                 raise Problem(STATUS.get(kind, 500), kind, message, headers)
             case Drawn() as drawn:
                 self._metrics.draw_seconds.observe(drawn.seconds)
@@ -327,6 +327,6 @@ def _mistake(error: ValidationError) -> Problem:
         return Problem(400, "not_json", "the body is not JSON")
     where = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = Settings if where[0] == "params" else Asked
+        known = GenerationSettings if where[0] == "params" else Asked
         return _invalid(f"{'.'.join(where[:-1]) or 'the body'}: unknown key; allowed: {', '.join(known.model_fields)}")
     return _invalid(f"{'.'.join(where) or 'the body'}: {first['msg']}")

@@ -6,7 +6,8 @@ from annotated_types import Ge, Gt, Le
 from pydantic import Field
 
 from imgen_common.config import Config
-from interleave.generators import PipelineConfig, ScriptedConfig
+from interleave.models.generators.pipeline import PipelineConfig
+from interleave.models.generators.scripted import ScriptedConfig
 
 Setting = Literal["num_inference_steps", "guidance_scale", "height", "width", "strength", "negative_prompt"]
 

@@ -112,7 +112,7 @@ class RayBackend:
             response.cancel()
             raise
         except BackPressureError:
-            return Failed("overloaded", "the queue is full; ask again later")
+            return Failed("rate_limited", "the queue is full; ask again later")
         except RayServeException:
             return Failed("not_ready", "no worker is ready")
 

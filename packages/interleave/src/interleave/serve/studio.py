@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 
 from imgen_common.errors import UserError
 from imgen_common.images import decode
-from interleave.generators import PipelineConfig, PipelineGenerator, ScriptedConfig, ScriptedGenerator
-from interleave.generators.pipeline import Settings
-from interleave.parts import FailureKind, Generator, Job, PartFailed, Picture
+from interleave.models.generators.pipeline import GenerationSettings, PipelineConfig, PipelineGenerator
+from interleave.models.generators.scripted import ScriptedConfig
+from interleave.protocols import BackendError, GenerationRequest, Generator, HashedImage
+from interleave.records import FailureKind
 from interleave.serve.config import ServeConfig
 
 log = logging.getLogger("interleave.serve")
@@ -95,7 +96,7 @@ class Backend(Protocol):
 class Adjustable(Generator, Protocol):
     """A generator that can draw with other settings without loading anything anew."""
 
-    def with_params(self, settings: Settings) -> Generator:
+    def with_params(self, settings: GenerationSettings) -> Generator:
         """The same generator with `settings` over its own.  Raises UserError for settings that it does not take."""
         ...
 
@@ -110,7 +111,7 @@ def make_generator(config: ServeConfig, on_batch: Callable[[int], None]) -> Adju
         case PipelineConfig():
             return PipelineGenerator(config.generator, on_batch)
         case ScriptedConfig():
-            return ScriptedGenerator.of(config.generator)
+            return config.generator.build()
 
 
 class Studio:
@@ -127,18 +128,18 @@ class Studio:
         """The picture as PNG, or why there is none; what is not for others' eyes is logged."""
         started = time.monotonic()
         try:
-            generator = self._generator.with_params(Settings(**task.settings))
+            generator = self._generator.with_params(GenerationSettings(**task.settings))
             sources = await asyncio.to_thread(self._read, task.images) if task.images else ()
-            picture = await generator.generate(Job(task.prompt, sources, task.seed))
+            picture = await generator.generate(GenerationRequest(task.prompt, sources, task.seed))
             png = await asyncio.to_thread(_png, picture)
         except UserError as error:
             return Failed("refused", str(error))
-        except PartFailed as error:
+        except BackendError as error:
             log.warning("a picture failed (%s): %s", error.kind, error)
             return Failed(error.kind, f"the generator failed ({error.kind})")
         except Exception:
             log.exception("a picture failed")
-            return Failed("broken", "the generator failed (broken)")
+            return Failed("model_error", "the generator failed (model_error)")
         batches = tuple(self._batches.popleft() for _ in range(len(self._batches)))
         return Drawn(png, time.monotonic() - started, batches)
 
@@ -146,11 +147,11 @@ class Studio:
         """Let go of the model."""
         await self._generator.close()
 
-    def _read(self, images: tuple[bytes, ...]) -> tuple[Picture, ...]:
-        return tuple(Picture.of(decode(image, len(image), self._max_pixels)) for image in images)
+    def _read(self, images: tuple[bytes, ...]) -> tuple[HashedImage, ...]:
+        return tuple(HashedImage.from_pil(decode(image, len(image), self._max_pixels)) for image in images)
 
 
-def _png(picture: Picture) -> bytes:
+def _png(picture: HashedImage) -> bytes:
     buffer = io.BytesIO()
     picture.image.save(buffer, "PNG")
     return buffer.getvalue()

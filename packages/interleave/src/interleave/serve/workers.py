@@ -25,8 +25,8 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
-from imgen_common.libraries import quiet_libraries
 from interleave.serve.config import ServeConfig
 from interleave.serve.studio import About, Drawn, Failed, Make, Studio, Task, make_generator
 

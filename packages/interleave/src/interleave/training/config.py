@@ -1,15 +1,16 @@
 """What `interleave sft` and `interleave grpo` are asked to do: ours here, TRL's and peft's options in mappings."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from imgen_common.config import Config
-from interleave.generators import GeneratorConfig, PipelineConfig
-from interleave.judging import JudgeConfig, VerifierJudgeConfig
-from interleave.parsing import Policy
-from interleave.rewards import FormatRule
+from interleave.agents.parsing import ParseMode
+from interleave.agents.partial_parsing import FormatRule
+from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
+from interleave.models.generators import GeneratorConfig
+from interleave.models.generators.pipeline import PipelineConfig
 
 Role = Literal["planner", "critic"]
 Vision = Literal["frozen", "train", "reference"]
@@ -49,6 +50,8 @@ class SftConfig(TrainingConfig):
 class ScorerConfig(Config):
     """How answers are scored."""
 
+    renamed: ClassVar = {"policy": "parse_mode"}
+
     concurrency: Annotated[int, Ge(1)] = 16
     """Answers that are with generator or judge at once, over all processes."""
     deadline: Annotated[float, Gt(0)] = 300.0
@@ -57,7 +60,7 @@ class ScorerConfig(Config):
     """Seed of every picture, as in the released code: equal prompts from one row give equal pictures."""
     rule: FormatRule = "strict"
     """What counts as well formed: `strict` parsing, or as in the `released` code."""
-    policy: Policy = "strict"
+    parse_mode: ParseMode = "strict"
     """How answers are read under the strict rule."""
     skip_unchanged: bool = False
     """Whether a verdict of success with the prompt unchanged draws nothing and gets the reward of no change."""
@@ -70,7 +73,9 @@ class ScorerConfig(Config):
 class PricesConfig(Config):
     """What a call costs, for `--dry-run`; in any currency."""
 
-    picture: Annotated[float, Ge(0)] = 0.0
+    renamed: ClassVar = {"picture": "image"}
+
+    image: Annotated[float, Ge(0)] = 0.0
     """Of one picture."""
     judgement: Annotated[float, Ge(0)] = 0.0
     """Of one judgement, which is two questions to a chat model for each of its samples."""
@@ -88,7 +93,7 @@ class GrpoConfig(TrainingConfig):
     cache: str | None = "cache"
     """Folder of generated pictures and judgements, shared by all runs; null: none."""
     reward: Literal["released", "paper", "trajectory"] = "released"
-    """`released`: 0.5 format + 0.1 accuracy + 0.3 semantic + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
+    """`released`: 0.5 format + 0.1 accuracy + 0.3 semantics + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
     {-1, 0} + 0.4 gain of the overall score; `trajectory`: the overall score of the last picture of the loop, in which
     the critic goes on from the recorded attempt (experimental)."""
     reward_weights: Mapping[str, Annotated[float, Ge(0)]] = {}

@@ -4,64 +4,41 @@ Generator, judge and scorer live on an event loop of their own thread, so that t
 loaded and closed after it is trained.
 """
 
-import asyncio
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.streams import numpy_generator
-from interleave import generators, judging
-from interleave.formats.rows import RlRow, SftRow
-from interleave.generators import CachedGenerator
-from interleave.judging import CachedJudge
-from interleave.parts import Generator, Job, Judge, Look, PartFailed
-from interleave.prompts import Template, template
-from interleave.rewards import PAPER_WEIGHTS, WEIGHTS, CriticRow, CriticScorer, paper_parts, reward_functions
-from interleave.store import PICTURES, PictureStore
-from interleave.training import launch
-from interleave.training.arithmetic import Batches, GrpoSums, Memory, grpo_sums, memory_of, zero_of
+from interleave.agents.prompts import Template, load_template
+from interleave.datasets.rows import RlRow
+from interleave.protocols import Generator, Judge
+from interleave.storage.images import IMAGES, ImageStore
+from interleave.training import run
+from interleave.training.batch_plan import Batches, GrpoSums, grpo_sums
 from interleave.training.config import GrpoConfig
-from interleave.training.mapping import OWNED_GRPO, check_keys, check_trl
-from interleave.training.rows import critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
-from interleave.training.trajectory import Trajectories, as_caller
+from interleave.training.environment import as_caller
+from interleave.training.memory import Memory, memory_of, zero_of
+from interleave.training.reward import PAPER_WEIGHTS, WEIGHTS
+from interleave.training.rows import GrpoJob, critic_prompt, dataset, grpo_item, longest, read_rows, short_enough
+from interleave.training.scoring import (
+    ScoringThread,
+    build_scoring_parts,
+    check_image_tokens,
+    scoring_callback,
+    scoring_thread,
+)
+from interleave.training.trl_options import OWNED_GRPO, check_keys, check_trl
 
-T = TypeVar("T")
-Reward = Callable[..., Coroutine[Any, Any, list[float | None]]]
 REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "released": WEIGHTS,
     "paper": PAPER_WEIGHTS,
     "trajectory": {"trajectory": 1.0},
 }
 """Parts of a reward by the key `reward`, and their weights."""
-LOGP_DIFFERENCE = "sampling/sampling_logp_difference/mean"
-
-
-@dataclass(frozen=True)
-class GrpoJob:
-    """A reinforcement that passed every check.  prompts: of the rows, in their order, rendered as at run time."""
-
-    config: GrpoConfig
-    rows: tuple[RlRow, ...]
-    prompts: tuple[SftRow, ...]
-    sums: GrpoSums
-
-    @property
-    def pictures(self) -> PictureStore:
-        """Where the rows' pictures are."""
-        return PictureStore(Path(self.config.data) / PICTURES)
-
-    def item(self, number: int) -> dict[str, Any]:
-        """What the trainer reads for a row."""
-        prompt = self.prompts[number]
-        return grpo_item(number, self.rows[number], prompt, {i: self.pictures.get(i) for i in prompt.image_ids})
 
 
 def check(config: GrpoConfig, processes: int, *, here: bool = True) -> GrpoJob:
@@ -73,15 +50,15 @@ def check(config: GrpoConfig, processes: int, *, here: bool = True) -> GrpoJob:
 
     check_trl(config.trl, GRPOConfig, OWNED_GRPO)
     weights_of(config)
-    launch.adapter_of(config)
+    run.adapter_of(config)
     refuse_unequal_turns(config, processes)
     hub.resolve(config.model, weights=here)
     found = check_template(config.template)
     rows = read_rows(Path(config.data), "critic_rl", RlRow)
     prompts = [critic_prompt(row, found) for row in rows]
-    store = PictureStore(Path(config.data) / PICTURES)
+    store = ImageStore(Path(config.data) / IMAGES)
     answer = config.trl.get("max_completion_length") or 512
-    kept = short_enough(prompts, launch.load_processor(config), store, config.max_length, answer)
+    kept = short_enough(prompts, run.load_processor(config), store, config.max_length, answer)
     if config.trl.get("use_vllm") and config.max_pixels is not None:
         refuse_resized(rows, store, config.max_pixels)
     failed = sum(not rows[i].evaluation.success for i in kept)
@@ -101,13 +78,13 @@ def weights_of(config: GrpoConfig) -> dict[str, float]:
 
 def check_template(ref: str) -> Template:
     """The template.  Raises UserError if it shows more than a row of a single step holds."""
-    found = template(ref)
+    found = load_template(ref)
     for name in sorted(found.placeholders & {"story", "request"}):
         raise UserError(f"template {found.name}: {{{name}}} is not in rows of single steps; use another template")
     return found
 
 
-def refuse_resized(rows: Sequence[RlRow], store: PictureStore, max_pixels: int) -> None:
+def refuse_resized(rows: Sequence[RlRow], store: ImageStore, max_pixels: int) -> None:
     """Raises UserError for pictures above `max_pixels`: vLLM sizes by the model's own processor, which knows no such
     limit."""
     for image_id in {i for row in rows for i in (row.before_id, row.after_id)}:
@@ -136,10 +113,10 @@ def refuse_unequal_turns(config: GrpoConfig, processes: int) -> None:
 
 def plan(config: GrpoConfig, processes: int) -> tuple[GrpoSums, Memory]:
     """What a training would do, cost and hold; nothing is started."""
-    from interleave.training.tracing import inputs_of
+    from interleave.training.memory import inputs_of
 
     job = check(config, processes, here=False)
-    processor, b = launch.load_processor(config), Batches.of(config.trl)
+    processor, b = run.load_processor(config), Batches.of(config.trl)
     row, answer = longest(job.prompts, processor, job.pictures), b.max_completion_length or 0
     inputs = inputs_of(row, processor, job.pictures, b.per_device_train_batch_size, more=answer)
     rollout = job.sums.completions_per_rollout // processes * inputs["input_ids"].shape[1]
@@ -162,41 +139,56 @@ def train(
     make_parts: generator and judge, where not those of `config`.  Raises UserError, also where so many answers went
     unscored that training stopped, with a checkpoint.
     """
-    launch.quiet_environment()
-    from trl import GRPOConfig, GRPOTrainer
+    run.quiet_environment()
+    from trl import GRPOConfig
 
-    job = check(config, launch.num_processes("interleave grpo"))
-    fixed: dict[str, Any] = {"reward_weights": list(weights_of(config).values())}
-    fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.sums.updates}  # see `order`
-    in_loop = config.reward == "trajectory"
-    if in_loop:
-        fixed["max_tool_calling_iterations"] = config.max_attempts - 1
-    arguments = launch.make_arguments(GRPOConfig, config, fixed)
-    with scoring(job, *(make_parts or parts)(config)) as scored:
+    job = check(config, run.num_processes("interleave grpo"))
+    arguments = run.make_arguments(GRPOConfig, config, _fixed_options(job))
+    with scoring_thread(job, *(make_parts or build_scoring_parts)(config)) as scored:
+        # one image is made and judged before anything is written, so that a service that is down stops the run here
         scored.probe(job)
-        with launch.session(
+        with run.session(
             config, arguments, command, runs=runs, name=name, otherwise="grpo_critic", resume=resume
         ) as at:
-            watch = make_watch(scored, job)
-            processor = launch.load_processor(config)
-            trainer = GRPOTrainer(
-                model=launch.load_model(config),
-                args=arguments,
-                train_dataset=train_rows(job),
-                reward_funcs=scored.functions(config),
-                processing_class=as_caller(processor) if in_loop else processor,
-                environment_factory=scored.trajectories(config).new if in_loop else None,
-                peft_config=launch.adapter_of(config),
-                callbacks=[watch, launch.make_keeper(at.run, lambda: watch.numbers), *callbacks],
-            )
-            launch.check_trained(trainer, config)
-            if arguments.use_vllm:
-                model = trainer.vllm_generation
-                model.generate = guarded(model.generate, trainer.model.config.image_token_id)
+            watch = scoring_callback(scored, job)
+            # after the callback that counts, the one that keeps its numbers beside TRL's
+            keeper = run.make_keeper(at.run, lambda: watch.numbers)
+            trainer = _make_trainer(job, scored, arguments, [watch, keeper, *callbacks])
+            run.check_trained(trainer, config)
             trainer.train(resume_from_checkpoint=str(at.checkpoint) if at.checkpoint else None)
             if watch.stopped:
                 raise UserError(f"{watch.stopped}; mend it and go on with interleave grpo --resume {at.path}")
-            return launch.export(trainer, at, config)
+            return run.export(trainer, at, config)
+
+
+def _fixed_options(job: GrpoJob) -> dict[str, Any]:
+    """Options of TRL that follow from ours; the rows are laid out for all passes by `order`."""
+    fixed: dict[str, Any] = {"reward_weights": list(weights_of(job.config).values())}
+    fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.sums.updates}
+    turns = {"max_tool_calling_iterations": job.config.max_attempts - 1} if job.config.reward == "trajectory" else {}
+    return fixed | turns
+
+
+def _make_trainer(job: GrpoJob, scored: ScoringThread, arguments: Any, callbacks: Sequence[Any]) -> Any:
+    """TRL's trainer; with `reward: trajectory` it runs the critic in the loop that it will be used in."""
+    from trl import GRPOTrainer
+
+    config, in_loop = job.config, job.config.reward == "trajectory"
+    processor = run.load_processor(config)
+    trainer = GRPOTrainer(
+        model=run.load_model(config),
+        args=arguments,
+        train_dataset=train_rows(job),
+        reward_funcs=scored.functions(config),
+        processing_class=as_caller(processor) if in_loop else processor,
+        environment_factory=scored.trajectories(config).new if in_loop else None,
+        peft_config=run.adapter_of(config),
+        callbacks=list(callbacks),
+    )
+    if arguments.use_vllm:
+        model = trainer.vllm_generation
+        model.generate = check_image_tokens(model.generate, trainer.model.config.image_token_id)
+    return trainer
 
 
 def order(job: GrpoJob) -> list[int]:
@@ -223,192 +215,3 @@ def train_rows(job: GrpoJob) -> Any:
         lambda n, pictures: grpo_item(n, job.rows[n], job.prompts[n], pictures),
         job.pictures,
     )
-
-
-# --- scoring ---------------------------------------------------------------------------------------------------------
-
-
-def parts(config: GrpoConfig) -> tuple[Generator, Judge]:
-    """Generator and judge as configured, behind their caches.  Raises UserError where one cannot be had."""
-    generator: Generator = generators.make(config.generator)
-    judge: Judge = judging.make(config.judge)
-    if config.cache is not None:
-        generator = CachedGenerator(generator, Path(config.cache) / "pictures")
-        judge = CachedJudge(judge, Path(config.cache) / "judgements")
-    return generator, judge
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Generator, judge and scorer on their event loop."""
-
-    loop: asyncio.AbstractEventLoop
-    generator: Generator
-    judge: Judge
-    scorer: CriticScorer
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` there and wait for it."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
-
-    def functions(self, config: GrpoConfig) -> list[Reward]:
-        """Reward functions for TRL, whose own event loop waits for this one."""
-        match config.reward:
-            case "released":
-                given = reward_functions(self.scorer, lambda columns: columns["row"])
-            case "paper":
-                given = reward_functions(self.scorer, lambda columns: columns["row"], paper_parts, PAPER_WEIGHTS)
-            case "trajectory":
-                given = [self.trajectories(config).reward_function()]
-
-        def moved(function: Reward) -> Reward:
-            @functools.wraps(function)
-            async def there(**columns: Any) -> list[float | None]:
-                return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(function(**columns), self.loop))
-
-            return there
-
-        return [moved(function) for function in given]
-
-    def trajectories(self, config: GrpoConfig) -> Trajectories:
-        """Trajectories that are drawn and judged here."""
-        return Trajectories(self.scorer, template(config.template), config.scorer.policy, self.call)
-
-    def probe(self, job: GrpoJob) -> None:
-        """Draw and judge one picture.  Raises UserError if generator or judge is down: nothing is started then."""
-        number = next((n for n, row in enumerate(job.rows) if not row.evaluation.success), None)
-        if number is None:
-            return
-        row: CriticRow = job.item(number)["row"]
-        prompt = row.rewritten_prompt or row.origin_prompt
-        who = "generator"
-
-        async def once() -> None:
-            nonlocal who
-            picture = await self.generator.generate(Job(prompt, () if row.is_t2i else (row.before,), 0))
-            who = "judge"
-            await self.judge.score(Look(row.before, picture, row.origin_prompt, prompt))
-
-        try:
-            self.call(asyncio.wait_for(once(), job.config.scorer.deadline))
-        except (PartFailed, TimeoutError) as error:
-            reason = f"{error.kind}: {error}" if isinstance(error, PartFailed) else "no answer within the deadline"
-            raise UserError(f"the {who} failed on the first row ({reason}); nothing was started") from error
-
-
-def share(concurrency: int, processes: int) -> int:
-    """What one of `processes` may have with generator and judge at once, of all that is allowed."""
-    return max(concurrency // processes, 1)
-
-
-@contextlib.contextmanager
-def scoring(job: GrpoJob, generator: Generator, judge: Judge) -> Iterator[Scored]:
-    """A scorer over generator and judge; both are closed at the end."""
-    config = job.config.scorer
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="scoring", daemon=True)
-    thread.start()
-    scorer = CriticScorer(
-        generator,
-        judge,
-        concurrency=share(config.concurrency, job.sums.processes),
-        deadline=config.deadline,
-        seed=config.seed,
-        rule=config.rule,
-        policy=config.policy,
-        skip_unchanged=config.skip_unchanged,
-        ceiling=config.ceiling,
-        window=config.window,
-    )
-    scored = Scored(loop, generator, judge, scorer)
-    try:
-        yield scored
-    finally:
-        for part in (generator, judge):
-            scored.call(part.close())
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
-
-
-# --- callbacks -------------------------------------------------------------------------------------------------------
-
-
-def make_watch(scored: Scored, job: GrpoJob) -> Any:
-    """A callback that adds up what scoring costs, and ends training where too much of it fails or vLLM strays.
-
-    Attributes: `numbers`, to be logged; `stopped`, why training ended early, or "".
-    """
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.numbers: Mapping[str, float] = {}
-            self.stopped = ""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Between two rollouts only: from the middle of one a run could not go on exactly.
-            if state.global_step % job.sums.updates_per_rollout:
-                return
-            self.numbers = costs(scored)
-            if self.numbers["scoring/failed_too_often"]:
-                reasons = ", ".join(f"{kind} {n}" for kind, n in scored.scorer.counts.reasons.most_common())
-                share = self.numbers["scoring/unscored_rate"]
-                self.stopped = f"generator or judge failed on {share:.0%} of the last answers ({reasons}) at update "
-                self.stopped += f"{state.global_step}, which is saved"
-            if self.stopped:
-                control.should_save = control.should_training_stop = True
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
-            found = logs.get(LOGP_DIFFERENCE)
-            limit = job.config.max_logp_difference
-            if found is not None and found > limit:
-                self.stopped = f"vLLM's log-probabilities differ by {found:.3g} from the trainer's (more than "
-                self.stopped += f"max_logp_difference {limit:g})"
-
-    return Watch()
-
-
-def costs(scored: Scored) -> dict[str, float]:
-    """Counters over all processes, by name; every process must ask."""
-    import torch
-    import torch.distributed as dist
-
-    counts = scored.scorer.counts
-    values = {
-        "scoring/answers": counts.answers,
-        "scoring/unscored": counts.unscored,
-        "scoring/pictures": counts.pictures,
-        "scoring/judgements": counts.judgements,
-        "scoring/unscored_rate": scored.scorer.unscored_rate,
-        "scoring/failed_too_often": float(scored.scorer.has_failed_too_often),
-    }
-    if isinstance(scored.generator, CachedGenerator):
-        values["scoring/pictures_from_cache"] = scored.generator.hits
-    if isinstance(scored.judge, CachedJudge):
-        values["scoring/judgements_from_cache"] = scored.judge.hits
-    if dist.is_available() and dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        values = dict(zip(values, total.tolist(), strict=True))
-        values["scoring/unscored_rate"] /= dist.get_world_size()
-    return {name: float(value) for name, value in values.items()}
-
-
-def guarded(generate: Callable[..., Any], image_token: int) -> Callable[..., Any]:
-    """vLLM's `generate`, which raises UserError if it saw another number of picture tokens than it was given: it may
-    expand again what the processor has expanded."""
-
-    def checked(*, prompts: Sequence[Sequence[int]], **kwargs: Any) -> Any:
-        found = generate(prompts=prompts, **kwargs)
-        for given, seen in zip(prompts, found[0], strict=True):
-            before, after = list(given).count(image_token), list(seen).count(image_token)
-            if before != after:
-                raise UserError(
-                    f"vLLM read {after} picture tokens where the prompt has {before}; use trl.vllm_mode: server, "
-                    "another version of vllm, or generate without trl.use_vllm"
-                )
-        return found
-
-    return checked

@@ -12,11 +12,33 @@ from PIL import Image
 
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
-from interleave.formats.rows import RlRow, Row, SftRow, parsed
-from interleave.parts import Picture
-from interleave.prompts import Template, render_critic
-from interleave.rewards import CriticRow
-from interleave.store import PICTURES, PictureStore
+from interleave.agents.prompts import Template, render_critic
+from interleave.datasets.rows import RlRow, Row, SftRow, parsed
+from interleave.protocols import HashedImage
+from interleave.storage.images import IMAGES, ImageStore
+from interleave.training.batch_plan import GrpoSums
+from interleave.training.config import GrpoConfig
+from interleave.training.reward import CriticRow
+
+
+@dataclass(frozen=True)
+class GrpoJob:
+    """A reinforcement that passed every check.  prompts: of the rows, in their order, rendered as at run time."""
+
+    config: GrpoConfig
+    rows: tuple[RlRow, ...]
+    prompts: tuple[SftRow, ...]
+    sums: GrpoSums
+
+    @property
+    def pictures(self) -> ImageStore:
+        """Where the rows' pictures are."""
+        return ImageStore(Path(self.config.data) / IMAGES)
+
+    def item(self, number: int) -> dict[str, Any]:
+        """What the trainer reads for a row."""
+        prompt = self.prompts[number]
+        return grpo_item(number, self.rows[number], prompt, {i: self.pictures.get(i) for i in prompt.image_ids})
 
 
 @dataclass(frozen=True)
@@ -24,7 +46,7 @@ class Rows:
     """Supervised rows, with the store of their pictures and how many were left out for their length."""
 
     rows: tuple[SftRow, ...]
-    pictures: PictureStore
+    pictures: ImageStore
     left_out: int = 0
 
 
@@ -41,14 +63,14 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
         raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    store = PictureStore(folder / PICTURES)
+    store = ImageStore(folder / IMAGES)
     rows = [_row(line, kind, store, f"{path}:{number}") for number, line in enumerate(data.splitlines(), 1)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a set with at least one")
     return rows
 
 
-def _row(line: bytes, kind: type[Row], store: PictureStore, where: str) -> Row:
+def _row(line: bytes, kind: type[Row], store: ImageStore, where: str) -> Row:
     try:
         row = parsed(line, kind)
     except ValueError as error:
@@ -57,7 +79,7 @@ def _row(line: bytes, kind: type[Row], store: PictureStore, where: str) -> Row:
         raise UserError(f"{where}: the answer is empty; mend or remove the row")
     for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
         if image_id not in store:
-            raise UserError(f"{where}: its picture {image_id[:12]}... is not in {PICTURES}/; mend or remove the row")
+            raise UserError(f"{where}: its picture {image_id[:12]}... is not in {IMAGES}/; mend or remove the row")
     return row
 
 
@@ -80,7 +102,7 @@ def content(texts: Sequence[str]) -> list[dict[str, Any]]:
     return parts
 
 
-def sft_item(row: SftRow, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+def sft_item(row: SftRow, pictures: Mapping[str, HashedImage]) -> dict[str, Any]:
     """What TRL's SFTTrainer is given for a row."""
     return {
         "prompt": [{"role": "user", "content": content(row.texts)}],
@@ -89,12 +111,12 @@ def sft_item(row: SftRow, pictures: Mapping[str, Picture]) -> dict[str, Any]:
     }
 
 
-def grpo_item(number: int, row: RlRow, prompt: SftRow, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+def grpo_item(number: int, row: RlRow, prompt: SftRow, pictures: Mapping[str, HashedImage]) -> dict[str, Any]:
     """What TRL's GRPOTrainer is given for a row; `row` comes back to the reward functions."""
     scored = CriticRow(
         id=str(number),
-        origin_prompt=row.origin_prompt,
-        rewritten_prompt=row.rewritten_prompt,
+        original_prompt=row.original_prompt,
+        prompt_used=row.prompt_used,
         before=pictures[row.before_id],
         after=pictures[row.after_id],
         is_t2i=row.is_t2i,
@@ -112,8 +134,8 @@ def grpo_item(number: int, row: RlRow, prompt: SftRow, pictures: Mapping[str, Pi
 def dataset(
     numbers: Sequence[int],
     ids_of: Callable[[int], Sequence[str]],
-    item: Callable[[int, Mapping[str, Picture]], dict[str, Any]],
-    store: PictureStore,
+    item: Callable[[int, Mapping[str, HashedImage]], dict[str, Any]],
+    store: ImageStore,
 ) -> Any:
     """A `datasets.Dataset` of row numbers that becomes `item(number, pictures)` when a batch is made."""
     from datasets import Dataset
@@ -165,13 +187,13 @@ def num_tokens(row: SftRow, processor: Any, size_of: Callable[[str], tuple[int, 
     return len(processor.tokenizer(text, add_special_tokens=False).input_ids) + patches
 
 
-def longest(rows: Sequence[SftRow], processor: Any, store: PictureStore) -> SftRow:
+def longest(rows: Sequence[SftRow], processor: Any, store: ImageStore) -> SftRow:
     """The row of most tokens."""
     lengths = _lengths(rows, processor, store)
     return rows[lengths.index(max(lengths))]
 
 
-def _lengths(rows: Sequence[SftRow], processor: Any, store: PictureStore) -> list[int]:
+def _lengths(rows: Sequence[SftRow], processor: Any, store: ImageStore) -> list[int]:
     def size_of(image_id: str) -> tuple[int, int]:
         with Image.open(store.path(image_id)) as picture:  # the header alone
             return picture.size
@@ -180,7 +202,7 @@ def _lengths(rows: Sequence[SftRow], processor: Any, store: PictureStore) -> lis
 
 
 def short_enough(
-    rows: Sequence[SftRow], processor: Any, store: PictureStore, max_length: int | None, answer: int = 0
+    rows: Sequence[SftRow], processor: Any, store: ImageStore, max_length: int | None, answer: int = 0
 ) -> list[int]:
     """Numbers of the rows that, with `answer` tokens more, are not longer than `max_length`.
 

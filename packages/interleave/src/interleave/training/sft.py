@@ -7,12 +7,12 @@ from typing import Any
 
 from imgen_common import hub
 from imgen_common.errors import UserError
-from interleave.formats.rows import SftRow
-from interleave.store import PICTURES, PictureStore
-from interleave.training import launch
-from interleave.training.arithmetic import Batches, Memory, SftSums, memory_of, sft_sums
+from interleave.datasets.rows import SftRow
+from interleave.storage.images import IMAGES, ImageStore
+from interleave.training import run
+from interleave.training.batch_plan import Batches, SftSums, sft_sums
 from interleave.training.config import Role, SftConfig
-from interleave.training.mapping import OWNED_SFT, check_trl
+from interleave.training.memory import Memory, memory_of
 from interleave.training.rows import (
     arranged,
     check_template,
@@ -23,6 +23,7 @@ from interleave.training.rows import (
     sft_item,
     short_enough,
 )
+from interleave.training.trl_options import OWNED_SFT, check_trl
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class SftJob:
     sums: SftSums
 
     @property
-    def pictures(self) -> PictureStore:
+    def pictures(self) -> ImageStore:
         """Where the rows' pictures are."""
-        return PictureStore(Path(self.config.data) / PICTURES)
+        return ImageStore(Path(self.config.data) / IMAGES)
 
 
 def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -> SftJob:
@@ -49,16 +50,16 @@ def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -
     from trl import SFTConfig
 
     check_trl(config.trl, SFTConfig, OWNED_SFT)
-    launch.adapter_of(config)
+    run.adapter_of(config)
     Batches.of(config.trl)
     hub.resolve(config.model, weights=here)
     name = f"{role}_sft"
     folder = Path(config.data)
     rows = read_rows(folder, name, SftRow)
     val = read_rows(folder, f"{name}.val", SftRow) if (folder / f"{name}.val.jsonl").exists() else []
-    processor = launch.load_processor(config)
+    processor = run.load_processor(config)
     check_template(processor, rows[0])
-    store = PictureStore(folder / PICTURES)
+    store = ImageStore(folder / IMAGES)
     kept = [rows[i] for i in short_enough(rows, processor, store, config.max_length)]
     kept_val = [val[i] for i in short_enough(val, processor, store, config.max_length)] if val else []
     if config.trl.get("eval_strategy", "no") != "no" and not kept_val:
@@ -72,10 +73,10 @@ def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -
 
 def plan(role: Role, config: SftConfig, processes: int) -> tuple[SftSums, Memory]:
     """What a training would do and hold; nothing is started."""
-    from interleave.training.tracing import inputs_of
+    from interleave.training.memory import inputs_of
 
     job = check(role, config, processes, here=False)
-    processor = launch.load_processor(config)
+    processor = run.load_processor(config)
     row = longest(job.rows, processor, job.pictures)
     batch = Batches.of(config.trl).per_device_train_batch_size
     inputs = inputs_of(row, processor, job.pictures, batch, more=0)
@@ -93,30 +94,30 @@ def train(
     callbacks: Sequence[Any] = (),
 ) -> Path:
     """Train, or go on with the run in `resume`; the folder of the trained model.  Raises UserError."""
-    launch.quiet_environment()
+    run.quiet_environment()
     from trl import SFTConfig, SFTTrainer
 
-    job = check(role, config, launch.num_processes(f"interleave sft {role}"))
+    job = check(role, config, run.num_processes(f"interleave sft {role}"))
     fixed: dict[str, Any] = {"max_length": None}
     if is_mixed(job.rows):
         fixed |= {"train_sampling_strategy": "sequential", "num_train_epochs": 1}
-    arguments = launch.make_arguments(SFTConfig, config, fixed)
-    with launch.session(config, arguments, command, runs=runs, name=name, otherwise=f"sft_{role}", resume=resume) as at:
+    arguments = run.make_arguments(SFTConfig, config, fixed)
+    with run.session(config, arguments, command, runs=runs, name=name, otherwise=f"sft_{role}", resume=resume) as at:
         trainer = SFTTrainer(
-            model=launch.load_model(config),
+            model=run.load_model(config),
             args=arguments,
             train_dataset=train_rows(job),
             eval_dataset=eval_rows(job) if job.val_rows else None,
-            processing_class=launch.load_processor(config),
-            peft_config=launch.adapter_of(config),
-            callbacks=[launch.make_keeper(at.run), *callbacks],
+            processing_class=run.load_processor(config),
+            peft_config=run.adapter_of(config),
+            callbacks=[run.make_keeper(at.run), *callbacks],
         )
-        launch.check_trained(trainer, config)
+        run.check_trained(trainer, config)
         # Qwen3-VL's own loss takes no count of tokens, but TRL's, which is used, does: without it the mean would be
         # over micro-batches and processes, and depend on how rows are shared out.
         trainer.model_accepts_loss_kwargs = True
         trainer.train(resume_from_checkpoint=str(at.checkpoint) if at.checkpoint else None)
-        return launch.export(trainer, at, config)
+        return run.export(trainer, at, config)
 
 
 def train_rows(job: SftJob) -> Any:
@@ -125,7 +126,7 @@ def train_rows(job: SftJob) -> Any:
     if is_mixed(job.rows):
         b = Batches.of(job.config.trl)
         batch = b.per_device_train_batch_size * job.sums.processes
-        epochs = launch.epochs_of(job.config.trl, b.num_train_epochs, len(order), job.sums.rows_per_update)
+        epochs = run.epochs_of(job.config.trl, b.num_train_epochs, len(order), job.sums.rows_per_update)
         order = arranged([bool(row.image_ids) for row in job.rows], batch, epochs, job.config.seed)
     return _dataset(job, job.rows, order)
 

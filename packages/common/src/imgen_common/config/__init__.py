@@ -1,0 +1,15 @@
+"""Configuration: frozen pydantic models, YAML files and `--set a.b=c`.
+
+Precedence: class defaults < files, left to right < `--set`.  A file with `extends: other.yaml` lies over that file, its
+path counted from its own.  Mappings merge key by key; setting `kind` to another value replaces its mapping, so that
+nothing of the old kind is left, and over a default any `kind` begins anew with what that kind has by default; lists are
+replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by the 1.2 core rules: `1e-4` is a number,
+`no` and `on` are words.
+"""
+
+from imgen_common.config.merge import load
+from imgen_common.config.reference import FieldRow, fields_table
+from imgen_common.config.schema import Config, Presets
+from imgen_common.config.yaml_files import read_yaml, to_yaml
+
+__all__ = ["Config", "FieldRow", "Presets", "fields_table", "load", "read_yaml", "to_yaml"]

@@ -1,0 +1,138 @@
+"""Layers of configuration, one over the other, each value with its origin."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from imgen_common.config.messages import describe_errors, label, shortened
+from imgen_common.config.schema import PRESET, C, Keys, default_under, item_type, presets_of, type_under, union_members
+from imgen_common.config.yaml_files import parse_yaml, read_yaml
+from imgen_common.errors import UserError, nearest
+
+EXTENDS = "extends"
+
+
+def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> C:
+    """The configuration of class `cls` that `files` and then `sets` ("a.b=c", the value in YAML) describe.
+
+    `sets` do not depend on their order, except that of two for the same key the last wins.
+    Raises UserError naming the file or `--set`, the key, what was given and what is allowed.
+    """
+    merge = _Merge()
+    tree: Any = {}
+    for path, content in (layer for file in files for layer in _layers(file)):
+        tree = merge.apply(cls, tree, content, (), str(path))
+    for keys, value, source in sorted(map(_parse_set, sets), key=_shallow_first):
+        for key in reversed(keys):
+            value = {key: value}
+        tree = merge.apply(cls, tree, value, (), source)
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(describe_errors(cls, tree, merge.origins, error)) from None
+
+
+def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file and, before it, those it `extends`, each with its content."""
+    if path.resolve() in (file.resolve() for file in below):
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}")
+    content = read_yaml(path)
+    parent = content.pop(EXTENDS, None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise UserError(f"{path}: {EXTENDS}: must be the path of a file, from this one, got {shortened(parent)}")
+        yield from _layers(path.parent / parent, (*below, path))
+    yield path, content
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_set(text: str) -> tuple[Keys, Any, str]:
+    dotted, equals, value = text.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    source = f"--set {text}"
+    if not equals or not all(keys):
+        raise UserError(f"{source}: write --set key=value or --set section.key=value")
+    return keys, parse_yaml(value, source), source
+
+
+def _shallow_first(item: tuple[Keys, Any, str]) -> tuple[int, bool]:
+    """Order in which a value comes before what lies inside it, and `kind` before its neighbours."""
+    keys = item[0]
+    return len(keys), keys[-1] not in ("kind", PRESET)
+
+
+@dataclass
+class _Merge:
+    """Merges layers of plain data and remembers which one gave each value."""
+
+    origins: dict[Keys, str] = field(default_factory=dict)
+
+    def apply(self, annotation: Any, old: Any, new: Any, keys: Keys, source: str) -> Any:
+        """`new` over `old`, both at `keys` in the whole."""
+        start, new = self._start(annotation, new, keys, source)
+        if start is not None:
+            self._forget(keys)
+            self.origins[keys] = source
+            old = start
+        if isinstance(new, dict) and isinstance(old, list) and new and all(key.isdigit() for key in new):
+            return self._apply_items(annotation, old, new, keys, source)
+        if isinstance(new, dict):
+            before = old if isinstance(old, dict) else {}
+            if not before or ("kind" in new and not (self._given(keys) and new["kind"] == before.get("kind"))):
+                self._forget(keys)
+                before = {}
+            return self._apply_mapping(annotation, before, new, keys, source)
+        if isinstance(new, bool) and {int, float} & set(parts := union_members(annotation)) and bool not in parts:
+            # pydantic would read true as 1
+            raise UserError(f"{label(source, keys)}: must be a number, got {str(new).lower()}")
+        self._forget(keys)
+        if isinstance(new, list):
+            items = item_type(annotation)
+            new = [self.apply(items, None, item, (*keys, str(i)), source) for i, item in enumerate(new)]
+        self.origins[keys] = source
+        return new
+
+    def _apply_mapping(self, annotation: Any, old: dict[str, Any], new: dict[str, Any], keys: Keys, source: str) -> Any:
+        merged = dict(old)
+        if "kind" in new:
+            merged["kind"] = new["kind"]
+        if not new:
+            self.origins[keys] = source
+        for key, value in new.items():
+            child = type_under(annotation, merged, key)
+            before = old[key] if key in old else default_under(annotation, merged, key)
+            merged[key] = self.apply(child, before, value, (*keys, key), source)
+        return merged
+
+    def _apply_items(self, annotation: Any, old: list[Any], new: dict[str, Any], keys: Keys, source: str) -> list[Any]:
+        merged = list(old)
+        for key, value in new.items():
+            if int(key) >= len(old):
+                raise UserError(f"{label(source, (*keys, key))}: no such item; the list has {len(old)}, from 0")
+            merged[int(key)] = self.apply(item_type(annotation), old[int(key)], value, (*keys, key), source)
+        return merged
+
+    def _start(self, annotation: Any, new: Any, keys: Keys, source: str) -> tuple[dict[str, Any] | None, Any]:
+        """The preset that `new` asks for as plain data (or None), and what `new` says beside it."""
+        presets = presets_of(annotation)
+        if not presets or not (isinstance(new, str) or (isinstance(new, dict) and PRESET in new)):
+            return None, new
+        name = new if isinstance(new, str) else new[PRESET]
+        if name not in presets:
+            known = f"{nearest(str(name), presets)}; allowed: {', '.join(presets)}"
+            raise UserError(f"{label(source, keys)}: unknown {keys[-1] if keys else PRESET} {name!r}{known}")
+        rest = {} if isinstance(new, str) else {key: value for key, value in new.items() if key != PRESET}
+        return presets[name].model_dump(mode="json"), rest
+
+    def _given(self, keys: Keys) -> bool:
+        """Whether an earlier layer gave the value at `keys` or something inside it, or a preset of which it comes."""
+        return any(known[: len(keys)] == keys[: len(known)] for known in self.origins)
+
+    def _forget(self, keys: Keys) -> None:
+        for known in [known for known in self.origins if known[: len(keys)] == keys]:
+            del self.origins[known]

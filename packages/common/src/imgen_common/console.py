@@ -1,0 +1,31 @@
+"""What is printed: tables in Markdown, and the messages of other libraries."""
+
+import warnings
+from collections.abc import Sequence
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars and the advice of diffusers and transformers, which are meant for their callers.
+
+    It also turns off the deprecation warnings of transformers, since TRL and accelerate still use the old names.
+    """
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with its first column aligned left, the others right; columns are padded to line up."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])

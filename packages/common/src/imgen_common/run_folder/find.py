@@ -1,0 +1,50 @@
+"""Run folders by name or path."""
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imgen_common.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    pass
+
+
+CONFIG, ENVIRONMENT, METRICS, LOCK = "config.yaml", "environment.json", "metrics.jsonl", ".lock"
+
+
+def find_run(text: str, root: Path) -> Path:
+    """The run folder that `text` names: a path, or the name of a run under `root`.
+
+    Raises UserError with the nearest name if there is none.
+    """
+    for path in (Path(text), root / text):
+        if (path / CONFIG).is_file():
+            return path
+    if Path(text).exists():
+        raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
+    names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
+    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are none in {root}"
+    raise UserError(f"{text}: no such run{nearest(Path(text).name, names)}{known}")
+
+
+def is_run(text: str, root: Path) -> bool:
+    """Whether `text` names a run folder rather than a model."""
+    return any((path / CONFIG).is_file() for path in (Path(text), root / text))
+
+
+def free_path(root: Path, name: str | None, otherwise: str) -> Path:
+    """Where a new run goes under `root`: `name`, which must be free, or `otherwise`, numbered until it is free.
+
+    Raises UserError for a name that is taken, or no plain folder name.
+    """
+    plain = otherwise if name is None else name
+    if not plain or plain in (".", "..") or Path(plain).name != plain:
+        raise UserError(f"name {plain!r}: must be the plain name of a folder; where it goes is --runs")
+    if name is not None:
+        if (root / name / CONFIG).exists():
+            path = root / name
+            raise UserError(f"{path}: holds a run already; go on with --resume {path} or choose another name")
+        return root / name
+    names = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
+    return next(root / free for free in names if not (root / free).exists())

@@ -1,1 +1,0 @@
-"""Trains the miniature's models: `python -m imgen_common.shapes.train --help`."""

@@ -1,0 +1,107 @@
+"""How the networks of a run compute: switches for memory and speed that leave the method as it is."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.attention import AttentionModuleMixin
+from torch import nn
+
+from flowbp.config import ModelConfig
+from flowbp.core.types import Backbone
+from imgen_common.errors import UserError
+
+GPU_ATTENTION = ("_native_efficient", "_native_cudnn", "flash", "xformers")
+RECOMPILE_LIMIT = 64
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The blocks that a diffusers transformer repeats: what is sharded, recomputed and compiled one by one."""
+    assert isinstance(net, ModelMixin)
+    return [module for module in net.modules() if type(module).__name__ in net._no_split_modules]
+
+
+def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
+    """Sets the networks of a backbone, with weights or empty ones, as the configuration says.
+
+    Raises UserError where the model's classes have no such choice.
+    """
+    net, vae = backbone.pipe.transformer, backbone.pipe.vae
+    if model.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    if model.attention is not None:
+        set_attention(net, model.attention)
+    if model.vae.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if model.vae.slicing:
+        vae.enable_slicing()
+    if model.vae.tile is not None:
+        set_vae_tiling(vae, model.vae.tile, (model.height, model.width))
+
+
+def set_attention(net: nn.Module, backend: str) -> None:
+    """Which kernel the transformer's attention calls, in every layer."""
+    layers = [module for module in net.modules() if isinstance(module, AttentionModuleMixin)]
+    if not layers:
+        raise UserError(
+            f"model.attention {backend}: the attention of {type(net).__name__} has no choice of backends in diffusers; "
+            "set it to null"
+        )
+    for layer in layers:
+        layer.set_attention_backend(backend)
+
+
+def check_machine(model: ModelConfig) -> None:
+    """Raises UserError where this machine lacks what the configuration's switches need."""
+    if model.attention in GPU_ATTENTION and not torch.cuda.is_available():
+        raise UserError(f"model.attention {model.attention}: needs a CUDA device, torch sees none; set it to null")
+    package = {"flash": "flash_attn", "xformers": "xformers"}.get(model.attention or "")
+    if package is not None and find_spec(package) is None:
+        raise UserError(f"model.attention {model.attention}: {package} is not installed; install it, or set it to null")
+    if model.quantization is not None:
+        check_torchao()
+
+
+def check_torchao() -> None:
+    """Raises UserError unless torchao, which quantizes, is installed; an estimate needs it too."""
+    if find_spec("torchao") is None:
+        raise UserError(
+            "model.quantization int8: torchao is not installed; pip install 'flowbp[int8]', or set it to null"
+        )
+
+
+def quantize(net: nn.Module, device: torch.device | None = None) -> None:
+    """Makes the weights of the blocks' linear layers 8-bit integers with one scale per output (torchao).
+
+    device: where a layer goes before it is quantized, and stays; by default where it is.
+    """
+    check_torchao()
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
+
+    inside = {id(module) for block in blocks_of(net) for module in block.modules()}
+
+    def chosen(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and id(module) in inside
+
+    quantize_(net, Int8WeightOnlyConfig(), chosen, device=device)
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """Compiles the repeated blocks; those of one kind share what was compiled."""
+    # kinds of blocks, with and without gradient, first for one batch size and then for any: more than torch allows
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    for block in blocks_of(net):
+        block.compile()
+
+
+def set_vae_tiling(vae: Any, side: int, size: tuple[int, int]) -> None:
+    """Makes the autoencoder decode larger images in tiles of `side` pixels that overlap by a quarter."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if side % (4 * factor) or side >= max(size):
+        raise UserError(
+            f"model.vae.tile {side}: must be a multiple of {4 * factor} pixels and less than the longer side of the "
+            f"images, {max(size)}; or null"
+        )
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
+    vae.enable_tiling()

@@ -1,0 +1,52 @@
+"""The command `flowbp`, one file per group of commands.
+
+No library that is slow to import is imported before a command runs, so that `--help` answers at once.
+"""
+
+from collections.abc import Callable
+
+import typer
+
+from flowbp.cli import evaluate, export, inspect, train
+from imgen_common.errors import run_cli
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Align a text-to-image flow-matching model to a differentiable reward by reward backpropagation.\n\n"
+    "Example: flowbp train",
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "estimate": train.estimate,
+    "methods": inspect.methods,
+    "explain": inspect.explain,
+    "sample": evaluate.sample,
+    "eval": evaluate.evaluate,
+    "benchmark": evaluate.benchmark,
+    "table": evaluate.table,
+    "report": inspect.report,
+    "prefetch": export.prefetch,
+    "export": export.export,
+    "convert-reward": export.convert_reward,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+RENAMED = {
+    "plan": "estimate",
+    "--steps": "--num-inference-steps",
+    "--guidance": "--guidance-scale",
+    "--num": "--num-images",
+    "--picture": "--figure",
+    "--colours": "--color-model",
+}
+"""Commands and options of earlier versions, each with its present name."""
+
+
+def main() -> None:
+    """Entry point of `flowbp` and of `python -m flowbp`."""
+    run_cli(app, "flowbp", RENAMED)

@@ -1,0 +1,241 @@
+"""The tables that the commands print on a terminal."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from flowbp.config import TrainConfig
+from flowbp.core.plan import Plan
+from flowbp.evaluation.compare import Change, MeanScore, describe_change, format_score, score_title
+from flowbp.methods import Method
+from flowbp.reports.explain import describe_axes, describe_reward_input, plan_costs, plan_strip
+from flowbp.training.progress import format_duration
+from imgen_common.config import to_yaml
+
+if TYPE_CHECKING:
+    from flowbp.evaluation.benchmarks.tables import BenchmarkRow
+
+ARITHMETIC_LABELS = {
+    "processes": "processes",
+    "images_per_update": "images per update",
+    "images_per_process": "images per process and update",
+    "gradient_accumulation_steps": "gradient accumulation steps",
+    "evaluations_per_image_with_gradient": "network evaluations per image, with gradient",
+    "evaluations_per_image_without_gradient": "network evaluations per image, without",
+    "evaluations_per_update_with_gradient": "network evaluations per update, with gradient",
+    "evaluations_per_update_without_gradient": "network evaluations per update, without",
+    "jacobians_per_image": "Jacobian products per image",
+    "updates": "updates",
+    "images": "images in total",
+    "prompts": "training prompts",
+    "epochs": "passes through the prompts",
+    "trained_weights": "trained weights",
+    "checkpoint_bytes": "bytes per checkpoint",
+}
+
+
+def standard_output() -> Console:
+    """A console; where standard output is not a terminal, tables are 120 characters wide."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
+
+
+def _table(*columns: str, right: Iterable[int] = (), title: str | None = None) -> Table:
+    table = Table(
+        box=None, header_style="bold", title=title, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in set(right) else "left")
+    return table
+
+
+# --- methods and runs ------------------------------------------------------------------------------------------------
+
+
+def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
+    """The named methods on their axes, then what each does."""
+    out = standard_output()
+    table = _table("method", "reward sees", "active steps", "weights", "coupling", "gap floor")
+    for row in rows:
+        axes = [row[axis] for axis in ("reward sees", "active steps", "weights", "coupling", "gap floor")]
+        table.add_row(f"[bold]{row['name']}[/]", *map(escape, axes))
+    out.print(table)
+    out.print()
+    lines = _table("method", "what it does", "source")
+    for row in rows:
+        lines.add_row(f"[bold]{row['name']}[/]", escape(row["about"]), escape(row["source"]))
+    out.print(lines)
+
+
+def print_plan(method: Method, plan: Plan, heading: str) -> None:
+    """A plan: axes of the method, steps in characters, terms, legs, cost."""
+    out = standard_output()
+    out.print(f"[bold]{escape(heading)}[/]\n")
+    axes = _table("axis", "choice")
+    for name, text in describe_axes(method).items():
+        axes.add_row(name, escape(text))
+    out.print(axes)
+    out.print(f"\nThe reward sees {escape(describe_reward_input(plan))}.\n")
+    for label, line in plan_strip(plan):
+        out.print(f"[dim]{label:<8}[/]{escape(line)}", soft_wrap=True)
+    out.print("[dim]        ● active   ◉ active and coupled   ○ node of a leg   ▲ what the reward sees[/]\n")
+    terms = _table("step", "sigma", "weight c", "Euler steps", "coupling alpha", right=range(5))
+    for row in plan.table():
+        coupling = f"{row['coupling']:g}" if row["coupling"] else "-"
+        values = (f"{row['sigma']:.4f}", f"{row['weight']:+.4f}", f"{row['euler_steps']:.2f}", coupling)
+        terms.add_row(str(row["step"]), *values)
+    out.print(terms)
+    if plan.legs:
+        legs = _table("leg", "from", "to", "velocities and their weights", right=(0, 1, 2))
+        for k, leg in enumerate(plan.legs, 1):
+            nodes = "  ".join(f"v_{q} {w:+.4f}" for q, w in leg.nodes)
+            legs.add_row(str(k), f"x_{leg.start}", f"x_{leg.stop}", nodes)
+        out.print()
+        out.print(legs)
+    cost = _table("per image", "")
+    for name, text in plan_costs(plan):
+        cost.add_row(name, escape(text))
+    out.print()
+    out.print(cost)
+
+
+def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) -> None:
+    """The resolved configuration and the numbers that follow from it."""
+    out = standard_output()
+    out.print("[bold]Configuration[/]\n")
+    print(indent(to_yaml(config).rstrip(), "  "))
+    out.print("\n[bold]Arithmetic[/] [dim](methods with random steps: mean over the first plans of this run)[/]\n")
+    table = _table("", "", right=(1,))
+    table.show_header = False
+    for key, value in numbers.items():
+        table.add_row(ARITHMETIC_LABELS[key], f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
+    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(f"\nrun folder: {escape(path)}\n")
+
+
+# --- estimate --------------------------------------------------------------------------------------------------------
+
+
+def print_estimate(content: Mapping[str, Any]) -> None:
+    """The result of `flowbp estimate`."""
+    out = standard_output()
+    table = _table("memory of a GPU", "GiB", right=(1,))
+    for name, size in content["static"].items():
+        if size:
+            table.add_row(name, format_gib(size))
+    for name, size in content["activation"].items():
+        table.add_row(f"  during {name}", format_gib(size))
+    table.add_row("before training, in total", format_gib(sum(content["startup"].values())))
+    table.add_row("[bold]peak[/]", f"[bold]{format_gib(content['peak'])}[/]")
+    out.print(table)
+    for line in _cost_lines(content):
+        out.print(line)
+    if "measured" in content:
+        one = content["measured"]
+        out.print(
+            f"\nmeasured: {format_gib(one['peak'])} GiB and {one['seconds_per_update']:.3g} s per update; estimated "
+            f"{format_gib(one['estimated'])} GiB, {one['estimated'] / one['peak']:.3f} times as much"
+        )
+    if "fits" in content:
+        verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
+        out.print(f"\n{verdict}: {format_gib(content['peak'])} GiB of {format_gib(content['memory'])} GiB")
+    if "advice" in content:
+        out.print("these settings lower the peak most:")
+        for change, size in content["advice"]["alone"].items():
+            out.print(f"  --set {change:<36} to {format_gib(size)} GiB")
+        out.print(f"  all of them{'':<31} to {format_gib(content['advice']['together'])} GiB")
+
+
+def _cost_lines(content: Mapping[str, Any]) -> list[str]:
+    seconds, updates = content["seconds_per_update"], content["updates"]
+    lines = [
+        f"\ngradient accumulation steps: {content['gradient_accumulation_steps']}",
+        f"one update: {content['tflop_per_update']:,.2f} TFLOP per process, {seconds:.3g} s at "
+        f"{content['tflops']:g} TFLOP/s; {updates} updates: {format_duration(seconds * updates)} without evaluations",
+        f"disk: {format_gib(content['disk'])} GiB of checkpoints",
+        *(f"license of {escape(ref)}: {escape(terms)}" for ref, terms in content["licenses"].items()),
+        *(f"not traced: the stage of reward {name}; only its weights are counted" for name in content["untraced"]),
+    ]
+    if content["host"]:
+        lines.append(f"pinned memory of the host: {format_gib(content['host'])} GiB of stored states")
+    if content["counted_for"] == "cpu":
+        lines.append("[dim]counted with the operations of a CPU: torch sees no GPU here[/]")
+    return lines
+
+
+def format_gib(size: float) -> str:
+    """Bytes in GiB (2^30 bytes), with three significant digits."""
+    gib = size / 2**30
+    return f"{gib:,.{max(0, 2 - math.floor(math.log10(gib)))}f}" if size else "0"
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def print_comparison(changes: Mapping[float, Mapping[str, Change]], own: float | None, before: str, after: str) -> None:
+    """Before against after by guidance scale.  own: the scale of the training."""
+    num = next((one.num for scores in changes.values() for one in scores.values()), 0)
+    heading = f"{escape(before)} -> {escape(after)}, {num} prompts at equal seeds"
+    table = _table("guidance", "", "before", "after", "change", "95 % interval", "", right=(2, 3, 4, 5), title=heading)
+    for scale, scores in changes.items():
+        label = f"{scale:g}" + ("*" if scale == own else "")
+        for name, one in scores.items():
+            table.add_row(label, score_title(name).removesuffix(" reward"), *describe_change(name, one))
+            label = ""
+    out = standard_output()
+    out.print(table)
+    starred = "* the scale it was trained with. " if own in changes else ""
+    out.print(
+        f"[dim]{starred}Verifier: images that show what the prompt says, changes in percentage points. "
+        "Interval: paired bootstrap over prompts.[/]"
+    )
+
+
+def print_categories(changes: Mapping[str, Change], title: str) -> None:
+    """The verifier by category."""
+    columns = ("category", "prompts", "before", "after", "change", "95 % interval", "")
+    table = _table(*columns, right=range(1, 6), title=title)
+    for group, one in changes.items():
+        table.add_row(group, str(one.num), *describe_change("verifier", one))
+    out = standard_output()
+    out.print()
+    out.print(table)
+
+
+def print_mean_scores(
+    scores: Mapping[float, Mapping[str, MeanScore]], groups: Mapping[float, Mapping[str, MeanScore]], label: str
+) -> None:
+    """One model by guidance scale; the verifier by category too."""
+    num = next((one.num for by_name in scores.values() for one in by_name.values()), 0)
+    table = _table("guidance", "", "mean", "95 % interval", right=(2, 3), title=f"{escape(label)}, {num} prompts")
+    for scale, by_name in scores.items():
+        rows = [(score_title(name), name, one) for name, one in by_name.items()]
+        rows += [(f"  {group} ({one.num})", "verifier", one) for group, one in groups.get(scale, {}).items()]
+        first = f"{scale:g}"
+        for text, name, one in rows:
+            interval = f"{format_score(name, one.low)} to {format_score(name, one.high)}"
+            table.add_row(first, text, format_score(name, one.mean), interval)
+            first = ""
+    standard_output().print(table)
+
+
+def print_benchmark(rows: "Sequence[BenchmarkRow]") -> None:
+    """Benchmark folders as rows below each other, with the columns of the papers."""
+    from flowbp.evaluation.benchmarks import tables
+
+    out, names = standard_output(), tables.score_columns(rows)
+    table = _table("", *(tables.COLUMN_TITLES.get(name, name) for name in names), right=range(1, len(names) + 1))
+    for label, row in zip(tables.row_labels(rows), rows, strict=True):
+        cells = [tables.format_cell(row, name) for name in names]
+        table.add_row(f"[bold]{escape(label)}[/]", *(mean for mean, _ in cells))
+        table.add_row("", *(f"[dim]{interval}[/]" for _, interval in cells))
+    if names:
+        out.print(table)
+    for note in tables.table_notes(rows):
+        out.print(f"[dim]{escape(note)}[/]")

@@ -1,0 +1,114 @@
+"""`flowbp export`, `flowbp prefetch` and `flowbp convert-reward`."""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from flowbp.cli.options import Runs, check_choice, spinner
+
+
+def prefetch(
+    refs: Annotated[list[str], typer.Argument(metavar="REF", help="org/name[@revision], a folder or builtin:...")],
+) -> None:
+    """Download models, so that they can be used without a network. Checks that they are complete, and prints the folder
+    of each.
+
+    Example:
+
+    \b
+      flowbp prefetch black-forest-labs/FLUX.2-klein-base-4B yuvalkirstain/PickScore_v1
+    """
+    from imgen_common import hub
+
+    for ref in refs:
+        print(hub.prefetch(ref))
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")],
+    to: Annotated[str, typer.Option("--to", help="diffusers or comfyui (adapters), or merged (a whole pipeline).")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder to make; by default RUN/export-FORMAT.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="average (the weights that were evaluated) or last.")] = "ema",
+    step: Annotated[int | None, typer.Option(help="Update of the checkpoint to export; by default the last.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload the folder to this repository; needs HF_TOKEN.")
+    ] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the trained weights of a run as files that other programs load, with a model card: configuration, scores,
+    licenses. Exports the averaged weights, which are those that the run evaluated, unless --weights says otherwise.
+
+    Example:
+
+    \b
+      flowbp export miniature-lora --to diffusers
+      flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150
+      flowbp export flowbp_bridge --to merged --push me/my-model
+    """
+    with spinner("exporting"):
+        from typing import get_args
+
+        from flowbp import export
+        from flowbp.export.model_card import ExportedWeights, ExportFormat
+        from imgen_common.console import quiet_libraries
+        from imgen_common.run_folder.find import find_run
+
+        check_choice("--to", to, get_args(ExportFormat))
+        check_choice("--weights", weights, get_args(ExportedWeights))
+        quiet_libraries()
+        path = find_run(run, runs)
+        format_, kept = cast(ExportFormat, to), cast(ExportedWeights, weights)
+        folder = export.export_run(path, format_, out or path / f"export-{to}", kept, step)
+    print(folder)
+    if push is not None:
+        print(export.push_to_hub(folder, push))
+
+
+def convert_reward(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, hpsv3, imagereward or aesthetic.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint (.pt, .pth, .safetensors).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    companion: Annotated[
+        str,
+        typer.Option(
+            "--with",
+            metavar="REF",
+            help="What the checkpoint lacks: for hpsv2 the tokenizer of any CLIP, for hpsv3 Qwen2-VL-7B-Instruct, "
+            "for imagereward the tokenizer of bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
+        ),
+    ],
+    prompt_source: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For hpsv3 only, which needs it: hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 "
+            "1.0.0, for the text around a prompt. It is parsed, not run.",
+        ),
+    ] = None,
+) -> None:
+    """Convert a published reward checkpoint, often a pickle, to a folder of safetensors that rewards.0.ref can name.
+    Reads only tensors in plain containers; nothing in the checkpoint is run. PickScore and CLIP need no conversion.
+
+    Example:
+
+    \b
+      flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14
+      flowbp convert-reward hpsv3 HPSv3.safetensors rewards/hpsv3 --with Qwen/Qwen2-VL-7B-Instruct \\
+        --prompt-source hpsv3/dataset/data_collator_qwen.py
+      flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased
+      flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
+    """
+    with spinner("converting"):
+        from typing import get_args
+
+        from flowbp.rewards.convert import convert_checkpoint
+        from flowbp.rewards.convert.checkpoints import Convertible
+        from imgen_common.console import quiet_libraries
+
+        check_choice("KIND", kind, get_args(Convertible))
+        quiet_libraries()
+        folder = convert_checkpoint(cast(Convertible, kind), file, companion, out, prompt_source)
+    print(folder)

@@ -1,0 +1,147 @@
+"""`flowbp methods`, `flowbp explain` and `flowbp report`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowbp.cli.options import Json, Runs, Sets
+from imgen_common.errors import UserError
+
+if TYPE_CHECKING:
+    from flowbp.config import TrainConfig
+
+
+# --- methods and plans -----------------------------------------------------------------------------------------------
+
+
+def methods(as_json: Json = False) -> None:
+    """List the named methods. Each is a choice on the same axes: what the reward sees, which steps carry gradient, with
+    which weights, and where gradient passes through the state. --set changes any of them: every key below `method`.
+
+    Example:
+
+    \b
+      flowbp methods
+      flowbp methods --json
+    """
+    from flowbp.reports.explain import methods_table
+
+    rows = methods_table()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from flowbp.cli import console
+
+    console.print_methods(rows)
+
+
+def explain(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method (see flowbp methods).")],
+    steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", help="Denoising steps; by default 25.", min=2, max=1000)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a run, whose first plan is shown.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(metavar="REF", help="Use the noise levels of this model instead of linear ones.")
+    ] = None,
+    shift: Annotated[float, typer.Option(help="Shift of the linear noise levels; 1: no shift.")] = 1.0,
+    sets: Sets = None,
+    figure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a figure of the plan, too: .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Show one plan of a method: which steps carry gradient, with which weights, the legs and their quadrature nodes,
+    where the state is coupled, what the reward sees, and how many network evaluations it takes.
+
+    Example:
+
+    \b
+      flowbp explain flowbp_lagrange --seed 3
+      flowbp explain flowbp_bridge --model builtin:shapes/generator --figure plan.png
+      flowbp explain flowbp_sparse --set method.active.num_active_steps=6 --shift 3
+    """
+    from flowbp.cli import console
+    from flowbp.core.plan import draw_plan as draw_plan
+    from flowbp.methods import get_method
+    from imgen_common.streams import numpy_generator
+
+    kind = _figure_kind(figure)
+    get_method(method)
+    config = _method_config(method, steps, sets or [])
+    sigmas = _noise_levels(config, model, shift)
+    plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
+    heading = (
+        f"{method}: {plan.num_inference_steps} steps, seed {seed}, {model or f'linear noise levels, shift {shift:g}'}"
+    )
+    console.print_plan(config.method, plan, heading)
+    if figure is not None:
+        from flowbp.reports.figure import plot_plan
+
+        figure.write_bytes(plot_plan(plan, heading, kind))
+        print(f"\nfigure: {figure}")
+
+
+def _figure_kind(figure: Path | None) -> str:
+    kind = figure.suffix.lstrip(".").lower() if figure else "png"
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"--figure {figure}: must end in .png, .svg or .pdf")
+    if figure is not None and not figure.absolute().parent.is_dir():
+        raise UserError(f"--figure {figure}: there is no folder {figure.parent}; make it first")
+    return kind
+
+
+def _method_config(method: str, steps: int | None, sets: Sequence[str]) -> "TrainConfig":
+    from flowbp.config import TrainConfig
+    from imgen_common.config import load
+
+    return load(TrainConfig, [], [f"method={method}", *sets, *([f"num_inference_steps={steps}"] if steps else [])])
+
+
+def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[float]:
+    """Noise levels of a model, or linear ones."""
+    from flowbp.reports.explain import linear_sigmas
+
+    if shift <= 0:
+        raise UserError(f"--shift {shift:g}: must be above 0")
+    if model is None:
+        return linear_sigmas(config.num_inference_steps, shift)
+    if shift != 1:
+        raise UserError("--shift: a model has its own noise levels; give --model or --shift")
+    from flowbp import backbones
+    from imgen_common.console import quiet_libraries
+
+    quiet_libraries()
+    sigmas = backbones.init_empty_weights(model).sigmas(
+        config.num_inference_steps, (config.model.height, config.model.width)
+    )
+    return [float(sigma) for sigma in sigmas]
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the report of a run again. RUN/report.html is one page that needs no other file: the result before and
+    after, images at equal seeds, categories, curves, a plan, configuration and environment.
+
+    Example:
+
+    \b
+      flowbp report runs/flowbp_bridge --open
+    """
+    from flowbp.reports import report as reports
+    from imgen_common.run_folder.find import find_run
+
+    page = reports.write_report(find_run(run, runs))
+    print(page)
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(page.absolute().as_uri())

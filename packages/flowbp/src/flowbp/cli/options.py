@@ -1,0 +1,63 @@
+"""Options, checks and progress displays that the commands share."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imgen_common.errors import UserError, nearest
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+
+
+def check_choice(option: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises UserError with the nearest name unless `given` is allowed."""
+    if given not in allowed:
+        raise UserError(f"{option} {given!r}: unknown{nearest(given, allowed)}; allowed: {', '.join(allowed)}")
+
+
+@contextmanager
+def report_error_once() -> Iterator[None]:
+    """Lets only the first process print a UserError that all processes raise."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """on_progress(label, done, total): a progress bar on standard error, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def on_progress(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield on_progress
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """A spinner on standard error, if that is a terminal: libraries take seconds to load."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield

@@ -1,0 +1,55 @@
+"""Classifier-free guidance around any backbone, in one place."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flowbp.core.settings import Guidance
+from flowbp.core.types import Cond, Velocity, batch_size, concat, repeat_batch
+from imgen_common.errors import UserError
+
+
+def guided_velocity(
+    velocity: Callable[[Tensor, Tensor, Cond], Tensor],
+    cond: Cond,
+    negative: Cond | None = None,
+    guidance: Guidance | None = None,
+) -> Velocity:
+    """A backbone's `velocity(x, sigma, cond)` with prompts and guidance closed over.
+
+    cond: conditioning of the b samples of a micro-batch; negative: that of their negative prompts, b rows or one for
+    all.  The result takes any whole number of copies of the micro-batch, copy-major.
+    Raises UserError if the scale needs a negative and there is none; ValueError if x is no whole number of copies.
+    """
+    guidance = guidance or Guidance()
+    if guidance.scale == 1:
+        return lambda x, sigma: velocity(x, sigma, repeat_batch(cond, _copies(x, cond)))
+    if negative is None:
+        raise UserError(
+            f"guidance_scale {guidance.scale} needs a negative prompt; give one, or set guidance_scale to 1"
+        )
+    size = batch_size(cond)
+    unconditional = repeat_batch(negative, size) if batch_size(negative) == 1 else dict(negative)
+    if batch_size(unconditional) != size:
+        raise ValueError(f"{batch_size(negative)} negative prompts for {size} samples; give one, or one per sample")
+
+    def both(x: Tensor, sigma: Tensor) -> Tensor:
+        copies = _copies(x, cond)
+        positive, other = repeat_batch(cond, copies), repeat_batch(unconditional, copies)
+        if guidance.batched and not (guidance.detach_negative and torch.is_grad_enabled()):
+            v, v_neg = velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), concat(positive, other)).chunk(2)
+        else:
+            v = velocity(x, sigma, positive)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not guidance.detach_negative):
+                v_neg = velocity(x, sigma, other)
+        return v_neg + guidance.scale * (v - v_neg)
+
+    return both
+
+
+def _copies(x: Tensor, cond: Cond) -> int:
+    copies, rest = divmod(len(x), batch_size(cond))
+    if rest or not copies:
+        raise ValueError(f"{len(x)} latents are no whole number of copies of {batch_size(cond)} prompts")
+    return copies

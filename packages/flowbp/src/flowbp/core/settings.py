@@ -1,0 +1,47 @@
+"""Settings of the core as frozen values, without torch."""
+
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Gt, Le
+
+from imgen_common.config import Config
+
+Combination = Literal["weighted", "normalized", "pcgrad"]
+
+
+GuidanceScale = Annotated[float, Gt(0), Le(100)]
+
+
+class GuidanceOptions(Config):
+    """How classifier-free guidance is computed and differentiated."""
+
+    renamed: ClassVar = {"scale": "guidance_scale, beside guidance"}
+
+    detach_negative: bool = True
+    """Whether the negative branch runs without gradient."""
+    compensate: bool = False
+    """Whether the backward pass is divided by the scale; the reported loss is not."""
+    batched: bool = True
+    """Whether both branches share one forward of twice the batch where both are treated alike.
+
+    Two forwards of b and one of 2b differ by the rounding of their kernels (about 1e-6 relative in float32, 1e-2 in
+    bfloat16), so with a detached negative the velocity that carries gradient differs by as much from the one of the
+    rollout.  Only gradients feel it: values are pinned to the rollout.  false: two forwards everywhere, exactly equal.
+    """
+
+
+class Guidance(GuidanceOptions):
+    """v = v_neg + scale (v_cond - v_neg).
+
+    With a detached negative branch dv/dtheta = scale dv_cond/dtheta and dv/dx = scale J_cond: the Jacobian a bridge
+    sees is that of the positive branch alone.  Otherwise both branches carry gradient.
+    """
+
+    scale: GuidanceScale = 1.0
+    """Guidance scale s, above 0, at most 100; 1 runs the positive branch alone."""
+
+    @property
+    def backward_scale(self) -> float:
+        """Factor of `backpropagate(scale=...)`: 1 / scale if compensated.  It multiplies the cotangent once, so of a
+        term nested behind a Jacobian it removes one of two factors of the scale, as in the papers."""
+        return 1 / self.scale if self.compensate else 1.0

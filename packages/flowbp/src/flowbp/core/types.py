@@ -1,0 +1,128 @@
+"""The shared vocabulary: velocities, trajectories, conditioning, and the two protocols the engine is fed by."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""velocity(x, sigma) -> v = dx/dsigma, same shape as x.
+
+x is (c*b, ...) for any whole number c of copies of the micro-batch of b samples, copy-major (all b samples of copy 0
+first); sigma is (c*b,), float32 or float64.  The callable closes over prompts and guidance and repeats its
+conditioning c times (`tile`)."""
+
+
+@dataclass(frozen=True)
+class ScoredLosses:
+    """What a loss may return beside its values.
+
+    losses: (b,), or (rewards, b), differentiable.  scores: detached numbers by name, (b,), which the engine hands on.
+    """
+
+    losses: Tensor
+    scores: Mapping[str, Tensor]
+
+
+Loss = Callable[[Tensor, slice], Tensor | ScoredLosses]
+"""loss(x, rows) -> per-sample losses, shape (rows,), or (rewards, rows): differentiable in x, smaller is better.
+
+x holds the clean latents of samples `rows` of the micro-batch, so that the reward can be run in chunks."""
+
+Noise = Callable[[int], Tensor]
+"""noise(copy) -> standard normal, shape of the latents; copy counts from 0.  Must depend on the sample, not on the
+rank or on how often it was called."""
+
+Cond = Mapping[str, Tensor]
+"""What a backbone's `encode` returns: opaque, every value batch-first."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a no-grad rollout leaves behind.
+
+    sigmas: the grid, shape (N+1,), descending to 0.  states: {i: x_i} and velocities: {i: v_i}, only those a plan
+    asked to keep.  x_end: what the reward sees, x_N or the posterior mean of an early stop.
+    """
+
+    sigmas: Float[Tensor, " n_plus_1"]
+    states: Mapping[int, Tensor]
+    velocities: Mapping[int, Tensor]
+    x_end: Tensor
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """One model family behind one small adapter; knows no LoRA, EMA, checkpoints or guidance."""
+
+    net: nn.Module
+    """What is trained."""
+    pipe: Any
+    """The diffusers pipeline it was loaded from, `net` being its transformer."""
+    bfloat16: bool
+    """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of the prompts, batch-first."""
+
+    def unload_text_encoders(self) -> None:
+        """Removes the text encoders; `encode` does not work afterwards."""
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one latent, without the batch, for images of `size` (height, width) pixels."""
+
+    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Tensor:
+        """Standard normal latents for images of `size` (height, width) pixels."""
+
+    def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
+        """Noise levels, shape (steps + 1,), shift included, 1 ... 0."""
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """dx/dsigma, unguided; sigma of shape (batch,), in [0, 1]."""
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images "b 3 h w" in [0, 1], differentiable."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """A differentiable score of images; larger is better."""
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """Scores of images in [0, 1] for their prompts."""
+
+
+def batch_size(cond: Cond) -> int:
+    """Number of samples in `cond`; raises ValueError if its values disagree or it is empty."""
+    sizes = {value.shape[0] for value in cond.values()}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"conditioning must hold one batch size, got { ({k: tuple(v.shape) for k, v in cond.items()}) }"
+        )
+    return sizes.pop()
+
+
+def repeat_batch(cond: Cond, copies: int) -> dict[str, Tensor]:
+    """`cond` repeated `copies` times, copy-major; the very tensors when copies is 1."""
+    if copies == 1:
+        return dict(cond)
+    return {key: value.repeat(copies, *(1,) * (value.dim() - 1)) for key, value in cond.items()}
+
+
+def concat(a: Cond, b: Cond) -> dict[str, Tensor]:
+    """The samples of `a` followed by those of `b`.
+
+    Raises ValueError if keys, or shapes apart from the batch, differ (texts of different padded length do).
+    """
+    if a.keys() != b.keys():
+        raise ValueError(f"conditionings differ in keys: {sorted(a)} and {sorted(b)}")
+    for key in a:
+        if a[key].shape[1:] != b[key].shape[1:]:
+            raise ValueError(
+                f"conditioning {key!r} cannot be concatenated: {tuple(a[key].shape)} and {tuple(b[key].shape)}; "
+                "pad both to one length, or set guidance.batched to false"
+            )
+    return {key: torch.cat([a[key], b[key]]) for key in a}

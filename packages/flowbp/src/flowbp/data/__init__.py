@@ -1,0 +1,4 @@
+"""Prompts and their embeddings.
+
+Knows nothing of training.
+"""

@@ -1,0 +1,124 @@
+"""Prompt embeddings, computed once: kept in memory, or on disk for the runs that follow."""
+
+import hashlib
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowbp.core.types import Backbone, Cond
+from imgen_common.errors import UserError
+
+ENCODE_BATCH_SIZE = 16
+"""Prompts per forward, always: the last batch is filled up, so that kernels round alike whatever is new."""
+PROMPTS_PER_FILE = 64
+"""Prompts that are stored together."""
+FINGERPRINT_BYTES = 2**20
+"""Bytes of either end of a weight file that stand for it in a fingerprint."""
+
+
+@runtime_checkable
+class EmbeddingMapping(Protocol):
+    """Embeddings of single prompts by key, without the batch."""
+
+    def __contains__(self, key: object, /) -> bool: ...
+    def __getitem__(self, key: str, /) -> Mapping[str, Tensor]: ...
+    def update(self, rows: Mapping[str, Mapping[str, Tensor]], /) -> None: ...
+
+
+class EmbeddingStore:
+    """A folder of safetensors files that is only ever added to; read by memory mapping, so that it may be large."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Path] = {}
+        self._open: MutableMapping[Path, safe_open] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.glob("*.safetensors")):
+            self._index(file)
+
+    def _index(self, file: Path) -> None:
+        try:
+            opened = self._open[file] = safe_open(file, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: damaged ({error}); remove it, its prompts will be encoded again") from None
+        self._files |= {key.split("/")[0]: file for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._files
+
+    def __getitem__(self, key: str) -> dict[str, Tensor]:
+        opened = self._open[self._files[key]]
+        names = [name for name in opened.keys() if name.startswith(f"{key}/")]  # noqa: SIM118
+        return {name.split("/")[1]: opened.get_tensor(name) for name in names}
+
+    def update(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Adds a file, whole or not at all."""
+        tensors = {
+            f"{key}/{name}": value.cpu().contiguous() for key, row in rows.items() for name, value in row.items()
+        }
+        file = self.folder / f"{digest(*sorted(rows))}.safetensors"
+        fresh = file.with_suffix(f".{os.getpid()}.new")
+        save_file(tensors, fresh)
+        fresh.replace(file)
+        self._index(file)
+
+
+class PromptEmbeddings:
+    """Conditioning of prompts and of the empty one, each embedded once.
+
+    store: where embeddings are kept, by default in memory.  fingerprint: of the text encoders, part of every key.
+    """
+
+    def __init__(self, backbone: Backbone, store: EmbeddingMapping | None = None, fingerprint: str = "") -> None:
+        self._backbone, self._fingerprint = backbone, fingerprint
+        self._store: EmbeddingMapping = {} if store is None else store
+
+    def _key(self, prompt: str) -> str:
+        return digest(self._fingerprint, prompt)
+
+    def add(self, prompts: Sequence[str]) -> None:
+        """Embeds those prompts that are new."""
+        new = [p for p in dict.fromkeys(prompts) if self._key(p) not in self._store]
+        rows: dict[str, dict[str, Tensor]] = {}
+        for start in range(0, len(new), ENCODE_BATCH_SIZE):
+            texts = new[start : start + ENCODE_BATCH_SIZE]
+            cond = self._backbone.encode([*texts, *[""] * (ENCODE_BATCH_SIZE - len(texts))])
+            for i, text in enumerate(texts):
+                rows[self._key(text)] = {name: value[i].clone() for name, value in cond.items()}
+            if len(rows) >= PROMPTS_PER_FILE or start + ENCODE_BATCH_SIZE >= len(new):
+                self._store.update(rows)
+                rows = {}
+
+    def rows(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of the prompts, on the device of the network."""
+        device = next(self._backbone.net.parameters()).device
+        found = [self._store[self._key(p)] for p in prompts]
+        return {name: torch.stack([row[name] for row in found]).to(device) for name in found[0]}
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
+        """Conditioning of the prompts, and the one row of the empty prompt."""
+        self.add([*prompts, ""])
+        return self.rows(prompts), self.rows([""])
+
+
+def digest(*parts: str) -> str:
+    """A short name for texts."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the text encoders and tokenizers of a diffusers folder: names, sizes and both ends of all their files."""
+    found = []
+    for file in sorted(path for part in ("text_encoder*", "tokenizer*") for path in folder.glob(f"{part}/*")):
+        with file.open("rb") as stream:
+            ends = stream.read(FINGERPRINT_BYTES)
+            stream.seek(max(0, file.stat().st_size - FINGERPRINT_BYTES))
+            ends += stream.read(FINGERPRINT_BYTES)
+        found += [f"{file.parent.name}/{file.name}", str(file.stat().st_size), hashlib.blake2b(ends).hexdigest()]
+    return digest(*found)

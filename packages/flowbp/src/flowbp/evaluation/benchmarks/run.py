@@ -1,0 +1,186 @@
+"""The papers' two protocols: the images of a whole prompt file at fixed seeds, and their scores, in one folder.
+
+    config.yaml, environment.json          what the images are and what scores them; on what it ran
+    images/00012/metadata.jsonl            the prompt (for GenEval its row), as GenEval's own scorer reads it
+    images/00012/samples/0003.png          its images
+    scores/NAME.rank0.jsonl                a line per image, those that one process scored
+    table.md, table.json                   the results
+
+Every file is written whole or not at all, and is found again, so that the same command continues after a kill.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from PIL import Image
+
+from flowbp.core.noise import initial_noise
+from flowbp.data.embeddings import PromptEmbeddings
+from flowbp.evaluation.benchmarks.scorers import load_scorer
+from flowbp.evaluation.benchmarks.settings import (
+    JUDGED,
+    BenchmarkConfig,
+    BenchmarkRequest,
+    ImageId,
+    Prompt,
+    ScorerSpec,
+    benchmark_config,
+    check_benchmark,
+    open_benchmark_folder,
+    read_prompts,
+)
+from flowbp.evaluation.evaluate import generate
+from flowbp.evaluation.sampling import ModelSource
+from imgen_common.errors import UserError
+from imgen_common.files import atomic_file, numbered_lines, write_atomic
+from imgen_common.images import decode, to_pil
+
+JUDGE_BATCH = 32
+"""Images that are judged, and whose scores are written, together."""
+T = TypeVar("T")
+
+
+def image_file(folder: Path, image_id: ImageId) -> Path:
+    """Where an image is kept."""
+    return folder / "images" / f"{image_id[0]:05d}" / "samples" / f"{image_id[1]:04d}.png"
+
+
+def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
+    """All rows of one scorer, whichever process wrote them.  Raises UserError naming a line that is not a row."""
+    found = {}
+    for file in sorted((folder / "scores").glob(f"{name}.rank*.jsonl")):
+        for number, line in numbered_lines(file):
+            try:
+                row = json.loads(line)
+                found[int(row["prompt"]), int(row["image"])] = row
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
+    return found
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The work of one process in a folder.  on_progress(label, done, total): called after every batch."""
+
+    source: ModelSource
+    config: BenchmarkConfig
+    prompts: Sequence[Prompt]
+    out: Path
+    batch_size: int
+    judge_url: str | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0
+    on_progress: Callable[[str, int, int], None] = lambda label, done, total: None
+
+    @property
+    def missing_images(self) -> list[ImageId]:
+        """The images that are not on disk."""
+        return [image_id for image_id in self.config.image_ids if not image_file(self.out, image_id).exists()]
+
+    def unscored_images(self, name: str) -> list[ImageId]:
+        """The images without a row of this scorer."""
+        done = read_scores(self.out, name)
+        return [image_id for image_id in self.config.image_ids if image_id not in done]
+
+    @torch.no_grad()
+    def generate_images(self, todo: Sequence[ImageId]) -> None:
+        """Generates images: number k of prompt i from noise stream (seed, "benchmark-k", i), whatever the batch."""
+        if not todo:
+            return
+        config, backbone = self.config, self.source.load(self.device)
+        embeddings = PromptEmbeddings(backbone)
+        embeddings.add([*(self.prompts[i].text for i, _ in todo), ""])
+        backbone.unload_text_encoders()
+        size = (config.model.height, config.model.width)
+        for start in range(0, len(todo), self.batch_size):
+            batch = todo[start : start + self.batch_size]
+            cond, negative = embeddings([self.prompts[i].text for i, _ in batch])
+            noise = torch.cat([initial_noise(backbone, size, config.seed, f"benchmark-{k}", [i]) for i, k in batch])
+            images = generate(
+                backbone,
+                cond,
+                negative,
+                noise.to(next(iter(cond.values())).device),
+                size=size,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+            )
+            for image_id, image in zip(batch, to_pil(images), strict=True):
+                self._save(image_id, image)
+            self.on_progress(f"generating images of {config.label}", start + len(batch), len(todo))
+
+    def _save(self, image_id: ImageId, image: Image.Image) -> None:
+        file = image_file(self.out, image_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent.parent / "metadata.jsonl").write_text(self.prompts[image_id[0]].row() + "\n", encoding="utf-8")
+        with atomic_file(file) as fresh:
+            image.save(fresh, "PNG")
+
+    def score_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
+        """Scores images on disk; the rows of every batch are written before the next one begins."""
+        if not todo:
+            return
+        score = load_scorer(spec, self.device, self.judge_url)
+        size = JUDGE_BATCH if spec.kind in JUDGED else self.batch_size
+        file = self.out / "scores" / f"{spec.name}.rank{self.rank}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        lines = [line for _, line in numbered_lines(file)] if file.exists() else []
+        for start in range(0, len(todo), size):
+            batch = todo[start : start + size]
+            prompts = [self.prompts[i] for i, _ in batch]
+            rows = score([decode(image_file(self.out, image_id)) for image_id in batch], prompts)
+            for (i, k), prompt, row in zip(batch, prompts, rows, strict=True):
+                lines.append(json.dumps({"prompt": i, "image": k, "text": prompt.text} | row))
+            write_atomic(file, "\n".join(lines) + "\n")
+            self.on_progress(f"scoring {spec.name}", start + len(batch), len(todo))
+
+
+def prepare_benchmark(
+    source: ModelSource, request: BenchmarkRequest, out: Path, batch_size: int, judge_url: str | None = None
+) -> Benchmark:
+    """The benchmark of a request, checked; nothing is written.
+
+    Raises UserError for whatever can be found wrong without loading weights.
+    """
+    prompts = read_prompts(request, source.config.data.key)
+    config = benchmark_config(source, request, prompts)
+    check_benchmark(config, judge_url)
+    return Benchmark(source, config, prompts, out, batch_size, judge_url)
+
+
+def run_benchmark(work: Benchmark, command: Sequence[str], state: PartialState) -> None:
+    """Generates and scores whatever is missing in the folder; the processes of `state` share it without overlap."""
+
+    def mine(missing: list[ImageId]) -> list[ImageId]:
+        return broadcast_object_list([missing])[0][state.process_index :: state.num_processes]
+
+    folder = run_on_all_processes(
+        lambda: open_benchmark_folder(work.out, work.config, command) if state.is_main_process else None
+    )
+    try:
+        run_on_all_processes(partial(work.generate_images, mine(work.missing_images)))
+        for spec in work.config.scorers:
+            unscored = run_on_all_processes(partial(work.unscored_images, spec.name))
+            run_on_all_processes(partial(work.score_images, spec, mine(unscored)))
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def run_on_all_processes(work: Callable[[], T]) -> T:
+    """The result of `work` in this process, once all have done theirs; a UserError of one is raised in all."""
+    found, message = [], ""
+    try:
+        found.append(work())
+    except UserError as error:
+        message = str(error)
+    if messages := [text for text in gather_object([message]) if text]:
+        raise UserError(messages[0])
+    return found[0]

@@ -1,0 +1,202 @@
+"""What a benchmark folder is made of: protocol, model, prompts and scorers, checked before anything is written."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, cast, get_args
+
+from flowbp import backbones
+from flowbp.config import ModelConfig, PositiveInt
+from flowbp.data.embeddings import digest
+from flowbp.data.prompts import load_prompts
+from flowbp.evaluation import vlm_judge
+from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
+from flowbp.evaluation.sampling import ModelSource, check_guidance_scale
+from flowbp.rewards import REWARDS
+from imgen_common import hub
+from imgen_common.config import Config, to_yaml
+from imgen_common.errors import UserError, nearest
+from imgen_common.files import write_atomic
+from imgen_common.run_folder.find import CONFIG
+from imgen_common.run_folder.folder import RunFolder
+
+BenchmarkProtocol = Literal["hpdv2", "geneval"]
+IMAGES_PER_PROMPT: dict[BenchmarkProtocol, int] = {"hpdv2": 1, "geneval": 4}
+"""As in the papers."""
+GENEVAL = "geneval"
+JUDGED = get_args(vlm_judge.Criterion)
+SCORER_NAME = re.compile(r"[a-z][a-z0-9_]*")
+ImageId = tuple[int, int]
+"""(number of the prompt, number of the image among those of the prompt)."""
+
+
+class ScorerSpec(Config):
+    """A scorer of images."""
+
+    renamed: ClassVar = {"colours": "color_model"}
+
+    name: str
+    kind: str
+    ref: str
+    """Folder of the reward or of GenEval's detector, or the name under which the judge is served."""
+    color_model: str | None = None
+    """The CLIP with which GenEval classifies colors."""
+
+
+class BenchmarkConfig(Config):
+    """What the images of a benchmark folder are, and what scores them."""
+
+    label: str
+    protocol: BenchmarkProtocol
+    model: ModelConfig
+    run: str | None = None
+    """The run whose trained weights are used; null: the published model."""
+    update: int | None = None
+    """The update of the run that they are of."""
+    prompts: str
+    content: str
+    """Digest of the prompts, or of the metadata of GenEval."""
+    num_prompts: PositiveInt
+    images: PositiveInt
+    """Images per prompt."""
+    num_inference_steps: PositiveInt
+    guidance_scale: float
+    seed: int
+    scorers: tuple[ScorerSpec, ...] = ()
+
+    @property
+    def image_ids(self) -> list[ImageId]:
+        """All images, prompt by prompt."""
+        return [(prompt, image) for prompt in range(self.num_prompts) for image in range(self.images)]
+
+
+MAY_DIFFER = ("prompts", "scorers")
+"""Keys that may change within a folder: the digest stands for the prompts, and scorers may be added."""
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What is asked for.  None stands for the value of the protocol (images), or of the model or run (the others)."""
+
+    protocol: BenchmarkProtocol
+    prompts: str
+    """File with prompts, or with the metadata of GenEval."""
+    scorers: tuple[ScorerSpec, ...] = ()
+    num_prompts: int | None = None
+    """Only the first prompts; None: all of them."""
+    images: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and for GenEval what its images must show."""
+
+    text: str
+    task: GenEvalTask | None = None
+
+    def row(self) -> str:
+        """The prompt as a line of JSON."""
+        if self.task is None:
+            return json.dumps({"prompt": self.text})
+        return self.task.model_dump_json(by_alias=True, exclude_defaults=True)
+
+
+def read_prompts(request: BenchmarkRequest, key: str) -> list[Prompt]:
+    """The prompts of the file.  Raises UserError as `load_prompts` and `read_tasks` do."""
+    if request.protocol == "geneval":
+        return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
+    return [Prompt(text) for text in load_prompts(request.prompts, key, request.num_prompts)]
+
+
+def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
+    """The scorer that `KIND=REF` or `NAME:KIND=REF` describes.
+
+    A kind is a reward, one of the two criteria of the judge, or `geneval`.
+    """
+    kinds = (*REWARDS, *JUDGED, GENEVAL)
+    left, _, ref = text.partition("=")
+    name, _, kind = left.rpartition(":")
+    name = name or kind
+    if not ref:
+        raise UserError(f"--score {text}: must be KIND=REF or NAME:KIND=REF; kinds are {', '.join(kinds)}")
+    if kind not in kinds:
+        known = f"{nearest(kind, kinds)}; allowed: {', '.join(kinds)}"
+        raise UserError(f"--score {text}: unknown kind {kind!r}{known}")
+    if not SCORER_NAME.fullmatch(name):
+        raise UserError(f"--score {text}: a name has lower-case letters, digits and underscores only, this is {name!r}")
+    if kind == GENEVAL and color_model is None:
+        raise UserError(f"--score {text}: GenEval classifies colors with a CLIP ViT-L/14; give --color-model REF")
+    return ScorerSpec(name=name, kind=kind, ref=ref, color_model=color_model if kind == GENEVAL else None)
+
+
+def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Sequence[Prompt]) -> BenchmarkConfig:
+    """The configuration of the folder.  prompts: those that `read_prompts` found.
+
+    Raises UserError for a guidance scale out of range.
+    """
+    scale = source.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    check_guidance_scale(scale)
+    return BenchmarkConfig(
+        label=source.label,
+        protocol=request.protocol,
+        model=source.config.model,
+        run=source.run.name if source.run else None,
+        update=RunFolder.open(source.run, is_main=False).latest_checkpoint() if source.run else None,
+        prompts=request.prompts,
+        content=digest(*(prompt.row() for prompt in prompts)),
+        num_prompts=len(prompts),
+        images=request.images or IMAGES_PER_PROMPT[request.protocol],
+        num_inference_steps=request.num_inference_steps or source.config.eval.num_inference_steps,
+        guidance_scale=scale,
+        seed=request.seed,
+        scorers=request.scorers,
+    )
+
+
+def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
+    """Raises UserError for whatever can be found wrong without loading weights."""
+    names = [spec.name for spec in config.scorers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--score: {', '.join(twice)} given twice; give one of them a name, NAME:KIND=REF")
+    for spec in config.scorers:
+        if spec.kind in JUDGED:
+            vlm_judge.check_url(judge_url)
+        elif spec.kind != GENEVAL:
+            hub.resolve(spec.ref)
+        elif config.protocol != "geneval":
+            raise UserError(f"--score {spec.name}: needs GenEval's metadata; give --protocol geneval")
+        else:
+            from flowbp.evaluation.benchmarks.detector import check_detector
+
+            check_detector(spec.ref)
+            hub.resolve(cast(str, spec.color_model))
+    hub.resolve(config.model.ref)
+    backbone = backbones.init_empty_weights(config.model.ref)
+    backbones.with_embedded_guidance(backbone, config.model.ref, config.model.embedded_guidance)
+    backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
+    backbone.latent_shape((config.model.height, config.model.width))
+
+
+def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[str]) -> RunFolder:
+    """The folder, made or opened to continue in it; scorers that it has already stay.
+
+    Raises UserError if it was made with other settings, or has another scorer of the same name.
+    """
+    if not (out / CONFIG).is_file():
+        return RunFolder.create(out, config, command)
+    folder = RunFolder.open(out, config, command, may_differ=MAY_DIFFER)
+    known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
+    for spec in config.scorers:
+        if (before := known.setdefault(spec.name, spec)) != spec:
+            folder.close()
+            raise UserError(
+                f"{out}: its scores {spec.name!r} are of {before.kind}={before.ref}, now {spec.kind}={spec.ref} was "
+                f"given; give the new ones another name, NAME:{spec.kind}={spec.ref}"
+            )
+    write_atomic(out / CONFIG, to_yaml(config.model_copy(update={"scorers": tuple(known.values())})))
+    return folder

@@ -1,0 +1,146 @@
+"""Benchmark folders as rows of the papers' tables, with bootstrap intervals over prompts."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from flowbp.evaluation.benchmarks.geneval import Tag
+from flowbp.evaluation.benchmarks.run import read_scores
+from flowbp.evaluation.benchmarks.settings import GENEVAL, BenchmarkConfig
+from flowbp.evaluation.compare import MeanScore, mean_score
+from imgen_common.console import markdown_table
+from imgen_common.files import write_atomic
+from imgen_common.run_folder.folder import RunFolder
+
+OVERALL = "overall"
+PERCENT: tuple[str, ...] = (OVERALL, *get_args(Tag))
+"""Scores in percent: those of GenEval."""
+COLUMN_TITLES = dict(zip(PERCENT, ("Overall", "Single", "Two", "Count", "Color", "Position", "Attr"), strict=True)) | {
+    "hpsv2": "HPSv2.1",
+    "hpsv3": "HPSv3",
+    "pickscore": "PickScore",
+    "imagereward": "ImageReward",
+    "ur_align": "UR-Align",
+    "ur_iq": "UR-IQ",
+}
+"""Columns in the order of the papers; other scores follow under their own names."""
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """One folder: the mean of every score and its 95 % interval.
+
+    scored: number of images with a row, by scorer.  unscored: of those, images to which the scorer gave no score; the
+    means leave them out.
+    """
+
+    label: str
+    folder: str
+    protocol: str
+    images: int
+    scored: dict[str, int]
+    unscored: dict[str, int]
+    means: dict[str, MeanScore]
+
+
+def read_row(folder: Path) -> BenchmarkRow:
+    """The row of a folder, finished or not.  Raises UserError if it is not a folder of `flowbp benchmark`."""
+    config = RunFolder.open(folder, is_main=False).config(BenchmarkConfig)
+    scored, unscored = {}, {}
+    means: dict[str, MeanScore] = {}
+    for spec in config.scorers:
+        rows = read_scores(folder, spec.name).values()
+        scored[spec.name] = len(rows)
+        unscored[spec.name] = sum(row["score"] is None for row in rows)
+        means |= _by_task(rows) if spec.kind == GENEVAL else _means({spec.name: [_by_prompt(rows)]})
+    return BenchmarkRow(config.label, str(folder), config.protocol, len(config.image_ids), scored, unscored, means)
+
+
+def _by_prompt(rows: Collection[Mapping[str, Any]]) -> list[float]:
+    """The mean score of every prompt that has one."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        if row["score"] is not None:
+            values.setdefault(row["prompt"], []).append(row["score"])
+    return [float(np.mean(values[prompt])) for prompt in sorted(values)]
+
+
+def _by_task(rows: Collection[Mapping[str, Any]]) -> dict[str, MeanScore]:
+    """Correct images in percent by task, and the mean of the tasks, in which every task has the same weight."""
+    found = {tag: [100 * value for value in _by_prompt([r for r in rows if r["tag"] == tag])] for tag in get_args(Tag)}
+    strata = {tag: values for tag, values in found.items() if values}
+    return _means({OVERALL: list(strata.values())} | {tag: [values] for tag, values in strata.items()})
+
+
+def _means(scores: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, MeanScore]:
+    return {name: mean_score(*strata) for name, strata in scores.items() if any(strata)}
+
+
+def score_columns(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """All scores of the rows, in the order of the papers."""
+    names = dict.fromkeys(name for row in rows for name in row.means)
+    known = list(COLUMN_TITLES)
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def row_labels(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """The label of each row: its model, and the folder too where several rows have that model."""
+    models = [row.label for row in rows]
+    return [row.label if models.count(row.label) == 1 else f"{row.label} ({Path(row.folder).name})" for row in rows]
+
+
+def format_cell(row: BenchmarkRow, name: str) -> tuple[str, str]:
+    """Mean and interval of a score as people read them."""
+    one = row.means.get(name)
+    if one is None:
+        return "-", ""
+    if name in PERCENT:
+        return f"{one.mean:.2f}", f"{one.low:.1f} to {one.high:.1f}"
+    return f"{one.mean:.4f}", f"{one.low:.4f} to {one.high:.4f}"
+
+
+def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """What a reader of the table must know."""
+    within = ", for Overall within each task" if OVERALL in score_columns(rows) else ""
+    notes = [f"Below each mean its 95 % interval: percentile bootstrap over prompts{within}."]
+    notes = notes if score_columns(rows) else ["No scores yet; give --score KIND=REF."]
+    for row in rows:
+        notes += [
+            f"{row.folder}: {name} has {number} of {row.images} images; run the same command again to continue."
+            for name, number in row.scored.items()
+            if number < row.images
+        ]
+        notes += [
+            f"{row.folder}: {name} gave {number} of {row.scored[name]} images no score; they are left out."
+            for name, number in row.unscored.items()
+            if number
+        ]
+    return notes
+
+
+def table_markdown(rows: Sequence[BenchmarkRow]) -> str:
+    """The table for a document."""
+    names = score_columns(rows)
+    body = [
+        [label, *(" <br> ".join(filter(None, format_cell(row, name))) for name in names)]
+        for label, row in zip(row_labels(rows), rows, strict=True)
+    ]
+    table = markdown_table(["", *(COLUMN_TITLES.get(name, name) for name in names)], body)
+    return "\n".join([table, "", *table_notes(rows)]) + "\n"
+
+
+def table_as_json(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
+    """The table for machines."""
+    return [asdict(row) for row in rows]
+
+
+def write_table(folder: Path) -> BenchmarkRow:
+    """Writes the folder's own table; returns its row."""
+    row = read_row(folder)
+    write_atomic(folder / "table.json", json.dumps(table_as_json([row]), indent=2) + "\n")
+    write_atomic(folder / "table.md", table_markdown([row]))
+    return row

@@ -1,0 +1,73 @@
+"""Evaluations on disk: `RUN/evaluations/NAME-gSCALE/{scores.json, 000.png, ...}`."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from flowbp.evaluation.evaluate import Evaluation
+from imgen_common.files import write_atomic
+from imgen_common.images import from_pil, to_pil
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """An evaluation read from disk; `image_files` are the images of the first prompts, in order."""
+
+    name: str
+    guidance: float
+    prompts: list[str]
+    scores: dict[str, list[float]]
+    groups: list[str] | None
+    image_files: list[Path]
+    statistics: dict[str, list[float]] = field(default_factory=dict)
+
+    def images(self) -> Tensor:
+        """The images, (n, 3, h, w) in [0, 1]."""
+        return from_pil([Image.open(file) for file in self.image_files])
+
+
+def evaluation_folder(run: Path, name: str, guidance: float) -> Path:
+    """Where an evaluation of a run is kept."""
+    return run / "evaluations" / f"{name}-g{guidance:g}"
+
+
+def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluation) -> Path:
+    """Writes the images, then the scores, so that a folder with scores is complete.  Returns the folder."""
+    folder = evaluation_folder(run, name, guidance)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if len(evaluation.images):
+        for i, image in enumerate(to_pil(evaluation.images)):
+            image.save(folder / f"{i:03d}.png")
+    content = {
+        "name": name,
+        "guidance": guidance,
+        "prompts": evaluation.prompts,
+        "scores": evaluation.scores,
+        "groups": evaluation.groups,
+        "statistics": evaluation.statistics,
+    }
+    write_atomic(folder / "scores.json", json.dumps(content) + "\n")
+    return folder
+
+
+def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:
+    """All complete evaluations of a run by (name, guidance scale)."""
+    found = {}
+    for file in sorted((run / "evaluations").glob("*/scores.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        images = sorted(p for p in file.parent.glob("*.png") if re.fullmatch(r"\d+", p.stem))
+        found[(content["name"], content["guidance"])] = SavedEvaluation(image_files=images, **content)
+    return found
+
+
+def delete_evaluations(run: Path, name: str) -> None:
+    """Removes all evaluations of a name, at every guidance scale."""
+    for key, saved in load_evaluations(run).items():
+        if saved.name == name:
+            shutil.rmtree(evaluation_folder(run, *key))

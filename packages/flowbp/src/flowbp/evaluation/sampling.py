@@ -1,0 +1,156 @@
+"""Images and scores of a published model or of a trained run, outside of training."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowbp.backbones.loading import load_backbone, load_trained_weights
+from flowbp.config import TrainConfig
+from flowbp.core.types import Backbone, Reward, repeat_batch
+from flowbp.data.embeddings import PromptEmbeddings
+from flowbp.data.prompts import is_shapes_source, load_prompts
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, evaluate, generate, sampling_options
+from imgen_common.config import load
+from imgen_common.devices import device_of
+from imgen_common.errors import UserError
+from imgen_common.images import grid, to_pil
+from imgen_common.run_folder.find import CONFIG, find_run, is_run
+
+NUMBERED_FILE = re.compile(r"(\d+)-")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model of a configuration, with the trained weights of `run` if there is one."""
+
+    label: str
+    config: TrainConfig
+    run: Path | None
+
+    def load(self, device: torch.device) -> Backbone:
+        """The backbone with its weights."""
+        backbone = load_backbone(self.config, device)
+        if self.run is not None:
+            load_trained_weights(backbone, self.run)
+        return backbone
+
+
+def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool = False) -> ModelSource:
+    """The source that `text` names: a run (a folder, or its name under `root`) or a model reference.
+
+    base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`; `sets` change
+    them.
+    """
+    if is_run(text, root):
+        path = find_run(text, root)
+        config = load(TrainConfig, [path / CONFIG], sets)
+        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
+    config = load(TrainConfig, [], sets)
+    return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+
+
+def generate_images(
+    backbone: Backbone,
+    prompt: str,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Images (b, 3, h, w) of one prompt, one per seed.
+
+    A seed gives the image that the diffusers pipeline of the family generates with
+    `generator=torch.Generator().manual_seed(seed)`.
+    """
+    noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
+    cond = repeat_batch(backbone.encode([prompt]), len(seeds))
+    return generate(
+        backbone,
+        cond,
+        backbone.encode([""]),
+        noise.to(next(iter(cond.values())).device),
+        size=size,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+    )
+
+
+def sample(
+    source: str | Path, prompts: Sequence[str], seeds: Sequence[int] = (0,), runs: str | Path = "runs"
+) -> Tensor:
+    """Images (prompts x seeds, 3, h, w) in [0, 1], prompt by prompt, of a run or of a model reference.
+
+    source: a run folder, its name under `runs`, or a model as in `model.ref`; size, steps and guidance scale are those
+    of its configuration.  Raises UserError if there is no such run or model.
+    """
+    model = model_source(str(source), Path(runs))
+    config, backbone = model.config, model.load(device_of("auto"))
+    size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
+    images = [generate_images(backbone, text, seeds, size, steps, config.guidance_scale) for text in prompts]
+    return torch.cat(images)
+
+
+def next_file_number(folder: Path) -> int:
+    """The first number that is larger than any with which a file name in the folder begins."""
+    found = [NUMBERED_FILE.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def slug(text: str) -> str:
+    """A prompt as part of a file name."""
+    return "-".join(re.findall(r"\w+", text.lower()))[:60] or "image"
+
+
+def evaluate_model(
+    source: ModelSource,
+    prompts: Sequence[str],
+    rewards: dict[str, Reward],
+    config: TrainConfig,
+    scales: Sequence[float],
+    on_progress: Callable[[str, int, int], None],
+) -> dict[float, Evaluation]:
+    """Evaluations of one model by guidance scale, with the seeds and sizes of `config`."""
+    backbone = source.load(device_of("auto"))
+    embeddings = PromptEmbeddings(backbone)
+    task = EvaluationTask(prompts, rewards, verify=is_shapes_source(config.eval.prompts))
+
+    def at(scale: float) -> Evaluation:
+        label = f"{source.label}, guidance {scale:g}"
+        return evaluate(
+            backbone,
+            embeddings,
+            task,
+            sampling_options(config, scale),
+            on_progress=lambda done: on_progress(label, done, len(prompts)),
+        )
+
+    return {scale: at(scale) for scale in scales}
+
+
+def evaluation_prompts(config: TrainConfig) -> list[str]:
+    """The prompts of the evaluation that `config.eval` describes."""
+    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
+
+
+def check_guidance_scale(scale: float) -> None:
+    """Raises UserError for a guidance scale out of range."""
+    if not 0 < scale <= 100:
+        raise UserError(f"--guidance-scale {scale:g}: must be above 0 and at most 100")
+
+
+def save_images(images: Tensor, folder: Path, names: Sequence[str]) -> list[Image.Image]:
+    """Writes images (b, 3, h, w) as PNG files; returns them."""
+    saved = to_pil(images)
+    for image, name in zip(saved, names, strict=True):
+        image.save(folder / name)
+    return saved
+
+
+def save_grid(images: Sequence[Image.Image], file: Path, columns: int) -> None:
+    """Writes all images in rows of `columns`, small ones enlarged."""
+    grid(images, columns, scale=max(1, 128 // images[0].width), gap=4).save(file)

@@ -1,1 +1,0 @@
-"""Judges of pictures that give no gradient: for evaluation only."""

@@ -1,0 +1,57 @@
+"""Writes trained weights as files that other programs load.
+
+Knows nothing of the command line.
+"""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from flowbp.backbones.loading import read_trained_weights
+from flowbp.export.adapters import DIFFUSERS_FILE, linear_output_sizes, lora_adapters, pipeline_class, to_diffusers
+from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
+from flowbp.export.merged import merge_weights
+from flowbp.export.model_card import ExportedWeights, ExportFormat, model_card
+from imgen_common.errors import UserError
+from imgen_common.files import atomic_folder, write_atomic
+from imgen_common.run_folder.folder import RunFolder
+
+
+def export_run(run: Path, to: ExportFormat, out: Path, kept: ExportedWeights = "ema", step: int | None = None) -> Path:
+    """Writes the folder `out` with the weights and a model card; returns it.
+
+    kept: the averaged weights, which are those that the run evaluated, or those of the last update.  step: number of
+    updates after which the checkpoint was made; by default the last one.
+    Raises UserError if `out` exists, there is no such checkpoint, or the run trained all weights and `to` wants an
+    adapter.
+    """
+    config, weights = read_trained_weights(RunFolder.open(run, is_main=False), kept, step)
+    if config.lora is None and to != "merged":
+        raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
+    with atomic_folder(out) as folder:
+        if to == "merged":
+            merge_weights(config, weights).save_pretrained(folder)
+        elif to == "diffusers":
+            save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
+        else:
+            keys = to_comfyui(lora_adapters(config, weights), pipeline_class(config), linear_output_sizes(config))
+            save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
+        write_atomic(folder / "README.md", model_card(run, config, to, kept, step))
+    return out
+
+
+def push_to_hub(folder: Path, repo: str) -> str:
+    """Uploads an exported folder to a repository of the hub; returns its address.  A new repository is private.
+
+    The token comes from the environment (HF_TOKEN) or the login of the hub.  Raises UserError if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError) as error:
+        raise UserError(f"--push {repo}: the hub refused ({str(error).splitlines()[0]}); check HF_TOKEN") from None
+    return str(address)

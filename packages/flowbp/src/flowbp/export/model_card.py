@@ -1,0 +1,66 @@
+"""The model card of an exported run."""
+
+from pathlib import Path
+from typing import Literal
+
+from flowbp.backbones.licenses import license_of
+from flowbp.config import TrainConfig
+from flowbp.evaluation.compare import format_interval, format_score, score_title
+from flowbp.export.adapters import DIFFUSERS_FILE
+from flowbp.export.comfyui import COMFYUI_FILE
+from flowbp.training.runs import compare_base_and_trained
+from imgen_common import hub
+from imgen_common.config import to_yaml
+from imgen_common.console import markdown_table
+
+ExportFormat = Literal["diffusers", "comfyui", "merged"]
+ExportedWeights = Literal["ema", "last"]
+DESCRIPTIONS: dict[ExportFormat, str] = {
+    "diffusers": f'Adapter. Load: `pipeline.load_lora_weights("FOLDER")`, file `{DIFFUSERS_FILE}`.',
+    "comfyui": f"Adapter for ComfyUI: `{COMFYUI_FILE}`.",
+    "merged": 'The whole pipeline. Load: `DiffusionPipeline.from_pretrained("FOLDER")`.',
+}
+
+
+def model_card(run: Path, config: TrainConfig, to: ExportFormat, kept: ExportedWeights, step: int | None) -> str:
+    """The model card: what the weights are, how to load them, scores, licenses, the whole configuration."""
+    updates = config.max_train_steps if step is None else step
+    models = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [text-to-image, flowbp, reward-backpropagation]",
+        *([f"base_model: {config.model.ref}"] if hub.HUB_REF.fullmatch(config.model.ref) else []),
+        "---",
+        f"# {run.name}",
+        f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
+        f"{updates} updates; the {kept} weights. {DESCRIPTIONS[to]}",
+        "## Scores",
+        _scores(run) if step in (None, config.max_train_steps) else "This checkpoint was not evaluated.",
+        "## Licenses",
+        *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
+        "## Configuration",
+        "```yaml",
+        to_yaml(config).rstrip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(run: Path) -> str:
+    changes = compare_base_and_trained(run)
+    if not changes:
+        return "The run was exported before its evaluation."
+    rows = [
+        [
+            f"{scale:g}",
+            score_title(name),
+            format_score(name, one.before),
+            format_score(name, one.after),
+            format_interval(name, one),
+            str(one.num),
+        ]
+        for scale, scores in changes.items()
+        for name, one in scores.items()
+    ]
+    return markdown_table(["guidance", "score", "before", "after", "change, 95 % interval", "prompts"], rows)

@@ -1,0 +1,60 @@
+"""Converts published reward checkpoints, most of them pickles, to safetensors folders that `load_reward` reads.
+
+A pickle is read once, by torch's restricted unpickler (tensors and plain containers only).
+"""
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from flowbp.rewards.convert.checkpoints import (
+    PUBLISHED_FILES,
+    Convertible,
+    head_weights,
+    load_qwen2_vl_config,
+    load_tokenizer,
+    read_checkpoint,
+)
+from flowbp.rewards.convert.hpsv3 import PROMPT_SOURCE, read_prompt_template, save_hpsv3
+from flowbp.rewards.convert.image_reward import save_image_reward
+from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
+from flowbp.rewards.head import HEAD_FILE
+from imgen_common import hub
+from imgen_common.errors import UserError
+from imgen_common.files import atomic_folder
+
+
+def convert_checkpoint(
+    kind: Convertible, file: Path, companion: str, out: Path, prompt_source: Path | None = None
+) -> Path:
+    """Writes the folder of a reward; returns it.
+
+    companion: reference to a folder with the tokenizer (hpsv2: that of any CLIP; imagereward: bert-base-uncased; hpsv3:
+    Qwen2-VL-7B-Instruct, whose configuration is read too), or for `aesthetic` to the CLIP ViT-L/14 that the head was
+    trained on.
+    prompt_source: for hpsv3 only, see `read_prompt_template`.
+    Raises UserError if `out` exists, or if a file does not hold what `kind` says.
+    """
+    if prompt_source is not None and kind != "hpsv3":
+        raise UserError(f"--prompt-source: is for hpsv3; {kind} puts no text around prompts")
+    if prompt_source is None and kind == "hpsv3":
+        raise UserError(f"hpsv3: needs --prompt-source FILE, {PROMPT_SOURCE}")
+    template = None if prompt_source is None else read_prompt_template(prompt_source)
+    with atomic_folder(out) as fresh:
+        state = read_checkpoint(file, PUBLISHED_FILES[kind])
+        try:
+            if kind == "hpsv2":
+                save_clip(clip_from_open_clip(state), load_tokenizer(companion), fresh)
+            elif template is not None:
+                save_hpsv3(state, load_qwen2_vl_config(companion), load_tokenizer(companion), template, fresh)
+            elif kind == "imagereward":
+                save_image_reward(state, load_tokenizer(companion), fresh)
+            else:
+                for part in hub.resolve(companion).iterdir():
+                    if part.suffix in (".json", ".txt", ".safetensors"):
+                        shutil.copy(part, fresh)
+                save_file(head_weights(state, "layers."), fresh / HEAD_FILE)
+        except KeyError as error:
+            raise UserError(f"{file}: not a checkpoint of {kind}: {error.args[0]} is missing") from None
+    return out

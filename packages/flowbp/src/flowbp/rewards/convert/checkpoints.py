@@ -1,0 +1,80 @@
+"""Reading published checkpoints, and the tokenizers and configurations that they need."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
+
+from flowbp.rewards.head import CHECKPOINT_LAYERS
+from imgen_common.errors import UserError
+
+Convertible = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
+PUBLISHED_FILES: dict[Convertible, str] = {
+    "hpsv2": "HPS_v2.1_compressed.pt",
+    "hpsv3": "HPSv3.safetensors of MizzenAI/HPSv3",
+    "imagereward": "ImageReward.pt",
+    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+}
+"""The file as which each reward is published."""
+StateDict = Mapping[str, Tensor]
+
+
+def read_checkpoint(file: Path, published: str = "the published checkpoint") -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, without the wrappers that trainers put around them.
+
+    Raises UserError if there is no file, or if it holds anything but tensors in plain containers.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; download {published} first")
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{file}: cannot be read as tensors in plain containers, and anything else is not unpickled ({error})"
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def count_layers(state: StateDict, prefix: str) -> int:
+    """Number of layers whose weights are named PREFIX0., PREFIX1., ..."""
+    found = [re.match(re.escape(prefix) + r"(\d+)\.", key) for key in state]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def head_weights(state: StateDict, prefix: str) -> dict[str, Tensor]:
+    """The weights of `scoring_head`, named as in its state dict."""
+    return {
+        f"{i}.{part}": state[f"{prefix}{layer}.{part}"].float().contiguous()
+        for i, layer in enumerate(CHECKPOINT_LAYERS)
+        for part in ("weight", "bias")
+    }
+
+
+def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or of `org/name`.  Raises UserError if there is none."""
+    return _load_companion(AutoTokenizer, "tokenizer", ref)
+
+
+def load_qwen2_vl_config(ref: str) -> Qwen2VLConfig:
+    """The configuration of a Qwen2-VL, a folder or `org/name`.  Raises UserError if it is of another model, or none."""
+    config = _load_companion(AutoConfig, "configuration", ref)
+    if not isinstance(config, Qwen2VLConfig):
+        raise UserError(f"{ref}: holds a {config.model_type!r}; hpsv3 is made of Qwen2-VL-7B-Instruct")
+    return config
+
+
+def _load_companion(auto_class: Any, what: str, ref: str) -> Any:
+    try:
+        return auto_class.from_pretrained(ref)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ref}: no {what} there ({str(error).splitlines()[0]})") from None

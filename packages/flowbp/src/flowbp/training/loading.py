@@ -1,0 +1,74 @@
+"""Everything a run is made of, loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import nn
+
+from flowbp.backbones.loading import load_backbone
+from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.options import compile_blocks
+from flowbp.config import TrainConfig
+from flowbp.core.types import Backbone, Reward
+from flowbp.data.embeddings import EmbeddingStore, PromptEmbeddings, fingerprint
+from flowbp.data.prompts import load_prompts
+from flowbp.training.state import TorchTrainState, TrainState, shard
+from imgen_common import hub
+
+
+@dataclass
+class LoadedModels:
+    """The generator, the rewards by name, the training prompts and their embeddings.
+
+    parameters: what is trained, by name; of a sharded network this process's part.
+    """
+
+    backbone: Backbone
+    rewards: Mapping[str, Reward]
+    prompts: list[str]
+    embeddings: PromptEmbeddings
+    parameters: dict[str, nn.Parameter]
+
+
+def load_models(config: TrainConfig, device: torch.device, *, is_main: bool = True) -> LoadedModels:
+    """Loads the generator, the rewards and the prompts that the configuration names."""
+    # of a network that is to be sharded the main process alone reads the weights; `shard` gives the others their part
+    sharded = config.distributed.kind == "fsdp2"
+    backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
+    net = backbone.net
+    assert isinstance(net, ModelMixin)
+    prompts = load_prompts(config.data.prompts, config.data.key)
+
+    # what is trained is float32 from here on; under adapters of a bfloat16 network the frozen weights are bfloat16
+    parameters = mark_trainable(net, config)
+    if sharded:
+        shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
+        parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if config.model.compile:
+        compile_blocks(net)
+
+    # embeddings on disk are shared by all runs, so their keys contain what the text encoders are
+    store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
+    key = fingerprint(hub.resolve(config.model.ref)) if store else ""
+    embeddings = PromptEmbeddings(backbone, store, key)
+    return LoadedModels(backbone, load_rewards(config, device), prompts, embeddings, parameters)
+
+
+def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
+    """All rewards by name, the trained ones first."""
+    return {scorer.name: scorer.load(device) for scorer in config.scorers}
+
+
+def make_train_state(config: TrainConfig, backbone: Backbone, accelerator: Accelerator) -> TrainState:
+    """The trained weights of a loaded backbone, their average and optimizer, held as the configuration says."""
+    kind, sync_each_backward = config.distributed.kind, config.distributed.sync == "step"
+    if kind in ("zero2", "zero3"):
+        from flowbp.training.state_zero import ZeroTrainState  # DeepSpeed is an optional package
+
+        stage = int(kind[-1])
+        return ZeroTrainState(backbone, config.optim, accelerator, stage, sync_each_backward=sync_each_backward)
+    return TorchTrainState(backbone.net, config.optim, accelerator, sync_each_backward=sync_each_backward)

@@ -1,0 +1,126 @@
+"""Checks before a training run that need no weights, and the arithmetic of an update."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowbp import backbones
+from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.options import apply_model_options, check_machine
+from flowbp.config import TrainConfig
+from flowbp.core.plan import Plan, draw_plan
+from flowbp.data.prompts import load_prompts
+from flowbp.training.trainer import batch_sizes
+from imgen_common import distributed, hub
+from imgen_common.errors import UserError
+from imgen_common.streams import numpy_generator
+
+TENSORS_PER_WEIGHT = 4
+"""Tensors of a checkpoint per trained weight: itself, its average (EMA) and two moments."""
+NUM_SAMPLED_PLANS = 64
+"""Plans over which the cost of an update is averaged."""
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that passed every check.
+
+    plans: those of the first updates; num_weights: how many numbers are trained.
+    """
+
+    config: TrainConfig
+    num_processes: int
+    sigmas: tuple[float, ...]
+    plans: tuple[Plan, ...]
+    num_weights: int
+    num_prompts: int
+
+
+def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
+    """Everything that can be found wrong without loading weights, so that nothing is written for a run that cannot be.
+
+    estimate_only: the run is not to be started here; weights, a GPU and optional packages may be missing.
+    Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
+    image sizes, adapters or switches that do not fit the model.
+    """
+    batch_sizes(config, num_processes)
+    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
+        hub.resolve(ref, weights=not estimate_only)
+    num_prompts = len(load_prompts(config.data.prompts, config.data.key))
+    for source, limit in (
+        (config.eval.prompts, config.eval.num_prompts),
+        (config.eval.quick_prompts, config.eval.quick_num_prompts),
+    ):
+        load_prompts(source, config.data.key, limit)
+    model = config.model
+    empty = backbones.init_empty_weights(model.ref)
+    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+    if not estimate_only:
+        check_machine(model)
+    apply_model_options(backbone, model)
+    size = (model.height, model.width)
+    sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size))
+    plans = tuple(
+        draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
+        for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
+    )
+    num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts)
+
+
+def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
+    """Raises UserError if weights are to be sharded without a launcher, or a launcher is set to do it itself, or
+    started one process where several were asked for."""
+    kinds = {"FSDP": "distributed.kind=fsdp2", "DEEPSPEED": "distributed.kind=zero2 or zero3"}
+    distributed.check_launcher(environment, "flowbp train", kinds)
+    if kind != "ddp" and "RANK" not in environment:
+        raise UserError(
+            f"distributed.kind {kind}: needs processes; start it with torchrun --nproc_per_node N -m flowbp train ..., "
+            "or with accelerate launch"
+        )
+
+
+def check_disk(job: CheckedRun, folder: Path, *, resume: bool) -> None:
+    """Raises UserError unless the disk of `folder` (or of its nearest parent) has room for the run's checkpoints."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    checkpoints = 1 if resume else job.config.checkpoint.keep + 1
+    needed = job.num_weights * 4 * TENSORS_PER_WEIGHT * checkpoints
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: no room for {checkpoints} checkpoints: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB "
+            "free; make room, give another --runs, or train fewer weights (lora)"
+        )
+
+
+def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
+    """What an update costs, per update and image, averaged over the first plans of the run."""
+    config = job.config
+    batch = batch_sizes(config, job.num_processes)
+    guided, detached = config.guidance_scale != 1, config.guidance.detach_negative
+    active = sum(p.num_gradient_forwards for p in job.plans) / len(job.plans)
+    plain = sum(p.num_plain_forwards for p in job.plans) / len(job.plans)
+    jacobians = sum(term.coupling > 0 for p in job.plans for term in p.terms) / len(job.plans)
+    with_gradient = active * (2 if guided and not detached else 1)
+    without = plain * (2 if guided else 1) + (active if guided and detached else 0)
+    return {
+        "processes": job.num_processes,
+        "images_per_update": config.total_batch_size,
+        "images_per_process": batch.per_process,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "evaluations_per_image_with_gradient": with_gradient,
+        "evaluations_per_image_without_gradient": without,
+        "evaluations_per_update_with_gradient": with_gradient * config.total_batch_size,
+        "evaluations_per_update_without_gradient": without * config.total_batch_size,
+        "jacobians_per_image": jacobians,
+        "updates": config.max_train_steps,
+        "images": config.max_train_steps * config.total_batch_size,
+        "prompts": job.num_prompts,
+        "epochs": config.max_train_steps * config.total_batch_size / job.num_prompts,
+        "trained_weights": job.num_weights,
+        "checkpoint_bytes": job.num_weights * 4 * TENSORS_PER_WEIGHT,
+    }

@@ -1,0 +1,223 @@
+"""The trained weights, their average (EMA) and AdamW: full on every process (DDP), or sharded (FSDP2, ZeRO).
+
+Checkpoints hold full tensors either way, so that a run may go on with another number of processes or another layout.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flowbp.backbones.options import blocks_of
+from flowbp.config import OptimConfig
+from flowbp.core.types import Velocity
+
+StateDict = Mapping[str, Mapping[str, Tensor]]
+"""Full tensors by name: `weights`, `ema` (their average), `optimizer` (NAME/step, NAME/exp_avg, NAME/exp_avg_sq)."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@runtime_checkable
+class TrainState(Protocol):
+    """What an optimizer step needs and changes, on one of several processes.  All processes call all methods."""
+
+    gradient_scale: float
+    """What a process multiplies its part of the global batch's mean loss with."""
+
+    def gradient_sync(self, passes: int) -> AbstractContextManager[None]:
+        """Around the `passes` backward passes of an update; after it `.grad` holds the sum over the processes."""
+
+    def sync_on_last_backward(self, velocity: Velocity) -> Velocity:
+        """The velocity, made to count its forwards with gradient: before the last one synchronization is switched on.
+
+        It is what accelerate's `no_sync` is for a loop with one backward pass per micro-batch; a sweep makes many.
+        """
+
+    def step(self, learning_rate: float, max_grad_norm: float, ema_decay: float) -> float:
+        """AdamW with the gradient clipped to `max_grad_norm`; the average moves by 1 - ema_decay towards the weights.
+
+        Returns the norm before clipping.  Where that is not finite nothing is changed.
+        """
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """Within it the network carries the averaged weights."""
+
+    def gather_ema(self) -> dict[str, Tensor]:
+        """The averaged weights as full tensors on the main process; empty tensors on the others."""
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Everything, as full tensors on the main process; empty tensors on the others."""
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Takes up what `state_dict` gave; every process passes all of it."""
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    """The optimizer of a configuration."""
+    return torch.optim.AdamW(
+        parameters.values(), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+@contextmanager
+def swap_values(weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it each weight and its average have exchanged their values."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for name, mean in ema.items():
+            kept = weights[name].detach().clone()
+            weights[name].copy_(mean)
+            mean.copy_(kept)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+class TorchTrainState:
+    """Full weights on every process (DDP), or this process's shards of a network that `shard` made (FSDP2).
+
+    Gradients are summed in one all-reduce per update, or, of shards, once per update or after every backward pass.
+    DDP's own wrapper would reduce in every backward pass, of which a sweep makes one per active step.
+    """
+
+    gradient_scale = 1.0
+
+    def __init__(
+        self, net: nn.Module, optim: OptimConfig, accelerator: Accelerator, *, sync_each_backward: bool
+    ) -> None:
+        self.net, self.accelerator, self.sync_each_backward = net, accelerator, sync_each_backward
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.parameters, optim)
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._left = 0
+
+    @contextmanager
+    def gradient_sync(self, passes: int) -> Iterator[None]:
+        """As `TrainState` says."""
+        self._left = passes
+        if isinstance(self.net, FSDPModule):
+            self.net.set_requires_gradient_sync(self.sync_each_backward)
+        yield
+        if self._left:
+            raise RuntimeError(
+                f"{self._left} of {passes} backward passes were not made: gradients are not synchronized"
+            )
+        if not isinstance(self.net, FSDPModule) and self.accelerator.num_processes > 1:
+            self._all_reduce_gradients()
+
+    def sync_on_last_backward(self, velocity: Velocity) -> Velocity:
+        """As `TrainState` says: a sharded network must know before its last forward that gradients are synchronized."""
+
+        def call(x: Tensor, sigma: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                self._left -= 1
+                if not self._left and isinstance(self.net, FSDPModule):
+                    self.net.set_requires_gradient_sync(True)
+            return velocity(x, sigma)
+
+        return call
+
+    def _all_reduce_gradients(self) -> None:
+        for p in self.parameters.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, max_grad_norm: float, ema_decay: float) -> float:
+        """As `TrainState` says."""
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_grad_norm))
+        if norm.isfinite():
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            for name, p in self.parameters.items():
+                self.ema[name].lerp_(p, 1 - ema_decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def ema_weights(self) -> AbstractContextManager[None]:
+        """As `TrainState` says."""
+        return swap_values(self.parameters, self.ema)
+
+    def gather_ema(self) -> dict[str, Tensor]:
+        """As `TrainState` says."""
+        return {name: self._gather(mean) for name, mean in self.ema.items()}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """As `TrainState` says."""
+        moments = {
+            f"{name}/{key}": self._gather(value)
+            for name, p in self.parameters.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+        weights = {name: self._gather(p.detach()) for name, p in self.parameters.items()}
+        return {"weights": weights, "ema": self.gather_ema(), "optimizer": moments}
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        found = full_tensor(tensor)
+        return found.cpu() if self.accelerator.is_main_process else found.new_empty(0)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: StateDict) -> None:
+        """As `TrainState` says."""
+        for name, p in self.parameters.items():
+            p.copy_(shard_like(p, state["weights"][name]))
+            self.ema[name].copy_(shard_like(p, state["ema"][name]))
+            moments = {key: state["optimizer"].get(f"{name}/{key}") for key in MOMENTS}
+            kept = {key: value for key, value in moments.items() if value is not None}
+            if kept:
+                self.optimizer.state[p] = {k: v if k == "step" else shard_like(p, v) for k, v in kept.items()}
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """This process's part of a full tensor, sharded and placed as `like` is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def shard(net: ModelMixin, device: torch.device, param_dtype: torch.dtype | None = None) -> None:
+    """Shards a network over all processes, block by block (FSDP2), with the weights that process 0 holds.
+
+    The other processes may hold it on the meta device.  param_dtype: precision in which parameters are gathered to
+    compute with; None: their own.  Gradients are summed, in float32.
+    """
+    held = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype, torch.float32 if param_dtype else None, cast_forward_inputs=False)
+    net.to("meta")
+    for module in (*blocks_of(net), net):
+        # the root too gives its weights back after a forward: what an evaluation gathered is stale afterwards
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    net.to_empty(device=device)
+    for name, t in (*net.named_parameters(), *net.named_buffers()):
+        first = torch.empty_like(held[name], device=device) if held[name].is_meta else held[name].to(device)
+        if isinstance(t, DTensor):
+            t.copy_(distribute_tensor(first, mesh, t.placements))
+        else:
+            distributed.broadcast(first, 0)
+            t.copy_(first)

@@ -1,0 +1,225 @@
+"""One update: draw a plan, roll out, score, sweep, step."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flowbp.config import TrainConfig
+from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, num_backward_passes, rollout
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.multi_reward import combine_gradients
+from flowbp.core.noise import initial_noise
+from flowbp.core.plan import Plan, draw_plan
+from flowbp.data.prompts import is_shapes_source, prompt_indices
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate, sampling_options
+from flowbp.training.loading import LoadedModels, make_train_state
+from flowbp.training.progress import Reporter
+from flowbp.training.reward_stage import RewardStage
+from imgen_common.errors import UserError
+from imgen_common.streams import normal, numpy_generator
+
+NUM_SAVED_IMAGES = 48
+"""Images kept of every evaluation."""
+
+
+class Trainer:
+    """Everything an update needs.  Only `state` (weights, their average, moments) and `update` change:
+
+    prompts, noise and plans are functions of (seed, update), so a resumed run repeats the uninterrupted one exactly.
+    """
+
+    def __init__(self, config: TrainConfig, models: LoadedModels, accelerator: Accelerator) -> None:
+        self.config, self.models, self.accelerator = config, models, accelerator
+        self.batch = batch_sizes(config, accelerator.num_processes)
+        self.size = (config.model.height, config.model.width)
+        self.sigmas = models.backbone.sigmas(config.num_inference_steps, self.size)
+        self.state = make_train_state(config, models.backbone, accelerator)
+        self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
+        self.update = 0
+
+    def step(self) -> dict[str, float]:
+        """One update; returns its metrics.  Raises FloatingPointError, with no weight changed, if it is not finite."""
+        start = time.perf_counter()
+        metrics = self.compute_gradient()
+        learning_rate, norm = learning_rate_at(self.config, self.update), math.nan
+        if math.isfinite(metrics["loss"]):
+            # the average follows quickly at first, when the weights it remembers are hardly trained
+            ema_decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
+            norm = self.state.step(learning_rate, self.config.optim.max_grad_norm, ema_decay)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"update {self.update + 1}: loss {metrics['loss']:g}, gradient norm {norm:g}: not applied"
+            )
+        self.update += 1
+        return metrics | {
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "seconds": time.perf_counter() - start,
+            "peak_memory_gib": peak_memory_gib(self.accelerator.device),
+        }
+
+    def compute_gradient(self) -> dict[str, float]:
+        """Leaves the global batch's gradient of this update in `.grad`, on every process; returns its metrics."""
+        config, batch = self.config, self.batch
+        # one plan for all samples, the same on every process: all make the same number of backward passes
+        plan = draw_plan(config.method, self.sigmas, numpy_generator(config.seed, "plan", self.update))
+        num_passes = batch.gradient_accumulation_steps * num_backward_passes(plan, config.active_steps_per_forward)
+        # normalize here and nowhere else: the engine takes the mean over a micro-batch, the update the mean over the
+        # global batch, so a micro-batch counts as its part of it; metrics are summed over samples and divided below
+        scale = (
+            batch.per_device
+            / config.total_batch_size
+            * config.classifier_free_guidance.backward_scale
+            * self.state.gradient_scale
+        )
+        sums: dict[str, float] = {}
+        with self.state.gradient_sync(num_passes):
+            for samples in self._micro_batches():
+                for name, value in self._accumulate(plan, samples, scale).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        metrics = self._sum_over_processes({name: value / config.total_batch_size for name, value in sums.items()})
+        return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
+
+    def _micro_batches(self) -> list[range]:
+        """Numbers of this process's samples of the update, counted through the whole run, a micro-batch at a time."""
+        batch = self.batch
+        first = self.update * self.config.total_batch_size + self.accelerator.process_index * batch.per_process
+        return [range(i, i + batch.per_device) for i in range(first, first + batch.per_process, batch.per_device)]
+
+    def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
+        """Adds the gradient of some samples of the global batch; returns sums over these samples."""
+        config, models, device = self.config, self.models, self.accelerator.device
+        # prompts and noise depend on a sample's number alone, not on the rank or the micro-batch it falls into
+        chosen = prompt_indices(len(models.prompts), config.seed, samples.start, len(samples))
+        prompts = [models.prompts[i] for i in chosen]
+        x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples).to(device)
+
+        def renoise(copy: int) -> Tensor:
+            draws = [normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]
+            return torch.stack(draws).to(device)
+
+        # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
+        cond, negative = models.embeddings(prompts)
+        velocity = guided_velocity(models.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        velocity = self.state.sync_on_last_backward(velocity)
+        trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
+        options = BackwardOptions(
+            scale=scale,
+            combine=lambda gradients: combine_gradients(gradients, self.reward_weights, config.combine),
+            reward_batch_size=config.reward_batch_size,
+            steps_per_forward=config.active_steps_per_forward,
+        )
+        loss = RewardStage(config, models.backbone, models.rewards, prompts)
+        return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+
+    def _metric_sums(self, outcome: Outcome) -> dict[str, float]:
+        """Sums over samples of scores, loss, gaps of legs, and how several rewards' gradients compare."""
+        sums = {name: values.sum().item() for name, values in outcome.scores.items()}
+        sums["loss"] = (self.reward_weights @ outcome.losses.mean(0).sum(1).double().cpu()).item()
+        sums |= {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
+        if outcome.agreement is not None:
+            names = [reward.name for reward in self.config.rewards]
+            norms, cosines = outcome.agreement.norms.sum(-1), outcome.agreement.cosines.sum(-1)
+            sums |= {f"gradient_{name}": norms[i].item() for i, name in enumerate(names)}
+            for (i, first), (j, second) in combinations(enumerate(names), 2):
+                sums[f"cosine_{first}_{second}"] = cosines[i, j].item()
+        return sums
+
+    def _sum_over_processes(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Adds metrics up over the processes, in one message."""
+        if self.accelerator.num_processes == 1:
+            return metrics
+        names = sorted(metrics)
+        totals = self.accelerator.reduce(
+            torch.tensor([metrics[n] for n in names], dtype=torch.float64, device=self.accelerator.device), "sum"
+        )
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def restore(self, update: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes up the state of a checkpoint made after `update` updates."""
+        self.state.load_state_dict(tensors)
+        self.update = update
+
+    def training_prompts(self) -> list[str]:
+        """Every prompt that this process will train on, in order of first use."""
+        config, batch, prompts = self.config, self.batch, self.models.prompts
+        starts = range(0, config.max_train_steps * config.total_batch_size, config.total_batch_size)
+        first = self.accelerator.process_index * batch.per_process
+        chosen = (prompt_indices(len(prompts), config.seed, start + first, batch.per_process) for start in starts)
+        return list(dict.fromkeys(prompts[i] for indices in chosen for i in indices))
+
+    def embed_prompts(self, prompts: Sequence[str]) -> None:
+        """Embeds them and the empty prompt, then lets the text encoders go, which may be larger than the network."""
+        self.models.embeddings.add([*prompts, ""])
+        self.models.backbone.unload_text_encoders()
+
+    def evaluate(
+        self, prompts: Sequence[str], source: str, guidance: float, reporter: Reporter, label: str
+    ) -> Evaluation:
+        """Images and scores of the network as it is now, at the evaluation's fixed seeds."""
+        accelerator = self.accelerator
+        task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
+        gather = gather_object if accelerator.num_processes > 1 else list
+        return evaluate(
+            self.models.backbone,
+            self.models.embeddings,
+            task,
+            sampling_options(self.config, guidance),
+            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather),
+            lambda done: reporter.evaluation(label, done * accelerator.num_processes, len(prompts)),
+        )
+
+
+class BatchSizes(NamedTuple):
+    """Images per update: of one process, and of one of its micro-batches."""
+
+    per_process: int
+    per_device: int
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """total_batch_size / (per_device_batch_size * processes)."""
+        return self.per_process // self.per_device
+
+
+def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
+    """How the global batch is dealt out.  Raises UserError if it does not divide evenly."""
+    per_process, rest = divmod(config.total_batch_size, num_processes)
+    if rest or not per_process:
+        raise UserError(
+            f"total_batch_size {config.total_batch_size} does not divide by {num_processes} processes; "
+            "choose a multiple"
+        )
+    per_device = min(config.per_device_batch_size or per_process, per_process)
+    if per_process % per_device:
+        raise UserError(
+            f"per_device_batch_size {per_device} does not divide {per_process}, the share of a process; "
+            "choose a divisor"
+        )
+    return BatchSizes(per_process, per_device)
+
+
+def learning_rate_at(config: TrainConfig, update: int) -> float:
+    """Learning rate of an update, counted from 0."""
+    optim = config.optim
+    warm = min(1.0, (update + 1) / (optim.lr_warmup_steps + 1))
+    progress = max(0, update - optim.lr_warmup_steps) / max(1, config.max_train_steps - optim.lr_warmup_steps)
+    fall = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
+    return optim.learning_rate * warm * fall[optim.lr_scheduler]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: of the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,149 @@
+"""Watches for reward hacking: what rises with the reward, what falls behind it, and how the images change.
+
+Never looks at a verifier: where one exists, it is what the watchdog is judged by.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from flowbp.config import WatchdogConfig
+from flowbp.evaluation.compare import ScoredPrompts, paired_change, score_title
+from flowbp.evaluation.image_statistics import dissimilarity
+from imgen_common.files import write_atomic
+
+FOLDER = "watchdog"
+LOG = "log.jsonl"
+MIN_STD = {"colors": 0.5}
+"""Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
+MIN_STD_OF_SHARES = 0.2
+"""The same of those that are shares."""
+
+
+@runtime_checkable
+class ScoresAndStatistics(ScoredPrompts, Protocol):
+    """Scores and image statistics by name, one number per prompt."""
+
+    @property
+    def statistics(self) -> dict[str, list[float]]: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one comparison with the base found.
+
+    alerts: in words, none if all is well.  measures: standardized changes by name, for the log.
+    """
+
+    alerts: list[str]
+    measures: dict[str, float]
+
+
+def compare_with_base(
+    config: WatchdogConfig,
+    base: ScoresAndStatistics,
+    now: ScoresAndStatistics,
+    trained: Sequence[str],
+    heldout: Sequence[str],
+    drift: float,
+) -> Finding:
+    """Compares the model with its base on the same prompts and seeds.
+
+    Alerts where a held-out reward is clearly lower (95 % paired interval below 0) while a trained one is clearly
+    higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has moved by `shift`; where
+    the images have drifted further than `config.drift`.  drift: by `image_drift`; nan raises no alert.
+    """
+    changes = {name: standardized_change(base.scores[name], now.scores[name]) for name in (*trained, *heldout)}
+    alerts = []
+    risen = [name for name in trained if paired_change(base.scores[name], now.scores[name]).low > 0]
+    for name in heldout:
+        found = paired_change(base.scores[name], now.scores[name])
+        if risen and found.high < 0:
+            alerts.append(
+                f"{score_title(name)} fell from {found.before:.3g} to {found.after:.3g} while "
+                f"{score_title(risen[0])} rose"
+            )
+    for name in trained if heldout else ():
+        ahead = changes[name] - max(changes[other] for other in heldout)
+        if ahead > config.lead:
+            alerts.append(f"{score_title(name)} is {ahead:.2f} standard deviations ahead of every held-out reward")
+    shifts = {
+        name: standardized_change(base.statistics[name], now.statistics[name], MIN_STD.get(name, MIN_STD_OF_SHARES))
+        for name in base.statistics
+    }
+    for name, shift in shifts.items():
+        if abs(shift) > config.shift:
+            alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
+    if config.drift is not None and drift > config.drift:
+        alerts.append(f"the images are {drift:.2f} times as unlike the base's as those are unlike each other")
+    return Finding(alerts, changes | shifts | {"drift": drift})
+
+
+def image_drift(base: Tensor, now: Tensor) -> float:
+    """Mean unlikeness of the base's image and the model's, over that of the base's images and their neighbors.
+
+    0 for the base itself, about 1 for images that have nothing to do with it.  base, now: (n, 3, h, w) in [0, 1] at
+    equal prompts and seeds.  nan where the base has fewer than two images, or equal ones.
+    """
+    offsets = range(1, min(4, len(base)))
+    apart = sum(dissimilarity(base, base.roll(offset, 0)).mean().item() for offset in offsets)
+    return dissimilarity(base, now).mean().item() * len(offsets) / apart if apart else math.nan
+
+
+def standardized_change(before: Sequence[float], after: Sequence[float], min_std: float = 1e-6) -> float:
+    """Change of the mean in standard deviations of `before`, `min_std` at least, over what is finite in both."""
+    a, b = np.asarray(before, float), np.asarray(after, float)
+    finite = np.isfinite(a) & np.isfinite(b)
+    if not finite.any():
+        return 0.0
+    return float((b - a)[finite].mean()) / max(float(a[finite].std()), min_std)
+
+
+def adapter_norm(parameters: Mapping[str, Tensor], scale: float) -> float:
+    """Frobenius norm of the whole update that adapters stand for, scale B A over all layers; 0 without adapters."""
+    total = 0.0
+    for name, a in parameters.items():
+        if ".lora_A." in name:
+            b = parameters[name.replace(".lora_A.", ".lora_B.")]
+            total += (scale * (b.detach().float() @ a.detach().float())).square().sum().item()
+    return total**0.5
+
+
+def append_finding(run: Path, update: int, finding: Finding) -> None:
+    """Appends what was found to the run's log."""
+    file = run / FOLDER / LOG
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"update": update, "alerts": finding.alerts}) + "\n")
+
+
+def read_alerts(run: Path) -> dict[int, list[str]]:
+    """Alerts of a run by update; an empty list where all was well."""
+    file = run / FOLDER / LOG
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return {line["update"]: line["alerts"] for line in lines}
+
+
+def drop_findings_after(run: Path, update: int) -> None:
+    """Forgets what was found after an update that the run goes back to."""
+    kept = {at: alerts for at, alerts in read_alerts(run).items() if at <= update}
+    lines = "".join(json.dumps({"update": at, "alerts": alerts}) + "\n" for at, alerts in kept.items())
+    if (run / FOLDER / LOG).exists():
+        write_atomic(run / FOLDER / LOG, lines)
+
+
+def last_healthy_update(run: Path) -> int | None:
+    """The newest update before the first alert whose evaluation raised none."""
+    healthy = None
+    for update, alerts in sorted(read_alerts(run).items()):
+        if alerts:
+            return healthy
+        healthy = update
+    return healthy

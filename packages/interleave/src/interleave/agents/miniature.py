@@ -1,0 +1,74 @@
+"""Critic and judge that know: the shapes world's verifier behind the loop's Protocols."""
+
+from imgen_common.images import from_pil
+from imgen_common.shapes.scene import Thing
+from imgen_common.shapes.steps import Step
+from imgen_common.shapes.stories import read_prompt, step_holds
+from imgen_common.shapes.verify import Detection, detect
+from interleave.protocols import CriticAnswer, CriticInput, HashedImage
+from interleave.records import Scores, Verdict
+
+
+def detect_things(image: HashedImage) -> list[Detection]:
+    """What the verifier reads in an image of the world (32x32 pixels)."""
+    return detect(from_pil([image.image]))[0]
+
+
+def is_blank(image: HashedImage) -> bool:
+    """Whether it is the white image that stands before a story's first."""
+    return image.image.getextrema() == ((255, 255), (255, 255), (255, 255))
+
+
+def read_question(shown: CriticInput) -> tuple[list[Detection] | None, Step | None]:
+    """What the image before shows (None: blank), and the step that the original prompt asks for, if it says one."""
+    before = None if is_blank(shown.before) else detect_things(shown.before)
+    things: tuple[Thing, ...] | None = None if before is None else tuple(found.thing for found in before)
+    return before, read_prompt(shown.original_prompt, things)
+
+
+def is_success(shown: CriticInput) -> bool:
+    """Whether the image after is what the step's prompt asks for, given the image before."""
+    before, step = read_question(shown)
+    return step is not None and step_holds(before, detect_things(shown.after), step)
+
+
+class VerifierCritic:
+    """The best verdict there is; it never rewrites, so that what it gains is due to the verdict alone."""
+
+    @property
+    def id(self) -> str:
+        return "verifier"
+
+    async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
+        """Success where the verifier says so; the prompt stays."""
+        verdict = Verdict(success=is_success(shown), refined_prompt=shown.prompt_used or shown.original_prompt)
+        return CriticAnswer(verdict, raw="")
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+class VerifierJudge:
+    """The miniature's judge: `sc` 10 where the step holds, else the share of what was asked that is there; `pq` the
+    share of what is there that is a thing of the world."""
+
+    @property
+    def id(self) -> str:
+        return "verifier"
+
+    async def score(self, shown: CriticInput) -> Scores:
+        """Scores of the image after."""
+        before, step = read_question(shown)
+        found = detect_things(shown.after)
+        clean = [d for d in found if d.thing.colour != "mixed" and d.thing.shape != "blob"]
+        pq = 10 * len(clean) / len(found) if found else 0.0
+        if step is None:
+            return Scores(semantics=0, quality=pq, judge_id=self.id)
+        if step_holds(before, found, step):
+            return Scores(semantics=10, quality=pq, judge_id=self.id)
+        want, got = list(step.after), [d.thing for d in found]
+        shared = sum(min(want.count(thing), got.count(thing)) for thing in set(want))
+        return Scores(semantics=8 * shared / max(len(want), len(got)), quality=pq, judge_id=self.id)
+
+    async def close(self) -> None:
+        """Nothing to release."""

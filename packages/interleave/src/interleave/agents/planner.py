@@ -1,0 +1,38 @@
+"""The planner over any chat model."""
+
+from collections.abc import Sequence
+
+from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_plan
+from interleave.agents.prompts import Template, render_planner
+from interleave.protocols import ChatModel, HashedImage, PlannerAnswer
+from interleave.records import Request
+
+
+class ChatPlanner:
+    """Asks a chat model once per call; one template for requests with images, one for those without."""
+
+    def __init__(self, model: ChatModel, text: Template, images: Template, parse_mode: ParseMode = "strict") -> None:
+        """Raises UserError for a template that is not a planner's."""
+        for template in (text, images):
+            render_planner(template, "", [])
+        self.model = model
+        self._text, self._images, self._policy = text, images, parse_mode
+
+    @property
+    def id(self) -> str:
+        """The model's."""
+        return self.model.id
+
+    async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer:
+        """The plan, or why its answer cannot be read.  Raises BackendError."""
+        template = self._images if images else self._text
+        reply = await self.model.chat(render_planner(template, request.text, images), seed)
+        read = parse_plan(reply.text, self._policy)
+        about = {"raw": reply.text, "template": template.name, "template_hash": template.hash}
+        if isinstance(read, ParseFailure):
+            return PlannerAnswer(None, error=describe_failure(reply, read), **about)
+        return PlannerAnswer(read, **about)
+
+    async def close(self) -> None:
+        """Release the model."""
+        await self.model.close()

@@ -1,0 +1,202 @@
+"""Every prompt the agents read and every answer they are taught, made in one place for training and run time alike.
+
+What a user or a model wrote goes into a template as inert text (`inert`): no tokenizer reads a control token out of it,
+no template a placeholder, no reader of an answer a tag.  Records keep the text as it was given.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from imgen_common.errors import UserError, nearest
+from imgen_common.files import read_text
+from interleave.protocols import CriticInput, HashedImage, Message
+from interleave.records import Plan, Verdict
+
+BUILTIN = (
+    *("planner_text", "planner_images", "critic", "critic_story", "judge_semantics", "judge_quality"),
+    *("shapes_planner", "shapes_critic"),
+)
+PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "request", "story")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+IMAGE_MARKER = "<image>"
+
+JOINER = "\u2060"
+"""WORD JOINER: no width, no line break, in no tokenizer's control tokens."""
+OPENING = re.compile(r"(?:<(?=[<|/_A-Za-z\uff5c]|\Z)|\[(?=[/A-Za-z]|\Z))")
+"""Where a control token may begin: <|im_end|>, <think>, </s>, <<SYS>>, <image>, [INST], [/INST]; also at the very end,
+where the next piece of text may complete it."""
+UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt with placeholders such as `{text_input}`; all other braces mean themselves."""
+
+    name: str
+    text: str
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def placeholders(self) -> frozenset[str]:
+        """Names of those it holds."""
+        return frozenset(PLACEHOLDER.findall(self.text))
+
+
+def load_template(ref: str) -> Template:
+    """The built-in template of that name, or the one in a text file of the user's; white space at the ends is removed.
+
+    Raises UserError if there is none, it is not UTF-8, empty, or holds an unknown placeholder or an image marker.
+    """
+    if ref in BUILTIN:
+        text = (resources.files("interleave.agents") / "templates" / f"{ref}.txt").read_text(encoding="utf-8")
+        return Template(ref, text.strip())
+    path = Path(ref).expanduser()
+    if path.suffix != ".txt":
+        allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
+        raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")
+    return _checked(Template(ref, read_text(path).strip()))
+
+
+def _checked(found: Template) -> Template:
+    for name in sorted(found.placeholders - set(PLACEHOLDERS)):
+        allowed = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
+        raise UserError(
+            f"template {found.name}: unknown placeholder {{{name}}}{nearest(name, PLACEHOLDERS)}; allowed: {allowed}"
+        )
+    if not found.placeholders:
+        raise UserError(f"template {found.name}: no placeholder in it, so every prompt would be the same; add one")
+    if IMAGE_MARKER in found.text:
+        raise UserError(
+            f"template {found.name}: remove {IMAGE_MARKER}; images are put before the text, in the order shown"
+        )
+    return found
+
+
+def escape_control_tokens(text: str) -> str:
+    """`text` without control tokens for any tokenizer; it reads the same, and escaping it again changes nothing.
+
+    - A zero-width WORD JOINER follows each `<` or `[` that may open a control token or tag, so that `<|im_end|>`,
+      `<|image_pad|>`, `<image>`, `</think>` or `[INST]` are spelled out letter by letter.
+    - Control characters but tab and line feed become spaces, other ends of lines line feeds, and halves of surrogate
+      pairs, which no UTF-8 text can hold, U+FFFD.
+    Braces need no care, since placeholders are filled in one pass.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = SURROGATE.sub("\ufffd", UNREADABLE.sub(" ", text))
+    return OPENING.sub(lambda match: match[0] + JOINER, text)
+
+
+def render_planner(template: Template, text: str, images: Sequence[HashedImage]) -> Message:
+    """What the planner reads: the request's images in their order, then the template with its text.
+
+    Raises UserError if the template is not a planner's.
+    """
+    _expect(template, {"text_input"}, {"text_input"})
+    return (*images, *_fill(template, {"text_input": [text]}))
+
+
+def render_critic(template: Template, shown: CriticInput) -> Message:
+    """What the critic reads: the image before, the image after, then the template.
+
+    An empty `prompt_used` means the original prompt.  `{story}` becomes the words and images accepted so far, in
+    place.  Raises UserError if the template is not a critic's.
+    """
+    _expect(template, {"original_instruction", "rewritten_prompt"}, set(PLACEHOLDERS) - {"text_input"})
+    story: list[str | HashedImage] = []
+    for words, image in shown.story:
+        story += [words, "\n"] if image is None else [words, "\n", image, "\n"]
+    values: dict[str, Sequence[str | HashedImage]] = {
+        "original_instruction": [shown.original_prompt],
+        "rewritten_prompt": [shown.prompt_used or shown.original_prompt],
+        "request": [shown.request],
+        "story": story or ["nothing yet"],
+    }
+    return (shown.before, shown.after, *_fill(template, values))
+
+
+def render_judge(template: Template, instruction: str, images: Sequence[HashedImage]) -> Message:
+    """What a judge reads: the images, then the template; `instruction` is what was asked, never the critic's words.
+
+    Raises UserError if the template is not a judge's.
+    """
+    _expect(template, set(), {"original_instruction"})
+    return (*images, *_fill(template, {"original_instruction": [instruction]}))
+
+
+def _expect(template: Template, needed: set[str], allowed: set[str]) -> None:
+    for name in sorted(needed - template.placeholders):
+        raise UserError(f"template {template.name}: {{{name}}} is missing; it is not a template for this agent")
+    for name in sorted(template.placeholders - allowed):
+        raise UserError(f"template {template.name}: {{{name}}} has no value here; it is not a template for this agent")
+
+
+def _fill(template: Template, values: Mapping[str, Sequence[str | HashedImage]]) -> list[str | HashedImage]:
+    """The template with every placeholder replaced, in one pass; neighbouring texts are joined."""
+    parts: list[str | HashedImage] = []
+    for index, piece in enumerate(PLACEHOLDER.split(template.text)):
+        if index % 2 == 0:
+            parts.append(piece)
+        else:
+            parts += [escape_control_tokens(value) if isinstance(value, str) else value for value in values[piece]]
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[str | HashedImage]) -> list[str | HashedImage]:
+    joined: list[str | HashedImage] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        elif part != "":
+            joined.append(part)
+    return joined
+
+
+def render_plan(plan: Plan) -> str:
+    """The answer the planner is taught; `parsing.parse_plan` gives the plan back."""
+    return _answer(plan.reasoning, plan_object(plan))
+
+
+def plan_object(plan: Plan) -> dict[str, Any]:
+    """The object in the answer."""
+    steps = [
+        {
+            "step_number": step.index,
+            "step_name": step.name,
+            "instruction": step.instruction,
+            "prompt": step.prompt,
+            "auxiliary_text": step.text,
+        }
+        for step in plan.steps
+    ]
+    return {"execution_plan": steps}
+
+
+def render_verdict(verdict: Verdict) -> str:
+    """The answer the critic is taught; `parsing.parse_verdict` gives the verdict back."""
+    return _answer(
+        verdict.reasoning, {"previous_step_success": verdict.success, "refine_prompt": verdict.refined_prompt}
+    )
+
+
+def _answer(reasoning: str, value: Mapping[str, Any]) -> str:
+    # Twice, since a "<" that ends the text only once white space is gone would stand before the tag.
+    thought = escape_control_tokens(escape_control_tokens(reasoning).strip())
+    return f"<think>{thought}</think><answer>{safe_json(value)}</answer>"
+
+
+def safe_json(value: Mapping[str, Any]) -> str:
+    """One line of JSON in which no control token or tag can be read: what may open one is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False)
+    # In what json.dumps writes, "<" occurs in strings only, and "[" followed by a letter or a slash too.
+    return OPENING.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -1,0 +1,30 @@
+"""The command `interleave`, one file per group of commands.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import typer
+
+from imgen_common.errors import run_cli
+from interleave.cli import data, run, serve, train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Tell stories in pictures and words with any image generator: a planner writes the steps, a critic judges "
+    "each picture and rewrites the prompt.\n\n"
+    'Example: interleave run "draw a red circle, then add a blue square on its right"',
+)
+for command in (run.run, run.batch, run.plan, run.report, serve.serve, serve.demo):
+    app.command()(command)
+app.add_typer(data.app, name="data")
+app.command()(train.sft)
+app.command()(train.grpo)
+
+
+def main() -> None:
+    """Entry point of `interleave` and of `python -m interleave`."""
+    run_cli(app, "interleave")

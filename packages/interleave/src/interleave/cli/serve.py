@@ -1,0 +1,61 @@
+"""`interleave serve` and `interleave demo`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from imgen_common.errors import UserError
+from interleave.cli.run import Configs, Runs, Sets, load_run_config, spinner
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- serve and demo --------------------------------------------------------------------------------------------------
+
+
+def serve(
+    configs: Configs = None,
+    sets: Sets = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="Worker processes on this machine, or Ray Serve replicas.")
+    ] = "local",
+) -> None:
+    """Serve the generator over HTTP: one worker per device, like requests batched, a bounded queue, metrics. It listens
+    on this machine only, unless told otherwise; then it needs a token in INTERLEAVE_SERVE_TOKEN.
+
+    Example:
+
+    \b
+      interleave serve
+      interleave serve --set port=8011 --set devices='[cuda:0, cuda:1]'
+      interleave serve --engine ray --set num_replicas=8
+    """
+    from imgen_common.config import load
+    from imgen_common.errors import nearest
+    from interleave.serve import ServeConfig, serve, serve_ray
+
+    engines: dict[str, Callable[[ServeConfig], None]] = {"local": serve, "ray": serve_ray}
+    if engine not in engines:
+        raise UserError(f"--engine {engine}: must be local or ray{nearest(engine, engines)}")
+    engines[engine](load(ServeConfig, configs or [], sets or []))
+
+
+def demo(
+    configs: Configs = None,
+    sets: Sets = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Serve a page on which a story can be asked for and is told step by step (extra `demo`).
+
+    Example: interleave demo --port 7861
+    """
+    with spinner("loading"):
+        config = load_run_config(configs, sets)
+        from interleave import demo
+        from interleave.loop import run
+    demo.launch(lambda: run.StoryStream(config, run.build_components(config), runs), host, port)

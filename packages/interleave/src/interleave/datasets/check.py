@@ -1,0 +1,155 @@
+"""Reads a set's rows one by one and says of each what is wrong with it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imgen_common.errors import UserError, nearest
+from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
+from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
+from interleave.datasets.rows import RlRow, SftRow, parsed
+from interleave.storage.images import IMAGES, ImageStore
+
+MARKER = re.compile(r"<image>|<\|[A-Za-z_]+\|>")
+"""What a tokenizer or a reader of rows takes for a picture or the end of a turn, wherever it stands."""
+FILES: dict[str, tuple[SetName, Split]] = {file_name(name, split): (name, split) for name in SETS for split in SPLITS}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a row, or with a whole file (`line` None).  Lines count from 1."""
+
+    file: Path
+    line: int | None
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{'' if self.line is None else f':{self.line}'}: {self.why}"
+
+
+@dataclass
+class Counts:
+    """Rows of a file, and how many of them are wrong."""
+
+    rows: int = 0
+    wrong: int = 0
+
+
+@dataclass
+class Checker:
+    """One pass over a set's folder or one of its files; `counts` is complete when `problems` has been read to its end.
+
+    policy: how answers are read, as by the agents that the set is for.  Raises UserError if there is no set.
+    """
+
+    path: Path
+    parse_mode: ParseMode = "strict"
+    counts: dict[str, Counts] = field(default_factory=dict)
+    _split_of: dict[str, tuple[Split, str]] = field(default_factory=dict)
+    _pictures: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.files = files_of(self.path)
+        self._store = ImageStore(self.files[0].parent / IMAGES)
+
+    def problems(self) -> Iterator[Problem]:
+        """All of them, in the order of the files and their lines."""
+        for file in self.files:
+            yield from self._of_file(file)
+        if self.path.is_dir():
+            yield from self._of_info()
+
+    def _of_file(self, file: Path) -> Iterator[Problem]:
+        name, split = FILES[file.name]
+        counts = self.counts[file.name] = Counts()
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                counts.rows += 1
+                reasons = list(self._of_line(line, name, split, f"{file.name}:{number}"))
+                counts.wrong += bool(reasons)
+                yield from (Problem(file, number, reason) for reason in reasons)
+        if not counts.rows:
+            yield Problem(file, None, "holds no rows")
+
+    def _of_line(self, line: bytes, name: SetName, split: Split, where: str) -> Iterator[str]:
+        try:
+            row = row_of(line, name)
+        except ValueError as error:
+            yield str(error)
+            return
+        if isinstance(row, SftRow):
+            yield from self._of_answer(row, name)
+            texts, ids, trajectory = (*row.texts, row.completion), row.image_ids, row.trajectory_id
+        else:
+            texts, ids, trajectory = (), (row.before_id, row.after_id), row.extra.get("trajectory_id")
+            if not row.original_prompt.strip():
+                yield "original_prompt is empty"
+        for marker in dict.fromkeys(found[0] for text in texts for found in MARKER.finditer(text)):
+            yield f"{marker} stands in the words; places of pictures are between texts, and words must not hold it"
+        for image_id in dict.fromkeys(ids):
+            if reason := self._of_picture(image_id):
+                yield reason
+        if isinstance(trajectory, str):
+            other, there = self._split_of.setdefault(trajectory, (split, where))
+            if other != split:
+                yield f"trajectory {trajectory} is in {split} here, and in {other} at {there}"
+
+    def _of_answer(self, row: SftRow, name: SetName) -> Iterator[str]:
+        if name == "critic_sft" and len(row.image_ids) < 2:
+            yield f"a critic looks at two pictures, here are {len(row.image_ids)}"
+        if not row.completion.strip():
+            yield "the answer is empty"
+            return
+        parse = parse_plan if name == "planner_sft" else parse_verdict
+        answer = parse(row.completion, self.parse_mode)
+        if isinstance(answer, ParseFailure):
+            yield f"the answer cannot be read ({answer.reason})"
+
+    def _of_picture(self, image_id: str) -> str | None:
+        if image_id not in self._pictures:
+            try:
+                self._store.get(image_id)
+                self._pictures[image_id] = None
+            except UserError as error:
+                self._pictures[image_id] = str(error)
+        return self._pictures[image_id]
+
+    def _of_info(self) -> Iterator[Problem]:
+        file = self.path / INFO
+        info = info_of(self.path)
+        if info is None:
+            yield Problem(file, None, "missing or damaged: the set was not finished; build or import it again")
+            return
+        for name, (of, split) in FILES.items():
+            said, found = info.rows.get(of, {}).get(split, 0), self.counts.get(name, Counts()).rows
+            if said != found:
+                yield Problem(file, None, f"says {said} rows in {name}, there are {found}")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of rows that `path` names: itself, or those in the folder.  Raises UserError if there are none."""
+    if path.is_dir():
+        files = [path / name for name in FILES if (path / name).is_file()]
+        if not files:
+            raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}")
+        return files
+    if path.name not in FILES:
+        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}")
+    if not path.is_file():
+        others = [name for name in FILES if (path.parent / name).is_file()]
+        raise UserError(f"{path}: no such file; there are: {', '.join(others) or 'none'}")
+    return [path]
+
+
+def row_of(line: bytes, name: SetName) -> SftRow | RlRow:
+    """The row of a line.  Raises ValueError saying what is wrong."""
+    return parsed(line, RlRow) if name == "critic_rl" else parsed(line, SftRow)
+
+
+def info_of(folder: Path) -> SetInfo | None:
+    """What `set.json` says; None where it is missing or damaged."""
+    try:
+        return SetInfo.model_validate_json((folder / INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

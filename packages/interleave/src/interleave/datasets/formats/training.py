@@ -1,0 +1,117 @@
+"""The reference's files of training rows: ShareGPT for SFT, JSON lines for GRPO."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from imgen_common.errors import UserError
+from imgen_common.files import write_atomic, writing
+from interleave.agents.prompts import IMAGE_MARKER
+from interleave.datasets.files import Reader, beside, checked, json_lines, json_list, json_text, write_json
+from interleave.datasets.rows import Evaluation, RlRow, SftRow
+from interleave.storage.images import ImageStore
+
+WHITE_PATH = "data/interleave/white.png"
+"""A reinforcement row is a picture made from nothing if its first path has this in it."""
+
+
+# --- supervised rows -------------------------------------------------------------------------------------------------
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class _SharegptItem(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    messages: list[_Turn]
+    images: list[str] = []
+    trajectory_id: str | None = None
+
+
+def read_sft(file: Path, root: Path, pictures: ImageStore) -> Iterator[SftRow]:
+    """Rows of planner_sft.json or critic_sft.json.  Raises UserError naming the row."""
+    reader = Reader(root, pictures)
+    for where, value in json_list(file):
+        item = checked(_SharegptItem, value, where)
+        if [turn.role for turn in item.messages] != ["user", "assistant"]:
+            raise UserError(f"{where}: messages must be one of the user and one of the assistant")
+        user, assistant = item.messages
+        texts = tuple(user.content.split(IMAGE_MARKER))
+        if len(texts) != len(item.images) + 1:
+            raise UserError(f"{where}: {len(texts) - 1} {IMAGE_MARKER} markers for {len(item.images)} images")
+        yield SftRow(
+            texts=texts,
+            image_ids=tuple(reader.take(path, where) for path in item.images),
+            completion=assistant.content,
+            trajectory_id=item.trajectory_id,
+            extra=item.model_extra or {},
+        )
+
+
+def write_sft(rows: Iterable[SftRow], file: Path, pictures: ImageStore) -> None:
+    """Write the rows, and their pictures to `images/` beside the file."""
+    items = [
+        {
+            **row.extra,
+            **({"trajectory_id": row.trajectory_id} if row.trajectory_id is not None else {}),
+            "messages": [
+                {"role": "user", "content": IMAGE_MARKER.join(row.texts)},
+                {"role": "assistant", "content": row.completion},
+            ],
+            "images": [beside(file, f"images/{image_id}.png", image_id, pictures) for image_id in row.image_ids],
+        }
+        for row in rows
+    ]
+    write_json(file, items)
+
+
+# --- reinforcement rows ----------------------------------------------------------------------------------------------
+
+
+class _RlLine(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    origin_prompt: str
+    rewritten_prompt: str
+    origin_image_path: str
+    edited_image_path: str
+    evaluation: Evaluation
+
+
+def read_rl(file: Path, root: Path, pictures: ImageStore) -> Iterator[RlRow]:
+    """Rows for the critic's reinforcement learning.  Raises UserError naming the line."""
+    reader = Reader(root, pictures)
+    for where, value in json_lines(file):
+        line = checked(_RlLine, value, where)
+        yield RlRow(
+            original_prompt=line.origin_prompt,
+            prompt_used=line.rewritten_prompt,
+            before_id=reader.take(line.origin_image_path, where),
+            after_id=reader.take(line.edited_image_path, where),
+            is_t2i=WHITE_PATH in line.origin_image_path,
+            evaluation=line.evaluation,
+            extra=line.model_extra or {},
+        )
+
+
+def write_rl(rows: Iterable[RlRow], file: Path, pictures: ImageStore) -> None:
+    """Write the rows, and their pictures to `images/` beside the file."""
+    lines = []
+    for row in rows:
+        before = f"images/{row.before_id}/{WHITE_PATH}" if row.is_t2i else f"images/{row.before_id}.png"
+        line = {
+            **row.extra,
+            "origin_prompt": row.original_prompt,
+            "rewritten_prompt": row.prompt_used,
+            "origin_image_path": beside(file, before, row.before_id, pictures),
+            "edited_image_path": beside(file, f"images/{row.after_id}.png", row.after_id, pictures),
+            "evaluation": row.evaluation.model_dump(mode="json"),
+        }
+        lines.append(json_text(line))
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, "".join(lines))

@@ -1,0 +1,140 @@
+"""UEval answers and their records."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from imgen_common.errors import UserError
+from interleave.datasets.files import Reader, beside, checked, json_file, json_list, write_json
+from interleave.datasets.formats.execution import IMPORTED, UNKNOWN_SEED, ImageCopies, folder_name, imported_story
+from interleave.datasets.rows import Story, pair
+from interleave.records import Attempt, GeneratorInfo, Plan, PlanStep, Record
+from interleave.storage.images import ImageStore
+
+# --- UEval -----------------------------------------------------------------------------------------------------------
+
+
+class UevalAnswer(Record):
+    """What the UEval benchmark judges: a task's question, and the pictures and the text of the story."""
+
+    id: str
+    prompt: str
+    task: str
+    image_ids: tuple[str, ...]
+    text: str
+    extra: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class _UevalItem(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    id: str
+    prompt: str
+    task: str
+    image_answer: list[str]
+    text_answer: str
+
+
+class _UevalStep(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    prompt: str
+    refine_prompt: str
+    source_img: str
+    target_img: str
+
+
+def ueval_answer(story: Story, task: str) -> UevalAnswer:
+    """A story as the benchmark judges it: its pictures in order, its words one after the other, nothing between."""
+    trajectory, steps = story.trajectory, story.steps()
+    return UevalAnswer(
+        id=trajectory.id,
+        prompt=trajectory.request.text,
+        task=task,
+        image_ids=tuple(pair(attempt)[1] for _, attempt in steps if attempt is not None),
+        text="".join(step.words for step, _ in steps),
+    )
+
+
+def read_ueval(file: Path, root: Path, pictures: ImageStore) -> Iterator[UevalAnswer]:
+    """The answers of a UEval run.  Raises UserError naming the item."""
+    reader = Reader(root, pictures)
+    for where, value in json_list(file):
+        item = checked(_UevalItem, value, where)
+        yield UevalAnswer(
+            id=item.id,
+            prompt=item.prompt,
+            task=item.task,
+            image_ids=tuple(reader.take(path, where) for path in item.image_answer),
+            text=item.text_answer,
+            extra=item.model_extra or {},
+        )
+
+
+def write_ueval(answers: Iterable[UevalAnswer], file: Path, pictures: ImageStore) -> None:
+    """Write the answers, and their pictures to `images/ID/` beside the file."""
+    items = [
+        {
+            **answer.extra,
+            "id": answer.id,
+            "prompt": answer.prompt,
+            "task": answer.task,
+            "image_answer": [
+                beside(file, f"images/{folder_name(answer.id)}/step{number}.png", image_id, pictures)
+                for number, image_id in enumerate(answer.image_ids, 1)
+            ],
+            "text_answer": answer.text,
+        }
+        for answer in answers
+    ]
+    write_json(file, items)
+
+
+def read_ueval_record(answer: UevalAnswer, root: Path, pictures: ImageStore) -> Story:
+    """The story behind an answer, from `root/ID/execution_record.json`.
+
+    The format keeps one picture of each step, neither its number nor its seed (-1 here) nor a verdict, and does not say
+    which words belong to which step: they all stand at the first.  Raises UserError naming the step.
+    """
+    file = root / folder_name(answer.id) / "execution_record.json"
+    value = json_file(file)
+    if not isinstance(value, dict) or list(value) != [str(number + 1) for number in range(len(value))] or not value:
+        raise UserError(f'{file}: must be an object with the steps "1", "2", ... in order')
+    reader = Reader(root, pictures, file.parent)
+    steps: list[PlanStep] = []
+    attempts: list[Attempt] = []
+    for index, (key, item) in enumerate(value.items(), 1):
+        where = f"{file}: step {key}"
+        step = checked(_UevalStep, item, where)
+        steps.append(PlanStep(index=index, prompt=step.prompt, text=answer.text if index == 1 else None))
+        attempts.append(
+            Attempt(
+                trajectory_id=answer.id,
+                step=index,
+                attempt=1,
+                **reader.edit(step.source_img, step.target_img, index == 1, where),
+                original_prompt=step.prompt,
+                prompt_used=step.refine_prompt or step.prompt,
+                seed=UNKNOWN_SEED,
+                generator=GeneratorInfo(id=IMPORTED),
+                status="unjudged",
+            )
+        )
+    plan = Plan(steps=tuple(steps))
+    return imported_story(answer.id, answer.prompt, None, plan, attempts, {step.index: 1 for step in steps})
+
+
+def write_ueval_record(story: Story, root: Path, pictures: ImageStore) -> Path:
+    """Write `root/ID/execution_record.json` and its pictures: of each drawn step the chosen attempt alone."""
+    folder = root / folder_name(story.trajectory.id)
+    copies = ImageCopies(folder, pictures)
+    steps = {}
+    for number, attempt in enumerate((attempt for _, attempt in story.steps() if attempt is not None), 1):
+        source, target = copies.put(attempt, f"step{number}.png")
+        steps[str(number)] = {
+            "prompt": attempt.original_prompt,
+            "refine_prompt": attempt.prompt_used if attempt.prompt_used != attempt.original_prompt else "",
+            "source_img": source,
+            "target_img": target,
+        }
+    return write_json(folder / "execution_record.json", steps)

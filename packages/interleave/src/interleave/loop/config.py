@@ -1,0 +1,148 @@
+"""Configuration of `interleave run` and `interleave batch`.  The defaults are the miniature, on a CPU."""
+
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import Field, model_validator
+
+from imgen_common.config import Config
+from interleave.agents.scoring import JudgeConfig
+from interleave.models.chat import ChatConfig
+from interleave.models.chat.local import LocalChatConfig
+from interleave.models.generators import GeneratorConfig
+from interleave.models.generators.pipeline import PipelineConfig
+
+Selection = Literal["last", "first_success", "best_by_judge", "best_by_verdict_probability"]
+PositiveInt = Annotated[int, Ge(1)]
+
+
+class LoopConfig(Config):
+    """How the loop goes, and its budgets."""
+
+    max_steps: PositiveInt = 16
+    """Longest plan that is accepted; a longer one is asked for again."""
+    max_attempts: PositiveInt = 16
+    """Images generated for one step, at most; 5 is the paper's best, its released code takes 3, the miniature
+    needs more."""
+    max_generations: PositiveInt | None = None
+    """Images generated for one request, at most; null: as many as its steps and attempts allow."""
+    max_seconds: Annotated[float, Gt(0)] | None = None
+    """Seconds after which no further image is generated for a request; null: no limit."""
+    planner_tries: PositiveInt = 5
+    """How often the planner is asked for a plan that can be read."""
+    critic_tries: PositiveInt = 3
+    """How often the critic is asked for a verdict that can be read, per image."""
+    stop_on_success: bool = True
+    """Whether a step ends with its first accepted image; false: `max_attempts` are always made (best of N)."""
+    rewrite: bool = True
+    """Whether a rejected image is generated again with the critic's prompt; false: with the step's own."""
+    select: Selection = "last"
+    """Which image of a step the story shows, among the accepted ones, or all where none was accepted: the last, the
+    first accepted, the one with the judge's highest sqrt(semantics * quality), or with the critic's highest
+    probability of success."""
+    references: Literal["latest", "all"] = "latest"
+    """What an edit is given: the latest accepted image, or all accepted ones that the generator can take."""
+    concurrency: PositiveInt = 16
+    """Requests worked on at once."""
+
+
+Policy = Literal["strict", "tolerant"]
+
+
+class NoPlanner(Config):
+    """The request itself is the only prompt."""
+
+    kind: Literal["none"] = "none"
+
+
+class ModelPlanner(Config):
+    renamed: ClassVar = {"pictures_template": "images_template", "policy": "parse_mode"}
+    """A chat model writes the steps."""
+
+    kind: Literal["model"] = "model"
+    model: ChatConfig = LocalChatConfig(ref="builtin:shapes/planner")
+    """The model."""
+    text_template: str = "shapes_planner"
+    """Template of a request without images: a built-in name or a text file."""
+    images_template: str = "planner_images"
+    """Template of a request with images."""
+    parse_mode: Policy = "strict"
+    """How answers are read: `strict` JSON, or `tolerant` of Python-style objects, as the released checkpoints write."""
+
+
+class NoCritic(Config):
+    """No image is judged: the first of each step is taken."""
+
+    kind: Literal["none"] = "none"
+
+
+class ModelCritic(Config):
+    renamed: ClassVar = {"policy": "parse_mode", "accept_share": "acceptance_threshold"}
+    """A chat model judges each image and rewrites the prompt."""
+
+    kind: Literal["model"] = "model"
+    model: ChatConfig = LocalChatConfig(ref="builtin:shapes/critic")
+    """The model."""
+    template: str = "shapes_critic"
+    """Template: a built-in name or a text file."""
+    context: Literal["pair", "story"] = "pair"
+    """What it sees: the images before and after, or also the request and the story so far."""
+    parse_mode: Policy = "strict"
+    """How answers are read."""
+    num_samples: Annotated[int, Ge(1), Le(32)] = 1
+    """Answers per image, with different seeds; more than one needs a temperature above 0."""
+    acceptance_threshold: Annotated[float, Gt(0), Le(1)] = 0.5
+    """Share of those answers that must accept an image."""
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "ModelCritic":
+        if self.num_samples > 1 and getattr(self.model, "temperature", 1.0) == 0:
+            raise ValueError(
+                f"num_samples {self.num_samples}: at model.temperature 0 all answers are the same; set it above 0, or "
+                "num_samples to 1"
+            )
+        return self
+
+
+class SelfCritic(Config):
+    renamed: ClassVar = {"policy": "parse_mode"}
+    """The planner's model judges its own steps: a control for what a trained critic adds."""
+
+    kind: Literal["self"] = "self"
+    template: str = "critic"
+    """Template: a built-in name or a text file."""
+    context: Literal["pair", "story"] = "pair"
+    """What it sees, as of `model`."""
+    parse_mode: Policy = "strict"
+    """How answers are read."""
+
+
+class RandomCritic(Config):
+    """Accepts by chance and rewrites by chance: a control for what looking adds."""
+
+    kind: Literal["random_rewrite"] = "random_rewrite"
+    accept: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Probability that an image is accepted."""
+    phrases: Annotated[tuple[str, ...], MinLen(1)] = ("in detail", "clearly visible", "exactly as described", "")
+    """What is added to the step's prompt after a rejection, one of them by chance."""
+
+
+class RunConfig(Config):
+    """Planner, critic, generator and the loop that joins them."""
+
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of everything that is sampled."""
+    planner: Annotated[NoPlanner | ModelPlanner, Field(discriminator="kind")] = ModelPlanner()
+    """Who writes the steps."""
+    critic: Annotated[NoCritic | ModelCritic | SelfCritic | RandomCritic, Field(discriminator="kind")] = ModelCritic(
+        model=LocalChatConfig(ref="builtin:shapes/critic", temperature=1.0), num_samples=8, acceptance_threshold=0.75
+    )
+    """Who judges the images."""
+    generator: GeneratorConfig = PipelineConfig()
+    """Which generator makes the images."""
+    judge: JudgeConfig | None = None
+    """Who scores the images, for `loop.select: best_by_judge` and for records; null: nobody."""
+    cache: str | None = "cache/images"
+    """Folder of generated images, shared by all runs: an identical one is never generated twice; null: none."""
+    loop: LoopConfig = LoopConfig()
+    """Attempts, budgets, selection."""

@@ -1,0 +1,257 @@
+"""The loop: plan, generate, judge, rewrite, for many requests at once, with everything on record.
+
+For every step of a plan the generator makes an image (the first of a request without images from text alone, all others
+by editing the latest accepted one), the critic compares it with the image before, and a rejected one is generated again
+from the same source with the critic's prompt and another seed.  A rejected image is never a source.  Source:
+InterleaveThinker, arXiv 2606.13679; where this loop departs from it, docs/interleave.md says so.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+from imgen_common.errors import UserError
+from interleave.loop.attempts import AttemptInput, AttemptRunner
+from interleave.loop.components import Components
+from interleave.loop.config import LoopConfig
+from interleave.loop.planning import request_plan
+from interleave.loop.selection import select_attempt
+from interleave.models.concurrency import map_concurrently
+from interleave.protocols import HashedImage
+from interleave.records import (
+    Attempt,
+    FailureKind,
+    Plan,
+    PlannerRecord,
+    PlanRecord,
+    PlanStep,
+    Record,
+    Request,
+    Spent,
+    Trajectory,
+    TrajectoryStatus,
+)
+from interleave.storage.images import ImageStore
+from interleave.storage.trace import Trace, TraceEntry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _StoryState:
+    """A request while it is worked on.
+
+    images: the user's, then one of each step that has one.  parts: words and image of each step so far.
+    seconds_before: of attempts of earlier sessions.
+    """
+
+    request: Request
+    images: list[HashedImage] = field(default_factory=list)
+    parts: list[tuple[str, HashedImage | None]] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
+    selected: dict[int, int] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started_at
+
+    @property
+    def num_generated(self) -> int:
+        return sum(attempt.image_id is not None for attempt in self.attempts)
+
+    def spent(self, planner: PlannerRecord | None) -> Spent:
+        return Spent(
+            generations=self.num_generated,
+            critic_calls=sum(attempt.critic_tries for attempt in self.attempts),
+            planner_calls=planner.num_tries if planner else 0,
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a story ends, and why where it is not complete."""
+
+    status: TrajectoryStatus = "complete"
+    error: str | None = None
+    error_kind: FailureKind | None = None
+
+
+class Engine:
+    """Runs requests through the loop and records what happens.
+
+    Records are appended to `trace` the moment they are complete, images before the records that name them, so that a
+    kill at any instant loses at most the attempt in flight.  A request that the trace holds already is gone on with
+    from where it stopped; a finished one is given back as it is.  Seeds depend on `seed`, the request's id, the step
+    and the attempt alone, so that neither concurrency nor a resume changes a record (times excepted).
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        loop: LoopConfig,
+        seed: int,
+        trace: Trace,
+        images: ImageStore,
+        on_record: Callable[[Record], None] = lambda record: None,
+        retry_failed: bool = False,
+    ) -> None:
+        """on_record: called with every new record.  retry_failed: stories that ended early are gone on with.
+
+        Raises UserError if the selection needs a judge or a critic that is not there.
+        """
+        if loop.select == "best_by_judge" and components.judge is None:
+            raise UserError("loop.select: best_by_judge needs a judge; configure one or choose another selection")
+        if loop.select == "best_by_verdict_probability" and components.critic is None:
+            raise UserError("loop.select: best_by_verdict_probability needs a critic; configure one")
+        self._planner, self._loop, self._seed = components.planner, loop, seed
+        self._attempts = AttemptRunner(components, loop, seed, images)
+        self._trace, self._images, self._on_record = trace, images, on_record
+        self._retry_failed = retry_failed
+        self._recorded = trace.read()
+        self._writing = asyncio.Lock()
+
+    async def run_all(self, requests: Sequence[Request]) -> list[Trajectory]:
+        """All requests, `loop.concurrency` at once, answered in their order.
+
+        What goes wrong in one request is in its trajectory and touches no other.  Raises UserError where nothing can
+        go on, as on a full disk, and ValueError if two requests have the same id.
+        """
+        if len({request.id for request in requests}) < len(requests):
+            raise ValueError("two requests have the same id")
+        return await map_concurrently(self.run, requests, self._loop.concurrency)
+
+    async def run(self, request: Request) -> Trajectory:
+        """One request, to its end."""
+        recorded = self._recorded.get(request.id, TraceEntry())
+        if recorded.trajectory is not None and (recorded.trajectory.status == "complete" or not self._retry_failed):
+            return recorded.trajectory
+        story, planned = _StoryState(request), recorded.plan
+        try:
+            story.images = [self._images.get(image_id) for image_id in request.image_ids]
+            planned = await self._plan(story, recorded)
+            if planned.plan is not None:
+                ending = await self._run_steps(story, planned.plan, self._usable_attempts(recorded))
+            else:
+                about = planned.planner
+                error = about.error if about and about.error else "no plan"
+                ending = _Ending("planner_failed", error, about.error_kind if about else None)
+        except UserError:
+            raise  # nothing can go on, in no request
+        except Exception as failure:
+            log.exception("request %s", request.id)
+            ending = _Ending("internal_error", f"{type(failure).__name__}: {failure}")
+        planner = planned.planner if planned else None
+        trajectory = Trajectory(
+            id=request.id,
+            request=request,
+            planner=planner,
+            plan=planned.plan if planned else None,
+            selected=story.selected,
+            status=ending.status,
+            error=ending.error,
+            error_kind=ending.error_kind,
+            spent=story.spent(planner),
+            versions=package_versions(),
+        )
+        await self._write(trajectory)
+        return trajectory
+
+    async def _plan(self, story: _StoryState, recorded: TraceEntry) -> PlanRecord:
+        """The recorded plan, or a new one."""
+        old = recorded.plan
+        # A planner that failed in an earlier session is asked again only where failed stories are gone on with
+        if old is not None and (old.plan is not None or recorded.trajectory is None):
+            return old
+        earlier_tries = old.planner.num_tries if old and old.planner else 0
+        record = await request_plan(self._planner, story.request, story.images, self._loop, self._seed, earlier_tries)
+        await self._write(record)
+        return record
+
+    def _usable_attempts(self, recorded: TraceEntry) -> Mapping[tuple[int, int], Attempt]:
+        """Recorded attempts by (step, attempt); not those that failed, where failures are to be tried again."""
+        if recorded.trajectory is None or not self._retry_failed:
+            return recorded.attempts
+        failed = ("generator_failed", "critic_failed")
+        return {key: attempt for key, attempt in recorded.attempts.items() if attempt.status not in failed}
+
+    async def _run_steps(self, story: _StoryState, plan: Plan, recorded: Mapping[tuple[int, int], Attempt]) -> _Ending:
+        """All steps in order, until one fails or the budget is spent."""
+        for step in plan.steps:
+            if step.kind == "text":
+                story.parts.append((step.words, None))
+                continue
+            ending = await self._run_step(story, step, recorded)
+            # The story shows the step's best image, also where it ends with this step
+            attempts = [attempt for attempt in story.attempts if attempt.step == step.index]
+            has_image = self._show_best(story, step, attempts)
+            if ending is not None:
+                return ending
+            if not has_image:
+                last = attempts[-1]
+                return _Ending("generator_failed", f"step {step.index}: {last.error}", last.error_kind)
+        return _Ending()
+
+    async def _run_step(
+        self, story: _StoryState, step: PlanStep, recorded: Mapping[tuple[int, int], Attempt]
+    ) -> _Ending | None:
+        """The step's attempts, recorded ones first.  What ends the story, if it is the budget or the critic."""
+        prompt = step.prompt or ""
+        for number in range(1, self._loop.max_attempts + 1):
+            # An attempt of an earlier session is taken as it is; its time counts
+            attempt = recorded.get((step.index, number))
+            if attempt is not None:
+                story.seconds_before += sum(attempt.timings.values())
+            elif (reason := self._spent_budget(story)) is not None:
+                return _Ending("budget_exhausted", reason)
+            else:
+                start = AttemptInput(story.request, step, number, prompt, tuple(story.images), tuple(story.parts))
+                attempt = await self._attempts.run(start)
+                await self._write(attempt)
+            story.attempts.append(attempt)
+            if attempt.status == "critic_failed":
+                return _Ending("critic_failed", f"step {step.index}: {attempt.error}", attempt.error_kind)
+            # What the generator refuses for good it would refuse again
+            if attempt.status == "generator_failed" and attempt.error_kind == "refused":
+                break
+            if self._loop.stop_on_success and attempt.status in ("accepted", "unjudged"):
+                break
+            # The next attempt has the critic's prompt; an answer that could not be read leaves the prompt as it is
+            if self._loop.rewrite and attempt.status == "rejected":
+                prompt = attempt.refined_prompt or prompt
+        return None
+
+    def _show_best(self, story: _StoryState, step: PlanStep, attempts: Sequence[Attempt]) -> bool:
+        """Put the step's image into the story.  False if there is none."""
+        chosen = select_attempt(self._loop.select, attempts)
+        if chosen is None or chosen.image_id is None:
+            return False
+        image = self._images.get(chosen.image_id)
+        story.selected[step.index] = chosen.attempt
+        story.images.append(image)
+        story.parts.append((step.words, image))
+        return True
+
+    def _spent_budget(self, story: _StoryState) -> str | None:
+        """Which budget of the request is spent, if one is."""
+        loop = self._loop
+        if loop.max_generations is not None and story.num_generated >= loop.max_generations:
+            return f"{story.num_generated} images were generated, as many as loop.max_generations allows"
+        if loop.max_seconds is not None and story.seconds >= loop.max_seconds:
+            return f"{story.seconds:.0f} s have gone; loop.max_seconds allows no more"
+        return None
+
+    async def _write(self, record: PlanRecord | Attempt | Trajectory) -> None:
+        async with self._writing:
+            await asyncio.to_thread(self._trace.append, record)
+        self._on_record(record)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a record depends on."""
+    return {name: metadata.version(name) for name in ("interleave", "imgen-common")}

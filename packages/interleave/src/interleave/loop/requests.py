@@ -1,0 +1,105 @@
+"""Requests from a command line or a file: their words and images, checked and put into a run's store."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from imgen_common.errors import UserError, nearest
+from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.images import decode
+from interleave.protocols import HashedImage
+from interleave.records import Request
+
+if TYPE_CHECKING:
+    from interleave.storage.images import ImageStore
+
+REQUESTS = "requests.jsonl"
+MAX_CHARACTERS = 20_000
+"""Longest request."""
+
+
+class RequestRow(BaseModel):
+    """One line of a file of requests."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+    id: str | None = Field(default=None, min_length=1)
+    images: list[str] = Field(default_factory=list)
+    category: str = ""
+
+
+def make_request(
+    text: str,
+    images: Sequence[Path | HashedImage],
+    store: "ImageStore",
+    request_id: str | None = None,
+    category: str = "",
+) -> Request:
+    """A request whose images are in the store.  Its id, unless given, is made of its content.
+
+    Raises UserError for no words, too many, or a file that is no image.
+    """
+    if not text.strip():
+        raise UserError("the request is empty; say what the story should be")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"the request has {len(text)} characters; at most {MAX_CHARACTERS} are allowed; shorten it")
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    given = (image if isinstance(image, HashedImage) else HashedImage.from_pil(decode(image)) for image in images)
+    image_ids = tuple(store.put(one) for one in given)
+    digest = hashlib.sha256(json.dumps([clean, image_ids]).encode()).hexdigest()[:12]
+    return Request(id=request_id or digest, text=clean, image_ids=image_ids, category=category)
+
+
+def read_requests(path: Path, store: "ImageStore") -> list[Request]:
+    """The requests of a JSON-lines file: {"text", "id", "category", "images": [paths from the file's folder]}.
+
+    Raises UserError naming the line for what is not such an object, an id given twice, or an image that cannot be
+    read.
+    """
+    requests: dict[str, Request] = {}
+    for number, row in _rows(path):
+        where = f"{path}: line {number}"
+        try:
+            images = [path.parent / image for image in row.images]
+            made = make_request(row.text, images, store, row.id, row.category)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if made.id in requests:
+            what = f"id {made.id!r}" if row.id else "this request"
+            raise UserError(f"{where}: {what} is there already; give every request an id of its own")
+        requests[made.id] = made
+    if not requests:
+        raise UserError(f"{path}: no requests in it; give one JSON object a line with the key 'text'")
+    return list(requests.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[int, RequestRow]]:
+    for number, line in numbered_lines(path):
+        try:
+            yield number, RequestRow.model_validate(json.loads(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            hint = nearest(key, RequestRow.model_fields) if first["type"] == "extra_forbidden" else ""
+            allowed = ", ".join(RequestRow.model_fields)
+            raise UserError(f"{path}: line {number}: {key}: {first['msg']}{hint}; allowed keys: {allowed}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number}: not a JSON object ({error})") from None
+
+
+def save_requests(requests: Sequence[Request], run: Path) -> None:
+    """Keep a run's requests in its folder, so that it can go on without their file."""
+    write_atomic(run / REQUESTS, "".join(request.model_dump_json() + "\n" for request in requests))
+
+
+def load_requests(run: Path) -> list[Request]:
+    """The requests of a run.  Raises UserError if it was killed before they were written."""
+    try:
+        return [Request.model_validate_json(line) for _, line in numbered_lines(run / REQUESTS)]
+    except (UserError, ValidationError):
+        raise UserError(f"{run}: holds no requests; it was killed as it began, so start it again") from None

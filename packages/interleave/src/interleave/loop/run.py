@@ -1,0 +1,192 @@
+"""A run of the loop in its folder: components built from a configuration, records, images, and the way to go on.
+
+config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, trajectories)     images/
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+
+from imgen_common.console import quiet_libraries
+from imgen_common.errors import UserError
+from imgen_common.run_folder.find import free_path
+from imgen_common.run_folder.folder import RunFolder
+from interleave.agents import scoring
+from interleave.agents.critic import ChatCritic
+from interleave.agents.planner import ChatPlanner
+from interleave.agents.prompts import load_template
+from interleave.agents.random_critic import RandomRewrite
+from interleave.loop import requests as request_files
+from interleave.loop.components import Components
+from interleave.loop.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RandomCritic, RunConfig, SelfCritic
+from interleave.loop.engine import Engine
+from interleave.loop.planning import request_plan
+from interleave.models.chat import build_chat_model
+from interleave.models.chat.endpoint import EndpointChat
+from interleave.models.generators import CachedGenerator, build_generator
+from interleave.protocols import Critic, Generator, HashedImage
+from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
+from interleave.storage.images import IMAGES, ImageStore
+from interleave.storage.trace import Trace
+
+MAY_DIFFER = ("loop.concurrency", "cache")
+"""What may change between the sessions of a run: nothing that a record depends on."""
+
+
+def build_planner(config: RunConfig) -> ChatPlanner | None:
+    """The planner that a configuration names.  Raises UserError where its model cannot be had."""
+    quiet_libraries()
+    planner = config.planner
+    if isinstance(planner, NoPlanner):
+        return None
+    return ChatPlanner(
+        build_chat_model(planner.model),
+        load_template(planner.text_template),
+        load_template(planner.images_template),
+        planner.parse_mode,
+    )
+
+
+def build_components(config: RunConfig) -> Components:
+    """The components that a configuration names, models loaded.  Raises UserError where one cannot be had."""
+    planner = build_planner(config)
+    generator: Generator = build_generator(config.generator)
+    if config.cache is not None:
+        generator = CachedGenerator(generator, Path(config.cache))
+    return Components(
+        planner, _critic(config, planner), generator, scoring.build_judge(config.judge) if config.judge else None
+    )
+
+
+def _critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | None:
+    critic = config.critic
+    match critic:
+        case NoCritic():
+            return None
+        case RandomCritic():
+            return RandomRewrite(critic.accept, critic.phrases)
+        case SelfCritic():
+            if planner is None:
+                raise UserError("critic.kind: self needs a planner's model; set planner.kind=model or choose another")
+            model = planner.model
+        case ModelCritic():
+            same = isinstance(config.planner, ModelPlanner) and config.planner.model == critic.model
+            model = planner.model if planner is not None and same else build_chat_model(critic.model)
+            return ChatCritic(
+                model,
+                load_template(critic.template),
+                critic.context,
+                critic.parse_mode,
+                critic.num_samples,
+                critic.acceptance_threshold,
+            )
+    return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode)
+
+
+def create_run(
+    path: Path, config: RunConfig, command: Sequence[str], ask: Callable[[ImageStore], list[Request]]
+) -> list[Request]:
+    """Start a run folder with the requests that `ask` makes with its image store."""
+    with RunFolder.create(path, config, command):
+        requests = ask(ImageStore(path / IMAGES))
+        request_files.save_requests(requests, path)
+    return requests
+
+
+async def check_endpoints(components: Components) -> None:
+    """Raises UserError if an endpoint that the components need does not answer, or refuses the key."""
+    for part in (components.planner, components.critic):
+        if isinstance(part, ChatPlanner | ChatCritic) and isinstance(part.model, EndpointChat):
+            await part.model.check()
+
+
+async def run_requests(
+    path: Path,
+    components: Components,
+    config: RunConfig,
+    command: Sequence[str],
+    on_record: Callable[[Record], None],
+    retry_failed: bool = False,
+) -> list[Trajectory]:
+    """Go on with the requests of the run in `path`, from where its trace ends.
+
+    Raises UserError if the folder is in use, or belongs to another configuration.
+    """
+    with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
+        requests = request_files.load_requests(path)
+        with Trace(path) as trace:
+            engine = Engine(
+                components,
+                config.loop,
+                config.seed,
+                trace,
+                ImageStore(path / IMAGES),
+                on_record,
+                retry_failed,
+            )
+            return await engine.run_all(requests)
+
+
+async def plan_only(config: RunConfig, request: Request, images: Sequence[HashedImage]) -> PlanRecord:
+    """What the planner makes of a request, with as many tries as in a run."""
+    planner = build_planner(config)
+    try:
+        return await request_plan(planner, request, images, config.loop, config.seed)
+    finally:
+        if planner is not None:
+            await planner.close()
+
+
+class StoryStream:
+    """Stories, each in a run folder of its own, for a page that shows them as they come."""
+
+    def __init__(self, config: RunConfig, components: Components, runs: Path) -> None:
+        self._config, self._components, self._runs = config, components, runs
+
+    async def stream(
+        self, text: str, images: Sequence[HashedImage], seed: int
+    ) -> AsyncGenerator[tuple[Record, HashedImage | None], None]:
+        """The records of a story, each when it is complete, an attempt's with its image.
+
+        Raises UserError as `run_requests`.
+        """
+        config = self._config.model_copy(update={"seed": seed})
+        path = free_path(self._runs, None, slug(text))
+        create_run(path, config, ["demo"], lambda store: [request_files.make_request(text, images, store)])
+        records: asyncio.Queue[Record | None] = asyncio.Queue()
+        running = asyncio.create_task(run_requests(path, self._components, config, ["demo"], records.put_nowait))
+        running.add_done_callback(lambda _: records.put_nowait(None))
+        try:
+            while (record := await records.get()) is not None:
+                image_id = record.image_id if isinstance(record, Attempt) else None
+                yield record, ImageStore(path / IMAGES).get(image_id) if image_id else None
+            await running
+        finally:
+            running.cancel()
+
+
+def slug(request: str) -> str:
+    """A folder's name made of a request's first words."""
+    words = re.findall(r"[a-z0-9]+", request.lower())
+    return "_".join(words)[:40].strip("_") or "story"
+
+
+def run_and_close(
+    path: Path,
+    config: RunConfig,
+    command: Sequence[str],
+    on_record: Callable[[Record], None],
+    retry_failed: bool = False,
+) -> list[Trajectory]:
+    """`run_requests` with components built for it, from code that is not asynchronous."""
+    components = build_components(config)
+
+    async def main() -> list[Trajectory]:
+        try:
+            await check_endpoints(components)
+            return await run_requests(path, components, config, command, on_record, retry_failed)
+        finally:
+            await components.close()
+
+    return asyncio.run(main())

@@ -1,0 +1,4 @@
+"""Chat models and image generators, local and remote.
+
+Knows nothing of agents or of the loop.
+"""

@@ -1,0 +1,170 @@
+"""Any OpenAI-compatible chat endpoint: vLLM, `transformers serve`, or a hosted model."""
+
+import asyncio
+import base64
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from imgen_common.config import Config
+from imgen_common.errors import UserError
+from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url
+from interleave.models.remote import backend_errors, encode_png
+from interleave.protocols import HashedImage, Message, Reply
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class EndpointChatConfig(Config):
+    """An OpenAI-compatible endpoint."""
+
+    renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
+    kind: Literal["endpoint"] = "endpoint"
+    url: str = "http://127.0.0.1:8000/v1"
+    """Address up to the version."""
+    model: str = "default"
+    """Name by which the server knows the model."""
+    key_env: str = "INTERLEAVE_API_KEY"
+    """Variable of the environment that holds the key; nothing is sent where it is not set."""
+    max_new_tokens: Annotated[int, Ge(1)] = 4096
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Ge(0), Le(2)] = 0.7
+    """0: the most probable answer."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.8
+    """Share of the probability mass that is sampled from."""
+    send_seed: bool = True
+    """Whether seeds are sent; some hosted models refuse them."""
+    top_logprobs: Annotated[int, Ge(0), Le(20)] = 0
+    """How many alternatives per token are asked for; needed for `best_by_verdict_probability`."""
+    extra: Mapping[str, Any] = {}
+    """Further keys of the request, as the server names them; null leaves one out (`max_tokens: null`)."""
+    concurrency: Annotated[int, Ge(1), Le(10000)] = 16
+    """Requests in flight at once."""
+    retry: RetryPolicy = RetryPolicy()
+    """Timeouts, retries and the circuit breaker."""
+    max_answer_bytes: Annotated[int, Ge(1024)] = 8 * 2**20
+    """Largest answer that is read."""
+
+    def build(self) -> "EndpointChat":
+        """The model.  Raises UserError for an address or a key that is none."""
+        return EndpointChat(self)
+
+
+class EndpointChat:
+    """Chat completions over HTTP; the key goes to this host only."""
+
+    def __init__(self, config: EndpointChatConfig, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
+        """transport: for tests.  Raises UserError for an address that is none, or a key that no header can carry."""
+        self._config, self._url = config, check_url(config.url)
+        self._client = HttpClient(
+            self._url, config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport
+        )
+
+    @property
+    def id(self) -> str:
+        """Model name and settings that answers depend on."""
+        c = self._config
+        extra = f" {json.dumps(dict(c.extra), sort_keys=True)}" if c.extra else ""
+        return f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{extra}"
+
+    async def chat(self, message: Message, seed: int) -> Reply:
+        """The answer.  Raises BackendError."""
+        body = await asyncio.to_thread(self._body, message, seed)
+        with backend_errors():
+            return await self._client.call(lambda seconds: self._send(body, seconds))
+
+    async def check(self) -> None:
+        """Ask for a few tokens.  Raises UserError that says what to change where no answer can come."""
+        c = self._config
+        limit = "max_completion_tokens" if "max_completion_tokens" in c.extra else "max_tokens"
+        body = {"model": c.model, "messages": [{"role": "user", "content": "Say yes."}], limit: 16}
+        try:
+            async with asyncio.timeout(c.retry.timeout):
+                await self._send(json.dumps(body).encode(), c.retry.timeout)
+        except (HttpError, TimeoutError) as failure:
+            if isinstance(failure, HttpError) and (failure.kind == "rate_limited" or failure.status == 503):
+                return  # it is there, only busy
+            said = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
+            remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
+            raise UserError(f"chat endpoint {said}; {remedy}") from None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def _body(self, message: Message, seed: int) -> bytes:
+        c = self._config
+        content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64_of(part)}"}}
+            for part in message
+        ]
+        body: dict[str, Any] = {
+            "model": c.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": c.max_new_tokens,
+            "temperature": c.temperature,
+            "top_p": c.top_p,
+        }
+        if c.send_seed:
+            body["seed"] = seed
+        if c.top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": c.top_logprobs}
+        body |= c.extra
+        return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+
+    async def _send(self, body: bytes, seconds: float) -> Reply:
+        headers = {"Content-Type": "application/json"}
+        data = await self._client.request(
+            "POST", self._url, "/chat/completions", seconds=seconds, content=body, headers=headers
+        )
+        try:
+            return read_reply(data)
+        except ValueError as error:
+            raise self._client.malformed(self._url, str(error)) from None
+
+
+def _base64_of(image: HashedImage) -> str:
+    return base64.b64encode(encode_png(image)).decode()
+
+
+def read_reply(data: bytes) -> Reply:
+    """The reply in a chat completion; what a server split off as reasoning goes back into `<think>`.
+
+    Raises ValueError for what is no chat completion.
+    """
+    try:
+        answer = json.loads(data)
+        choice = answer["choices"][0]
+        truncated = choice.get("finish_reason") == "length"
+        usage = answer.get("usage") or {}
+        tokens = (choice.get("logprobs") or {}).get("content") or ()
+        return Reply(
+            text=_text(choice["message"], truncated),
+            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            num_completion_tokens=int(usage.get("completion_tokens") or 0),
+            truncated=truncated,
+            token_probabilities=tuple((str(t["token"]), _alternatives(t)) for t in tokens),
+        )
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from None
+
+
+def _alternatives(token: Mapping[str, Any]) -> dict[str, float]:
+    return {str(other["token"]): math.exp(other["logprob"]) for other in token.get("top_logprobs") or ()}
+
+
+def _text(message: Mapping[str, Any], truncated: bool) -> str:
+    content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if content is None and (truncated or thought):
+        content = ""
+    if not isinstance(content, str):
+        raise TypeError("no text in it")
+    return f"<think>{thought}</think>{content}" if isinstance(thought, str) and "<think>" not in content else content

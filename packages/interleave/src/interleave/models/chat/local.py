@@ -1,0 +1,232 @@
+"""A vision-language model of transformers on this machine: what is waiting is answered in one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from imgen_common import hub
+from imgen_common.config import Config
+from imgen_common.devices import device_of, dtype_of
+from imgen_common.errors import UserError, one_line
+from imgen_common.streams import torch_generator
+from interleave.models.batching import Batcher, FittingBatches
+from interleave.models.chat.conversation import to_conversation
+from interleave.protocols import BackendError, Message, Reply
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LogitsProcessor
+
+Asked = tuple[Message, int]
+
+
+class LocalChatConfig(Config):
+    """A vision-language model folder of transformers."""
+
+    kind: Literal["local"] = "local"
+    ref: str
+    """The model: `builtin:shapes/critic`, a folder, or `org/name@revision`; safetensors only."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Implementation of attention; the flash ones need their packages."""
+    max_new_tokens: Annotated[int, Ge(1)] = 4096
+    """Longest answer in tokens; also bounded by the model's positions."""
+    temperature: Annotated[float, Ge(0), Le(2)] = 0.0
+    """0: the most probable answer, always the same."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the probability mass that is sampled from."""
+    top_k: Annotated[int, Ge(0)] = 0
+    """How many of the most probable tokens are sampled from; 0: all."""
+    top_logprobs: Annotated[int, Ge(0), Le(20)] = 5
+    """How many alternatives per token are kept, for the critic's probability of success."""
+    max_pixels: Annotated[int, Ge(1)] | None = None
+    """Largest image in pixels, a larger one is scaled down by the model's processor; null: as it says."""
+    max_batch: Annotated[int, Ge(1), Le(1024)] = 16
+    """Most messages answered at once; halved where memory runs out."""
+
+    def build(self) -> "LocalChat":
+        """The model, loaded.  Raises UserError where it cannot be had."""
+        return LocalChat(self)
+
+
+class LocalChat:
+    """Answers to equal messages and seeds are equal, whatever else is in the batch, up to the rounding of batched
+    arithmetic."""
+
+    def __init__(self, config: LocalChatConfig) -> None:
+        """Load model and processor.  Raises UserError where they cannot be had."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.config = config
+        self._device = device_of(config.device)
+        folder = hub.resolve(config.ref)
+        try:
+            self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._model = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=dtype_of(config.dtype, self._device),
+                attn_implementation=config.attention,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = one_line(str(error))
+            raise UserError(f"{config.ref}: not a vision-language model that can be loaded ({reason})") from error
+        self._model.eval().requires_grad_(False).to(self._device)
+        self._processor.tokenizer.padding_side = "left"
+        if config.max_pixels is not None:
+            self._bound_pixels(config.max_pixels)
+        self._context = self._model.config.get_text_config().max_position_embeddings
+        self._batches: FittingBatches[Asked, Reply] = FittingBatches(
+            lambda asked: self._generate(asked), config.max_batch, config.ref
+        )
+        self._batcher: Batcher[Asked, Reply] = Batcher(self.answer, config.max_batch)
+
+    @property
+    def id(self) -> str:
+        """Model and settings that answers depend on."""
+        c = self.config
+        return f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
+
+    async def chat(self, message: Message, seed: int) -> Reply:
+        """The answer.  Raises BackendError: refused (a prompt too long), out_of_memory, model_error."""
+        return await self._batcher((message, seed))
+
+    async def close(self) -> None:
+        """Release the model, once it is idle."""
+        await self._batcher.close()
+        self._model = None
+
+    def answer(self, asked: Sequence[Asked]) -> list[Reply | BackendError]:
+        """Answers to some messages, in batches that fit into memory; where one fails, the others are still answered."""
+        return self._batches(asked)
+
+    def _bound_pixels(self, most: int) -> None:
+        """Raises UserError where the processor bounds something else, such as the edges, or asks for more pixels."""
+        size = dict(self._processor.image_processor.size)
+        least = size.get("shortest_edge")
+        if set(size) != {"shortest_edge", "longest_edge"} or least is None or least > most:
+            raise UserError(f"max_pixels {most}: the processor of {self.config.ref} takes {size}; give more, or null")
+        self._processor.image_processor.size = size | {"longest_edge": most}
+
+    def _generate(self, asked: Sequence[Asked]) -> list[Reply]:
+        import torch
+        from transformers import LogitsProcessorList
+
+        inputs = self._inputs([message for message, _ in asked])
+        prompts = inputs["attention_mask"].sum(1).tolist()
+        limits = [min(self.config.max_new_tokens, self._context - length) for length in prompts]
+        if min(limits) < 1:
+            raise BackendError(
+                "refused", f"a prompt of {max(prompts)} tokens; {self.config.ref} takes {self._context - 1}"
+            )
+        sampler = make_sampler(self.config, [seed for _, seed in asked], self._device)
+        with torch.inference_mode():
+            out = self._model.generate(
+                **inputs,
+                max_new_tokens=max(limits),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        start = inputs["input_ids"].shape[1]
+        opened = self._opened(inputs["input_ids"][0])
+        return [
+            self._reply(opened, out[row, start:][: limits[row]].tolist(), prompts[row], sampler.alternatives(row))
+            for row in range(len(asked))
+        ]
+
+    def _inputs(self, messages: Sequence[Message]) -> Mapping[str, Any]:
+        return self._processor.apply_chat_template(
+            [to_conversation(message) for message in messages],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self._device)
+
+    def _opened(self, prompt: "torch.Tensor") -> str:
+        """`<think>` where the chat template has opened it for the model, which then does not say it."""
+        return "<think>" if self._processor.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
+
+    def _reply(
+        self, opened: str, tokens: Sequence[int], num_prompt: int, alternatives: Sequence[Mapping[int, float]]
+    ) -> Reply:
+        tokenizer = self._processor.tokenizer
+        ends = self._model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        num = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        ids, ended = tokens[:num], num < len(tokens)
+        shown = alternatives[:num]
+        words = {token: tokenizer.decode([token]) for token in {*ids, *(token for step in shown for token in step)}}
+        return Reply(
+            text=opened + tokenizer.decode(ids, skip_special_tokens=True),
+            num_prompt_tokens=num_prompt,
+            num_completion_tokens=num + ended,
+            truncated=not ended,
+            token_probabilities=tuple(
+                (words[token], {words[other]: p for other, p in step.items()})
+                for token, step in zip(ids, shown, strict=False)
+            ),
+        )
+
+
+def _make_warpers(config: LocalChatConfig) -> "list[LogitsProcessor]":
+    """Temperature, top k and top p as transformers applies them; none at temperature 0."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers: list[LogitsProcessor] = []
+    if config.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
+
+
+def make_sampler(config: LocalChatConfig, seeds: Sequence[int], device: "torch.device") -> Any:
+    """A logits processor under which the most probable token is an exact sample.
+
+    Adds Gumbel noise (arg max of log p + Gumbel noise is a sample of p) from a stream of each row's own, named by its
+    seed; temperature, top_k and top_p apply before.  Temperature 0 adds none.  Keeps the alternatives' probabilities as
+    the model gave them.
+    """
+    import torch
+    from transformers import LogitsProcessor
+
+    warpers = _make_warpers(config)
+
+    class Sampler(LogitsProcessor):
+        def __init__(self) -> None:
+            self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
+            self.streams = [torch_generator(seed, "tokens", device=device) for seed in seeds]
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if config.top_logprobs:
+                top = scores.float().softmax(-1).topk(min(config.top_logprobs, scores.shape[-1]))
+                self.steps.append((top.indices.cpu(), top.values.cpu()))
+            if warpers:
+                for warper in warpers:
+                    scores = warper(input_ids, scores)
+                scores = scores.float() - torch.stack([self.exponential(scores[0], s) for s in self.streams]).log()
+            return scores
+
+        def exponential(self, like: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
+            tiny = torch.finfo(torch.float32).tiny
+            return torch.empty_like(like, dtype=torch.float32).exponential_(generator=stream).clamp_min_(tiny)
+
+        def alternatives(self, row: int) -> list[dict[int, float]]:
+            return [
+                dict(zip(indices[row].tolist(), values[row].tolist(), strict=True)) for indices, values in self.steps
+            ]
+
+    return Sampler()

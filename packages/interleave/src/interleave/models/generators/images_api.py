@@ -1,0 +1,133 @@
+"""Any OpenAI-compatible images endpoint: images from words, and edits of images."""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from annotated_types import Ge, Le
+
+from imgen_common.config import Config
+from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url
+from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
+from interleave.protocols import GenerationRequest, HashedImage, check_sources
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class ImagesApiConfig(Config):
+    """An OpenAI-compatible images endpoint, hosted or on a server of one's own."""
+
+    renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
+    kind: Literal["images_api"] = "images_api"
+    url: str = "http://127.0.0.1:8000/v1"
+    """Address up to the version."""
+    model: str = "default"
+    """Name by which the server knows the model."""
+    key_env: str = "INTERLEAVE_API_KEY"
+    """Variable of the environment that holds the key; nothing is sent where it is not set."""
+    size: str | None = None
+    """Size as the server names it, such as `1024x1024`; null: the server's own."""
+    quality: str | None = None
+    """Quality as the server names it; null: the server's own."""
+    response_format: Literal["b64_json"] | None = "b64_json"
+    """Asks for the image itself instead of an address; null where the server knows no such key (gpt-image)."""
+    send_seed: bool = False
+    """Whether seeds are sent, as `seed`; hosted models refuse them, and answer differently each time."""
+    max_references: Annotated[int, Ge(0), Le(16)] = 1
+    """How many images an edit may be given; 0: no edits."""
+    image_field: Literal["image[]", "image"] = "image[]"
+    """Name of the form's field that each image of an edit is sent in."""
+    extra: Mapping[str, Any] = {}
+    """Further keys of every request, as the server names them."""
+    allow_addresses: bool = False
+    """Whether an image is fetched from the address that the server answers; https only, without the key."""
+    concurrency: Annotated[int, Ge(1), Le(10000)] = 16
+    """Requests in flight at once."""
+    retry: RetryPolicy = RetryPolicy()
+    """Timeouts, retries and the circuit breaker."""
+    max_answer_bytes: Annotated[int, Ge(1024)] = 128 * 2**20
+    """Largest answer that is read."""
+    max_pixels: Annotated[int, Ge(1)] = 64 * 10**6
+    """Largest image that is decoded."""
+
+    def build(self) -> "ImagesApiGenerator":
+        """The generator.  Raises UserError for an address or a key that is none."""
+        return ImagesApiGenerator(self)
+
+
+class ImagesApiGenerator:
+    """`/images/generations` for words alone, `/images/edits` with images."""
+
+    def __init__(self, config: ImagesApiConfig, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
+        """transport: for tests.  Raises UserError for an address that is none, or a key that no header can carry."""
+        self._config, self._url = config, check_url(config.url)
+        self._client = HttpClient(
+            self._url, config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport
+        )
+
+    @property
+    def id(self) -> str:
+        """The model's name."""
+        return self._config.model
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Address, size, quality and the further keys."""
+        return self._config.model_dump(mode="json", include={"url", "size", "quality", "send_seed", "extra"})
+
+    @property
+    def max_sources(self) -> int:
+        """`max_references`."""
+        return self._config.max_references
+
+    async def generate(self, request: GenerationRequest) -> HashedImage:
+        """The image.  Raises BackendError."""
+        check_sources(self, request)
+        content = await asyncio.to_thread(self._content, request)
+        with backend_errors():
+            return await self._client.call(lambda seconds: self._send(content, seconds))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def _content(self, request: GenerationRequest) -> dict[str, Any]:
+        """Path and content of the HTTP request, as `HttpClient.request` takes them."""
+        c = self._config
+        keys = {"model": c.model, "prompt": request.prompt, "n": 1, "size": c.size, "quality": c.quality}
+        keys |= {"response_format": c.response_format, "seed": request.seed if c.send_seed else None}
+        fields = {name: value for name, value in keys.items() if value is not None} | dict(c.extra)
+        if not request.sources:
+            return {"path": "/images/generations", "json": fields}
+        sources = enumerate(request.sources)
+        files = [(c.image_field, (f"{i}.png", encode_png(source), "image/png")) for i, source in sources]
+        form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+        return {"path": "/images/edits", "data": form, "files": files}
+
+    async def _send(self, content: dict[str, Any], seconds: float) -> HashedImage:
+        data = await self._client.request("POST", self._url, seconds=seconds, **content)
+        max_pixels = self._config.max_pixels
+        try:
+            entry = json.loads(data)["data"][0]
+            encoded, address = entry.get("b64_json"), entry.get("url")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            said = data[:1000].decode("utf-8", "replace")
+            raise self._client.malformed(self._url, f"no image in the answer: {said}") from None
+        if encoded is not None:
+            return await asyncio.to_thread(decode_base64_image, encoded, max_pixels)
+        self._check_address(address)
+        file = await self._client.request("GET", address, seconds=seconds, with_token=False)
+        return await asyncio.to_thread(decode_image, file, max_pixels)
+
+    def _check_address(self, address: object) -> None:
+        """Raises HttpError unless an image may be fetched from there."""
+        if not isinstance(address, str):
+            raise self._client.malformed(self._url, "no image in the answer")
+        if not self._config.allow_addresses:
+            remedy = "set response_format: b64_json or allow_addresses: true"
+            raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
+        if urlsplit(address).scheme != "https":
+            raise HttpError("refused", f"{self._url} answers an address that is not https", can_retry=False)

@@ -1,0 +1,105 @@
+"""Loads a diffusers pipeline and an adapter, and prepares the FLUX.2 pipelines for batches."""
+
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgen_common import hub
+from imgen_common.errors import UserError, one_line
+from imgen_common.hub import text_layers
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.device") -> "DiffusionPipeline":
+    """The pipeline of class `name`.  No code of the folder is run.  Raises UserError if it cannot be loaded."""
+    import diffusers
+
+    kind = getattr(diffusers, name)
+    absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
+    try:
+        pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **absent)
+        pipe = pipe.to(device)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: not a {name} that can be loaded ({one_line(str(error))})") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline":
+    """The pipeline of class `name` over the networks of `pipe`."""
+    import diffusers
+
+    editor = getattr(diffusers, name)(**pipe.components)
+    editor.set_progress_bar_config(disable=True)
+    return editor
+
+
+def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
+    """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    file, name = _adapter_file(hub.resolve(ref)), type(pipe).__name__
+    try:
+        keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"lora {ref}: does not fit {name} ({one_line(str(error))})") from error
+    wanted = {key.partition(".lora_A.")[0] for key in keys if key.startswith("transformer.") and ".lora_A." in key}
+    found = {
+        f"transformer.{layer}" for layer, part in pipe.transformer.named_modules() if isinstance(part, BaseTunerLayer)
+    }
+    if not wanted or wanted - found:
+        missing = sorted(wanted - found)[:2] or "none of its layers"
+        raise UserError(f"lora {ref}: does not fit {name}, which has no {missing}; take one that was made for it")
+    pipe.fuse_lora(lora_scale=weight)
+    pipe.unload_lora_weights()
+    return file
+
+
+def _adapter_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"lora {path}: has {len(files)} *.safetensors files; give the one to use")
+    return files[0]
+
+
+def klein_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:
+    """Arguments of FLUX.2-klein for its text encoder: the tokens it takes and the layers that are read."""
+    return {
+        "max_sequence_length": min(512, pipe.tokenizer.model_max_length),
+        "text_encoder_out_layers": text_layers(pipe.text_encoder.config, pipe.transformer.config.joint_attention_dim),
+    }
+
+
+def split_references(prepare: Callable[..., "tuple[torch.Tensor, torch.Tensor]"]) -> "Callable[..., Any]":
+    """FLUX.2's own step from references to tokens and positions, for several prompts with references of their own.
+
+    The pipeline gives every prompt all references.  Here the first prompt gets the first of equally many, and so on, as
+    if each image had been generated alone.  Every prompt must have equally many, of the same sizes.
+    """
+    import torch
+
+    def prepared(images: "Sequence[torch.Tensor]", batch_size: int, **rest: Any) -> "tuple[torch.Tensor, torch.Tensor]":
+        count = len(images) // batch_size
+        own = (images[i * count : (i + 1) * count] for i in range(batch_size))
+        tokens, positions = zip(*(prepare(images=list(few), batch_size=1, **rest) for few in own), strict=True)
+        return torch.cat(tokens), torch.cat(positions)
+
+    return prepared
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Of the names, sizes and times of all files in some folders and files: changes where the model was changed."""
+    digest = sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                about = file.stat()
+                digest.update(f"{file.relative_to(path.parent)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

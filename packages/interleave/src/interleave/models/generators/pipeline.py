@@ -1,0 +1,257 @@
+"""Any diffusers pipeline folder of a known family as a generator: text to image, edits, adapters, batches."""
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from PIL import Image
+
+from imgen_common import hub
+from imgen_common.config import Config
+from imgen_common.devices import device_of, dtype_of
+from imgen_common.errors import UserError
+from imgen_common.images import enlarge
+from interleave.models.batching import Batcher, FittingBatches
+from interleave.models.generators.families import family_of
+from interleave.models.generators.loading import (
+    fingerprint,
+    img2img_pipeline,
+    klein_text_options,
+    load_lora,
+    load_pipeline,
+    split_references,
+)
+from interleave.protocols import BackendError, GenerationRequest, HashedImage, check_sources
+
+MINIATURE = "builtin:shapes/generator"
+SMALLEST_REFERENCE = 64
+"""Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
+MAX_REFERENCE_PIXELS = 64 * 10**6
+"""Of one reference, once enlarged."""
+
+
+class GenerationSettings(Config):
+    """What an image depends on besides model, prompt, sources and seed.  null: the pipeline's own default."""
+
+    num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
+    """Steps; null: 25 for the miniature."""
+    guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None
+    """Guidance; 1 is none, but for guidance-distilled models; null: 2 for the miniature."""
+    height: Annotated[int, Ge(8), Le(4096)] | None = None
+    """Height of the image in pixels; null: 32 for the miniature."""
+    width: Annotated[int, Ge(8), Le(4096)] | None = None
+    """Width of the image in pixels; null: 32 for the miniature."""
+    strength: Annotated[float, Gt(0), Le(1)] | None = None
+    """How much of a source an image-to-image edit (SD3, FLUX.1) generates anew: 1 is all of it."""
+    negative_prompt: str | None = None
+    """What the image must not show, for the families that take it (SD3, Qwen-Image-Edit)."""
+
+    def with_defaults(self, other: "GenerationSettings") -> "GenerationSettings":
+        """These settings, and those of `other` where these have none."""
+        fields = set(GenerationSettings.model_fields)
+        return GenerationSettings(
+            **other.model_dump(include=fields) | self.model_dump(include=fields, exclude_none=True)
+        )
+
+
+class PipelineConfig(GenerationSettings):
+    """A diffusers pipeline on this machine."""
+
+    kind: Literal["pipeline"] = "pipeline"
+    ref: str = MINIATURE
+    """The model: `builtin:shapes/generator`, a folder, or `org/name@revision`; safetensors only."""
+    lora: str | None = None
+    """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads."""
+    lora_weight: Annotated[float, Ge(-10), Le(10)] = 1.0
+    """Factor of the adapter."""
+    max_references: Annotated[int, Ge(0), Le(16)] = 1
+    """How many images an edit may be given, up to what the family takes; 0: text to image only."""
+    reference_scale: Annotated[int, Ge(1), Le(16)] | None = None
+    """Factor by which references are enlarged; null: the smallest that the pipeline accepts (FLUX.2: 64 pixels)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
+    max_batch: Annotated[int, Ge(1), Le(256)] = 16
+    """Most images generated at once; halved where memory runs out."""
+
+    def build(self) -> "PipelineGenerator":
+        """The generator, its model loaded.  Raises UserError where it cannot be had."""
+        return PipelineGenerator(self)
+
+
+class PipelineRunner:
+    """A loaded pipeline, which generates the images of like requests in one call.  For one thread at a time."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        """Raises UserError for a model or adapter that cannot be had, or settings that its family does not take."""
+        self.config = config
+        folder = hub.resolve(config.ref)
+        self.name, self.family = family_of(config.ref, folder)
+        most = self.family.max_references
+        if config.max_references > most:
+            raise UserError(f"generator.max_references {config.max_references}: {self.name} takes {most} at most")
+        defaults = GenerationSettings(num_inference_steps=12, guidance_scale=2.0, height=32, width=32)
+        self.settings = config.with_defaults(defaults if config.ref == MINIATURE else GenerationSettings())
+        self.check(self.settings)
+        self._device = device_of(config.device)
+        self._dtype = dtype_of(config.dtype, self._device)
+        self._pipe = self._editor = load_pipeline(self.name, folder, self._dtype, self._device)
+        files = [folder]
+        if config.lora is not None:
+            files.append(load_lora(self._pipe, config.lora, config.lora_weight))
+        if self.family.edit == "references":
+            self._pipe.prepare_image_latents = split_references(self._pipe.prepare_image_latents)
+        if self.family.edit == "image":
+            self._editor = img2img_pipeline(self.family.img2img, self._pipe)
+        self._fingerprint = fingerprint(files)
+        self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Everything that images depend on, as JSON."""
+        chosen = self.config.model_dump(mode="json", include={"lora", "lora_weight", "reference_scale"})
+        found = {"dtype": str(self._dtype).removeprefix("torch."), "weights": self._fingerprint}
+        return self.settings.model_dump(mode="json") | chosen | found
+
+    def check(self, settings: GenerationSettings) -> None:
+        """Raises UserError for settings that the family does not take."""
+        if settings.negative_prompt is not None and self.family.negative is None:
+            raise UserError(f"negative_prompt: {self.name} takes none; leave it null")
+        if settings.strength is not None and self.family.edit != "image":
+            raise UserError(f"strength: {self.name} edits by reference and takes none; leave it null")
+
+    def batch_key(self, request: GenerationRequest) -> tuple[tuple[int, int], ...]:
+        """Requests of equal keys can share a call: as many sources, of the same sizes."""
+        return tuple(source.image.size for source in request.sources)
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None
+    ) -> list[HashedImage | BackendError]:
+        """An image, or why there is none, for each of some requests with equal `batch_key`.
+
+        settings: over those of the configuration.  An image does not depend on which others share its call.  Where
+        memory runs out, the call is repeated with half as many, and so are later ones; where one request fails, the
+        others go on without it.
+        """
+        chosen = self.settings if settings is None else settings.with_defaults(self.settings)
+        return self._batches([(request, chosen) for request in requests])
+
+    def close(self) -> None:
+        """Release the model."""
+        self._pipe = self._editor = None
+        self._free_memory()
+
+    def _generate_together(self, items: Sequence[tuple[GenerationRequest, GenerationSettings]]) -> list[HashedImage]:
+        return [HashedImage.from_pil(image) for image in self._call([request for request, _ in items], items[0][1])]
+
+    def _call(self, requests: Sequence[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        """The pipeline's images for requests with equally many sources."""
+        import torch
+
+        if self.family.edit == "alone" and len(requests) > 1:
+            return [image for request in requests for image in self._call([request], settings)]
+        arguments = self._shared_arguments(settings)
+        arguments["prompt"] = [request.prompt for request in requests]
+        if self.family.edit == "alone":
+            arguments["prompt"] = requests[0].prompt
+        arguments["generator"] = [torch.Generator().manual_seed(request.seed) for request in requests]
+        references = [self._reference(source) for request in requests for source in request.sources]
+        if not references:
+            if self.family.needs_image:
+                size = (settings.width or 1024, settings.height or 1024)
+                arguments["image"] = Image.new("RGB", size, "white")
+            return self._pipe(**arguments).images
+        if self.family.edit == "image" and settings.strength is not None:
+            arguments["strength"] = settings.strength
+        arguments["image"] = references[0] if len(references) == 1 else references
+        return self._editor(**arguments).images
+
+    def _shared_arguments(self, settings: GenerationSettings) -> dict[str, Any]:
+        """Arguments of the pipeline that all requests of a call share."""
+        found: dict[str, Any] = {
+            "num_inference_steps": settings.num_inference_steps,
+            self.family.guidance: settings.guidance_scale,
+            "height": settings.height,
+            "width": settings.width,
+        }
+        if self.family.negative is not None:
+            given = settings.negative_prompt
+            found["negative_prompt"] = self.family.negative if given is None else given
+        if self.family.edit == "reference" and settings.height and settings.width:
+            found["max_area"] = settings.height * settings.width
+        if self.name == "Flux2KleinPipeline":
+            found |= klein_text_options(self._pipe)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _reference(self, source: HashedImage) -> Image.Image:
+        image, scale = source.image, self.config.reference_scale
+        if scale is None:
+            scale = -(-SMALLEST_REFERENCE // min(image.size)) if self.family.edit == "references" else 1
+        if image.width * image.height * scale**2 > MAX_REFERENCE_PIXELS:
+            size = f"{image.width}x{image.height}"
+            raise BackendError("refused", f"a reference of {size} pixels, enlarged {scale} times, is too large")
+        return enlarge(image, scale)
+
+    def _free_memory(self) -> None:
+        if self._device.type == "cuda":
+            import torch
+
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+class PipelineGenerator:
+    """A diffusers pipeline that answers waiting requests together."""
+
+    def __init__(self, config: PipelineConfig, on_batch: Callable[[int], None] = lambda size: None) -> None:
+        """on_batch: called with the number of requests of each batch.  Raises UserError as `PipelineRunner`."""
+        self._runner = runner = PipelineRunner(config)
+        self._settings = runner.settings
+
+        def generate(
+            items: Sequence[tuple[GenerationRequest, GenerationSettings]],
+        ) -> list[HashedImage | BackendError]:
+            on_batch(len(items))
+            return runner.generate([request for request, _ in items], items[0][1])
+
+        self._batcher: Batcher[tuple[GenerationRequest, GenerationSettings], HashedImage] = Batcher(
+            generate, config.max_batch, lambda item: (runner.batch_key(item[0]), item[1])
+        )
+
+    @property
+    def id(self) -> str:
+        """The model's reference."""
+        return self._runner.config.ref
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """Settings, adapter, and a fingerprint of the files."""
+        return self._runner.params | self._settings.model_dump(mode="json")
+
+    @property
+    def max_sources(self) -> int:
+        """`max_references`."""
+        return self._runner.config.max_references
+
+    def with_params(self, settings: GenerationSettings) -> "PipelineGenerator":
+        """The same generator, model and batches with `settings` over its own.
+
+        Raises UserError for settings that the family does not take.
+        """
+        self._runner.check(settings)
+        other = copy.copy(self)
+        other._settings = settings.with_defaults(self._settings)
+        return other
+
+    async def generate(self, request: GenerationRequest) -> HashedImage:
+        """The image.  Raises BackendError: refused (too many sources), out_of_memory, model_error."""
+        check_sources(self, request)
+        return await self._batcher((request, self._settings))
+
+    async def close(self) -> None:
+        """Release the model, once it is idle."""
+        await self._batcher.close()
+        self._runner.close()

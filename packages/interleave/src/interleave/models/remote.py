@@ -1,0 +1,57 @@
+"""What the models behind HTTP share: their failures as BackendError, and images in requests and answers."""
+
+import base64
+import binascii
+import contextlib
+import io
+from collections.abc import Iterator
+
+from imgen_common.errors import UserError
+from imgen_common.http import HttpError
+from imgen_common.images import decode
+from interleave.protocols import BackendError, HashedImage
+from interleave.records import FailureKind
+
+
+class ServiceError(HttpError):
+    """`interleave serve` answered that its generator failed; `failure` is the kind that it named."""
+
+    def __init__(self, failure: FailureKind, message: str) -> None:
+        super().__init__("server_error", message, can_retry=False)
+        self.failure = failure
+
+
+@contextlib.contextmanager
+def backend_errors() -> Iterator[None]:
+    """Raises BackendError for every HttpError."""
+    try:
+        yield
+    except HttpError as error:
+        kind = error.failure if isinstance(error, ServiceError) else error.kind
+        raise BackendError(kind, str(error)) from error
+
+
+def encode_png(image: HashedImage) -> bytes:
+    """An image as a file, compressed fast: the best compression takes seconds for a megapixel."""
+    buffer = io.BytesIO()
+    image.image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes, max_pixels: int) -> HashedImage:
+    """An untrusted image file.  Raises HttpError, `malformed_response`, if it is none, or too large once decoded."""
+    try:
+        return HashedImage.from_pil(decode(data, max_bytes=len(data), max_pixels=max_pixels))
+    except UserError as error:
+        raise HttpError("malformed_response", f"the server's answer: {error}") from None
+
+
+def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
+    """The same in base64."""
+    try:
+        if not isinstance(text, str):
+            raise TypeError
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, binascii.Error, ValueError):
+        raise HttpError("malformed_response", "the server's answer: no image in base64") from None
+    return decode_image(data, max_pixels)

@@ -1,0 +1,4 @@
+"""HTML pages about runs, stories and training sets.
+
+Knows nothing of training.
+"""

@@ -1,0 +1,74 @@
+"""A folder of images, each under the hash of its pixels."""
+
+import io
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from imgen_common.errors import UserError
+from imgen_common.files import write_atomic, writing
+from imgen_common.images import content_hash, decode
+from interleave.protocols import HashedImage
+
+IMAGES = "images"
+IMAGE_ID = re.compile(r"[0-9a-f]{64}")
+MAX_FILE_BYTES = 2**28
+
+
+class ImageStore:
+    """A folder of PNG files, `ab/cd/abcd....png`.  Any number of threads and processes may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, image_id: str) -> Path:
+        """Where an image lies, or would lie.  Raises UserError if `image_id` is not an image's id."""
+        if not IMAGE_ID.fullmatch(image_id):
+            raise UserError(f"{image_id[:80]!r} is not the id of an image; an id is 64 hexadecimal digits")
+        return self._folder / image_id[:2] / image_id[2:4] / f"{image_id}.png"
+
+    def __contains__(self, image_id: str) -> bool:
+        return self.path(image_id).is_file()
+
+    def put(self, image: HashedImage) -> str:
+        """Keep `image`, whole or not at all, unless it is there already; its id.
+
+        Raises ValueError if its id is not that of its pixels, UserError if it cannot be written.
+        """
+        path = self.path(image.id)
+        if path.is_file():
+            return image.id
+        # The pixels alone: what else an image carries (a transparent color, an orientation) would be written too.
+        plain = Image.frombytes("RGB", image.image.size, image.image.tobytes())
+        if content_hash(plain) != image.id:
+            raise ValueError(f"image {image.id} has other pixels than its id says; make it by HashedImage.from_pil")
+        buffer = io.BytesIO()
+        plain.save(buffer, "PNG")
+        with writing(self._folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, buffer.getvalue())
+        return image.id
+
+    def get(self, image_id: str) -> HashedImage:
+        """The image.  Raises UserError if it is missing or its pixels are not those of its id."""
+        path = self.path(image_id)
+        if not path.is_file():
+            raise _missing(path)
+        image = HashedImage.from_pil(decode(path, max_bytes=MAX_FILE_BYTES))
+        if image.id != image_id:
+            raise UserError(f"{path}: its pixels are not those it was stored with; remove it and make it again")
+        return image
+
+    def copy(self, image_id: str, target: Path) -> None:
+        """Write the image's file to `target`, whole or not at all.  Raises UserError if it is missing."""
+        source = self.path(image_id)
+        if not source.is_file():
+            raise _missing(source)
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(target, source.read_bytes())
+
+
+def _missing(path: Path) -> UserError:
+    return UserError(f"{path}: no such image; it was removed, or belongs to another run")

@@ -1,0 +1,131 @@
+"""`trace.jsonl`: every record of a run, in the order in which they were made."""
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from imgen_common.errors import UserError
+from imgen_common.files import lock, sync, writing
+from interleave.records import Attempt, PlanRecord, Record, Trajectory
+
+TRACE = "trace.jsonl"
+EARLIER_IMAGES = "pictures"
+"""Folder in which earlier versions kept a run's images."""
+TYPES: Mapping[str, type[PlanRecord] | type[Attempt] | type[Trajectory]] = {
+    "plan": PlanRecord,
+    "attempt": Attempt,
+    "trajectory": Trajectory,
+}
+
+
+@dataclass
+class TraceEntry:
+    """What a trace holds of one trajectory: the latest record of each kind, attempts by (step, attempt)."""
+
+    plan: PlanRecord | None = None
+    attempts: dict[tuple[int, int], Attempt] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
+
+
+class Trace:
+    """The records of a run, for its one writer: opening cuts off a line that a kill left unfinished.
+
+    A second writer, of this process or another, is refused until the first closes or ends.  Threads may share one.
+    Readers use `read_trace`, at any time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError if the file has another writer or cannot be written."""
+        self.path = folder / TRACE
+        self._lock = threading.Lock()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        if not lock(self._file):
+            self._file.close()
+            raise UserError(f"{self.path}: in use by another run; wait for it to end or choose another") from None
+        with writing(folder):
+            self._file.truncate(len(_whole_lines(self.path)))
+            sync(folder)
+
+    def append(self, record: Record) -> None:
+        """Write one line and wait until it is on disk.
+
+        Raises UserError if it cannot be written, as on a full disk; nothing of the line is left then.
+        """
+        line = _line(record)
+        with self._lock, writing(self.path):
+            length = self.path.stat().st_size
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(length)
+                raise
+
+    def read(self) -> dict[str, TraceEntry]:
+        """All records by trajectory id, in the order of their first lines.  Raises UserError if a line is damaged."""
+        return read_trace(self.path.parent)
+
+    def close(self) -> None:
+        """Let another writer in."""
+        self._file.close()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_trace(folder: Path) -> dict[str, TraceEntry]:
+    """The records in a run folder by trajectory id; of two for the same thing the later one counts.
+
+    A last line that is still being written is left out; without a file there are none.
+    Raises UserError naming the line if one is damaged, and for a run of an earlier version, whose images lie in
+    `pictures/` and whose records have other names: it cannot be read.
+    """
+    path = folder / TRACE
+    found: dict[str, TraceEntry] = {}
+    if not path.is_file():
+        return found
+    if (folder / EARLIER_IMAGES).is_dir():
+        raise UserError(
+            f"{folder}: made by an earlier version of interleave, whose records cannot be read; run it again"
+        )
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            record = TYPES[fields.pop("type")].model_validate(fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path}:{number}: damaged record ({reason}); remove the line and resume") from None
+        match record:
+            case PlanRecord():
+                found.setdefault(record.trajectory_id, TraceEntry()).plan = record
+            case Attempt():
+                of = found.setdefault(record.trajectory_id, TraceEntry())
+                of.attempts[record.step, record.attempt] = record
+            case Trajectory():
+                found.setdefault(record.id, TraceEntry()).trajectory = record
+    return found
+
+
+def _line(record: Record) -> bytes:
+    name = next(name for name, kind in TYPES.items() if isinstance(record, kind))
+    text = json.dumps({"type": name, **record.model_dump(mode="json")}, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair: as its escape in JSON
+
+
+def _whole_lines(path: Path) -> bytes:
+    """The file up to the end of its last whole line."""
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1]

@@ -1,0 +1,1 @@
+"""Trains the miniature's models: `python -m scripts.miniature.world --help`."""

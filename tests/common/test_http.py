@@ -1,0 +1,261 @@
+"""Calls of a service that fails: how often, how long, how many at once, and when not at all."""
+
+import asyncio
+import email.utils
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imgen_common.http import HttpError, RetryingCaller, RetryPolicy, failure_of_status, retry_after, run_in_thread
+
+
+class Time:
+    """A clock that sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+def caller(time: Time, **settings: Any) -> RetryingCaller:
+    return RetryingCaller(RetryPolicy(**settings), clock=time, sleep=time.sleep, rng=random.Random(0))
+
+
+def sends(*outcomes: Any) -> tuple[Callable[[float], Any], list[float]]:
+    """Answers or raises in turn, the last one for ever; and what was left each time."""
+    left: list[float] = []
+
+    async def send(seconds: float) -> Any:
+        outcome = outcomes[min(len(left), len(outcomes) - 1)]
+        left.append(seconds)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return send, left
+
+
+BUSY = HttpError("rate_limited", "busy")
+
+
+def failure_of(made: RetryingCaller, send: Any) -> HttpError:
+    with pytest.raises(HttpError) as caught:
+        asyncio.run(made.call(send))
+    return caught.value
+
+
+def test_it_is_sent_again_until_it_answers() -> None:
+    time = Time()
+    send, left = sends(BUSY, BUSY, "yes")
+    assert asyncio.run(caller(time).call(send)) == "yes"
+    assert len(left) == 3
+    assert left == sorted(left, reverse=True)
+
+
+def test_a_service_that_stays_busy_is_given_up() -> None:
+    send, left = sends(BUSY)
+    failure = failure_of(caller(Time(), max_tries=4, deadline=8e4), send)
+    assert (failure.kind, str(failure), len(left)) == ("rate_limited", "busy (tried 4 times)", 4)
+
+
+def test_what_is_refused_is_not_sent_again() -> None:
+    send, left = sends(HttpError("refused", "no", can_retry=False))
+    assert failure_of(caller(Time()), send).kind == "refused"
+    assert len(left) == 1
+
+
+@given(st.integers(0, 1000), st.floats(0.1, 5), st.floats(1, 100))
+def test_waits_double_are_jittered_and_bounded(seed: int, first: float, longest: float) -> None:
+    time = Time()
+    config = RetryPolicy(initial_backoff=first, max_backoff=longest, max_tries=8, deadline=86400)
+    send, _ = sends(BUSY)
+    made = RetryingCaller(config, clock=time, sleep=time.sleep, rng=random.Random(seed))
+    failure_of(made, send)
+    assert len(time.waits) == 7
+    assert all(0 <= wait <= min(longest, first * 2**i) for i, wait in enumerate(time.waits))
+
+
+def test_what_the_service_asks_for_is_waited_but_not_for_ever() -> None:
+    time = Time()
+    send, _ = sends(
+        HttpError("rate_limited", "busy", retry_after=7), HttpError("rate_limited", "busy", retry_after=9999), "yes"
+    )
+    assert asyncio.run(caller(time, max_backoff=20, initial_backoff=1).call(send)) == "yes"
+    assert 7 <= time.waits[0] <= 8
+    assert time.waits[1] == 20
+
+
+def test_no_wait_goes_past_the_deadline() -> None:
+    time = Time()
+    send, left = sends(HttpError("rate_limited", "busy", retry_after=50))
+    assert failure_of(caller(time, deadline=30, max_backoff=100), send).kind == "rate_limited"
+    assert (len(left), time.now) == (1, 0)
+
+
+def test_a_try_that_hangs_is_cut_at_the_deadline() -> None:
+    async def hang(left: float) -> None:
+        await asyncio.sleep(60)
+
+    failure = failure_of(RetryingCaller(RetryPolicy(deadline=0.05), name="http://slow"), hang)
+    assert failure.kind == "timeout"
+    assert "http://slow" in str(failure)
+
+
+def test_a_try_that_hangs_is_given_up_and_sent_again() -> None:
+    tries = 0
+
+    async def hang_once(left: float) -> str:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(60 if tries == 1 else 0)
+        return "yes"
+
+    assert asyncio.run(RetryingCaller(RetryPolicy(timeout=0.05, initial_backoff=1e-6)).call(hang_once)) == "yes"
+    assert tries == 2
+
+
+def test_a_service_that_is_down_is_left_alone_then_tried_by_one() -> None:
+    time = Time()
+    made = caller(time, failure_threshold=2, max_tries=1, cooldown=20)
+    send, left = sends(HttpError("unreachable", "no route"))
+    for _ in range(2):
+        failure_of(made, send)
+    failure = failure_of(made, send)
+    assert (failure.kind, str(failure)) == ("unreachable", "not called for another 20 s, since no route")
+    assert len(left) == 2
+    time.now += 21
+    failure_of(made, send)
+    assert len(left) == 3
+    assert "not called" in str(failure_of(made, send))
+    time.now += 21
+    good, _ = sends("yes")
+    assert asyncio.run(made.call(good)) == "yes"
+    assert asyncio.run(made.call(good)) == "yes"
+
+
+@pytest.mark.parametrize("answer", [HttpError("refused", "no", can_retry=False), BUSY])
+def test_a_service_that_refuses_or_is_busy_is_not_down(answer: Exception) -> None:
+    made = caller(Time(), failure_threshold=1, max_tries=1)
+    send, left = sends(answer)
+    for _ in range(3):
+        failure_of(made, send)
+    assert len(left) == 3
+
+
+def test_a_refusal_ends_the_rest() -> None:
+    time = Time()
+    made = caller(time, failure_threshold=1, max_tries=1)
+    failure_of(made, sends(HttpError("unreachable", "no route"))[0])
+    time.now += 21
+    failure_of(made, sends(HttpError("refused", "no", can_retry=False))[0])
+    assert asyncio.run(made.call(sends("yes")[0])) == "yes"
+
+
+def test_while_one_call_tries_a_service_that_was_down_others_fail_at_once() -> None:
+    time = Time()
+    made = caller(time, failure_threshold=1, max_tries=3)
+    failure_of(made, sends(HttpError("unreachable", "no route"))[0])
+    time.now += 1000
+
+    async def main() -> list[Any]:
+        back = asyncio.Event()
+
+        async def probe(left: float) -> str:
+            await back.wait()
+            return "yes"
+
+        calls = [asyncio.create_task(made.call(probe)) for _ in range(3)]
+        await asyncio.sleep(0)
+        back.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(main())
+    assert answers[0] == "yes"
+    assert [type(answer) for answer in answers[1:]] == [HttpError, HttpError]
+
+
+def test_tries_end_when_others_find_the_service_down() -> None:
+    """Many calls at once on a dead service: as soon as enough have failed, the others stop asking."""
+    made = RetryingCaller(RetryPolicy(max_tries=50, initial_backoff=0.01, max_backoff=0.01, failure_threshold=1), 50)
+    sent = 0
+
+    async def dead(left: float) -> None:
+        nonlocal sent
+        sent += 1
+        raise HttpError("unreachable", "no route")
+
+    async def main() -> list[Any]:
+        long_ones = [asyncio.create_task(made.call(dead)) for _ in range(5)]
+        return await asyncio.gather(*long_ones, return_exceptions=True)
+
+    assert {answer.kind for answer in asyncio.run(main())} == {"unreachable"}
+    assert sent < 5 * 50
+
+
+def test_no_more_than_so_many_at_once() -> None:
+    made = RetryingCaller(RetryPolicy(), 3)
+    now, most = 0, 0
+
+    async def send(left: float) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.01)
+        now -= 1
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(made.call(send) for _ in range(10)))
+
+    asyncio.run(all_of_them())
+    assert most == 3
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    later = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    assert retry_after({"retry-after": "7"}) == 7
+    assert 80 < (retry_after({"retry-after": later}) or 0) <= 90
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    for odd in ({}, {"retry-after": "soon"}, {"retry-after": "9" * 400}, {"retry-after": "-1"}):
+        assert retry_after(odd) is None
+
+
+@pytest.mark.parametrize(
+    ("statuses", "kind", "can_retry"),
+    [
+        ((408, 409, 425, 429), "rate_limited", True),
+        ((500, 502, 503, 504, 529), "server_error", True),
+        ((301, 400, 401, 403, 404, 422), "refused", False),
+    ],
+)
+def test_one_table_says_what_a_status_means(statuses: tuple[int, ...], kind: str, can_retry: bool) -> None:
+    assert {failure_of_status(status) for status in statuses} == {(kind, can_retry)}
+
+
+def test_errors_of_a_server_open_the_breaker() -> None:
+    made = caller(Time(), failure_threshold=1, max_tries=1)
+    send, left = sends(HttpError("server_error", "status 500"))
+    failure_of(made, send)
+    assert "not called" in str(failure_of(made, send))
+    assert len(left) == 1
+
+
+def test_a_coroutine_is_run_beside_a_running_loop() -> None:
+    async def number() -> int:
+        return 3
+
+    async def main() -> int:
+        return run_in_thread(number())
+
+    assert run_in_thread(number()) == asyncio.run(main()) == 3
