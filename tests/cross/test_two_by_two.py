@@ -170,7 +170,7 @@ def test_both_generators_draw_with_the_same_settings() -> None:
 
 @pytest.mark.slow
 def test_a_training_that_fails_says_why(tmp_path: Path) -> None:
-    config = load(TwoByTwo, [], ["recipes.align.sets=[num_update=3]"])
+    config = load(TwoByTwo, [], ["recipes.align.sets=[max_train_step=3]"])
     with pytest.raises(UserError, match=r"align failed .*unknown key; did you mean 'max_train_steps'.*align\.log"):
         two_by_two.work(config, tmp_path, two_by_two.jobs_of(config)[0])
 
