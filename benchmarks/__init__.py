@@ -1,1 +1,1 @@
-"""Run by hand, print what they measure side by side in one run; `benchmarks/README.md` says how."""
+"""Benchmarks that are run by hand and print what they measure; benchmarks/README.md describes them."""

@@ -1,7 +1,7 @@
-"""Write docs/configuration.md from the configuration's own descriptions.
+"""Writes docs/configuration.md from the descriptions in the configuration classes.
 
 python scripts/config_reference.py            write it
-python scripts/config_reference.py --check    exit 1 if it is not what would be written
+python scripts/config_reference.py --check    exit 1 if the file is out of date
 """
 
 import argparse
@@ -19,7 +19,7 @@ Written by `scripts/config_reference.py` from the descriptions in the code; chan
 
 A configuration is what the defaults below, then YAML files from left to right, then `--set key=value` say:
 
-    flowbp train my.yaml --set optim.lr=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3
+    flowbp train my.yaml --set optim.learning_rate=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3
 
 - `a(leap).b` is the key `a.b` where `a.kind` is `leap`. Setting `kind` to another value, or
   over a default, begins its section anew.
@@ -30,38 +30,38 @@ A configuration is what the defaults below, then YAML files from left to right, 
 """
 
 
-def cell(text: str) -> str:
-    """Text inside a table."""
+def escape_cell(text: str) -> str:
+    """Text with the characters escaped that end a table cell."""
     return text.replace("|", "\\|")
 
 
-def table(rows: Sequence[FieldRow]) -> str:
-    """Rows as Markdown."""
+def format_table(rows: Sequence[FieldRow]) -> str:
+    """The rows as a Markdown table."""
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{row.path}` | {cell(row.type)} | `{row.default}` | {cell(row.doc)} |" for row in rows]
+    lines += [f"| `{row.path}` | {escape_cell(row.type)} | `{row.default}` | {escape_cell(row.doc)} |" for row in rows]
     return "\n".join(lines)
 
 
-def page() -> str:
-    """The whole document: keys without inner ones first, then a section for each of the others."""
+def format_page() -> str:
+    """The whole page: first the keys without inner keys, then a section for each of the others."""
     rows = fields_table(TrainConfig)
     sections: dict[str, list[FieldRow]] = {}
     for row in rows:
         sections.setdefault(row.path.replace("(", ".").replace("[]", "").split(".")[0], []).append(row)
     single = [group[0] for group in sections.values() if len(group) == 1]
-    parts = [HEAD, f"## Run\n\n{table(single)}\n"]
+    parts = [HEAD, f"## Run\n\n{format_table(single)}\n"]
     for name, (own, *inner) in sections.items():
         if inner:
             default = f" Default: `{own.default}`." if own.default != "..." else ""
-            parts.append(f"## `{name}`\n\n{own.doc}{default}\n\n{table(inner)}\n")
+            parts.append(f"## `{name}`\n\n{own.doc}{default}\n\n{format_table(inner)}\n")
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/configuration.md.")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only check whether the file is up to date")
     options = parser.parse_args()
-    text = page()
+    text = format_page()
     if not options.check:
         PAGE.write_text(text, encoding="utf-8")
     elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:

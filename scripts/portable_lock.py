@@ -1,9 +1,9 @@
-"""Reduce uv.lock to pins: names, versions, markers and edges, without addresses, files or hashes.
+"""Reduces uv.lock to pins: names, versions, markers and edges, without addresses, files or hashes.
 
     python scripts/portable_lock.py [FILE]           rewrite FILE (uv.lock where none is given) in portable form
     python scripts/portable_lock.py --check [FILE]   exit 1 if FILE (standard input where none is given) is not portable
 
-uv reads the portable form, honours every pin against whatever index it is set to, and writes the rest back locally.
+uv reads the portable form, resolves every pin with the index that it is configured for, and adds the rest locally.
 """
 
 import argparse
@@ -20,7 +20,7 @@ LEAKS = {
 }
 
 
-def portable(lock: str) -> str:
+def make_portable(lock: str) -> str:
     """`lock` without its `sdist`, `wheels` and `[package.metadata]` parts, every registry named "."."""
     kept: list[str] = []
     until: str | None = None
@@ -41,32 +41,32 @@ def portable(lock: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).rstrip("\n") + "\n"
 
 
-def leaks(lock: str) -> list[str]:
-    """What in `lock` ties it to one index or one machine, each with its line number."""
+def find_leaks(lock: str) -> list[str]:
+    """The lines of `lock` that tie it to one index or one machine, with their numbers."""
     lines = list(enumerate(lock.splitlines(), start=1))
     return [f"line {number}: {what}" for number, line in lines for what, form in LEAKS.items() if form.search(line)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Reduce uv.lock to pins.")
-    parser.add_argument("--check", action="store_true", help="only say whether FILE is portable")
+    parser.add_argument("--check", action="store_true", help="only check whether FILE is portable")
     parser.add_argument("file", nargs="?", type=Path)
     options = parser.parse_args()
     if options.check and options.file is None:
         lock = sys.stdin.read()
     else:
         lock = (options.file or Path("uv.lock")).read_text(encoding="utf-8")
-    result = lock if options.check else portable(lock)
-    found = leaks(result)
+    result = lock if options.check else make_portable(lock)
+    found = find_leaks(result)
     try:
         packages = len(tomllib.loads(result).get("package", []))
     except tomllib.TOMLDecodeError as error:
         packages, found = 0, [str(error)]
     if not packages:
-        found = [*found, "no package in it"]
+        found = [*found, "it contains no package"]
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        remedy = "run `just lock` and commit that form" if options.check else "mend pyproject.toml"
+        remedy = "run `just lock` and commit that form" if options.check else "correct pyproject.toml"
         sys.exit(f"uv.lock is not portable: {found[0]}{more}; {remedy}")
     if not options.check:
         (options.file or Path("uv.lock")).write_text(result, encoding="utf-8")

@@ -1,15 +1,16 @@
-"""What an aligned generator and trained agents add to each other, on the miniature, by the verifier.
+"""What an aligned generator and trained agents add to each other on the miniature, by the verifier.
 
-    generators   base                 as it came
+    generators   base                 as shipped
                  aligned              by `flowbp train`
     agents       single shot          the request itself is the only prompt
-                 planner              one picture a step
+                 planner              one image per step
                  planner + critic SFT, planner + critic GRPO
-                                      a rejected picture is drawn again; by supervised training, by `interleave grpo`
+                                      a rejected image is generated again; the critic is trained by supervised
+                                      fine-tuning or by `interleave grpo`
 
-Every cell is asked the same requests of the test split with the same ids and seeds: captions (one picture each),
-plain stories, riddles.  Generator and critic are trained here unless the configuration names finished ones; one critic
-serves both generators.  Trainings and cells that are done are kept in `--work`; a run that was killed goes on.
+Every cell gets the same requests of the test split with the same ids and seeds: captions (one image each), plain
+stories, riddles.  The benchmark trains generator and critic unless the configuration names finished ones; one critic
+serves both generators.  Finished trainings and cells are kept in `--work`; the same command resumes.
 
     python -m benchmarks.cross two_by_two
     python -m benchmarks.cross two_by_two --config mine.yaml --work runs/mine
@@ -30,23 +31,31 @@ import typer
 from annotated_types import Ge
 from pydantic import model_validator
 
-from benchmarks.common import command, device_of, result_file, stamp, write_json
+from benchmarks.common import (
+    choose_device,
+    describe_run,
+    read_json,
+    result_file,
+    resume_arguments,
+    run_command,
+    write_json,
+)
 from benchmarks.cross.report import AGENTS, ALIGNED, BASE, GRPO, SFT, SINGLE, Cells, write_report
-from benchmarks.quality.interleave_miniature import Told, load_stories, tell
-from benchmarks.quality.miniature_cells import digests, read
+from benchmarks.quality.interleave_miniature import StoryResult, load_stories, run_stories
+from benchmarks.quality.miniature_cells import weight_digests
 from flowbp.data.prompts import load_prompts
 from imgen_common.config import Config, load
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.scene import parse_caption
 from imgen_common.shapes.steps import Draw, Story
-from interleave.loop.components import Components
 from interleave.loop.config import LoopConfig, ModelCritic, ModelPlanner, NoCritic, NoPlanner, RunConfig
 from interleave.loop.run import build_components
 from interleave.models.chat.local import LocalChatConfig
 from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
+from interleave.protocols import Components
 
-VERSION = 1
+VERSION = 2
 MODULE = "benchmarks.cross"
 FOLDER = Path("runs/two-by-two")
 CAPTIONS, STORIES, RIDDLES = "captions", "stories", "riddles"
@@ -54,92 +63,94 @@ MAY_DIFFER = ("config.loop.concurrency",)
 
 
 class Generators(Config):
-    """Who draws."""
+    """The two generators."""
 
     base: PipelineConfig = PipelineConfig()
-    """The generator as it came."""
+    """The generator before alignment."""
     aligned: PipelineConfig | None = None
-    """The aligned one, its settings over those of `base`; null: made of `base` by `recipes.align`."""
+    """The aligned generator; its settings override those of `base`.  null: `recipes.align` trains it from `base`."""
 
 
 class Agents(Config):
-    """Who plans and judges."""
+    """The planner and the two critics."""
 
     planner: ModelPlanner = ModelPlanner()
     """The planner of all cells but the single shots."""
     sft: ModelCritic = ModelCritic()
-    """The critic as supervised training left it."""
+    """The critic after supervised fine-tuning."""
     grpo: ModelCritic | None = None
-    """The critic after reinforcement; null: made of `sft` by `recipes.data` and `recipes.grpo`."""
+    """The critic after reinforcement learning; null: `recipes.data` and `recipes.grpo` train it from `sft`."""
 
     @model_validator(mode="after")
     def _can_be_trained(self) -> Self:
         if self.grpo is None and not isinstance(self.sft.model, LocalChatConfig):
-            raise ValueError("grpo: missing, and a critic that is no local model cannot be trained here; name one")
+            raise ValueError("grpo: missing, and a critic that is not a local model cannot be trained here; name one")
         return self
 
 
-class Recipe(Config):
-    """How a command is called; models and folders are given by the benchmark."""
+class CommandRecipe(Config):
+    """The configuration of a command; the benchmark adds models and folders."""
 
     files: tuple[str, ...] = ()
-    """YAML files, from the working directory."""
+    """YAML files, relative to the working directory."""
     sets: tuple[str, ...] = ()
-    """`KEY=VALUE` over them."""
+    """`KEY=VALUE` that override the files."""
 
 
-class Recipes(Config):
-    """What is made here where it is not given."""
+class CommandRecipes(Config):
+    """The recipes of the trainings."""
 
-    align: Recipe = Recipe(sets=("guidance_scale=2", "num_inference_steps=12", "eval.every=0", "eval.num_prompts=24"))
-    """Of `flowbp train`: at the guidance and in the steps that the cells draw with, which are also those of `base`."""
-    data: Recipe = Recipe(files=("configs/interleave/data_miniature.yaml",), sets=("prompts.count=160",))
+    align: CommandRecipe = CommandRecipe(
+        sets=("guidance_scale=2", "num_inference_steps=12", "eval.every=0", "eval.num_prompts=24")
+    )
+    """Of `flowbp train`, with the guidance and the number of steps of `base`, with which the cells sample."""
+    data: CommandRecipe = CommandRecipe(files=("configs/interleave/data_miniature.yaml",), sets=("prompts.count=160",))
     """Of `interleave data build`, for `grpo`."""
-    grpo: Recipe = Recipe(files=("configs/interleave/grpo_critic.yaml",), sets=("trl.max_steps=20",))
+    grpo: CommandRecipe = CommandRecipe(files=("configs/interleave/grpo_critic.yaml",), sets=("trl.max_steps=20",))
     """Of `interleave grpo`."""
 
 
 class TwoByTwo(Config):
-    """The benchmark.  The defaults are the miniature."""
+    """Configuration of the benchmark.  The defaults are the miniature."""
 
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of requests and pictures."""
+    """Seed of requests and images."""
     num_requests: Annotated[int, Ge(2)] = 300
-    """Plain stories, and as many riddles."""
+    """Number of plain stories, and of riddles."""
     num_captions: Annotated[int, Ge(2)] = 504
-    """Captions for single pictures."""
+    """Number of captions for single images."""
     generators: Generators = Generators()
-    """Who draws."""
+    """The generators of the cells."""
     agents: Agents = Agents()
-    """Who plans and judges."""
-    recipes: Recipes = Recipes()
+    """The planner and the critics of the cells."""
+    recipes: CommandRecipes = CommandRecipes()
     """How generator and critic are trained where none is given."""
     loop: LoopConfig = LoopConfig(max_attempts=3)
     """Attempts, budgets, selection."""
 
     @property
     def refs(self) -> list[str]:
-        """The models that it names."""
+        """The models that the configuration names."""
         chats = [agent.model for agent in (self.agents.planner, self.agents.sft, self.agents.grpo) if agent]
         pipelines = [one for one in (self.generators.base, self.generators.aligned) if one]
         return [*(p.ref for p in pipelines), *(c.ref for c in chats if isinstance(c, LocalChatConfig))]
 
 
-class Sitting(Config):
-    """What a work folder belongs to."""
+class WorkFolderConfig(Config):
+    """What the results in a work folder depend on."""
 
     config: TwoByTwo
-    """What is measured."""
+    """Configuration of the benchmark."""
     weights: dict[str, str]
     """Digest of every model's weights by reference."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training, or a cell.
+class BenchmarkJob:
+    """A training or a cell.
 
-    needs: jobs that come before it.  lane: two jobs of one lane are not done at once, since the later one finds
-    pictures that the earlier one drew.  cell: generator, agents, kind of request.
+    needs: jobs that must be finished before.  lane: jobs of one lane do not run at the same time, since the later one
+    finds images of the earlier one in the cache.  cell: generator, agents, kind of request; None for a training.
     """
 
     name: str
@@ -147,77 +158,75 @@ class Job:
     needs: tuple[str, ...] = ()
     cell: tuple[str, str, str] | None = None
 
-    def file(self, folder: Path) -> Path:
-        """What it leaves when it is done."""
+    def done_file(self, folder: Path) -> Path:
+        """The file that a finished job writes."""
         return folder / "done" / f"{self.name}.json"
 
 
-def jobs_of(config: TwoByTwo) -> list[Job]:
-    """Everything that is to be done, each after what it needs, the long trainings first."""
-    found = [Job("align", "align")] if config.generators.aligned is None else []
+def list_jobs(config: TwoByTwo) -> list[BenchmarkJob]:
+    """All jobs, each after those that it needs; the trainings, which take longest, come first."""
+    jobs = [BenchmarkJob("align", "align")] if config.generators.aligned is None else []
     if config.agents.grpo is None:
-        found += [Job("data", "grpo"), Job("grpo", "grpo", ("data",))]
-    made = [job.name for job in found]
-    asked = [(SINGLE, CAPTIONS), *((agents, kind) for agents in AGENTS for kind in (STORIES, RIDDLES))]
-    for agents, kind in asked:
+        jobs += [BenchmarkJob("data", "grpo"), BenchmarkJob("grpo", "grpo", ("data",))]
+    trainings = [job.name for job in jobs]
+    cells = [(SINGLE, CAPTIONS), *((agents, kind) for agents in AGENTS for kind in (STORIES, RIDDLES))]
+    for agents, kind in cells:
         for generator in (BASE, ALIGNED):
             needs = ["align"] * (generator == ALIGNED) + ["grpo"] * (agents == GRPO)
             name = f"{generator}-{agents}-{kind}".replace(" + ", "-").replace(" ", "-").lower()
-            after = tuple(need for need in needs if need in made)
-            found.append(Job(name, f"{generator} {kind}", after, (generator, agents, kind)))
-    return found
+            after = tuple(need for need in needs if need in trainings)
+            jobs.append(BenchmarkJob(name, f"{generator} {kind}", after, (generator, agents, kind)))
+    return jobs
 
 
 # --- trainings -------------------------------------------------------------------------------------------------------
 
 
-def begin(recipe: Recipe, sets: Mapping[str, str]) -> list[str]:
-    """The arguments of a recipe."""
-    given = [f"{key}={value}" for key, value in sets.items()]
-    return [*recipe.files, *(part for one in (*recipe.sets, *given) for part in ("--set", one))]
+def recipe_arguments(recipe: CommandRecipe, sets: Mapping[str, str]) -> list[str]:
+    """The arguments of a command: the recipe's files and settings, and `sets` over them."""
+    added = [f"{key}={value}" for key, value in sets.items()]
+    return [*recipe.files, *(part for one in (*recipe.sets, *added) for part in ("--set", one))]
 
 
-def align(config: TwoByTwo, folder: Path) -> None:
-    """`flowbp train` and `flowbp export`, to `folder/aligned`."""
+def train_generator(config: TwoByTwo, folder: Path) -> None:
+    """Runs `flowbp train` and `flowbp export`, which leave `folder/aligned`."""
     run = folder / "runs" / "align"
-    fresh = begin(config.recipes.align, {"name": run.name, "model.ref": config.generators.base.ref})
-    how = ["--resume", str(run)] if (run / CONFIG).is_file() else [*fresh, "--runs", str(run.parent)]
-    command(folder, "align", "flowbp", "train", *how)
-    command(folder, "align", "flowbp", "export", str(run), "--to", "merged", "--out", str(folder / ALIGNED))
+    fresh = recipe_arguments(config.recipes.align, {"name": run.name, "model.ref": config.generators.base.ref})
+    fresh += ["--runs", str(run.parent)]
+    run_command(folder, "align", "flowbp", "train", *resume_arguments(run, fresh))
+    run_command(folder, "align", "flowbp", "export", str(run), "--to", "merged", "--out", str(folder / ALIGNED))
 
 
-def data(config: TwoByTwo, folder: Path) -> None:
-    """`interleave data build`, to `folder/set`."""
+def build_data_set(config: TwoByTwo, folder: Path) -> None:
+    """Runs `interleave data build`, which leaves `folder/set`."""
     out = folder / "set"
     sets = {"run.generator": config.generators.base.model_dump_json(), "run.cache": str(folder / "cache")}
-    fresh = begin(config.recipes.data, sets | {"templates.critic": config.agents.sft.template})
-    how = ["--resume", str(out)] if (out / CONFIG).is_file() else [*fresh, "--out", str(out)]
-    command(folder, "data", "interleave", "data", "build", *how)
+    fresh = recipe_arguments(config.recipes.data, sets | {"templates.critic": config.agents.sft.template})
+    run_command(folder, "data", "interleave", "data", "build", *resume_arguments(out, [*fresh, "--out", str(out)]))
 
 
-def grpo(config: TwoByTwo, folder: Path) -> None:
-    """`interleave grpo`, to `folder/runs/grpo/model`."""
+def train_critic(config: TwoByTwo, folder: Path) -> None:
+    """Runs `interleave grpo`, which leaves `folder/runs/grpo/model`."""
     run, critic = folder / "runs" / "grpo", config.agents.sft
     assert isinstance(critic.model, LocalChatConfig)
     sets = {"model": critic.model.ref, "data": str(folder / "set"), "template": critic.template}
     sets |= {"generator": config.generators.base.model_dump_json(), "cache": str(folder / "grpo-cache")}
-    fresh = [*begin(config.recipes.grpo, sets), "--runs", str(run.parent), "--name", run.name]
-    how = ["--resume", str(run)] if (run / CONFIG).is_file() else fresh
-    command(folder, "grpo", "interleave", "grpo", *how)
+    fresh = [*recipe_arguments(config.recipes.grpo, sets), "--runs", str(run.parent), "--name", run.name]
+    run_command(folder, "grpo", "interleave", "grpo", *resume_arguments(run, fresh))
 
 
 TRAININGS = {
-    "align": (align, Path(ALIGNED)),
-    "data": (data, Path("set/set.json")),
-    "grpo": (grpo, Path("runs/grpo/model")),
+    "align": (train_generator, Path(ALIGNED)),
+    "data": (build_data_set, Path("set/set.json")),
+    "grpo": (train_critic, Path("runs/grpo/model")),
 }
-"""Each with what it has made when it is done."""
+"""Each training with the path that exists when it is finished."""
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def stories_of(config: TwoByTwo, kind: str) -> list[Story]:
+def load_requests(config: TwoByTwo, kind: str) -> list[Story]:
     """The requests of a kind."""
     if kind == CAPTIONS:
         captions = load_prompts("builtin:shapes/test", limit=config.num_captions)
@@ -225,70 +234,71 @@ def stories_of(config: TwoByTwo, kind: str) -> list[Story]:
     return load_stories(config.num_requests, kind == RIDDLES, config.seed)
 
 
-def generator_of(config: TwoByTwo, folder: Path, name: str) -> PipelineConfig:
-    """A generator, both with the same settings unless the configuration says otherwise."""
+def generator_config(config: TwoByTwo, folder: Path, name: str) -> PipelineConfig:
+    """The generator `name`; both have the same settings unless the configuration says otherwise."""
     if name == BASE:
         return config.generators.base
-    found = config.generators.aligned or PipelineConfig(ref=str(folder / ALIGNED))
-    return found.model_copy(update=found.with_defaults(PipelineRunner(config.generators.base).settings).model_dump())
+    aligned = config.generators.aligned or PipelineConfig(ref=str(folder / ALIGNED))
+    defaults = PipelineRunner(config.generators.base).settings
+    return aligned.model_copy(update=aligned.with_defaults(defaults).model_dump())
 
 
-def parts_of(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Components:
-    """The parts of a cell, models loaded."""
-    known = config.agents
-    trained = known.sft.model.model_copy(update={"ref": str(folder / TRAININGS["grpo"][1])})
-    critics = {SFT: known.sft, GRPO: known.grpo or known.sft.model_copy(update={"model": trained})}
+def build_cell_components(config: TwoByTwo, folder: Path, generator: str, agents: str) -> Components:
+    """The planner, critic and generator of a cell with loaded models."""
+    configs = config.agents
+    trained = configs.sft.model.model_copy(update={"ref": str(folder / TRAININGS["grpo"][1])})
+    critics = {SFT: configs.sft, GRPO: configs.grpo or configs.sft.model_copy(update={"model": trained})}
     run = RunConfig(
-        planner=NoPlanner() if agents == SINGLE else known.planner,
+        planner=NoPlanner() if agents == SINGLE else configs.planner,
         critic=critics.get(agents, NoCritic()),
-        generator=generator_of(config, folder, generator),
+        generator=generator_config(config, folder, generator),
         cache=str(folder / "cache"),
     )
     return build_components(run)
 
 
-def measure(config: TwoByTwo, folder: Path, job: Job) -> dict[str, Any]:
-    """What became of every request of a cell.  One that was begun before is begun anew, its pictures from the cache."""
+def measure_cell(config: TwoByTwo, folder: Path, job: BenchmarkJob) -> dict[str, Any]:
+    """The results of every request of a cell.  An interrupted cell starts again, with its images from the cache."""
     assert job.cell is not None
     generator, agents, kind = job.cell
-    place = folder / "cells" / job.name
-    shutil.rmtree(place, ignore_errors=True)
-    parts = parts_of(config, folder, generator, agents)
-    told, seconds = tell(stories_of(config, kind), parts, config.loop, config.seed, place)
-    return {"seconds": seconds, "told": [asdict(one) for one in told]}
+    cell_folder = folder / "cells" / job.name
+    shutil.rmtree(cell_folder, ignore_errors=True)
+    parts = build_cell_components(config, folder, generator, agents)
+    results, seconds = run_stories(load_requests(config, kind), parts, config.loop, config.seed, cell_folder)
+    return {"seconds": seconds, "results": [asdict(result) for result in results]}
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def work(config: TwoByTwo, folder: Path, job: Job) -> str:
-    """Do a job and leave its file; in words, how long it took.
+def run_job(config: TwoByTwo, folder: Path, job: BenchmarkJob) -> str:
+    """Runs a job and writes its file; returns a message with its name and its seconds.
 
-    seconds of a training: null where an earlier sitting did a part of it.
+    The file of a training has `seconds: null` where an interrupted run did a part of it.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     if job.cell is None:
         train, made = TRAININGS[job.name]
         is_begun = (folder / f"{job.name}.log").exists()
         if not (folder / made).exists():
             train(config, folder)
-        found: dict[str, Any] = {"seconds": None if is_begun else time.perf_counter() - began}
+        content: dict[str, Any] = {"seconds": None if is_begun else time.perf_counter() - start}
     else:
-        found = measure(config, folder, job)
-    write_json(job.file(folder), found)
-    return f"{job.name}: {time.perf_counter() - began:.0f} s"
+        content = measure_cell(config, folder, job)
+    write_json(job.done_file(folder), content)
+    return f"{job.name}: {time.perf_counter() - start:.0f} s"
 
 
-def execute(config: TwoByTwo, folder: Path, workers: int) -> None:
-    """The jobs that are not done, here or in worker processes of one thread each."""
-    waiting = [job for job in jobs_of(config) if not job.file(folder).exists()]
+def run_jobs(config: TwoByTwo, folder: Path, workers: int) -> None:
+    """Runs the unfinished jobs, in this process or in worker processes of one thread each."""
+    waiting = [job for job in list_jobs(config) if not job.done_file(folder).exists()]
     if workers < 2:
         for job in waiting:
-            print(work(config, folder, job), flush=True)
+            print(run_job(config, folder, job), flush=True)
         return
-    running: dict[Future[str], Job] = {}
+    running: dict[Future[str], BenchmarkJob] = {}
 
-    def is_ready(job: Job) -> bool:
+    def is_ready(job: BenchmarkJob) -> bool:
         unfinished = {other.name for other in (*waiting, *running.values())}
         return job.lane not in {other.lane for other in running.values()} and not unfinished & set(job.needs)
 
@@ -297,47 +307,47 @@ def execute(config: TwoByTwo, folder: Path, workers: int) -> None:
         while waiting or running:
             while len(running) < workers and (ready := next(filter(is_ready, waiting), None)):
                 waiting.remove(ready)
-                running[pool.submit(work, config, folder, ready)] = ready
+                running[pool.submit(run_job, config, folder, ready)] = ready
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[done]
                 print(done.result(), flush=True)
 
 
-def collected(config: TwoByTwo, folder: Path) -> tuple[Cells, dict[str, float | None]]:
-    """What was told in every cell, and the seconds of every training."""
+def read_cells(config: TwoByTwo, folder: Path) -> tuple[Cells, dict[str, float | None]]:
+    """The results of every cell, and the seconds of every training."""
     cells, seconds = {}, {}
-    for job in jobs_of(config):
-        found = read(job.file(folder))
+    for job in list_jobs(config):
+        content = read_json(job.done_file(folder))
         if job.cell is None:
-            seconds[job.name] = found["seconds"]
+            seconds[job.name] = content["seconds"]
         else:
-            cells[job.cell] = ([Told(**told) for told in found["told"]], found["seconds"])
+            cells[job.cell] = ([StoryResult(**result) for result in content["results"]], content["seconds"])
     return cells, seconds
 
 
-def run(config: TwoByTwo, folder: Path, workers: int, arguments: Sequence[str], output: Path) -> str:
-    """Measure what is not measured yet; print and write the report.
+def run_two_by_two(config: TwoByTwo, folder: Path, workers: int, arguments: Sequence[str], output: Path) -> str:
+    """Runs the unfinished jobs; prints and writes the report.
 
     Raises UserError if the folder was made with another configuration or other weights, or is in use.
     """
-    began = time.perf_counter()
-    sitting = Sitting(config=config, weights=digests(dict.fromkeys(config.refs)))
-    called = ["python", "-m", MODULE, *arguments]
+    start = time.perf_counter()
+    owner = WorkFolderConfig(config=config, weights=weight_digests(dict.fromkeys(config.refs)))
+    command = ["python", "-m", MODULE, *arguments]
     is_begun = (folder / CONFIG).is_file()
-    opened = (
-        RunFolder.open(folder, sitting, called, may_differ=MAY_DIFFER)
+    run_folder = (
+        RunFolder.open(folder, owner, command, may_differ=MAY_DIFFER)
         if is_begun
-        else RunFolder.create(folder, sitting, called)
+        else RunFolder.create(folder, owner, command)
     )
-    with opened:
-        execute(config, folder, workers)
-        cells, seconds = collected(config, folder)
+    with run_folder:
+        run_jobs(config, folder, workers)
+        cells, seconds = read_cells(config, folder)
     about = {
         "version": VERSION,
-        "environment": stamp(MODULE, arguments, device_of("auto")),
-        **sitting.model_dump(mode="json"),
+        "environment": describe_run(MODULE, arguments, choose_device("auto")),
+        **owner.model_dump(mode="json"),
         "training_seconds": seconds,
-        "wall_seconds": None if is_begun else time.perf_counter() - began,
+        "wall_seconds": None if is_begun else time.perf_counter() - start,
     }
     text = write_report(cells, about, output)
     print(text)
@@ -345,13 +355,13 @@ def run(config: TwoByTwo, folder: Path, workers: int, arguments: Sequence[str], 
 
 
 def main(
-    files: Annotated[list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML: other models.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A key of it.")] = None,
-    folder: Annotated[Path, typer.Option("--work", metavar="DIR", help="What is done already is there.")] = FOLDER,
+    files: Annotated[list[Path] | None, typer.Option("--config", metavar="FILE", help="YAML file.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key.")] = None,
+    folder: Annotated[Path, typer.Option("--work", metavar="DIR", help="Folder of finished jobs.")] = FOLDER,
     workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
-    """Generator as it came or aligned, times agents: none, planner, with critic by SFT, by GRPO. One table, one plot.
+    """Base or aligned generator with no agents, a planner, and a critic by SFT or by GRPO: one table, one plot.
 
     Example:
 
@@ -359,6 +369,6 @@ def main(
       python -m benchmarks.cross two_by_two
       python -m benchmarks.cross two_by_two --set generators.aligned.ref=aligned --set agents.grpo.model.ref=critic
     """
-    device = device_of("auto")
+    device = choose_device("auto")
     config = load(TwoByTwo, files or [], sets or [])
-    run(config, folder, workers, sys.argv[1:], output or result_file("two_by_two", device, "json"))
+    run_two_by_two(config, folder, workers, sys.argv[1:], output or result_file("two_by_two", device, "json"))

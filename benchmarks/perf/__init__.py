@@ -1,1 +1,1 @@
-"""Memory and time."""
+"""Benchmarks of memory and time."""

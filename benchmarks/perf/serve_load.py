@@ -1,8 +1,8 @@
-"""Throughput and latency of `interleave serve` with a generator that only waits: what the service itself costs.
+"""Throughput and latency of `interleave serve` with a generator that only waits, which is the cost of the service.
 
-The service is the command in a process of its own; clients are connections of this process, each of which asks again as
-soon as it is answered, and checks that the answer is the picture of its own prompt and seed.  The bound is what the
-generator alone could give: min(clients, workers x jobs) / latency.  Clients and service share the machine.
+The service runs in a process of its own.  Clients are connections of this process: each sends its next request as soon
+as it has an answer, and checks that the answer is the image of its own prompt and seed.  The bound is the rate of the
+generator alone: min(clients, workers x jobs) / latency.  Clients and service share the machine.
 
     python -m benchmarks.perf.serve_load
     python -m benchmarks.perf.serve_load --latency 0.05 --clients 1,32,256 --engine ray
@@ -36,12 +36,12 @@ from interleave.protocols import GenerationRequest
 
 MODULE = "benchmarks.perf.serve_load"
 STARTUP = 300.0
-"""Seconds that the service may take to be ready."""
+"""Seconds that the service may take until it is ready."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A service: its engine, workers (processes or replicas), jobs that each holds at once, seconds per picture."""
+class ServiceSetting:
+    """A service: its engine, its workers (processes or replicas), concurrent jobs per worker, seconds per image."""
 
     engine: str = "local"
     workers: int = 2
@@ -50,8 +50,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What some clients saw.  Rates in pictures per second, times in seconds."""
+class LoadRow:
+    """Results for one number of clients.  Rates are in images per second, times in seconds."""
 
     clients: int
     answers: int
@@ -68,13 +68,13 @@ class Row:
 
 
 @contextlib.contextmanager
-def service(setting: Setting, max_clients: int) -> Iterator[str]:
-    """The URL of a service that runs.  Raises UserError if it does not become ready."""
+def start_service(setting: ServiceSetting, max_clients: int) -> Iterator[str]:
+    """Runs the service and gives its URL.  Raises UserError if it does not become ready."""
     sets = {
         "port": 0,
         "generator.kind": "scripted",
         "generator.latency": setting.latency,
-        "jobs_per_worker": setting.jobs,
+        "requests_per_worker": setting.jobs,
         "max_queue": max_clients,
         "devices": json.dumps(["cpu"] * setting.workers),
         "num_replicas": setting.workers,
@@ -100,37 +100,37 @@ def wait_until_ready(url: str) -> None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5):
             return
         time.sleep(0.2)
-    raise UserError(f"the service was not ready within {STARTUP:.0f} seconds; see what it said above")
+    raise UserError(f"the service was not ready within {STARTUP:.0f} seconds; its messages are above")
 
 
-async def measure(url: str, setting: Setting, clients: int, seconds: float) -> Row:
-    """`clients` clients for some seconds, after each has had one answer."""
+async def measure_load(url: str, setting: ServiceSetting, clients: int, seconds: float) -> LoadRow:
+    """Runs `clients` clients for `seconds` seconds, after each has had one answer."""
     ready = asyncio.Barrier(clients)
-    spent = await asyncio.gather(*(client(url, number, ready, seconds) for number in range(clients)))
+    spent = await asyncio.gather(*(run_client(url, number, ready, seconds) for number in range(clients)))
     times = [one for times, _ in spent for one in times]
     median, p95, p99 = np.percentile(times, (50, 95, 99)).tolist()
     rate = sum(len(times) / elapsed for times, elapsed in spent)
     bound = min(clients, setting.workers * setting.jobs) / setting.latency
-    return Row(clients, len(times), rate, bound, median, p95, p99)
+    return LoadRow(clients, len(times), rate, bound, median, p95, p99)
 
 
-async def client(url: str, number: int, ready: asyncio.Barrier, seconds: float) -> tuple[list[float], float]:
-    """Seconds of each answer, and of all together."""
+async def run_client(url: str, number: int, ready: asyncio.Barrier, seconds: float) -> tuple[list[float], float]:
+    """Seconds of each answer of one client, and of all its answers together."""
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     times: list[float] = []
-    await ask(reader, writer, f"client {number} warm", number)
+    await request_image(reader, writer, f"client {number} warm", number)
     await ready.wait()
     started = time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds or not times:
-        await ask(reader, writer, f"client {number} {len(times)}", number)
+        await request_image(reader, writer, f"client {number} {len(times)}", number)
         times.append(time.perf_counter() - started - elapsed)
     writer.close()
     return times, time.perf_counter() - started
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt: str, seed: int) -> None:
-    """One picture, looked at.  Raises RuntimeError where the answer is another."""
+async def request_image(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt: str, seed: int) -> None:
+    """Requests one image and checks it.  Raises RuntimeError if the answer is another image or an error."""
     body = json.dumps({"prompt": prompt, "seed": seed}).encode()
     head = f"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
@@ -139,15 +139,14 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, prompt
     answer = json.loads(await reader.readexactly(length))
     if " 200 " not in lines[0]:
         raise RuntimeError(f"{lines[0]}: {answer}")
-    picture = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
-    if picture.tobytes() != color_bands(GenerationRequest(prompt, (), seed)).tobytes():
-        raise RuntimeError(f"the answer to {prompt!r} is the picture of another")
+    image = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
+    if image.tobytes() != color_bands(GenerationRequest(prompt, (), seed)).tobytes():
+        raise RuntimeError(f"the answer to {prompt!r} is the image of another request")
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table."""
-
-    header = ["clients", "answers", "pictures/s", "bound", "ratio", "p50 ms", "p95 ms", "p99 ms"]
+def format_table(rows: Sequence[LoadRow]) -> str:
+    """The table as Markdown."""
+    header = ["clients", "answers", "images/s", "bound", "ratio", "p50 ms", "p95 ms", "p99 ms"]
     return markdown_table(
         header,
         [
@@ -160,30 +159,30 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main(
-    clients: Annotated[str, typer.Option(help="Numbers of clients, with commas.")] = "1,16,64,256",
-    engine: Annotated[str, typer.Option(help="local or ray.")] = Setting.engine,
-    workers: Annotated[int, typer.Option(help="Workers or replicas.", min=1)] = Setting.workers,
-    jobs: Annotated[int, typer.Option(help="Jobs that each holds at once.", min=1)] = Setting.jobs,
-    latency: Annotated[float, typer.Option(help="Seconds per picture.", min=0.001)] = Setting.latency,
+    clients: Annotated[str, typer.Option(help="Numbers of clients, separated by commas.")] = "1,16,64,256",
+    engine: Annotated[str, typer.Option(help="local or ray.")] = ServiceSetting.engine,
+    workers: Annotated[int, typer.Option(help="Workers or replicas.", min=1)] = ServiceSetting.workers,
+    jobs: Annotated[int, typer.Option(help="Concurrent jobs per worker.", min=1)] = ServiceSetting.jobs,
+    latency: Annotated[float, typer.Option(help="Seconds per image.", min=0.001)] = ServiceSetting.latency,
     seconds: Annotated[float, typer.Option(help="Seconds per number of clients.", min=0.1)] = 10.0,
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
-    """Throughput and latency of the service at several numbers of clients, against what its generator could give."""
-    setting = Setting(engine, workers, jobs, latency)
+    """Throughput and latency of the service at several numbers of clients, against the bound of its generator."""
+    setting = ServiceSetting(engine, workers, jobs, latency)
     counts = [int(count) for count in clients.split(",")]
-    with service(setting, max(counts)) as url:
-        rows = [asyncio.run(measure(url, setting, count, seconds)) for count in counts]
+    with start_service(setting, max(counts)) as url:
+        rows = [asyncio.run(measure_load(url, setting, count, seconds)) for count in counts]
     import torch
 
-    from benchmarks.common import hardware, result_file, stamp, write_json
+    from benchmarks.common import describe_run, hardware_name, result_file, write_json
 
     cpu = torch.device("cpu")
     load = os.getloadavg()[0]
-    print(f"{hardware(cpu)}, {os.cpu_count()} cores, load average {load:.1f}; {setting}\n\n{markdown(rows)}\n")
+    print(f"{hardware_name(cpu)}, {os.cpu_count()} cores, load average {load:.1f}; {setting}\n\n{format_table(rows)}\n")
     file = output or result_file(f"serve_load-{engine}", cpu, "json")
     content = {"setting": asdict(setting), "seconds": seconds, "load_average": load, "cores": os.cpu_count()}
     results = [asdict(row) | {"ratio": row.ratio} for row in rows]
-    write_json(file, content | {"rows": results, "environment": stamp(MODULE, sys.argv[1:], cpu)})
+    write_json(file, content | {"rows": results, "environment": describe_run(MODULE, sys.argv[1:], cpu)})
     print(f"written to {file.name}")
 
 

@@ -1,19 +1,20 @@
 """Peak memory and time of an update's backward pass against the number K of active steps: sweep and joint graph.
 
-The sweep is `flowbp.core.engine`; the joint graph is the papers' surrogate, one graph over all active steps, as the
-tests' oracle executes it.  Method FlowBP-Sparse, random weights, a plain loss instead of a reward: what is compared is
-the part that depends on K.  The rollout before it is not measured; both need it.
+The sweep is `flowbp.core.engine`.  The joint graph is the surrogate of the papers, one graph over all active steps, as
+tests/flowbp/oracle.py executes it.  The method is FlowBP-Sparse with random weights and a plain loss instead of a
+reward: the benchmark compares the part that depends on K.  It does not measure the rollout, which both need.
 
-Memory on a CPU: processes of their own for every case (forked from a server that has only imported the libraries), each
-one's peak resident set (VmHWM, reset before) less the resident set just before the backward pass, and the median of
-them.  There every tensor is a mapping of its own (M_MMAP_THRESHOLD), so that what is freed leaves the resident set at
-once and fragmentation is not counted.  On a GPU: torch.cuda.max_memory_allocated less what was allocated before.
-Beside it what a dispatch mode counts: the peak of live tensor bytes, temporary memory inside kernels left out, and the
+Memory on a CPU: every case runs in processes of its own (forked from a server that has only imported the libraries).
+The result is the median over processes of the peak resident set (VmHWM, reset before) minus the resident set just
+before the backward pass.  Every tensor is a mapping of its own there (M_MMAP_THRESHOLD), so that freed memory leaves
+the resident set at once and fragmentation does not count.
+Memory on a GPU: torch.cuda.max_memory_allocated minus the memory that was allocated before.
+Counts: a dispatch mode gives the peak of live tensor bytes (without temporary memory inside kernels) and the
 floating-point operations.  These do not depend on the machine.
-Time: both in one process, in turns, with the allocator as it comes; the median over repetitions.
+Time: both executors run in one process, in turns, with the default allocator; results are medians over repetitions.
 
-Exit code 1 if a claim fails.  With --quick the claims are about what is counted: a few MB and hundredths of a second
-are as coarse as a kernel's pages and a busy machine's clock.
+The exit code is 1 if a claim fails.  With --quick the claims are about the counts, because a few MB and hundredths of a
+second are as coarse as the pages of the kernel and the clock of a busy machine.
 
     python -m benchmarks.perf.sweep_memory
     python -m benchmarks.perf.sweep_memory --tokens 2048 --heads 8 --repeats 5
@@ -37,7 +38,16 @@ import typer
 from diffusers import Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from benchmarks.common import clock, device_of, hardware, result_file, stamp, versions, write_json
+from benchmarks.common import (
+    Claim,
+    choose_device,
+    describe_run,
+    format_versions,
+    hardware_name,
+    result_file,
+    time_call,
+    write_json,
+)
 from flowbp.core.axes.active import LateBiased
 from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.plan import Plan, draw_plan
@@ -55,13 +65,13 @@ GROWTH_LIMIT, TIME_LIMIT, FIT_LIMIT = 1.15, 1.1, 0.98
 M_MMAP_THRESHOLD = -3
 """Name of the setting in glibc's mallopt."""
 PRELOADED = ["benchmarks.common", "diffusers.models.transformers.transformer_flux2", "flowbp.core.engine"]
-"""What the server that measuring processes are forked from imports beforehand."""
+"""Modules that the server imports from which the measuring processes are forked."""
 HEAD_DIM, CHANNELS, TEXT_DIM, TEXT_TOKENS = 32, 16, 64, 16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A transformer of `double` and `single` blocks of width 32 `heads`, and what it is run on."""
+    """Sizes of a transformer of `double` and `single` blocks of width 32 `heads`, and of its input."""
 
     num_steps: int = 25
     batch: int = 1
@@ -77,7 +87,10 @@ QUICK = Sizes(num_steps=4, tokens=1024, heads=1, double=1, single=2)
 
 @dataclass(frozen=True)
 class Peak:
-    """MB (10^6 bytes) above what was there before the backward pass, measured and of live tensors alone; operations."""
+    """Memory of a backward pass in MB (10^6 bytes) above what was allocated before it, and its operations.
+
+    peak: measured.  live: of live tensors alone.
+    """
 
     peak: float
     live: float
@@ -85,8 +98,8 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One K.  Peaks in MB, seconds the median over repetitions, ratio the median of sweep / joint."""
+class MemoryRow:
+    """Peaks and times at one K.  Seconds are medians over repetitions; ratio is the median of sweep / joint."""
 
     num_active: int
     sweep: Peak
@@ -96,19 +109,10 @@ class Row:
     ratio: float
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A statement, the number that decides it, and whether it holds."""
-
-    text: str
-    value: float
-    holds: bool
+# The network and its backward pass ------------------------------------------------------------------------------------
 
 
-# What is run ----------------------------------------------------------------------------------------------------------
-
-
-def network(sizes: Sizes, device: torch.device) -> nn.Module:
+def make_network(sizes: Sizes, device: torch.device) -> nn.Module:
     """A random Flux2 transformer."""
     torch.manual_seed(sizes.seed)
     return Flux2Transformer2DModel(
@@ -126,8 +130,8 @@ def network(sizes: Sizes, device: torch.device) -> nn.Module:
     ).to(device)
 
 
-def velocity_of(net: nn.Module, sizes: Sizes, device: torch.device) -> Velocity:
-    """The network as a velocity over random text, for any number of tokens."""
+def make_velocity(net: nn.Module, sizes: Sizes, device: torch.device) -> Velocity:
+    """The network as a velocity conditioned on random text, for any number of tokens."""
     text = normal((sizes.batch, TEXT_TOKENS, TEXT_DIM), sizes.seed, "text").to(device)
 
     def ids(count: int, axis: int) -> Tensor:
@@ -147,57 +151,60 @@ def velocity_of(net: nn.Module, sizes: Sizes, device: torch.device) -> Velocity:
     return velocity
 
 
-def loss(x: Tensor, rows: slice) -> Tensor:
-    """Something whose gradient is no constant."""
+def bounded_loss(x: Tensor, rows: slice) -> Tensor:
+    """A loss (n,) whose gradient is not constant."""
     return torch.tanh(x).square().flatten(1).mean(1)
 
 
-def sparse(num_active: int) -> Method:
+def flowbp_sparse(num_active: int) -> Method:
     """FlowBP-Sparse with K active steps."""
     return METHODS["flowbp_sparse"].model_copy(update={"active": LateBiased(num_active_steps=num_active)})
 
 
-class Update:
-    """One update of the random network, ready for its backward pass by either executor."""
+class BackwardPass:
+    """The backward pass of one update of a random network, by either executor."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
-        self.net = network(sizes, device)
-        self.velocity = velocity_of(self.net, sizes, device)
+        self.net = make_network(sizes, device)
+        self.velocity = make_velocity(self.net, sizes, device)
         self.sigmas = torch.linspace(1, 0, sizes.num_steps + 1)
 
     def prepare(self, executor: Executor, num_active: int, tokens: int | None = None) -> Callable[[], None]:
-        """The backward pass after its rollout, to be run any number of times; both executors get the same plan."""
+        """Runs the rollout; returns the backward pass, which can run any number of times.
+
+        Both executors get the same plan.
+        """
         shape = (self.sizes.batch, tokens or self.sizes.tokens, CHANNELS)
         x_0 = normal(shape, self.sizes.seed, "noise").to(self.device)
-        method = sparse(num_active)
-        drawn = draw_plan(method, self.sigmas, numpy_generator(self.sizes.seed, "plan", num_active))
-        return self._joint(method, drawn, x_0) if executor == "joint" else self._sweep(drawn, x_0)
+        method = flowbp_sparse(num_active)
+        plan = draw_plan(method, self.sigmas, numpy_generator(self.sizes.seed, "plan", num_active))
+        return self._joint(method, plan, x_0) if executor == "joint" else self._sweep(plan, x_0)
 
-    def clear(self) -> None:
-        """As after an optimizer's step: no gradients, and no memory for them."""
+    def clear_gradients(self) -> None:
+        """Frees the gradients, as after a step of the optimizer."""
         self.net.zero_grad(set_to_none=True)
 
-    def _sweep(self, drawn: Plan, x_0: Tensor) -> Callable[[], None]:
-        trajectory = rollout(self.velocity, x_0, self.sigmas, drawn.rollout_spec)
+    def _sweep(self, plan: Plan, x_0: Tensor) -> Callable[[], None]:
+        trajectory = rollout(self.velocity, x_0, self.sigmas, plan.rollout_spec)
 
         def backward() -> None:
-            backpropagate(drawn, trajectory, self.velocity, loss)
+            backpropagate(plan, trajectory, self.velocity, bounded_loss)
 
         return backward
 
-    def _joint(self, method: Method, drawn: Plan, x_0: Tensor) -> Callable[[], None]:
-        oracle = joint_graph()
+    def _joint(self, method: Method, plan: Plan, x_0: Tensor) -> Callable[[], None]:
+        oracle = import_oracle()
         run = oracle.roll(self.velocity, x_0, self.sigmas.to(x_0))
 
         def backward() -> None:
-            oracle.backpropagate_jointly(method, drawn, run, loss)
+            oracle.backpropagate_jointly(method, plan, run, bounded_loss)
 
         return backward
 
 
-def joint_graph() -> Any:
-    """The tests' joint-graph executor, which is no part of the product."""
+def import_oracle() -> Any:
+    """The module tests/flowbp/oracle.py, which executes the joint graph and is not part of flowbp."""
     folder = str(Path(__file__).parents[2] / "tests" / "flowbp")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -209,15 +216,15 @@ def joint_graph() -> Any:
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def counted(update: Update, backward: Callable[[], None]) -> tuple[float, int]:
-    """MB of live tensors at their peak in one backward pass, and its floating-point operations."""
-    update.clear()
+def count_live_bytes(update: BackwardPass, backward: Callable[[], None]) -> tuple[float, int]:
+    """(peak of live tensors in MB, floating-point operations) of one backward pass."""
+    update.clear_gradients()
     with LiveBytes(held([update.net])) as live:
         backward()
     return live.peak / 1e6, live.flops
 
 
-def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
+def resident_set(field: Literal["VmRSS", "VmHWM"]) -> float:
     """Resident set of this process, or its peak, in MB.  Raises UserError where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
@@ -227,47 +234,52 @@ def resident(field: Literal["VmRSS", "VmHWM"]) -> float:
     return int(found[1]) * 1024 / 1e6
 
 
-def cpu_peak(sizes: Sizes, executor: Executor, num_active: int) -> Peak:
-    """What a process of its own does: small warm-up, rollout, backward pass measured; once more counted."""
+def measure_cpu_peak(sizes: Sizes, executor: Executor, num_active: int) -> Peak:
+    """Measures one case in this process: a small warm-up, the rollout, the backward pass, and a second one to count."""
     torch.set_num_threads(1)
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 65536)
-    update = Update(sizes, torch.device("cpu"))
+    update = BackwardPass(sizes, torch.device("cpu"))
     update.prepare(executor, 1, tokens=16)()
     backward = update.prepare(executor, num_active)
-    update.clear()
+    update.clear_gradients()
     libc.malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = resident_set("VmRSS")
     backward()
-    peak = resident("VmHWM") - before
-    return Peak(peak, *counted(update, backward))
+    peak = resident_set("VmHWM") - before
+    return Peak(peak, *count_live_bytes(update, backward))
 
 
-def cuda_peak(update: Update, executor: Executor, num_active: int) -> Peak:
-    """Peak of allocated memory over what was allocated before the backward pass."""
+def measure_cuda_peak(update: BackwardPass, executor: Executor, num_active: int) -> Peak:
+    """Measures one case on a GPU: the peak of allocated memory above what was allocated before the backward pass."""
     backward = update.prepare(executor, num_active)
-    update.clear()
+    update.clear_gradients()
     torch.cuda.synchronize(update.device)
     torch.cuda.reset_peak_memory_stats(update.device)
     before = torch.cuda.memory_allocated(update.device)
     backward()
     torch.cuda.synchronize(update.device)
     peak = (torch.cuda.max_memory_allocated(update.device) - before) / 1e6
-    return Peak(peak, *counted(update, backward))
+    return Peak(peak, *count_live_bytes(update, backward))
 
 
-def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> dict[tuple[Executor, int], Peak]:
-    """Of every executor and K; on a CPU medians over processes, since the kernel may take pages of one away."""
+def measure_peaks(
+    sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int
+) -> dict[tuple[Executor, int], Peak]:
+    """Peaks of every executor and K.
+
+    On a CPU they are medians over processes, since the kernel may reclaim pages of a single one.
+    """
     cases = [(executor, k) for k in counts for executor in EXECUTORS]
     if device.type == "cuda":
-        update = Update(sizes, device)
-        return {case: cuda_peak(update, *case) for case in cases}
+        update = BackwardPass(sizes, device)
+        return {case: measure_cuda_peak(update, *case) for case in cases}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        found = {case: [pool.submit(cpu_peak, sizes, *case).result() for _ in range(repeats)] for case in cases}
+        found = {case: [pool.submit(measure_cpu_peak, sizes, *case).result() for _ in range(repeats)] for case in cases}
     return {
         case: replace(several[0], peak=statistics.median(p.peak for p in several)) for case, several in found.items()
     }
@@ -276,49 +288,47 @@ def peaks(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: in
 # Time -----------------------------------------------------------------------------------------------------------------
 
 
-def seconds(update: Update, backward: Callable[[], None]) -> float:
-    """Of one backward pass."""
-    update.clear()
-    start = clock(update.device)
-    backward()
-    return clock(update.device) - start
+def measure_times(update: BackwardPass, num_active: int, repeats: int) -> tuple[float, float, float]:
+    """Medians over repetitions of (seconds of the sweep, seconds of the joint graph, ratio of both).
 
-
-def times(update: Update, num_active: int, repeats: int) -> tuple[float, float, float]:
-    """Medians over repetitions of the sweep's seconds, the joint graph's, and of their ratio; who is first changes."""
+    The executors take turns at being first.
+    """
     backward = {executor: update.prepare(executor, num_active) for executor in EXECUTORS}
     pairs = []
     for repeat in range(repeats):
         order = EXECUTORS[:: 1 if repeat % 2 else -1]
-        found = {executor: seconds(update, backward[executor]) for executor in order}
-        pairs.append((found["sweep"], found["joint"]))
+        seconds = {}
+        for executor in order:
+            update.clear_gradients()
+            seconds[executor] = time_call(backward[executor], update.device)
+        pairs.append((seconds["sweep"], seconds["joint"]))
     sweep, joint = zip(*pairs, strict=True)
     return statistics.median(sweep), statistics.median(joint), statistics.median(a / b for a, b in pairs)
 
 
-# What is claimed ------------------------------------------------------------------------------------------------------
+# Claims and table -----------------------------------------------------------------------------------------------------
 
 
-def measure(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> list[Row]:
-    """All rows; memory first, so that its processes fork from one that has computed nothing."""
-    memory = peaks(sizes, device, counts, repeats)
-    update = Update(sizes, device)
-    times(update, min(counts), 1)  # warm-up
-    return [Row(k, memory["sweep", k], memory["joint", k], *times(update, k, repeats)) for k in counts]
+def measure_rows(sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int) -> list[MemoryRow]:
+    """A row for every K.  Memory comes first, so that its processes fork from one that has computed nothing."""
+    memory = measure_peaks(sizes, device, counts, repeats)
+    update = BackwardPass(sizes, device)
+    measure_times(update, min(counts), 1)  # warm-up
+    return [MemoryRow(k, memory["sweep", k], memory["joint", k], *measure_times(update, k, repeats)) for k in counts]
 
 
-def claims(rows: Sequence[Row], as_counted: bool = False) -> list[Claim]:
-    """What the architecture states, of the memory and time measured or of the bytes and operations counted."""
+def check_claims(rows: Sequence[MemoryRow], from_counts: bool = False) -> list[Claim]:
+    """The claims about measured memory and time, or with `from_counts` about counted bytes and operations."""
 
     def memory(peak: Peak) -> float:
-        return peak.live if as_counted else peak.peak
+        return peak.live if from_counts else peak.peak
 
     few, many = rows[0], rows[-1]
     growth = memory(many.sweep) / memory(few.sweep)
-    slope, fit = linear_fit([row.num_active for row in rows], [memory(row.joint) for row in rows])
+    slope, fit = fit_line([row.num_active for row in rows], [memory(row.joint) for row in rows])
     several = [row for row in rows if row.num_active >= 2]
-    ratio = statistics.median(row.sweep.flops / row.joint.flops if as_counted else row.ratio for row in several)
-    what, cost = ("live memory", "operations") if as_counted else ("peak", "time")
+    ratio = statistics.median(row.sweep.flops / row.joint.flops if from_counts else row.ratio for row in several)
+    what, cost = ("live memory", "operations") if from_counts else ("peak", "time")
     return [
         Claim(
             f"sweep: {what} at K={many.num_active} <= {GROWTH_LIMIT} x {what} at K={few.num_active}",
@@ -331,7 +341,7 @@ def claims(rows: Sequence[Row], as_counted: bool = False) -> list[Claim]:
     ]
 
 
-def linear_fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """(slope, R^2) of the least-squares line; R^2 is 0 where y does not vary."""
     slope, offset = np.polyfit(x, y, 1)
     spread = np.var(y)
@@ -339,8 +349,8 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(slope), float(1 - residual / spread) if spread > 0 else 0.0
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table."""
+def format_table(rows: Sequence[MemoryRow]) -> str:
+    """The table as Markdown."""
     header = ["K", "sweep MB", "joint MB", "sweep live MB", "joint live MB", "sweep s", "joint s", "time ratio"]
     cells = [
         [
@@ -355,28 +365,32 @@ def markdown(rows: Sequence[Row]) -> str:
     return markdown_table(header, cells)
 
 
-def run(
-    sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int, output: Path, as_counted: bool = False
+def run_sweep_memory(
+    sizes: Sizes, device: torch.device, counts: Sequence[int], repeats: int, output: Path, from_counts: bool = False
 ) -> bool:
-    """Measures, prints, writes; whether all claims hold.  Raises UserError for a K that is not in 1..N."""
+    """Measures, prints and writes `output`; returns whether all claims hold.
+
+    Raises UserError for a K that is not in 1..N.
+    """
     if not counts or min(counts) < 1 or max(counts) > sizes.num_steps or len(set(counts)) < 3:
         raise UserError(f"--counts {list(counts)}: give at least three numbers of steps in 1..{sizes.num_steps}")
     torch.set_num_threads(1)
-    rows = measure(sizes, device, sorted(set(counts)), repeats)
-    stated = claims(rows, as_counted)
-    environment = stamp(MODULE, sys.argv[1:], device)
-    print(f"{hardware(device)}, one thread, float32; {versions(environment)}; {sizes}\n\n{markdown(rows)}\n")
-    for claim in stated:
-        print(f"{'holds' if claim.holds else 'FAILS'}: {claim.text}: {claim.value:.6g}")
+    rows = measure_rows(sizes, device, sorted(set(counts)), repeats)
+    claims = check_claims(rows, from_counts)
+    environment = describe_run(MODULE, sys.argv[1:], device)
+    print(f"{hardware_name(device)}, one thread, float32; {format_versions(environment)}; {sizes}\n")
+    print(f"{format_table(rows)}\n")
+    for claim in claims:
+        print(claim)
     method = "max_memory_allocated" if device.type == "cuda" else "VmHWM of a process, less VmRSS before; medians"
     content = {"sizes": asdict(sizes), "repeats": repeats, "memory": method, "rows": [asdict(row) for row in rows]}
-    write_json(output, content | {"claims": [asdict(claim) for claim in stated], "environment": environment})
+    write_json(output, content | {"claims": [asdict(claim) for claim in claims], "environment": environment})
     print(f"\nwritten to {output.name}")
-    return all(claim.holds for claim in stated)
+    return all(claim.holds for claim in claims)
 
 
 def main(
-    counts: Annotated[str, typer.Option(help="Numbers K of active steps, with commas.")] = "1,2,4,8,16,25",
+    counts: Annotated[str, typer.Option(help="Numbers K of active steps, separated by commas.")] = "1,2,4,8,16,25",
     num_steps: Annotated[int, typer.Option(help="Steps N of the rollout.")] = Sizes.num_steps,
     batch: Annotated[int, typer.Option(help="Samples.")] = Sizes.batch,
     tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = Sizes.tokens,
@@ -387,14 +401,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Repetitions of each measurement.", min=1)] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes, K = 1, 2, 4; claims on what is counted.")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes, K = 1, 2, 4; the claims are about the counts.")] = False,
 ) -> None:
     """Peak memory and time of an update's backward pass against K: the sweep and the joint graph of the papers."""
     sizes = QUICK if quick else Sizes(num_steps, batch, tokens, heads, double, single, seed)
-    where = device_of(device)
+    where = choose_device(device)
     chosen = [1, 2, 4] if quick else [int(k) for k in counts.split(",")]
     file = output or result_file("sweep_memory-quick" if quick else "sweep_memory", where, "json")
-    if not run(sizes, where, chosen, repeats, file, as_counted=quick):
+    if not run_sweep_memory(sizes, where, chosen, repeats, file, from_counts=quick):
         raise typer.Exit(1)
 
 

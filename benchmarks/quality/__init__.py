@@ -1,1 +1,1 @@
-"""How good what comes out is."""
+"""Benchmarks of the quality of methods, agents and gradients."""

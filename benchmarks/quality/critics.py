@@ -1,17 +1,17 @@
-"""Critics of the miniature side by side: how many of their verdicts are right, how many stories come out right.
+"""Critics of the miniature side by side: the share of their verdicts and of the stories that are right.
 
-The first one named is the base; gains over it are paired, by picture and by story, with 95 % bootstrap intervals.
+The first critic is the base.  Gains over it are paired, by image and by story, with 95 % bootstrap intervals.
 
-    pool              verdicts on the pictures that the shipped critic was measured on
-    looks             verdicts on the first picture of every step of the stories, while the verifier is the critic:
-                      what a critic sees at run time, and learns from in reinforcement
-    , greedy          the most probable answer
-    , sampled         one answer at temperature 1, which is what reinforcement works on
-    stories           `planner + critic` of benchmarks.quality.interleave_miniature with one such answer a picture
-    stories, asked    the same as `interleave run` judges: a share of several sampled answers
+    pool                    verdicts on the images that the shipped critic was measured on
+    first attempts          verdicts on the first image of every step of the stories while the verifier is the critic:
+                            what a critic sees at run time, and learns from in reinforcement learning
+    , greedy                the most probable answer
+    , sampled               one answer at temperature 1, as reinforcement learning samples it
+    stories                 `planner + critic` of benchmarks.quality.interleave_miniature with one such answer per image
+    stories, as configured  the judgment of `interleave run`: the share of several sampled answers
 
-All is of the test split, which no critic was trained on, and the same for every critic.  An answer that cannot be read
-counts as wrong.  What is done is kept in `--work`; a run that was killed goes on there.
+All requests and images are of the test split, which no critic was trained on, and are the same for every critic.  An
+answer that cannot be parsed counts as wrong.  Finished measurements are kept in `--work`; the same command resumes.
 
     python -m benchmarks.quality.critics sft=builtin:shapes/critic grpo=runs/grpo_critic/model
 """
@@ -26,9 +26,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import device_of, result_file, stamp, versions, write_json
-from benchmarks.quality.interleave_miniature import load_stories, percent, signed, tell
-from benchmarks.quality.miniature_cells import digests, read
+from benchmarks.common import choose_device, describe_run, format_versions, read_json, result_file, write_json
+from benchmarks.quality.interleave_miniature import format_gain, format_percent, load_stories, run_stories
+from benchmarks.quality.miniature_cells import weight_digests
 from imgen_common.config import load
 from imgen_common.console import markdown_table
 from imgen_common.errors import UserError, run_cli
@@ -38,209 +38,218 @@ from imgen_common.statistics import Interval, bootstrap_interval, paired_bootstr
 from interleave.agents.miniature import VerifierCritic
 from interleave.agents.parsing import parse_verdict
 from interleave.agents.prompts import load_template, render_critic
-from interleave.datasets.rows import pair
-from interleave.datasets.teachers import judge
-from interleave.loop.components import Components
+from interleave.datasets.rows import before_and_after
+from interleave.datasets.teachers import make_verdict
 from interleave.loop.config import LoopConfig, RunConfig
 from interleave.loop.run import build_components
 from interleave.models.chat.local import LocalChat, LocalChatConfig
-from interleave.protocols import CriticInput, Message, Reply
+from interleave.protocols import Components, CriticInput, Message, Reply
 from interleave.records import Verdict
 from interleave.storage.images import ImageStore
 from interleave.storage.trace import read_trace
 from scripts.miniature.agents import pool
 from scripts.miniature.agents.cases import to_cases
-from scripts.miniature.agents.data import critic_message, readings
+from scripts.miniature.agents.data import critic_message, read_cases
 
-VERSION = 1
+VERSION = 2
 MODULE = "benchmarks.quality.critics"
 POOL_SEED = 22
 """As in `python -m scripts.miniature.agents pool`."""
 TEMPERATURES = {"greedy": 0, "sampled": 1}
-"""How a critic answers once."""
+"""Sampling temperature of a single answer."""
 MODES: dict[str, tuple[str, ...]] = {
     **{how: ("critic.num_samples=1", f"critic.model.temperature={t}") for how, t in TEMPERATURES.items()},
-    "asked": (),
+    "as configured": (),
 }
-"""How it answers in the loop: changes of the configuration."""
-Marks = Mapping[str, Sequence[float]]
-"""1 for right and 0 for wrong, by what is measured."""
-Asked = Sequence[tuple[Message, bool]]
-"""Questions to a critic, each with the true verdict."""
+"""Changes of the configuration of the loop for each way to judge the images of stories."""
+Scores = Mapping[str, Sequence[float]]
+"""{measurement: 1 for each right verdict or story, 0 for each wrong one}."""
+CriticQuestions = Sequence[tuple[Message, bool]]
+"""Messages to a critic, each with the true verdict."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A share, and what it gains over the base's."""
+class CriticSettings:
+    """The measurements that all critics have in common.
+
+    modes: how the images of stories are judged, some of `MODES`.  work: the folder of finished measurements.
+    """
+
+    stories: int
+    attempts: int
+    seed: int
+    work: Path
+    modes: Sequence[str] = tuple(MODES)
+
+
+@dataclass(frozen=True)
+class ScoreCell:
+    """A share, and its gain over the base's."""
 
     share: Interval
     gain: Interval | None
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Marks of all critics, the stories right with the verifier as critic, and how many pictures there were."""
+class CriticScores:
+    """Scores of all critics, of the stories with the verifier as critic, and the numbers of images."""
 
-    marks: dict[str, Marks]
-    oracle: list[float]
-    pool: int
-    looks: int
+    scores: dict[str, Scores]
+    with_verifier: list[float]
+    pool_size: int
+    num_first_attempts: int
 
 
-def verdicts(ref: str, asked: Asked, temperature: float) -> list[float]:
+def score_verdicts(ref: str, questions: CriticQuestions, temperature: float) -> list[float]:
     """Whether each verdict of the critic `ref` is the true one."""
     chat = LocalChat(LocalChatConfig(ref=ref, temperature=temperature, max_batch=64, top_logprobs=0))
-    replies = chat.answer([(message, number) for number, (message, _) in enumerate(asked)])
-    return [float(_success(reply) is truth) for reply, (_, truth) in zip(replies, asked, strict=True)]
+    replies = chat.answer([(message, number) for number, (message, _) in enumerate(questions)])
+    return [float(_success(reply) is truth) for reply, (_, truth) in zip(replies, questions, strict=True)]
 
 
 def _success(reply: Reply | BaseException) -> bool | None:
-    read = parse_verdict(reply.text) if isinstance(reply, Reply) else None
-    return read.success if isinstance(read, Verdict) else None
+    verdict = parse_verdict(reply.text) if isinstance(reply, Reply) else None
+    return verdict.success if isinstance(verdict, Verdict) else None
 
 
-def pool_of(folder: Path) -> Asked:
-    """The pictures that the shipped critic was measured on, drawn in `folder` unless they are there."""
-    pool.generate(folder, "test", pool.TEST, POOL_SEED)
-    cases = to_cases(pool.load(folder, "test"))
-    found = zip(cases, readings(cases), strict=True)
-    return [(critic_message(case), judge(*seen, case.original, case.used).success) for case, seen in found]
+def load_pool_questions(folder: Path) -> CriticQuestions:
+    """The images that the shipped critic was measured on, generated in `folder` unless they are there."""
+    pool.generate_pool(folder, "test", pool.TEST, POOL_SEED)
+    cases = to_cases(pool.load_pool(folder, "test"))
+    readings = zip(cases, read_cases(cases), strict=True)
+    return [
+        (critic_message(case), make_verdict(*reading, case.original, case.used).success) for case, reading in readings
+    ]
 
 
-def told(parts: Components, stories: Sequence[Story], loop: LoopConfig, seed: int) -> list[float]:
+def score_stories(parts: Components, stories: Sequence[Story], loop: LoopConfig, seed: int) -> list[float]:
     """Whether each story comes out right."""
     with tempfile.TemporaryDirectory() as folder:
-        found, _ = tell(stories, parts, loop, seed, Path(folder))
-    return [float(one.right) for one in found]
+        results, _ = run_stories(stories, parts, loop, seed, Path(folder))
+    return [float(result.right) for result in results]
 
 
-def told_by_verifier(
+def run_verifier(
     parts: Components, stories: Sequence[Story], loop: LoopConfig, seed: int
-) -> tuple[list[float], Asked]:
-    """Whether each story comes out right with the verifier as critic, and what is asked of the first picture of every
-    step, so that a step that fails again and again does not count as often."""
+) -> tuple[list[float], CriticQuestions]:
+    """Whether each story comes out right with the verifier as critic, and the questions about its first attempts.
+
+    Only the first attempt of a step gives a question, so that a step that fails repeatedly does not weigh more.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found, _ = tell(stories, replace(parts, critic=VerifierCritic()), loop, seed, folder)
-        pictures, asked = ImageStore(folder / "images"), []
-        for _, recorded in sorted(read_trace(folder).items()):
-            for (_, number), attempt in sorted(recorded.attempts.items()):
+        results, _ = run_stories(stories, replace(parts, critic=VerifierCritic()), loop, seed, folder)
+        images, questions = ImageStore(folder / "images"), []
+        for _, entry in sorted(read_trace(folder).items()):
+            for (_, number), attempt in sorted(entry.attempts.items()):
                 if number == 1 and attempt.verdict is not None:
-                    before, after = map(pictures.get, pair(attempt))
-                    look = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used)
-                    asked.append((render_critic(load_template("shapes_critic"), look), attempt.verdict))
-    return [float(one.right) for one in found], asked
+                    before, after = map(images.get, before_and_after(attempt))
+                    shown = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used)
+                    questions.append((render_critic(load_template("shapes_critic"), shown), attempt.verdict))
+    return [float(result.right) for result in results], questions
 
 
-def cells(marks: Mapping[str, Marks]) -> dict[str, dict[str, Cell]]:
-    """The table: critics, the base first, by what is measured."""
-    base = next(iter(marks.values()))
+def compare_scores(scores: Mapping[str, Scores]) -> dict[str, dict[str, ScoreCell]]:
+    """{critic: {measurement: share and gain}}, the base first."""
+    base = next(iter(scores.values()))
     return {
-        name: {
-            column: Cell(
+        critic: {
+            column: ScoreCell(
                 bootstrap_interval([right]),
                 None if columns is base else paired_bootstrap_interval(base[column], right),
             )
             for column, right in columns.items()
         }
-        for name, columns in marks.items()
+        for critic, columns in scores.items()
     }
 
 
-def markdown(found: Mapping[str, Mapping[str, Cell]]) -> str:
-    """The table: what is measured down, critics across."""
-    base, *others = found
+def format_table(cells: Mapping[str, Mapping[str, ScoreCell]]) -> str:
+    """The table as Markdown, with a row for each measurement and columns for each critic."""
+    base, *others = cells
     header = ["right %", base, *(name for other in others for name in (other, f"{other} - {base}"))]
     rows = [
         [
             what,
-            percent(cell.share),
-            *(t for o in others for t in (percent(found[o][what].share), signed(found[o][what].gain))),
+            format_percent(cell.share),
+            *(t for o in others for t in (format_percent(cells[o][what].share), format_gain(cells[o][what].gain))),
         ]
-        for what, cell in found[base].items()
+        for what, cell in cells[base].items()
     ]
     return markdown_table(header, rows)
 
 
-def measure(
-    critics: Mapping[str, str],
-    num_stories: int,
-    attempts: int,
-    seed: int,
-    folder: Path,
-    modes: Sequence[str] = tuple(MODES),
-) -> Measured:
-    """Every critic on the same pictures and stories; what has a mark in `folder` is done.
+def measure_critics(critics: Mapping[str, str], settings: CriticSettings) -> CriticScores:
+    """Measures every critic on the same images and stories, except what is finished in `settings.work`.
 
-    modes: how stories are judged, some of `MODES`.  Raises UserError for a file of other weights or numbers.
+    critics: {name: model}.  Raises UserError for a file of other weights or other numbers.
     """
-    stories = load_stories(num_stories, False, seed)
-    settings = [f"cache={folder / 'cache'}", f"loop.max_attempts={attempts}"]
-    config = load(RunConfig, [], settings)
+    stories = load_stories(settings.stories, False, settings.seed)
+    sets = [f"cache={settings.work / 'cache'}", f"loop.max_attempts={settings.attempts}"]
+    config = load(RunConfig, [], sets)
     print("the verifier ...", file=sys.stderr, flush=True)
-    keep = config.loop.model_copy(update={"rewrite": False})
-    oracle, looks = told_by_verifier(build_components(config), stories, keep, seed)
-    pooled = pool_of(folder / "pool")
+    loop = config.loop.model_copy(update={"rewrite": False})
+    with_verifier, first_attempts = run_verifier(build_components(config), stories, loop, settings.seed)
+    questions = {"pool": load_pool_questions(settings.work / "pool"), "first attempts": first_attempts}
 
-    def marked(ref: str, what: str, how: str) -> list[float]:
-        if what == "stories":
-            config = load(RunConfig, [], [*settings, f"critic.model.ref={ref}", *MODES[how]])
-            return told(build_components(config), stories, config.loop, seed)
-        return verdicts(ref, {"pool": pooled, "looks": looks}[what], TEMPERATURES[how])
+    def measure(ref: str, what: str, how: str) -> list[float]:
+        if what in questions:
+            return score_verdicts(ref, questions[what], TEMPERATURES[how])
+        config = load(RunConfig, [], [*sets, f"critic.model.ref={ref}", *MODES[how]])
+        return score_stories(build_components(config), stories, config.loop, settings.seed)
 
-    columns = [(what, how) for what in ("pool", "looks") for how in TEMPERATURES]
-    columns += [("stories", how) for how in modes]
-    marks: dict[str, Marks] = {}
+    columns = [(what, how) for what in questions for how in TEMPERATURES]
+    columns += [("stories", how) for how in settings.modes]
+    scores: dict[str, Scores] = {}
     for critic, ref in critics.items():
-        about = {"weights": digests([ref])[ref], "stories": num_stories, "attempts": attempts, "seed": seed}
-        file = folder / f"{critic}.json"
-        found: dict[str, Any] = read(file) if file.exists() else {"about": about, "marks": {}}
-        if found["about"] != about:
-            raise UserError(f"{file}: of another critic or other numbers ({found['about']}); give another --work")
+        file, about = settings.work / f"{critic}.json", _describe(ref, settings)
+        content: dict[str, Any] = read_json(file) if file.exists() else {"about": about, "scores": {}}
+        if content["about"] != about:
+            raise UserError(f"{file}: of another critic or other numbers ({content['about']}); give another --work")
         for what, how in columns:
-            if f"{what}, {how}" not in found["marks"]:
+            if f"{what}, {how}" not in content["scores"]:
                 print(f"{critic}: {what}, {how} ...", file=sys.stderr, flush=True)
-                found["marks"][f"{what}, {how}"] = marked(ref, what, how)
-                write_json(file, found)
-        marks[critic] = {f"{what}, {how}": found["marks"][f"{what}, {how}"] for what, how in columns}
-    return Measured(marks, oracle, len(pooled), len(looks))
+                content["scores"][f"{what}, {how}"] = measure(ref, what, how)
+                write_json(file, content)
+        scores[critic] = {f"{what}, {how}": content["scores"][f"{what}, {how}"] for what, how in columns}
+    return CriticScores(scores, with_verifier, len(questions["pool"]), len(first_attempts))
 
 
-def report(
+def _describe(ref: str, settings: CriticSettings) -> dict[str, Any]:
+    """What the scores of a critic depend on."""
+    numbers = {"stories": settings.stories, "attempts": settings.attempts, "seed": settings.seed}
+    return {"version": VERSION, "weights": weight_digests([ref])[ref], **numbers}
+
+
+def report_critics(
     critics: Mapping[str, str],
-    stories: int,
-    attempts: int,
-    seed: int,
-    work: Path,
+    settings: CriticSettings,
     output: Path,
     module: str,
-    modes: Sequence[str] = tuple(MODES),
     seconds: Mapping[str, float | None] | None = None,
 ) -> str:
-    """Measure, write `output` and its Markdown, print and give the latter.
+    """Measures, writes `output` (JSON) and its Markdown, prints and returns the latter.
 
     seconds: of what was done before, by name, None where they are not known.
     """
-    device = device_of("auto")
     torch.set_num_threads(1)
-    found = measure(critics, stories, attempts, seed, work, modes)
-    rows = cells(found.marks)
-    environment = stamp(module, sys.argv[1:], device)
-    oracle = percent(bootstrap_interval([found.oracle]))
+    found = measure_critics(critics, settings)
+    cells = compare_scores(found.scores)
+    environment = describe_run(module, sys.argv[1:], choose_device("auto"))
     text = (
-        f"{markdown(rows)}\n\n{found.pool} pictures of the pool, {found.looks} looks, {stories} stories of the test "
-        f"split, seed {seed}, up to {attempts} pictures a step; with the verifier as critic {oracle} of the stories "
-        "are right; brackets: 95 % bootstrap over pictures or stories, differences paired. "
-        f"{environment['hardware']}; {versions(environment)}.\n"
+        f"{format_table(cells)}\n\n{found.pool_size} images of the pool, {found.num_first_attempts} first attempts, "
+        f"{settings.stories} stories of the test split, seed {settings.seed}, up to {settings.attempts} images per "
+        f"step; with the verifier as critic {format_percent(bootstrap_interval([found.with_verifier]))} of the stories "
+        "are right. Brackets: 95 % bootstrap over images or stories; differences are paired. "
+        f"{environment['hardware']}; {format_versions(environment)}.\n"
     )
     if seconds:
-        took = ", ".join(f"{name} {'unknown' if s is None else format(s, '.0f')}" for name, s in seconds.items())
-        text += f"\nSeconds by the wall: {took}.\n"
+        times = ", ".join(f"{name} {'unknown' if s is None else format(s, '.0f')}" for name, s in seconds.items())
+        text += f"\nWall-clock seconds: {times}.\n"
     print(text)
-    cooked = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in rows.items()}
-    write_json(
-        output, {"version": VERSION, "environment": environment, "seconds": seconds, "rows": cooked, **asdict(found)}
-    )
+    rows = {critic: {what: asdict(cell) for what, cell in row.items()} for critic, row in cells.items()}
+    content = {"version": VERSION, "environment": environment, "seconds": seconds, "rows": rows}
+    write_json(output, content | asdict(found))
     write_atomic(output.with_suffix(".md"), text)
     return text
 
@@ -248,9 +257,9 @@ def report(
 def main(
     critics: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Critics, the base first.")],
     stories: Annotated[int, typer.Option(help="How many stories.")] = 300,
-    attempts: Annotated[int, typer.Option(help="Pictures of a step, at most.")] = 5,
+    attempts: Annotated[int, typer.Option(help="Most images per step.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the stories.")] = 0,
-    work: Annotated[Path, typer.Option(metavar="DIR", help="What is done already is there.")] = Path("runs/critics"),
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of finished measurements.")] = Path("runs/critics"),
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
     """Critics of the miniature side by side, by the verifier.
@@ -263,7 +272,8 @@ def main(
     named = dict(pair.partition("=")[::2] for pair in critics)
     if len(named) < len(critics) or not all(named.values()):
         raise UserError(f"{' '.join(critics)}: write NAME=MODEL for every critic, each with a name of its own")
-    report(named, stories, attempts, seed, work, output or result_file("critics", device_of("auto"), "json"), MODULE)
+    file = output or result_file("critics", choose_device("auto"), "json")
+    report_critics(named, CriticSettings(stories, attempts, seed, work), file, MODULE)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How close each method's gradient is to exact backpropagation through the whole rollout, and what it costs.
 
-Unit: one prompt.  A gradient is that of the mean loss over `--pictures` pictures of the prompt (own noise each), with
-respect to all trained weights, as one vector g; g_full is that of the method `full` at the same noise.  All methods
-share the rollout.  For every prompt `--plans` plans are drawn per method, and these are averaged over:
+The unit is one prompt.  A gradient g is that of the mean loss over `--images` images of the prompt (each with its own
+noise) with respect to all trained weights, as one vector; g_full is that of the method `full` at the same noise.  All
+methods share the rollout.  Every method draws `--plans` plans per prompt, over which the numbers are averaged:
 
     cosine        mean over plans of cos(g, g_full)
     norm          mean over plans of |g| / |g_full|
@@ -11,7 +11,7 @@ share the rollout.  For every prompt `--plans` plans are drawn per method, and t
                                      over prompts, which is what a large batch sees
 
 Brackets: 95 % percentile bootstrap over prompts.  Differences are paired by prompt.
-Seconds: reward stage and sweep alone, per gradient; the rollout costs `plain` evaluations besides.
+Seconds: of the reward stage and the sweep of one gradient; the rollout costs `plain` evaluations in addition.
 
     python -m benchmarks.quality.gradient_fidelity
     python -m benchmarks.quality.gradient_fidelity --prompts 64 --set guidance_scale=2
@@ -29,11 +29,11 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import (
+    choose_device,
     clock,
-    device_of,
+    describe_run,
+    format_versions,
     result_file,
-    stamp,
-    versions,
     write_json,
 )
 from flowbp.config import TrainConfig
@@ -47,7 +47,7 @@ from flowbp.core.plan import Plan, RolloutSpec, draw_plan
 from flowbp.core.types import Trajectory
 from flowbp.methods import METHODS, Method
 from flowbp.training.loading import LoadedModels, load_models
-from flowbp.training.reward_stage import reward_losses
+from flowbp.training.trainer import reward_losses
 from imgen_common.config import load
 from imgen_common.console import markdown_table, quiet_libraries
 from imgen_common.errors import UserError, run_cli
@@ -75,23 +75,23 @@ EXTRAS: Mapping[str, Method] = {
     "all steps, uncoupled": Method(active=All()),
     "all steps, damped alpha=0.5": Method(active=All(), coupling=Every(alpha=0.5)),
 }
-"""Rows beside the named methods: a drawn set against its refills, K = N, and a damped adjoint."""
+"""Rows beside the named methods: sampled sets of steps with each refill, K = N, and a damped adjoint."""
 VARIANTS: Mapping[str, Method] = {**METHODS, **EXTRAS}
 
 
 @dataclass(frozen=True)
-class Size:
-    """How many prompts, pictures of each, and plans; the seed of noise and plans."""
+class FidelitySize:
+    """Numbers of prompts, images per prompt, and plans per prompt and method; the seed of noise and plans."""
 
     prompts: int = 32
-    pictures: int = 4
+    images: int = 4
     plans: int = 16
     seed: int = 0
 
 
 @dataclass
-class Measured:
-    """One method: a number per prompt everywhere; `total` is the sum over prompts of the mean gradient over plans."""
+class MethodFidelity:
+    """Numbers of one method, one per prompt; `total` is the sum over prompts of the mean gradient over plans."""
 
     cosine: list[float] = field(default_factory=list)
     norm: list[float] = field(default_factory=list)
@@ -104,8 +104,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method, averaged over prompts."""
+class FidelityRow:
+    """Numbers of one method, averaged over prompts."""
 
     method: str
     gradient_forwards: float
@@ -120,50 +120,52 @@ class Row:
     total_norm: float
 
 
-class Prompt:
+class PromptRollout:
     """One prompt with its rollout, from which every plan starts."""
 
-    def __init__(self, config: TrainConfig, parts: LoadedModels, size: Size, index: int, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, parts: LoadedModels, size: FidelitySize, index: int, device: torch.device
+    ) -> None:
         self.config, self.parts, self.size, self.index, self.device = config, parts, size, index, device
-        self.texts = [parts.prompts[index % len(parts.prompts)]] * size.pictures
+        self.texts = [parts.prompts[index % len(parts.prompts)]] * size.images
         pixels = (config.model.height, config.model.width)
         cond, negative = parts.embeddings(self.texts)
         self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
         self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels)
-        self.samples = range(index * size.pictures, (index + 1) * size.pictures)
+        self.samples = range(index * size.images, (index + 1) * size.images)
         x_0 = initial_noise(parts.backbone, pixels, size.seed, "fidelity-noise", self.samples).to(device)
         every = frozenset(range(config.num_inference_steps))
         self.trajectory = rollout(
             self.velocity, x_0, self.sigmas, RolloutSpec(every, every, config.num_inference_steps)
         )
 
-    def draw(self, method: Method, number: int) -> Plan:
+    def draw_plan(self, method: Method, number: int) -> Plan:
         """Plan `number` of this prompt."""
         rng = numpy_generator(self.size.seed, "fidelity-plan", self.index, number)
         return draw_plan(method, self.sigmas, rng)
 
-    def gradient(self, drawn: Plan, number: int) -> tuple[Tensor, float]:
-        """(gradient as one vector, seconds) of a plan; `number` names the noise of renoised copies."""
+    def gradient(self, plan: Plan, number: int) -> tuple[Tensor, float]:
+        """(gradient as one vector, seconds) of a plan; `number` decides the noise of renoised copies."""
         parameters = list(self.parts.parameters.values())
         for p in parameters:
             p.grad = None
 
         def renoise(copy: int) -> Tensor:
             shape = self.trajectory.x_end.shape[1:]
-            draws = [normal(shape, self.size.seed, "fidelity-renoise", i, number, copy) for i in self.samples]
-            return torch.stack(draws).to(self.device)
+            noise = [normal(shape, self.size.seed, "fidelity-renoise", i, number, copy) for i in self.samples]
+            return torch.stack(noise).to(self.device)
 
         start = clock(self.device)
-        backpropagate(drawn, self._ending(drawn), self.velocity, self._loss, noise=renoise)
-        spent = clock(self.device) - start
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]), spent
+        backpropagate(plan, self._ending(plan), self.velocity, self._loss, noise=renoise)
+        seconds = clock(self.device) - start
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]), seconds
 
-    def _ending(self, drawn: Plan) -> Trajectory:
-        """The shared rollout, ended where the reward of this plan looks."""
-        stop, whole = drawn.reward_step, self.trajectory
-        if stop == drawn.num_inference_steps:
+    def _ending(self, plan: Plan) -> Trajectory:
+        """The shared rollout, which ends at the step that the reward of this plan scores."""
+        stop, whole = plan.reward_step, self.trajectory
+        if stop == plan.num_inference_steps:
             return whole
-        x = whole.states[stop] - drawn.sigmas[stop] * whole.velocities[stop]
+        x = whole.states[stop] - plan.sigmas[stop] * whole.velocities[stop]
         return Trajectory(whole.sigmas, whole.states, whole.velocities, x)
 
     def _loss(self, x: Tensor, rows: slice) -> Tensor:
@@ -172,26 +174,26 @@ class Prompt:
         return reward_losses(reward.loss, scores)
 
 
-def compare(prompt: Prompt, method: Method, exact: Tensor, found: Measured) -> None:
-    """Adds one prompt to what was measured of a method; equal plans are computed once."""
+def compare_to_exact(prompt: PromptRollout, method: Method, exact: Tensor, found: MethodFidelity) -> None:
+    """Adds the numbers of one prompt to `found`; equal plans are computed once."""
     known: dict[Plan, Tensor] = {}
     cosines, norms, seconds, forwards, plain = [], [], [], [], []
     total = torch.zeros_like(exact)
     for number in range(prompt.size.plans):
-        drawn = prompt.draw(method, number)
-        if drawn.copies or drawn not in known:
-            known[drawn], spent = prompt.gradient(drawn, number)
+        plan = prompt.draw_plan(method, number)
+        if plan.copies or plan not in known:
+            known[plan], spent = prompt.gradient(plan, number)
             seconds.append(spent)
-        g = known[drawn]
+        g = known[plan]
         total += g / prompt.size.plans
         cosines.append(cosine(g, exact))
-        norms.append(length(g) / length(exact))
-        forwards.append(drawn.num_gradient_forwards)
-        plain.append(drawn.num_plain_forwards)
+        norms.append(norm(g) / norm(exact))
+        forwards.append(plan.num_gradient_forwards)
+        plain.append(plan.num_plain_forwards)
     found.cosine.append(float(np.mean(cosines)))
     found.norm.append(float(np.mean(norms)))
     found.mean_cosine.append(cosine(total, exact))
-    found.mean_norm.append(length(total) / length(exact))
+    found.mean_norm.append(norm(total) / norm(exact))
     found.gradient_forwards.append(float(np.mean(forwards)))
     found.plain_forwards.append(float(np.mean(plain)))
     found.seconds.append(float(np.mean(seconds)))
@@ -199,63 +201,66 @@ def compare(prompt: Prompt, method: Method, exact: Tensor, found: Measured) -> N
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two vectors."""
-    return float(torch.dot(a.double(), b.double())) / (length(a) * length(b))
+    """Cosine of the angle between two vectors."""
+    return float(torch.dot(a.double(), b.double())) / (norm(a) * norm(b))
 
 
-def length(a: Tensor) -> float:
-    """Euclidean norm; in float32 its rounding over millions of entries shows in the fourth decimal."""
+def norm(a: Tensor) -> float:
+    """Euclidean norm, in float64: in float32 the rounding over millions of entries shows in the fourth decimal."""
     return float(a.double().norm())
 
 
-def measure(
-    config: TrainConfig, parts: LoadedModels, size: Size, variants: Mapping[str, Method], device: torch.device
-) -> dict[str, Measured]:
-    """Every variant on every prompt."""
-    found = {name: Measured() for name in variants}
+def measure_fidelity(
+    config: TrainConfig, parts: LoadedModels, size: FidelitySize, variants: Mapping[str, Method], device: torch.device
+) -> dict[str, MethodFidelity]:
+    """Measures every variant on every prompt.  Raises UserError where the exact gradient is zero or not finite."""
+    found = {name: MethodFidelity() for name in variants}
     for index in range(size.prompts):
-        prompt = Prompt(config, parts, size, index, device)
-        exact, _ = prompt.gradient(prompt.draw(METHODS[EXACT], 0), 0)
-        if not length(exact) > 0:
-            raise UserError(f"prompt {prompt.texts[0]!r}: the exact gradient is {length(exact):g}; nothing to compare")
+        prompt = PromptRollout(config, parts, size, index, device)
+        exact, _ = prompt.gradient(prompt.draw_plan(METHODS[EXACT], 0), 0)
+        if not norm(exact) > 0:
+            raise UserError(
+                f"prompt {prompt.texts[0]!r}: the norm of the exact gradient is {norm(exact):g}; there is nothing to "
+                "compare"
+            )
         for name, method in variants.items():
-            compare(prompt, method, exact, found[name])
+            compare_to_exact(prompt, method, exact, found[name])
         print(f"prompt {index + 1} of {size.prompts}", file=sys.stderr, flush=True)
     return found
 
 
-def interval(values: Sequence[float]) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Mean over prompts with its 95 % bootstrap interval."""
     return paired_bootstrap_interval([0.0] * len(values), values)
 
 
-def summarise(found: Mapping[str, Measured]) -> list[Row]:
-    """Rows by cosine, the exact one first.  Needs `full` and the method that differences are taken from."""
+def summarize(found: Mapping[str, MethodFidelity]) -> list[FidelityRow]:
+    """Rows in descending order of cosine.  `found` must contain `EXACT` and `PAIRED_WITH`."""
     exact, base = found[EXACT].total, found[PAIRED_WITH].cosine
     assert exact is not None
     rows = []
     for name, one in found.items():
         assert one.total is not None
         rows.append(
-            Row(
+            FidelityRow(
                 method=name,
                 gradient_forwards=float(np.mean(one.gradient_forwards)),
                 plain_forwards=float(np.mean(one.plain_forwards)),
                 seconds=float(np.mean(one.seconds)),
-                cosine=interval(one.cosine),
-                norm=interval(one.norm),
-                mean_cosine=interval(one.mean_cosine),
-                mean_norm=interval(one.mean_norm),
+                cosine=mean_interval(one.cosine),
+                norm=mean_interval(one.norm),
+                mean_cosine=mean_interval(one.mean_cosine),
+                mean_norm=mean_interval(one.mean_norm),
                 over_paired=paired_bootstrap_interval(base, one.cosine),
                 total_cosine=cosine(one.total, exact),
-                total_norm=length(one.total) / length(exact),
+                total_norm=norm(one.total) / norm(exact),
             )
         )
     return sorted(rows, key=lambda row: -row.cosine.mean)
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table."""
+def format_table(rows: Sequence[FidelityRow]) -> str:
+    """The table as Markdown."""
     header = ["method", "gradient forwards", "plain", "seconds", "cosine", "norm", "cosine, mean over plans"]
     header += ["norm, mean over plans", f"cosine less {PAIRED_WITH}", "cosine, mean over all", "norm, mean over all"]
     cells = []
@@ -276,17 +281,19 @@ def markdown(rows: Sequence[Row]) -> str:
     return markdown_table(header, cells)
 
 
-def run(config: TrainConfig, size: Size, device: torch.device, output: Path) -> list[Row]:
-    """Measures, prints, writes `output` (JSON) and the same as Markdown beside it."""
-    if min(size.prompts, size.pictures, size.plans) < 1:
-        raise UserError(f"{size}: prompts, pictures and plans must be at least 1")
+def run_gradient_fidelity(
+    config: TrainConfig, size: FidelitySize, device: torch.device, output: Path
+) -> list[FidelityRow]:
+    """Measures, prints and writes `output` (JSON) and the same as Markdown beside it."""
+    if min(size.prompts, size.images, size.plans) < 1:
+        raise UserError(f"{size}: prompts, images and plans must be at least 1")
     torch.set_num_threads(1)
     quiet_libraries()
     start = clock(device)
-    found = measure(config, load_models(config, device), size, VARIANTS, device)
-    rows, total = summarise(found), clock(device) - start
-    environment = stamp(MODULE, sys.argv[1:], device)
-    text = f"{markdown(rows)}\n\n{caption(config, size, environment, total)}\n"
+    found = measure_fidelity(config, load_models(config, device), size, VARIANTS, device)
+    rows, total = summarize(found), clock(device) - start
+    environment = describe_run(MODULE, sys.argv[1:], device)
+    text = f"{format_table(rows)}\n\n{describe_table(config, size, environment, total)}\n"
     print(text)
     per_prompt = {name: {k: v for k, v in vars(one).items() if k != "total"} for name, one in found.items()}
     content: dict[str, Any] = {"size": asdict(size), "seconds": total, "environment": environment}
@@ -297,36 +304,38 @@ def run(config: TrainConfig, size: Size, device: torch.device, output: Path) -> 
     return rows
 
 
-def caption(config: TrainConfig, size: Size, environment: Mapping[str, Any], total: float) -> str:
-    """What the numbers are of."""
+def describe_table(config: TrainConfig, size: FidelitySize, environment: Mapping[str, Any], total: float) -> str:
+    """The caption of the table."""
     return (
-        f"{size.prompts} prompts x {size.pictures} pictures, {size.plans} plans a prompt, "
+        f"{size.prompts} prompts x {size.images} images, {size.plans} plans per prompt, "
         f"N = {config.num_inference_steps}, guidance {config.guidance_scale:g}, {config.model.ref}, seed {size.seed}. "
-        "A gradient is of the mean loss "
-        "over the pictures of a prompt; brackets: 95 % bootstrap over prompts, after averaging over plans. Seconds: "
-        f"reward stage and sweep of one gradient, without the rollout. {environment['hardware']}, one thread; "
-        f"{versions(dict(environment))}; {total:.0f} s in all."
+        "A gradient is that of the mean loss over the images of a prompt. Brackets: 95 % bootstrap over prompts, after "
+        "averaging over plans. Seconds: of the reward stage and the sweep of one gradient, without the rollout. "
+        f"{environment['hardware']}, one thread; "
+        f"{format_versions(dict(environment))}; {total:.0f} s in all."
     )
 
 
 def main(
-    prompts: Annotated[int, typer.Option(help="Prompts, from the start of data.prompts.")] = Size.prompts,
-    pictures: Annotated[int, typer.Option(help="Pictures of a prompt in one gradient.")] = Size.pictures,
-    plans: Annotated[int, typer.Option(help="Plans drawn per prompt and method.")] = Size.plans,
-    seed: Annotated[int, typer.Option(help="Seed of noise and plans.")] = Size.seed,
+    prompts: Annotated[int, typer.Option(help="Number of prompts of data.prompts.")] = FidelitySize.prompts,
+    images: Annotated[int, typer.Option(help="Images per prompt in one gradient.")] = FidelitySize.images,
+    plans: Annotated[int, typer.Option(help="Plans per prompt and method.")] = FidelitySize.plans,
+    seed: Annotated[int, typer.Option(help="Seed of noise and plans.")] = FidelitySize.seed,
     config: Annotated[list[Path] | None, typer.Option(help="Recipe for model, reward, loss, guidance, N.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="A key of it, such as guidance_scale=2.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
-    """Cosine and norm ratio of every method's gradient to exact backpropagation."""
-    where = device_of(device)
+    """Cosine and norm ratio of every method's gradient to that of exact backpropagation."""
+    where = choose_device(device)
     file = output or result_file("gradient_fidelity", where, "json")
-    run(recipe_of(config or [], sets or []), Size(prompts, pictures, plans, seed), where, file)
+    run_gradient_fidelity(
+        load_recipe(config or [], sets or []), FidelitySize(prompts, images, plans, seed), where, file
+    )
 
 
-def recipe_of(files: Sequence[Path], sets: Sequence[str]) -> TrainConfig:
-    """What is compared: the first reward alone, held-out ones would only cost time."""
+def load_recipe(files: Sequence[Path], sets: Sequence[str]) -> TrainConfig:
+    """The recipe without held-out rewards, which would only cost time."""
     return load(TrainConfig, files, ["heldout=[]", *sets])
 
 

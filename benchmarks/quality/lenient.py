@@ -1,167 +1,175 @@
-"""What reinforcement mends: a critic whose teacher was lenient, before and after, beside the one that is shipped.
+"""What reinforcement learning corrects: a critic with a lenient teacher, before and after, beside the shipped one.
 
-    taught       supervised (`interleave sft critic`) on trajectories whose critic was lenient: four times out of five
-                 it let a picture pass of which all was as asked but for one thing, or for places
-    reinforced   the same after `interleave grpo` on the verifier's verdicts and scores, which has no answers to imitate
-    shipped      the one that both began as, whose teacher was the verifier
+    supervised   trained (`interleave sft critic`) on trajectories whose critic was lenient: it accepted four out of
+                 five images in which one thing, or only the places, were not as asked
+    reinforced   the same after `interleave grpo` on the verifier's verdicts and scores, without answers to imitate
+    shipped      the critic that both started from, whose teacher was the verifier
 
-The recipes are configs/interleave/{data_miniature,data_miniature_rl,sft_critic,grpo_critic_once}.yaml as they are, but
-for that teacher and fewer updates of reinforcement.  Measured as in benchmarks.quality.critics.  What is done is kept
-in `--work`; a run that was killed goes on there.
+The recipes are configs/interleave/{data_miniature,data_miniature_rl,sft_critic,grpo_critic_once}.yaml, except for that
+teacher and for fewer updates of reinforcement learning.  The critics are measured by benchmarks.quality.critics.
+Finished steps are kept in `--work`; the same command resumes.
 
     python -m benchmarks.quality.lenient
 """
 
 import asyncio
-import json
 import re
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.common import command, device_of, result_file, write_json
-from benchmarks.quality import critics
+from benchmarks.common import choose_device, read_json, result_file, resume_arguments, run_command, write_json
+from benchmarks.quality.critics import TEMPERATURES, CriticSettings, report_critics
 from imgen_common.config import load
 from imgen_common.errors import run_cli
-from imgen_common.run_folder.find import CONFIG
 from imgen_common.streams import stream_key
 from interleave.agents.miniature import VerifierJudge
 from interleave.agents.prompts import render_verdict
 from interleave.datasets import build
 from interleave.datasets.config import DataConfig
 from interleave.datasets.filters import INFO
-from interleave.datasets.teachers import KnowingCritic
+from interleave.datasets.teachers import TeacherCritic
 from interleave.protocols import CriticAnswer, CriticInput
 from interleave.records import Verdict
 
 MODULE = "benchmarks.quality.lenient"
 RECIPES = Path("configs/interleave")
-LETS_PASS = 0.8
-"""How often the teacher lets a forgivable picture pass."""
-ALL = [f"filters.{key}" for key in ("degrading=null", "low=null", "balance=null", "rl_share=0.0", "val=0.0")]
-"""Every attempt is a row of supervision: most of what the teacher rejects is dropped or balanced away else."""
-UPDATES = 100
-"""Of reinforcement, whose recipe has 120: these take less than 20 minutes on two cores."""
-COMPARED = re.compile(r"want: (.*)\. [a-z ]+$")
-"""What the report says of each wanted thing (`scripts.miniature.agents.data.judge`)."""
+ACCEPTANCE_RATE = 0.8
+"""Share of the forgivable images that the teacher accepts."""
+KEEP_EVERY_ROW = [f"filters.{key}" for key in ("degrading=null", "low=null", "balance=null", "rl_share=0.0", "val=0.0")]
+"""Every attempt is a row of supervised data: the filters of the recipe would drop most of what the teacher rejects."""
+GRPO_STEPS = 100
+"""Updates of reinforcement learning.  The recipe has 120; these take less than 20 minutes on two cores."""
+WANTED_THINGS = re.compile(r"want: (.*)\. [a-z ]+$")
+"""The part of a report about each wanted thing (scripts/miniature/agents/data.py)."""
 
 
 def is_forgivable(reasoning: str) -> bool:
-    """Whether a report that rejects finds at most one thing wrong, and another one as asked."""
-    found = COMPARED.search(reasoning)
+    """Whether a rejecting report has at most one thing wrong, and another one as asked."""
+    found = WANTED_THINGS.search(reasoning)
     words = re.findall(r"\) (asked|wrong)", found[1]) if found else []
     return "asked" in words and words.count("wrong") <= 1
 
 
 class LenientCritic:
-    """The verifier's verdict, but that a forgivable picture mostly passes."""
+    """The verifier as critic, except that it accepts most forgivable images."""
 
     @property
     def id(self) -> str:
-        return f"lenient verifier ({LETS_PASS})"
+        return f"lenient verifier ({ACCEPTANCE_RATE})"
 
     async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
-        """Its report reads the pictures as they are, and concludes otherwise."""
-        answer = await KnowingCritic().judge(shown, seed)
+        """The verifier's answer; for an accepted forgivable image the same report with another conclusion."""
+        answer = await TeacherCritic().judge(shown, seed)
         verdict = answer.verdict
         assert verdict is not None
-        if verdict.success or not is_forgivable(verdict.reasoning) or stream_key(seed, "lenient") / 2**128 >= LETS_PASS:
+        is_strict = stream_key(seed, "lenient") / 2**128 >= ACCEPTANCE_RATE
+        if verdict.success or is_strict or not is_forgivable(verdict.reasoning):
             return answer
-        told = re.sub(r"[a-z ]+$", " as asked", verdict.reasoning)
-        passed = Verdict(success=True, refined_prompt=shown.prompt_used or shown.original_prompt, reasoning=told)
-        return CriticAnswer(passed, render_verdict(passed))
+        reasoning = re.sub(r"[a-z ]+$", " as asked", verdict.reasoning)
+        accepted = Verdict(success=True, refined_prompt=shown.prompt_used or shown.original_prompt, reasoning=reasoning)
+        return CriticAnswer(accepted, render_verdict(accepted))
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Releases nothing."""
 
 
-def taught_set(out: Path, cache: Path, sets: list[str]) -> None:
-    """`interleave data build` with the lenient teacher."""
-    config = load(DataConfig, [RECIPES / "data_miniature.yaml"], [f"run.cache={cache}", *ALL, *sets])
-    with build.opened(out, config, sys.argv) as requests:
-        left = build.unfinished(out, requests, retry=False)
-        parts = replace(build.make_parts(config), critic=LenientCritic()) if left else None
-        asyncio.run(build.go_on(out, config, requests, parts, VerifierJudge(), build.Telling()))
+@dataclass(frozen=True)
+class Steps:
+    """The steps of the training under `folder`; sets: additional `KEY=VALUE` by step."""
 
+    folder: Path
+    sets: Mapping[str, Sequence[str]]
 
-def train(folder: Path, sets: dict[str, list[str]]) -> dict[str, float | None]:
-    """Both sets and both trainings, as far as they are not there; seconds of each, None where a sitting was cut.
+    def list_steps(self) -> dict[str, tuple[Path, Callable[[], None]]]:
+        """{step: (what exists when it is finished, the work)} in order."""
+        runs = self.folder / "runs"
+        return {
+            "supervised-set": (self.folder / "supervised-set" / INFO, self.build_supervised_set),
+            "rl-set": (self.folder / "rl-set" / INFO, self.build_rl_set),
+            "supervised": (runs / "supervised" / "model", self.train_supervised),
+            "reinforced": (runs / "reinforced" / "model", self.train_reinforced),
+        }
 
-    sets: more `KEY=VALUE` by step.
-    """
-    cache, seconds = folder / "cache", folder / "seconds.json"
-    taught, rl, runs = folder / "taught-set", folder / "rl-set", folder / "runs"
+    def build_supervised_set(self) -> None:
+        """Does what `interleave data build` does, with the lenient teacher."""
+        out = self.folder / "supervised-set"
+        sets = [f"run.cache={self.folder / 'cache'}", *KEEP_EVERY_ROW, *self.sets.get("supervised-set", ())]
+        config = load(DataConfig, [RECIPES / "data_miniature.yaml"], sets)
+        with build.open_build(out, config, sys.argv) as requests:
+            left = build.unfinished_requests(out, requests, retry=False)
+            parts = replace(build.make_parts(config), critic=LenientCritic()) if left else None
+            asyncio.run(build.continue_build(out, config, requests, parts, VerifierJudge(), build.BuildProgress()))
 
-    def extra(step: str) -> list[str]:
-        return [word for one in sets.get(step, []) for word in ("--set", one)]
+    def build_rl_set(self) -> None:
+        """Runs `interleave data build`."""
+        out = self.folder / "rl-set"
+        words = resume_arguments(out, [f"{RECIPES}/data_miniature_rl.yaml", "--out", str(out)])
+        sets = [f"run.cache={self.folder / 'cache'}", *self.sets.get("rl-set", ())]
+        run_command(self.folder, "rl-set", "interleave", "data", "build", *words, *_set_options(sets))
 
-    def built() -> None:
-        how = (
-            ["--resume", str(rl)]
-            if (rl / CONFIG).is_file()
-            else [f"{RECIPES}/data_miniature_rl.yaml", "--out", str(rl)]
-        )
-        command(folder, "rl-set", "interleave", "data", "build", *how, "--set", f"run.cache={cache}", *extra("rl-set"))
+    def train_supervised(self) -> None:
+        """Runs `interleave sft critic`."""
+        sets = ["model=builtin:shapes/critic", f"data={self.folder / 'supervised-set'}"]
+        self._train("supervised", ["sft", "critic"], "sft_critic", sets)
 
-    def trained(name: str, *words: str, recipe: str, model: str, data: Path, more: tuple[str, ...] = ()) -> None:
+    def train_reinforced(self) -> None:
+        """Runs `interleave grpo`."""
+        sets = [f"model={self.folder / 'runs' / 'supervised' / 'model'}", f"data={self.folder / 'rl-set'}"]
+        sets += [f"cache={self.folder / 'grpo-cache'}", f"trl.max_steps={GRPO_STEPS}"]
+        self._train("reinforced", ["grpo"], "grpo_critic_once", sets)
+
+    def _train(self, name: str, words: Sequence[str], recipe: str, sets: Sequence[str]) -> None:
+        runs = self.folder / "runs"
         fresh = [f"{RECIPES}/{recipe}.yaml", "--runs", str(runs), "--name", name]
-        fresh += ["--set", f"model={model}", "--set", f"data={data}", *more, *extra(name)]
-        how = ["--resume", str(runs / name)] if (runs / name / CONFIG).is_file() else fresh
-        command(folder, name, "interleave", *words, *how)
+        fresh += _set_options([*sets, *self.sets.get(name, ())])
+        run_command(self.folder, name, "interleave", *words, *resume_arguments(runs / name, fresh))
 
-    steps = {
-        "taught-set": (taught / INFO, lambda: taught_set(taught, cache, sets.get("taught-set", []))),
-        "rl-set": (rl / INFO, built),
-        "taught": (
-            runs / "taught" / "model",
-            lambda: trained("taught", "sft", "critic", recipe="sft_critic", model="builtin:shapes/critic", data=taught),
-        ),
-        "reinforced": (
-            runs / "reinforced" / "model",
-            lambda: trained(
-                "reinforced",
-                "grpo",
-                recipe="grpo_critic_once",
-                model=str(runs / "taught" / "model"),
-                data=rl,
-                more=("--set", f"cache={folder / 'grpo-cache'}", "--set", f"trl.max_steps={UPDATES}"),
-            ),
-        ),
-    }
-    took: dict[str, float | None] = json.loads(seconds.read_text()) if seconds.exists() else {}
+
+def _set_options(sets: Sequence[str]) -> list[str]:
+    return [word for one in sets for word in ("--set", one)]
+
+
+def train_critics(folder: Path, sets: Mapping[str, Sequence[str]]) -> dict[str, float | None]:
+    """Runs the steps that are not finished; returns the seconds of each, None where it was interrupted.
+
+    sets: additional `KEY=VALUE` by step.
+    """
+    file, steps = folder / "seconds.json", Steps(folder, sets).list_steps()
+    seconds: dict[str, float | None] = read_json(file) if file.exists() else {}
     for name, (made, work) in steps.items():
         if not made.exists():
             print(f"{name} ...", file=sys.stderr, flush=True)
-            is_begun, began = name in took, time.perf_counter()
-            write_json(seconds, took | {name: None})
+            is_begun, start = name in seconds, time.perf_counter()
+            write_json(file, seconds | {name: None})
             work()
-            took[name] = None if is_begun else time.perf_counter() - began
-            write_json(seconds, took)
-    return {name: took.get(name) for name in steps}
+            seconds[name] = None if is_begun else time.perf_counter() - start
+            write_json(file, seconds)
+    return {name: seconds.get(name) for name in steps}
 
 
 def main(
     stories: Annotated[int, typer.Option(help="How many stories.")] = 300,
-    attempts: Annotated[int, typer.Option(help="Pictures of a step, at most.")] = 5,
+    attempts: Annotated[int, typer.Option(help="Most images per step.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the stories.")] = 0,
-    work: Annotated[Path, typer.Option(metavar="DIR", help="What is done already is there.")] = Path("runs/lenient"),
+    work: Annotated[Path, typer.Option(metavar="DIR", help="Folder of finished steps.")] = Path("runs/lenient"),
     output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
-    """A critic whose teacher was lenient, before and after reinforcement, by the verifier.
+    """A critic whose teacher was lenient, before and after reinforcement learning, by the verifier.
 
     Example: python -m benchmarks.quality.lenient
     """
-    took = train(work, {})
-    runs = work / "runs"
-    named = {name: str(runs / name / "model") for name in ("taught", "reinforced")} | {
-        "shipped": "builtin:shapes/critic"
-    }
-    file = output or result_file("lenient", device_of("auto"), "json")
-    critics.report(named, stories, attempts, seed, work, file, MODULE, tuple(critics.TEMPERATURES), took)
+    seconds = train_critics(work, {})
+    named = {name: str(work / "runs" / name / "model") for name in ("supervised", "reinforced")}
+    named["shipped"] = "builtin:shapes/critic"
+    settings = CriticSettings(stories, attempts, seed, work, tuple(TEMPERATURES))
+    file = output or result_file("lenient", choose_device("auto"), "json")
+    report_critics(named, settings, file, MODULE, seconds)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The work behind `benchmarks.quality.miniature`: one training run, evaluated at one or two budgets, is one job.
+"""Jobs and cells of `benchmarks.quality.miniature`.
 
-A cell is (phase, method, learning rate, seed, budget) and one JSON file; a job skips cells that are there.  Where the
-learning rate does not depend on the length of the run, the shorter of two budgets is a prefix of the longer one and is
-evaluated on the way.
+A job is one training run, evaluated at one or two budgets.  A cell is (phase, method, learning rate, seed, budget) and
+one JSON file; a job skips the cells that are there.  Where the learning rate does not depend on the length of the run,
+the shorter of two budgets is a prefix of the longer one and is evaluated on the way.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from benchmarks.common import clock, stamp, write_json
+from benchmarks.common import clock, describe_run, read_json, time_call, write_json
 from flowbp.backbones.flux2 import Flux2
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
@@ -46,45 +46,45 @@ Budget = Literal["updates", "seconds"]
 BUDGETS: tuple[Budget, ...] = ("updates", "seconds")
 Phase = Literal["search", "final"]
 CONTROL = "pretraining"
-"""The control: the same seconds of the loss that the generator was made with."""
+"""The control: the same seconds of training with the loss that the generator was pretrained with."""
 COMPETITORS = (*METHODS, CONTROL)
 Scores = dict[str, dict[str, list[float]]]
 """{guidance scale: {score: one number per prompt}}."""
 
 
 class Settings(Config):
-    """What all cells of a folder have in common."""
+    """Settings that all cells of a folder have in common."""
 
     config: TrainConfig
-    """Everything that the methods share: model, reward, loss, guidance, N, batch, optimizer, evaluation."""
+    """Model, reward, loss, guidance, N, batch, optimizer and evaluation, which the methods share."""
     updates: int
     """Updates of the equal-updates budget."""
     seconds: float | None = None
-    """Seconds of computing of the equal-seconds budget; null: what the median method needs for `updates`."""
+    """Seconds of computing of the equal-seconds budget; null: those that the median method needs for `updates`."""
     rates: tuple[float, ...]
     """Candidate learning rates, the same for all."""
     rounds: int
     """Timed updates of each competitor in the calibration."""
     search_seed: int
-    """Training seed of the search, never reported."""
+    """Training seed of the search, which is never reported."""
     pretraining_batch: int = generator.BASE.schedule.batch
-    """Pictures per update of the control, as in the generator's own training."""
-    pretraining_pictures: int
-    """Pictures of the train split that the control draws from."""
+    """Images per update of the control, as in the generator's own training."""
+    pretraining_images: int
+    """Number of images of the train split on which the control trains."""
     weights: dict[str, str]
-    """Digest of every model's weights by reference."""
+    """Digest of the weights of every model by its reference."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a job is evaluated."""
+    """A number of updates after which a job is evaluated, and the budget that it belongs to."""
 
     budget: Budget
     updates: int
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run.  Search jobs are evaluated on tuning prompts, final ones on test prompts."""
 
     phase: Phase
@@ -93,34 +93,35 @@ class Job:
     seed: int
     stops: tuple[Stop, ...]
 
-    def file(self, folder: Path, budget: Budget) -> Path:
-        """Of a cell."""
+    def cell_file(self, folder: Path, budget: Budget) -> Path:
+        """The file of the job's cell at a budget."""
         return folder / "cells" / f"{self.phase}-{self.method}-lr{self.rate:g}-seed{self.seed}-{budget}.json"
 
-    def missing(self, folder: Path) -> tuple[Stop, ...]:
+    def missing_stops(self, folder: Path) -> tuple[Stop, ...]:
         """Stops without a cell, the earliest first."""
-        found = [stop for stop in self.stops if not self.file(folder, stop.budget).exists()]
-        return tuple(sorted(found, key=lambda stop: stop.updates))
+        missing = [stop for stop in self.stops if not self.cell_file(folder, stop.budget).exists()]
+        return tuple(sorted(missing, key=lambda stop: stop.updates))
 
 
-class Pretraining(Trainer):
-    """The trainer with the generator's own loss: whatever is not the gradient (AdamW, warm-up, clipping, average) is
-    the very same code.
+class PretrainingTrainer(Trainer):
+    """The trainer with the generator's own loss instead of a reward.
+
+    Everything but the gradient (AdamW, warm-up, clipping, weight average) is the code of the trainer.
 
         loss = mean |v(x, sigma) - (noise - clean)|^2,   x = (1 - sigma) clean + sigma noise,   sigma = sigmoid(normal)
 
-    Text-to-image only: the generator's edit updates would cost the control time.  The text encoder stays as it is,
-    as in alignment.  Arithmetic in bfloat16, as the generator was trained.
+    It trains text-to-image only: the edit updates of the generator's training would cost the control time.  The text
+    encoder is frozen, as in alignment.  It computes in bfloat16, as the generator's training did.
     """
 
     def __init__(
-        self, config: TrainConfig, parts: LoadedModels, accelerator: Accelerator, data: "Pictures", batch: int
+        self, config: TrainConfig, parts: LoadedModels, accelerator: Accelerator, data: "EncodedImages", batch: int
     ) -> None:
         super().__init__(config, parts, accelerator)
         self._data, self._batch = data, batch
 
     def compute_gradient(self) -> dict[str, float]:
-        """Leaves the gradient of this update's pictures in `.grad`; returns the loss."""
+        """Leaves the gradient of this update's images in `.grad`; returns the loss."""
         rng = torch_generator(self.config.seed, "pretraining", self.update)
         rows = torch.randint(len(self._data.captions), (self._batch,), generator=rng)
         dropped = torch.rand(self._batch, generator=rng) < generator.CAPTION_DROPOUT
@@ -140,19 +141,19 @@ class Pretraining(Trainer):
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """True pictures of the train split as latent tokens (n, L, c), their captions, and the pipeline they are of."""
+class EncodedImages:
+    """Latent tokens (n, L, c) of rendered images of the train split, their captions, and the pipeline of the tokens."""
 
     pipeline: Flux2KleinPipeline
     latents: Tensor
     captions: list[str]
 
     @classmethod
-    def make(cls, backbone: Flux2, count: int, file: Path) -> "Pictures":
-        """`count` random scenes, drawn and encoded, or read from `file` if they have been before."""
+    def load_or_make(cls, backbone: Flux2, count: int, file: Path) -> "EncodedImages":
+        """Renders and encodes `count` random scenes, or reads them from `file` where it exists."""
         pipeline = backbone.pipe
         if not file.exists():
-            latents, captions = encoded_scenes(pipeline, count)
+            latents, captions = encode_scenes(pipeline, count)
             fresh = file.with_name(f"{file.stem}-{os.getpid()}.new")
             save_file({"latents": latents}, fresh, {"captions": json.dumps(captions)})
             fresh.replace(file)
@@ -160,7 +161,7 @@ class Pictures:
             return cls(pipeline, content.get_tensor("latents"), json.loads(content.metadata()["captions"]))
 
 
-def encoded_scenes(pipeline: Flux2KleinPipeline, count: int) -> tuple[Tensor, list[str]]:
+def encode_scenes(pipeline: Flux2KleinPipeline, count: int) -> tuple[Tensor, list[str]]:
     """Latent tokens (count, L, c) of random scenes of the train split, and their captions."""
     latents, captions = [], []
     for chunk in range(0, count, 512):
@@ -173,7 +174,7 @@ def encoded_scenes(pipeline: Flux2KleinPipeline, count: int) -> tuple[Tensor, li
 
 
 class Bench:
-    """Models, prompts and the base weights, loaded once per process; every run starts from exactly the base."""
+    """Models, prompts and base weights, loaded once per process; every run starts from exactly the base."""
 
     def __init__(self, settings: Settings, device: torch.device, folder: Path) -> None:
         torch.set_num_threads(1)
@@ -181,8 +182,8 @@ class Bench:
         self.settings, self.device, self.folder = settings, device, folder
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         config = settings.config
-        self.parts = load_models(config, device)
-        self.base = {name: p.detach().clone() for name, p in self.parts.parameters.items()}
+        self.models = load_models(config, device)
+        self.base_weights = {name: p.detach().clone() for name, p in self.models.parameters.items()}
         sources = (
             (config.eval.prompts, config.eval.num_prompts),
             (config.eval.quick_prompts, config.eval.quick_num_prompts),
@@ -193,95 +194,104 @@ class Bench:
         }
 
     @cached_property
-    def pictures(self) -> Pictures:
-        """What the control is trained on; making it is not counted, as the generator's own cache is made beforehand."""
-        backbone = self.parts.backbone
+    def pretraining_data(self) -> EncodedImages:
+        """Training data of the control.  Its seconds are not counted: the generator's own cache is made beforehand."""
+        backbone, file = self.models.backbone, self.folder / "pretraining-images.safetensors"
         assert isinstance(backbone, Flux2)
-        found = Pictures.make(backbone, self.settings.pretraining_pictures, self.folder / "pictures.safetensors")
-        self.parts.embeddings.add(list(dict.fromkeys(found.captions)))
-        return found
+        data = EncodedImages.load_or_make(backbone, self.settings.pretraining_images, file)
+        self.models.embeddings.add(list(dict.fromkeys(data.captions)))
+        return data
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """The base weights, bit for bit, and no gradients."""
-        for name, p in self.parts.parameters.items():
-            p.copy_(self.base[name])
+    def restore_base(self) -> None:
+        """Restores the base weights bit for bit and clears the gradients."""
+        for name, p in self.models.parameters.items():
+            p.copy_(self.base_weights[name])
             p.grad = None
 
-    def trainer(self, method: str, rate: float, seed: int, num_updates: int) -> Trainer:
+    def make_trainer(self, method: str, rate: float, seed: int, num_updates: int) -> Trainer:
         """A fresh run from the base weights."""
-        self.restore()
+        self.restore_base()
         config = self.settings.config
         changed: dict[str, Any] = {"seed": seed, "max_train_steps": num_updates}
         changed["optim"] = config.optim.model_copy(update={"learning_rate": rate})
         if method == CONTROL:
             batch = self.settings.pretraining_batch
-            return Pretraining(config.model_copy(update=changed), self.parts, self.accelerator, self.pictures, batch)
-        return Trainer(config.model_copy(update=changed | {"method": METHODS[method]}), self.parts, self.accelerator)
+            return PretrainingTrainer(
+                config.model_copy(update=changed), self.models, self.accelerator, self.pretraining_data, batch
+            )
+        return Trainer(config.model_copy(update=changed | {"method": METHODS[method]}), self.models, self.accelerator)
 
-    def scores(self, trainer: Trainer, phase: Phase) -> Scores:
-        """The averaged weights on the prompts of a phase: search at the training's guidance, final at all scales."""
+    def evaluate(self, trainer: Trainer, phase: Phase) -> Scores:
+        """Scores of the averaged weights on the prompts of a phase.
+
+        The search evaluates at the guidance of the training, the final phase at all scales.
+        """
         config = self.settings.config
-        scales = [config.guidance_scale] if phase == "search" else scales_of(config)
+        scales = [config.guidance_scale] if phase == "search" else guidance_scales(config)
         source, prompts = self.prompts[phase]
         with trainer.state.ema_weights():
             found = {s: trainer.evaluate(prompts, source, s, NullReporter(), "").scores for s in scales}
         return {f"{s:g}": {n: [round(v, 4) for v in values] for n, values in one.items()} for s, one in found.items()}
 
 
-def scales_of(config: TrainConfig) -> list[float]:
-    """Guidance scales of the final evaluation, the training's own first."""
+def guidance_scales(config: TrainConfig) -> list[float]:
+    """Guidance scales of the final evaluation, the one of the training first."""
     return list(dict.fromkeys((config.guidance_scale, *config.eval.guidance_scale)))
 
 
 def evaluate_base(bench: Bench, file: Path) -> None:
-    """Scores of the untouched base."""
+    """Writes the scores of the untrained base."""
     start = clock(bench.device)
-    trainer = bench.trainer("full", bench.settings.rates[0], 0, 1)
-    scores = {phase: bench.scores(trainer, phase) for phase in ("final", "search")}
-    write_json(file, {"scores": scores, "seconds": clock(bench.device) - start, "environment": where(bench)})
+    trainer = bench.make_trainer("full", bench.settings.rates[0], 0, 1)
+    scores = {phase: bench.evaluate(trainer, phase) for phase in ("final", "search")}
+    write_json(file, {"scores": scores, "seconds": clock(bench.device) - start, "environment": describe_cell(bench)})
 
 
 def calibrate(bench: Bench, file: Path) -> None:
-    """Mean seconds of computing per update of every competitor, in turns, at the smallest rate; then the budgets."""
+    """Writes the mean seconds of computing per update of every competitor, and the equal-seconds budget.
+
+    The competitors take turns, at the smallest rate.
+    """
     settings = bench.settings
     begin = clock(bench.device)
     count = settings.rounds + 1
-    trainers = {name: bench.trainer(name, min(settings.rates), settings.search_seed, count) for name in COMPETITORS}
-    spent: dict[str, list[float]] = {name: [] for name in COMPETITORS}
+    trainers = {
+        name: bench.make_trainer(name, min(settings.rates), settings.search_seed, count) for name in COMPETITORS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in COMPETITORS}
     for number in range(count):
         for name, trainer in trainers.items():
-            start = clock(bench.device)
-            trainer.step()
-            if number:  # the first one warms up
-                spent[name].append(clock(bench.device) - start)
-    bench.restore()
-    per_update = {name: float(np.mean(values)) for name, values in spent.items()}
+            spent = time_call(trainer.step, bench.device)
+            if number:  # the first update warms up
+                seconds[name].append(spent)
+    bench.restore_base()
+    per_update = {name: float(np.mean(values)) for name, values in seconds.items()}
     median = float(np.median([per_update[name] for name in METHODS]))
     content = {"per_update": per_update, "budget_seconds": settings.seconds or settings.updates * median}
-    write_json(file, content | {"seconds": clock(bench.device) - begin, "environment": where(bench)})
+    write_json(file, content | {"seconds": clock(bench.device) - begin, "environment": describe_cell(bench)})
 
 
-def stops(settings: Settings, calibration: Mapping[str, Any], method: str) -> tuple[Stop, ...]:
-    """How many updates each budget allows; the control, whose updates are of another kind, has seconds only."""
+def make_stops(settings: Settings, calibration: Mapping[str, Any], method: str) -> tuple[Stop, ...]:
+    """The updates that each budget allows.  The control has seconds only, since its updates are of another kind."""
     affordable = max(1, round(calibration["budget_seconds"] / calibration["per_update"][method]))
     seconds = Stop("seconds", affordable)
     return (seconds,) if method == CONTROL else (Stop("updates", settings.updates), seconds)
 
 
-def split(settings: Settings, job: Job) -> list[Job]:
-    """One job, or one per stop where the schedule of the rate depends on the length of the run."""
+def split_job(settings: Settings, job: TrainingJob) -> list[TrainingJob]:
+    """The job, or a job per stop where the learning rate depends on the length of the run."""
     if settings.config.optim.lr_scheduler == "constant":
         return [job]
-    return [Job(job.phase, job.method, job.rate, job.seed, (stop,)) for stop in job.stops]
+    return [TrainingJob(job.phase, job.method, job.rate, job.seed, (stop,)) for stop in job.stops]
 
 
-def run_job(bench: Bench, folder: Path, job: Job) -> None:
-    """Trains to every missing stop and writes its cell; a run that diverges is evaluated where it stopped."""
-    waiting = job.missing(folder)
+def run_job(bench: Bench, folder: Path, job: TrainingJob) -> None:
+    """Trains to every missing stop and writes its cell.  A run that diverges is evaluated where it stopped."""
+    waiting = job.missing_stops(folder)
     if not waiting:
         return
-    trainer = bench.trainer(job.method, job.rate, job.seed, max(stop.updates for stop in waiting))
+    trainer = bench.make_trainer(job.method, job.rate, job.seed, max(stop.updates for stop in waiting))
     training, norms, failure = 0.0, [], None
     before, scored, scores = clock(bench.device), -1, {}
     for stop in waiting:
@@ -293,24 +303,26 @@ def run_job(bench: Bench, folder: Path, job: Job) -> None:
                 failure = str(error)
         training += clock(bench.device) - start
         if trainer.update != scored:
-            scored, scores = trainer.update, bench.scores(trainer, job.phase)
+            scored, scores = trainer.update, bench.evaluate(trainer, job.phase)
         content = {
             **{"phase": job.phase, "method": job.method, "rate": job.rate, "seed": job.seed, "budget": stop.budget},
             **{"updates": trainer.update, "planned": stop.updates, "failure": failure, "training_seconds": training},
             **{"grad_norm": float(np.median(norms)) if norms else None, "scores": scores},
         }
         now = clock(bench.device)
-        write_json(job.file(folder, stop.budget), content | {"seconds": now - before, "environment": where(bench)})
+        write_json(
+            job.cell_file(folder, stop.budget), content | {"seconds": now - before, "environment": describe_cell(bench)}
+        )
         before = now
 
 
-def where(bench: Bench) -> dict[str, Any]:
-    """On what a cell was computed, and when it was ready."""
-    return stamp(MODULE, (), bench.device) | {"ready": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+def describe_cell(bench: Bench) -> dict[str, Any]:
+    """Hardware and versions of a cell, and the time when it was ready."""
+    return describe_run(MODULE, (), bench.device) | {"ready": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def digests(refs: Iterable[str]) -> dict[str, str]:
-    """Digest of all safetensors files of every model, so that cells of other weights are not mixed in."""
+def weight_digests(refs: Iterable[str]) -> dict[str, str]:
+    """A digest of all safetensors files of every model, so that cells of other weights are not mixed in."""
     found = {}
     for ref in refs:
         digest = hashlib.blake2b(digest_size=8)
@@ -320,13 +332,13 @@ def digests(refs: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def keep_settings(folder: Path, settings: Settings) -> None:
-    """Writes the settings of a fresh folder.  Raises UserError if the folder's cells were made with others."""
+def check_settings(folder: Path, settings: Settings) -> None:
+    """Writes the settings of a new folder.  Raises UserError if the cells of the folder have other settings."""
     file = folder / "settings.json"
     if not file.exists():
         write_json(file, settings.model_dump(mode="json"))
         return
-    old, new = read(file), settings.model_dump(mode="json")
+    old, new = read_json(file), settings.model_dump(mode="json")
     if wrong := [key for key in new if old.get(key) != new[key]]:
         raise UserError(
             f"{folder}: its cells were made with other {', '.join(wrong)} (see settings.json there); give the same, "
@@ -336,20 +348,15 @@ def keep_settings(folder: Path, settings: Settings) -> None:
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """All cells, in the order of their names."""
-    return [read(file) for file in sorted((folder / "cells").glob("*.json"))]
+    return [read_json(file) for file in sorted((folder / "cells").glob("*.json"))]
 
 
-def read(file: Path) -> dict[str, Any]:
-    """A JSON object."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def chosen_rates(
+def choose_rates(
     cells: Sequence[Mapping[str, Any]], scale: float, rates: Sequence[float]
 ) -> dict[tuple[str, Budget], float]:
-    """{(method, budget): rate} with the highest verifier accuracy on the tuning prompts, the lower one of equals.
+    """{(method, budget): the rate with the highest verifier accuracy on the tuning prompts, the lower one of equals}.
 
-    Only where all candidates have been tried.
+    A method and budget without a search cell of every candidate is left out.
     """
     tried: dict[tuple[str, Budget], dict[float, float]] = {}
     for cell in cells:

@@ -13,14 +13,14 @@ from imgen_common.errors import UserError
 from imgen_common.images import content_hash, data_uri, decode, enlarge, grid, to_pil, to_uint8
 
 
-def noise_picture(width: int = 16, height: int = 12, mode: str = "RGB") -> Image.Image:
+def noise_image(width: int = 16, height: int = 12, mode: str = "RGB") -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
 
-def encoded(picture: Image.Image, form: str) -> bytes:
+def encoded(image: Image.Image, form: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -48,7 +48,7 @@ def test_to_uint8_refuses_other_shapes(shape: tuple[int, ...]) -> None:
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
-def test_grid_puts_every_picture_in_its_place(count: int, columns: int, scale: int, gap: int) -> None:
+def test_grid_puts_every_image_in_its_place(count: int, columns: int, scale: int, gap: int) -> None:
     images = torch.rand(count, 3, 4, 5)
     sheet = np.asarray(grid(images, columns, scale, gap))
     wide = min(columns, count)
@@ -59,17 +59,17 @@ def test_grid_puts_every_picture_in_its_place(count: int, columns: int, scale: i
         assert np.array_equal(sheet[top : top + 4 * scale : scale, left : left + 5 * scale : scale], pixels)
 
 
-def test_grid_takes_pictures_of_several_sizes() -> None:
-    assert grid([noise_picture(4, 4), noise_picture(8, 6)], columns=2, gap=1).size == (17, 6)
+def test_grid_takes_images_of_several_sizes() -> None:
+    assert grid([noise_image(4, 4), noise_image(8, 6)], columns=2, gap=1).size == (17, 6)
 
 
 def test_grid_refuses_nothing() -> None:
-    with pytest.raises(ValueError, match="0 pictures"):
+    with pytest.raises(ValueError, match="0 images"):
         grid([], columns=2)
 
 
 def test_enlarge_repeats_pixels() -> None:
-    small = noise_picture(3, 2)
+    small = noise_image(3, 2)
     large = np.asarray(enlarge(small, 4))
     assert np.array_equal(large, np.asarray(small).repeat(4, 0).repeat(4, 1))
     with pytest.raises(ValueError, match="factor"):
@@ -78,7 +78,7 @@ def test_enlarge_repeats_pixels() -> None:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_decode_reads_the_allowed_formats(form: str, tmp_path: Path) -> None:
-    data = encoded(noise_picture(), form)
+    data = encoded(noise_image(), form)
     (tmp_path / "a").write_bytes(data)
     assert decode(data).size == (16, 12)
     assert decode(data).mode == "RGB"
@@ -88,19 +88,19 @@ def test_decode_reads_the_allowed_formats(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_decode_refuses_other_formats(form: str) -> None:
     with pytest.raises(UserError, match="PNG, JPEG, WEBP"):
-        decode(encoded(noise_picture(), form))
+        decode(encoded(noise_image(), form))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @given(data=st.data())
 def test_decode_never_makes_up_pixels_of_a_cut_file(form: str, data: st.DataObject) -> None:
-    whole = encoded(noise_picture(), form)
+    whole = encoded(noise_image(), form)
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     try:
-        picture = decode(cut)
+        image = decode(cut)
     except UserError:
         return
-    assert content_hash(picture) == content_hash(decode(whole))
+    assert content_hash(image) == content_hash(decode(whole))
 
 
 @given(
@@ -118,7 +118,7 @@ def test_decode_bounds_bytes_before_reading_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1000 bytes"):
         decode(tmp_path / "big", max_bytes=1000)
     with pytest.raises(UserError, match="10 bytes"):
-        decode(encoded(noise_picture(), "PNG"), max_bytes=10)
+        decode(encoded(noise_image(), "PNG"), max_bytes=10)
 
 
 def test_decode_bounds_pixels_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_decode_bounds_pixels_before_decoding(monkeypatch: pytest.MonkeyPatch) -
 def test_decode_refuses_what_pillow_calls_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(UserError, match="pixels"):
-        decode(encoded(noise_picture(), "PNG"), max_pixels=50)
+        decode(encoded(noise_image(), "PNG"), max_pixels=50)
 
 
 def test_decode_shows_transparency_on_white() -> None:
@@ -142,7 +142,7 @@ def test_decode_turns_photographs_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
-    noise_picture(16, 12).save(buffer, "JPEG", exif=exif)
+    noise_image(16, 12).save(buffer, "JPEG", exif=exif)
     assert decode(buffer.getvalue()).size == (12, 16)
 
 
@@ -152,10 +152,10 @@ def test_decode_names_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_content_hash_sees_mode_size_and_pixels_only() -> None:
-    picture = noise_picture()
-    again = Image.open(io.BytesIO(encoded(picture, "PNG")))
-    assert content_hash(picture) == content_hash(again)
-    black = [Image.new("RGB", (2, 6)), Image.new("RGB", (6, 2)), Image.new("L", (6, 6)), picture]
+    image = noise_image()
+    again = Image.open(io.BytesIO(encoded(image, "PNG")))
+    assert content_hash(image) == content_hash(again)
+    black = [Image.new("RGB", (2, 6)), Image.new("RGB", (6, 2)), Image.new("L", (6, 6)), image]
     assert len({content_hash(each) for each in black}) == 4
     red, blue = Image.new("P", (2, 2)), Image.new("P", (2, 2))
     red.putpalette([255, 0, 0])
@@ -163,11 +163,11 @@ def test_content_hash_sees_mode_size_and_pixels_only() -> None:
     assert content_hash(red) != content_hash(blue)
 
 
-def test_data_uri_holds_the_picture() -> None:
-    head, _, body = data_uri(noise_picture()).partition(",")
+def test_data_uri_holds_the_image() -> None:
+    head, _, body = data_uri(noise_image()).partition(",")
     assert head == "data:image/png;base64"
-    assert content_hash(decode(base64.b64decode(body))) == content_hash(noise_picture())
+    assert content_hash(decode(base64.b64decode(body))) == content_hash(noise_image())
 
 
-def test_to_pil_gives_a_picture_each() -> None:
-    assert [picture.size for picture in to_pil(torch.zeros(2, 3, 4, 5))] == [(5, 4)] * 2
+def test_to_pil_gives_a_image_each() -> None:
+    assert [image.size for image in to_pil(torch.zeros(2, 3, 4, 5))] == [(5, 4)] * 2

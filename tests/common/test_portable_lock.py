@@ -105,5 +105,5 @@ def test_a_lock_that_names_a_repository_is_refused_and_left(tmp_path: Path) -> N
     lock = tmp_path / "uv.lock"
     lock.write_text(FULL.replace('editable = "packages/own"', f'git = "{HOST}/own"'))
     before = lock.read_text()
-    assert "mend pyproject.toml" in script(str(lock)).stderr
+    assert "correct pyproject.toml" in script(str(lock)).stderr
     assert lock.read_text() == before

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from flowbp import backbones
-from flowbp.backbones.loading import load_trained_weights
-from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.loading import load_trained_weights, mark_trainable
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
 from flowbp.export import export_run

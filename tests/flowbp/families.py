@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -26,10 +27,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from imgen_common.shapes.vocabulary import clip_tokenizer, qwen_tokenizer
+from scripts.miniature.world.vocabulary import clip_tokenizer, qwen_tokenizer
 
 WIDTH = 32
 SIZE = (16, 24)
+FLUX2_TEXT = {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}
 """Height and width of the pictures: not square, so that rows and columns cannot be mistaken for each other."""
 
 
@@ -159,13 +161,30 @@ def flux2() -> Flux2KleinPipeline:
     )
 
 
-FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {"sd3": sd3, "flux": flux, "flux2": flux2}
+def true_guidance(scale: float) -> dict[str, Any]:
+    """Classifier-free guidance of a pipeline whose `guidance_scale` is an input of the model."""
+    return {} if scale == 1 else {"true_cfg_scale": scale, "negative_prompt": ""}
+
+
+class Family(NamedTuple):
+    """A family of models: a tiny pipeline, and the arguments of its call for a scale of classifier-free guidance."""
+
+    make: Callable[[], diffusers.DiffusionPipeline]
+    guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+
+
+FAMILIES = {
+    "sd3": Family(sd3),
+    "flux": Family(flux, true_guidance),
+    "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}),
+}
+"""Every family of `flowbp.backbones`; the contract suite runs on each."""
 
 
 def folder_of(family: str, place: Path) -> Path:
     """A folder with a tiny random pipeline, as large models are published."""
     torch.manual_seed(0)
-    pipe = FAMILIES[family]()
+    pipe = FAMILIES[family].make()
     for part in (pipe.transformer, pipe.vae):
         for parameter in part.parameters():
             if not parameter.any():  # freshly made networks start with layers that say nothing

@@ -208,6 +208,19 @@ def gap(reached: Tensor, x: Tensor) -> Tensor:
     return (reached - x).detach().abs().flatten(1).mean(1)
 
 
+def of_plan(run: Rollout, method: Method, plan: Plan, noise: Tensor | None) -> Surrogate:
+    """The surrogate that the terms of a plan describe, for a method that has none of its own here."""
+    if plan.copies or plan.gap_floor is not None:
+        raise NotImplementedError(f"{method.name} renoises or weighs samples: write its surrogate as its paper does")
+    total = torch.zeros_like(run.x[0])
+    for term in reversed(plan.terms):
+        x = run.x[term.step].detach() + term.coupling * (total - total.detach())
+        total = total + term.weight * run.at(term.step, x)
+    stop = plan.reward_step
+    seen = run.x[-1] if stop == run.num_steps else run.x[stop] - run.sigmas[stop] * run.v[stop]
+    return Surrogate([pin(total, seen)])
+
+
 SURROGATES: dict[str, Callable[[Rollout, Method, Plan, Tensor | None], Surrogate]] = {
     function.__name__: function
     for function in (
@@ -228,7 +241,7 @@ def backpropagate_jointly(
     method: Method, plan: Plan, run: Rollout, loss: Loss, noise: Tensor | None = None, scale: float = 1.0
 ) -> Surrogate:
     """Accumulates the gradient of  scale * mean of w loss  into `.grad`, through one graph."""
-    surrogate = SURROGATES[method.name](run, method, plan, noise)
+    surrogate = SURROGATES.get(method.name, of_plan)(run, method, plan, noise)
     weight = torch.ones(len(run.x[0]), dtype=torch.float64)
     if method.gap_floor is not None:
         weight = 1 / sum(d.clamp(min=method.gap_floor) for d in surrogate.gaps)

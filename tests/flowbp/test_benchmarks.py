@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiers import tiers
 
+from benchmarks.common import read_json, write_json
 from benchmarks.perf import gpu_update, sweep_memory
 from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
-from benchmarks.quality.miniature_cells import CONTROL, Bench, Job, Settings, Stop
+from benchmarks.quality.miniature_cells import CONTROL, Bench, Settings, Stop, TrainingJob
 from flowbp.config import TrainConfig
 from flowbp.core.engine import rollout
 from flowbp.core.noise import initial_noise
@@ -39,8 +41,8 @@ def test_a_table_is_markdown() -> None:
 # sweep_memory ---------------------------------------------------------------------------------------------------------
 
 
-def row(num_active: int, sweep: float, joint: float, ratio: float = 1.0) -> sweep_memory.Row:
-    return sweep_memory.Row(num_active, peak(sweep), peak(joint), 1.0, 1.0, ratio)
+def row(num_active: int, sweep: float, joint: float, ratio: float = 1.0) -> sweep_memory.MemoryRow:
+    return sweep_memory.MemoryRow(num_active, peak(sweep), peak(joint), 1.0, 1.0, ratio)
 
 
 def peak(measured: float, live: float = math.nan, flops: int = 0) -> sweep_memory.Peak:
@@ -50,14 +52,14 @@ def peak(measured: float, live: float = math.nan, flops: int = 0) -> sweep_memor
 GOOD = [row(1, 100, 100), row(2, 104, 200), row(4, 104, 400), row(8, 105, 801)]
 
 
-def broken(rows: list[sweep_memory.Row], as_counted: bool = False) -> list[bool]:
-    return [not claim.holds for claim in sweep_memory.claims(rows, as_counted)]
+def broken(rows: list[sweep_memory.MemoryRow], as_counted: bool = False) -> list[bool]:
+    return [not claim.holds for claim in sweep_memory.check_claims(rows, as_counted)]
 
 
-def as_counted(row: sweep_memory.Row) -> sweep_memory.Row:
-    """What was measured of a row as what was counted of another, of which nothing could be measured."""
+def as_counted(row: sweep_memory.MemoryRow) -> sweep_memory.MemoryRow:
+    """A row whose counts are what was measured of `row`, and of which nothing was measured."""
     sweep, joint = peak(math.nan, row.sweep.peak, round(100 * row.ratio)), peak(math.nan, row.joint.peak, 100)
-    return sweep_memory.Row(row.num_active, sweep, joint, math.nan, math.nan, math.nan)
+    return sweep_memory.MemoryRow(row.num_active, sweep, joint, math.nan, math.nan, math.nan)
 
 
 def test_claims_hold_where_they_should() -> None:
@@ -87,24 +89,24 @@ def test_the_time_claim_is_the_median_over_k_of_at_least_two() -> None:
 
 
 @pytest.fixture(scope="module")
-def update() -> sweep_memory.Update:
-    return sweep_memory.Update(replace(sweep_memory.QUICK, tokens=256), CPU)
+def update() -> sweep_memory.BackwardPass:
+    return sweep_memory.BackwardPass(replace(sweep_memory.QUICK, tokens=256), CPU)
 
 
-def test_both_executors_give_one_gradient(update: sweep_memory.Update) -> None:
+def test_both_executors_give_one_gradient(update: sweep_memory.BackwardPass) -> None:
     grads = []
     for executor in sweep_memory.EXECUTORS:
-        update.clear()
+        update.clear_gradients()
         update.prepare(executor, 3)()
         grads.append(torch.cat([p.grad.flatten() for p in update.net.parameters()]))
     assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
 
 
-def live(update: sweep_memory.Update, executor: sweep_memory.Executor, num_active: int) -> float:
-    return sweep_memory.counted(update, update.prepare(executor, num_active))[0]
+def live(update: sweep_memory.BackwardPass, executor: sweep_memory.Executor, num_active: int) -> float:
+    return sweep_memory.count_live_bytes(update, update.prepare(executor, num_active))[0]
 
 
-def test_live_bytes_grow_with_k_in_the_joint_graph_alone(update: sweep_memory.Update) -> None:
+def test_live_bytes_grow_with_k_in_the_joint_graph_alone(update: sweep_memory.BackwardPass) -> None:
     assert live(update, "sweep", 4) < 1.2 * live(update, "sweep", 1)
     assert live(update, "joint", 4) > 3 * live(update, "joint", 1)
 
@@ -112,12 +114,12 @@ def test_live_bytes_grow_with_k_in_the_joint_graph_alone(update: sweep_memory.Up
 def test_counts_outside_the_rollout_are_refused(tmp_path: Path) -> None:
     for counts in ([1, 2, 5], [0, 1, 2], [1, 2]):
         with pytest.raises(UserError, match="--counts"):
-            sweep_memory.run(sweep_memory.QUICK, CPU, counts, 1, tmp_path / "out.json")
+            sweep_memory.run_sweep_memory(sweep_memory.QUICK, CPU, counts, 1, tmp_path / "out.json")
 
 
 @pytest.mark.slow
 def test_sweep_memory_quickly(tmp_path: Path) -> None:
-    held = sweep_memory.run(sweep_memory.QUICK, CPU, [1, 2, 4], 1, tmp_path / "out.json", as_counted=True)
+    held = sweep_memory.run_sweep_memory(sweep_memory.QUICK, CPU, [1, 2, 4], 1, tmp_path / "out.json", from_counts=True)
     content = json.loads((tmp_path / "out.json").read_text())
     assert [claim for claim in content["claims"] if not claim["holds"]] == []
     assert held
@@ -133,12 +135,12 @@ def test_the_models_have_their_published_sizes() -> None:
     """2.2 and 3.9 thousand million numbers in the transformers; text of the width that the transformer reads."""
     for name, numbers in (("sd3_5_medium", 2.2e9), ("flux2_klein_base_4b", 3.9e9)):
         with torch.device("meta"):
-            pipe = gpu_update.MODELS[name](False)
+            pipe = gpu_update.MODELS[name]("shallow")
         assert sum(p.numel() for p in pipe.transformer.parameters()) == pytest.approx(numbers, rel=0.03)
 
 
-def gpu_row(num_active: int, sweep: int | None) -> gpu_update.Row:
-    return gpu_update.Row("sd3_5_medium", num_active, gpu_update.Cost(sweep, 1.0), gpu_update.Cost(None, None))
+def gpu_row(num_active: int, sweep: int | None) -> gpu_update.CostRow:
+    return gpu_update.CostRow("sd3_5_medium", num_active, gpu_update.Cost(sweep, 1.0), gpu_update.Cost(None, None))
 
 
 def gpu_claims(
@@ -146,8 +148,8 @@ def gpu_claims(
 ) -> list[bool]:
     rows = [gpu_row(1, 100), gpu_row(8, 500), gpu_row(25, many)]
     rate = gpu_update.Rate("sd3_5_medium", 8, 4, reached, 100)
-    fit = gpu_update.Fit("sd3_5_medium", 16, held, round(planned * held), 1.0)
-    return [claim.holds for claim in gpu_update.claims(rows, [rate], [fit])]
+    fit = gpu_update.RecipeFit("sd3_5_medium", 16, held, round(planned * held), 1.0)
+    return [claim.holds for claim in gpu_update.check_claims(rows, [rate], [fit])]
 
 
 def test_each_claim_about_a_gpu_fails_where_it_should() -> None:
@@ -156,7 +158,7 @@ def test_each_claim_about_a_gpu_fails_where_it_should() -> None:
     assert gpu_claims(reached=44) == [True, False, True, True]
     assert gpu_claims(held=24 * 10**9) == [True, True, False, True]
     assert gpu_claims(planned=0.89) == gpu_claims(planned=1.11) == [True, True, True, False]
-    table = gpu_update.markdown([gpu_row(8, None)], [], [])
+    table = gpu_update.format_tables([gpu_row(8, None)], [], [])
     assert "| sd3_5_medium |       8 |        - |        - |   1.000 |       - |" in table
 
 
@@ -166,19 +168,18 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
         gpu_update.main(output=tmp_path / "out.json")
     for names, counts, said in ((["sd4"], [1, 2], "--models sd4"), (["sd3_5_medium"], [1], "--counts")):
         with pytest.raises(UserError, match=said):
-            gpu_update.run(gpu_update.TINY, CPU, names, counts, tmp_path / "out.json")
+            gpu_update.run_gpu_update(gpu_update.TINY, CPU, names, counts, tmp_path / "out.json")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", gpu_update.MODELS)
+@pytest.mark.parametrize("name", tiers(gpu_update.MODELS, slow=["flux2_klein_base_4b"]))
 def test_gpu_update_runs_at_tiny_sizes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_update.run(gpu_update.TINY, CPU, [name], [1, 3], tmp_path / "out.json")
-    assert "no claim is made" in capsys.readouterr().out
+    assert gpu_update.run_gpu_update(gpu_update.TINY, CPU, [name], [1, 3], tmp_path / "out.json")
+    assert "no claim is checked" in capsys.readouterr().out
     content = json.loads((tmp_path / "out.json").read_text())
     few, many = content["rows"]
     assert many["joint"]["peak"] > 1.05 * few["joint"]["peak"]
     assert many["sweep"]["peak"] < 1.05 * few["sweep"]["peak"]
-    assert content["fits"][0]["planned"] == pytest.approx(content["fits"][0]["measured"], rel=0.1)
+    assert content["fits"][0]["estimated"] == pytest.approx(content["fits"][0]["measured"], rel=0.1)
     assert content["claims"] == []
     assert str(ROOT) not in json.dumps(content)
 
@@ -189,7 +190,7 @@ def test_gpu_update_runs_at_tiny_sizes(name: str, tmp_path: Path, capsys: pytest
 def settings_of(*sets: str, rates: tuple[float, ...] = (1e-4, 1e-3)) -> Settings:
     config = load(TrainConfig, [], [*SMALL, *sets])
     return Settings(
-        config=config, updates=2, rates=rates, rounds=1, search_seed=9, pretraining_pictures=32, weights={"a": "b"}
+        config=config, updates=2, rates=rates, rounds=1, search_seed=9, pretraining_images=32, weights={"a": "b"}
     )
 
 
@@ -197,22 +198,22 @@ def settings_of(*sets: str, rates: tuple[float, ...] = (1e-4, 1e-3)) -> Settings
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     found = Bench(settings_of(), CPU, tmp_path_factory.mktemp("bench"))
     yield found
-    found.restore()
+    found.restore_base()
 
 
 # gradient_fidelity ----------------------------------------------------------------------------------------------------
 
-SIZE = gradient_fidelity.Size(prompts=2, pictures=1, plans=2)
+SIZE = gradient_fidelity.FidelitySize(prompts=2, images=1, plans=2)
 CHOSEN = {name: gradient_fidelity.VARIANTS[name] for name in ("full", "flowbp_sparse", "refl", "draft_lv")}
 
 
 def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
-    bench.restore()
+    bench.restore_base()
     config = bench.settings.config
-    found = gradient_fidelity.measure(config, bench.parts, SIZE, CHOSEN, CPU)
-    again = gradient_fidelity.measure(config, bench.parts, replace(SIZE, prompts=1), CHOSEN, CPU)
+    found = gradient_fidelity.measure_fidelity(config, bench.models, SIZE, CHOSEN, CPU)
+    again = gradient_fidelity.measure_fidelity(config, bench.models, replace(SIZE, prompts=1), CHOSEN, CPU)
     assert all(again[name].cosine == one.cosine[:1] for name, one in found.items())
-    rows = gradient_fidelity.summarise(found)
+    rows = gradient_fidelity.summarize(found)
     by_name = {r.method: r for r in rows}
     assert by_name["full"].cosine.mean == pytest.approx(1, abs=1e-9)
     assert by_name["full"].norm.mean == pytest.approx(1, abs=1e-9)
@@ -220,31 +221,31 @@ def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
     assert by_name["draft_lv"].gradient_forwards == 3
     assert by_name["flowbp_sparse"].over_paired == (0, 0, 0)
     assert by_name["flowbp_sparse"].cosine.mean < 1
-    assert gradient_fidelity.markdown(rows).count("\n") == 1 + len(rows)
+    assert gradient_fidelity.format_table(rows).count("\n") == 1 + len(rows)
 
 
 def test_fidelity_measures_the_trained_reward_alone() -> None:
-    recipe = gradient_fidelity.recipe_of([], ["guidance_scale=2"])
+    recipe = gradient_fidelity.load_recipe([], ["guidance_scale=2"])
     assert [scorer.name for scorer in recipe.scorers] == ["reward"]
     assert recipe.guidance_scale == 2
 
 
 def test_fidelity_ends_a_shared_rollout_where_the_reward_looks(bench: Bench) -> None:
-    bench.restore()
-    prompt = gradient_fidelity.Prompt(bench.settings.config, bench.parts, SIZE, 1, CPU)
-    drawn = prompt.draw(METHODS["refl"], 0)
-    noise = initial_noise(bench.parts.backbone, (32, 32), SIZE.seed, "fidelity-noise", prompt.samples)
-    own = rollout(prompt.velocity, noise, prompt.sigmas, drawn.rollout_spec)
-    torch.testing.assert_close(prompt._ending(drawn).x_end, own.x_end)
+    bench.restore_base()
+    prompt = gradient_fidelity.PromptRollout(bench.settings.config, bench.models, SIZE, 1, CPU)
+    plan = prompt.draw_plan(METHODS["refl"], 0)
+    noise = initial_noise(bench.models.backbone, (32, 32), SIZE.seed, "fidelity-noise", prompt.samples)
+    own = rollout(prompt.velocity, noise, prompt.sigmas, plan.rollout_spec)
+    torch.testing.assert_close(prompt._ending(plan).x_end, own.x_end)
 
 
-# miniature: the work --------------------------------------------------------------------------------------------------
+# miniature: the cells -------------------------------------------------------------------------------------------------
 
-JOB = Job("final", "flowbp_sparse", 1e-3, 0, (Stop("updates", 1), Stop("seconds", 2)))
+JOB = TrainingJob("final", "flowbp_sparse", 1e-3, 0, (Stop("updates", 1), Stop("seconds", 2)))
 
 
-def scores_in(folder: Path, job: Job) -> list[object]:
-    return [miniature_cells.read(job.file(folder, stop.budget))["scores"] for stop in job.stops]
+def scores_in(folder: Path, job: TrainingJob) -> list[object]:
+    return [read_json(job.cell_file(folder, stop.budget))["scores"] for stop in job.stops]
 
 
 def test_a_cell_depends_on_nothing_before_it(bench: Bench, tmp_path: Path) -> None:
@@ -256,9 +257,9 @@ def test_a_cell_depends_on_nothing_before_it(bench: Bench, tmp_path: Path) -> No
     assert early != late
     assert set(early) == {"1", "2"}
     assert set(early["1"]) == {"reward", "heldout", "verifier"}
-    bench.restore()
-    for name, p in bench.parts.parameters.items():
-        assert torch.equal(p, bench.base[name])
+    bench.restore_base()
+    for name, p in bench.models.parameters.items():
+        assert torch.equal(p, bench.base_weights[name])
         assert p.grad is None
 
 
@@ -274,19 +275,20 @@ def test_a_run_cut_off_between_budgets_goes_on_to_the_same_end(bench: Bench, tmp
 
 
 def test_the_control_learns_its_own_loss(bench: Bench) -> None:
-    trainer = bench.trainer(CONTROL, 1e-4, 0, 1)
+    trainer = bench.make_trainer(CONTROL, 1e-4, 0, 1)
     before = {name: p.detach().clone() for name, p in trainer.models.parameters.items()}
     metrics = trainer.step()
     assert 0 < metrics["loss"] < 10
     assert any(not torch.equal(p, before[name]) for name, p in trainer.models.parameters.items())
-    assert len(bench.pictures.captions) == len(bench.pictures.latents) == 32
+    assert len(bench.pretraining_data.captions) == len(bench.pretraining_data.latents) == 32
 
 
+@pytest.mark.slow
 def test_calibration_and_base(bench: Bench, tmp_path: Path) -> None:
     found = {}
     for name, work in (("base", miniature_cells.evaluate_base), ("calibration", miniature_cells.calibrate)):
         work(bench, tmp_path / f"{name}.json")
-        found[name] = miniature_cells.read(tmp_path / f"{name}.json")
+        found[name] = read_json(tmp_path / f"{name}.json")
     per_update = found["calibration"]["per_update"]
     assert list(per_update) == [*METHODS, CONTROL]
     assert found["calibration"]["budget_seconds"] == 2 * np.median([per_update[m] for m in METHODS])
@@ -326,46 +328,46 @@ def folder(tmp_path: Path) -> Path:
             cells += [cell("final", method, 1e-4, seed, budget, right[method] + seed) for seed in (0, 1)]
             cells += [cell("final", method, 1e-3, 0, budget, NUM_PROMPTS)]  # a rate that was not chosen
     for number, content in enumerate(cells):
-        miniature_cells.write_json(tmp_path / "cells" / f"{number}.json", content)
-    miniature_cells.keep_settings(tmp_path, settings_of())
+        write_json(tmp_path / "cells" / f"{number}.json", content)
+    miniature_cells.check_settings(tmp_path, settings_of())
     base = {"scores": {"final": {"1": answers(10), "2": answers(24)}}, "seconds": 5.0, "environment": ENVIRONMENT}
-    miniature_cells.write_json(tmp_path / "base.json", base)
+    write_json(tmp_path / "base.json", base)
     content = CALIBRATION | {"seconds": 5.0, "environment": ENVIRONMENT}
-    miniature_cells.write_json(tmp_path / "calibration.json", content)
+    write_json(tmp_path / "calibration.json", content)
     return tmp_path
 
 
 def test_the_lower_of_equal_rates_is_chosen_once_all_are_tried(folder: Path) -> None:
-    rates = miniature_report.Found.read(folder).rates()
+    rates = miniature_report.MiniatureResults.read(folder).chosen_rates()
     assert set(rates.values()) == {1e-4}
     assert (CONTROL, "seconds") not in rates
     assert len(rates) == 6
 
 
 def test_rows_are_ranked_and_ties_are_named(folder: Path) -> None:
-    rows = miniature_report.rows_of(miniature_report.Found.read(folder), "updates", 1.0)
+    rows = miniature_report.rank_methods(miniature_report.MiniatureResults.read(folder), "updates", 1.0)
     assert [r.name for r in rows] == ["refl", "flowbp_sparse", "draft_k", "base"]
     assert rows[0].seeds == [0, 1]
     assert rows[0].scores["verifier"] == pytest.approx(24.5 / NUM_PROMPTS)
     assert (rows[0].seeds_low, rows[0].seeds_high) == (24 / NUM_PROMPTS, 25 / NUM_PROMPTS)
     assert rows[0].changes["verifier"].mean == pytest.approx(14.5 / NUM_PROMPTS)
     assert rows[0].behind is None
-    text = miniature_report.verdict(rows)
+    text = miniature_report.describe_ranking(rows)
     assert "Highest verifier accuracy: refl." in text
-    assert "As good, as far as these prompts can tell (interval contains 0): flowbp_sparse." in text
+    assert "Not distinguishable from it on these prompts (interval contains 0): flowbp_sparse." in text
     assert "ahead of" not in text
     assert "not finite" in text
 
 
 def test_a_base_that_is_not_beaten_is_said_to_be(folder: Path) -> None:
-    rows = miniature_report.rows_of(miniature_report.Found.read(folder), "updates", 2.0)
-    assert "No method is clearly ahead of the untouched base." in miniature_report.verdict(rows)
+    rows = miniature_report.rank_methods(miniature_report.MiniatureResults.read(folder), "updates", 2.0)
+    assert "No method is clearly ahead of the untrained base." in miniature_report.describe_ranking(rows)
 
 
 def test_the_report_has_every_table_and_where_it_comes_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = miniature_report.write_report(folder, folder / "report.json")
     assert text in capsys.readouterr().out
-    for part in ("Equal updates", "Equal seconds", "guidance 2 (not the training's)", "Some CPU", "torch 2", "[0, 1]"):
+    for part in ("Equal updates", "Equal seconds", "guidance 2 (not as in training)", "Some CPU", "torch 2", "[0, 1]"):
         assert part in text
     assert "| **50.0** |" in text
     assert f"{5 + 5 + 10 * 19} s of computing" in text
@@ -379,9 +381,9 @@ def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
 
 
 def test_cells_of_other_settings_are_not_mixed_in(folder: Path) -> None:
-    miniature_cells.keep_settings(folder, settings_of())
+    miniature_cells.check_settings(folder, settings_of())
     with pytest.raises(UserError, match="other config, rates"):
-        miniature_cells.keep_settings(folder, settings_of("total_batch_size=4", rates=(1e-5, 1e-3)))
+        miniature_cells.check_settings(folder, settings_of("total_batch_size=4", rates=(1e-5, 1e-3)))
 
 
 def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
@@ -399,7 +401,7 @@ def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
         ("refl", 0, 2), ("draft_k", 0, 2), ("refl", 1, 2), ("draft_k", 1, 2)
     ]  # fmt: skip
     other = settings_of("optim.lr_scheduler=cosine")
-    assert [part.stops for part in miniature_cells.split(other, final[0])] == [(s,) for s in final[0].stops]
+    assert [part.stops for part in miniature_cells.split_job(other, final[0])] == [(s,) for s in final[0].stops]
 
 
 @pytest.mark.parametrize(
@@ -413,13 +415,13 @@ def test_jobs_share_a_run_where_budgets_chose_one_rate(folder: Path) -> None:
 )
 def test_what_cannot_be_compared_is_refused(sets: list[str], rates: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        miniature.settings_of(load(TrainConfig, [], sets), 2, None, rates)
+        miniature.make_settings(load(TrainConfig, [], sets), 2, None, rates)
 
 
 def test_an_unknown_competitor_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'flowbp_sparse'"):
-        miniature.names("flowbp_spars")
-    assert miniature.names("all") == [*METHODS, CONTROL]
+        miniature.parse_methods("flowbp_spars")
+    assert miniature.parse_methods("all") == [*METHODS, CONTROL]
 
 
 def test_the_recipe_that_hacks_the_reward_is_one() -> None:

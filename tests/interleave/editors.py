@@ -20,7 +20,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from imgen_common.shapes.vocabulary import qwen_tokenizer
+from scripts.miniature.world.vocabulary import qwen_tokenizer
 from tests.flowbp import families
 
 MARKS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -93,7 +93,7 @@ def qwen(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     )
 
 
-PIPELINES = families.FAMILIES | {
+PIPELINES = {name: family.make for name, family in families.FAMILIES.items()} | {
     "kontext": kontext,
     "qwen_edit": lambda: qwen(QwenImageEditPipeline),
     "qwen_edit_plus": lambda: qwen(QwenImageEditPlusPipeline),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 
-from interleave.loop.components import Components
 from interleave.loop.config import LoopConfig
 from interleave.loop.engine import Engine
 from interleave.models.generators.cache import CachedGenerator
+from interleave.protocols import Components
 from interleave.records import Request
 from interleave.storage.images import ImageStore
 from interleave.storage.trace import Trace

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from backends import FakeCritic, FakeGenerator, FakeJudge, FakePlanner, plan_of
 
-from interleave.datasets.build import Telling, go_on, opened
+from interleave.datasets.build import BuildProgress, continue_build, open_build
 from interleave.datasets.config import DataConfig, FilePrompts, FiltersConfig, TemplatesConfig
 from interleave.datasets.filters import SetInfo
-from interleave.loop.components import Components
-from interleave.protocols import CriticInput, Judge
+from interleave.protocols import Components, CriticInput, Judge
 
 
 def mark(shown: CriticInput) -> float:
@@ -32,7 +31,7 @@ def build(
     asked: Path,
     made: Components | None,
     judge: Judge | None = None,
-    telling: Telling | None = None,
+    telling: BuildProgress | None = None,
     **changes: object,
 ) -> SetInfo:
     """What is left of a build of the requests in the file `asked`, unless `changes` of its configuration differ."""
@@ -42,8 +41,8 @@ def build(
         "filters": FiltersConfig(low=None, val=0.25),
     }
     config = DataConfig.model_validate({**given, **changes})
-    with opened(out, config, ["test"]) as requests:
-        return asyncio.run(go_on(out, config, requests, made, judge, telling or Telling()))
+    with open_build(out, config, ["test"]) as requests:
+        return asyncio.run(continue_build(out, config, requests, made, judge, telling or BuildProgress()))
 
 
 if __name__ == "__main__":

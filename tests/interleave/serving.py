@@ -17,11 +17,11 @@ import httpx
 from PIL import Image
 from serving_generator import make_logging, make_nothing
 
-from interleave.serve import ServeConfig, address, listening, server
+from interleave.serve import ServeConfig, build_server, listener_url, open_listener
 from interleave.serve.app import create_app, digest
 from interleave.serve.metrics import Metrics
-from interleave.serve.studio import Make
-from interleave.serve.workers import Pool
+from interleave.serve.pool import WorkerPool
+from interleave.serve.worker import GeneratorFactory
 
 SECRET_TOKEN = "a token of the tests"
 PATIENCE = 300.0
@@ -118,16 +118,18 @@ def encoded(image: Image.Image) -> str:
 
 
 @contextlib.contextmanager
-def local(config: ServeConfig, make: Make, log: Path, token: str | None = SECRET_TOKEN) -> Iterator[Service]:
+def local(
+    config: ServeConfig, make: GeneratorFactory, log: Path, token: str | None = SECRET_TOKEN
+) -> Iterator[Service]:
     """A service of worker processes, its front on a thread of this process."""
     metrics = Metrics()
-    app = create_app(config, Pool(config, metrics, make), metrics, digest(token) if token else None)
-    with listening("127.0.0.1", 0) as listener:
-        front = server(app, config)
+    app = create_app(config, WorkerPool(config, metrics, make), metrics, digest(token) if token else None)
+    with open_listener("127.0.0.1", 0) as listener:
+        front = build_server(app, config)
         thread = threading.Thread(target=front.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield Service(address(listener), log)
+            yield Service(listener_url(listener), log)
         finally:
             front.should_exit = True
             thread.join()
@@ -139,13 +141,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def case(name: str, log: Path) -> tuple[ServeConfig, Make]:
+def case(name: str, log: Path) -> tuple[ServeConfig, GeneratorFactory]:
     """Services of the suite: `roomy` and `narrow` ones, and one that has no model."""
     match name:
         case "roomy":
-            roomy = {"devices": ("cpu", "cpu"), "num_replicas": 2, "jobs_per_worker": 16, "max_queue": 400}
+            roomy = {"devices": ("cpu", "cpu"), "num_replicas": 2, "requests_per_worker": 16, "max_queue": 400}
             return COMMON.model_copy(update=roomy), partial(make_logging, log, 0.005)
         case "narrow":
-            return COMMON.model_copy(update={"jobs_per_worker": 1, "max_queue": 3}), partial(make_logging, log, 0.0)
+            return COMMON.model_copy(update={"requests_per_worker": 1, "max_queue": 3}), partial(make_logging, log, 0.0)
         case _:
             return COMMON, make_nothing

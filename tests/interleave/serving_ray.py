@@ -11,13 +11,13 @@ from serving import COMMON, PATIENCE, SECRET_TOKEN, Service, free_port
 
 from interleave.serve import ServeConfig, prepare_ray
 from interleave.serve.app import digest
-from interleave.serve.studio import Make
+from interleave.serve.worker import GeneratorFactory
 
 NUM_CHANCES = 8
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextManager[Service]]]:
+def cluster() -> Iterator[Callable[[ServeConfig, GeneratorFactory, Path], AbstractContextManager[Service]]]:
     """What starts a service on a cluster that lives as long."""
     whole = COMMON.model_copy(update={"port": free_port()})
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's own name)
@@ -29,7 +29,7 @@ def cluster() -> Iterator[Callable[[ServeConfig, Make, Path], AbstractContextMan
     from interleave.serve import ray
 
     @contextlib.contextmanager
-    def start(config: ServeConfig, make: Make, log: Path) -> Iterator[Service]:
+    def start(config: ServeConfig, make: GeneratorFactory, log: Path) -> Iterator[Service]:
         name = log.parent.name
         small = config.model_copy(update={"replica_cpus": 0.1})
         ray.deploy(small, digest(SECRET_TOKEN), make, name, f"/{name}")

@@ -33,14 +33,18 @@ def critic_row(number: int, store: ImageStore) -> SftRow:
         refined_prompt=f"draw a {colour} circle",
         reasoning=f"want {colour}" + " keep" * (number % 3),
     )
-    return SftRow.of(render_critic(load_template("shapes_critic"), shown), render_verdict(verdict), f"t{number}")
+    return SftRow.from_message(
+        render_critic(load_template("shapes_critic"), shown), render_verdict(verdict), f"t{number}"
+    )
 
 
 def planner_row(number: int) -> SftRow:
     """A request in words alone."""
     colour = COLOURS[number % len(COLOURS)]
     plan = Plan(steps=(PlanStep(index=1, prompt=f"draw a {colour} circle", instruction="circle"),), reasoning="plan")
-    return SftRow.of(render_planner(load_template("shapes_planner"), f"a {colour} circle", ()), render_plan(plan))
+    return SftRow.from_message(
+        render_planner(load_template("shapes_planner"), f"a {colour} circle", ()), render_plan(plan)
+    )
 
 
 def rl_row(number: int, store: ImageStore) -> RlRow:

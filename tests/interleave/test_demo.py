@@ -19,6 +19,7 @@ from imgen_common.errors import UserError
 from interleave import demo
 from interleave.protocols import HashedImage
 from interleave.records import Attempt, GeneratorInfo, PlannerRecord, PlanRecord, Record, Request, Trajectory
+from interleave.serve import open_listener, required_token
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "correct horse"
@@ -84,8 +85,8 @@ def served(teller: Teller, token: str | None = None) -> Iterator[str]:
     """The demo on a port of its own; its address."""
     import uvicorn
 
-    door = demo.listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(demo.application(demo.build(teller), token), log_level="warning"))
+    door = open_listener("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(demo.create_demo_app(demo.build_page(teller), token), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
     thread.start()
     try:
@@ -146,21 +147,21 @@ def test_a_story_appears_step_by_step(browser: Any, connections: list[str], tmp_
         page.get_by_label("Seed").fill("7")
         page.locator("input[type=file]").set_input_files(tmp_path / "given.png")
         page.locator(".gallery-item, .grid-wrap img, .thumbnail-item").first.wait_for()
-        page.get_by_role("button", name="Tell").click()
-        page.locator(".told h1").wait_for()
-        assert page.locator(".told h1").inner_text() == evil
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".story-live h1").wait_for()
+        assert page.locator(".story-live h1").inner_text() == evil
         teller.gates[0].set()
-        page.locator(".told .step").nth(1).wait_for()
-        assert page.locator(".told .scene svg").count() == 0
+        page.locator(".story-live .step").nth(1).wait_for()
+        assert page.locator(".story-live .scene svg").count() == 0
         for step in (1, 2):
             teller.gates[step].set()
-            page.locator(".told .scene svg").nth(step - 1).wait_for()
-            assert page.locator(".told .scene svg").count() == step
-            assert page.locator(".told .chip").first.inner_text() == "being told"
+            page.locator(".story-live .scene svg").nth(step - 1).wait_for()
+            assert page.locator(".story-live .scene svg").count() == step
+            assert page.locator(".story-live .chip").first.inner_text() == "in progress"
         teller.gates[3].set()
-        keep = page.get_by_text("Keep the story as one HTML page")
+        keep = page.get_by_text("Download the story as one HTML page")
         keep.wait_for()
-        assert page.locator(".told .chip").first.inner_text() == "complete"
+        assert page.locator(".story-live .chip").first.inner_text() == "complete"
         with page.expect_download() as download:
             keep.click()
         download.value.save_as(tmp_path / "story.html")
@@ -179,13 +180,13 @@ def test_what_the_user_can_mend_is_said(browser: Any, tmp_path: Path) -> None:
     teller.gates[0].set()
     (tmp_path / "no.png").write_text("no picture")
     with served(teller) as address, page_at(browser, address) as page:
-        page.get_by_role("button", name="Tell").click()
+        page.get_by_role("button", name="Generate").click()
         page.get_by_text("the request is <i>empty</i>").wait_for()
-        assert page.locator(".told .chip").first.inner_text() == "not begun"
+        assert page.locator(".story-live .chip").first.inner_text() == "not started"
         page.locator("input[type=file]").set_input_files(tmp_path / "no.png")
         page.locator(".gallery-item, .grid-wrap img, .thumbnail-item").first.wait_for()
-        page.get_by_role("button", name="Tell").click()
-        said = page.get_by_text("not a picture of an allowed format").inner_text()
+        page.get_by_role("button", name="Generate").click()
+        said = page.get_by_text("not an image of an allowed format").inner_text()
         assert said.startswith("no.png")
     assert len(teller.asked) == 1
 
@@ -196,11 +197,11 @@ def test_a_stopped_story_stops_the_work(browser: Any) -> None:
     teller = Teller()
     teller.gates[0].set()
     with served(teller) as address, page_at(browser, address) as page:
-        page.get_by_role("button", name="Tell").click()
-        page.locator(".told .step").nth(1).wait_for()
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".story-live .step").nth(1).wait_for()
         page.get_by_role("button", name="Stop").click()
         assert teller.ended.wait(10)
-        page.locator(".told").get_by_text("stopped", exact=True).wait_for()
+        page.locator(".story-live").get_by_text("stopped", exact=True).wait_for()
 
 
 @pytest.mark.slow
@@ -208,7 +209,7 @@ def test_only_who_has_the_token_comes_in() -> None:
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
-    with TestClient(demo.application(demo.build(Teller()), TOKEN)) as client:
+    with TestClient(demo.create_demo_app(demo.build_page(Teller()), TOKEN)) as client:
         assert client.get("/config").status_code == 401
         assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
         assert client.get("/config").status_code == 401
@@ -222,7 +223,7 @@ def test_the_open_page_answers_to_this_machines_names_only() -> None:
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
-    with TestClient(demo.application(demo.build(Teller()), None), base_url="http://127.0.0.1") as client:
+    with TestClient(demo.create_demo_app(demo.build_page(Teller()), None), base_url="http://127.0.0.1") as client:
         for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
             answer = client.get("/", headers={"host": host})
             assert answer.status_code == 200
@@ -233,33 +234,33 @@ def test_the_open_page_answers_to_this_machines_names_only() -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_this_machine_needs_no_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(demo.TOKEN, raising=False)
-    assert demo.needed_token(host) is None
+    assert required_token(host, demo.TOKEN) is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "some.example"])
 def test_others_need_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for unset in (None, ""):
         monkeypatch.delenv(demo.TOKEN, raising=False) if unset is None else monkeypatch.setenv(demo.TOKEN, unset)
-        with pytest.raises(UserError, match=f"set a token in {demo.TOKEN}"):
-            demo.needed_token(host)
+        with pytest.raises(UserError, match=f"set {demo.TOKEN}"):
+            required_token(host, demo.TOKEN)
     monkeypatch.setenv(demo.TOKEN, TOKEN)
-    assert demo.needed_token(host) == TOKEN
+    assert required_token(host, demo.TOKEN) == TOKEN
 
 
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
 
-    def make() -> demo.Storyteller:
+    def make() -> demo.StoryStreamer:
         raise AssertionError("models are loaded before the extra is looked for")
 
     with pytest.raises(UserError, match="uv sync --extra demo"):
-        demo.launch(make, "127.0.0.1", 0)
+        demo.serve_demo(make, "127.0.0.1", 0)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    with demo.listen("127.0.0.1", 0) as door:
+    with open_listener("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}.*choose another --port"):
-            demo.listen("127.0.0.1", port)
+        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}.*choose another host or port"):
+            open_listener("127.0.0.1", port)
     with pytest.raises(UserError, match="cannot listen"):
-        demo.listen("127.0.0.1", 70_000)
+        open_listener("127.0.0.1", 70_000)

@@ -14,7 +14,7 @@ def tiny_folder(folder: Path, seed: int = 0) -> Path:
 
     processor = AutoProcessor.from_pretrained(hub.resolve("builtin:shapes/planner", weights=False))
     torch.manual_seed(seed)
-    size = models.Size(width=64, layers=2, vision_width=32, vision_layers=2)
-    models.build(size, processor.tokenizer).save_pretrained(folder)
+    size = models.ModelSize(width=64, layers=2, vision_width=32, vision_layers=2)
+    models.build_model(size, processor.tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -91,7 +91,7 @@ def test_one_story(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", CONTROLS)
 def test_stories_of_the_controls(recipe: str, tmp_path: Path) -> None:
-    interleave("run", STORY, "-c", RECIPES / f"{recipe}.yaml", "--name", "one", "--runs", tmp_path)
+    interleave("run", STORY, RECIPES / f"{recipe}.yaml", "--name", "one", "--runs", tmp_path)
     check(f"story {recipe}", trace(tmp_path / "one"), "interleave")
 
 

@@ -1,4 +1,4 @@
-"""How well the miniature's agents do on what they have not seen, by the verifier."""
+"""Measures the miniature's agents on requests and images that they have not seen, by the verifier."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,20 +9,20 @@ from imgen_common.shapes.scene import Split
 from imgen_common.shapes.stories import plan_is_correct, sample_story
 from imgen_common.streams import numpy_generator
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
-from interleave.datasets.teachers import judge, wordings
-from interleave.models.chat.conversation import to_conversation
+from interleave.datasets.teachers import make_verdict, wordings
+from interleave.models.chat.local import to_conversation
 from interleave.protocols import Message
 from interleave.records import Plan, Verdict
 from scripts.miniature.agents.cases import to_cases
-from scripts.miniature.agents.data import critic_message, planner_message, readings
+from scripts.miniature.agents.data import critic_message, planner_message, read_cases
 from scripts.miniature.agents.models import MAX_LENGTH
-from scripts.miniature.agents.pool import Drawn
+from scripts.miniature.agents.pool import GeneratedImages
 
 BATCH = 50
 
 
 @torch.no_grad()
-def answers(folder: Path, messages: Sequence[Message]) -> Iterator[str]:
+def generate_answers(folder: Path, messages: Sequence[Message]) -> Iterator[str]:
     """Greedy answers of the checkpoint in `folder`, in float32."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -48,7 +48,7 @@ def measure_planner(folder: Path, count: int, seed: int, split: Split = "test") 
     for kind in ("plain", "riddle"):
         rng = numpy_generator(seed, f"planner-{kind}")
         stories = [sample_story(rng, split, riddle=kind == "riddle") for _ in range(count)]
-        plans = list(map(parse_plan, answers(folder, [planner_message(s.request) for s in stories])))
+        plans = list(map(parse_plan, generate_answers(folder, [planner_message(s.request) for s in stories])))
         prompts = [[s.prompt or "" for s in plan.steps] if isinstance(plan, Plan) else [] for plan in plans]
         correct = [plan_is_correct(p, s) for p, s in zip(prompts, stories, strict=True)]
         result[f"{kind}/valid"] = sum(isinstance(plan, Plan) for plan in plans) / count
@@ -59,18 +59,18 @@ def measure_planner(folder: Path, count: int, seed: int, split: Split = "test") 
     return result
 
 
-def measure_critic(folder: Path, drawn: Drawn) -> dict[str, float]:
-    """Agreement with the verifier on drawn pictures, for captions (`t2i`) and changes (`edit`).
+def measure_critic(folder: Path, generated: GeneratedImages) -> dict[str, float]:
+    """Agreement with the verifier on generated images, for captions (`t2i`) and changes (`edit`).
 
-    accuracy: of the verdict, an unreadable one counting as wrong.  accepts_right, accepts_wrong: shares of right and of
-    wrong pictures that are accepted.  right: the share of right pictures.  reading: both pictures and the finding read
-    exactly.  same: on rejection, the refined prompt asks for the same as the original.
+    accuracy: of the verdicts; one that cannot be parsed counts as wrong.  accepts_right, accepts_wrong: shares of right
+    and of wrong images that are accepted.  right: share of right images.  reading: share of reports that are exactly
+    right.  same: share of rejections whose refined prompt asks for the same as the original.
     """
-    cases = to_cases(drawn)
-    found = readings(cases)
-    truths = [judge(*f, case.original, case.used) for case, f in zip(cases, found, strict=True)]
+    cases = to_cases(generated)
+    found = read_cases(cases)
+    truths = [make_verdict(*f, case.original, case.used) for case, f in zip(cases, found, strict=True)]
     verdicts: list[Verdict | ParseFailure] = list(
-        map(parse_verdict, answers(folder, [critic_message(case) for case in cases]))
+        map(parse_verdict, generate_answers(folder, [critic_message(case) for case in cases]))
     )
     result = {"parsable": sum(isinstance(v, Verdict) for v in verdicts) / len(verdicts)}
     for kind in ("t2i", "edit", "all"):

@@ -1,8 +1,9 @@
-"""Tiny Qwen3-VL checkpoints: configuration, a tokenizer of whole words, the processor of 32x32 pictures."""
+"""Tiny Qwen3-VL checkpoints: their configuration, a tokenizer of whole words, a processor for 32x32 images."""
 
 import re
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from imgen_common.config import Config
 from imgen_common.shapes.scene import CATEGORIES, COLOURS, SHAPES, SIZE, specs
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 PATCH, MERGE = 4, 2
-"""A picture is 8 x 8 patches of 4 pixels, four of which make one token: 16 tokens."""
+"""An image is 8 x 8 patches of 4 pixels, four of which make one token: 16 tokens."""
 MAX_LENGTH = 512
-"""Longest prompt and answer together, in tokens."""
+"""Maximum length of prompt and answer together, in tokens."""
 
 CONTROL = tuple(
     f"<|{name}|>" for name in "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad".split()
@@ -33,19 +34,19 @@ PIECES = (
     ', "refine_prompt": "',
     '"}</answer>',
 )
-"""The envelope of an answer: each is one token, so that a plan of three steps is about 100 tokens."""
-NAMES = tuple(f" ({colour} {shape})" for colour in (*COLOURS, "mixed") for shape in (*SHAPES, "blob"))
-"""Things as the critic's reports name them after the first picture, each one token.  With a token for the colour and
-one for the shape, a `green square` and a `red circle` passed for a `green circle`."""
+"""Parts of the format of an answer.  Each is one token, so that a plan of three steps has about 100 tokens."""
+NAMES = tuple(f" ({color} {shape})" for color in (*COLOURS, "mixed") for shape in (*SHAPES, "blob"))
+"""Names of things in the critic's reports after the first image, one token each.  With one token for the color and one
+for the shape, the critic took a `green square` and a `red circle` for a `green circle`."""
 STARTS = (
     "was", "three", "Here", "before", "user", "assistant", "true", "false", "draw", "add", "recolour", "remove", "make",
     "a", "two", "A", "The", "plan",
 )  # fmt: skip
-"""Words that stand without a space before them, in an order in which no word's merges break a later one."""
+"""Words without a space before them, in an order in which the merges of no word break a later one."""
 REPORT = (
     "before after want nothing mixed blob made and they keep it is as asked wrong things moved place fits not".split()
 )
-"""Words of the reports in `<think>` that no request holds."""
+"""Words of the reports in `<think>` that occur in no request."""
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -56,23 +57,23 @@ CHAT_TEMPLATE = (
 )
 
 
-class Size(Config):
+class ModelSize(Config):
     """Widths and depths of one checkpoint."""
 
     width: int = 128
     """Width of the language model."""
     layers: int = 4
-    """Its layers."""
+    """Layers of the language model."""
     vision_width: int = 96
     """Width of the vision tower."""
     vision_layers: int = 3
-    """Its layers."""
+    """Layers of the vision tower."""
     scale: float = 0.06
     """Standard deviation of fresh weights; transformers' 0.02 suits widths of thousands."""
 
 
-PLANNER = Size(vision_width=32, vision_layers=1)
-CRITIC = Size()
+PLANNER = ModelSize(vision_width=32, vision_layers=1)
+CRITIC = ModelSize()
 
 
 @cache
@@ -116,7 +117,7 @@ def tokenizer() -> "Qwen2Tokenizer":
 
 
 def processor() -> "Qwen3VLProcessor":
-    """Tokenizer and picture reader; a picture of 32x32 pixels is not resized."""
+    """The processor, which does not resize an image of 32x32 pixels."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     pixels = {"shortest_edge": SIZE * SIZE, "longest_edge": SIZE * SIZE}
@@ -130,15 +131,9 @@ def processor() -> "Qwen3VLProcessor":
     )
 
 
-def build(size: Size, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGeneration":
-    """A fresh model; seed torch before."""
-    import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    from scripts.miniature.world.rewards import waves
-
-    ids = dict(zip(CONTROL, words.convert_tokens_to_ids(list(CONTROL)), strict=True))
-    text = {
+def text_config(size: ModelSize, words: "Qwen2Tokenizer") -> dict[str, Any]:
+    """Configuration of the language model."""
+    return {
         "vocab_size": len(words),
         "hidden_size": size.width,
         "intermediate_size": 3 * size.width,
@@ -159,7 +154,11 @@ def build(size: Size, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGenerati
             "mrope_interleaved": True,
         },
     }
-    vision = {
+
+
+def vision_config(size: ModelSize) -> dict[str, Any]:
+    """Configuration of the vision tower."""
+    return {
         "depth": size.vision_layers,
         "hidden_size": size.vision_width,
         "intermediate_size": 3 * size.vision_width,
@@ -172,9 +171,19 @@ def build(size: Size, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGenerati
         "deepstack_visual_indexes": list(range(size.vision_layers - 1)) or [0],
         "initializer_range": size.scale,
     }
+
+
+def build_model(size: ModelSize, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGeneration":
+    """A model with fresh weights; the caller seeds torch."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    from scripts.miniature.world.rewards import position_waves
+
+    ids = dict(zip(CONTROL, words.convert_tokens_to_ids(list(CONTROL)), strict=True))
     config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config=text_config(size, words),
+        vision_config=vision_config(size),
         tie_word_embeddings=True,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -183,7 +192,17 @@ def build(size: Size, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGenerati
     )
     model = Qwen3VLForConditionalGeneration(config)
     with torch.no_grad():
-        model.model.visual.pos_embed.weight.copy_(0.5 * waves(SIZE // PATCH, size.vision_width))
+        model.model.visual.pos_embed.weight.copy_(0.5 * position_waves(SIZE // PATCH, size.vision_width))
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id = words.eos_token_id, words.pad_token_id
     return model
+
+
+def load_model(start: Path | None, size: ModelSize, words: "Qwen2Tokenizer") -> "Qwen3VLForConditionalGeneration":
+    """The weights in the folder `start` in float32, or fresh ones where there is no folder."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    if start is None:
+        return build_model(size, words)
+    return AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32, local_files_only=True)

@@ -1,4 +1,4 @@
-"""From a trained folder to a shipped one: float16, measured as saved, with provenance."""
+"""Packages a trained model: saves it in float16, measures what was saved, writes its provenance."""
 
 import json
 import shutil
@@ -12,7 +12,9 @@ from imgen_common.hub import WEIGHTS
 from imgen_common.run_folder.environment import environment
 
 
-def ship(name: str, stages: Sequence[Path], about: dict[str, Any], measure: Callable[[Path], dict[str, float]]) -> None:
+def ship_model(
+    name: str, stages: Sequence[Path], about: dict[str, Any], measure: Callable[[Path], dict[str, float]]
+) -> None:
     """Writes `builtin:shapes/NAME` from the last stage with its provenance; prints what the shipped files score."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

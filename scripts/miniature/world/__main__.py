@@ -23,7 +23,7 @@ def vae(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The autoencoder.  Example: python -m scripts.miniature.world --threads 2 vae"""
     from scripts.miniature.world import vae as stage
 
-    stage.train(work / "vae", device)
+    stage.train_vae(work / "vae", device)
 
 
 @app.command()
@@ -31,7 +31,7 @@ def generator(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The pipeline, after the autoencoder.  Example: python -m scripts.miniature.world --threads 2 generator"""
     from scripts.miniature.world import generator as stage
 
-    stage.train(work, stage.BASE, device)
+    stage.train_generator(work, stage.BASE, device)
 
 
 @app.command()
@@ -39,7 +39,7 @@ def refine(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The pipeline further, mostly on edits.  Example: python -m scripts.miniature.world refine --device cuda"""
     from scripts.miniature.world import generator as stage
 
-    stage.train(work, stage.REFINE, device)
+    stage.train_generator(work, stage.REFINE, device)
 
 
 @app.command()
@@ -47,7 +47,7 @@ def heldout(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The held-out reward.  Example: python -m scripts.miniature.world heldout"""
     from scripts.miniature.world import rewards as stage
 
-    stage.train(work / "heldout", stage.HELDOUT, device)
+    stage.train_reward(work / "heldout", stage.HELDOUT, device)
 
 
 @app.command()
@@ -55,15 +55,15 @@ def reward(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
     """The training reward, before tuning.  Example: python -m scripts.miniature.world reward"""
     from scripts.miniature.world import rewards as stage
 
-    stage.train(work / "reward", stage.REWARD, device)
+    stage.train_reward(work / "reward", stage.REWARD, device)
 
 
 @app.command()
 def tune_reward(work: Work = Path("runs/shapes"), device: Device = "cpu") -> None:
-    """The training reward on labelled generated pictures.  Example: python -m scripts.miniature.world tune-reward"""
+    """The training reward on labeled generated images.  Example: python -m scripts.miniature.world tune-reward"""
     from scripts.miniature.world import rewards as stage
 
-    stage.tune(work, device)
+    stage.tune_reward(work, device)
 
 
 @app.command()
@@ -71,7 +71,7 @@ def package(work: Work = Path("runs/shapes")) -> None:
     """Ships the trained folders in float16, re-evaluated.  Example: python -m scripts.miniature.world package"""
     from scripts.miniature.world import package as stage
 
-    stage.package(work)
+    stage.package_models(work)
 
 
 app()

@@ -1,4 +1,4 @@
-"""The miniature's two `CLIPModel`s: a training reward and a held-out one, independent in every draw."""
+"""The miniature's two `CLIPModel`s: a training reward and a held-out one with independent random numbers."""
 
 import math
 from collections.abc import Sequence
@@ -15,35 +15,36 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from imgen_common.config import Config
 from imgen_common.shapes.render import draw
-from imgen_common.shapes.scene import SIZE, Spec, Split, balanced_specs, hard_negative, sample_spec, turned
+from imgen_common.shapes.scene import SIZE, Spec, Split, balanced_specs, sample_spec
 from imgen_common.shapes.verify import verify
-from imgen_common.shapes.vocabulary import MAX_TOKENS, clip_tokenizer
 from imgen_common.streams import normal, numpy_generator, torch_generator
-from scripts.miniature.world.generator import sample, trained
+from scripts.miniature.world.generator import latest_pipeline, sample
+from scripts.miniature.world.negatives import hard_negative, turned
 from scripts.miniature.world.session import Schedule, Session
+from scripts.miniature.world.vocabulary import MAX_TOKENS, clip_tokenizer
 
 
 class Variant(Config):
-    """What distinguishes one reward model from the other."""
+    """Settings that distinguish the reward models."""
 
     seed: int
-    """Seed of weights, pictures, negatives and augmentation."""
+    """Seed of weights, images, negatives and augmentation."""
     width: int
     """Hidden size of both towers."""
     vision_layers: int
-    """Layers of the picture tower."""
+    """Layers of the image tower."""
     text_layers: int
     """Layers of the text tower."""
     negatives: int
-    """Hard negatives per picture."""
+    """Hard negatives per image."""
     noise: float
     """Largest standard deviation of added pixel noise."""
     blur: float
-    """Share of pictures that are blurred."""
+    """Share of images that are blurred."""
     shift: int
-    """Largest shift of the picture in pixels."""
+    """Largest shift of the image in pixels."""
     places: float
-    """Least share of pictures whose caption names a place."""
+    """Least share of images whose caption names a place."""
     schedule: Schedule
     """Length and rate of the training."""
 
@@ -59,11 +60,11 @@ HELDOUT = Variant(
 
 
 WORD_SCALE, POSITION_SCALE = 0.3, 0.5
-"""Fresh words and positions.  With transformers' own 0.02 neither tower ever says left from right: each side's part in
-the product with the other is too small to be learnt."""
+"""Standard deviations of fresh word and position embeddings.  With the 0.02 of transformers neither tower learns to
+tell left from right: the contribution of each to their product is too small."""
 
 
-def build(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
+def build_clip(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
     """A fresh model and its processor."""
     tokenizer = clip_tokenizer()
     width = variant.width
@@ -95,11 +96,11 @@ def build(variant: Variant) -> tuple[CLIPModel, CLIPProcessor]:
     model = CLIPModel(config)
     with torch.no_grad():
         nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=WORD_SCALE)
-        model.vision_model.embeddings.position_embedding.weight[1:] += POSITION_SCALE * waves(SIZE // 4, width)
+        model.vision_model.embeddings.position_embedding.weight[1:] += POSITION_SCALE * position_waves(SIZE // 4, width)
     return model, CLIPProcessor(images, tokenizer)
 
 
-def waves(side: int, width: int) -> Tensor:
+def position_waves(side: int, width: int) -> Tensor:
     """Sines and cosines of the rows, then of the columns, of a square of patches, (side^2, width)."""
     phases = torch.arange(side)[:, None] / side * math.pi * torch.exp(torch.linspace(0, math.log(8), width // 4))
     axis = torch.cat([phases.sin(), phases.cos()], dim=1)
@@ -108,7 +109,7 @@ def waves(side: int, width: int) -> Tensor:
 
 
 def image_features(model: CLIPModel, processor: CLIPProcessor, images: Tensor) -> Tensor:
-    """Unit features (n, 64) of pictures (n, 3, 32, 32) in [0, 1]."""
+    """Unit features (n, 64) of images (n, 3, 32, 32) in [0, 1]."""
     images = images.to(model.device)
     mean = images.new_tensor(processor.image_processor.image_mean).view(3, 1, 1)
     std = images.new_tensor(processor.image_processor.image_std).view(3, 1, 1)
@@ -126,7 +127,7 @@ def text_features(model: CLIPModel, processor: CLIPProcessor, captions: Sequence
 
 
 def augment(images: Tensor, variant: Variant, rng: torch.Generator) -> Tensor:
-    """Blurred, noisy and shifted copies, so that the model does not lean on crisp edges."""
+    """Blurred, noisy and shifted copies, so that the model does not rely on sharp edges."""
     n = len(images)
 
     def uniform() -> Tensor:
@@ -144,14 +145,14 @@ def augment(images: Tensor, variant: Variant, rng: torch.Generator) -> Tensor:
 HARD_WEIGHT = 2.0
 
 
-def contrast(
+def contrastive_loss(
     model: CLIPModel, images: Tensor, texts: Tensor, keys: Sequence[tuple], negatives: int
 ) -> tuple[Tensor, Tensor]:
-    """Contrastive loss with hard negatives, and the share of pictures whose own caption beats all of its negatives.
+    """Contrastive loss with hard negatives, and the share of images whose own caption beats all of its negatives.
 
     images: (n, 64).  texts: (n (1 + negatives), 64), first the n captions, then the negatives, caption-major.
-    keys: one per text; texts of equal keys may describe the same picture and do not repel each other, except a
-    picture's own negatives, which are known to be false.
+    keys: one per text; texts of equal keys may describe the same image and do not repel each other, except a
+    image's own negatives, which are known to be false.
     """
     n = len(images)
     logits = model.logit_scale.exp() * images @ texts.T
@@ -173,7 +174,7 @@ def contrast(
 
 @torch.no_grad()
 def pair_accuracy(model: CLIPModel, processor: CLIPProcessor, seed: int, count: int = 900) -> dict[str, float]:
-    """Share of held-out pictures whose caption scores above one hard negative, by category (test split)."""
+    """Share of held-out images whose caption scores above one hard negative, by category (test split)."""
     rng = numpy_generator(seed, "reward-validation")
     specs = balanced_specs(count, rng, "test")
     images = image_features(model, processor, torch.from_numpy(draw(specs, rng)))
@@ -186,10 +187,10 @@ def pair_accuracy(model: CLIPModel, processor: CLIPProcessor, seed: int, count: 
     return {f"pairs/{k}": float(np.mean(v)) for k, v in groups.items()}
 
 
-def batch_of(variant: Variant, step: int) -> tuple[list[Spec], list[Spec], Tensor]:
-    """Captions, their negatives (caption-major) and augmented true pictures of one update.
+def sample_batch(variant: Variant, step: int) -> tuple[list[Spec], list[Spec], Tensor]:
+    """Captions, their negatives (caption-major) and augmented true images of one update.
 
-    Where a caption names a place, its first negative is the same caption with the place turned round.
+    Where a caption names a place, its first negative is the same caption with the opposite place.
     """
     rng = numpy_generator(variant.seed, "reward", step)
     specs: list[Spec] = []
@@ -206,33 +207,33 @@ def batch_of(variant: Variant, step: int) -> tuple[list[Spec], list[Spec], Tenso
     return specs, negatives, images
 
 
-def train(folder: Path, variant: Variant, device: str = "cpu") -> None:
+def train_reward(folder: Path, variant: Variant, device: str = "cpu") -> None:
     """Trains (or resumes) in `folder`; leaves a transformers folder in `folder/model`."""
     torch.manual_seed(variant.seed)
-    model, processor = build(variant)
+    model, processor = build_clip(variant)
     model.to(device)
     session = Session(folder, {"model": model}, variant.schedule)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        specs, negatives, images = batch_of(variant, step)
+        specs, negatives, images = sample_batch(variant, step)
         everything = [*specs, *negatives]
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            pictures = image_features(model, processor, images)
+            features = image_features(model, processor, images)
             texts = text_features(model, processor, [s.caption for s in everything])
         keys = [tuple(sorted(s.things)) for s in everything]
-        value, right = contrast(model, pictures, texts, keys, variant.negatives)
+        value, right = contrastive_loss(model, features, texts, keys, variant.negatives)
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4)
         return value, {"hard": right.item()}
 
     session.run(loss, lambda: pair_accuracy(model, processor, variant.seed))
-    session.swap()
+    session.swap_average()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
 
 
 def score(model: CLIPModel, processor: CLIPProcessor, images: Tensor, captions: Sequence[str]) -> Tensor:
-    """exp(logit_scale) cos(picture, caption), shape (n,)."""
+    """exp(logit_scale) cos(image, caption), shape (n,)."""
     parts = [
         (image_features(model, processor, x) * text_features(model, processor, captions[i * 64 : i * 64 + 64])).sum(-1)
         for i, x in enumerate(images.split(64))
@@ -241,8 +242,8 @@ def score(model: CLIPModel, processor: CLIPProcessor, images: Tensor, captions: 
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Generated pictures (n, 3, 32, 32) in [0, 1], their captions, and whether the verifier accepts each (n,)."""
+class LabeledImages:
+    """Generated images (n, 3, 32, 32) in [0, 1], their captions, and whether the verifier accepts each (n,)."""
 
     images: Tensor
     captions: list[str]
@@ -250,8 +251,8 @@ class Labelled:
 
 
 @torch.no_grad()
-def agreement(model: CLIPModel, processor: CLIPProcessor, fresh: Labelled) -> dict[str, float]:
-    """How scores agree with the verifier on generated pictures: AUC, and the mean score of right and of wrong ones."""
+def verifier_agreement(model: CLIPModel, processor: CLIPProcessor, fresh: LabeledImages) -> dict[str, float]:
+    """How scores agree with the verifier on generated images: AUC, and the mean score of right and of wrong ones."""
     scores = score(model, processor, fresh.images, fresh.captions).cpu()
     right, wrong = scores[fresh.verdicts], scores[~fresh.verdicts]
     auc = ((right[:, None] > wrong).float() + 0.5 * (right[:, None] == wrong).float()).mean()
@@ -264,34 +265,47 @@ def agreement(model: CLIPModel, processor: CLIPProcessor, fresh: Labelled) -> di
 
 
 TUNE_SCHEDULE = Schedule(steps=500, batch=48, lr=6e-4, warmup=50, constant=0.2, ema=0.995, save_every=100)
-NUM_LABELLED = {"tune": 7200, "test": 600}
-"""Generated pictures labelled by the verifier: of the tuning split for training, of the test split for the AUC."""
+NUM_LABELED = {"tune": 7200, "test": 600}
+"""Generated images labeled by the verifier: of the tuning split for training, of the test split for the AUC."""
 
 
 @torch.no_grad()
-def label(pipeline: Flux2KleinPipeline, split: Split, seed: int, file: Path | None = None) -> Labelled:
-    """Pictures of a split at guidance 1 and 2 by turns, kept in `file` or read from there."""
-    specs = balanced_specs(NUM_LABELLED[split], numpy_generator(seed, f"label-{split}"), split)
+def label_images(pipeline: Flux2KleinPipeline, split: Split, seed: int, file: Path | None = None) -> LabeledImages:
+    """Images of a split at guidance 1 and 2 in turns with their labels, kept in `file` or read from there."""
+    specs = balanced_specs(NUM_LABELED[split], numpy_generator(seed, f"label-{split}"), split)
     captions = [s.caption for s in specs]
     if file is not None and file.exists():
         kept = load_file(file)
-        return Labelled(kept["images"].float(), captions, kept["verdicts"])
+        return LabeledImages(kept["images"].float(), captions, kept["verdicts"])
     parts = []
     for chunk, start in enumerate(range(0, len(specs), 120)):
         noise = torch.stack([normal((16, 32), seed, f"label-{split}", i) for i in range(start, start + 120)])
         parts.append(sample(pipeline, captions[start : start + 120], noise, steps=25, guidance=1.0 + chunk % 2).cpu())
     images = torch.cat(parts)
-    verdicts = torch.tensor([v.ok for v in verify(images, specs)])
+    verdicts = torch.tensor(verify(images, specs))
     if file is not None:
         save_file({"images": images.half(), "verdicts": verdicts}, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
-    return Labelled(images, captions, verdicts)
+    return LabeledImages(images, captions, verdicts)
 
 
-def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
-    """Tunes the trained reward on generated pictures with the verifier's labels, as human-preference models are tuned.
+def labeled_losses(
+    model: CLIPModel, processor: CLIPProcessor, bias: nn.Linear, shown: LabeledImages, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Classification and ranking loss of half a batch of right and half a batch of wrong generated images."""
+    half = TUNE_SCHEDULE.batch // 2
+    right, wrong = shown.verdicts.nonzero()[:, 0], (~shown.verdicts).nonzero()[:, 0]
+    rows = torch.cat([s[torch.randint(len(s), (half,), generator=rng)] for s in (right, wrong)])
+    noisy = augment(shown.images[rows], REWARD.model_copy(update={"blur": 0.0, "noise": 0.05}), rng)
+    scores = score(model, processor, noisy, [shown.captions[i] for i in rows]) + bias.bias
+    classification = binary_cross_entropy_with_logits(scores, shown.verdicts[rows].float().to(scores.device))
+    return classification, softplus(scores[half:][None] - scores[:half][:, None]).mean()
 
-    Half of every batch keeps to rendered pictures and hard negatives.  Leaves a folder in `work/reward-tuned/model`.
+
+def tune_reward(work: Path, device: str = "cpu", seed: int = 11) -> None:
+    """Tunes the trained reward on generated images with the verifier's labels, as human-preference models are tuned.
+
+    Half of every batch keeps to rendered images and hard negatives.  Leaves a folder in `work/reward-tuned/model`.
     """
     torch.manual_seed(seed)
     folder, source = work / "reward-tuned", work / "reward" / "model"
@@ -301,34 +315,29 @@ def tune(work: Path, device: str = "cpu", seed: int = 11) -> None:
     bias = nn.Linear(1, 1, device=device)
     nn.init.constant_(bias.bias, -model.logit_scale.exp().item() / 2)
     session = Session(folder, {"model": model, "bias": bias}, TUNE_SCHEDULE)
-    pipeline = Flux2KleinPipeline.from_pretrained(trained(work)).to(device)
+    pipeline = Flux2KleinPipeline.from_pretrained(latest_pipeline(work)).to(device)
     shown, fresh = (
-        label(pipeline, split, seed, folder / f"labelled-{split}.safetensors") for split in ("tune", "test")
+        label_images(pipeline, split, seed, folder / f"labeled-{split}.safetensors") for split in ("tune", "test")
     )
-    right, wrong = shown.verdicts.nonzero()[:, 0], (~shown.verdicts).nonzero()[:, 0]
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = torch_generator(seed, "tune", step)
         variant = REWARD.model_copy(update={"schedule": TUNE_SCHEDULE, "seed": seed})
-        specs, negatives, pictures = batch_of(variant, step)
+        specs, negatives, images = sample_batch(variant, step)
         everything = [*specs, *negatives]
-        features = image_features(model, processor, pictures)
+        features = image_features(model, processor, images)
         texts = text_features(model, processor, [s.caption for s in everything])
-        value, hard = contrast(model, features, texts, [tuple(sorted(s.things)) for s in everything], variant.negatives)
-        half = TUNE_SCHEDULE.batch // 2
-        rows = torch.cat([s[torch.randint(len(s), (half,), generator=rng)] for s in (right, wrong)])
-        noisy = augment(shown.images[rows], variant.model_copy(update={"blur": 0.0, "noise": 0.05}), rng)
-        scores = score(model, processor, noisy, [shown.captions[i] for i in rows]) + bias.bias
-        labelled = binary_cross_entropy_with_logits(scores, shown.verdicts[rows].float().to(device))
-        ranking = softplus(scores[half:][None] - scores[:half][:, None]).mean()
+        value, hard = contrastive_loss(
+            model, features, texts, [tuple(sorted(s.things)) for s in everything], variant.negatives
+        )
+        classification, ranking = labeled_losses(model, processor, bias, shown, torch_generator(seed, "tune", step))
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4)
-        return 0.5 * value + labelled + ranking, {"labelled": labelled.item(), "hard": hard.item()}
+        return 0.5 * value + classification + ranking, {"labeled": classification.item(), "hard": hard.item()}
 
     def evaluate() -> dict[str, float]:
-        return agreement(model, processor, fresh) | {"bias": bias.bias.item()}
+        return verifier_agreement(model, processor, fresh) | {"bias": bias.bias.item()}
 
     session.run(loss, evaluate)
-    session.swap()
+    session.swap_average()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

@@ -1,4 +1,4 @@
-"""A resumable training session: modules, their average, AdamW, a decaying learning rate, a log and one state folder."""
+"""A resumable training session: modules, their average, AdamW, a decaying learning rate, a log, a state folder."""
 
 import json
 import math
@@ -21,7 +21,7 @@ class Schedule(Config):
     steps: int
     """Number of updates."""
     batch: int
-    """Pictures per update."""
+    """Images per update."""
     lr: float
     """Peak learning rate of AdamW, reached after `warmup` updates."""
     warmup: int = 100
@@ -44,7 +44,7 @@ class Schedule(Config):
 
 
 class Session:
-    """Runs `loss(step)` for `schedule.steps` updates and survives a kill: `folder/state` is replaced as a whole."""
+    """Runs `loss(step)` for `schedule.steps` updates; after a kill it resumes from `folder/state`."""
 
     def __init__(self, folder: Path, modules: Mapping[str, nn.Module], schedule: Schedule) -> None:
         self.folder, self.modules, self.schedule = folder, dict(modules), schedule
@@ -89,12 +89,12 @@ class Session:
                 self.log({"loss": value.item(), "norm": norm.item()} | extra)
             if self.step % self.schedule.save_every == 0 or self.step == self.schedule.steps:
                 self._save()
-                self.swap()
+                self.swap_average()
                 self.log(evaluate())
-                self.swap()
+                self.swap_average()
                 last = time.perf_counter()
 
-    def swap(self) -> None:
+    def swap_average(self) -> None:
         """Exchanges the weights and their average, in place."""
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average, strict=True):
@@ -120,19 +120,19 @@ class Session:
         new.mkdir()
         save_file({k: t.contiguous() for k, t in tensors.items()}, new / "state.safetensors")
         (new / "state.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
-        gone = self.folder / "state.old"
-        shutil.rmtree(gone, ignore_errors=True)
+        replaced = self.folder / "state.old"
+        shutil.rmtree(replaced, ignore_errors=True)
         if old.exists():
-            os.rename(old, gone)
+            os.rename(old, replaced)
         os.rename(new, old)
-        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _load(self) -> None:
-        place = next((p for p in (self.folder / "state", self.folder / "state.old") if p.exists()), None)
-        if place is None:
+        state_folder = next((p for p in (self.folder / "state", self.folder / "state.old") if p.exists()), None)
+        if state_folder is None:
             return
-        tensors = load_file(place / "state.safetensors")
-        meta = json.loads((place / "state.json").read_text())
+        tensors = load_file(state_folder / "state.safetensors")
+        meta = json.loads((state_folder / "state.json").read_text())
         self.step, self.seconds = meta["step"], meta["seconds"]
         self.average = [tensors[f"average.{n}"].to(p.device) for n, p in zip(self.names, self.parameters, strict=True)]
         for name, module in self.modules.items():

@@ -15,10 +15,10 @@ from scripts.miniature.world.session import Schedule, Session
 SCHEDULE = Schedule(steps=2500, batch=32, lr=2e-3, constant=0.4, betas=(0.9, 0.99), weight_decay=1e-4)
 KL_WEIGHT = 1e-3
 FOREGROUND = 3.0
-"""Extra loss weight of coloured pixels: they decide the verdict and cover a tenth of the picture."""
+"""Extra loss weight of colored pixels, which decide the verdict and cover a tenth of the image."""
 
 
-def build() -> AutoencoderKLFlux2:
+def build_vae() -> AutoencoderKLFlux2:
     """A fresh autoencoder."""
     return AutoencoderKLFlux2(
         block_out_channels=(16, 32, 32),
@@ -35,8 +35,8 @@ def build() -> AutoencoderKLFlux2:
     )
 
 
-def pictures(count: int, seed: int, purpose: str, step: int) -> tuple[Tensor, list]:
-    """Rendered training pictures (count, 3, 32, 32) in [0, 1] and their specs."""
+def render_images(count: int, seed: int, purpose: str, step: int) -> tuple[Tensor, list]:
+    """Rendered training images (count, 3, 32, 32) in [0, 1] and their specs."""
     rng = numpy_generator(seed, purpose, step)
     specs = [sample_spec(rng) for _ in range(count)]
     return torch.from_numpy(draw(specs, rng)), specs
@@ -51,7 +51,7 @@ def reconstruct(vae: AutoencoderKLFlux2, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_batch_norm(vae: AutoencoderKLFlux2, images: Tensor) -> None:
-    """Sets the latent normalisation (mean and variance of each patch channel) from pictures."""
+    """Sets the latent normalization (mean and variance of each patch channel) from images."""
     latents = torch.cat([vae.encode(x * 2 - 1).latent_dist.mode() for x in images.split(64)])
     b, c, h, w = latents.shape
     patches = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 4, -1)
@@ -59,15 +59,15 @@ def set_batch_norm(vae: AutoencoderKLFlux2, images: Tensor) -> None:
     vae.bn.running_var.copy_(patches.var((0, 2)))
 
 
-def train(folder: Path, device: str = "cpu", seed: int = 0) -> None:
+def train_vae(folder: Path, device: str = "cpu", seed: int = 0) -> None:
     """Trains (or resumes) in `folder` and leaves a diffusers folder in `folder/vae`."""
     torch.manual_seed(seed)
-    vae = build().to(device, memory_format=torch.channels_last)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
     session = Session(folder, {"vae": vae}, SCHEDULE)
-    held_out, specs = pictures(600, seed, "vae-validation", 0)
+    held_out, specs = render_images(600, seed, "vae-validation", 0)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        images, _ = pictures(SCHEDULE.batch, seed, "vae", step)
+        images, _ = render_images(SCHEDULE.batch, seed, "vae", step)
         images = images.to(device, memory_format=torch.channels_last)
         posterior = vae.encode(images * 2 - 1).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch_generator(seed, "vae-noise", step))
@@ -84,6 +84,6 @@ def train(folder: Path, device: str = "cpu", seed: int = 0) -> None:
         return {f"verifier/{k}": v for k, v in scores.items()} | {"mse": (images - held_out).square().mean().item()}
 
     session.run(loss, evaluate)
-    session.swap()
-    set_batch_norm(vae, pictures(4096, seed, "vae-batch-norm", 0)[0].to(device))
+    session.swap_average()
+    set_batch_norm(vae, render_images(4096, seed, "vae-batch-norm", 0)[0].to(device))
     vae.save_pretrained(folder / "vae")

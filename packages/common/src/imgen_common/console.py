@@ -1,7 +1,21 @@
-"""What is printed: tables in Markdown, and the messages of other libraries."""
+"""What is printed: a spinner, tables in Markdown, and the messages of other libraries."""
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[None]:
+    """A spinner on standard error, if that is a terminal: libraries take seconds to load."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 def quiet_libraries() -> None:

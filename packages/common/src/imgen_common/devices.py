@@ -1,5 +1,6 @@
-"""Where models run, and how memory runs out there."""
+"""Where models run: devices and their memory, and the processes that a launcher started."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from imgen_common.errors import UserError
@@ -36,3 +37,23 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[str, str]) -> None:
+    """Raises UserError if accelerate launch started one process where several were asked for, or would shard weights.
+
+    command: what was launched, such as "flowbp train".  ours: our settings that shard weights, under FSDP and
+    DEEPSPEED.
+    """
+    # where accelerate sees no GPU it starts a single process without a word, and these variables give that away
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "RANK" not in environment:
+        raise UserError(
+            "accelerate launch: several processes were asked for and one was started, as it does on a CPU; add "
+            f"--multi_gpu, which works without a GPU too, or use torchrun --nproc_per_node N -m {command} ..."
+        )
+    for name, setting in ours.items():
+        if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate's own configuration asks for {name}; {command.partition(' ')[0]} shards weights itself: "
+                f"launch with plain multi-GPU and --set {setting}"
+            )

@@ -3,7 +3,6 @@
 import difflib
 import sys
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -23,13 +22,14 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """Words of someone else on one line: what cannot be printed becomes a space, and what exceeds `limit` is cut."""
+def one_line(text: str, limit: int | None = 300) -> str:
+    """Words of someone else on one line, so that they cannot rewrite a terminal: what cannot be printed becomes a
+    space, and what exceeds `limit` is cut."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
-def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = MappingProxyType({})) -> NoReturn:
+def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> NoReturn:
     """Run a typer application as the program `name` and exit.
 
     renamed: commands and options of earlier versions, each with its name now; they are refused with it.
@@ -40,7 +40,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = MappingP
     try:
         for place, word in enumerate(sys.argv[1:]):
             option = word.partition("=")[0]
-            if option in renamed and (option.startswith("--") or place == 0):
+            if option in renamed and (option.startswith("-") or place == 0):
                 raise UserError(f"{option}: renamed; write {renamed[option]}")
         app(prog_name=name)
     except UserError as error:

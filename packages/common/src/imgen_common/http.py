@@ -1,5 +1,4 @@
-"""One HTTP client for every service: retries with backoff, a deadline, a circuit breaker, bounded answers, one table of
-what a status means, and the words of a server made fit for one line of a terminal."""
+"""One HTTP client for every service: retries with backoff, a deadline, a circuit breaker and bounded answers."""
 
 import asyncio
 import email.utils
@@ -89,7 +88,7 @@ class RetryPolicy(Config):
 class CircuitBreaker:
     """Refuses calls of a service that failed `failure_threshold` times in a row, until one call succeeds again."""
 
-    def __init__(self, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float]) -> None:
         self._policy, self._clock = policy, clock
         self._failures, self._reason = 0, ""
         self._open_until: float | None = None
@@ -124,7 +123,7 @@ class CircuitBreaker:
 class RetryingCaller:
     """Sends the calls of one service under a RetryPolicy, `concurrency` at once.
 
-    `clock`, `sleep` and `rng` can be replaced in tests.
+    name: what messages call the service.  `clock`, `sleep` and `rng` can be replaced in tests.
     """
 
     def __init__(
@@ -137,7 +136,6 @@ class RetryingCaller:
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        """name: what messages call the service."""
         self._policy, self._name, self._clock, self._sleep = policy, name, clock, sleep
         self._rng = rng or random.Random()
         self._room = asyncio.Semaphore(concurrency)
@@ -190,8 +188,8 @@ class RetryingCaller:
         return self._rng.uniform(0, min(policy.max_backoff, policy.initial_backoff * 2 ** (number - 1)))
 
 
-class HttpClient:
-    """Requests to one service, under a RetryPolicy.
+class HttpClient(RetryingCaller):
+    """Requests to one service, under a RetryPolicy: `call` sends one, made by `request`, until it is answered.
 
     The bearer token is read once from the environment.  It follows no redirect, and no message shows it, not even where
     the server repeats it.
@@ -207,18 +205,16 @@ class HttpClient:
         transport: "httpx.AsyncBaseTransport | None" = None,
     ) -> None:
         """token_env: variable of the environment with the token; no token is sent where it is not set.  max_bytes: of
-        one answer.  transport: for tests.
-
-        Raises UserError for a token that no header can carry.
+        one answer.  transport: for tests.  Raises UserError, without the token, for one that no header can carry.
         """
-        self._token_env, self._token = token_env, token_from_environment(token_env)
+        super().__init__(policy, concurrency, name)
+        self._token_env, self._token = token_env, os.environ.get(token_env, "").strip()
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise UserError(
+                f"{token_env}: holds characters that no token has, such as ends of lines or accents; set it again"
+            )
         self._concurrency, self._max_bytes, self._transport = concurrency, max_bytes, transport
-        self._caller = RetryingCaller(policy, concurrency, name)
         self._client: httpx.AsyncClient | None = None
-
-    async def call(self, send: Callable[[float], Awaitable[T]]) -> T:
-        """What `send(seconds left)` returns, with retries; `send` makes one request and reads its answer."""
-        return await self._caller.call(send)
 
     async def request(
         self, method: str, base: str, path: str = "", *, seconds: float, with_token: bool = True, **content: Any
@@ -300,19 +296,6 @@ def check_url(url: str) -> str:
     if not plain or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"url {url!r}: must be like http://HOST:PORT, without name, key or query in it")
     return url.rstrip("/")
-
-
-def token_from_environment(variable: str) -> str:
-    """The token that a variable of the environment holds; empty where it is not set.
-
-    Raises UserError, without showing it, for a token that no header can carry.
-    """
-    token = os.environ.get(variable, "").strip()
-    if not (token.isascii() and token.isprintable()):
-        raise UserError(
-            f"{variable}: holds characters that no token has, such as ends of lines or accents; set it again"
-        )
-    return token
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -12,13 +12,11 @@ from imgen_common.errors import UserError, nearest
 if TYPE_CHECKING:
     from transformers import Qwen3Config
 
-
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-WEIGHT_FILES = ("*.safetensors",)
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-HUB_FILES = (*WEIGHT_FILES, *DESCRIPTION_FILES)
+HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 
@@ -26,17 +24,19 @@ NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 def resolve(ref: str, *, weights: bool = True) -> Path:
     """The folder (or LoRA file) that `ref` names, complete and without pickles.
 
-    weights=False: its description (configurations and tokenizers) is enough; weights are not asked for, nor downloaded.
-
     ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
     missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
+    weights=False: only the description (configurations and tokenizers) is downloaded and checked.
     Raises UserError for an unknown, missing, half-downloaded or pickled model.
     """
     if ref.startswith("builtin:"):
-        return _builtin(ref, weights)
+        if ref not in _builtins():
+            allowed = ", ".join(_builtins()) or "none"
+            raise UserError(f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {allowed}")
+        return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights)
     path = Path(ref).expanduser()
     if path.exists():
-        return _complete(path, weights)
+        return _check_path(path, weights)
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
@@ -65,7 +65,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         )
     unfinished = next(folder.rglob("*.incomplete"), None)
     if weights and unfinished is not None:
-        raise _half(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
+        raise _incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
     if index.exists():
         for name, class_name in _components(index).items():
             _check_component(folder, name, class_name, weights)
@@ -74,20 +74,10 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def _builtins() -> list[str]:
-    if not WEIGHTS.is_dir():
-        return []
-    return sorted(BUILTIN + folder.name for folder in WEIGHTS.iterdir() if folder.is_dir())
+    return sorted(BUILTIN + folder.name for folder in WEIGHTS.glob("*/"))
 
 
-def _builtin(ref: str, weights: bool) -> Path:
-    if ref not in _builtins():
-        raise UserError(
-            f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {', '.join(_builtins()) or 'none'}"
-        )
-    return _complete(WEIGHTS / ref.removeprefix(BUILTIN), weights)
-
-
-def _complete(path: Path, weights: bool) -> Path:
+def _check_path(path: Path, weights: bool) -> Path:
     if path.is_dir():
         check_folder(path, weights=weights)
     elif path.suffix == ".safetensors":
@@ -108,9 +98,7 @@ def _download(ref: str, repo: str, revision: str | None, offline: bool, weights:
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline),
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
 
     try:
         folder = fetch(["model_index.json"])
@@ -129,7 +117,7 @@ def _download(ref: str, repo: str, revision: str | None, offline: bool, weights:
     return folder
 
 
-def _half(folder: Path, what: str) -> UserError:
+def _incomplete(folder: Path, what: str) -> UserError:
     return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
 
 
@@ -139,7 +127,7 @@ def _json(folder: Path, path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
-        raise _half(folder, f"{path.relative_to(folder)} is not a JSON object")
+        raise _incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
     return content
 
 
@@ -152,11 +140,11 @@ def _components(index: Path) -> dict[str, str]:
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
     if not any(part.glob("*.json")):
-        raise _half(folder, f"{name}/ has no configuration")
+        raise _incomplete(folder, f"{name}/ has no configuration")
     if any(word in class_name for word in NO_WEIGHTS):
         return
     if not (part / "config.json").exists():
-        raise _half(folder, f"{name}/config.json is missing")
+        raise _incomplete(folder, f"{name}/config.json is missing")
     _check_files(folder, part, weights)
 
 
@@ -169,17 +157,13 @@ def _check_files(folder: Path, part: Path, weights: bool) -> None:
         shards = _json(folder, index).get("weight_map", {})
         for shard in sorted(set(shards.values())):
             if not (part / shard).exists():
-                raise _half(folder, f"{(part / shard).relative_to(folder)} is missing")
-    _check_safetensors(folder, part)
-
-
-def _check_safetensors(folder: Path, part: Path) -> None:
+                raise _incomplete(folder, f"{(part / shard).relative_to(folder)} is missing")
     files = sorted(part.glob("*.safetensors"))
     if not files:
         place = "" if part == folder else f" in {part.name}/"
         if any(part.glob("*.bin")) or any(part.glob("*.pt")):
             raise UserError(f"{folder}: only pickled weights{place}; convert them to safetensors")
-        raise _half(folder, f"no *.safetensors weights{place}")
+        raise _incomplete(folder, f"no *.safetensors weights{place}")
     for file in files:
         _check_file(folder, file)
 
@@ -198,7 +182,7 @@ def _check_file(folder: Path, file: Path) -> None:
     except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
         whole = False
     if not whole:
-        raise _half(folder, f"{file.relative_to(folder)} is cut short or not a safetensors file")
+        raise _incomplete(folder, f"{file.relative_to(folder)} is cut short or not a safetensors file")
 
 
 def text_layers(config: "Qwen3Config", joint_dim: int) -> tuple[int, ...]:

@@ -54,15 +54,15 @@ def allocate(network: nn.Module, device: torch.device) -> None:
         module.register_parameter(name, None)
     network.to_empty(device=device)
     for module, name, p in quantized:
-        module.register_parameter(name, nn.Parameter(emptied(p, device), requires_grad=False))
+        module.register_parameter(name, nn.Parameter(_empty_like(p, device), requires_grad=False))
 
 
-def emptied(tensor: Tensor, device: torch.device) -> Tensor:
+def _empty_like(tensor: Tensor, device: torch.device) -> Tensor:
     """An uninitialized tensor like `tensor`, a quantized one part by part."""
     if not is_traceable_wrapper_subclass(tensor):
         return torch.empty_like(tensor, device=device)
     names, context = tensor.__tensor_flatten__()
-    inner = {name: emptied(getattr(tensor, name), device) for name in names}
+    inner = {name: _empty_like(getattr(tensor, name), device) for name in names}
     return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
 
 

@@ -28,16 +28,8 @@ class WatchdogConfig(Config):
 
 
 PositiveInt = Annotated[int, Ge(1)]
-
-
 Attention = Literal[
-    "native",
-    "_native_math",
-    "_native_efficient",
-    "_native_flash",
-    "_native_cudnn",
-    "flash",
-    "xformers",
+    "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
 ]
 """Attention kernels of diffusers that have a backward pass."""
 
@@ -157,7 +149,7 @@ class Scorer(RewardConfig):
 
 
 class TrainedReward(Scorer):
-    """A reward that is maximised."""
+    """A reward that is maximized."""
 
     weight: Annotated[float, Gt(0)] = 1.0
     """Its part in the gradient, as `combine` says."""
@@ -247,7 +239,7 @@ class TrainConfig(Config):
     rewards: Annotated[tuple[TrainedReward, ...], MinLen(1)] = (
         TrainedReward(ref="builtin:shapes/reward", loss=LogSigmoid(center=22.3)),
     )
-    """What is maximised."""
+    """What is maximized."""
     combine: Combination = "weighted"
     """How the gradients of several rewards at the image become one: `weighted` sum; `normalized` to equal length
     first; `pcgrad`, without the parts that point against each other."""

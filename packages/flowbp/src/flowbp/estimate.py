@@ -6,7 +6,7 @@ torch's fake tensors, which have shapes and no content, and the storages that ar
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 
 from flowbp import backbones
 from flowbp.backbones.licenses import license_of
-from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.config import TrainConfig, TrainedReward
@@ -31,8 +31,7 @@ from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
 from flowbp.training.loading import load_models
 from flowbp.training.preflight import CheckedRun, check_run, update_arithmetic
-from flowbp.training.reward_stage import reward_losses
-from flowbp.training.trainer import Trainer, batch_sizes
+from flowbp.training.trainer import Trainer, batch_sizes, reward_losses
 from imgen_common.errors import UserError
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
@@ -164,9 +163,8 @@ def measure_updates(trainer: Trainer) -> tuple[int, float]:
 
 def network_tensors(trainer: Trainer) -> list[Tensor]:
     """All weights and buffers of a trainer's networks."""
-    rewards = [m for reward in trainer.models.rewards.values() for m in modules_of(reward)]
     networks = [part for part in trainer.models.backbone.pipe.components.values() if isinstance(part, nn.Module)]
-    return held((*networks, *rewards))
+    return held((*networks, *modules_of(trainer.models.rewards.values())))
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ class FakeModels:
 
     def networks(self) -> list[nn.Module]:
         """Everything that has weights."""
-        return [*self.modules.values(), *(m for reward in self.rewards.values() for m in modules_of(reward))]
+        return [*self.modules.values(), *modules_of(self.rewards.values())]
 
     def velocity(self, batch: int) -> Velocity:
         """The guided velocity of so many samples."""
@@ -217,13 +215,13 @@ class FakeModels:
         return torch.empty(batch, *self.shape, device=self.device, requires_grad=requires_grad)
 
 
-def modules_of(part: Any) -> Iterator[nn.Module]:
-    """The networks that a reward is made of."""
-    for value in vars(part).values():
+def modules_of(rewards: Iterable[Any]) -> Iterator[nn.Module]:
+    """The networks that rewards are made of."""
+    for value in (value for reward in rewards for value in vars(reward).values()):
         if isinstance(value, nn.Module):
             yield value
         elif type(value).__module__.startswith("flowbp.rewards"):
-            yield from modules_of(value)
+            yield from modules_of([value])
 
 
 @dataclass(frozen=True)
@@ -258,7 +256,7 @@ class WeightSizes:
             "AdamW": 2 * trained // optimizer_shards,
             "EMA": trained // (1 if kind == "zero2" else optimizer_shards),
             "autoencoder": others,
-            "rewards": nbytes(held(m for reward in models.rewards.values() for m in modules_of(reward))),
+            "rewards": nbytes(held(modules_of(models.rewards.values()))),
             "text encoders": text_encoders if config.data.embeddings == "live" else 0,
         }
         startup = {"weights": static["frozen weights"] + static["trained weights"], "autoencoder": others}
@@ -344,15 +342,13 @@ def evaluation_stage(models: FakeModels, batch: int) -> None:
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
-UNITS = {"": 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}
-
 
 def parse_memory_size(text: str) -> int:
     """Bytes of `24GiB`, `80GB` or a plain number.  Raises UserError for anything else."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(MB|MiB|GB|GiB)?", text)
     if match is None or not float(match[1]):
         raise UserError(f"--memory {text}: give a number of bytes, or one with a unit, such as 24GiB or 80GB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    return int(float(match[1]) * {None: 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}[match[2]])
 
 
 def estimate_as_json(

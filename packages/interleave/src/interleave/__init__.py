@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imgen_common.config import load as load_config
-    from interleave.loop.components import Components
     from interleave.loop.config import LoopConfig, RunConfig
     from interleave.loop.engine import Engine
     from interleave.loop.functions import StoryResult, tell_story
-    from interleave.protocols import BackendError
+    from interleave.protocols import BackendError, Components
 
 _PLACES = {
     "BackendError": "interleave.protocols",
-    "Components": "interleave.loop.components",
+    "Components": "interleave.protocols",
     "Engine": "interleave.loop.engine",
     "LoopConfig": "interleave.loop.config",
     "RunConfig": "interleave.loop.config",

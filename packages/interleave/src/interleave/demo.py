@@ -1,14 +1,12 @@
-"""A page on which a story can be asked for and appears step by step (extra `demo`).
+"""A page on which a user asks for a story, which appears step by step (extra `demo`).
 
-It listens on this machine only, unless told otherwise; then it asks for the token in INTERLEAVE_DEMO_TOKEN.  Neither
+By default it listens on this machine only; on another address it asks for the token in INTERLEAVE_DEMO_TOKEN.  Neither
 the server nor the browser fetches anything from elsewhere, and nothing is reported to anyone.
 """
 
 import asyncio
 import hmac
-import ipaddress
 import os
-import socket
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
@@ -18,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from imgen_common import page
 from imgen_common.errors import UserError
 from imgen_common.images import decode
-from interleave.pages.images import Shots
-from interleave.pages.run import render
-from interleave.pages.story import BEING_TOLD, STYLE, Story, story_html
+from interleave.pages.images import PageImages
+from interleave.pages.run import render_stories
+from interleave.pages.story import STYLE, StoryView, render_story
+from interleave.pages.words import IN_PROGRESS
 from interleave.protocols import HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
+from interleave.serve import listener_url, open_listener, required_token
 
 if TYPE_CHECKING:
     import gradio
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 TOKEN = "INTERLEAVE_DEMO_TOKEN"
 """Environment variable that holds the token."""
-MAX_PICTURES = 8
+MAX_IMAGES = 8
 MAX_FILE_BYTES = 32 * 2**20
 MAX_WAITING = 16
-"""Requests that may wait; further ones are told to come later."""
-AT_ONCE = 4
-"""Stories told at the same time."""
+"""Requests that may wait; further ones are refused."""
+MAX_CONCURRENT = 4
+"""Stories that are made at the same time."""
 LIVE_SIDES = (384, 256)
-"""Longest sides of large pictures while the story is told; the page that can be kept has them larger."""
+"""Longest sides of large images while the story is made; the page to download has them larger."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 NARROW = ".story { --pic: 20rem; } h1 { font-size: 1.5rem; font-weight: 700; }"
 EXAMPLES = (
@@ -48,68 +48,43 @@ EXAMPLES = (
 )
 
 
-class Storyteller(Protocol):
-    """Whoever tells the stories."""
+class StoryStreamer(Protocol):
+    """What makes the stories."""
 
     def stream(
-        self, text: str, pictures: Sequence[HashedImage], seed: int
+        self, text: str, images: Sequence[HashedImage], seed: int
     ) -> AsyncGenerator[tuple[Record, HashedImage | None], None]:
-        """The records of one story, each when it is complete, an attempt's with its picture.
+        """The records of one story, each when it is complete, an attempt's with its image.
 
         Raises UserError for what the user can mend.  Closed early, it stops the work.
         """
-        ...
 
 
-def launch(make: Callable[[], Storyteller], host: str, port: int) -> None:
-    """Serve the page until interrupted.  make: called when all else is known to be in order, as it may load models.
+def serve_demo(make: Callable[[], StoryStreamer], host: str, port: int) -> None:
+    """Serves the page until interrupted.  make: called when all else is in order, as it may load models.
 
-    Raises UserError if the extra is missing, if the address cannot be had, or without a token for others' machines.
+    Raises UserError if the extra is missing, if the address cannot be had, or without a token where others reach it.
     """
     import uvicorn
 
-    token = needed_token(host)
-    _gradio()
-    with listen(host, port) as door:
-        app = application(build(make()), token, host)
-        print(f"http://{'[' + host + ']' if ':' in host else host}:{door.getsockname()[1]}", flush=True)
+    token = required_token(host, TOKEN)
+    _import_gradio()
+    with open_listener(host, port) as listener:
+        app = create_demo_app(build_page(make()), token, host)
+        print(listener_url(listener), flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-        server.run(sockets=[door])
+        server.run(sockets=[listener])
 
 
-def needed_token(host: str) -> str | None:
-    """The token that visitors must give; None: nobody else can reach `host` and none is set."""
-    token = os.environ.get(TOKEN) or None
-    if token is None and not _is_loopback(host):
-        raise UserError(f"--host {host} lets others in; set a token in {TOKEN} that they must give, or use 127.0.0.1")
-    return token
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.  Raises UserError if the address cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --port or --host") from None
-
-
-def application(blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0.1") -> "FastAPI":
-    """The page as a web application: behind the token, or without one for who asks for this machine by its own names.
+def create_demo_app(blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0.1") -> "FastAPI":
+    """The page as a web application: behind the token, or without one for requests to this machine's own names.
 
     host: the address it listens on.
     """
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    gr = _gradio()
+    gr = _import_gradio()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Headers)
     if token is None:
@@ -130,13 +105,13 @@ def application(blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0
         ssr_mode=False,
         enable_monitoring=False,
         theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        head=f"<style>{page.COLORS}\n.told {{ {page.STYLE}{STYLE}{NARROW} }}</style>",
+        head=f"<style>{page.COLORS}\n.story-live {{ {page.STYLE}{STYLE}{NARROW} }}</style>",
     )
     return app
 
 
 class _Headers:
-    """Adds what keeps the browser from fetching anything from elsewhere."""
+    """Adds headers that keep the browser from fetching anything from elsewhere."""
 
     def __init__(self, app: "ASGIApp") -> None:
         self._app = app
@@ -151,47 +126,46 @@ class _Headers:
         await self._app(scope, receive, send_more)
 
 
-def build(storyteller: Storyteller) -> "gradio.Blocks":
-    """The page's parts and what its buttons do.  Raises UserError if the extra is missing."""
-    gr = _gradio()
+def build_page(streamer: StoryStreamer) -> "gradio.Blocks":
+    """The components of the page and what its buttons do.  Raises UserError if the extra is missing."""
+    gr = _import_gradio()
 
-    async def tell(text: str, files: "list[tuple[str, str | None]] | None", seed: int | None) -> AsyncIterator[Any]:
+    async def generate(text: str, files: "list[tuple[str, str | None]] | None", seed: int | None) -> AsyncIterator[Any]:
         try:
-            pictures = await asyncio.to_thread(_uploaded, files)
+            images = await asyncio.to_thread(_read_uploads, files)
             if seed is None or seed < 0:
                 raise UserError("the seed must be a whole number of at least 0")
-            async with aclosing(_told(storyteller, text, pictures, seed)) as told:
-                async for html, file in told:
+            async with aclosing(_stream_html(streamer, text, images, seed)) as pages:
+                async for html, file in pages:
                     yield html, gr.DownloadButton(value=file, visible=file is not None)
         except UserError as error:
             raise gr.Error(page.text(str(error)), duration=None, print_exception=False) from None
 
     with gr.Blocks(title="interleave", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
-        gr.Markdown("# A story in pictures and words")
+        gr.Markdown("# A story in images and words")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 text = gr.Textbox(label="Request", lines=4, max_lines=12, placeholder=EXAMPLES[0], autofocus=True)
                 files = _gallery(gr)
                 seed = gr.Number(label="Seed", value=0, precision=0, minimum=0)
                 with gr.Row():
-                    start = gr.Button("Tell", variant="primary")
+                    start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")
-                gr.Examples([[example] for example in EXAMPLES], [text], label="For instance")
+                gr.Examples([[example] for example in EXAMPLES], [text], label="Examples")
             with gr.Column(scale=2, min_width=320):
-                story = gr.HTML(apply_default_css=False, js_on_load=None, elem_classes=["told"])
-                keep = gr.DownloadButton("Keep the story as one HTML page", visible=False)
-        telling = start.click(
-            tell, [text, files, seed], [story, keep], api_visibility="private", show_progress="minimal"
+                story = gr.HTML(apply_default_css=False, js_on_load=None, elem_classes=["story-live"])
+                download = gr.DownloadButton("Download the story as one HTML page", visible=False)
+        generation = start.click(
+            generate, [text, files, seed], [story, download], api_visibility="private", show_progress="minimal"
         )
-        stop.click(_stopped, [story], [story], cancels=[telling], queue=False, api_visibility="private")
-    blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
+        stop.click(_mark_stopped, [story], [story], cancels=[generation], queue=False, api_visibility="private")
+    blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_CONCURRENT, api_open=False)
     return blocks
 
 
 def _gallery(gr: Any) -> Any:
-    """Where a user puts images."""
     return gr.Gallery(
-        label="Pictures, if it is about some",
+        label="Images (optional)",
         file_types=[".png", ".jpg", ".jpeg", ".webp"],
         sources=["upload", "clipboard"],
         interactive=True,
@@ -200,64 +174,64 @@ def _gallery(gr: Any) -> Any:
     )
 
 
-def _uploaded(files: "list[tuple[str, str | None]] | None") -> list[HashedImage]:
-    """Raises UserError for too many, or what is no picture."""
-    if len(files or []) > MAX_PICTURES:
-        raise UserError(f"{len(files or [])} pictures; at most {MAX_PICTURES} can be given")
-    pictures = []
+def _read_uploads(files: "list[tuple[str, str | None]] | None") -> list[HashedImage]:
+    """The images.  Raises UserError for too many, and for a file that is no image."""
+    if len(files or []) > MAX_IMAGES:
+        raise UserError(f"{len(files or [])} images; at most {MAX_IMAGES} can be given")
+    images = []
     for file, _ in files or []:
         try:
-            pictures.append(HashedImage.from_pil(decode(Path(file), max_bytes=MAX_FILE_BYTES)))
+            images.append(HashedImage.from_pil(decode(Path(file), max_bytes=MAX_FILE_BYTES)))
         except UserError as error:
             raise UserError(str(error).replace(str(Path(file).parent) + os.sep, "")) from None
-    return pictures
+    return images
 
 
-async def _told(
-    storyteller: Storyteller, text: str, given: Sequence[HashedImage], seed: int
+async def _stream_html(
+    streamer: StoryStreamer, text: str, given: Sequence[HashedImage], seed: int
 ) -> AsyncGenerator[tuple[str, str | None], None]:
-    """The story as HTML after every record; last the whole with the file of a page to keep."""
-    pictures = {picture.id: picture for picture in given}
-    story = Story(Request(id="asked", text=text, image_ids=tuple(pictures)))
-    yield await asyncio.to_thread(_html, story, pictures, True), None
+    """The story as HTML after every record; at last the whole story, with the file of a page to download."""
+    images = {image.id: image for image in given}
+    story = StoryView(Request(id="asked", text=text, image_ids=tuple(images)))
+    yield await asyncio.to_thread(_story_html, story, images, True), None
     try:
-        async with aclosing(storyteller.stream(text, given, seed)) as records:
-            async for record, picture in records:
-                if picture is not None:
-                    pictures[picture.id] = picture
-                story = _with(story, record)
-                yield await asyncio.to_thread(_html, story, pictures, story.trajectory is None), None
+        async with aclosing(streamer.stream(text, given, seed)) as records:
+            async for record, image in records:
+                if image is not None:
+                    images[image.id] = image
+                story = _add_record(story, record)
+                yield await asyncio.to_thread(_story_html, story, images, story.trajectory is None), None
     except UserError:
-        yield _html(story, pictures, live=False), None
+        yield _story_html(story, images, live=False), None
         raise
     with tempfile.TemporaryDirectory() as folder:  # Gradio keeps a copy of its own
         file = Path(folder) / "story.html"
-        file.write_text(await asyncio.to_thread(render, [story], pictures.__getitem__, None), encoding="utf-8")
-        yield await asyncio.to_thread(_html, story, pictures, False), str(file)
+        file.write_text(await asyncio.to_thread(render_stories, [story], images.__getitem__, None), encoding="utf-8")
+        yield await asyncio.to_thread(_story_html, story, images, False), str(file)
 
 
-def _with(story: Story, record: Record) -> Story:
+def _add_record(story: StoryView, record: Record) -> StoryView:
     """The story as far as it is known after one more record."""
     match record:
         case PlanRecord():
-            return Story(record.request, record.planner, record.plan)
+            return StoryView(record.request, record.planner, record.plan)
         case Attempt():
-            return Story(story.request, story.planner, story.plan, (*story.attempts, record))
+            return StoryView(story.request, story.planner, story.plan, (*story.attempts, record))
         case Trajectory():
-            return Story(record.request, record.planner, record.plan, story.attempts, record)
+            return StoryView(record.request, record.planner, record.plan, story.attempts, record)
     return story
 
 
-def _stopped(html: str | None) -> str:
-    return (html or "").replace(f">{BEING_TOLD}<", ">stopped<", 1)
+def _mark_stopped(html: str | None) -> str:
+    return (html or "").replace(f">{IN_PROGRESS}<", ">stopped<", 1)
 
 
-def _html(story: Story, pictures: dict[str, HashedImage], live: bool) -> str:
-    return story_html(story, Shots(story.image_ids(), pictures.__getitem__, LIVE_SIDES), live=live)
+def _story_html(story: StoryView, images: dict[str, HashedImage], live: bool) -> str:
+    return render_story(story, PageImages(story.image_ids(), images.__getitem__, LIVE_SIDES), live=live)
 
 
-def _gradio() -> Any:
-    """Gradio, told to report nothing.  Raises UserError if it is not installed."""
+def _import_gradio() -> Any:
+    """Gradio, without its reports to others.  Raises UserError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio

@@ -1,4 +1,4 @@
-"""The four replaceable parts of the loop, as Protocols, and the plain data that passes between them."""
+"""The replaceable parts of the loop, as Protocols, and the plain data that passes between them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +36,11 @@ class HashedImage:
         rgb = image.convert("RGB")
         return cls(rgb, content_hash(rgb))
 
+    @classmethod
+    def white(cls, width: int, height: int) -> "HashedImage":
+        """A white image of that size in pixels."""
+        return cls.from_pil(Image.new("RGB", (width, height), "white"))
+
 
 Message = tuple[str | HashedImage, ...]
 """One user turn: texts and images in the order in which the model reads them."""
@@ -55,20 +60,24 @@ class Reply:
     token_probabilities: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
-class ChatModel(Protocol):
-    """A vision-language model that answers one user turn.  Raises BackendError."""
+class Component(Protocol):
+    """What all replaceable parts have."""
 
     @property
     def id(self) -> str:
         """Name and settings that answers depend on."""
         ...
 
-    async def chat(self, message: Message, seed: int) -> Reply:
-        """The answer; equal messages and seeds give equal answers where the model allows it."""
-        ...
-
     async def close(self) -> None:
         """Release connections and memory."""
+        ...
+
+
+class ChatModel(Component, Protocol):
+    """A vision-language model that answers one user turn.  Raises BackendError."""
+
+    async def chat(self, message: Message, seed: int) -> Reply:
+        """The answer; equal messages and seeds give equal answers where the model allows it."""
         ...
 
 
@@ -81,13 +90,8 @@ class GenerationRequest:
     seed: int
 
 
-class Generator(Protocol):
+class Generator(Component, Protocol):
     """Generates images.  Equal requests give equal images where the model allows it.  Raises BackendError."""
-
-    @property
-    def id(self) -> str:
-        """The model's name."""
-        ...
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -101,10 +105,6 @@ class Generator(Protocol):
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image."""
-        ...
-
-    async def close(self) -> None:
-        """Release connections and memory."""
         ...
 
 
@@ -126,15 +126,10 @@ class PlannerAnswer:
     template_hash: str = ""
 
 
-class Planner(Protocol):
+class Planner(Component, Protocol):
     """Writes the steps.  Returns whether its answer can be read or not; raises BackendError if the model failed."""
 
-    @property
-    def id(self) -> str: ...
-
     async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -163,23 +158,30 @@ class CriticAnswer:
     success_probability: float | None = None
 
 
-class Critic(Protocol):
+class Critic(Component, Protocol):
     """Judges one attempt.  Returns whether its answer can be read or not; raises BackendError if the model failed."""
-
-    @property
-    def id(self) -> str: ...
 
     async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer: ...
 
-    async def close(self) -> None: ...
 
-
-class Judge(Protocol):
+class Judge(Component, Protocol):
     """Scores an image for training, evaluation and best-of selection.  Raises BackendError."""
-
-    @property
-    def id(self) -> str: ...
 
     async def score(self, shown: CriticInput) -> Scores: ...
 
-    async def close(self) -> None: ...
+
+@dataclass(frozen=True)
+class Components:
+    """The parts that the loop joins.  Without a planner the request is the only prompt, without a critic no image is
+    judged."""
+
+    planner: Planner | None
+    critic: Critic | None
+    generator: Generator
+    judge: Judge | None = None
+
+    async def close(self) -> None:
+        """Release all of them."""
+        for part in (self.planner, self.critic, self.generator, self.judge):
+            if part is not None:
+                await part.close()

@@ -1,9 +1,9 @@
-"""What a run of the loop leaves behind: requests, plans, attempts, verdicts and trajectories, as plain data.
+"""What a run of the loop records, as plain data: each record is one JSON object, all optional fields written out.
 
-Images are named by the hash of their pixels (`imgen_common.images.content_hash`); their files lie in a
-`ImageStore`.  Every record is one JSON object on one line, all optional fields written out.
+Images are named by the hash of their pixels (`imgen_common.images.content_hash`); their files lie in an `ImageStore`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -41,10 +41,7 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asks for: words, and the images given with them (`image_ids`, in their order).
-
-    category: of a file's own choosing, for statistics only.
-    """
+    """What the user asks for: words, and the images given with them.  category: for statistics only."""
 
     id: str = Field(min_length=1)
     text: str
@@ -110,12 +107,17 @@ class Verdict(Record):
 
 
 class Scores(Record):
-    """A judge's two numbers, each in [0, 10], larger better: semantics `sc`, perceptual quality `pq`."""
+    """A judge's two numbers, each in [0, 10], larger better: semantics and perceptual quality."""
 
     semantics: float = Field(ge=0, le=10)
     quality: float = Field(ge=0, le=10)
     judge_id: str
     num_samples: int = Field(default=1, ge=1)
+
+    @property
+    def overall(self) -> float:
+        """sqrt(semantics * quality), in [0, 10]."""
+        return math.sqrt(self.semantics * self.quality)
 
 
 class GeneratorInfo(Record):
@@ -126,7 +128,7 @@ class GeneratorInfo(Record):
 
 
 class Attempt(Record):
-    """One generation of one step and what the critic said of it.
+    """One generation for one step, and the critic's verdict on it.
 
     `step` and `attempt` count from 1.  `source_ids` are the images the generator was given (none for text to image),
     `before_id` the one the critic compared with.  Times in seconds.  `success_probability`: how much of the critic's

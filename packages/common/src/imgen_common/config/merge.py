@@ -25,7 +25,9 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     tree: Any = {}
     for path, content in (layer for file in files for layer in _layers(file)):
         tree = merge.apply(cls, tree, content, (), str(path))
-    for keys, value, source in sorted(map(_parse_set, sets), key=_shallow_first):
+    # a value comes before what lies inside it, and `kind` before its neighbors
+    given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
+    for keys, value, source in given:
         for key in reversed(keys):
             value = {key: value}
         tree = merge.apply(cls, tree, value, (), source)
@@ -48,9 +50,6 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, di
     yield path, content
 
 
-# --- merging ---------------------------------------------------------------------------------------------------------
-
-
 def _parse_set(text: str) -> tuple[Keys, Any, str]:
     dotted, equals, value = text.partition("=")
     keys = tuple(dotted.strip().split("."))
@@ -58,12 +57,6 @@ def _parse_set(text: str) -> tuple[Keys, Any, str]:
     if not equals or not all(keys):
         raise UserError(f"{source}: write --set key=value or --set section.key=value")
     return keys, parse_yaml(value, source), source
-
-
-def _shallow_first(item: tuple[Keys, Any, str]) -> tuple[int, bool]:
-    """Order in which a value comes before what lies inside it, and `kind` before its neighbours."""
-    keys = item[0]
-    return len(keys), keys[-1] not in ("kind", PRESET)
 
 
 @dataclass
@@ -83,7 +76,8 @@ class _Merge:
             return self._apply_items(annotation, old, new, keys, source)
         if isinstance(new, dict):
             before = old if isinstance(old, dict) else {}
-            if not before or ("kind" in new and not (self._given(keys) and new["kind"] == before.get("kind"))):
+            was_given = any(known[: len(keys)] == keys[: len(known)] for known in self.origins)  # or a preset around it
+            if not before or ("kind" in new and not (was_given and new["kind"] == before.get("kind"))):
                 self._forget(keys)
                 before = {}
             return self._apply_mapping(annotation, before, new, keys, source)
@@ -128,10 +122,6 @@ class _Merge:
             raise UserError(f"{label(source, keys)}: unknown {keys[-1] if keys else PRESET} {name!r}{known}")
         rest = {} if isinstance(new, str) else {key: value for key, value in new.items() if key != PRESET}
         return presets[name].model_dump(mode="json"), rest
-
-    def _given(self, keys: Keys) -> bool:
-        """Whether an earlier layer gave the value at `keys` or something inside it, or a preset of which it comes."""
-        return any(known[: len(keys)] == keys[: len(known)] for known in self.origins)
 
     def _forget(self, keys: Keys) -> None:
         for known in [known for known in self.origins if known[: len(keys)] == keys]:

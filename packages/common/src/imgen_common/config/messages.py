@@ -9,8 +9,6 @@ from pydantic import ValidationError
 from imgen_common.config.schema import Config, Keys, class_of_mapping, config_classes, kinds_of, type_under
 from imgen_common.errors import nearest
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
 
 def describe_errors(cls: type[Config], tree: Any, origins: Mapping[Keys, str], error: ValidationError) -> str:
     """One line for the first mistake (unknown keys before others), with the number of the rest."""

@@ -2,19 +2,15 @@
 
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from imgen_common.config.schema import Config, Presets, config_classes, has_plain_default, item_type, kinds_of
-
-# --- documentation ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,10 @@ def _rows(model: type[Config], prefix: str, value: Config | None) -> Iterator[Fi
     for name, found in model.model_fields.items():
         if name == "kind" and prefix.endswith(")."):
             continue
-        default = values.get(name, _field_default(found))
+        own = found.get_default(call_default_factory=True) if has_plain_default(found) else PydanticUndefined
+        default = values.get(name, own)
         path = f"{prefix}{name}"
-        kind = _type_text(found.annotation) + bounds_text(found.metadata)
+        kind = _type_text(found.annotation) + _bounds_text(found.metadata)
         named = next((mark.values for mark in found.metadata if isinstance(mark, Presets)), {})
         yield FieldRow(path, kind, _default_text(default, named), " ".join((found.description or "").split()))
         inner, suffix = config_classes(found.annotation), ""
@@ -52,11 +49,7 @@ def _rows(model: type[Config], prefix: str, value: Config | None) -> Iterator[Fi
                 yield from _rows(child, f"{path}{suffix}{mark}.", default if isinstance(default, child) else None)
 
 
-def _field_default(found: FieldInfo) -> Any:
-    return found.get_default(call_default_factory=True) if has_plain_default(found) else PydanticUndefined
-
-
-def _default_text(value: object, named: Mapping[str, Config] = MappingProxyType({})) -> str:
+def _default_text(value: object, named: Mapping[str, Config] = {}) -> str:
     if value is PydanticUndefined:
         return "required"
     if isinstance(value, Config):
@@ -72,7 +65,7 @@ def _default_text(value: object, named: Mapping[str, Config] = MappingProxyType(
 def _type_text(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        return _type_text(arguments[0]) + bounds_text(arguments[1:])
+        return _type_text(arguments[0]) + _bounds_text(arguments[1:])
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_type_text, arguments))
     if origin is Literal:
@@ -89,12 +82,6 @@ def _type_text(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
-def bounds_text(metadata: Iterable[object]) -> str:
-    signs: dict[type, tuple[str, Callable[[Any], Any]]] = {
-        Ge: (">=", lambda bound: bound.ge),
-        Gt: (">", lambda bound: bound.gt),
-        Le: ("<=", lambda bound: bound.le),
-        Lt: ("<", lambda bound: bound.lt),
-    }
-    found = [(signs[type(item)], item) for item in metadata if type(item) in signs]
-    return "".join(f" {sign} {read(item)}" for (sign, read), item in found)
+def _bounds_text(metadata: Iterable[object]) -> str:
+    signs: dict[type, str] = {Ge: ">= {0.ge}", Gt: "> {0.gt}", Le: "<= {0.le}", Lt: "< {0.lt}"}
+    return "".join(f" {signs[type(item)].format(item)}" for item in metadata if type(item) in signs)

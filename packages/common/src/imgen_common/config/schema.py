@@ -35,9 +35,6 @@ class Presets:
     values: Mapping[str, Config]
 
 
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
 def union_members(annotation: Any) -> list[Any]:
     """The members of a union, without `Annotated` and aliases."""
     origin = typing.get_origin(annotation)
@@ -86,8 +83,7 @@ def type_under(annotation: Any, node: object, key: str) -> Any:
     """The type of the value under `key` of `node`."""
     if not config_classes(annotation):
         return item_type(annotation)
-    model = class_of_mapping(annotation, node)
-    found = model.model_fields.get(key) if model else None
+    found = _field(annotation, node, key)
     if found is None:
         return Any
     named = [mark for mark in found.metadata if isinstance(mark, Presets)]
@@ -96,20 +92,24 @@ def type_under(annotation: Any, node: object, key: str) -> Any:
 
 def default_under(annotation: Any, node: object, key: str) -> Any:
     """The default under `key` of `node` as plain data; None where there is none to merge with."""
-    model = class_of_mapping(annotation, node)
-    found = model.model_fields.get(key) if model else None
-    return plain_data(found.get_default(call_default_factory=True)) if found and has_plain_default(found) else None
+    found = _field(annotation, node, key)
+    return _plain_data(found.get_default(call_default_factory=True)) if found and has_plain_default(found) else None
 
 
 def has_plain_default(found: FieldInfo) -> bool:
     return not found.is_required() and not found.default_factory_takes_validated_data
 
 
-def plain_data(value: object) -> Any:
+def _field(annotation: Any, node: object, key: str) -> FieldInfo | None:
+    model = class_of_mapping(annotation, node)
+    return model.model_fields.get(key) if model else None
+
+
+def _plain_data(value: object) -> Any:
     if isinstance(value, Config):
         return value.model_dump(mode="json")
     if isinstance(value, list | tuple):
-        return [plain_data(item) for item in value]
+        return [_plain_data(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): plain_data(item) for key, item in value.items()}
+        return {str(key): _plain_data(item) for key, item in value.items()}
     return value

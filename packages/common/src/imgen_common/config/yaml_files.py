@@ -20,16 +20,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a mapping of keys to values, got a {yaml_type(content)}")
+        kind = {list: "list", str: "string", bool: "truth value"}.get(type(content), "number")
+        raise UserError(f"{path}: must be a mapping of keys to values, got a {kind}")
     return content
 
 
 def to_yaml(config: Config) -> str:
-    """`config` with every value spelt out; `load` reads it back to an equal value."""
+    """`config` with every value spelled out; `load` reads it back to an equal value."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
-
-# --- YAML ------------------------------------------------------------------------------------------------------------
 
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 CORE_RULES = (
@@ -43,9 +42,6 @@ CORE_RULES = (
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML by the 1.2 core rules; a key given twice is an error, and so is a value that holds itself."""
-
-    def construct_core_int(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
 
     def construct_core_map(self, node: yaml.MappingNode) -> dict[str, Any]:
         seen: set[str] = set()
@@ -74,7 +70,7 @@ for _name, _pattern, _first in CORE_RULES:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, _first)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _whole, _first)
 _Dumper.add_representer(str, _Dumper.represent_text)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_core_int)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_core_map)
 
 
@@ -87,8 +83,3 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from None
-
-
-def yaml_type(value: object) -> str:
-    names = {dict: "mapping", list: "list", str: "string", bool: "truth value", int: "number", float: "number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)

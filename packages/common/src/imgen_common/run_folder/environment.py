@@ -6,20 +6,13 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 PACKAGES = (
     *("imgen-common", "flowbp", "interleave"),
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "trl", "deepspeed"),
     *("datasets", "huggingface-hub", "numpy", "pillow", "pydantic", "safetensors", "tokenizers"),
 )
-
-
-# --- environment -----------------------------------------------------------------------------------------------------
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:

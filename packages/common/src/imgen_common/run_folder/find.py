@@ -2,13 +2,8 @@
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from imgen_common.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIG, ENVIRONMENT, METRICS, LOCK = "config.yaml", "environment.json", "metrics.jsonl", ".lock"
 
@@ -39,12 +34,12 @@ def free_path(root: Path, name: str | None, otherwise: str) -> Path:
     Raises UserError for a name that is taken, or no plain folder name.
     """
     plain = otherwise if name is None else name
-    if not plain or plain in (".", "..") or Path(plain).name != plain:
+    path = root / plain
+    if plain in ("", ".", "..") or path.name != plain:
         raise UserError(f"name {plain!r}: must be the plain name of a folder; where it goes is --runs")
-    if name is not None:
-        if (root / name / CONFIG).exists():
-            path = root / name
-            raise UserError(f"{path}: holds a run already; go on with --resume {path} or choose another name")
-        return root / name
-    names = (plain if number == 1 else f"{plain}-{number}" for number in itertools.count(1))
-    return next(root / free for free in names if not (root / free).exists())
+    if name is not None and (path / CONFIG).exists():
+        raise UserError(f"{path}: holds a run already; go on with --resume {path} or choose another name")
+    if name is not None or not path.exists():
+        return path
+    numbered = (root / f"{plain}-{number}" for number in itertools.count(2))
+    return next(free for free in numbered if not free.exists())

@@ -1,8 +1,8 @@
 """Run folders: what was asked, on what it ran, what it measured, and checkpoints that survive a kill at any instant.
 
     config.yaml        the resolved configuration        environment.json   versions, device, git revision, command
-    metrics.jsonl      one JSON object a line            tensorboard/       the same numbers and the pictures
-    samples/           pictures that were logged         checkpoints/step-000123/{GROUP.safetensors, state.json}
+    metrics.jsonl      one JSON object a line            tensorboard/       the same numbers and the images
+    samples/           images that were logged           checkpoints/step-000123/{GROUP.safetensors, state.json}
 
 Only the main process writes; on every other process the writing methods do nothing, so that the caller's loop is the
 same everywhere.  A lock, released by the system when its process ends, keeps a second writer out.
@@ -13,69 +13,60 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import is_disk_full, lock, sync, write_atomic
-from imgen_common.run_folder.checkpoints import (
-    STEP,
-    Checkpoint,
-    Tensors,
-    refuse_full_disk,
-    save_group,
-    step_name,
-)
+from imgen_common.files import is_disk_full, lock, sync, write_atomic, writing
 from imgen_common.run_folder.environment import environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
-
 
 C = TypeVar("C", bound=Config)
 Tracker = Literal["wandb", "trackio"]
+Tensors = Mapping[str, Mapping[str, "Tensor"]]
+STEP = re.compile(r"step-(\d+)")
+SPARE_BYTES = 16 * 2**20
+
+
+class Checkpoint(NamedTuple):
+    """What `RunFolder.save_checkpoint` was given, read back (tensors on the CPU)."""
+
+    step: int
+    tensors: dict[str, dict[str, "Tensor"]]
+    state: dict[str, Any]
 
 
 class RunFolder:
     """One run on disk.  Made by `create` or `open`; close it, or use it in a `with` statement."""
 
-    def __init__(self, path: Path, is_main: bool, lock: int | None) -> None:
-        self.path = path
-        self.is_main = is_main
-        self._lock = lock
+    def __init__(self, path: Path, is_main: bool, lock: int | None = None) -> None:
+        self.path, self.is_main, self._lock = path, is_main, lock
         self._purge_step: int | None = None
         self._writer: SummaryWriter | None = None
         self._trackers: list[Any] = []
 
     @classmethod
     def create(
-        cls,
-        path: Path,
-        config: Config,
-        command: Sequence[str],
-        *,
-        is_main: bool = True,
-        trackers: Sequence[Tracker] = (),
+        cls, path: Path, config: Config, command: Sequence[str], *, trackers: Sequence[Tracker] = ()
     ) -> "RunFolder":
         """Start a run in a new or empty folder.
 
         command: the command line, recorded as given.  trackers: where else numbers go ("wandb", "trackio").
         Raises UserError if the folder holds anything, is in use, or a tracker is not installed.
         """
-        if not is_main:
-            return cls(path, is_main=False, lock=None)
         _refuse_used(path)
         modules = [_tracker_module(name) for name in trackers]
-        try:
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: cannot make the run folder ({error.strerror}); choose another name") from None
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
             _refuse_used(path)
@@ -109,7 +100,7 @@ class RunFolder:
         if config is not None:
             _refuse_other_config(path, config, may_differ)
         if not is_main:
-            return cls(path, is_main=False, lock=None)
+            return cls(path, is_main=False)
         modules = [_tracker_module(name) for name in trackers]
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
@@ -125,9 +116,7 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -170,16 +159,16 @@ class RunFolder:
         for tracker in self._trackers:
             tracker.log(values, step=step)
 
-    def log_image(self, step: int, name: str, picture: "Image.Image") -> None:
-        """Keep an RGB picture as samples/NAME-000123.png and show it in TensorBoard."""
+    def log_image(self, step: int, name: str, image: "Image.Image") -> None:
+        """Keep an image as samples/NAME-000123.png and show it in TensorBoard."""
         if not self.is_main:
             return
         import numpy as np
 
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        picture.save(folder / f"{name}-{step:06d}.png")
-        self._tensorboard().add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        image.save(folder / f"{name}-{step:06d}.png")
+        self._tensorboard().add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl in order; a line torn by a kill is left out."""
@@ -211,8 +200,8 @@ class RunFolder:
         return self._writer
 
     def _start_trackers(self, modules: Sequence[Any], config: Config | None) -> None:
+        values = config.model_dump(mode="json") if config is not None else None
         for module in modules:
-            values = config.model_dump(mode="json") if config is not None else None
             module.init(project=self.path.parent.name or "runs", name=self.path.name, config=values, resume="allow")
             self._trackers.append(module)
 
@@ -230,20 +219,26 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         text = json.dumps({"step": step, "groups": sorted(tensors), "state": state})
         needed = len(text) + sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        refuse_full_disk(folder, needed)
-        fresh = folder / f".new-{step_name(step)}"
+        _refuse_full_disk(folder, needed)
+        fresh = folder / f".new-step-{step:06d}"
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             fresh.mkdir()
             for name, group in tensors.items():
-                save_group(fresh / f"{name}.safetensors", group)
+                _save_group(fresh / f"{name}.safetensors", group)
             write_atomic(fresh / "state.json", text)
         except Exception as error:
             shutil.rmtree(fresh, ignore_errors=True)
             if is_disk_full(error):
-                refuse_full_disk(folder, needed, surely=True)
+                _refuse_full_disk(folder, needed, surely=True)
             raise
-        self._put(fresh, folder / step_name(step))
+        # what is there is set aside first; `_mend_checkpoints` finishes this after a kill
+        final, aside = folder / f"step-{step:06d}", folder / f".old-step-{step:06d}"
+        if final.exists():
+            final.rename(aside)
+        fresh.rename(final)
+        sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def checkpoints(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
@@ -263,7 +258,7 @@ class RunFolder:
         if step not in self.checkpoints():
             known = ", ".join(map(str, self.checkpoints())) or "none"
             raise UserError(f"{self.path}: no checkpoint of step {step}; there are: {known}")
-        folder = self.path / "checkpoints" / step_name(step)
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
         try:
             saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved["groups"]}
@@ -278,22 +273,10 @@ class RunFolder:
         if not self.is_main:
             return
         for step in set(self.checkpoints()[:-last]) - set(keep):
-            self._remove(self.path / "checkpoints" / step_name(step))
-
-    def _put(self, fresh: Path, final: Path) -> None:
-        """Rename `fresh` to `final`, setting aside what is there; `_mend_checkpoints` finishes it after a kill."""
-        aside = final.with_name(f".old-{final.name}")
-        if final.exists():
-            final.rename(aside)
-        fresh.rename(final)
-        sync(final.parent)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _remove(self, folder: Path) -> None:
-        """Rename before removing, so that a kill leaves no torn checkpoint."""
-        gone = folder.with_name(f".gone-{folder.name}")
-        folder.rename(gone)
-        shutil.rmtree(gone)
+            # renamed before it is removed, so that a kill leaves no torn checkpoint
+            folder = self.path / "checkpoints" / f"step-{step:06d}"
+            gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
+            shutil.rmtree(gone)
 
     def _mend_checkpoints(self) -> None:
         """Finish or undo what a killed process left."""
@@ -316,6 +299,30 @@ def _tracker_module(name: Tracker) -> Any:
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
+    free = shutil.disk_usage(folder).free
+    if surely or free < needed + SPARE_BYTES:
+        raise UserError(
+            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed, {free} free; "
+            "make room and go on with --resume; earlier checkpoints are untouched"
+        )
+
+
+def _save_group(path: Path, group: Mapping[str, "Tensor"]) -> None:
+    """One safetensors file; tensors that share memory (tied weights, views) are stored each in full."""
+    from safetensors.torch import save_file
+
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in group.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    save_file(plain, path)
+    sync(path)
 
 
 def _refuse_used(path: Path) -> None:
@@ -359,16 +366,12 @@ def _leaves(node: object, prefix: str = "") -> dict[str, Any]:
 
 def _acquire(path: Path) -> int:
     """An open file that holds the folder's lock; the system gives the lock back when the process ends, even killed."""
-    try:
+    with writing(path):
         file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     if not lock(file):
         owner = os.read(file, 32).decode(errors="replace").strip() or "unknown"
         os.close(file)
-        raise UserError(
-            f"{path}: in use by another process (pid {owner}); wait for it to end or choose another name"
-        ) from None
+        raise UserError(f"{path}: in use by another process (pid {owner}); wait for it to end or choose another name")
     os.truncate(file, 0)
     os.write(file, f"{os.getpid()}\n".encode())
     return file

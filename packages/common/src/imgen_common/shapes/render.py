@@ -1,4 +1,4 @@
-"""Pictures from scenes."""
+"""Images from scenes."""
 
 import math
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ def coverage(shape: str, x: float, y: float, radius: float | NDArray[np.float32]
 AREA = {"circle": math.pi, "square": 4 * 0.88**2, "triangle": 1.85**2 / 2, "cross": 4 * 2 * 0.36 - 4 * 0.36**2}
 """Area of a shape of radius 1."""
 CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.85 - 1.85 / 3, "cross": 0.0}
-"""How far below a shape's centre its centre of mass lies, in radii."""
+"""How far below a shape's center its center of mass lies, in radii."""
 
 
 def render(scene: Scene) -> NDArray[np.float32]:
-    """The picture of a scene, shape (3, SIZE, SIZE), RGB in [0, 1]."""
+    """The image of a scene, shape (3, SIZE, SIZE), RGB in [0, 1]."""
     image = np.full((3, SIZE, SIZE), scene.background, np.float32)
     for placed in scene.placed:
         alpha = coverage(placed.thing.shape, placed.x, placed.y, placed.radius)
@@ -48,5 +48,5 @@ def render(scene: Scene) -> NDArray[np.float32]:
 
 
 def draw(specs: Sequence[Spec], rng: np.random.Generator) -> NDArray[np.float32]:
-    """One random true picture for each caption, shape (n, 3, SIZE, SIZE), RGB in [0, 1]."""
+    """One random true image for each caption, shape (n, 3, SIZE, SIZE), RGB in [0, 1]."""
     return np.stack([render(compose(spec, rng)) for spec in specs])

@@ -1,17 +1,17 @@
-"""What a picture shows (`Scene`) and what a caption states (`Spec`): sampling, captions, hard negatives, splits."""
+"""What an image shows (`Scene`) and what a caption states (`Spec`): sampling, captions, splits."""
 
 import hashlib
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
 
 SIZE = 32
-"""Side of a picture in pixels."""
+"""Side of an image in pixels."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.88, 0.16, 0.16),
@@ -80,7 +80,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing in the picture: centre (x right, y down) and radius in pixels; `rgb` is its own shade."""
+    """A thing in the image: center (x right, y down) and radius in pixels; `rgb` is its own shade."""
 
     thing: Thing
     x: float
@@ -91,7 +91,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to render a picture exactly: background grey in [0, 1] and the placed things."""
+    """Everything needed to render an image exactly: background gray in [0, 1] and the placed things."""
 
     background: float
     placed: tuple[Placed, ...]
@@ -131,14 +131,9 @@ def _digest(key: tuple[Thing, ...]) -> bytes:
 @cache
 def _kinds() -> tuple[tuple[tuple[Thing, ...], ...], ...]:
     ordered = sorted(ALL_THINGS)
-    pairs = itertools.combinations(ordered, 2)
-    kinds: list[list[tuple[Thing, ...]]] = [
-        [(t,) for t in ordered],
-        [(t, t) for t in ordered],
-        [(t, t, t) for t in ordered],
-        [p for p in pairs if pair_category(*p) == "two"],
-        [p for p in itertools.combinations(ordered, 2) if pair_category(*p) == "binding"],
-    ]
+    pairs = list(itertools.combinations(ordered, 2))
+    kinds: list[list[tuple[Thing, ...]]] = [[(t,) * number for t in ordered] for number in (1, 2, 3)]
+    kinds += [[p for p in pairs if pair_category(*p) == category] for category in ("two", "binding")]
     return tuple(tuple(sorted(kind, key=_digest)) for kind in kinds)
 
 
@@ -206,9 +201,9 @@ def _captions() -> dict[str, Spec]:
 
 
 def position_holds(position: str, x: float, y: float, margin: float = 1.0) -> bool:
-    """Whether the point (pixels) lies on the stated side of the picture's centre, by at least `margin` pixels."""
-    centre = (SIZE - 1) / 2
-    return {"left": centre - x, "right": x - centre, "top": centre - y, "bottom": y - centre}[position] > margin
+    """Whether the point (pixels) lies on the stated side of the image's center, by at least `margin` pixels."""
+    center = (SIZE - 1) / 2
+    return {"left": center - x, "right": x - center, "top": center - y, "bottom": y - center}[position] > margin
 
 
 def relation_holds(relation: str, a: tuple[float, float], b: tuple[float, float], margin: float = 1.5) -> bool:
@@ -224,20 +219,15 @@ def shade(colour: str, rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def place(thing: Thing, crowd: int, rng: np.random.Generator) -> Placed:
-    """A thing somewhere in the picture, wholly inside; smaller in a crowd of three."""
+    """A thing somewhere in the image, wholly inside; smaller in a crowd of three."""
     radius = float(rng.uniform(4.2, 6.0) if crowd < 3 else rng.uniform(4.0, 5.0))
     x, y = rng.uniform(radius + 1, SIZE - 2 - radius, 2)
     return Placed(thing, float(x), float(y), radius, shade(thing.colour, rng))
 
 
-def apart(a: Placed, b: Placed) -> bool:
-    """Whether two placed things keep a visible gap."""
-    return math.hypot(a.x - b.x, a.y - b.y) >= (a.radius + b.radius) * 1.25 + 1.5
-
-
-def fits(candidate: Placed, others: Sequence[Placed]) -> bool:
-    """Whether a placed thing keeps its distance from all others."""
-    return all(apart(candidate, other) for other in others)
+def fits(a: Placed, others: Sequence[Placed]) -> bool:
+    """Whether a placed thing keeps a visible gap to all others."""
+    return all(math.hypot(a.x - b.x, a.y - b.y) >= (a.radius + b.radius) * 1.25 + 1.5 for b in others)
 
 
 def compose(spec: Spec, rng: np.random.Generator) -> Scene:
@@ -257,74 +247,3 @@ def compose(spec: Spec, rng: np.random.Generator) -> Scene:
         if spec.category == "relation" and not relation_holds(spec.place, (a.x, a.y), (placed[1].x, placed[1].y), 7.0):
             continue
         return Scene(float(rng.uniform(0.05, 0.25)), tuple(placed))
-
-
-def _other(options: Sequence[str], not_this: str, rng: np.random.Generator) -> str:
-    rest = [o for o in options if o != not_this]
-    return rest[rng.integers(len(rest))]
-
-
-def _retag(things: tuple[Thing, ...], category: Category, place: str) -> Spec:
-    if category in ("two", "binding"):
-        category = pair_category(*things)
-    return Spec(category, things, place)
-
-
-def hard_negative(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A caption that differs minimally and is false of every scene of `spec`.
-
-    Changes one colour or shape, swaps the attributes of two things, turns a relation or position round, or changes
-    the number.
-    """
-    while True:
-        candidate = _mutate(spec, rng)
-        pair_clash = candidate.category in ("two", "relation", "binding") and len(set(candidate.things)) < 2
-        if not pair_clash and not _implies(spec, candidate):
-            return candidate
-
-
-def turned(spec: Spec) -> Spec:
-    """The same things with their position or relation turned round."""
-    return replace(spec, place=(OPPOSITE | OPPOSITE_POSITION)[spec.place])
-
-
-def _mutate(spec: Spec, rng: np.random.Generator) -> Spec:
-    things = list(spec.things)
-    moves = ["colour", "shape", "number"]
-    moves += {
-        "binding": ["swap"] * 3,
-        "relation": ["swap", "turn", "turn"],
-        "position": ["turn"] * 2,
-        "count": ["number"],
-    }.get(spec.category, [])
-    move = moves[rng.integers(len(moves))]
-    if move in ("colour", "shape"):
-        i = int(rng.integers(len(things)))
-        old = things[i]
-        new = (
-            replace(old, colour=_other(list(COLOURS), old.colour, rng))
-            if move == "colour"
-            else replace(old, shape=_other(SHAPES, old.shape, rng))
-        )
-        things = [new] * len(things) if spec.category == "count" else [*things[:i], new, *things[i + 1 :]]
-    elif move == "swap":
-        a, b = things
-        things = [Thing(b.colour, a.shape), Thing(a.colour, b.shape)]
-    elif move == "turn":
-        return turned(spec)
-    elif spec.category == "count":
-        number = int(_other(["1", "2", "3"], str(len(things)), rng))
-        return Spec("count" if number > 1 else "single", (things[0],) * number)
-    elif len(things) == 1:
-        return Spec("count", (things[0],) * int(rng.integers(2, 4)))
-    else:
-        return Spec("single", (things[int(rng.integers(2))],))
-    return _retag(tuple(things), spec.category, spec.place)
-
-
-def _implies(truth: Spec, claim: Spec) -> bool:
-    """Whether some scene of `truth` also satisfies `claim` (read strictly: exactly these things)."""
-    if sorted(truth.things) != sorted(claim.things):
-        return False
-    turned = claim.category == "relation" and claim.things != truth.things
-    return truth.place == (OPPOSITE[claim.place] if turned else claim.place)

@@ -1,14 +1,15 @@
-"""What a story is made of: drawings and changes of a picture."""
+"""What a story is made of: drawings and changes of an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from imgen_common.shapes.edits import EditKind
-from imgen_common.shapes.scene import (
-    Spec,
-    Thing,
-)
+from imgen_common.shapes.scene import Spec, Thing
 
+EditKind = Literal["add", "recolour", "remove"]
+EDIT_KINDS: tuple[EditKind, ...] = get_args(EditKind)
+MAX_DRIFT = 4.0
+"""How far in pixels a thing that a change does not touch may move before the change counts as wrong."""
 MAX_STEPS = 4
 DIRECTION = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
 """The side on which a relation puts its first thing."""
@@ -18,7 +19,7 @@ DEFAULT_PLACE = "right"
 
 @dataclass(frozen=True)
 class Draw:
-    """The first step of a story: a picture from a caption."""
+    """The first step of a story: an image from a caption."""
 
     spec: Spec
 
@@ -28,7 +29,7 @@ class Draw:
 
     @property
     def after(self) -> tuple[Thing, ...]:
-        """The things that the picture then shows."""
+        """The things that the image then shows."""
         return self.spec.things
 
     @property
@@ -44,7 +45,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Change:
-    """A later step: one edit of a picture of distinct things (`before`).
+    """A later step: one edit of an image of distinct things (`before`).
 
     target: the thing added, or the one recoloured or removed, as it was.  `colour`: the new one of a recolouring.
     `place`: of an addition, a position, or a relation to the thing `anchor`; "" where the request leaves it open.
@@ -73,12 +74,12 @@ class Change:
 
     @property
     def after(self) -> tuple[Thing, ...]:
-        """The things that the picture then shows."""
+        """The things that the image then shows."""
         return self.untouched if self.kind == "remove" else (*self.untouched, self.result)
 
     @property
     def prompt(self) -> str:
-        """The instruction, as the generator knows it (`Edit.instruction`)."""
+        """The instruction, as the generator knows it."""
         if self.kind == "add":
             return f"add a {self.target} {self._clause}"
         name = short_name(self.target, self.before)
@@ -117,5 +118,5 @@ class Story:
 
 
 def short_name(thing: Thing, among: Sequence[Thing]) -> str:
-    """`circle` where the shape is unique in the picture, else `red circle`."""
+    """`circle` where the shape is unique in the image, else `red circle`."""
     return thing.shape if sum(t.shape == thing.shape for t in among) == 1 else str(thing)

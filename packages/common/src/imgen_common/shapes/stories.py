@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from imgen_common.shapes.edits import MAX_DRIFT, EditKind
 from imgen_common.shapes.scene import (
     ALL_THINGS,
     CATEGORIES,
@@ -26,8 +25,8 @@ from imgen_common.shapes.scene import (
     specs,
     split_of,
 )
-from imgen_common.shapes.steps import DIRECTION, Change, Draw, Step, Story
-from imgen_common.shapes.verify import Detection, detect, judge
+from imgen_common.shapes.steps import DIRECTION, MAX_DRIFT, Change, Draw, EditKind, Step, Story
+from imgen_common.shapes.verify import Detection, caption_holds, detect
 from imgen_common.shapes.wording import tell
 
 # --- reading prompts -------------------------------------------------------------------------------------------------
@@ -43,7 +42,7 @@ _REMOVE = re.compile(rf"remove the {_NAME}")
 def read_prompt(prompt: str, before: Sequence[Thing] | None) -> Step | None:
     """The step that a prompt of the generator's language asks for; None where it is not of that language or impossible.
 
-    before: the things in the picture, None where there is no picture yet.  A change needs distinct things and a name
+    before: the things in the image, None where there is no image yet.  A change needs distinct things and a name
     that means exactly one of them.
     """
     prompt = " ".join(prompt.split())
@@ -112,13 +111,13 @@ def plan_is_correct(prompts: Sequence[str], story: Story) -> bool:
 
 
 def step_holds(before: Sequence[Detection] | None, found: Sequence[Detection], step: Step) -> bool:
-    """Whether what was read in a picture is the step's result, given what was read in the picture before it.
+    """Whether what was read in an image is the step's result, given what was read in the image before it.
 
-    A caption is judged by `verify.judge`.  A change: exactly the expected things; the untouched ones, and a recoloured
-    one, within `MAX_DRIFT` pixels of where they were in the picture before; the added thing where its clause says.
+    A change: exactly the expected things; the untouched ones, and a recoloured one, within `MAX_DRIFT` pixels of where
+    they were in the image before; the added thing where its clause says.
     """
     if isinstance(step, Draw):
-        return judge(found, step.spec).ok
+        return caption_holds(found, step.spec)
     if before is None or Counter(d.thing for d in found) != Counter(step.after):
         return False
     was, now = {d.thing: d for d in before}, {d.thing: d for d in found}
@@ -134,23 +133,15 @@ def step_holds(before: Sequence[Detection] | None, found: Sequence[Detection], s
     return relation_holds(step.place, (added.x, added.y), (now[step.anchor].x, now[step.anchor].y))
 
 
-def verify_step(before: Tensor | None, after: Tensor, step: Step) -> bool:
-    """The oracle critic: whether `after` is the step's result.
+def verify_story(images: Tensor, story: Story) -> list[bool]:
+    """Whether each step of the story holds, judged on the image before it; steps without an image do not.
 
-    Pictures (3, 32, 32) in [0, 1] (`imgen_common.images.from_pil`); `before` is the accepted picture, None for `Draw`.
+    images: (n, 3, 32, 32) in [0, 1], the story's images in order; n may be smaller than the number of steps.
+    Raises ValueError if there are more images than steps.
     """
-    return step_holds(None if before is None else detect(before[None])[0], detect(after[None])[0], step)
-
-
-def verify_story(pictures: Tensor, story: Story) -> list[bool]:
-    """Whether each step of the story holds, judged on the picture before it; steps without a picture do not.
-
-    pictures: (n, 3, 32, 32) in [0, 1], the story's pictures in order; n may be smaller than the number of steps.
-    Raises ValueError if there are more pictures than steps.
-    """
-    if len(pictures) > len(story.steps):
-        raise ValueError(f"{len(pictures)} pictures for a story of {len(story.steps)} steps")
-    found = detect(pictures) if len(pictures) else []
+    if len(images) > len(story.steps):
+        raise ValueError(f"{len(images)} images for a story of {len(story.steps)} steps")
+    found = detect(images) if len(images) else []
     befores = [None, *found]
     held = [step_holds(b, f, s) for b, f, s in zip(befores, found, story.steps, strict=False)]
     return held + [False] * (len(story.steps) - len(held))
@@ -162,7 +153,7 @@ def verify_story(pictures: Tensor, story: Story) -> list[bool]:
 def sample_story(
     rng: np.random.Generator, split: Split = "train", num_steps: int | None = None, riddle: bool = False
 ) -> Story:
-    """A story of 1 to `MAX_STEPS` steps; the things of every one of its pictures belong to the split.
+    """A story of 1 to `MAX_STEPS` steps; the things of every one of its images belong to the split.
 
     Riddles put facts that the split owns in the place of colours and shapes (`shape_facts`, `colour_facts`).
     """
@@ -181,7 +172,7 @@ def sample_change(
     taken: frozenset[tuple[Thing, str]] = frozenset(),
     open_share: float = 0.0,
 ) -> Change | None:
-    """A random change of a picture whose result belongs to the split; None where there is none.
+    """A random change of an image whose result belongs to the split; None where there is none.
 
     taken: (thing, side) pairs, so that nothing is asked to stand where there may be no room.
     open_share: how many of the additions leave the place open.

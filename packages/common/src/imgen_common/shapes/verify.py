@@ -1,4 +1,4 @@
-"""A strict reader of pictures: what is in them, and whether a caption or an edit holds."""
+"""A strict reader of images: what is in them, and whether a caption or an edit holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,24 +23,12 @@ MIN_PURITY = 0.7
 
 @dataclass(frozen=True)
 class Detection:
-    """One blob: its thing (`mixed` colour, `blob` shape where unclear), centre in pixels, template overlap."""
+    """One blob: its thing (`mixed` colour, `blob` shape where unclear), center in pixels, template overlap."""
 
     thing: Thing
     x: float
     y: float
     overlap: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a picture is exactly what the caption says, and which parts of it hold."""
-
-    ok: bool
-    number: bool
-    colours: bool
-    shapes: bool
-    things: bool
-    place: bool
 
 
 def _hue_and_saturation(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -58,7 +46,7 @@ _RADIUS_STEPS = np.array([-0.4, -0.2, 0.0, 0.2, 0.4], np.float32)
 
 
 def _label(foreground: Tensor) -> Tensor:
-    """Connected components (8 neighbours) of masks (n, h, w): the largest index of a pixel's component, 0 outside."""
+    """Connected components (8 neighbors) of masks (n, h, w): the largest index of a pixel's component, 0 outside."""
     h, w = foreground.shape[1:]
     mask = foreground.float()[:, None]
     labels = (torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w)) * mask
@@ -70,7 +58,7 @@ def _label(foreground: Tensor) -> Tensor:
 
 
 def _shape_of(saturation: NDArray[np.float32], blob: NDArray[np.bool_]) -> tuple[str, float, float, float]:
-    """Best template of a blob: (shape, overlap, x, y); x and y are the centre of mass in pixels."""
+    """Best template of a blob: (shape, overlap, x, y); x and y are the center of mass in pixels."""
     rim = np.pad(blob, 1)
     near = np.any([rim[1 + i : 1 + i + SIZE, 1 + j : 1 + j + SIZE] for i in (-1, 0, 1) for j in (-1, 0, 1)], axis=0)
     soft = np.clip(saturation * near / max(float(np.percentile(saturation[blob], 75)), 1e-6), 0, 1)
@@ -90,9 +78,9 @@ def _shape_of(saturation: NDArray[np.float32], blob: NDArray[np.bool_]) -> tuple
 
 
 def detect(images: Tensor) -> list[list[Detection]]:
-    """The things in each picture.  images: (n, 3, SIZE, SIZE), RGB in [0, 1]."""
+    """The things in each image.  images: (n, 3, SIZE, SIZE), RGB in [0, 1]."""
     if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"the verifier reads pictures of shape (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
+        raise ValueError(f"the verifier reads images of shape (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
     pixels = images.detach().float().clamp(0, 1).cpu().numpy()
     hue, saturation = _hue_and_saturation(pixels)
     distance = np.abs((hue[..., None] - _COLOUR_HUES + 180) % 360 - 180)
@@ -114,35 +102,26 @@ def _read(labels: NDArray[np.int64], colours: NDArray[np.intp], saturation: NDAr
     return found
 
 
-def judge(found: Sequence[Detection], spec: Spec) -> Verdict:
-    """The strict verdict: exactly the captioned things, nothing else, in the stated place."""
-    want, got = sorted(spec.things), sorted(d.thing for d in found)
-    place = False
-    if got == want:
-        place = True
-        if spec.category == "position":
-            place = position_holds(spec.place, found[0].x, found[0].y)
-        elif spec.category == "relation":
-            a, b = (next(d for d in found if d.thing == t) for t in spec.things)
-            place = relation_holds(spec.place, (a.x, a.y), (b.x, b.y))
-    return Verdict(
-        ok=place,
-        number=len(got) == len(want),
-        colours=sorted(t.colour for t in got) == sorted(t.colour for t in want),
-        shapes=sorted(t.shape for t in got) == sorted(t.shape for t in want),
-        things=got == want,
-        place=place,
-    )
+def caption_holds(found: Sequence[Detection], spec: Spec) -> bool:
+    """Whether exactly the captioned things were found, nothing else, in the stated place."""
+    if sorted(spec.things) != sorted(d.thing for d in found):
+        return False
+    if spec.category == "position":
+        return position_holds(spec.place, found[0].x, found[0].y)
+    if spec.category == "relation":
+        a, b = (next(d for d in found if d.thing == t) for t in spec.things)
+        return relation_holds(spec.place, (a.x, a.y), (b.x, b.y))
+    return True
 
 
-def verify(images: Tensor, specs: Sequence[Spec]) -> list[Verdict]:
-    """One strict verdict for each picture (n, 3, SIZE, SIZE) in [0, 1] and its caption."""
-    return [judge(found, spec) for found, spec in zip(detect(images), specs, strict=True)]
+def verify(images: Tensor, specs: Sequence[Spec]) -> list[bool]:
+    """Whether each image (n, 3, SIZE, SIZE) in [0, 1] is exactly what its caption says."""
+    return [caption_holds(found, spec) for found, spec in zip(detect(images), specs, strict=True)]
 
 
-def accuracy(verdicts: Sequence[Verdict], specs: Sequence[Spec]) -> dict[str, float]:
-    """Share of pictures that hold, overall (`all`) and by category, in [0, 1]."""
-    groups: dict[str, list[bool]] = {"all": [v.ok for v in verdicts]}
-    for verdict, spec in zip(verdicts, specs, strict=True):
-        groups.setdefault(spec.category, []).append(verdict.ok)
-    return {name: sum(oks) / len(oks) for name, oks in groups.items()}
+def accuracy(held: Sequence[bool], specs: Sequence[Spec]) -> dict[str, float]:
+    """Share of images for which `verify` held, overall (`all`) and by category, in [0, 1]."""
+    groups = {"all": list(held)}
+    for one, spec in zip(held, specs, strict=True):
+        groups.setdefault(spec.category, []).append(one)
+    return {name: sum(group) / len(group) for name, group in groups.items()}

@@ -4,15 +4,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from imgen_common.shapes.scene import (
-    NUMBERS,
-    Split,
-    Thing,
-    plural,
-)
+from imgen_common.shapes.scene import NUMBERS, Split, Thing, plural
 from imgen_common.shapes.steps import Change, Draw, Step, short_name
-
-# --- words -----------------------------------------------------------------------------------------------------------
 
 Choose = Callable[[Sequence[str]], str]
 
@@ -104,12 +97,12 @@ def tell(steps: Sequence[Step], choose: Choose, riddles: Split | None = None) ->
     for i, step in enumerate(steps):
         if i:
             parts.append(choose(LAST_LINKS if i == len(steps) - 1 else LINKS))
-        parts.append(_tell_draw(step, choose, riddles) if isinstance(step, Draw) else "")
         if isinstance(step, Draw):
+            parts.append(_tell_draw(step, choose, riddles))
             topic = step.after[0] if len(step.after) == 1 else None
-            continue
-        parts[-1] = _tell_change(step, topic, choose, riddles)
-        topic = None if step.kind == "remove" else step.result
+        else:
+            parts.append(_tell_change(step, topic, choose, riddles))
+            topic = None if step.kind == "remove" else step.result
     opening = choose(OPENINGS)
     if not opening:
         parts[0] = choose((parts[0], parts[0][0].upper() + parts[0][1:]))
@@ -159,7 +152,7 @@ def _tell_draw(step: Draw, choose: Choose, riddles: Split | None) -> str:
 
 
 def _references(thing: Thing, among: Sequence[Thing]) -> list[str]:
-    """How plain words may mean a thing that is in the picture."""
+    """How plain words may mean a thing that is in the image."""
     names = [f"the {short_name(thing, among)}"] * 2 + [f"the {thing}"]
     if sum(t.colour == thing.colour for t in among) == 1:
         names += [f"the {thing.colour} one", f"the {thing.colour} shape"]

@@ -41,9 +41,8 @@ def load(
     from flowbp.backbones import pipelines
 
     folder, family, adapter = _resolve_family(ref, weights=True)
-    return with_embedded_guidance(
-        adapter(pipelines.load_pipeline(family, folder, dtype, device, net_device)), ref, embedded_guidance
-    )
+    backbone = adapter(pipelines.load_pipeline(family, folder, dtype, device, net_device))
+    return with_embedded_guidance(backbone, ref, embedded_guidance)
 
 
 def with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
@@ -63,10 +62,8 @@ def with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: fl
 def init_empty_weights(ref: str) -> "Backbone":
     """The backbone that `ref` names on the meta device, as under accelerate's `init_empty_weights`.
 
-    `encode`, `velocity` and `decode` do not work.
-
-    Gives noise levels, image sizes and layer names at the cost of its JSON files, which are enough.  Raises what
-    `load` raises, but for weights that are missing.
+    It needs the JSON files only, and gives noise levels, image sizes and layer names; `encode`, `velocity` and `decode`
+    do not work.  Raises what `load` raises, but for weights that are missing.
     """
     from flowbp.backbones import pipelines
 

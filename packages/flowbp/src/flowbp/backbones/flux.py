@@ -1,10 +1,9 @@
-"""FLUX.1 (dev, schnell and their kin) over diffusers: distilled guidance as an input, T5 and CLIP text."""
+"""FLUX.1 (dev, schnell) over diffusers: distilled guidance as an input, T5 and CLIP text."""
 
 from collections.abc import Sequence
 
 import torch
-from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ DEFAULT_EMBEDDED_GUIDANCE = 3.5
 class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
-    def __init__(self, pipe: FluxPipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
         self.guidance = DEFAULT_EMBEDDED_GUIDANCE
 
@@ -36,17 +35,9 @@ class Flux(pipelines.PipelineBackbone):
     def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
         """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
         _, height, width = self.latent_shape(size)
-        scheduler = self.pipe.scheduler
-        known = scheduler.config
-        mu = calculate_shift(
-            height * width // 4,
-            known.get("base_image_seq_len", 256),
-            known.get("max_image_seq_len", 4096),
-            known.get("base_shift", 0.5),
-            known.get("max_shift", 1.15),
-        )
-        levels = None if known.get("use_flow_sigmas") else pipelines.linear_levels(steps)
-        return pipelines.noise_levels(scheduler, steps, levels, mu)
+        levels = None if self.pipe.scheduler.config.get("use_flow_sigmas") else pipelines.linear_levels(steps)
+        mu = pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
+        return pipelines.noise_levels(self.pipe.scheduler, steps, levels, mu)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
@@ -65,8 +56,3 @@ class Flux(pipelines.PipelineBackbone):
                 return_dict=False,
             )[0]
         return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
-
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Images in [0, 1], differentiable (but for the clamp)."""
-        vae = self.pipe.vae
-        return pipelines.decode(vae, x / vae.config.scaling_factor + vae.config.shift_factor)

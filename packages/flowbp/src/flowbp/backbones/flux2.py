@@ -25,12 +25,8 @@ class Flux2(pipelines.PipelineBackbone):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens 3*width"}: hidden states of three depths, padded to `max_tokens`."""
-        text, _ = self.pipe.encode_prompt(
-            list(prompts),
-            max_sequence_length=self.max_tokens,
-            text_encoder_out_layers=self.text_layers,
-        )
-        return {"text": text}
+        given = {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.text_layers}
+        return {"text": self.pipe.encode_prompt(list(prompts), **given)[0]}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""

@@ -11,12 +11,9 @@ KNOWN_LICENSES = (
     (r"openai/clip-.*", "MIT"),
     (r"builtin:shapes/.*", "Apache-2.0"),
 )
-UNKNOWN = "not known; see the model's own page"
 
 
 def license_of(ref: str) -> str:
     """The license of a model reference, whatever the revision, or a text that says that it is not known."""
-    name = ref.split("@")[0]
-    return next(
-        (known for form, known in KNOWN_LICENSES if re.fullmatch(form, name)), "not known; see the model's own page"
-    )
+    known = [license for form, license in KNOWN_LICENSES if re.fullmatch(form, ref.split("@")[0])]
+    return known[0] if known else "not known; see the model's own page"

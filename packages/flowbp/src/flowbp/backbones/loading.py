@@ -1,31 +1,30 @@
-"""A generator from a configuration, and the trained weights of a run in it."""
+"""A generator from a configuration, what of it is trained, and the trained weights of a run in it."""
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowbp.backbones.lora import mark_trainable
 from flowbp.backbones.options import apply_model_options, check_machine, quantize
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common.errors import UserError
-from imgen_common.run_folder.checkpoints import Checkpoint
-from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.folder import Checkpoint, RunFolder
 
 
 def load_checkpoint(run: RunFolder, step: int) -> Checkpoint:
     """A checkpoint of a run: the groups `weights`, `ema` (their average) and `optimizer`.
 
-    Raises UserError for one of an earlier version, which called the average `average`; runs of that version are not
-    converted, as the keys of their configurations have other names too.
+    Raises UserError for one of an earlier version: such runs are not converted, as their configurations have other
+    keys too.
     """
     checkpoint = run.load_checkpoint(step)
     if "ema" not in checkpoint.tensors:
         raise UserError(
             f"{run.path}: made by a development version of flowbp, whose checkpoints hold no `ema` but "
-            f"{', '.join(sorted(checkpoint.tensors))}; go on with that version, or train anew"
+            f"{', '.join(sorted(checkpoint.tensors))}; continue with that version, or train anew"
         )
     return checkpoint
 
@@ -33,26 +32,20 @@ def load_checkpoint(run: RunFolder, step: int) -> Checkpoint:
 def read_trained_weights(
     run: RunFolder, weights: Literal["ema", "last"] = "ema", step: int | None = None
 ) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """The configuration of a run and its weights from a checkpoint, the last by default: averaged, or of that update.
-
-    Raises UserError if there is no such checkpoint.
-    """
+    """The configuration of a run, and its averaged or last weights from a checkpoint, the newest by default."""
     chosen = run.latest_checkpoint() if step is None else step
     if chosen is None:
-        raise UserError(f"{run.path}: no checkpoint yet; let the run go on (flowbp train --resume {run.path})")
-    config = run.config(TrainConfig)
-    tensors = load_checkpoint(run, chosen).tensors
-    return config, tensors["weights" if weights == "last" else "ema"]
+        raise UserError(f"{run.path}: no checkpoint yet; continue the run (flowbp train --resume {run.path})")
+    return run.config(TrainConfig), load_checkpoint(run, chosen).tensors["weights" if weights == "last" else "ema"]
 
 
 @torch.no_grad()
-def load_trained_weights(backbone: Backbone, run_path: Path) -> TrainConfig:
-    """Puts a run's averaged weights into a freshly loaded backbone; returns the run's configuration."""
+def load_trained_weights(backbone: Backbone, run_path: Path) -> None:
+    """Puts a run's averaged weights into a freshly loaded backbone."""
     config, weights = read_trained_weights(RunFolder.open(run_path, is_main=False))
     for name, parameter in mark_trainable(backbone.net, config).items():
         parameter.copy_(weights[name])
     backbone.net.requires_grad_(False)
-    return config
 
 
 def load_backbone(config: TrainConfig, device: torch.device, net_device: str | None = None) -> Backbone:
@@ -74,3 +67,31 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
         backbone.net.to(device)
     apply_model_options(backbone, config.model)
     return backbone
+
+
+def mark_trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Makes all weights of the network trainable, or adds adapters and makes those trainable; float32, by name.
+
+    Adapters are initialized from the run's seed, equally on every process.
+    Raises UserError if no layer matches `lora.target_modules`.
+    """
+    if config.lora is None:
+        net.requires_grad_(True)
+    else:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = config.lora
+        layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        targets = [n for n in layers if any(n == t or n.endswith(f".{t}") for t in lora.target_modules)]
+        if not targets:
+            raise UserError(
+                f"lora.target_modules {list(lora.target_modules)} match no linear layer; there are e.g. {layers[:4]}"
+            )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            torch.manual_seed(config.seed)
+            warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")  # of merging, which export does itself
+            inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+    found = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    for parameter in found.values():
+        parameter.data = parameter.data.float()  # adapters of a bfloat16 network start in bfloat16
+    return found

@@ -23,10 +23,7 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 
 
 def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
-    """Sets the networks of a backbone, with weights or empty ones, as the configuration says.
-
-    Raises UserError where the model's classes have no such choice.
-    """
+    """Sets up a backbone's networks as the configuration says.  Raises UserError where they have no such choice."""
     net, vae = backbone.pipe.transformer, backbone.pipe.vae
     if model.gradient_checkpointing:
         net.enable_gradient_checkpointing()
@@ -72,19 +69,12 @@ def check_torchao() -> None:
 
 
 def quantize(net: nn.Module, device: torch.device | None = None) -> None:
-    """Makes the weights of the blocks' linear layers 8-bit integers with one scale per output (torchao).
-
-    device: where a layer goes before it is quantized, and stays; by default where it is.
-    """
+    """Makes weights of the blocks' linear layers 8-bit integers, with one scale per output (torchao), on `device`."""
     check_torchao()
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
 
-    inside = {id(module) for block in blocks_of(net) for module in block.modules()}
-
-    def chosen(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and id(module) in inside
-
-    quantize_(net, Int8WeightOnlyConfig(), chosen, device=device)
+    chosen = {id(layer) for block in blocks_of(net) for layer in block.modules() if isinstance(layer, nn.Linear)}
+    quantize_(net, Int8WeightOnlyConfig(), lambda module, name: id(module) in chosen, device=device)
 
 
 def compile_blocks(net: nn.Module) -> None:

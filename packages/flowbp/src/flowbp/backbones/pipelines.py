@@ -33,9 +33,8 @@ def load_pipeline(
     """
     dtype, given = dtype or torch.float32, {}
     if net_device == "meta":
-        given["transformer"] = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"]).to(
-            dtype
-        )
+        empty = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"])
+        given["transformer"] = empty.to(dtype)
     pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -46,14 +45,11 @@ def load_pipeline(
 
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:
     """The pipeline of a folder with every weight on the meta device; only its JSON files are read."""
-    parts: dict[str, Any] = {}
-    for name, value in kind.load_config(folder).items():
-        if not name.startswith("_"):
-            parts[name] = (
-                _empty_component(folder / name, *value)
-                if isinstance(value, list | tuple) and len(value) == 2
-                else value
-            )
+    parts = {
+        name: _empty_component(folder / name, *value) if isinstance(value, list | tuple) and len(value) == 2 else value
+        for name, value in kind.load_config(folder).items()
+        if not name.startswith("_")
+    }
     return kind(**parts)
 
 
@@ -99,6 +95,11 @@ class PipelineBackbone(ABC):
         """Standard normal float32 latents, drawn as the pipeline draws them."""
         return torch.randn(batch, *self.latent_shape(size), generator=rng, device=rng.device)
 
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Images in [0, 1], differentiable (but for the clamp)."""
+        config = self.pipe.vae.config
+        return decode(self.pipe.vae, x / config.scaling_factor + config.shift_factor)
+
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""
         for name in text_encoder_names(self.pipe):
@@ -119,11 +120,16 @@ def noise_levels(
 ) -> Float[Tensor, " n_plus_1"]:
     """The scheduler's own levels, shifted as it says: from `sigmas`, or from its own spacing where that is None."""
     scheduler = copy.deepcopy(scheduler)
-    if sigmas is None:
-        scheduler.set_timesteps(steps, mu=mu)
-    else:
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
     return scheduler.sigmas.float().cpu()
+
+
+def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
+    """The shift `mu` for images of so many tokens, as the pipelines compute it."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    known = scheduler.config
+    return calculate_shift(tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift)
 
 
 def linear_levels(steps: int) -> list[float]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,15 +35,8 @@ class SD3(pipelines.PipelineBackbone):
         """
         _, height, width = self.latent_shape(size)
         scheduler, mu = self.pipe.scheduler, None
-        known = scheduler.config
-        if known.get("use_dynamic_shifting"):
-            mu = calculate_shift(
-                height * width // self.pipe.transformer.config.patch_size**2,
-                known.get("base_image_seq_len", 256),
-                known.get("max_image_seq_len", 4096),
-                known.get("base_shift", 0.5),
-                known.get("max_shift", 1.16),
-            )
+        if scheduler.config.use_dynamic_shifting:
+            mu = pipelines.resolution_shift(scheduler, height * width // self.pipe.transformer.config.patch_size**2)
         return pipelines.noise_levels(scheduler, steps, None, mu)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
@@ -57,8 +49,3 @@ class SD3(pipelines.PipelineBackbone):
                 pooled_projections=cond["pooled"],
                 return_dict=False,
             )[0]
-
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Images in [0, 1], differentiable (but for the clamp)."""
-        vae = self.pipe.vae
-        return pipelines.decode(vae, x / vae.config.scaling_factor + vae.config.shift_factor)

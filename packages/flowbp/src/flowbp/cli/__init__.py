@@ -1,7 +1,4 @@
-"""The command `flowbp`, one file per group of commands.
-
-No library that is slow to import is imported before a command runs, so that `--help` answers at once.
-"""
+"""The command `flowbp`; slow libraries are imported only when a command runs, so that `--help` answers at once."""
 
 from collections.abc import Callable
 

@@ -22,22 +22,18 @@ if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.tables import BenchmarkRow
 
 ARITHMETIC_LABELS = {
-    "processes": "processes",
-    "images_per_update": "images per update",
     "images_per_process": "images per process and update",
-    "gradient_accumulation_steps": "gradient accumulation steps",
     "evaluations_per_image_with_gradient": "network evaluations per image, with gradient",
     "evaluations_per_image_without_gradient": "network evaluations per image, without",
     "evaluations_per_update_with_gradient": "network evaluations per update, with gradient",
     "evaluations_per_update_without_gradient": "network evaluations per update, without",
     "jacobians_per_image": "Jacobian products per image",
-    "updates": "updates",
     "images": "images in total",
     "prompts": "training prompts",
     "epochs": "passes through the prompts",
-    "trained_weights": "trained weights",
     "checkpoint_bytes": "bytes per checkpoint",
 }
+"""Labels of numbers whose names do not say enough."""
 
 
 def standard_output() -> Console:
@@ -55,16 +51,13 @@ def _table(*columns: str, right: Iterable[int] = (), title: str | None = None) -
     return table
 
 
-# --- methods and runs ------------------------------------------------------------------------------------------------
-
-
 def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
     """The named methods on their axes, then what each does."""
     out = standard_output()
-    table = _table("method", "reward sees", "active steps", "weights", "coupling", "gap floor")
+    axes = ("reward sees", "active steps", "weights", "coupling", "gap floor")
+    table = _table("method", *axes)
     for row in rows:
-        axes = [row[axis] for axis in ("reward sees", "active steps", "weights", "coupling", "gap floor")]
-        table.add_row(f"[bold]{row['name']}[/]", *map(escape, axes))
+        table.add_row(f"[bold]{row['name']}[/]", *(escape(row[axis]) for axis in axes))
     out.print(table)
     out.print()
     lines = _table("method", "what it does", "source")
@@ -114,12 +107,10 @@ def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) ->
     table = _table("", "", right=(1,))
     table.show_header = False
     for key, value in numbers.items():
-        table.add_row(ARITHMETIC_LABELS[key], f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
+        label = ARITHMETIC_LABELS.get(key, key.replace("_", " "))
+        table.add_row(label, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
     out.print(Padding(table, (0, 0, 0, 2)))
     out.print(f"\nrun folder: {escape(path)}\n")
-
-
-# --- estimate --------------------------------------------------------------------------------------------------------
 
 
 def print_estimate(content: Mapping[str, Any]) -> None:
@@ -173,9 +164,6 @@ def format_gib(size: float) -> str:
     """Bytes in GiB (2^30 bytes), with three significant digits."""
     gib = size / 2**30
     return f"{gib:,.{max(0, 2 - math.floor(math.log10(gib)))}f}" if size else "0"
-
-
-# --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def print_comparison(changes: Mapping[float, Mapping[str, Change]], own: float | None, before: str, after: str) -> None:

@@ -1,18 +1,19 @@
 """`flowbp export`, `flowbp prefetch` and `flowbp convert-reward`."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from flowbp.cli.options import Runs, check_choice, spinner
+from flowbp.cli.options import Runs, check_choice
+from imgen_common.console import spinner
 
 
 def prefetch(
     refs: Annotated[list[str], typer.Argument(metavar="REF", help="org/name[@revision], a folder or builtin:...")],
 ) -> None:
-    """Download models, so that they can be used without a network. Checks that they are complete, and prints the folder
-    of each.
+    """Download models so that they can be used without a network. The command checks that they are complete and prints
+    the folder of each.
 
     Example:
 
@@ -29,17 +30,17 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under --runs.")],
     to: Annotated[str, typer.Option("--to", help="diffusers or comfyui (adapters), or merged (a whole pipeline).")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder to make; by default RUN/export-FORMAT.")
+        Path | None, typer.Option(metavar="DIR", help="Folder to create; default: RUN/export-FORMAT.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="average (the weights that were evaluated) or last.")] = "ema",
+    weights: Annotated[str, typer.Option(help="ema (averaged, as evaluated by the run) or last.")] = "ema",
     step: Annotated[int | None, typer.Option(help="Update of the checkpoint to export; by default the last.")] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Upload the folder to this repository; needs HF_TOKEN.")
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write the trained weights of a run as files that other programs load, with a model card: configuration, scores,
-    licenses. Exports the averaged weights, which are those that the run evaluated, unless --weights says otherwise.
+    """Write the trained weights of a run as files that other programs can load, with a model card that holds the
+    configuration, scores and licenses. By default it exports the averaged weights, with which the run was evaluated.
 
     Example:
 
@@ -49,19 +50,15 @@ def export(
       flowbp export flowbp_bridge --to merged --push me/my-model
     """
     with spinner("exporting"):
-        from typing import get_args
-
         from flowbp import export
         from flowbp.export.model_card import ExportedWeights, ExportFormat
         from imgen_common.console import quiet_libraries
         from imgen_common.run_folder.find import find_run
 
-        check_choice("--to", to, get_args(ExportFormat))
-        check_choice("--weights", weights, get_args(ExportedWeights))
+        chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
         quiet_libraries()
         path = find_run(run, runs)
-        format_, kept = cast(ExportFormat, to), cast(ExportedWeights, weights)
-        folder = export.export_run(path, format_, out or path / f"export-{to}", kept, step)
+        folder = export.export_run(path, chosen, out or path / f"export-{to}", kept, step)
     print(folder)
     if push is not None:
         print(export.push_to_hub(folder, push))
@@ -70,7 +67,7 @@ def export(
 def convert_reward(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="hpsv2, hpsv3, imagereward or aesthetic.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint (.pt, .pth, .safetensors).")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.")],
     companion: Annotated[
         str,
         typer.Option(
@@ -84,13 +81,13 @@ def convert_reward(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For hpsv3 only, which needs it: hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 "
-            "1.0.0, for the text around a prompt. It is parsed, not run.",
+            help="Required for hpsv3: hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 1.0.0, which "
+            "holds the text around a prompt. The file is parsed, not run.",
         ),
     ] = None,
 ) -> None:
     """Convert a published reward checkpoint, often a pickle, to a folder of safetensors that rewards.0.ref can name.
-    Reads only tensors in plain containers; nothing in the checkpoint is run. PickScore and CLIP need no conversion.
+    It reads only tensors in plain containers; no code in the checkpoint is run. PickScore and CLIP need no conversion.
 
     Example:
 
@@ -102,13 +99,11 @@ def convert_reward(
       flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
     with spinner("converting"):
-        from typing import get_args
-
         from flowbp.rewards.convert import convert_checkpoint
         from flowbp.rewards.convert.checkpoints import Convertible
         from imgen_common.console import quiet_libraries
 
-        check_choice("KIND", kind, get_args(Convertible))
+        chosen = check_choice("KIND", kind, Convertible)
         quiet_libraries()
-        folder = convert_checkpoint(cast(Convertible, kind), file, companion, out, prompt_source)
+        folder = convert_checkpoint(chosen, file, companion, out, prompt_source)
     print(folder)

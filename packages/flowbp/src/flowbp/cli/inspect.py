@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from flowbp.config import TrainConfig
 
 
-# --- methods and plans -----------------------------------------------------------------------------------------------
-
-
 def methods(as_json: Json = False) -> None:
     """List the named methods. Each is a choice on the same axes: what the reward sees, which steps carry gradient, with
-    which weights, and where gradient passes through the state. --set changes any of them: every key below `method`.
+    which weights, and where gradient passes through the state. Every choice is a key below `method`, which flowbp train
+    and flowbp explain can change with --set method.KEY=VALUE.
 
     Example:
 
@@ -41,16 +39,17 @@ def methods(as_json: Json = False) -> None:
 def explain(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method (see flowbp methods).")],
     steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", help="Denoising steps; by default 25.", min=2, max=1000)
+        int | None,
+        typer.Option("--num-inference-steps", help="Number of denoising steps; by default 25.", min=2, max=1000),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of a run, whose first plan is shown.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the run whose first plan is shown.")] = 0,
     model: Annotated[
         str | None, typer.Option(metavar="REF", help="Use the noise levels of this model instead of linear ones.")
     ] = None,
-    shift: Annotated[float, typer.Option(help="Shift of the linear noise levels; 1: no shift.")] = 1.0,
+    shift: Annotated[float, typer.Option(help="Shift of the linear noise levels; 1 means no shift.")] = 1.0,
     sets: Sets = None,
     figure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a figure of the plan, too: .png, .svg or .pdf.")
+        Path | None, typer.Option(metavar="FILE", help="Also write a figure of the plan (.png, .svg or .pdf).")
     ] = None,
 ) -> None:
     """Show one plan of a method: which steps carry gradient, with which weights, the legs and their quadrature nodes,
@@ -64,13 +63,16 @@ def explain(
       flowbp explain flowbp_sparse --set method.active.num_active_steps=6 --shift 3
     """
     from flowbp.cli import console
-    from flowbp.core.plan import draw_plan as draw_plan
+    from flowbp.config import TrainConfig
+    from flowbp.core.plan import draw_plan
     from flowbp.methods import get_method
+    from imgen_common.config import load
     from imgen_common.streams import numpy_generator
 
     kind = _figure_kind(figure)
     get_method(method)
-    config = _method_config(method, steps, sets or [])
+    changes = [f"method={method}", *(sets or []), *([f"num_inference_steps={steps}"] if steps else [])]
+    config = load(TrainConfig, [], changes)
     sigmas = _noise_levels(config, model, shift)
     plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
     heading = (
@@ -93,15 +95,7 @@ def _figure_kind(figure: Path | None) -> str:
     return kind
 
 
-def _method_config(method: str, steps: int | None, sets: Sequence[str]) -> "TrainConfig":
-    from flowbp.config import TrainConfig
-    from imgen_common.config import load
-
-    return load(TrainConfig, [], [f"method={method}", *sets, *([f"num_inference_steps={steps}"] if steps else [])])
-
-
 def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[float]:
-    """Noise levels of a model, or linear ones."""
     from flowbp.reports.explain import linear_sigmas
 
     if shift <= 0:
@@ -114,13 +108,8 @@ def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Seq
     from imgen_common.console import quiet_libraries
 
     quiet_libraries()
-    sigmas = backbones.init_empty_weights(model).sigmas(
-        config.num_inference_steps, (config.model.height, config.model.width)
-    )
-    return [float(sigma) for sigma in sigmas]
-
-
-# --- reports ---------------------------------------------------------------------------------------------------------
+    size = (config.model.height, config.model.width)
+    return [float(sigma) for sigma in backbones.init_empty_weights(model).sigmas(config.num_inference_steps, size)]
 
 
 def report(
@@ -128,8 +117,8 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write the report of a run again. RUN/report.html is one page that needs no other file: the result before and
-    after, images at equal seeds, categories, curves, a plan, configuration and environment.
+    """Write the report of a run again. RUN/report.html is a single page that needs no other file. It shows the results
+    before and after training, images at equal seeds, categories, curves, a plan, the configuration and the environment.
 
     Example:
 

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -16,13 +16,16 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
+Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps.", min=1, max=1000)]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 
 
-def check_choice(option: str, given: str, allowed: Sequence[str]) -> None:
-    """Raises UserError with the nearest name unless `given` is allowed."""
+def check_choice(option: str, given: str, choices: Any) -> Any:
+    """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
+    allowed = get_args(choices)
     if given not in allowed:
         raise UserError(f"{option} {given!r}: unknown{nearest(given, allowed)}; allowed: {', '.join(allowed)}")
+    return given
 
 
 @contextmanager
@@ -49,15 +52,3 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=label, completed=done, total=total)
 
         yield on_progress
-
-
-@contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """A spinner on standard error, if that is a terminal: libraries take seconds to load."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield

@@ -5,28 +5,26 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, report_error_once, spinner
+from flowbp.cli.options import Json, Runs, Sets, report_error_once
+from imgen_common.console import spinner
 from imgen_common.errors import UserError
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
-    from flowbp.core.plan import Plan
     from flowbp.training.preflight import CheckedRun
     from flowbp.training.progress import NullReporter
-
-
-# --- train -----------------------------------------------------------------------------------------------------------
 
 
 def train(
     configs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="CONFIG", help="YAML files, later ones override earlier ones; none: the miniature."),
+        typer.Argument(metavar="CONFIG", help="YAML files; later ones override earlier ones. Default: the miniature."),
     ] = None,
     sets: Sets = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a run from its last checkpoint.")] = None,
@@ -37,9 +35,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model by reward backpropagation. Without arguments it trains a miniature model of colored shapes on the
-    CPU in minutes. The run folder holds configuration, metrics, checkpoints, evaluations before and after, and a
-    report. Ctrl-C saves and stops; --resume continues exactly where it stopped. Under torchrun and accelerate launch
-    all processes share the batch, and with distributed.kind=fsdp2, zero2 or zero3 the weights.
+    CPU in minutes. The run folder holds the configuration, metrics, checkpoints, evaluations before and after training,
+    and a report. Ctrl-C saves and stops; --resume continues exactly where the run stopped. Under torchrun and
+    accelerate launch all processes share the batch; with distributed.kind=fsdp2 or zero3 they also share the weights.
 
     Example:
 
@@ -51,68 +49,46 @@ def train(
       torchrun --nproc_per_node 2 -m flowbp train
       torchrun --nproc_per_node 8 -m flowbp train my.yaml --set distributed.kind=fsdp2
     """
+    is_main = os.environ.get("RANK", "0") == "0"
     with report_error_once():
-        _train(configs or [], sets or [], resume, dry_run, runs, as_json, int(os.environ.get("RANK", "0")) == 0)
+        _refuse_method_as_file(configs or [])
+        with spinner("checking"):
+            from flowbp.config import TrainConfig
+            from flowbp.training.runs import check_training
+            from imgen_common.config import load
+            from imgen_common.run_folder.find import CONFIG, find_run
 
-
-def _train(
-    files: list[Path], sets: list[str], resume: str | None, dry_run: bool, runs: Path, as_json: bool, is_main: bool
-) -> None:
-    _refuse_method_as_file(files)
-    with spinner("checking"):
-        from flowbp.config import TrainConfig
-        from flowbp.training import preflight
-        from flowbp.training.runs import check_resume, load_resumed_config, new_run_path
-        from imgen_common.config import load
-        from imgen_common.console import quiet_libraries
-        from imgen_common.run_folder.find import find_run
-
-        run_path = find_run(resume, runs) if resume else None
-        config = load_resumed_config(run_path, files, sets) if run_path else load(TrainConfig, files, sets)
-        if run_path:
-            check_resume(run_path, config)
-        path = run_path or new_run_path(config, runs)
-        quiet_libraries()
-        preflight.check_launcher(config.distributed.kind, os.environ)
-        job = preflight.check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-        preflight.check_disk(job, path, resume=run_path is not None)
-    if not dry_run:
-        _run(job, runs, run_path, as_json, is_main)
-    elif is_main:
-        _print_dry_run(job, path, as_json)
+            run_path = find_run(resume, runs) if resume else None
+            recorded = [run_path / CONFIG] if run_path else []
+            config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
+            job, path = check_training(config, runs, run_path)
+        if not dry_run:
+            _run(job, runs, run_path, as_json, is_main)
+        elif is_main:
+            _print_dry_run(job, path, as_json)
 
 
 def _refuse_method_as_file(files: list[Path]) -> None:
     """Answers `flowbp train refl` with the option that chooses a method."""
-    for file in files:
-        if not file.suffix and not file.exists():
-            from flowbp.methods import METHODS
+    from flowbp.methods import METHODS
 
-            if str(file) in METHODS:
-                raise UserError(f"{file}: no such file; to choose the method write --set method={file}")
+    for file in files:
+        if str(file) in METHODS and not file.exists():
+            raise UserError(f"{file}: no such file; to choose the method write --set method={file}")
 
 
 def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
     from flowbp.cli import console
-    from flowbp.training import preflight
+    from flowbp.training.preflight import update_arithmetic
 
-    numbers = preflight.update_arithmetic(job)
-    plan = job.plans[0]
+    numbers, plan = update_arithmetic(job), job.plans[0]
     if as_json:
+        costs = {key: getattr(plan, key) for key in ("num_gradient_forwards", "num_plain_forwards")}
         content = {"run": str(path), "config": job.config.model_dump(mode="json"), "arithmetic": numbers}
-        print(json.dumps(content | {"plan": _plan_json(plan)}))
+        print(json.dumps(content | {"plan": asdict(plan) | costs}))
         return
     console.print_dry_run(job.config, numbers, str(path))
     console.print_plan(job.config.method, plan, f"{job.config.method.name}: the plan of the first update")
-
-
-def _plan_json(plan: "Plan") -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(plan) | {
-        "num_gradient_forwards": plan.num_gradient_forwards,
-        "num_plain_forwards": plan.num_plain_forwards,
-    }
 
 
 def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_main: bool) -> None:
@@ -149,7 +125,7 @@ def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_m
 def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds: float) -> None:
     """Writes the report, and prints the result."""
     from flowbp.cli import console
-    from flowbp.evaluation.compare import changes_as_json
+    from flowbp.evaluation.compare import scores_as_json
     from flowbp.reports import report
     from flowbp.training import progress
     from flowbp.training.runs import compare_base_and_trained
@@ -157,7 +133,7 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
     page = report.write_report(run)
     found = compare_base_and_trained(run)
     if isinstance(reporter, progress.JsonLinesReporter):
-        results = [{"guidance": scale, "scores": changes_as_json(scores)} for scale, scores in found.items()]
+        results = [{"guidance": scale, "scores": scores_as_json(scores)} for scale, scores in found.items()]
         reporter.event("done", run=str(run), report=str(page), seconds=seconds, results=results)
         return
     print()
@@ -167,22 +143,22 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
 
 def estimate(
     configs: Annotated[
-        list[Path] | None, typer.Argument(metavar="CONFIG", help="As for flowbp train; none: the miniature.")
+        list[Path] | None, typer.Argument(metavar="CONFIG", help="YAML files, as for flowbp train.")
     ] = None,
     sets: Sets = None,
-    gpus: Annotated[int, typer.Option(help="Processes, one per GPU.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="Number of processes, one per GPU.", min=1)] = 1,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 24GiB or 80GB.")] = None,
     tflops: Annotated[float, typer.Option(help="Assumed speed of a GPU in TFLOP/s.", min=0.001)] = 400.0,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure two real updates here, and compare. Needs the weights.")
+        bool, typer.Option("--calibrate", help="Run two real updates on this machine and compare. Needs the weights.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a run needs before it begins: memory of a GPU by part, operations and time of an update, disk,
-    licenses. It reads no weights and needs no GPU: one step of every stage is traced with tensors that have shapes but
-    no content. If torch sees no GPU, the memory of the CPU's operations is counted. Fragmentation of the allocator and
-    the context of the GPU (about half a GiB) come on top. With --memory it says whether the run fits, and which
-    settings would help most.
+    """Estimate what a run needs before it begins: GPU memory by part, operations and time of an update, disk space and
+    licenses. It reads no weights and needs no GPU: one step of every stage is traced with tensors that have a shape but
+    no data. If torch sees no GPU, the memory of the CPU's operations is counted. Fragmentation of the allocator and the
+    GPU context (about half a GiB) are not included. With --memory it says whether the run fits and which settings
+    would help most.
 
     Example:
 

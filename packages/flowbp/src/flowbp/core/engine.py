@@ -19,40 +19,22 @@ Combine = Callable[[Tensor], Tensor]
 """combine(gradients (rewards, b, ...)) -> one gradient (b, ...), sample by sample, linear in their common scale."""
 
 
-def sum_gradients(gradients: Tensor) -> Tensor:
-    """The plain sum: with one reward, itself."""
-    return gradients.sum(0)
-
-
 @dataclass(frozen=True)
 class BackwardOptions:
     """How `backpropagate` weighs and cuts up its work.
 
     scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  combine: makes one
-    gradient of several rewards'.  reward_batch_size: samples per decode-and-reward graph, None: all.
-    steps_per_forward: uncoupled terms that share one forward.
+    gradient of several rewards', their sum by default.  reward_batch_size: samples per decode-and-reward graph, None:
+    all.  steps_per_forward: uncoupled terms that share one forward.
     """
 
     scale: float = 1.0
-    combine: Combine = sum_gradients
+    combine: Combine = lambda gradients: gradients.sum(0)
     reward_batch_size: int | None = None
     steps_per_forward: int = 1
 
 
 DEFAULT_OPTIONS = BackwardOptions()
-
-
-@dataclass(frozen=True)
-class SweepStats:
-    """What a sweep did.
-
-    num_forwards: network evaluations with gradient, per sample.  num_forward_passes: forward passes they took.
-    num_jacobians: how many passed gradient to the state.
-    """
-
-    num_forwards: int
-    num_forward_passes: int
-    num_jacobians: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +45,6 @@ class Outcome:
     them, of the sample.  values: what the rewards saw, (1 + copies, b, ...).  agreement: of the rewards' gradients at
     the sample, where there are several.  gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights:
     sample weights, (b,); both float64.
-    num_gradient_forwards, num_plain_forwards: network evaluations per sample, those of the rollout not included.
     """
 
     losses: Float[Tensor, "copies rewards b"]
@@ -72,8 +53,6 @@ class Outcome:
     agreement: Agreement | None
     gaps: Float[Tensor, "legs b"]
     weights: Float[Tensor, " b"]
-    num_gradient_forwards: int
-    num_plain_forwards: int
 
 
 @torch.no_grad()
@@ -89,7 +68,7 @@ def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, spec: RolloutSpec, 
     last = min(spec.stop, num_steps - 1)
     if not 0 <= spec.stop <= num_steps or max(spec.states | spec.velocities, default=0) > last:
         raise ValueError(f"cannot keep {spec} of a rollout of {num_steps} steps")
-    sigmas = _on(sigmas, x_0)
+    sigmas = sigmas.to(x_0.device, sigmas.dtype if sigmas.dtype == torch.float64 else torch.float32)
     x = x_0 if x_0.dtype == torch.float64 else x_0.float()
     states, velocities = {}, {}
     for i in range(last + 1):
@@ -103,40 +82,27 @@ def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, spec: RolloutSpec, 
     return Trajectory(sigmas, states, velocities, x)
 
 
-def sweep(
-    plan: Plan, trajectory: Trajectory, velocity: Velocity, cotangent: Tensor, steps_per_forward: int = 1
-) -> SweepStats:
+def sweep(plan: Plan, trajectory: Trajectory, velocity: Velocity, cotangent: Tensor, steps_per_forward: int = 1) -> int:
     """Accumulate the plan's parameter gradient into `.grad`, given G = dL/dx at what the reward saw.
 
         for each term (i, c, alpha), i descending:   theta.grad += (c G)^T dv_i/dtheta;   G <- G + alpha c J_i^T G
 
     cotangent: shape of the state.  steps_per_forward: up to so many neighboring uncoupled terms share one forward
     (memory for speed; the sum is the same).  Frozen parameters stay untouched; the state carries gradient only at
-    coupled terms.
+    coupled terms.  Returns the number of forward passes.
     Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, or the velocity depends on nothing
     trainable.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
     """
-    return _sweep(plan.terms, trajectory.states, trajectory.sigmas, velocity, cotangent, steps_per_forward)
-
-
-def _sweep(
-    terms: Sequence[Term],
-    states: Mapping[int, Tensor],
-    sigmas: Tensor,
-    velocity: Velocity,
-    cotangent: Tensor,
-    steps_per_forward: int,
-) -> SweepStats:
-    if missing := [term.step for term in terms if term.step not in states]:
+    if missing := [term.step for term in plan.terms if term.step not in trajectory.states]:
         raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.rollout_spec")
     num_forward_passes = 0
-    for group in _groups(terms, steps_per_forward):
+    for group in _groups(plan.terms, steps_per_forward):
         num_forward_passes += 1
-        x = torch.cat([_on_device_of(cotangent, states[term.step]) for term in group]).detach()
+        x = torch.cat([_on_device_of(cotangent, trajectory.states[term.step]) for term in group]).detach()
         coupling = group[0].coupling
         x.requires_grad_(coupling > 0)
-        sigma = torch.cat([sigmas[term.step].expand(len(cotangent)) for term in group])
+        sigma = torch.cat([trajectory.sigmas[term.step].expand(len(cotangent)) for term in group])
         with torch.enable_grad():
             v = velocity(x, sigma)
         if not v.requires_grad:
@@ -144,7 +110,7 @@ def _sweep(
         torch.autograd.backward(v, torch.cat([term.weight * cotangent for term in group]).to(v.dtype))
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
-    return SweepStats(len(terms), num_forward_passes, sum(term.coupling > 0 for term in terms))
+    return num_forward_passes
 
 
 def _groups(terms: Sequence[Term], steps_per_forward: int) -> Iterator[list[Term]]:
@@ -153,13 +119,10 @@ def _groups(terms: Sequence[Term], steps_per_forward: int) -> Iterator[list[Term
         raise ValueError(f"steps_per_forward must be >= 1, got {steps_per_forward}")
     group: list[Term] = []
     for term in terms:
-        if group and (term.coupling or len(group) == steps_per_forward):
+        if group and (term.coupling or group[-1].coupling or len(group) == steps_per_forward):
             yield group
             group = []
         group.append(term)
-        if term.coupling:
-            yield group
-            group = []
     if group:
         yield group
 
@@ -174,14 +137,14 @@ def leg_gaps(plan: Plan, trajectory: Trajectory) -> Float[Tensor, "legs b"]:
 
     Units of x.  Shape (0, b) for a plan without legs.  Source: LeapAlign, arXiv 2604.15311.
     """
-    gaps = []
+    gaps, end = [], trajectory.x_end
     for leg in plan.legs:
-        x = _on_device_of(trajectory.x_end, trajectory.states[leg.start]).double()
+        x = _on_device_of(end, trajectory.states[leg.start]).double()
         for q, w in leg.nodes:
-            x = x + w * _on_device_of(trajectory.x_end, trajectory.velocities[q]).double()
-        stop = trajectory.x_end if leg.stop == plan.num_inference_steps else trajectory.states[leg.stop]
-        gaps.append((x - _on_device_of(trajectory.x_end, stop).double()).abs().flatten(1).mean(1))
-    return torch.stack(gaps) if gaps else trajectory.x_end.new_zeros(0, len(trajectory.x_end), dtype=torch.float64)
+            x = x + w * _on_device_of(end, trajectory.velocities[q]).double()
+        stop = end if leg.stop == plan.num_inference_steps else trajectory.states[leg.stop]
+        gaps.append((x - _on_device_of(end, stop).double()).abs().flatten(1).mean(1))
+    return torch.stack(gaps) if gaps else end.new_zeros(0, len(end), dtype=torch.float64)
 
 
 def sample_weights(plan: Plan, gaps: Float[Tensor, "legs b"]) -> Float[Tensor, " b"]:
@@ -211,14 +174,15 @@ def backpropagate(
     weights = sample_weights(plan, gaps)
     share = weights * (options.scale / (1 + plan.copies) / len(weights))
     reward = _reward_stage(loss, trajectory.x_end, share, options)
-    stats = sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward)
+    sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward)
     losses, values = [reward.losses], [trajectory.x_end]
     # y = x' - sigma v(x') depends on the parameters through one velocity: a sweep of one term of weight -sigma
     last = Term(plan.num_inference_steps - 1, -plan.sigmas[-2])
+    of_copies = Plan(plan.sigmas, (last,), plan.num_inference_steps)
     for copy in range(plan.copies):
-        x, y = _renoise(trajectory, velocity, _noise_of_copy(noise, copy, trajectory.x_end))
+        x, y = _renoise(trajectory, velocity, noise, copy)
         copied = _reward_stage(loss, y, share, options)
-        _sweep([last], {last.step: x}, trajectory.sigmas, velocity, copied.cotangent, options.steps_per_forward)
+        sweep(of_copies, Trajectory(trajectory.sigmas, {last.step: x}, {}, y), velocity, copied.cotangent)
         losses.append(copied.losses)
         values.append(y)
     return Outcome(
@@ -228,8 +192,6 @@ def backpropagate(
         agreement=reward.agreement,
         gaps=gaps,
         weights=weights,
-        num_gradient_forwards=stats.num_forwards + plan.copies,
-        num_plain_forwards=plan.copies,
     )
 
 
@@ -260,37 +222,33 @@ def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions
                 raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(per_sample.shape)}")
             totals = per_sample.sum(1)
         # samples do not mix in a reward, so the gradient of the sum holds the gradient of every sample's own loss
-        parts = [
-            torch.autograd.grad(total, leaf, retain_graph=i + 1 < len(totals))[0] for i, total in enumerate(totals)
-        ]
+        last = len(totals) - 1
+        parts = [torch.autograd.grad(total, leaf, retain_graph=i < last)[0] for i, total in enumerate(totals)]
         gradients.append(torch.stack(parts))
         losses.append(per_sample.detach())
         scores.append(found.scores)
     by_reward = torch.cat(gradients, dim=1)
     scale = share.to(by_reward.dtype).view(-1, *(1,) * (x.dim() - 1))
-    agreement = gradient_agreement(by_reward) if len(by_reward) > 1 else None
     return _RewardGradient(
         losses=torch.cat(losses, dim=1),
         scores={name: torch.cat([part[name] for part in scores]) for name in scores[0]},
         cotangent=scale * options.combine(by_reward),
-        agreement=agreement,
+        agreement=gradient_agreement(by_reward) if len(by_reward) > 1 else None,
     )
 
 
-def _noise_of_copy(noise: Noise | Tensor | None, copy: int, like: Tensor) -> Tensor:
+@torch.no_grad()
+def _renoise(
+    trajectory: Trajectory, velocity: Velocity, noise: Noise | Tensor | None, copy: int
+) -> tuple[Tensor, Tensor]:
+    """x' = (1 - sigma) x_N + sigma eps at the last noise level, and its restoration x' - sigma v(x')."""
     if noise is None:
         raise ValueError("the plan renoises the sample: pass noise=")
+    sigma, end = trajectory.sigmas[-2], trajectory.x_end
     eps = noise[copy] if isinstance(noise, Tensor) else noise(copy)
-    if eps.shape != like.shape:
-        raise ValueError(f"noise of a copy must have the shape {tuple(like.shape)}, got {tuple(eps.shape)}")
-    return eps.to(like)
-
-
-@torch.no_grad()
-def _renoise(trajectory: Trajectory, velocity: Velocity, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """x' = (1 - sigma) x_N + sigma eps at the last noise level, and its restoration x' - sigma v(x')."""
-    sigma = trajectory.sigmas[-2]
-    x = (1 - sigma) * trajectory.x_end + sigma * eps
+    if eps.shape != end.shape:
+        raise ValueError(f"noise of a copy must have the shape {tuple(end.shape)}, got {tuple(eps.shape)}")
+    x = (1 - sigma) * end + sigma * eps.to(end)
     v = velocity(x, sigma.expand(len(x)))
     return x, x - sigma * v.to(x.dtype)
 
@@ -303,8 +261,3 @@ def _offload_to_host(x: Tensor) -> Tensor:
 def _on_device_of(like: Tensor, kept: Tensor) -> Tensor:
     """What a rollout kept, on the device of `like`."""
     return kept.to(like.device, non_blocking=True)
-
-
-def _on(sigmas: Tensor, x: Tensor) -> Tensor:
-    """`sigmas` beside `x`, float32 unless already float64."""
-    return sigmas.to(x.device, sigmas.dtype if sigmas.dtype == torch.float64 else torch.float32)

@@ -16,7 +16,7 @@ from flowbp.core.axes.active import (
     SpacedPrefix,
     Stratified,
 )
-from flowbp.core.axes.coupling import Coupling
+from flowbp.core.axes.coupling import Bridge, Coupling
 from flowbp.core.axes.quadrature import Euler, Lagrange, Quadrature
 from flowbp.core.axes.reward_input import PosteriorMean, RewardInput, Sample
 from imgen_common.config import Config
@@ -61,44 +61,39 @@ class Method(Config):
             )
         return data
 
+    @property
+    def draws_split(self) -> bool:
+        """Whether a step j is drawn that a bridge can couple, with a step k before it."""
+        if isinstance(self.active, LateBiased):
+            return self.active.split is not None
+        return isinstance(self.active, Pair | FirstSupports)
+
     @model_validator(mode="after")
     def _axes_agree(self) -> "Method":
-        for remedy, wrong in self._contradictions().items():
-            if wrong:
-                raise ValueError(remedy)
-        return self
-
-    def _contradictions(self) -> dict[str, bool]:
+        active, quadrature = self.active, self.quadrature
         posterior = isinstance(self.reward_input, PosteriorMean)
-        return {
+        includes = isinstance(quadrature, Euler) and quadrature.refill == "inclusion"
+        contradictions = {
             "a bridge needs a step j to couple: use active.kind pair or first_supports, or give active.split"
-            " (late_biased); coupling.kind every needs none": self._bridge_lacks_split(),
+            " (late_biased); coupling.kind every needs none": isinstance(self.coupling, Bridge)
+            and not self.draws_split,
             "a posterior mean needs an active set that stops the rollout: use active.kind one_of_tail or spaced_prefix,"
-            " or reward_input.kind sample": posterior and not isinstance(self.active, OneOfTail | SpacedPrefix),
+            " or reward_input.kind sample": posterior and not isinstance(active, OneOfTail | SpacedPrefix),
             "first_supports are nodes of a quadrature: use quadrature.kind lagrange, or active.kind pair": isinstance(
-                self.active, FirstSupports
+                active, FirstSupports
             )
-            and not isinstance(self.quadrature, Lagrange),
+            and not isinstance(quadrature, Lagrange),
             "refill inclusion needs steps drawn from the whole window: use active.kind late_biased, stratified or"
-            " one_of_tail, or refill mass": self._cannot_include(),
+            " one_of_tail, or refill mass": includes and not isinstance(active, LateBiased | Stratified | OneOfTail),
             "refill inclusion needs the probability of each split, which a Dirichlet sampler does not give: use"
-            " active.split.kind uniform, midpoint or midpoint_j, or refill mass": self._wants_inclusion()
-            and isinstance(self.active, LateBiased)
-            and isinstance(self.active.split, Dirichlet),
+            " active.split.kind uniform, midpoint or midpoint_j, or refill mass": includes
+            and isinstance(active, LateBiased)
+            and isinstance(active.split, Dirichlet),
             "gap_floor weighs samples by the gaps of legs, and Euler weights have no legs: use quadrature.kind leap or"
-            " lagrange, or gap_floor null": self.gap_floor is not None and isinstance(self.quadrature, Euler),
+            " lagrange, or gap_floor null": self.gap_floor is not None and isinstance(quadrature, Euler),
             "gap_floor compares with the sampled image, but the reward sees a posterior mean: use"
             " reward_input.kind sample, or gap_floor null": self.gap_floor is not None and posterior,
         }
-
-    def _bridge_lacks_split(self) -> bool:
-        if self.coupling is None or self.coupling.kind != "bridge":
-            return False
-        has_split = isinstance(self.active, LateBiased) and self.active.split is not None
-        return not (has_split or isinstance(self.active, Pair | FirstSupports))
-
-    def _cannot_include(self) -> bool:
-        return self._wants_inclusion() and not isinstance(self.active, LateBiased | Stratified | OneOfTail)
-
-    def _wants_inclusion(self) -> bool:
-        return isinstance(self.quadrature, Euler) and self.quadrature.refill == "inclusion"
+        if found := [remedy for remedy, wrong in contradictions.items() if wrong]:
+            raise ValueError(found[0])
+        return self

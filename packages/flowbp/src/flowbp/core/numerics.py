@@ -72,7 +72,7 @@ def draw_without_replacement(odds: Sequence[float], count: int, rng: np.random.G
 
 
 def inclusion_probabilities(odds: Sequence[float], count: int) -> NDArray[np.float64]:
-    """Probability of each position to be among the `count` winners of `race`:
+    """Probability of each position to be drawn by `draw_without_replacement`:
 
         pi_i = integral over t > 0 of w_i exp(-w_i t) P(fewer than `count` of the others finished before t) dt
 

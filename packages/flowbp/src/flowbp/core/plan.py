@@ -13,13 +13,11 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from flowbp.core.axes.grid import ActiveSteps, Grid, Leg, StoppedSteps
+from flowbp.core.axes.grid import Grid, Leg, StoppedSteps
 from flowbp.core.axes.reward_input import PosteriorMean, SampleRenoised
 from flowbp.core.method import Method
 from flowbp.core.numerics import tail_start
 from imgen_common.errors import UserError
-
-__all__ = ["Leg", "Plan", "RolloutSpec", "Term", "draw_plan"]
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,9 @@ class Plan:
         steps = [term.step for term in self.terms]
         if not steps:
             raise ValueError("a plan needs at least one term")
-        if (
-            any(a <= b for a, b in pairwise(steps))
-            or steps[-1] < 0
-            or steps[0] > min(self.reward_step, self.num_inference_steps - 1)
-        ):
-            raise ValueError(
-                f"terms must descend within 0..{min(self.reward_step, self.num_inference_steps - 1)}, got {steps}"
-            )
+        last = min(self.reward_step, self.num_inference_steps - 1)
+        if any(a <= b for a, b in pairwise(steps)) or steps[-1] < 0 or steps[0] > last:
+            raise ValueError(f"terms must descend within 0..{last}, got {steps}")
         for term in self.terms:
             if not (math.isfinite(term.weight) and term.weight != 0 and 0 <= term.coupling <= 1):
                 raise ValueError(f"a weight must be finite and not 0, a coupling in [0, 1]: {term}")
@@ -160,33 +153,23 @@ def draw_plan(method: Method, sigmas: Sequence[float] | Tensor, rng: np.random.G
     """
     levels = tuple(float(sigma) for sigma in sigmas)
     check_sigmas(levels)
-    first = tail_start(len(levels) - 1, method.tail, method.active.min_window)
-    active = method.active.draw(Grid(levels, first), rng)
-    reward_step, grid = len(levels) - 1, Grid(levels, first)
-    if isinstance(method.reward_input, PosteriorMean):
-        reward_step, grid = _stopped_grid(grid, active)
+    num_steps = len(levels) - 1
+    reward_step, grid = num_steps, Grid(levels, tail_start(num_steps, method.tail, 3 if method.draws_split else 1))
+    active = method.active.draw(grid, rng)
+    if isinstance(method.reward_input, PosteriorMean) and isinstance(active, StoppedSteps):
+        # the grid of a posterior mean ends at its step with one leap to 0
+        reward_step, grid = active.stop, Grid((*levels[: active.stop + 1], 0.0), grid.first)
     coefficients, legs = method.quadrature.integrate(grid, active)
-    return Plan(
-        sigmas=levels,
-        terms=_terms(method, coefficients, active),
-        reward_step=reward_step,
-        legs=legs if reward_step == len(levels) - 1 else (),
-        copies=method.reward_input.copies if isinstance(method.reward_input, SampleRenoised) else 0,
-        gap_floor=method.gap_floor,
-        name=method.name,
-    )
-
-
-def _stopped_grid(grid: Grid, active: ActiveSteps) -> tuple[int, Grid]:
-    """The step of the posterior mean, and the grid that ends there with one leap to 0."""
-    if not isinstance(active, StoppedSteps):
-        raise ValueError("the active set does not stop the rollout, so there is no posterior mean")
-    return active.stop, Grid((*grid.sigmas[: active.stop + 1], 0.0), grid.first)
-
-
-def _terms(method: Method, coefficients: dict[int, float], active: ActiveSteps) -> tuple[Term, ...]:
     steps = sorted((i for i, c in coefficients.items() if c != 0), reverse=True)
     if not steps:
         raise UserError(f"method {method.name!r} gives every step the weight 0; nothing would be trained")
     coupling = method.coupling.couple(steps[:-1], active) if method.coupling else {}
-    return tuple(Term(i, coefficients[i], coupling.get(i, 0.0)) for i in steps)
+    return Plan(
+        sigmas=levels,
+        terms=tuple(Term(i, coefficients[i], coupling.get(i, 0.0)) for i in steps),
+        reward_step=reward_step,
+        legs=legs if reward_step == num_steps else (),
+        copies=method.reward_input.copies if isinstance(method.reward_input, SampleRenoised) else 0,
+        gap_floor=method.gap_floor,
+        name=method.name,
+    )

@@ -13,7 +13,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 x is (c*b, ...) for any whole number c of copies of the micro-batch of b samples, copy-major (all b samples of copy 0
 first); sigma is (c*b,), float32 or float64.  The callable closes over prompts and guidance and repeats its
-conditioning c times (`tile`)."""
+conditioning c times (`repeat_batch`)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,1 @@
-"""Prompts and their embeddings.
-
-Knows nothing of training.
-"""
+"""Prompts and their embeddings.  Knows nothing of training."""

@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,22 +21,13 @@ FINGERPRINT_BYTES = 2**20
 """Bytes of either end of a weight file that stand for it in a fingerprint."""
 
 
-@runtime_checkable
-class EmbeddingMapping(Protocol):
-    """Embeddings of single prompts by key, without the batch."""
-
-    def __contains__(self, key: object, /) -> bool: ...
-    def __getitem__(self, key: str, /) -> Mapping[str, Tensor]: ...
-    def update(self, rows: Mapping[str, Mapping[str, Tensor]], /) -> None: ...
-
-
 class EmbeddingStore:
-    """A folder of safetensors files that is only ever added to; read by memory mapping, so that it may be large."""
+    """Embeddings of single prompts by key, in a growing folder of memory-mapped safetensors files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
-        self._open: MutableMapping[Path, safe_open] = {}
+        self._open: dict[Path, safe_open] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("*.safetensors")):
             self._index(file)
@@ -75,9 +65,9 @@ class PromptEmbeddings:
     store: where embeddings are kept, by default in memory.  fingerprint: of the text encoders, part of every key.
     """
 
-    def __init__(self, backbone: Backbone, store: EmbeddingMapping | None = None, fingerprint: str = "") -> None:
+    def __init__(self, backbone: Backbone, store: EmbeddingStore | None = None, fingerprint: str = "") -> None:
         self._backbone, self._fingerprint = backbone, fingerprint
-        self._store: EmbeddingMapping = {} if store is None else store
+        self._store: EmbeddingStore | dict[str, dict[str, Tensor]] = {} if store is None else store
 
     def _key(self, prompt: str) -> str:
         return digest(self._fingerprint, prompt)

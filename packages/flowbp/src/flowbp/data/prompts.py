@@ -1,7 +1,6 @@
 """Prompts: where they come from and in which order they are used."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -83,11 +82,7 @@ def _dataset(path: Path, key: str) -> list[str]:
 
 def prompt_indices(count: int, seed: int, first: int, number: int) -> list[int]:
     """Prompts of samples `first` ... `first + number - 1`: endless epochs over `count` prompts, each reshuffled."""
-    orders: dict[int, Sequence[int]] = {}
-    chosen = []
-    for sample in range(first, first + number):
-        epoch, place = divmod(sample, count)
-        if epoch not in orders:
-            orders[epoch] = numpy_generator(seed, "prompt-order", epoch).permutation(count).tolist()
-        chosen.append(orders[epoch][place])
-    return chosen
+    samples = range(first, first + number)
+    epochs = {sample // count for sample in samples}
+    orders = {epoch: numpy_generator(seed, "prompt-order", epoch).permutation(count).tolist() for epoch in epochs}
+    return [orders[sample // count][sample % count] for sample in samples]

@@ -1,4 +1,1 @@
-"""Scores of generated images: evaluations, comparisons with intervals, and the benchmarks of the papers.
-
-Knows nothing of training.
-"""
+"""Scores of generated images: evaluations, comparisons, the papers' benchmarks.  Knows nothing of training."""

@@ -1,30 +1,18 @@
 """Two evaluations of the same prompts side by side: differences and their intervals, in neutral words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from flowbp.evaluation.evaluate import Evaluation
+from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.statistics import bootstrap_interval, paired_bootstrap_interval
 
 SCORE_TITLES = {"verifier": "Verifier", "reward": "Reward", "heldout": "Held-out reward"}
 """Names of the scores as people read them, in the order in which they are shown."""
 MIN_PROMPTS = 10
 """Number of prompts below which there is no verdict."""
-
-
-@runtime_checkable
-class ScoredPrompts(Protocol):
-    """What an `Evaluation` and a `SavedEvaluation` have in common."""
-
-    @property
-    def prompts(self) -> list[str]: ...
-    @property
-    def scores(self) -> dict[str, list[float]]: ...
-    @property
-    def groups(self) -> list[str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -72,31 +60,30 @@ def score_title(name: str) -> str:
     return SCORE_TITLES.get(name, name)
 
 
-def sort_scores(names: Sequence[str]) -> list[str]:
-    """Names of scores in the order of `SCORE_TITLES`, others last."""
-    known = list(SCORE_TITLES)
+def sort_scores(names: Iterable[str], titles: Mapping[str, str] = SCORE_TITLES) -> list[str]:
+    """Names of scores in the order of `titles`, others last."""
+    known = list(titles)
     return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
-
-
-def have_same_prompts(before: ScoredPrompts | None, after: ScoredPrompts | None) -> bool:
-    """Whether both evaluations exist and are of the same prompts, so that they can be paired."""
-    return before is not None and after is not None and before.prompts == after.prompts
 
 
 def paired_changes(before: ScoredPrompts, after: ScoredPrompts) -> dict[str, Change]:
     """The change of every score that both evaluations have."""
-    names = sort_scores([name for name in before.scores if name in after.scores])
+    names = sort_scores(name for name in before.scores if name in after.scores)
     return {name: paired_change(before.scores[name], after.scores[name]) for name in names}
 
 
-def paired_changes_by_category(before: ScoredPrompts, after: ScoredPrompts, name: str) -> dict[str, Change]:
-    """The change of one score by category, in the order of first appearance; {} without categories."""
-    groups = after.groups or []
-    found = {}
-    for group in dict.fromkeys(groups):
-        rows = [i for i, g in enumerate(groups) if g == group]
-        found[group] = paired_change([before.scores[name][i] for i in rows], [after.scores[name][i] for i in rows])
+def verdicts_by_category(one: ScoredPrompts) -> dict[str, list[float]]:
+    """The scores of the verifier by category, in the order of first appearance; {} without verifier or categories."""
+    found: dict[str, list[float]] = {}
+    for group, value in zip(one.groups or [], one.scores.get("verifier", []), strict=False):
+        found.setdefault(group, []).append(value)
     return found
+
+
+def paired_changes_by_category(before: ScoredPrompts, after: ScoredPrompts) -> dict[str, Change]:
+    """The change of the verifier's score by category."""
+    old, new = verdicts_by_category(before), verdicts_by_category(after)
+    return {group: paired_change(old[group], values) for group, values in new.items() if group in old}
 
 
 def format_score(name: str, value: float) -> str:
@@ -111,11 +98,6 @@ def format_change(name: str, value: float) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def format_interval(name: str, found: Change) -> str:
-    """The interval of a change, `+1.2 to +3.4`; that of the verifier in percentage points."""
-    return f"{format_change(name, found.low)} to {format_change(name, found.high)}"
-
-
 class ChangeText(NamedTuple):
     """A change as people read it."""
 
@@ -128,77 +110,50 @@ class ChangeText(NamedTuple):
 
 def describe_change(name: str, change: Change) -> ChangeText:
     """The texts of a table row about the change of a score."""
-    return ChangeText(
-        format_score(name, change.before),
-        format_score(name, change.after),
-        format_change(name, change.difference),
-        format_interval(name, change),
-        change.verdict,
-    )
+    before, after = (format_score(name, value) for value in (change.before, change.after))
+    difference, low, high = (format_change(name, value) for value in (change.difference, change.low, change.high))
+    return ChangeText(before, after, difference, f"{low} to {high}", change.verdict)
 
 
-def changes_as_json(found: Mapping[str, Change]) -> dict[str, Any]:
-    """Changes and their verdicts as plain data."""
-    return {name: asdict(one) | {"verdict": one.verdict} for name, one in found.items()}
+def scores_as_json(found: Mapping[str, Change | MeanScore]) -> dict[str, Any]:
+    """Means, or changes and their verdicts, as plain data."""
+    return {
+        name: asdict(one) | ({"verdict": one.verdict} if isinstance(one, Change) else {}) for name, one in found.items()
+    }
 
-
-# --- whole models ----------------------------------------------------------------------------------------------------
 
 EvaluationsByScale = Mapping[float, Evaluation]
 """Evaluations of one model by guidance scale."""
+T = TypeVar("T", bound=Change | MeanScore)
+ScoresAndCategories = tuple[dict[float, dict[str, T]], dict[float, dict[str, T]]]
+"""Every score by guidance scale, and that of the verifier by scale and category."""
 
 
-def mean_scores(
-    found: EvaluationsByScale,
-) -> tuple[dict[float, dict[str, MeanScore]], dict[float, dict[str, MeanScore]]]:
-    """The mean of every score by guidance scale, and that of the verifier by scale and category."""
+def mean_scores(found: EvaluationsByScale) -> ScoresAndCategories[MeanScore]:
+    """The means of one model."""
     scores = {
-        scale: {name: mean_score(one.scores[name]) for name in sort_scores(list(one.scores))}
+        scale: {name: mean_score(one.scores[name]) for name in sort_scores(one.scores)} for scale, one in found.items()
+    }
+    groups = {
+        scale: {group: mean_score(values) for group, values in verdicts_by_category(one).items()}
         for scale, one in found.items()
     }
-    groups = {}
-    for scale, one in found.items():
-        rows: dict[str, list[float]] = {}
-        for group, value in zip(one.groups or [], one.scores.get("verifier", []), strict=True):
-            rows.setdefault(group, []).append(value)
-        groups[scale] = {group: mean_score(values) for group, values in rows.items()}
     return scores, groups
 
 
-def compare_evaluations(
-    before: EvaluationsByScale, after: EvaluationsByScale
-) -> tuple[dict[float, dict[str, Change]], dict[float, dict[str, Change]]]:
-    """The change of every score by guidance scale, and that of the verifier by scale and category."""
+def compare_evaluations(before: EvaluationsByScale, after: EvaluationsByScale) -> ScoresAndCategories[Change]:
+    """The changes between two models."""
     scores = {scale: paired_changes(before[scale], after[scale]) for scale in after}
-    return scores, {
-        scale: paired_changes_by_category(before[scale], after[scale], "verifier")
-        if "verifier" in scores[scale]
-        else {}
-        for scale in after
-    }
+    return scores, {scale: paired_changes_by_category(before[scale], after[scale]) for scale in after}
 
 
 def results_as_json(labels: Sequence[str], found: Sequence[EvaluationsByScale]) -> list[dict[str, Any]]:
     """Mean scores of one model, or changes between two, as plain data; one entry per guidance scale."""
-    if len(found) == 1:
-        scores, groups = mean_scores(found[0])
-        return [
-            {
-                "guidance": scale,
-                "model": labels[0],
-                "scores": {name: asdict(one) for name, one in scores[scale].items()},
-                "categories": {group: asdict(one) for group, one in groups[scale].items()},
-            }
-            for scale in scores
-        ]
-    changes, changes_by_category = compare_evaluations(*found)
+    scores: Mapping[float, Mapping[str, Change | MeanScore]]
+    groups: Mapping[float, Mapping[str, Change | MeanScore]]
+    scores, groups = mean_scores(found[0]) if len(found) == 1 else compare_evaluations(*found)
+    heads = dict(zip(("model",) if len(found) == 1 else ("before", "after"), labels, strict=True))
     return [
-        {
-            "guidance": scale,
-            "before": labels[0],
-            "after": labels[1],
-            "scores": changes_as_json(changes[scale]),
-            "categories": changes_as_json(changes_by_category[scale]),
-        }
-        for scale in changes
+        {"guidance": scale} | heads | {"scores": scores_as_json(one), "categories": scores_as_json(groups[scale])}
+        for scale, one in scores.items()
     ]

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,23 +19,24 @@ from flowbp.evaluation.image_statistics import image_statistics
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ScoredPrompts:
     """Results per prompt, in the order of the prompts.
 
     scores: by name (`reward`, `heldout`, `verifier`), one number per prompt; those of the verifier are 0 or 1.
-    statistics: of the images, by name (see `image_statistics`), one number per prompt.
-    groups: a category per prompt where prompts have one.  images: the first images, (n, 3, h, w) in [0, 1].
+    groups: a category per prompt where prompts have one.
     """
 
     prompts: list[str]
     scores: dict[str, list[float]]
     groups: list[str] | None
+
+
+@dataclass(frozen=True)
+class Evaluation(ScoredPrompts):
+    """With the first images, (n, 3, h, w) in [0, 1], and the statistics of all (`image_statistics`), per prompt."""
+
     images: Tensor = field(repr=False)
     statistics: dict[str, list[float]] = field(default_factory=dict)
-
-    def means(self) -> dict[str, float]:
-        """Mean of every score."""
-        return {name: float(np.mean(values)) for name, values in self.scores.items()}
 
 
 @torch.no_grad()
@@ -45,46 +45,20 @@ def generate(
     cond: Cond,
     negative: Cond | None,
     noise: Tensor,
-    *,
     size: tuple[int, int],
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Float[Tensor, "b 3 h w"]:
     """Images in [0, 1] of (height, width) `size`, by Euler steps from the noise on the backbone's own noise levels."""
     velocity = guided_velocity(backbone.velocity, cond, negative, Guidance(scale=guidance_scale))
+    noise = noise.to(next(iter(cond.values())).device)
     sigmas = backbone.sigmas(num_inference_steps, size)
     trajectory = rollout(velocity, noise, sigmas, RolloutSpec(frozenset(), frozenset(), num_inference_steps))
     return backbone.decode(trajectory.x_end)
 
 
-def verify_shapes(images: Tensor, prompts: Sequence[str]) -> tuple[list[float], list[str]]:
-    """Strict verdicts (0 or 1) on images for captions of the shapes world, and the category of each caption."""
-    from imgen_common.shapes.scene import parse_caption
-    from imgen_common.shapes.verify import verify
-
-    specs = [parse_caption(p) for p in prompts]
-    return [float(v.ok) for v in verify(images, specs)], [s.category for s in specs]
-
-
 EmbedPrompts = Callable[[Sequence[str]], tuple[Cond, Cond | None]]
 """embed_prompts(prompts) -> their embeddings, and that of the negative prompt (one row) where guidance needs it."""
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the images of an evaluation are generated: prompt i from noise stream (seed, i), whatever the batch."""
-
-    size: tuple[int, int]
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    batch_size: int
-
-
-def sampling_options(config: TrainConfig, guidance: float) -> SamplingOptions:
-    """The options in `config` for the images of its evaluations, at a guidance scale."""
-    size, evaluation = (config.model.height, config.model.width), config.eval
-    return SamplingOptions(size, evaluation.num_inference_steps, guidance, evaluation.seed, evaluation.batch_size)
 
 
 @dataclass(frozen=True)
@@ -122,27 +96,29 @@ def evaluate(
     backbone: Backbone,
     embed_prompts: EmbedPrompts,
     task: EvaluationTask,
-    sampling: SamplingOptions,
+    config: TrainConfig,
+    guidance_scale: float,
     processes: ProcessGroup = ProcessGroup(),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
-    """Generates one image per prompt and scores it.
+    """Generates one image per prompt, as `config.eval` says, and scores it.
 
-    Prompts are dealt out over the processes.  All of these make equally many forward passes, which a sharded network
-    needs.  on_progress: called with the number of images that this process has scored.
+    Prompt i has noise stream (seed, i), whatever the batch.  Prompts are divided among the processes.  All of these
+    make equally many forward passes, which a sharded network needs.  on_progress: called with the number of images that
+    this process has scored.
     """
-    prompts = task.prompts
+    prompts, size = task.prompts, (config.model.height, config.model.width)
     mine = range(processes.rank, len(prompts), processes.size)
     rows: list[_ImageScores] = []
-    for start in range(0, -(-len(prompts) // processes.size), sampling.batch_size):
-        indices = mine[start : start + sampling.batch_size]
-        if not indices:
-            _generate_batch(backbone, *embed_prompts([""]), range(1), sampling)
-            continue
-        images = _generate_batch(backbone, *embed_prompts([prompts[i] for i in indices]), indices, sampling)
-        period = sampling.size[0] // backbone.latent_shape(sampling.size)[1]
-        rows += _score_batch(images, indices, task, period)
-        on_progress(len(rows))
+    for start in range(0, -(-len(prompts) // processes.size), config.eval.batch_size):
+        batch = mine[start : start + config.eval.batch_size]
+        indices = batch or range(1)  # a process without prompts of its own takes part in the passes of the others
+        cond, negative = embed_prompts([prompts[i] for i in batch] or [""])
+        noise = initial_noise(backbone, size, config.eval.seed, "eval-noise", indices)
+        images = generate(backbone, cond, negative, noise, size, config.eval.num_inference_steps, guidance_scale)
+        if batch:
+            rows += _score_batch(images, batch, task, size[0] // backbone.latent_shape(size)[1])
+            on_progress(len(rows))
     rows = sorted(processes.gather(rows), key=lambda row: row.prompt)
     kept = [row.image for row in rows if row.image is not None]
     return Evaluation(
@@ -154,21 +130,6 @@ def evaluate(
     )
 
 
-def _generate_batch(
-    backbone: Backbone, cond: Cond, negative: Cond | None, indices: Sequence[int], sampling: SamplingOptions
-) -> Tensor:
-    noise = initial_noise(backbone, sampling.size, sampling.seed, "eval-noise", indices)
-    return generate(
-        backbone,
-        cond,
-        negative,
-        noise.to(next(iter(cond.values())).device),
-        size=sampling.size,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-    )
-
-
 def _score_batch(images: Tensor, indices: Sequence[int], task: EvaluationTask, period: int) -> list[_ImageScores]:
     """A row for each image.  period: pixels per latent, of `image_statistics`."""
     prompts = [task.prompts[i] for i in indices]
@@ -176,7 +137,11 @@ def _score_batch(images: Tensor, indices: Sequence[int], task: EvaluationTask, p
         scores = {name: reward(images, prompts).tolist() for name, reward in task.rewards.items()}
     groups = [""] * len(prompts)
     if task.verify:
-        scores["verifier"], groups = verify_shapes(images, prompts)
+        from imgen_common.shapes.scene import parse_caption
+        from imgen_common.shapes.verify import verify
+
+        specs = [parse_caption(prompt) for prompt in prompts]
+        scores["verifier"], groups = [float(held) for held in verify(images, specs)], [s.category for s in specs]
     statistics = {name: values.tolist() for name, values in image_statistics(images, period).items()}
     return [
         _ImageScores(

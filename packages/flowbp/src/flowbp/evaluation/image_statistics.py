@@ -7,9 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
-LUMA = (0.299, 0.587, 0.114)
-DARK, VIVID, EDGE = 0.05, 0.9, 0.1
-BINS = 8
+DARK, VIVID, EDGE, BINS = 0.05, 0.9, 0.1, 8
 
 
 @torch.no_grad()
@@ -19,10 +17,10 @@ def image_statistics(images: Float[Tensor, "b 3 h w"], period: int = 8) -> dict[
     dark: share of pixels with a luminance below 0.05.  saturated: share of pixels that are neither dark nor less
     saturated than 0.9 (HSV).  edges: share of pixels where the luminance steps by more than 0.1.  colors: entropy in
     bits of the colors in 8x8x8 bins.  grid: share of the variance in patterns that repeat every `period` pixels, in
-    rows and columns, as the patches of a transformer or an autoencoder leave behind.
+    rows and columns, which a transformer's or an autoencoder's patches leave behind.
     """
     images = images.detach().float()
-    luminance = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(1)
+    luminance = (images * images.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1)
     high, low = images.amax(1), images.amin(1)
     vivid = ((high - low) > VIVID * high) & (luminance >= DARK)
     down, across = luminance.diff(dim=1)[:, :, 1:], luminance.diff(dim=2)[:, 1:, :]
@@ -31,7 +29,7 @@ def image_statistics(images: Float[Tensor, "b 3 h w"], period: int = 8) -> dict[
         "saturated": vivid.float().mean((1, 2)),
         "edges": ((down.square() + across.square()).sqrt() > EDGE).float().mean((1, 2)),
         "colors": _entropy(images),
-        "grid": _periodic(luminance, period),
+        "grid": _periodicity(luminance, period),
     }
 
 
@@ -44,7 +42,7 @@ def _entropy(images: Tensor) -> Tensor:
     return -(shares * shares.clamp(min=1e-12).log2()).sum(1)
 
 
-def _periodic(luminance: Tensor, period: int) -> Tensor:
+def _periodicity(luminance: Tensor, period: int) -> Tensor:
     """Variance of the mean tile over the whole variance; the mean of each tile is subtracted first.
 
     0 for images without a pattern of that period (1 / number of tiles for noise), 1 for a pattern that fills the image.
@@ -60,11 +58,8 @@ def _periodic(luminance: Tensor, period: int) -> Tensor:
 
 
 def rms_distance(before: Float[Tensor, "b 3 h w"], after: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-    """Root of the mean squared difference of images at equal seeds, in [0, 1].
-
-    Images are blurred over 4x4 pixels first, so that noise and small shifts weigh little.
-    """
-    return _blurred(after.float() - before.float()).square().flatten(1).mean(1).sqrt()
+    """Root mean squared difference of images in [0, 1], blurred so that noise and small shifts weigh little."""
+    return _blur(after.float() - before.float()).square().flatten(1).mean(1).sqrt()
 
 
 def dissimilarity(before: Float[Tensor, "b 3 h w"], after: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
@@ -78,9 +73,9 @@ def dissimilarity(before: Float[Tensor, "b 3 h w"], after: Float[Tensor, "b 3 h 
 
 def _pattern(images: Tensor) -> Tensor:
     """Blurred images minus their mean color, as unit vectors; 0 for flat images."""
-    coarse = _blurred(images.float())
+    coarse = _blur(images.float())
     return normalize((coarse - coarse.mean((2, 3), keepdim=True)).flatten(1), eps=1e-4)
 
 
-def _blurred(images: Tensor) -> Tensor:
+def _blur(images: Tensor) -> Tensor:
     return avg_pool2d(images, max(1, min(4, min(images.shape[-2:]) // 4)))

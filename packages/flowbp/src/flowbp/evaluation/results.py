@@ -3,26 +3,24 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from flowbp.evaluation.evaluate import Evaluation
+from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.files import write_atomic
 from imgen_common.images import from_pil, to_pil
 
 
 @dataclass(frozen=True)
-class SavedEvaluation:
+class SavedEvaluation(ScoredPrompts):
     """An evaluation read from disk; `image_files` are the images of the first prompts, in order."""
 
     name: str
     guidance: float
-    prompts: list[str]
-    scores: dict[str, list[float]]
-    groups: list[str] | None
     image_files: list[Path]
     statistics: dict[str, list[float]] = field(default_factory=dict)
 
@@ -44,14 +42,8 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
     if len(evaluation.images):
         for i, image in enumerate(to_pil(evaluation.images)):
             image.save(folder / f"{i:03d}.png")
-    content = {
-        "name": name,
-        "guidance": guidance,
-        "prompts": evaluation.prompts,
-        "scores": evaluation.scores,
-        "groups": evaluation.groups,
-        "statistics": evaluation.statistics,
-    }
+    kept = ("prompts", "scores", "groups", "statistics")
+    content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
     write_atomic(folder / "scores.json", json.dumps(content) + "\n")
     return folder
 
@@ -64,6 +56,15 @@ def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:
         images = sorted(p for p in file.parent.glob("*.png") if re.fullmatch(r"\d+", p.stem))
         found[(content["name"], content["guidance"])] = SavedEvaluation(image_files=images, **content)
     return found
+
+
+def pair_evaluations(
+    found: Mapping[tuple[str, float], SavedEvaluation], own: float
+) -> dict[float, tuple[SavedEvaluation, SavedEvaluation]]:
+    """Base and trained by guidance scale, `own` first, where both exist and are of the same prompts."""
+    scales = sorted({scale for _, scale in found}, key=lambda scale: (scale != own, scale))
+    pairs = {scale: (found.get(("base", scale)), found.get(("trained", scale))) for scale in scales}
+    return {scale: (a, b) for scale, (a, b) in pairs.items() if a and b and a.prompts == b.prompts}
 
 
 def delete_evaluations(run: Path, name: str) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowbp.backbones.loading import load_backbone, load_trained_weights
@@ -14,14 +13,11 @@ from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import is_shapes_source, load_prompts
-from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, evaluate, generate, sampling_options
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, evaluate, generate
 from imgen_common.config import load
 from imgen_common.devices import device_of
 from imgen_common.errors import UserError
-from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.find import CONFIG, find_run, is_run
-
-NUMBERED_FILE = re.compile(r"(\d+)-")
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,7 @@ def generate_images(
     """
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
     cond = repeat_batch(backbone.encode([prompt]), len(seeds))
-    return generate(
-        backbone,
-        cond,
-        backbone.encode([""]),
-        noise.to(next(iter(cond.values())).device),
-        size=size,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-    )
+    return generate(backbone, cond, backbone.encode([""]), noise, size, num_inference_steps, guidance_scale)
 
 
 def sample(
@@ -97,7 +85,7 @@ def sample(
 
 def next_file_number(folder: Path) -> int:
     """The first number that is larger than any with which a file name in the folder begins."""
-    found = [NUMBERED_FILE.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [re.match(r"(\d+)-", path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
@@ -120,14 +108,10 @@ def evaluate_model(
     task = EvaluationTask(prompts, rewards, verify=is_shapes_source(config.eval.prompts))
 
     def at(scale: float) -> Evaluation:
-        label = f"{source.label}, guidance {scale:g}"
-        return evaluate(
-            backbone,
-            embeddings,
-            task,
-            sampling_options(config, scale),
-            on_progress=lambda done: on_progress(label, done, len(prompts)),
-        )
+        def progress(done: int) -> None:
+            on_progress(f"{source.label}, guidance {scale:g}", done, len(prompts))
+
+        return evaluate(backbone, embeddings, task, config, scale, on_progress=progress)
 
     return {scale: at(scale) for scale in scales}
 
@@ -141,16 +125,3 @@ def check_guidance_scale(scale: float) -> None:
     """Raises UserError for a guidance scale out of range."""
     if not 0 < scale <= 100:
         raise UserError(f"--guidance-scale {scale:g}: must be above 0 and at most 100")
-
-
-def save_images(images: Tensor, folder: Path, names: Sequence[str]) -> list[Image.Image]:
-    """Writes images (b, 3, h, w) as PNG files; returns them."""
-    saved = to_pil(images)
-    for image, name in zip(saved, names, strict=True):
-        image.save(folder / name)
-    return saved
-
-
-def save_grid(images: Sequence[Image.Image], file: Path, columns: int) -> None:
-    """Writes all images in rows of `columns`, small ones enlarged."""
-    grid(images, columns, scale=max(1, 128 // images[0].width), gap=4).save(file)

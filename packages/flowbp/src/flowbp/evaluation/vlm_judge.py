@@ -4,31 +4,24 @@ The papers' UR-Align and UR-IQ are such scores of UnifiedReward-7b-v1.5.  Our qu
 depend on the words of the question: compare them only with scores for the same questions.
 """
 
-import http.client
+import asyncio
 import json
-import os
-import random
 import re
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
-from urllib.error import HTTPError
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from PIL import Image
 
 from imgen_common.errors import UserError
+from imgen_common.http import HttpClient, HttpError, RetryPolicy
 from imgen_common.images import data_uri
 
 Criterion = Literal["ur_align", "ur_iq"]
 KEY_VARIABLE = "FLOWBP_JUDGE_KEY"
 """Environment variable with the API key.  It has a name of its own so that the key of another service is never sent."""
 IMAGE_SIDE = 512
-RETRIED_STATUS = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Status codes of a server that may be busy or starting up."""
 MAX_KEPT_ANSWER = 400
 """Characters that are kept of an answer without a score."""
 FINAL_SCORE = re.compile(r"\bfinal score[ *]*:[ *]*([1-5](?:\.\d+)?)(?: ?/ ?5)?[ .*]*$", re.IGNORECASE | re.MULTILINE)
@@ -76,17 +69,37 @@ class Judge:
     max_tries: int = 5
     """Requests that are made for an image before the judge gives up."""
     initial_backoff: float = 1.0
-    """Seconds before the second try; doubled before each later one."""
+    """Longest wait in seconds before the second try; doubled before each later one."""
     timeout: float = 300.0
-    key: str = field(default_factory=lambda: os.environ.get(KEY_VARIABLE, ""), repr=False)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
         """A judgment of each image.  Raises UserError if the endpoint does not answer."""
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
-            return list(pool.map(self._judge_image, images, prompts))
+        return asyncio.run(self._judge_all(images, prompts))
 
-    def _judge_image(self, image: Image.Image, prompt: str) -> Judgment:
-        answer = self._send(self._question(image, prompt))
+    async def _judge_all(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
+        policy = RetryPolicy(
+            timeout=self.timeout, deadline=86400, max_tries=self.max_tries, initial_backoff=self.initial_backoff
+        )
+        client = HttpClient(self.url, KEY_VARIABLE, policy, self.max_concurrency)
+        pairs = zip(images, prompts, strict=True)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._judge_image(client, image, prompt)) for image, prompt in pairs]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            await client.close()
+        return [task.result() for task in tasks]
+
+    async def _judge_image(self, client: HttpClient, image: Image.Image, prompt: str) -> Judgment:
+        body = await asyncio.to_thread(self._question, image, prompt)
+        try:
+            answer = await client.call(lambda seconds: self._send(client, body, seconds))
+        except HttpError as error:
+            raise UserError(
+                f"judge {self.model!r}: {error}; check --judge, the model's name and {KEY_VARIABLE}, then run the "
+                "command again: scores made so far are kept"
+            ) from None
         score = parse_score(answer)
         return Judgment(score, "" if score is not None else answer[-MAX_KEPT_ANSWER:])
 
@@ -100,43 +113,17 @@ class Judge:
         body = {"model": self.model, "temperature": 0, "max_tokens": 1024, "messages": messages}
         return json.dumps(body).encode()
 
-    def _send(self, body: bytes) -> str:
+    async def _send(self, client: HttpClient, body: bytes, seconds: float) -> str:
         """The text of the answer."""
-        failure = ""
-        for attempt in range(self.max_tries):
-            if attempt:
-                time.sleep(self.initial_backoff * 2 ** (attempt - 1) * random.uniform(1, 1.5))
-            try:
-                with urlopen(self._request(body), timeout=self.timeout) as response:
-                    return _text(json.load(response))
-            except HTTPError as error:
-                failure = f"{error.code} {error.reason}"
-                error.close()
-                if error.code not in RETRIED_STATUS:
-                    break
-            except (OSError, http.client.HTTPException) as error:
-                failure = str(error) or type(error).__name__
-            except (ValueError, LookupError, TypeError):
-                failure = "an answer that is no chat completion"
-                break
-        raise UserError(
-            f"judge {urlsplit(self.url).netloc}, model {self.model!r}: {failure} "
-            f"(try {attempt + 1} of {self.max_tries}); check --judge, the model's name and {KEY_VARIABLE}, then run "
-            "the command again: scores made so far are kept"
-        )
-
-    def _request(self, body: bytes) -> Request:
-        request = Request(self.url.rstrip("/") + "/chat/completions", body, {"Content-Type": "application/json"})
-        if self.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        return request
-
-
-def _text(answer: Any) -> str:
-    text = answer["choices"][0]["message"]["content"]
-    if not isinstance(text, str):
-        raise TypeError
-    return text
+        base, headers = self.url.rstrip("/"), {"Content-Type": "application/json"}
+        data = await client.request("POST", base, "/chat/completions", seconds=seconds, content=body, headers=headers)
+        try:
+            text = json.loads(data)["choices"][0]["message"]["content"]
+            if isinstance(text, str):
+                return text
+        except (ValueError, LookupError, TypeError, RecursionError):
+            pass
+        raise HttpError("malformed_response", f"{base}: an answer that is no chat completion", can_retry=False)
 
 
 def check_url(url: str | None) -> str:

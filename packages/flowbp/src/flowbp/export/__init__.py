@@ -1,16 +1,14 @@
-"""Writes trained weights as files that other programs load.
-
-Knows nothing of the command line.
-"""
+"""Writes trained weights as files that other programs load.  Knows nothing of the command line."""
 
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import nn
 
+from flowbp import backbones
 from flowbp.backbones.loading import read_trained_weights
-from flowbp.export.adapters import DIFFUSERS_FILE, linear_output_sizes, lora_adapters, pipeline_class, to_diffusers
+from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
-from flowbp.export.merged import merge_weights
 from flowbp.export.model_card import ExportedWeights, ExportFormat, model_card
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder, write_atomic
@@ -34,7 +32,9 @@ def export_run(run: Path, to: ExportFormat, out: Path, kept: ExportedWeights = "
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
         else:
-            keys = to_comfyui(lora_adapters(config, weights), pipeline_class(config), linear_output_sizes(config))
+            empty = backbones.init_empty_weights(config.model.ref)
+            widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
+            keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
         write_atomic(folder / "README.md", model_card(run, config, to, kept, step))
     return out

@@ -1,14 +1,14 @@
-"""The trained low-rank updates of a run, as a diffusers adapter."""
+"""The trained weights of a run as a diffusers adapter, or merged into the whole pipeline."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from flowbp import backbones
 from flowbp.config import TrainConfig
-from imgen_common import hub
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
@@ -22,20 +22,8 @@ class Adapter:
 
     @property
     def update(self) -> Tensor:
-        """up @ down in float32, which is added to the weight of the layer."""
-        return self.up.float() @ self.down.float()
-
-
-def pipeline_class(config: TrainConfig) -> str:
-    """Name of the diffusers pipeline class of the run's model."""
-    index = hub.resolve(config.model.ref) / "model_index.json"
-    return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-
-
-def linear_output_sizes(config: TrainConfig) -> dict[str, int]:
-    """Number of outputs of every linear layer of the run's transformer."""
-    modules = backbones.init_empty_weights(config.model.ref).net.named_modules()
-    return {name: module.out_features for name, module in modules if isinstance(module, nn.Linear)}
+        """up @ down, which is added to the weight of the layer."""
+        return self.up @ self.down
 
 
 def lora_adapters(config: TrainConfig, weights: Mapping[str, Tensor]) -> dict[str, Adapter]:
@@ -56,3 +44,17 @@ def to_diffusers(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     for layer, adapter in found.items():
         keys |= {f"transformer.{layer}.lora_A.weight": adapter.down, f"transformer.{layer}.lora_B.weight": adapter.up}
     return keys
+
+
+def merge_weights(config: TrainConfig, weights: Mapping[str, Tensor]) -> DiffusionPipeline:
+    """The whole pipeline in float32, the trained weights merged into its transformer."""
+    backbone = backbones.load(config.model.ref)
+    parameters = dict(backbone.net.named_parameters())
+    with torch.no_grad():
+        if config.lora is None:
+            for name, value in weights.items():
+                parameters[name].copy_(value)
+        else:
+            for layer, adapter in lora_adapters(config, weights).items():
+                parameters[f"{layer}.weight"].add_(adapter.update)
+    return backbone.pipe

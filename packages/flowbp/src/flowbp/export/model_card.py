@@ -5,7 +5,7 @@ from typing import Literal
 
 from flowbp.backbones.licenses import license_of
 from flowbp.config import TrainConfig
-from flowbp.evaluation.compare import format_interval, format_score, score_title
+from flowbp.evaluation.compare import describe_change, score_title
 from flowbp.export.adapters import DIFFUSERS_FILE
 from flowbp.export.comfyui import COMFYUI_FILE
 from flowbp.training.runs import compare_base_and_trained
@@ -51,16 +51,9 @@ def _scores(run: Path) -> str:
     changes = compare_base_and_trained(run)
     if not changes:
         return "The run was exported before its evaluation."
-    rows = [
-        [
-            f"{scale:g}",
-            score_title(name),
-            format_score(name, one.before),
-            format_score(name, one.after),
-            format_interval(name, one),
-            str(one.num),
-        ]
-        for scale, scores in changes.items()
-        for name, one in scores.items()
-    ]
+    rows = []
+    for scale, scores in changes.items():
+        for name, change in scores.items():
+            text = describe_change(name, change)
+            rows.append([f"{scale:g}", score_title(name), text.before, text.after, text.interval, str(change.num)])
     return markdown_table(["guidance", "score", "before", "after", "change, 95 % interval", "prompts"], rows)

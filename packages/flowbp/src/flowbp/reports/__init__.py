@@ -1,4 +1,1 @@
-"""HTML reports and figures, from nothing but the run folder.
-
-Knows nothing of training.
-"""
+"""HTML reports and figures from the files of a run folder.  Knows nothing of training."""

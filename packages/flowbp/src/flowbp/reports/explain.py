@@ -4,8 +4,6 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,25 +18,14 @@ WIDTHS = ((25, 3), (38, 2), (80, 1))
 BARS = "▁▂▃▄▅▆▇█"
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MethodDescription:
-    """What the source file of a method says about it."""
-
-    sentence: str
-    source: str
-
-
-def describe_method(name: str) -> MethodDescription:
+def describe_method(name: str) -> tuple[str, str]:
     """The first sentence, and the source, of the docstring under the constant of a named method."""
     tree = ast.parse(inspect.getsource(importlib.import_module(f"flowbp.methods.{name}")))
     texts = [n.value.value for n in tree.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
     text = " ".join(str(texts[-1]).split()) if texts else ""
     text, _, source = text.partition("Source: ")
     sentence = re.split(r"(?<=\.)\s", text.strip())[0]
-    return MethodDescription(sentence, source.rstrip(". ") or "the chain rule")
+    return sentence, source.rstrip(". ") or "the chain rule"
 
 
 def describe_choice(value: Config | None) -> str:
@@ -74,11 +61,10 @@ def describe_axes(method: Method) -> dict[str, str]:
 
 def methods_table() -> list[dict[str, str]]:
     """One row per named method: name, axes, a sentence about it, its source."""
-    rows = []
-    for name, method in METHODS.items():
-        found = describe_method(name)
-        rows.append({"name": name} | describe_axes(method) | {"about": found.sentence, "source": found.source})
-    return rows
+    return [
+        {"name": name} | describe_axes(method) | dict(zip(("about", "source"), describe_method(name), strict=True))
+        for name, method in METHODS.items()
+    ]
 
 
 def describe_reward_input(plan: Plan) -> str:
@@ -112,32 +98,27 @@ def linear_sigmas(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     return tuple(float(value) for value in shift * s / (1 + (shift - 1) * s))
 
 
-# --- terminal --------------------------------------------------------------------------------------------------------
-
-
 def plan_strip(plan: Plan) -> list[tuple[str, str]]:
     """The plan in characters as (label, line), noise on the left; [] if it has too many steps."""
     width = next((w for steps, w in WIDTHS if plan.num_inference_steps <= steps), 0)
     if not width:
         return []
-    terms = {term.step: term for term in plan.terms}
+    steps = range(plan.num_inference_steps)
+    marks = ["·" if i <= plan.reward_step else " " for i in steps]
+    bars = [" " for _ in steps]
     largest = max(abs(term.weight) for term in plan.terms)
-    every = 5
-    marks, bars = [], []
-    for i in range(plan.num_inference_steps):
-        term = terms.get(i)
-        is_skipped = i > plan.reward_step
-        marks.append((" " if is_skipped else "·") if term is None else "◉" if term.coupling else "●")
-        bars.append(" " if term is None else BARS[round(7 * abs(term.weight) / largest)])
-    numbers = "".join(str(i).ljust(width * every) for i in range(0, plan.num_inference_steps, every))
-    levels = "".join(f"{plan.sigmas[i]:.2f}".ljust(width * every) for i in range(0, plan.num_inference_steps, every))
-    rows = [("step", numbers), ("sigma", levels), ("active", _cells(marks, width)), ("weight", _cells(bars, width))]
+    for term in plan.terms:
+        marks[term.step] = "◉" if term.coupling else "●"
+        bars[term.step] = BARS[round(7 * abs(term.weight) / largest)]
+    cells = {
+        "step": [str(i).ljust(5 * width) for i in steps[::5]],
+        "sigma": [f"{plan.sigmas[i]:.2f}".ljust(5 * width) for i in steps[::5]],
+        "active": [mark.ljust(width) for mark in marks],
+        "weight": [bar.ljust(width) for bar in bars],
+    }
+    rows = [(label, "".join(line)) for label, line in cells.items()]
     rows += [(f"leg {k}", _leg_line(leg, width)) for k, leg in enumerate(plan.legs, 1)]
     return [*rows, ("reward", " " * (width * min(plan.reward_step, plan.num_inference_steps)) + "▲")]
-
-
-def _cells(marks: Sequence[str], width: int) -> str:
-    return "".join(mark.ljust(width) for mark in marks)
 
 
 def _leg_line(leg: Leg, width: int) -> str:

@@ -28,10 +28,7 @@ THEME_COLORS = {
 
 
 def plot_plan(plan: Plan, title: str, kind: str = "png") -> bytes:
-    """The plan as a PNG, SVG or PDF: weights as stems over the noise levels, legs as arcs below, the reward at the end.
-
-    An SVG has a transparent background, and its text is text.
-    """
+    """The plan as a PNG, SVG or PDF: stems are weights over noise levels, arcs are legs, the star is the reward."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

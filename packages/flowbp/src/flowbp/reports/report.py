@@ -10,15 +10,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from flowbp.config import TrainConfig
-from flowbp.core.plan import draw_plan as draw_plan
-from flowbp.evaluation.compare import (
-    Change,
-    describe_change,
-    format_score,
-    paired_changes,
-    paired_changes_by_category,
-    score_title,
-)
+from flowbp.core.plan import draw_plan
+from flowbp.evaluation.compare import Change, describe_change, format_score, paired_changes_by_category, score_title
 from flowbp.evaluation.results import SavedEvaluation
 from flowbp.reports.charts import TEMPLATES, Series, interval_chart, line_chart, moving_average
 from flowbp.reports.explain import describe_axes, describe_reward_input, linear_sigmas, plan_costs
@@ -36,7 +29,6 @@ THUMBNAIL = 256
 """Longest side of an image in the page, in pixels."""
 NUM_UNFOLDED = 24
 """Number of image pairs that are shown at once; the others unfold."""
-VERIFIER = "share of images that show what the prompt says, by a strict program"
 Values = dict[str, Any]
 """Data for the template."""
 
@@ -55,7 +47,7 @@ def render_report(run: RunData) -> str:
         f"method {config.method.name}",
         f"{run.updates} of {config.max_train_steps} updates of {config.total_batch_size} images",
         f"{config.num_inference_steps} denoising steps",
-        f"guidance {run.training_scale:g}",
+        f"guidance {config.guidance_scale:g}",
         f"model {config.model.ref}",
     ]
     values = {
@@ -63,7 +55,7 @@ def render_report(run: RunData) -> str:
         "facts": " · ".join(facts),
         "config": config,
         "updates": run.updates,
-        "training_scale": f"{run.training_scale:g}",
+        "training_scale": f"{config.guidance_scale:g}",
         "result": _result(run),
         "no_result": _why_no_result(run),
         "scores": [_scale(run, scale) | {"rows": _score_rows(run, scale)} for scale in run.scales],
@@ -78,18 +70,14 @@ def render_report(run: RunData) -> str:
 
 
 def _scale(run: RunData, scale: float) -> Values:
-    return {"label": f"{scale:g}", "is_own": scale == run.training_scale}
-
-
-# --- result ----------------------------------------------------------------------------------------------------------
+    return {"label": f"{scale:g}", "is_own": scale == run.config.guidance_scale}
 
 
 def _result(run: RunData) -> Values | None:
     """The changes at the guidance scale of the training."""
-    pair = run.pair(run.training_scale)
-    if pair is None:
+    own = run.config.guidance_scale
+    if own not in run.pairs:
         return None
-    changes = paired_changes(*pair)
     cards = [
         {
             "title": score_title(name),
@@ -97,13 +85,14 @@ def _result(run: RunData) -> Values | None:
             "unit": " points" if name == "verifier" else "",
             "note": _score_note(run.config, name),
         }
-        for name, change in changes.items()
+        for name, change in run.changes[own].items()
     ]
-    return {"cards": cards, "num": len(pair[0].prompts), "exploited": _exploited(run.config, changes)}
+    num = len(run.pairs[own][0].prompts)
+    return {"cards": cards, "num": num, "exploited": _exploited(run.config, run.changes[own])}
 
 
 def _why_no_result(run: RunData) -> str:
-    names = {name for name, scale in run.evaluations if scale == run.training_scale}
+    names = {name for name, scale in run.evaluations if scale == run.config.guidance_scale}
     if names == {"base", "trained"}:
         return "The evaluations before and after are of different prompts, so they cannot be compared."
     if "base" in names:
@@ -114,7 +103,7 @@ def _why_no_result(run: RunData) -> str:
 def _score_note(config: TrainConfig, name: str) -> str:
     """The role of a score in the run."""
     if name == "verifier":
-        return VERIFIER
+        return "share of images that show what the prompt says, by a strict program"
     trained = name in {reward.name for reward in config.rewards}
     return "a score that was maximized" if trained else "a score that was only watched"
 
@@ -132,30 +121,24 @@ def _exploited(config: TrainConfig, changes: Mapping[str, Change]) -> Values | N
 
 
 def _score_rows(run: RunData, scale: float) -> list[Values]:
-    pair = run.pair(scale)
-    changes = paired_changes(*pair) if pair else {}
+    changes = run.changes.get(scale, {})
     return [{"title": score_title(name), "text": describe_change(name, one)} for name, one in changes.items()]
 
 
 def _outcomes(run: RunData) -> str:
     """How many images changed sides, at the guidance scale of the training."""
-    pair = run.pair(run.training_scale)
-    if pair is None or "verifier" not in pair[0].scores or "verifier" not in pair[1].scores:
+    own = run.config.guidance_scale
+    if "verifier" not in run.changes.get(own, {}):
         return ""
-    sides = list(zip(pair[0].scores["verifier"], pair[1].scores["verifier"], strict=True))
+    sides = list(zip(*(one.scores["verifier"] for one in run.pairs[own]), strict=True))
     kinds = {(1, 1): "pass before and after", (0, 1): "only after", (1, 0): "only before", (0, 0): "neither"}
     return ", ".join(f"{sides.count(kind)} {text}" for kind, text in kinds.items())
 
 
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
 def _images(run: RunData) -> list[Values]:
     found = []
-    for scale in run.scales:
-        pair = run.pair(scale)
-        num = min(len(pair[0].prompts), *(len(one.image_files) for one in pair)) if pair else 0
-        if pair and num:
+    for scale, pair in run.pairs.items():
+        if num := min(len(pair[0].prompts), *(len(one.image_files) for one in pair)):
             figures = [_figure(*pair, run.config.rewards[0].name, i) for i in range(num)]
             found.append(_scale(run, scale) | {"figures": figures[:NUM_UNFOLDED], "more": figures[NUM_UNFOLDED:]})
     return found
@@ -179,35 +162,25 @@ def _image(one: SavedEvaluation, i: int, when: str) -> Values:
     return {"uri": data_uri(image), "alt": f"{when}: {one.prompts[i]}", "small": small, "passes": passes}
 
 
-# --- categories ------------------------------------------------------------------------------------------------------
-
-
 def _categories(run: RunData) -> list[Values]:
     found = []
-    for scale in run.scales:
-        pair = run.pair(scale)
-        if pair and pair[1].groups and "verifier" in pair[0].scores and "verifier" in pair[1].scores:
-            by_category = paired_changes_by_category(*pair, "verifier") | {"all": paired_changes(*pair)["verifier"]}
-            found.append(_scale(run, scale) | {"rows": _category_rows(by_category)})
+    for scale, pair in run.pairs.items():
+        if by_category := paired_changes_by_category(*pair):
+            by_category["all"] = run.changes[scale]["verifier"]
+            changes = by_category.values()
+            span = (min(0.0, *(one.low for one in changes)), max(0.0, *(one.high for one in changes)))
+            rows = [
+                {
+                    "category": category,
+                    "is_total": category == "all",
+                    "num": one.num,
+                    "text": describe_change("verifier", one),
+                    "chart": interval_chart(one.low, one.difference, one.high, span),
+                }
+                for category, one in by_category.items()
+            ]
+            found.append(_scale(run, scale) | {"rows": rows})
     return found
-
-
-def _category_rows(by_category: Mapping[str, Change]) -> list[Values]:
-    changes = by_category.values()
-    span = (min(0.0, *(one.low for one in changes)), max(0.0, *(one.high for one in changes)))
-    return [
-        {
-            "category": category,
-            "is_total": category == "all",
-            "num": one.num,
-            "text": describe_change("verifier", one),
-            "chart": interval_chart(one.low, one.difference, one.high, span),
-        }
-        for category, one in by_category.items()
-    ]
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def _curves(run: RunData) -> Values | None:
@@ -230,7 +203,7 @@ def _curves(run: RunData) -> Values | None:
 
 def _quick_label(run: RunData) -> str:
     num = run.config.eval.quick_num_prompts
-    return f"quick evaluation: {num} prompts, averaged weights, guidance {run.training_scale:g}"
+    return f"quick evaluation: {num} prompts, averaged weights, guidance {run.config.guidance_scale:g}"
 
 
 def _score_chart(run: RunData, name: str) -> Markup:
@@ -257,15 +230,12 @@ def _metric_chart(run: RunData, title: str, unit: str, key: str, limit: float | 
 def _gap_chart(run: RunData) -> Markup:
     keys = sorted({key for line in run.metrics for key in line if key.startswith("train/gap_")})
     colors = ("--blue", "--green", "--violet")
-    lines = []
-    for k, key in enumerate(keys):
-        updates, values = run.series(key)
-        lines.append(Series(f"leg {k + 1}", colors[k % 3], updates, moving_average(values)))
+    lines = [
+        Series(f"leg {k + 1}", colors[k % 3], updates, moving_average(values))
+        for k, (updates, values) in enumerate(map(run.series, keys))
+    ]
     unit = "mean |x̂ − x| at the end of a leg, mean of 10 updates"
     return line_chart("Gaps", unit, lines, run.updates, from_zero=True)
-
-
-# --- plan and set-up -------------------------------------------------------------------------------------------------
 
 
 def _plan(run: RunData) -> Values:
@@ -298,9 +268,12 @@ def _setup(run: RunData) -> Values:
     git = environment.get("git") or {}
     commands = [*(one.get("command", []) for one in environment.get("earlier", [])), environment.get("command", [])]
     peak = max(run.series("train/peak_memory_gib")[1], default=math.nan)
-    device = [f"{key} {_one_line(value)}" for key, value in environment.get("device", {}).items()]
+    device = {
+        key: " ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in environment.get("device", {}).items()
+    }
     rows = {
-        "device": ", ".join(device),
+        "device": ", ".join(f"{key} {value}" for key, value in device.items()),
         "peak memory": format_memory(peak) if math.isfinite(peak) else "–",
         "python": str(environment.get("python", "unknown")),
         "platform": str(environment.get("platform", "unknown")),
@@ -312,7 +285,3 @@ def _setup(run: RunData) -> Values:
         "config": to_yaml(run.config),
         "packages": "\n".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }
-
-
-def _one_line(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flowbp.config import TrainConfig
-from flowbp.evaluation.compare import have_same_prompts
-from flowbp.evaluation.results import SavedEvaluation, load_evaluations
+from flowbp.evaluation.compare import Change, paired_changes
+from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
 from imgen_common.run_folder.find import ENVIRONMENT
 from imgen_common.run_folder.folder import RunFolder
 
@@ -26,20 +27,20 @@ class RunData:
     sigmas: tuple[float, ...] | None
 
     @property
-    def training_scale(self) -> float:
-        """The guidance scale of the training."""
-        return self.config.guidance_scale
-
-    @property
     def scales(self) -> list[float]:
         """The guidance scales of the evaluations, that of the training first."""
         found = {scale for _, scale in self.evaluations}
-        return sorted(found, key=lambda scale: (scale != self.training_scale, scale))
+        return sorted(found, key=lambda scale: (scale != self.config.guidance_scale, scale))
 
-    def pair(self, scale: float) -> tuple[SavedEvaluation, SavedEvaluation] | None:
-        """Base and trained at a scale, if both exist and are of the same prompts."""
-        base, trained = (self.evaluations.get((name, scale)) for name in ("base", "trained"))
-        return (base, trained) if base and trained and have_same_prompts(base, trained) else None
+    @cached_property
+    def pairs(self) -> dict[float, tuple[SavedEvaluation, SavedEvaluation]]:
+        """As `pair_evaluations` gives them."""
+        return pair_evaluations(self.evaluations, self.config.guidance_scale)
+
+    @cached_property
+    def changes(self) -> dict[float, dict[str, Change]]:
+        """The changes of all scores between the pairs, by guidance scale."""
+        return {scale: paired_changes(*pair) for scale, pair in self.pairs.items()}
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Updates and values of a metric, where it was finite."""

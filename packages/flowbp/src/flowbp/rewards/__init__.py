@@ -49,7 +49,7 @@ class RewardConfig(Config):
     """A reward model."""
 
     score: str = "clip"
-    """How the model scores an image: `clip` exp(logit_scale) cosine (PickScore and its kin), `clipscore` the cosine,
+    """How the model scores an image: `clip` exp(logit_scale) cosine (PickScore and the like), `clipscore` the cosine,
     `hpsv2` the cosine of padded images (HPSv2.1), `hpsv3` HPSv3, `aesthetic` the LAION predictor, `imagereward`
     ImageReward."""
     ref: str
@@ -69,10 +69,7 @@ class RewardConfig(Config):
 
 
 def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":
-    """The frozen reward on a device.  On the device "meta" it has no weights, and none are read.
-
-    Raises UserError if the folder holds a model of another type.
-    """
+    """The frozen reward; on "meta" no weights are read.  Raises UserError for a model of another type."""
     kind = REWARDS[config.score]
     folder = hub.resolve(config.ref, weights=str(device) != "meta")
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")

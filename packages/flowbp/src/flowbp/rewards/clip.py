@@ -1,4 +1,4 @@
-"""Rewards on transformers' `CLIPModel`: PickScore and its kin, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
+"""Rewards on transformers' `CLIPModel`: PickScore, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import load_head, scoring_head
-from flowbp.rewards.loading import load_frozen
+from flowbp.rewards.loading import load_frozen, load_head, scoring_head
 
 
 class ClipReward:
@@ -46,10 +45,7 @@ class ClipReward:
         return cls(model, processor, tokenizer, cosine=cosine, letterbox=letterbox)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
-        """Resizes, crops or pads, and normalizes: the steps of the image processor, differentiably.
-
-        On uint8 images it differs from the processor by the rounding to 1/255 only.
-        """
+        """The differentiable steps of the image processor; on uint8 images only its rounding to 1/255 is missing."""
         if self.letterbox:
             images = preprocess.letterbox(images, self.size)
         else:

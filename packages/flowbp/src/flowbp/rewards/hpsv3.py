@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLImagePro
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import load_head
-from flowbp.rewards.loading import load_frozen
+from flowbp.rewards.loading import load_frozen, load_head
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.head import load_head, scoring_head
+from flowbp.rewards.loading import load_head, scoring_head
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the raw score over the annotated images; the published score is standardized."""
@@ -21,11 +21,7 @@ class ImageReward:
     """score = (head(state of the first token) - SCORE_MEAN) / SCORE_STD.  Source: ImageReward, arXiv 2304.05977."""
 
     def __init__(
-        self,
-        vision: BlipVisionModel,
-        text: BlipTextModel,
-        head: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Module, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
         self.size: int = vision.config.image_size

@@ -27,10 +27,7 @@ def center_crop(images: Float[Tensor, "b 3 h w"], side: int, crop: tuple[int, in
 
 
 def letterbox(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
-    """Resizes the longer side to `side`, then pads with black to a square, as HPSv2 does.
-
-    An odd line of padding is at the bottom or on the right.
-    """
+    """Resizes the longer side to `side`, then pads with black (an odd line at the end) to a square, as HPSv2 does."""
     height, width = images.shape[-2:]
     scale = side / max(height, width)
     images = resize(images, round(height * scale), round(width * scale))

@@ -1,4 +1,1 @@
-"""The training loop, its state, its checks before the start, and its watchdog.
-
-Knows nothing of the command line.
-"""
+"""The training loop, its state, its checks before the start, its watchdog.  Knows nothing of the command line."""

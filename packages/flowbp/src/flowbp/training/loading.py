@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import nn
 
-from flowbp.backbones.loading import load_backbone
-from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.loading import load_backbone, mark_trainable
 from flowbp.backbones.options import compile_blocks
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward

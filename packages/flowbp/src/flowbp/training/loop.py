@@ -2,28 +2,27 @@
 
 import signal
 from dataclasses import dataclass
-from types import FrameType
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
-from flowbp.evaluation.compare import have_same_prompts
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
 from flowbp.training.loading import load_models
-from flowbp.training.progress import Reporter
+from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.errors import UserError
 from imgen_common.images import grid
 from imgen_common.run_folder.folder import RunFolder
 
 
-def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: Reporter) -> None:
+def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: NullReporter) -> None:
     """The run, from its last checkpoint if it has one, to its last update; evaluates before and after.
 
     Raises KeyboardInterrupt after saving if Ctrl-C was pressed, UserError on anything the user can mend.
@@ -58,7 +57,7 @@ class GracefulShutdown:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, *_: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -70,7 +69,7 @@ class TrainingLoop:
 
     trainer: Trainer
     run: RunFolder
-    reporter: Reporter
+    reporter: NullReporter
 
     def __post_init__(self) -> None:
         config = self.config = self.trainer.config
@@ -82,9 +81,8 @@ class TrainingLoop:
     # --- before the first update -------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Takes up the newest checkpoint, if there is one, and forgets what was recorded after it."""
-        latest = self.run.latest_checkpoint()
-        if latest is not None:
+        """Restores the newest checkpoint, if there is one, and deletes what was recorded after it."""
+        if (latest := self.run.latest_checkpoint()) is not None:
             checkpoint = load_checkpoint(self.run, latest)
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
         self.trainer.accelerator.wait_for_everyone()
@@ -130,7 +128,7 @@ class TrainingLoop:
                     quick = self.run_quick_evaluation()
                 alarmed = any_process(trainer.accelerator, self.run_watchdog(quick))
 
-            # a state to go on from: at intervals, where it was evaluated, at the end, and when asked to stop
+            # a checkpoint: at intervals, where it was evaluated, at the end, and when asked to stop
             last = trainer.update == config.max_train_steps
             stopping = any_process(trainer.accelerator, shutdown.requested)
             if last or stopping or evaluated or trainer.update % config.checkpoint.every == 0:
@@ -176,7 +174,7 @@ class TrainingLoop:
         config, update = self.config, self.trainer.update
         source, scale = config.eval.quick_prompts, config.guidance_scale
         quick = self.trainer.evaluate(self.quick_prompts, source, scale, self.reporter, "quick")
-        self.run.log(update, {f"eval/{name}": value for name, value in quick.means().items()})
+        self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
             images = quick.images[:24]
             self.run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
@@ -192,7 +190,7 @@ class TrainingLoop:
         if not self.run.is_main:
             return False
         base = load_evaluations(path / watchdog.FOLDER).get(("base", config.guidance_scale))
-        if base is None or not have_same_prompts(base, quick):
+        if base is None or base.prompts != quick.prompts:
             self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on these quick prompts")
             return False
         trained, heldout = ([scorer.name for scorer in part] for part in (config.rewards, config.heldout))

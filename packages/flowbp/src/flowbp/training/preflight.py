@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from flowbp import backbones
-from flowbp.backbones.lora import mark_trainable
+from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan, draw_plan
 from flowbp.data.prompts import load_prompts
 from flowbp.training.trainer import batch_sizes
-from imgen_common import distributed, hub
+from imgen_common import devices, hub
 from imgen_common.errors import UserError
 from imgen_common.streams import numpy_generator
 
@@ -25,10 +25,7 @@ NUM_SAMPLED_PLANS = 64
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that passed every check.
-
-    plans: those of the first updates; num_weights: how many numbers are trained.
-    """
+    """A run that passed every check, with the plans of its first updates and the number of trained weights."""
 
     config: TrainConfig
     num_processes: int
@@ -39,7 +36,7 @@ class CheckedRun:
 
 
 def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
-    """Everything that can be found wrong without loading weights, so that nothing is written for a run that cannot be.
+    """Checks everything that can be checked without loading weights, before anything is written.
 
     estimate_only: the run is not to be started here; weights, a GPU and optional packages may be missing.
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
@@ -74,7 +71,7 @@ def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
     """Raises UserError if weights are to be sharded without a launcher, or a launcher is set to do it itself, or
     started one process where several were asked for."""
     kinds = {"FSDP": "distributed.kind=fsdp2", "DEEPSPEED": "distributed.kind=zero2 or zero3"}
-    distributed.check_launcher(environment, "flowbp train", kinds)
+    devices.check_launcher(environment, "flowbp train", kinds)
     if kind != "ddp" and "RANK" not in environment:
         raise UserError(
             f"distributed.kind {kind}: needs processes; start it with torchrun --nproc_per_node N -m flowbp train ..., "

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: live on a terminal, a line now and then elsewhere, JSON lines for machines."""
+"""How a run reports its progress: live on a terminal, as plain lines elsewhere, as JSON lines for machines."""
 
 import json
 import math
@@ -6,14 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from flowbp.evaluation.compare import score_title
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
-
 
 WINDOW = 10
 """Updates over which shown numbers are averaged."""
@@ -21,14 +19,12 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 class NullReporter:
-    """A `train.Reporter`, open for the time of a `with` statement, that says nothing; the others are made of it."""
+    """How a run reports what it is doing, within a `with` statement: this one is silent, the others override it."""
 
     def __enter__(self) -> "NullReporter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         pass
 
     def stage(self, text: str) -> None:
@@ -69,11 +65,7 @@ class JsonLinesReporter(NullReporter):
 
 
 class ProgressState:
-    """What the reporters for people remember: recent metrics, and how long is left.
-
-    The rest is reckoned from the updates made by this process, the quick evaluations between them included, and from
-    the time that the evaluation before took, which the one after will take again.
-    """
+    """What the reporters for people remember: recent metrics, and how long is left."""
 
     def __init__(self, num_updates: int, scores: Sequence[str]) -> None:
         self.num_updates, self.scores = num_updates, scores
@@ -85,7 +77,7 @@ class ProgressState:
         self._first = 0
 
     def begin_stage(self, stage: str) -> float:
-        """Notes the new stage; returns the seconds that the one before took."""
+        """Begins a stage; returns the seconds that the one before took."""
         now = time.monotonic()
         took = now - self._stage_start
         if self.stage.startswith("evaluating base"):
@@ -94,14 +86,14 @@ class ProgressState:
         return took
 
     def update(self, update: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of an update in."""
+        """Remembers the metrics of an update."""
         if not self.recent:
             self._first = update - 1
         self.recent.append(metrics)
         self.rewards.append(metrics[self.scores[0]])
 
     def seconds_left(self, update: int) -> float:
-        """Seconds to the end, about."""
+        """Seconds to the end, about, if updates keep their pace and the last evaluation takes as long as the first."""
         pace = (time.monotonic() - self._stage_start) / max(1, update - self._first)
         return (self.num_updates - update) * pace + self._evaluation_seconds
 
@@ -114,8 +106,7 @@ class ProgressState:
         newest = self.recent[-1]
         shown = [(score_title(name).lower(), f"{self.mean(name):.2f}") for name in self.scores]
         shown.append(("gradient norm", f"{self.mean('grad_norm'):.3g}"))
-        gaps = sorted(name for name in newest if name.startswith("gap_"))
-        if gaps:
+        if gaps := sorted(name for name in newest if name.startswith("gap_")):
             shown.append(("gaps", " ".join(f"{self.mean(name):.3f}" for name in gaps)))
         shown.append(("s/update", f"{self.mean('seconds'):.2f}"))
         shown.append(("peak", format_memory(newest["peak_memory_gib"])))
@@ -149,24 +140,21 @@ class LiveReporter(NullReporter):
     """A bar, the numbers of the last updates and the reward so far as a strip, redrawn in place."""
 
     def __init__(self, num_updates: int, scores: Sequence[str], console: "Console") -> None:
-        from rich.live import Live as RichLive
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as RichProgress
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._track, self._console = ProgressState(num_updates, scores), console
-        self._bar = RichProgress(
+        self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
         )
         self._task = self._bar.add_task("starting", total=None, left="")
-        self._live = RichLive(get_renderable=self._render, console=console, refresh_per_second=5, transient=True)
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=5, transient=True)
 
     def __enter__(self) -> "LiveReporter":
         self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.stage("")
         self._live.stop()
@@ -237,20 +225,3 @@ def format_duration(seconds: float) -> str:
 def format_memory(gib: float) -> str:
     """`1.02 GiB`."""
     return f"{gib:.2f} GiB"
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """How a run reports what it is doing."""
-
-    def stage(self, text: str) -> None:
-        """A new phase begins."""
-
-    def update(self, update: int, metrics: Mapping[str, float]) -> None:
-        """An update is done."""
-
-    def evaluation(self, name: str, done: int, total: int) -> None:
-        """So many prompts of an evaluation are done."""
-
-    def alert(self, text: str) -> None:
-        """The watchdog raises an alert."""

@@ -1,6 +1,6 @@
 """The trained weights, their average (EMA) and AdamW: full on every process (DDP), or sharded (FSDP2, ZeRO).
 
-Checkpoints hold full tensors either way, so that a run may go on with another number of processes or another layout.
+Checkpoints hold full tensors either way, so that a run may continue with another number of processes or layout.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +56,7 @@ class TrainState(Protocol):
         """Everything, as full tensors on the main process; empty tensors on the others."""
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Takes up what `state_dict` gave; every process passes all of it."""
+        """Restores what `state_dict` returned; every process passes all of it."""
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
@@ -85,7 +85,7 @@ def swap_values(weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> Ite
 
 
 class TorchTrainState:
-    """Full weights on every process (DDP), or this process's shards of a network that `shard` made (FSDP2).
+    """`TrainState` of full weights (DDP), or of this process's shards of a network that `shard` made (FSDP2).
 
     Gradients are summed in one all-reduce per update, or, of shards, once per update or after every backward pass.
     DDP's own wrapper would reduce in every backward pass, of which a sweep makes one per active step.
@@ -104,7 +104,6 @@ class TorchTrainState:
 
     @contextmanager
     def gradient_sync(self, passes: int) -> Iterator[None]:
-        """As `TrainState` says."""
         self._left = passes
         if isinstance(self.net, FSDPModule):
             self.net.set_requires_gradient_sync(self.sync_each_backward)
@@ -117,11 +116,10 @@ class TorchTrainState:
             self._all_reduce_gradients()
 
     def sync_on_last_backward(self, velocity: Velocity) -> Velocity:
-        """As `TrainState` says: a sharded network must know before its last forward that gradients are synchronized."""
-
         def call(x: Tensor, sigma: Tensor) -> Tensor:
             if torch.is_grad_enabled():
                 self._left -= 1
+                # a sharded network must know before its last forward that gradients are synchronized
                 if not self._left and isinstance(self.net, FSDPModule):
                     self.net.set_requires_gradient_sync(True)
             return velocity(x, sigma)
@@ -139,7 +137,6 @@ class TorchTrainState:
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float, ema_decay: float) -> float:
-        """As `TrainState` says."""
         norm = full_tensor(nn.utils.clip_grad_norm_(self.parameters.values(), max_grad_norm))
         if norm.isfinite():
             for group in self.optimizer.param_groups:
@@ -151,15 +148,12 @@ class TorchTrainState:
         return norm.item()
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """As `TrainState` says."""
         return swap_values(self.parameters, self.ema)
 
     def gather_ema(self) -> dict[str, Tensor]:
-        """As `TrainState` says."""
         return {name: self._gather(mean) for name, mean in self.ema.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """As `TrainState` says."""
         moments = {
             f"{name}/{key}": self._gather(value)
             for name, p in self.parameters.items()
@@ -174,7 +168,6 @@ class TorchTrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: StateDict) -> None:
-        """As `TrainState` says."""
         for name, p in self.parameters.items():
             p.copy_(shard_like(p, state["weights"][name]))
             self.ema[name].copy_(shard_like(p, state["ema"][name]))

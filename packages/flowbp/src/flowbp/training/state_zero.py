@@ -1,11 +1,9 @@
 """The training state under DeepSpeed's ZeRO: stage 2 shards gradients and optimizer, stage 3 the weights too.
 
-DeepSpeed is called directly because accelerate's `DeepSpeedPlugin` cannot do this job.  Under the plugin backward
-passes go through `Accelerator.backward`, which takes one scalar loss and makes the optimizer step itself; a sweep makes
-many backward passes per update, each from a cotangent (`torch.autograd.backward(v, c G)`), and the step comes only
-after the loss was found finite.  `Accelerator.save_state` writes shards that need as many processes again, and
-accelerate ignores the plugin on CPUs, where this is tested.  What would remain of it is the call of
-`deepspeed.initialize`.
+accelerate's `DeepSpeedPlugin` cannot do this.  Its `Accelerator.backward` takes one scalar loss and makes the optimizer
+step itself; a sweep makes many backward passes per update, each from a cotangent (`torch.autograd.backward(v, c G)`),
+and the step comes only after the loss was found finite.  `Accelerator.save_state` writes shards that need as many
+processes again, and accelerate ignores the plugin on CPUs, where this is tested.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from accelerate import Accelerator
-from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor
 
@@ -55,7 +49,6 @@ class ZeroTrainState:
 
     @contextmanager
     def gradient_sync(self, passes: int) -> Iterator[None]:
-        """As `TrainState` says."""
         self._left = passes
         if self.sync_each_backward:
             self.engine.set_gradient_accumulation_boundary(passes == 1)
@@ -65,7 +58,6 @@ class ZeroTrainState:
                 yield
 
     def sync_on_last_backward(self, velocity: Velocity) -> Velocity:
-        """As `TrainState` says."""
 
         def call(x: Tensor, sigma: Tensor) -> Tensor:
             if torch.is_grad_enabled():
@@ -78,7 +70,7 @@ class ZeroTrainState:
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float, ema_decay: float) -> float:
-        """As `TrainState` says; `max_grad_norm` was given to DeepSpeed at the beginning."""
+        # DeepSpeed was given `max_grad_norm` when it was made
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
@@ -89,7 +81,6 @@ class ZeroTrainState:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """As `TrainState` says."""
         with swap_values(self._shards(), self.ema):
             self._drop_gathered()
             yield
@@ -101,7 +92,6 @@ class ZeroTrainState:
             self.engine.empty_partition_cache()
 
     def gather_ema(self) -> dict[str, Tensor]:
-        """As `TrainState` says."""
         with self.ema_weights():
             return self._gather_weights()
 
@@ -116,7 +106,6 @@ class ZeroTrainState:
         return tensor.to("cpu", copy=True) if self.accelerator.is_main_process else tensor.new_empty(0)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """As `TrainState` says."""
         moments = {}
         inner = self.engine.optimizer.optimizer.state
         for name, p in self.parameters.items() if inner else ():
@@ -127,7 +116,6 @@ class ZeroTrainState:
 
     @torch.no_grad()
     def load_state_dict(self, state: StateDict) -> None:
-        """As `TrainState` says."""
         self._set_weights(state["ema"])
         self.ema = {name: part.clone() for name, part in self._shards().items()}
         self._set_weights(state["weights"])

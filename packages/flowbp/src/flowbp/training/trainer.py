@@ -5,25 +5,26 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowbp.config import TrainConfig
+from flowbp.config import Hinge, LogSigmoid, TrainConfig
 from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, num_backward_passes, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, draw_plan
+from flowbp.core.types import ScoredLosses
 from flowbp.data.prompts import is_shapes_source, prompt_indices
-from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate, sampling_options
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
-from flowbp.training.progress import Reporter
-from flowbp.training.reward_stage import RewardStage
+from flowbp.training.progress import NullReporter
 from imgen_common.errors import UserError
 from imgen_common.streams import normal, numpy_generator
 
@@ -32,9 +33,9 @@ NUM_SAVED_IMAGES = 48
 
 
 class Trainer:
-    """Everything an update needs.  Only `state` (weights, their average, moments) and `update` change:
+    """Everything an update needs.  Only `state` (weights, their average, moments) and `update` change.
 
-    prompts, noise and plans are functions of (seed, update), so a resumed run repeats the uninterrupted one exactly.
+    Prompts, noise and plans are functions of (seed, update), so a resumed run repeats the uninterrupted one exactly.
     """
 
     def __init__(self, config: TrainConfig, models: LoadedModels, accelerator: Accelerator) -> None:
@@ -75,25 +76,18 @@ class Trainer:
         num_passes = batch.gradient_accumulation_steps * num_backward_passes(plan, config.active_steps_per_forward)
         # normalize here and nowhere else: the engine takes the mean over a micro-batch, the update the mean over the
         # global batch, so a micro-batch counts as its part of it; metrics are summed over samples and divided below
-        scale = (
-            batch.per_device
-            / config.total_batch_size
-            * config.classifier_free_guidance.backward_scale
-            * self.state.gradient_scale
-        )
+        share = batch.per_device / config.total_batch_size
+        scale = share * config.classifier_free_guidance.backward_scale * self.state.gradient_scale
         sums: dict[str, float] = {}
+        # samples are numbered through the whole run
+        first = self.update * config.total_batch_size + self.accelerator.process_index * batch.per_process
         with self.state.gradient_sync(num_passes):
-            for samples in self._micro_batches():
+            for start in range(first, first + batch.per_process, batch.per_device):
+                samples = range(start, start + batch.per_device)
                 for name, value in self._accumulate(plan, samples, scale).items():
                     sums[name] = sums.get(name, 0.0) + value
         metrics = self._sum_over_processes({name: value / config.total_batch_size for name, value in sums.items()})
         return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
-
-    def _micro_batches(self) -> list[range]:
-        """Numbers of this process's samples of the update, counted through the whole run, a micro-batch at a time."""
-        batch = self.batch
-        first = self.update * self.config.total_batch_size + self.accelerator.process_index * batch.per_process
-        return [range(i, i + batch.per_device) for i in range(first, first + batch.per_process, batch.per_device)]
 
     def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
         """Adds the gradient of some samples of the global batch; returns sums over these samples."""
@@ -104,8 +98,7 @@ class Trainer:
         x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples).to(device)
 
         def renoise(copy: int) -> Tensor:
-            draws = [normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]
-            return torch.stack(draws).to(device)
+            return torch.stack([normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]).to(device)
 
         # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
         cond, negative = models.embeddings(prompts)
@@ -118,8 +111,18 @@ class Trainer:
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
         )
-        loss = RewardStage(config, models.backbone, models.rewards, prompts)
+        loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+
+    def _score(self, prompts: Sequence[str], x: Tensor, rows: slice) -> ScoredLosses:
+        """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
+        config, rewards = self.config, self.models.rewards
+        images, texts = self.models.backbone.decode(x), prompts[rows]
+        scores = {reward.name: rewards[reward.name](images, texts) for reward in config.rewards}
+        losses = torch.stack([reward_losses(reward.loss, scores[reward.name]) for reward in config.rewards])
+        with torch.no_grad():
+            scores |= {held.name: rewards[held.name](images, texts) for held in config.heldout}
+        return ScoredLosses(losses, {name: found.detach() for name, found in scores.items()})
 
     def _metric_sums(self, outcome: Outcome) -> dict[str, float]:
         """Sums over samples of scores, loss, gaps of legs, and how several rewards' gradients compare."""
@@ -145,7 +148,7 @@ class Trainer:
         return dict(zip(names, totals.tolist(), strict=True))
 
     def restore(self, update: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes up the state of a checkpoint made after `update` updates."""
+        """Restores the state of a checkpoint made after `update` updates."""
         self.state.load_state_dict(tensors)
         self.update = update
 
@@ -158,12 +161,12 @@ class Trainer:
         return list(dict.fromkeys(prompts[i] for indices in chosen for i in indices))
 
     def embed_prompts(self, prompts: Sequence[str]) -> None:
-        """Embeds them and the empty prompt, then lets the text encoders go, which may be larger than the network."""
+        """Embeds them and the empty prompt, then unloads the text encoders, which may be larger than the network."""
         self.models.embeddings.add([*prompts, ""])
         self.models.backbone.unload_text_encoders()
 
     def evaluate(
-        self, prompts: Sequence[str], source: str, guidance: float, reporter: Reporter, label: str
+        self, prompts: Sequence[str], source: str, guidance: float, reporter: NullReporter, label: str
     ) -> Evaluation:
         """Images and scores of the network as it is now, at the evaluation's fixed seeds."""
         accelerator = self.accelerator
@@ -173,10 +176,18 @@ class Trainer:
             self.models.backbone,
             self.models.embeddings,
             task,
-            sampling_options(self.config, guidance),
+            self.config,
+            guidance,
             ProcessGroup(accelerator.process_index, accelerator.num_processes, gather),
             lambda done: reporter.evaluation(label, done * accelerator.num_processes, len(prompts)),
         )
+
+
+def reward_losses(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
+    """Per-sample losses of scores; both (b,)."""
+    if isinstance(loss, Hinge):
+        return -scores if loss.ceiling is None else (loss.ceiling - scores).clamp(min=0)
+    return nn.functional.softplus((loss.center - scores) / loss.width)
 
 
 class BatchSizes(NamedTuple):
@@ -192,7 +203,7 @@ class BatchSizes(NamedTuple):
 
 
 def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
-    """How the global batch is dealt out.  Raises UserError if it does not divide evenly."""
+    """How the global batch is divided.  Raises UserError if it does not divide evenly."""
     per_process, rest = divmod(config.total_batch_size, num_processes)
     if rest or not per_process:
         raise UserError(

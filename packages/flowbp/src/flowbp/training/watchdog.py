@@ -8,14 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from flowbp.config import WatchdogConfig
-from flowbp.evaluation.compare import ScoredPrompts, paired_change, score_title
+from flowbp.evaluation.compare import paired_change, score_title
+from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity
+from flowbp.evaluation.results import SavedEvaluation
 from imgen_common.files import write_atomic
 
 FOLDER = "watchdog"
@@ -26,20 +27,9 @@ MIN_STD_OF_SHARES = 0.2
 """The same of those that are shares."""
 
 
-@runtime_checkable
-class ScoresAndStatistics(ScoredPrompts, Protocol):
-    """Scores and image statistics by name, one number per prompt."""
-
-    @property
-    def statistics(self) -> dict[str, list[float]]: ...
-
-
 @dataclass(frozen=True)
 class Finding:
-    """What one comparison with the base found.
-
-    alerts: in words, none if all is well.  measures: standardized changes by name, for the log.
-    """
+    """What a comparison with the base found: alerts in words, none if all is well, and changes by name for the log."""
 
     alerts: list[str]
     measures: dict[str, float]
@@ -47,8 +37,8 @@ class Finding:
 
 def compare_with_base(
     config: WatchdogConfig,
-    base: ScoresAndStatistics,
-    now: ScoresAndStatistics,
+    base: Evaluation | SavedEvaluation,
+    now: Evaluation | SavedEvaluation,
     trained: Sequence[str],
     heldout: Sequence[str],
     drift: float,
@@ -132,11 +122,10 @@ def read_alerts(run: Path) -> dict[int, list[str]]:
 
 
 def drop_findings_after(run: Path, update: int) -> None:
-    """Forgets what was found after an update that the run goes back to."""
-    kept = {at: alerts for at, alerts in read_alerts(run).items() if at <= update}
-    lines = "".join(json.dumps({"update": at, "alerts": alerts}) + "\n" for at, alerts in kept.items())
+    """Deletes what was found after an update that the run goes back to."""
+    kept = [{"update": at, "alerts": alerts} for at, alerts in read_alerts(run).items() if at <= update]
     if (run / FOLDER / LOG).exists():
-        write_atomic(run / FOLDER / LOG, lines)
+        write_atomic(run / FOLDER / LOG, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def last_healthy_update(run: Path) -> int | None:

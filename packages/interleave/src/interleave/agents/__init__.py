@@ -1,4 +1,1 @@
-"""Planner, critic and judge: prompts, answers, and the models behind them.
-
-Knows nothing of the loop.
-"""
+"""Planner, critic and judge: prompts, answers, and the models behind them.  Knows nothing of the loop."""

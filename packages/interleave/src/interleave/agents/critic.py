@@ -1,12 +1,12 @@
-"""The critic over any chat model."""
+"""The critic over any chat model, and one that decides by chance, as a control."""
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.streams import stream_seed
@@ -39,46 +39,38 @@ class ChatCritic:
         acceptance_threshold: float = 0.5,
     ) -> None:
         """Raises UserError for a template that is not a critic's, or not one for this context."""
-        white = HashedImage.from_pil(Image.new("RGB", (1, 1), "white"))
+        white = HashedImage.white(1, 1)
         render_critic(template, CriticInput(white, white, "", ""))
         shows_story = bool(template.placeholders & {"request", "story"})
         if shows_story != (context == "story"):
             has = "shows the request or the story" if shows_story else "has neither {request} nor {story}"
             remedy = f"set context to {'story' if shows_story else 'pair'} or choose another"
             raise UserError(f"critic.context: {context}, but template {template.name} {has}; {remedy}")
-        self.model = model
-        self._template, self._context, self._policy = template, context, parse_mode
-        self._num_samples, self._accept_share = num_samples, acceptance_threshold
-
-    @property
-    def id(self) -> str:
-        """The model's, with how many samples of it decide."""
-        return self.model.id if self._num_samples == 1 else f"{self.model.id} x{self._num_samples}"
+        self.model, self.id = model, model.id if num_samples == 1 else f"{model.id} x{num_samples}"
+        self._template, self._context, self._parse_mode = template, context, parse_mode
+        self._num_samples, self._acceptance_threshold = num_samples, acceptance_threshold
 
     async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
         """The verdict, or why its answer cannot be read.  Raises BackendError."""
-        seen = shown
         if self._context == "pair":
-            seen = CriticInput(shown.before, shown.after, shown.original_prompt, shown.prompt_used)
-        message = render_critic(self._template, seen)
+            shown = replace(shown, request="", story=())
+        message = render_critic(self._template, shown)
         seeds = [seed, *(stream_seed(seed, "critic-sample", i) for i in range(1, self._num_samples))]
         replies = await asyncio.gather(*(self.model.chat(message, each) for each in seeds))
-        read = [(reply, parse_verdict(reply.text, self._policy)) for reply in replies]
-        said = [(reply, verdict) for reply, verdict in read if not isinstance(verdict, ParseFailure)]
-        if not said:
+        read = [(reply, parse_verdict(reply.text, self._parse_mode)) for reply in replies]
+        readable = [(reply, verdict) for reply, verdict in read if not isinstance(verdict, ParseFailure)]
+        if not readable:
             reply, why = read[0]
             assert isinstance(why, ParseFailure)
             return CriticAnswer(None, reply.text, describe_failure(reply, why))
-        success = sum(verdict.success for _, verdict in said) >= self._accept_share * len(said)
-        reply, verdict = next((reply, verdict) for reply, verdict in said if verdict.success == success)
-        return CriticAnswer(verdict, reply.text, success_probability=self._probability(said))
-
-    def _probability(self, said: Sequence[tuple[Reply, Verdict]]) -> float | None:
-        """The mean of `success_probability`; of several samples one that has none counts as 0 or 1."""
-        known = [success_probability(reply) for reply, _ in said]
+        success = sum(verdict.success for _, verdict in readable) >= self._acceptance_threshold * len(readable)
+        reply, verdict = next((reply, verdict) for reply, verdict in readable if verdict.success == success)
+        known = [success_probability(reply) for reply, _ in readable]
         if self._num_samples == 1:
-            return known[0]
-        return float(np.mean([float(v.success) if p is None else p for p, (_, v) in zip(known, said, strict=True)]))
+            return CriticAnswer(verdict, reply.text, success_probability=known[0])
+        # Of several samples one that has no probability counts as 0 or 1
+        mean = np.mean([float(v.success) if p is None else p for p, (_, v) in zip(known, readable, strict=True)])
+        return CriticAnswer(verdict, reply.text, success_probability=float(mean))
 
     async def close(self) -> None:
         """Release the model."""
@@ -102,5 +94,28 @@ def success_probability(reply: Reply) -> float | None:
 
 def _mass(alternatives: Mapping[str, float], word: str) -> float:
     """Of the tokens that are the word or begin it."""
-    said = ((token.strip(NOT_OF_A_WORD).lower(), p) for token, p in alternatives.items())
-    return sum(p for token, p in said if token and (word.startswith(token) or token.startswith(word)))
+    tokens = ((token.strip(NOT_OF_A_WORD).lower(), p) for token, p in alternatives.items())
+    return sum(p for token, p in tokens if token and (word.startswith(token) or token.startswith(word)))
+
+
+class RandomRewrite:
+    """A critic that does not look: it accepts with a given probability and rewrites by adding a random phrase.
+
+    What a real critic gains over it is due to its looking, not to further tries or longer prompts.
+    """
+
+    def __init__(self, accept: float, phrases: tuple[str, ...]) -> None:
+        """phrases: what may be added to the step's prompt; an empty one leaves it as it is."""
+        self._accept, self._phrases = accept, phrases
+        self.id = f"random_rewrite({accept})"
+
+    async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
+        """Depends on `seed` alone."""
+        rng = np.random.default_rng(seed)
+        success = bool(rng.random() < self._accept)
+        phrase = self._phrases[rng.integers(len(self._phrases))]
+        refined = shown.prompt_used if success else " ".join(filter(None, (shown.original_prompt, phrase)))
+        return CriticAnswer(Verdict(success=success, refined_prompt=refined, reasoning="chance"), raw="")
+
+    async def close(self) -> None:
+        """Nothing to release."""

@@ -21,7 +21,7 @@ from imgen_common.config import Config
 from imgen_common.streams import stream_seed
 from interleave.agents.parsing import ParseFailure
 from interleave.agents.prompts import Template, load_template, render_judge
-from interleave.models.chat import ChatConfig, build_chat_model
+from interleave.models.chat import ChatConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.protocols import BackendError, ChatModel, CriticInput, HashedImage, Message
 from interleave.records import Scores
@@ -46,7 +46,8 @@ class ModelJudgeConfig(Config):
 
     def build(self) -> "ChatJudge":
         """The judge, its model loaded.  Raises UserError where it cannot be had."""
-        return ChatJudge.from_config(self, build_chat_model(self.model))
+        questions = load_template(self.semantics_template), load_template(self.quality_template)
+        return ChatJudge(self.model.build(), *questions, self.num_samples, self.tries)
 
 
 class ChatJudge:
@@ -57,29 +58,14 @@ class ChatJudge:
     ) -> None:
         self._model, self._semantics, self._quality = model, semantics, quality
         self._num_samples, self._tries = num_samples, tries
-
-    @classmethod
-    def from_config(cls, config: ModelJudgeConfig, model: ChatModel) -> "ChatJudge":
-        """The judge that `config` describes, over its model."""
-        return cls(
-            model,
-            load_template(config.semantics_template),
-            load_template(config.quality_template),
-            config.num_samples,
-            config.tries,
-        )
-
-    @property
-    def id(self) -> str:
-        """Model, words of the questions and samples: what scores depend on."""
-        return f"{self._model.id} {self._semantics.hash[:8]} {self._quality.hash[:8]} x{self._num_samples}"
+        # What scores depend on: the model, the words of the questions, the number of samples
+        self.id = f"{model.id} {semantics.hash[:8]} {quality.hash[:8]} x{num_samples}"
 
     async def score(self, shown: CriticInput) -> Scores:
-        """Scores of the image after.
-
-        Raises BackendError, `malformed_response` where no answer could be read in all tries.
-        """
-        after = _resize_like(shown.after, shown.before)
+        """Scores of the image after.  Raises BackendError, `malformed_response` where no answer could be read."""
+        after, size = shown.after, shown.before.image.size
+        if after.image.size != size:
+            after = HashedImage.from_pil(after.image.resize(size, Image.Resampling.LANCZOS))
         task = render_judge(self._semantics, shown.original_prompt, (shown.before, after))
         alone = render_judge(self._quality, shown.original_prompt, (after,))
         asked = [self._ask(question, sample) for question in (task, alone) for sample in range(self._num_samples)]
@@ -106,12 +92,6 @@ class ChatJudge:
                 return min(scores)
             reason = scores.reason
         raise BackendError("malformed_response", f"{self._tries} answers of the judge could not be read ({reason})")
-
-
-def _resize_like(image: HashedImage, like: HashedImage) -> HashedImage:
-    if image.image.size == like.image.size:
-        return image
-    return HashedImage.from_pil(image.image.resize(like.image.size, Image.Resampling.LANCZOS))
 
 
 def parse_scores(answer: str) -> tuple[float, float] | ParseFailure:

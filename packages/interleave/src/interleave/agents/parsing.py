@@ -49,10 +49,9 @@ class _Unreadable(Exception):
 
 
 def parse_plan(answer: str, mode: ParseMode = "strict") -> Plan | ParseFailure:
-    """The plan in a planner's answer.
+    """The plan in a planner's answer; its steps, whose numbers must grow, are renumbered 1, 2, ...
 
-    `step_number` must grow from step to step; steps are renumbered 1, 2, ...  An empty string, and in the tolerant
-    policy "None", means null.  No prompt or text is altered.
+    An empty string, and in the tolerant mode "None", means null.  No prompt or text is altered.
     """
     try:
         reasoning, value = _read(answer, mode)
@@ -73,12 +72,19 @@ def parse_verdict(answer: str, mode: ParseMode = "strict") -> Verdict | ParseFai
     """The verdict in a critic's answer; a failed step must come with a prompt.  The prompt is not altered."""
     try:
         reasoning, value = _read(answer, mode)
-        return _verdict(value, reasoning, mode)
+        success, prompt = value.get("previous_step_success"), value.get("refine_prompt")
+        if not isinstance(success, bool):
+            raise _Unreadable("previous_step_success must be true or false")
+        if not isinstance(prompt, str) or (mode == "tolerant" and prompt == "None"):
+            raise _Unreadable("refine_prompt must be text")
+        if not success and not prompt.strip():
+            raise _Unreadable("refine_prompt is empty though the step failed")
+        return Verdict(success=success, refined_prompt=prompt, reasoning=reasoning)
     except _Unreadable as error:
         return ParseFailure(str(error))
 
 
-def _read(answer: str, policy: ParseMode) -> tuple[str, Mapping[str, Any]]:
+def _read(answer: str, mode: ParseMode) -> tuple[str, Mapping[str, Any]]:
     """What was thought, and the object of the last answer."""
     _, opened, rest = answer.partition("<think>")
     reasoning, closed, tail = rest.partition("</think>")
@@ -88,7 +94,7 @@ def _read(answer: str, policy: ParseMode) -> tuple[str, Mapping[str, Any]]:
     for body in _bodies(tail):
         fenced = FENCE.fullmatch(body.strip())
         try:
-            value = _value((fenced[1] if fenced else body).strip(), policy)
+            value = _value((fenced[1] if fenced else body).strip(), mode)
             (reasoning + json.dumps(value, ensure_ascii=False)).encode()  # half a surrogate pair cannot be stored
         except (ValueError, RecursionError) as error:
             reasons.append(f"the answer is not JSON ({error})")
@@ -110,13 +116,13 @@ def _bodies(tail: str) -> list[str]:
     return ["<answer>".join(starts[index:]) for index in range(len(starts))]
 
 
-def _value(body: str, policy: ParseMode) -> Any:
+def _value(body: str, mode: ParseMode) -> Any:
     """Raises ValueError or RecursionError if it cannot be read."""
     try:
         return _json(body)
     except ValueError:
         whole = body.startswith("{") and body.endswith("}")
-        if policy == "strict" or not whole or len(body) > MAX_MENDED:
+        if mode == "strict" or not whole or len(body) > MAX_MENDED:
             raise
     mended = MEMBER.sub(_mended, body)
     try:
@@ -203,7 +209,7 @@ def _spellings(scalar: Any) -> tuple[str, ...]:
     return (plain, f"'{plain[1:-1]}'", *([scalar] if scalar.isidentifier() else []))
 
 
-def _plan(value: Mapping[str, Any], reasoning: str, policy: ParseMode) -> Plan:
+def _plan(value: Mapping[str, Any], reasoning: str, mode: ParseMode) -> Plan:
     items = value.get("execution_plan")
     if not isinstance(items, list) or not items:
         raise _Unreadable("execution_plan must be a list of at least one step")
@@ -217,7 +223,7 @@ def _plan(value: Mapping[str, Any], reasoning: str, policy: ParseMode) -> Plan:
             raise _Unreadable(f"step {index} has step_number {item['step_number']!r}; it must be a growing integer")
         numbers.append(item["step_number"])
         name, instruction, prompt, text = (
-            _text(item.get(key), f"step {index}: {key}", policy)
+            _text(item.get(key), f"step {index}: {key}", mode)
             for key in ("step_name", "instruction", "prompt", "auxiliary_text")
         )
         try:
@@ -227,25 +233,15 @@ def _plan(value: Mapping[str, Any], reasoning: str, policy: ParseMode) -> Plan:
     return Plan(steps=tuple(steps), reasoning=reasoning)
 
 
-def _text(value: object, name: str, policy: ParseMode) -> str | None:
+def _text(value: object, name: str, mode: ParseMode) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if not isinstance(value, str):
         raise _Unreadable(f"{name} must be text or null, not a {type(value).__name__}")
-    return None if policy == "tolerant" and value == "None" else value
-
-
-def _verdict(value: Mapping[str, Any], reasoning: str, policy: ParseMode) -> Verdict:
-    success, prompt = value.get("previous_step_success"), value.get("refine_prompt")
-    if not isinstance(success, bool):
-        raise _Unreadable("previous_step_success must be true or false")
-    if not isinstance(prompt, str) or (policy == "tolerant" and prompt == "None"):
-        raise _Unreadable("refine_prompt must be text")
-    if not success and not prompt.strip():
-        raise _Unreadable("refine_prompt is empty though the step failed")
-    return Verdict(success=success, refined_prompt=prompt, reasoning=reasoning)
+    return None if mode == "tolerant" and value == "None" else value
 
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
+    """Why a reply could not be read, as records show it."""
     cut = f"cut off after {reply.num_completion_tokens} tokens: " if reply.truncated else ""
     return cut + read.reason

@@ -15,19 +15,14 @@ class ChatPlanner:
         """Raises UserError for a template that is not a planner's."""
         for template in (text, images):
             render_planner(template, "", [])
-        self.model = model
-        self._text, self._images, self._policy = text, images, parse_mode
-
-    @property
-    def id(self) -> str:
-        """The model's."""
-        return self.model.id
+        self.model, self.id = model, model.id
+        self._text, self._images, self._parse_mode = text, images, parse_mode
 
     async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer:
         """The plan, or why its answer cannot be read.  Raises BackendError."""
         template = self._images if images else self._text
         reply = await self.model.chat(render_planner(template, request.text, images), seed)
-        read = parse_plan(reply.text, self._policy)
+        read = parse_plan(reply.text, self._parse_mode)
         about = {"raw": reply.text, "template": template.name, "template_hash": template.hash}
         if isinstance(read, ParseFailure):
             return PlannerAnswer(None, error=describe_failure(reply, read), **about)

@@ -1,13 +1,13 @@
 """Every prompt the agents read and every answer they are taught, made in one place for training and run time alike.
 
-What a user or a model wrote goes into a template as inert text (`inert`): no tokenizer reads a control token out of it,
-no template a placeholder, no reader of an answer a tag.  Records keep the text as it was given.
+What a user or a model wrote goes into a template through `escape_control_tokens`: no tokenizer reads a control token
+out of it, no template a placeholder, no reader of an answer a tag.  Records keep the text as it was given.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,8 +19,7 @@ from interleave.protocols import CriticInput, HashedImage, Message
 from interleave.records import Plan, Verdict
 
 BUILTIN = (
-    *("planner_text", "planner_images", "critic", "critic_story", "judge_semantics", "judge_quality"),
-    *("shapes_planner", "shapes_critic"),
+    "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic".split()
 )
 PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "request", "story")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -49,7 +48,7 @@ class Template:
 
     @property
     def placeholders(self) -> frozenset[str]:
-        """Names of those it holds."""
+        """Their names."""
         return frozenset(PLACEHOLDER.findall(self.text))
 
 
@@ -65,10 +64,7 @@ def load_template(ref: str) -> Template:
     if path.suffix != ".txt":
         allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
         raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")
-    return _checked(Template(ref, read_text(path).strip()))
-
-
-def _checked(found: Template) -> Template:
+    found = Template(ref, read_text(path).strip())
     for name in sorted(found.placeholders - set(PLACEHOLDERS)):
         allowed = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
         raise UserError(
@@ -142,24 +138,18 @@ def _expect(template: Template, needed: set[str], allowed: set[str]) -> None:
 
 
 def _fill(template: Template, values: Mapping[str, Sequence[str | HashedImage]]) -> list[str | HashedImage]:
-    """The template with every placeholder replaced, in one pass; neighbouring texts are joined."""
+    """The template with every placeholder replaced, in one pass; neighboring texts are joined."""
     parts: list[str | HashedImage] = []
     for index, piece in enumerate(PLACEHOLDER.split(template.text)):
-        if index % 2 == 0:
-            parts.append(piece)
-        else:
-            parts += [escape_control_tokens(value) if isinstance(value, str) else value for value in values[piece]]
-    return _joined(parts)
-
-
-def _joined(parts: Iterable[str | HashedImage]) -> list[str | HashedImage]:
-    joined: list[str | HashedImage] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        elif part != "":
-            joined.append(part)
-    return joined
+        filled = (
+            [escape_control_tokens(v) if isinstance(v, str) else v for v in values[piece]] if index % 2 else [piece]
+        )
+        for part in filled:
+            if isinstance(part, str) and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            elif part != "":
+                parts.append(part)
+    return parts
 
 
 def render_plan(plan: Plan) -> str:

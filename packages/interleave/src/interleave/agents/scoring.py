@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from PIL import Image
 from pydantic import Field
 
 from imgen_common.config import Config
@@ -41,23 +40,13 @@ JudgeConfig = Annotated[
 ]
 
 
-def build_judge(config: JudgeConfig) -> Judge:
-    """The judge that `config` describes, its model loaded.  Raises UserError where it cannot be had."""
-    return config.build()
-
-
 class CachedJudge:
     """Keeps scores on disk by judge, both images and what was asked; equal questions at once are asked once."""
 
     def __init__(self, inner: Judge, folder: Path) -> None:
-        self._inner, self._folder = inner, folder
+        self._inner, self._folder, self.id = inner, folder, inner.id
         self._in_flight = SingleFlight[Scores]()
         self.hits, self.misses = 0, 0
-
-    @property
-    def id(self) -> str:
-        """The judge's."""
-        return self._inner.id
 
     async def score(self, shown: CriticInput) -> Scores:
         """The kept scores, or the judge's.  Raises BackendError, keeping nothing, and UserError on a full disk."""
@@ -66,10 +55,8 @@ class CachedJudge:
         if (kept := self._read(key)) is not None:
             self.hits += 1
             return kept
-        if key in self._in_flight:
-            self.hits += 1
-        else:
-            self.misses += 1
+        self.hits += key in self._in_flight
+        self.misses += key not in self._in_flight
         return await self._in_flight(key, lambda: self._ask(key, shown))
 
     async def close(self) -> None:
@@ -95,19 +82,15 @@ class CachedJudge:
             return None
 
 
-def white_image() -> HashedImage:
-    """A small white image."""
-    return HashedImage.from_pil(Image.new("RGB", (32, 32), "white"))
-
-
 async def check_judge(judge: Judge) -> None:
     """Raises UserError if the judge does not answer; what it says of a white image does not matter."""
+    white = HashedImage.white(32, 32)
     try:
-        await judge.score(CriticInput(white_image(), white_image(), PROBE, PROBE))
+        await judge.score(CriticInput(white, white, PROBE, PROBE))
     except BackendError as failure:
         if failure.kind != "malformed_response":
             raise UserError(
-                f"the judge {judge.id} does not answer ({failure.kind}: {failure}); start it, change judge, or build "
+                f"the judge {judge.id} does not answer ({failure.description}); start it, change judge, or build "
                 "without one (judge=null)"
             ) from None
 
@@ -122,9 +105,8 @@ async def score_all(
 ) -> tuple[list[Scores | None], Counter[str]]:
     """The judge's scores of all inputs, several at once, None where it failed, and how often it failed how.
 
-    max_failed_share: of the inputs.  on_progress: called with how many are done, of how many.  how_to_resume: what to
-    do once the judge works again.
-    Raises UserError once it failed on more.
+    on_progress: called with how many are done, of how many.  how_to_resume: what to do once the judge works again.
+    Raises UserError once it failed on more than `max_failed_share` of the inputs.
     """
     failed, done = Counter[str](), 0
 
@@ -136,17 +118,13 @@ async def score_all(
         except BackendError as failure:
             failed[failure.kind] += 1
             if failed.total() > max_failed_share * len(inputs):
-                raise _too_many(failed, failure, how_to_resume) from None
+                reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
+                raise UserError(
+                    f"the judge failed on {failed.total()} images ({reasons}; the last: {failure}), more than "
+                    f"max_unscored allows; everything is kept: {how_to_resume}"
+                ) from None
         done += 1
         on_progress(done, len(inputs))
         return scores
 
     return await map_concurrently(one, inputs, concurrency), failed
-
-
-def _too_many(failed: Counter[str], last: BackendError, go_on: str) -> UserError:
-    reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
-    return UserError(
-        f"the judge failed on {failed.total()} images ({reasons}; the last: {last}), more than max_unscored allows; "
-        f"everything is kept: {go_on}"
-    )

@@ -14,8 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Tell stories in pictures and words with any image generator: a planner writes the steps, a critic judges "
-    "each picture and rewrites the prompt.\n\n"
+    help="Make stories of images and text with any image generator: a planner writes the steps, a critic judges each "
+    "image and rewrites the prompt.\n\n"
     'Example: interleave run "draw a red circle, then add a blue square on its right"',
 )
 for command in (run.run, run.batch, run.plan, run.report, serve.serve, serve.demo):
@@ -24,7 +24,13 @@ app.add_typer(data.app, name="data")
 app.command()(train.sft)
 app.command()(train.grpo)
 
+RENAMED = {
+    **dict.fromkeys(("-c", "--config"), "the file after REQUEST or FILE, as in: interleave run REQUEST CONFIG"),
+    "--policy": "--parse-mode",
+}
+"""Options of earlier versions, each with what to write now."""
+
 
 def main() -> None:
     """Entry point of `interleave` and of `python -m interleave`."""
-    run_cli(app, "interleave")
+    run_cli(app, "interleave", RENAMED)

@@ -1,60 +1,48 @@
-"""`interleave run`, `batch`, `plan` and `report`."""
+"""The commands `interleave run`, `batch`, `plan` and `report`.  Nothing heavy is imported before one runs."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imgen_common.console import spinner
 from imgen_common.errors import UserError
+from interleave.cli.options import Configs, Json, Name, Runs, Sets
 
 if TYPE_CHECKING:
     from interleave.loop.config import RunConfig
-    from interleave.records import Record, Trajectory
+    from interleave.records import Record
 
-
-Configs = Annotated[
-    list[Path] | None,
-    typer.Option("--config", "-c", metavar="FILE", help="YAML file; may be given again, later ones over earlier ones."),
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be given again."),
-]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
 Images = Annotated[
     list[Path] | None,
-    typer.Option("--image", "-i", metavar="FILE", help="A picture of the request; repeatable."),
+    typer.Option("--image", "-i", metavar="FILE", help="An image that belongs to the request; may be repeated."),
 ]
-Request_ = Annotated[str, typer.Argument(metavar="REQUEST", help="What the story should be, in words.")]
-
-
-# --- run and batch ---------------------------------------------------------------------------------------------------
+Request_ = Annotated[str, typer.Argument(metavar="REQUEST", help="What the story is about.")]
 
 
 def run(
     request: Request_,
-    image: Images = None,
     configs: Configs = None,
+    image: Images = None,
     sets: Sets = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.")] = None,
+    name: Name = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Tell one story. Steps appear as they are drawn and judged; the run folder holds every attempt, all pictures and
-    an HTML page. Without a configuration the miniature tells it, on a CPU in seconds. After a kill or Ctrl-C
-    `interleave batch --resume RUN` goes on where it stopped.
+    """Make one story. Each step is printed when its image has been generated and judged; the run folder holds all
+    attempts, all images and an HTML page. Without a configuration the miniature is used, which takes seconds on a CPU.
+    After a kill or Ctrl-C, `interleave batch --resume RUN` continues the run.
 
     Example:
 
     \b
       interleave run "draw a red circle, then add a blue square on its right, then make the circle green"
       interleave run "make the circle green" --image circle.png
-      interleave run "four pictures on how rain forms" -c configs/interleave/klein_qwen3vl.yaml --set seed=3
+      interleave run "four images on how rain forms" configs/interleave/klein_qwen3vl.yaml --set seed=3
     """
     with spinner("loading"):
         config = load_run_config(configs, sets)
@@ -64,23 +52,25 @@ def run(
 
         path = free_path(runs, name, session.slug(request))
         session.create_run(path, config, sys.argv, lambda store: [requests.make_request(request, image or [], store)])
-    _go_on(path, config, as_json, one=True)
+    _resume(path, config, as_json, one=True)
 
 
 def batch(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help='JSON lines: {"text": ..., "id": ..., "images": [...]}.')
+        Path | None, typer.Argument(metavar="FILE", help='JSON lines of {"text": ..., "id": ..., "images": [...]}.')
     ] = None,
     configs: Configs = None,
     sets: Sets = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run of either command.")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="With --resume: try stories again that ended early.")] = False,
+    name: Name = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Resume a run; CONFIG files override its own.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="With --resume: try failed stories again.")] = False,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Tell many stories at once. What fails in one touches no other; a killed run goes on with --resume, and its
-    records are those of a run that was not killed. The exit code is 1 where a story did not become complete.
+    """Make many stories at once. A failure in one story does not affect the others. --resume continues a killed run,
+    and its records equal those of a run that was not killed. The exit code is 1 if a story is not complete.
 
     Example:
 
@@ -95,8 +85,10 @@ def batch(
         from interleave.loop import requests
         from interleave.loop import run as session
 
+        if resume is not None and file is not None and file.suffix in (".yaml", ".yml"):
+            configs, file = [file, *(configs or [])], None  # a resumed run has its requests: each argument is a CONFIG
         if (file is None) == (resume is None):
-            raise UserError("give a FILE of requests to begin, or --resume RUN to go on (one of the two)")
+            raise UserError("give a FILE of requests to start a run, or --resume RUN to continue one (one of the two)")
         if retry and resume is None:
             raise UserError("--retry goes with --resume RUN: it tries the failed stories of that run again")
         if resume is not None:
@@ -106,13 +98,12 @@ def batch(
             assert file is not None
             config = load_run_config(configs, sets)
             path = free_path(runs, name, file.stem)
-            source = file
-            session.create_run(path, config, sys.argv, lambda store: requests.read_requests(source, store))
-    _go_on(path, config, as_json, one=False, retry=retry)
+            session.create_run(path, config, sys.argv, partial(requests.read_requests, file))
+    _resume(path, config, as_json, one=False, retry=retry)
 
 
-def _go_on(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bool = False) -> None:
-    """Run what is left of a run folder, show it, write its page."""
+def _resume(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bool = False) -> None:
+    """Runs what is left of a run folder, prints it and writes its page."""
     from interleave.cli import console
     from interleave.loop import requests
     from interleave.loop import run as session
@@ -120,15 +111,15 @@ def _go_on(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: boo
     from interleave.storage.images import IMAGES, ImageStore
     from interleave.storage.trace import read_trace
 
-    out = console.console()
+    out = console.open_console()
     total = len(requests.load_requests(path))
-    tell: Callable[[Record], None] = console.Telling(out) if one else console.Counting(out, total)
-    if as_json:
-        tell = console.json_lines(lambda line: print(line, flush=True))
+    on_record: Callable[[Record], None] = console.print_json
+    if not as_json:
+        on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, total)
     try:
-        trajectories = session.run_and_close(path, config, sys.argv, tell, retry)
+        trajectories = session.run_and_close(path, config, sys.argv, on_record, retry)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: interleave batch --resume {path}", file=sys.stderr)
+        print(f"stopped; continue with: interleave batch --resume {path}", file=sys.stderr)
         raise
     attempts = [a for recorded in read_trace(path).values() for a in recorded.attempts.values()]
     page = write_report(path)
@@ -136,28 +127,17 @@ def _go_on(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: boo
         print(json.dumps({"type": "Run", "path": str(path), "report": str(page)}))
     else:
         if one:
-            console.story(trajectories[0], attempts, ImageStore(path / IMAGES), out)
-        console.summary(trajectories, attempts, path, out)
+            console.print_story(trajectories[0], attempts, ImageStore(path / IMAGES), out)
+        console.print_summary(trajectories, attempts, path, out)
         out.print(f"report: {page}")
-    _exit(trajectories)
-
-
-def _exit(trajectories: "list[Trajectory]") -> None:
     if any(trajectory.status != "complete" for trajectory in trajectories):
         raise typer.Exit(1)
 
 
-# --- plan, report ----------------------------------------------------------------------------------------------------
-
-
 def plan(
-    request: Request_,
-    image: Images = None,
-    configs: Configs = None,
-    sets: Sets = None,
-    as_json: Json = False,
+    request: Request_, configs: Configs = None, image: Images = None, sets: Sets = None, as_json: Json = False
 ) -> None:
-    """Print the planner's steps for a request, and draw nothing.
+    """Print the planner's steps for a request; no image is generated.
 
     Example:
 
@@ -182,10 +162,10 @@ def plan(
     if as_json:
         print(record.model_dump_json())
     elif record.plan is not None:
-        console.plan(record.plan, console.console())
+        console.print_plan(record.plan, console.open_console())
     if record.plan is None:
         error = record.planner.error if record.planner else "no plan"
-        raise UserError(f"the planner gave no plan that can be used ({error}); try another --set seed=N or planner")
+        raise UserError(f"the planner gave no usable plan ({error}); try --set seed=N or another planner")
 
 
 def report(
@@ -193,7 +173,7 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write the HTML page of a run anew: the stories, and under each step its attempts, verdicts and reasons.
+    """Write the HTML page of a run: the stories, and under each step its attempts with verdicts and reasons.
 
     Example: interleave report runs/requests
     """
@@ -206,23 +186,8 @@ def report(
         typer.launch(str(page))
 
 
-# --- common ----------------------------------------------------------------------------------------------------------
-
-
 def load_run_config(configs: list[Path] | None, sets: list[str] | None) -> "RunConfig":
     from imgen_common.config import load
     from interleave.loop.config import RunConfig
 
     return load(RunConfig, configs or [], sets or [])
-
-
-@contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """A turning mark on standard error, where that is a terminal: libraries take seconds to load."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield

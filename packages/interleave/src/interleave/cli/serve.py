@@ -1,19 +1,15 @@
-"""`interleave serve` and `interleave demo`."""
+"""The commands `interleave serve` and `interleave demo`."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from imgen_common.console import spinner
 from imgen_common.errors import UserError
-from interleave.cli.run import Configs, Runs, Sets, load_run_config, spinner
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- serve and demo --------------------------------------------------------------------------------------------------
+from interleave.cli.options import Configs, Runs, Sets
+from interleave.cli.run import load_run_config
 
 
 def serve(
@@ -23,8 +19,8 @@ def serve(
         str, typer.Option(metavar="local|ray", help="Worker processes on this machine, or Ray Serve replicas.")
     ] = "local",
 ) -> None:
-    """Serve the generator over HTTP: one worker per device, like requests batched, a bounded queue, metrics. It listens
-    on this machine only, unless told otherwise; then it needs a token in INTERLEAVE_SERVE_TOKEN.
+    """Serve the generator over HTTP, with one worker per device, batching, a bounded queue and metrics. By default it
+    listens only on the local machine; to listen on another address, it needs a token in INTERLEAVE_SERVE_TOKEN.
 
     Example:
 
@@ -50,7 +46,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Serve a page on which a story can be asked for and is told step by step (extra `demo`).
+    """Serve a web page that makes stories and shows their steps as they come (extra `demo`).
 
     Example: interleave demo --port 7861
     """
@@ -58,4 +54,4 @@ def demo(
         config = load_run_config(configs, sets)
         from interleave import demo
         from interleave.loop import run
-    demo.launch(lambda: run.StoryStream(config, run.build_components(config), runs), host, port)
+    demo.serve_demo(lambda: run.StoryStream(config, run.build_components(config), runs), host, port)

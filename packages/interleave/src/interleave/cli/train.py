@@ -2,45 +2,31 @@
 
 import json
 import sys
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
 from imgen_common.errors import UserError
+from interleave.cli.options import Configs, Json, Name, Runs, Sets
 
 if TYPE_CHECKING:
-    from interleave.training.batch_plan import GrpoSums, SftSums
-    from interleave.training.memory import Memory
+    from imgen_common.config import Config
+    from interleave.training.batch_plan import GrpoBatchPlan, SftBatchPlan
+    from interleave.training.memory import MemoryEstimate
 
-Files = Annotated[
-    list[Path] | None, typer.Argument(metavar="CONFIG...", help="YAML files, later ones over earlier ones.")
-]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be given again."),
-]
-Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed.")]
-Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.")]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batches, calls, cost and memory; start nothing.")]
+C = TypeVar("C", bound="Config")
+Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batches, calls, cost and memory; do not train.")]
 Processes = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="With --dry-run: processes to plan for; else those launched.")
+    int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of processes; default: as launched.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, and nothing else.")]
-
-
-class Agent(StrEnum):
-    """Who is trained."""
-
-    planner = "planner"
-    critic = "critic"
 
 
 def sft(
-    agent: Annotated[Agent, typer.Argument(help="Which agent to train.")],
-    configs: Files = None,
+    agent: Annotated[Literal["planner", "critic"], typer.Argument(help="Which agent to train.")],
+    configs: Configs = None,
     sets: Sets = None,
     resume: Resume = None,
     name: Name = None,
@@ -49,8 +35,8 @@ def sft(
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Train planner or critic on examples, with TRL's SFTTrainer; only the answers are learnt. The run folder holds
-    checkpoints, numbers and, at the end, `model/`, which `interleave run` loads.
+    """Train the planner or the critic on examples with TRL's SFTTrainer; the loss is on the answers only. The run
+    folder holds checkpoints, metrics and, at the end, `model/`, which `interleave run` can load.
 
     Example:
 
@@ -62,23 +48,20 @@ def sft(
     """
     from interleave.training import run as launch
 
-    launch.quiet_environment()
-    from imgen_common.config import load
-    from imgen_common.run_folder.find import CONFIG
+    launch.prepare_environment()
     from interleave.training import sft
     from interleave.training.config import SftConfig
 
-    run = _resumed(resume, configs, runs)
-    files = [run / CONFIG] if run else []
-    config = load(SftConfig, [*files, *(configs or [])], sets or [])
+    run, config = _load_config(SftConfig, resume, configs, sets, runs)
     if dry_run:
-        _tell(*sft.plan(agent.value, config, processes or launch.num_processes("interleave sft")), as_json)
-        return
-    _done(sft.train(agent.value, config, sys.argv, runs=runs, name=name, resume=run), as_json)
+        count = processes or launch.num_processes("interleave sft")
+        _print_estimate(*sft.plan_sft(agent, config, count), as_json)
+    else:
+        _print_model(sft.train_sft(agent, config, sys.argv, runs=runs, name=name, resume=run), as_json)
 
 
 def grpo(
-    configs: Files = None,
+    configs: Configs = None,
     sets: Sets = None,
     resume: Resume = None,
     name: Name = None,
@@ -87,9 +70,9 @@ def grpo(
     processes: Processes = None,
     as_json: Json = False,
 ) -> None:
-    """Train the critic by reinforcement, with TRL's GRPOTrainer: an answer is worth what the picture drawn with its
-    prompt is worth to the judge. It does not start where generator or judge is down, and stops, with a checkpoint,
-    where they fail too often.
+    """Train the critic by reinforcement learning with TRL's GRPOTrainer. An answer is rewarded by the judge's scores of
+    the image that is generated from its new prompt. Training does not start if the generator or the judge is down, and
+    stops with a checkpoint if they fail too often.
 
     Example:
 
@@ -101,44 +84,41 @@ def grpo(
     """
     from interleave.training import run as launch
 
-    launch.quiet_environment()
-    from imgen_common.config import load
-    from imgen_common.run_folder.find import CONFIG
+    launch.prepare_environment()
     from interleave.training import grpo
     from interleave.training.config import GrpoConfig
 
-    run = _resumed(resume, configs, runs)
-    files = [run / CONFIG] if run else []
-    config = load(GrpoConfig, [*files, *(configs or [])], sets or [])
+    run, config = _load_config(GrpoConfig, resume, configs, sets, runs)
     if dry_run:
-        _tell(*grpo.plan(config, processes or launch.num_processes("interleave grpo")), as_json)
-        return
-    _done(grpo.train(config, sys.argv, runs=runs, name=name, resume=run), as_json)
+        _print_estimate(*grpo.plan_grpo(config, processes or launch.num_processes("interleave grpo")), as_json)
+    else:
+        _print_model(grpo.train_grpo(config, sys.argv, runs=runs, name=name, resume=run), as_json)
 
 
-def _resumed(resume: str | None, configs: list[Path] | None, runs: Path) -> Path | None:
-    from imgen_common.run_folder.find import find_run
+def _load_config(
+    cls: type[C], resume: str | None, configs: list[Path] | None, sets: list[str] | None, runs: Path
+) -> tuple[Path | None, C]:
+    """The run to resume, if any, and its configuration."""
+    from imgen_common.config import load
+    from imgen_common.run_folder.find import CONFIG, find_run
 
     if (resume is None) == (not configs):
-        raise UserError("give a CONFIG to begin, or --resume RUN to go on (one of the two)")
-    return None if resume is None else find_run(resume, runs)
+        raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
+    run = None if resume is None else find_run(resume, runs)
+    return run, load(cls, [*([run / CONFIG] if run else []), *(configs or [])], sets or [])
 
 
-def _tell(sums: "SftSums | GrpoSums", held: "Memory", as_json: bool) -> None:
-    from interleave.training import batch_plan
-
+def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:
     if as_json:
-        print(json.dumps(batch_plan.as_json(sums, held)))
+        held = asdict(memory) | {"static": memory.static, "peak": memory.peak}
+        print(json.dumps(asdict(plan) | {"memory": held}))
     else:
-        print("\n".join([*sums.told(), *held.told()]))
+        print("\n".join([*plan.lines(), *memory.lines()]))
 
 
-def _done(model: Path, as_json: bool) -> None:
+def _print_model(model: Path, as_json: bool) -> None:
     from interleave.training import run as launch
 
-    if launch.is_main():
-        print(
-            json.dumps({"type": "Run", "path": str(model.parent), "model": str(model)})
-            if as_json
-            else f"model: {model}"
-        )
+    run = {"type": "Run", "path": str(model.parent), "model": str(model)}
+    if launch.is_main_process():
+        print(json.dumps(run) if as_json else f"model: {model}")

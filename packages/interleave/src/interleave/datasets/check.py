@@ -1,4 +1,4 @@
-"""Reads a set's rows one by one and says of each what is wrong with it."""
+"""Checks every row and every image of a set."""
 
 import re
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ from pathlib import Path
 from imgen_common.errors import UserError, nearest
 from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
-from interleave.datasets.rows import RlRow, SftRow, parsed
+from interleave.datasets.rows import RlRow, SftRow, parse_row
 from interleave.storage.images import IMAGES, ImageStore
 
 MARKER = re.compile(r"<image>|<\|[A-Za-z_]+\|>")
-"""What a tokenizer or a reader of rows takes for a picture or the end of a turn, wherever it stands."""
+"""What a tokenizer or a reader of rows takes for an image or the end of a turn wherever it occurs."""
 FILES: dict[str, tuple[SetName, Split]] = {file_name(name, split): (name, split) for name in SETS for split in SPLITS}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is wrong with a row, or with a whole file (`line` None).  Lines count from 1."""
+class RowProblem:
+    """What is wrong with a row, or with a file (`line` None).  Lines count from 1."""
 
     file: Path
     line: int | None
@@ -29,7 +29,7 @@ class Problem:
 
 
 @dataclass
-class Counts:
+class FileCounts:
     """Rows of a file, and how many of them are wrong."""
 
     rows: int = 0
@@ -37,67 +37,67 @@ class Counts:
 
 
 @dataclass
-class Checker:
+class SetChecker:
     """One pass over a set's folder or one of its files; `counts` is complete when `problems` has been read to its end.
 
-    policy: how answers are read, as by the agents that the set is for.  Raises UserError if there is no set.
+    parse_mode: how answers are parsed, as by the agents that the set is for.  Raises UserError if there is no set.
     """
 
     path: Path
     parse_mode: ParseMode = "strict"
-    counts: dict[str, Counts] = field(default_factory=dict)
+    counts: dict[str, FileCounts] = field(default_factory=dict)
     _split_of: dict[str, tuple[Split, str]] = field(default_factory=dict)
-    _pictures: dict[str, str | None] = field(default_factory=dict)
+    _images: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.files = files_of(self.path)
+        self.files = find_row_files(self.path)
         self._store = ImageStore(self.files[0].parent / IMAGES)
 
-    def problems(self) -> Iterator[Problem]:
-        """All of them, in the order of the files and their lines."""
+    def problems(self) -> Iterator[RowProblem]:
+        """All problems in the order of the files and their lines."""
         for file in self.files:
-            yield from self._of_file(file)
+            yield from self._check_file(file)
         if self.path.is_dir():
-            yield from self._of_info()
+            yield from self._check_info()
 
-    def _of_file(self, file: Path) -> Iterator[Problem]:
+    def _check_file(self, file: Path) -> Iterator[RowProblem]:
         name, split = FILES[file.name]
-        counts = self.counts[file.name] = Counts()
+        counts = self.counts[file.name] = FileCounts()
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 counts.rows += 1
-                reasons = list(self._of_line(line, name, split, f"{file.name}:{number}"))
+                reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
                 counts.wrong += bool(reasons)
-                yield from (Problem(file, number, reason) for reason in reasons)
+                yield from (RowProblem(file, number, reason) for reason in reasons)
         if not counts.rows:
-            yield Problem(file, None, "holds no rows")
+            yield RowProblem(file, None, "holds no rows")
 
-    def _of_line(self, line: bytes, name: SetName, split: Split, where: str) -> Iterator[str]:
+    def _check_line(self, line: bytes, name: SetName, split: Split, where: str) -> Iterator[str]:
         try:
-            row = row_of(line, name)
+            row = parse_set_row(line, name)
         except ValueError as error:
             yield str(error)
             return
         if isinstance(row, SftRow):
-            yield from self._of_answer(row, name)
+            yield from self._check_answer(row, name)
             texts, ids, trajectory = (*row.texts, row.completion), row.image_ids, row.trajectory_id
         else:
             texts, ids, trajectory = (), (row.before_id, row.after_id), row.extra.get("trajectory_id")
             if not row.original_prompt.strip():
                 yield "original_prompt is empty"
         for marker in dict.fromkeys(found[0] for text in texts for found in MARKER.finditer(text)):
-            yield f"{marker} stands in the words; places of pictures are between texts, and words must not hold it"
+            yield f"the text holds {marker}; images stand between texts, which must not hold such a token"
         for image_id in dict.fromkeys(ids):
-            if reason := self._of_picture(image_id):
+            if reason := self._check_image(image_id):
                 yield reason
         if isinstance(trajectory, str):
             other, there = self._split_of.setdefault(trajectory, (split, where))
             if other != split:
-                yield f"trajectory {trajectory} is in {split} here, and in {other} at {there}"
+                yield f"trajectory {trajectory} is in {split} here and in {other} at {there}"
 
-    def _of_answer(self, row: SftRow, name: SetName) -> Iterator[str]:
+    def _check_answer(self, row: SftRow, name: SetName) -> Iterator[str]:
         if name == "critic_sft" and len(row.image_ids) < 2:
-            yield f"a critic looks at two pictures, here are {len(row.image_ids)}"
+            yield f"a critic compares two images, but the row has {len(row.image_ids)}"
         if not row.completion.strip():
             yield "the answer is empty"
             return
@@ -106,28 +106,28 @@ class Checker:
         if isinstance(answer, ParseFailure):
             yield f"the answer cannot be read ({answer.reason})"
 
-    def _of_picture(self, image_id: str) -> str | None:
-        if image_id not in self._pictures:
+    def _check_image(self, image_id: str) -> str | None:
+        if image_id not in self._images:
             try:
                 self._store.get(image_id)
-                self._pictures[image_id] = None
+                self._images[image_id] = None
             except UserError as error:
-                self._pictures[image_id] = str(error)
-        return self._pictures[image_id]
+                self._images[image_id] = str(error)
+        return self._images[image_id]
 
-    def _of_info(self) -> Iterator[Problem]:
+    def _check_info(self) -> Iterator[RowProblem]:
         file = self.path / INFO
-        info = info_of(self.path)
+        info = read_set_info(self.path)
         if info is None:
-            yield Problem(file, None, "missing or damaged: the set was not finished; build or import it again")
+            yield RowProblem(file, None, "missing or damaged: the set is not complete; build or import it again")
             return
         for name, (of, split) in FILES.items():
-            said, found = info.rows.get(of, {}).get(split, 0), self.counts.get(name, Counts()).rows
-            if said != found:
-                yield Problem(file, None, f"says {said} rows in {name}, there are {found}")
+            given, found = info.rows.get(of, {}).get(split, 0), self.counts.get(name, FileCounts()).rows
+            if given != found:
+                yield RowProblem(file, None, f"gives {given} rows for {name}, which has {found}")
 
 
-def files_of(path: Path) -> list[Path]:
+def find_row_files(path: Path) -> list[Path]:
     """The files of rows that `path` names: itself, or those in the folder.  Raises UserError if there are none."""
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
@@ -142,13 +142,13 @@ def files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def row_of(line: bytes, name: SetName) -> SftRow | RlRow:
+def parse_set_row(line: bytes, name: SetName) -> SftRow | RlRow:
     """The row of a line.  Raises ValueError saying what is wrong."""
-    return parsed(line, RlRow) if name == "critic_rl" else parsed(line, SftRow)
+    return parse_row(line, RlRow) if name == "critic_rl" else parse_row(line, SftRow)
 
 
-def info_of(folder: Path) -> SetInfo | None:
-    """What `set.json` says; None where it is missing or damaged."""
+def read_set_info(folder: Path) -> SetInfo | None:
+    """The content of `set.json`; None where it is missing or damaged."""
     try:
         return SetInfo.model_validate_json((folder / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError):

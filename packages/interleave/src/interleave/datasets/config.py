@@ -1,4 +1,4 @@
-"""What `interleave data build` is asked to do."""
+"""Configuration of `interleave data build`."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -17,92 +17,91 @@ class FilePrompts(Config):
 
     kind: Literal["file"] = "file"
     path: str
-    """JSON lines as `interleave batch` reads them; `category` is counted on the page of statistics."""
+    """JSON lines as `interleave batch` reads them; the page of statistics counts their `category`."""
 
 
 class ShapesPrompts(Config):
-    """Requests of the miniature's world, with known plans."""
+    """Requests of the miniature's world, whose plans are known."""
 
     kind: Literal["shapes"] = "shapes"
     split: Literal["train", "tune", "test"] = "train"
-    """Which part of the world they speak of."""
+    """The split of the world from which they are sampled."""
     count: Annotated[int, Ge(1)] = 300
-    """How many."""
+    """Number of requests."""
     riddles: Share = 0.0
-    """Share of them that name things by facts instead of colour and shape."""
+    """Share of them that name things by facts instead of color and shape."""
     seed: Annotated[int, Ge(0)] = 0
-    """Which ones are drawn."""
+    """Seed of the sampling."""
 
 
 class BudgetConfig(Config):
-    """What a build may cost, over all its sessions.  Requests that have begun are finished, so that each of the
-    `run.loop.concurrency` that are under way may go beyond it; `run.loop` bounds a single request."""
+    """Limits of a build.  Requests that have started are finished, so that each of the `run.loop.concurrency` that run
+    at once may exceed them; `run.loop` limits a single request."""
 
     renamed: ClassVar = {"max_pictures": "max_images"}
 
     max_images: Annotated[int, Ge(1)] | None = None
-    """No request begins once so many pictures were drawn; null: no limit."""
+    """No request starts after so many images, over all sessions; null: no limit."""
     max_seconds: Annotated[float, Gt(0)] | None = None
-    """No request begins so many seconds after the session began; null: no limit."""
+    """No request starts so many seconds after the session started; null: no limit."""
 
 
 class TemplatesConfig(Config):
-    """From which templates rows are rendered: those that the trained agents will be run with, whatever the teacher
-    read.  Built-in names or text files."""
+    """Templates of the rows, built-in names or text files: those that the trained agents will be run with, whichever
+    the teacher uses."""
 
     renamed: ClassVar = {"planner_pictures": "planner_images"}
 
     planner_text: str = "shapes_planner"
-    """Of requests without pictures."""
+    """For requests without images."""
     planner_images: str = "planner_images"
-    """Of requests with pictures."""
+    """For requests with images."""
     critic: str = "shapes_critic"
-    """Of the critic."""
+    """For the critic."""
 
 
 class FiltersConfig(Config):
-    """What becomes a row.  A step is all attempts at one step of one plan; its score is the judge's
+    """Which trajectories become rows.  A step is all attempts at one step of one plan; its score is the judge's
     sqrt(semantics * quality)."""
 
     planner: Literal["plan", "complete", "accepted"] = "plan"
-    """Plans to keep: every one that could be read, those of complete stories, or those whose every picture the critic
-    accepted."""
+    """Plans to keep: all, those of complete stories, or those of which the critic accepted every image."""
     degrading: Annotated[float, Ge(0), Le(10)] | None = 0.0
-    """Steps whose last picture scores lower than the first by more than this are left out; null: kept."""
+    """Drops steps whose last image scores lower than the first by more than this; null: keeps them."""
     low: Annotated[float, Ge(0), Le(10)] | None = 3.0
-    """Steps no picture of which scores this much are left out; null: kept."""
+    """Drops steps of which no image has this score; null: keeps them."""
     rl_share: Share | None = 1 / 3
-    """Share of the scored steps, those whose scores vary most, that go to `critic_rl`; the others go to `critic_sft`;
+    """Share of the scored steps, those whose scores vary most, that go to `critic_rl`; the others go to `critic_sft`.
     null: all go to both."""
     balance: Annotated[float, Ge(1)] | None = 1.0
-    """Rows of the commoner verdict for each of the rarer one, at most, in each set and split; null: all are kept."""
+    """Most rows of the more frequent verdict for each row of the other, in each set and split; null: keeps all."""
     dedupe: bool = True
-    """Whether a row is left out whose question (words and pictures) an earlier one asks already."""
+    """Whether to drop rows whose question (text and images) an earlier row has."""
     val: Annotated[float, Ge(0), Lt(1)] = 0.05
-    """Share of the requests whose rows are held back in the `val` files; all rows of equal requests go together."""
+    """Share of the requests whose rows go to the `val` files; all rows of equal requests stay together."""
 
 
 class DataConfig(Config):
-    """Trajectories, their scores, and the sets made of them."""
+    """Trajectories, their scores, and the sets made from them."""
 
     prompts: Annotated[FilePrompts | ShapesPrompts, Field(discriminator="kind")] | None = ShapesPrompts()
-    """What is asked for; null: nothing, only `trajectories` are used."""
+    """The requests; null: none, only `trajectories` are used."""
     run: RunConfig = RunConfig()
-    """Teachers, generator, loop and seed."""
+    """Configuration of the loop: teachers, generator, seed."""
     teacher: Literal["run", "shapes"] = "run"
-    """Who plans and judges: planner and critic of `run`, or what the miniature's world knows of its own requests."""
+    """The teachers: planner and critic of `run`, or the known plans and the verifier of the miniature's world."""
     judge: JudgeConfig | None = VerifierJudgeConfig()
-    """Who scores every judged picture afterwards; null: nobody, and `critic_rl` stays empty."""
+    """Scores every judged image afterwards; null: no judge, and `critic_rl` stays empty."""
     max_unscored: Share = 0.1
-    """Share of the pictures that the judge may fail on before the build stops."""
+    """The build stops when the judge failed on more than this share of the images."""
     trajectories: tuple[str, ...] = ()
-    """Folders of more trajectories to use: of other builds, runs, batches or `data import execution_record`."""
+    """Folders of further trajectories: of other builds, runs, batches or `data import execution_record`."""
     budget: BudgetConfig = BudgetConfig()
-    """What it may cost."""
+    """Limits of the build."""
     templates: TemplatesConfig = TemplatesConfig()
-    """How rows are worded."""
+    """Templates of the rows."""
     filters: FiltersConfig = FiltersConfig()
-    """What becomes a row."""
+    """Which trajectories become rows."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

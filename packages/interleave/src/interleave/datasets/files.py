@@ -1,4 +1,4 @@
-"""Reading what others wrote, and writing pictures beside a file."""
+"""Reading files of other programs, and copying images beside a file."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,32 +18,32 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Takes pictures into the store, each file once, none from outside of `root`."""
+class ImageImporter:
+    """Puts images into the store, each file once, and none from outside of `root`."""
 
     root: Path
-    pictures: ImageStore
+    images: ImageStore
     folder: Path | None = None
     """Where paths are looked for before `root`."""
-    _taken: dict[Path, str] = field(default_factory=dict)
+    _imported: dict[Path, str] = field(default_factory=dict)
     _white: set[str] = field(default_factory=set)
 
-    def take(self, name: str, where: str) -> str:
-        """The id of the picture in the file of that name.  Raises UserError naming `where`."""
+    def import_image(self, name: str, where: str) -> str:
+        """The id of the image in the file of that name.  Raises UserError naming `where`."""
         path = self._find(name, where)
-        if path not in self._taken:
+        if path not in self._imported:
             try:
-                picture = HashedImage.from_pil(decode(path))
+                image = HashedImage.from_pil(decode(path))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            self._taken[path] = self.pictures.put(picture)
-            if picture.image.getextrema() == ((255, 255),) * 3:
-                self._white.add(picture.id)
-        return self._taken[path]
+            self._imported[path] = self.images.put(image)
+            if image.image.getextrema() == ((255, 255),) * 3:
+                self._white.add(image.id)
+        return self._imported[path]
 
-    def edit(self, source: str, target: str, is_first: bool, where: str) -> dict[str, Any]:
-        """What an attempt says of its pictures; the first one of a white canvas was made from nothing."""
-        before, after = self.take(source, where), self.take(target, where)
+    def attempt_images(self, source: str, target: str, is_first: bool, where: str) -> dict[str, Any]:
+        """The image fields of an attempt; a first one with a white source was generated from its prompt alone."""
+        before, after = self.import_image(source, where), self.import_image(target, where)
         is_new = is_first and before in self._white
         sources = () if is_new else (before,)
         return {"op": "t2i" if is_new else "edit", "source_ids": sources, "before_id": before, "image_id": after}
@@ -58,11 +58,11 @@ class Reader:
                 inside, there = True, False  # no name of a file
             if inside and there:
                 return path
-        reason = "there is no such picture" if inside else "it leads out of the folder"
-        raise UserError(f"{where}: {name!r}: {reason}; pictures must lie in {self.root}")
+        reason = "no such image" if inside else "it leads out of the folder"
+        raise UserError(f"{where}: {name!r}: {reason}; images must lie in {self.root}")
 
 
-def checked(model: type[Model], value: object, where: str) -> Model:
+def validate(model: type[Model], value: object, where: str) -> Model:
     """`value` as a `model`.  Raises UserError with the first mistake."""
     try:
         return model.model_validate(value)
@@ -72,26 +72,26 @@ def checked(model: type[Model], value: object, where: str) -> Model:
         raise UserError(f"{where}: {f'{place}: ' if place else ''}{first['msg']}") from None
 
 
-def json_file(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     """The value in a JSON file.  Raises UserError."""
-    return _parsed(read_text(file), str(file))
+    return _parse_json(read_text(file), str(file))
 
 
-def json_list(file: Path) -> Iterator[tuple[str, object]]:
-    """The items of a JSON list, each with how to call it.  Raises UserError."""
-    value = json_file(file)
+def read_json_list(file: Path) -> Iterator[tuple[str, object]]:
+    """The items of a JSON list, each with its name for messages.  Raises UserError."""
+    value = read_json(file)
     if not isinstance(value, list):
         raise UserError(f"{file}: must be a JSON list, got a {type(value).__name__}")
     return ((f"{file}: item {number}", item) for number, item in enumerate(value, 1))
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """The values of a file of JSON lines, each with how to call it.  Raises UserError."""
+def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    """The values of a file of JSON lines, each with its name for messages.  Raises UserError."""
     for number, line in numbered_lines(file):
-        yield f"{file}:{number}", _parsed(line, f"{file}:{number}")
+        yield f"{file}:{number}", _parse_json(line, f"{file}:{number}")
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -99,20 +99,20 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def write_json(file: Path, value: Mapping[str, Any] | Sequence[Any]) -> Path:
-    """Write a JSON file, whole or not at all; its path."""
+    """Writes a JSON file atomically; returns its path."""
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json_text(value, indent=1))
+        write_atomic(file, to_json(value, indent=1))
     return file
 
 
-def json_text(value: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> str:
+def to_json(value: Mapping[str, Any] | Sequence[Any], indent: int | None = None) -> str:
     """`value` as JSON, with a line's end; half a surrogate pair is written as its escape."""
     text = json.dumps(value, ensure_ascii=False, indent=indent) + "\n"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def beside(file: Path, name: str, image_id: str, pictures: ImageStore) -> str:
-    """`name`, once the picture is there, seen from the file's folder."""
-    pictures.copy(image_id, file.parent / name)
+def copy_image(file: Path, name: str, image_id: str, images: ImageStore) -> str:
+    """Copies an image to `name` beside `file`; returns `name`."""
+    images.copy(image_id, file.parent / name)
     return name

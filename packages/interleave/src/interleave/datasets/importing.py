@@ -1,6 +1,6 @@
-"""Sets from the reference's published formats."""
+"""Sets from the published formats of the reference code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from interleave.datasets.config import TemplatesConfig
 from interleave.datasets.filters import INFO, SetInfo, SetName, file_name
 from interleave.datasets.formats.execution import read_execution_record
 from interleave.datasets.formats.training import read_rl, read_sft
-from interleave.datasets.rows import RlRow, SftRow, Story, critic_rows, planner_row
+from interleave.datasets.rows import FinishedStory, RlRow, SftRow, make_critic_row, make_planner_row
 from interleave.records import PlanRecord
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import Trace
@@ -22,33 +22,33 @@ Format = Literal["sharegpt", "rl", "execution_record"]
 Role = Literal["planner", "critic"]
 RECORD = "execution_record.json"
 TEMPLATES = TemplatesConfig(planner_text="planner_text", planner_images="planner_images", critic="critic")
-"""How rows of execution records are worded; `data build` words them otherwise."""
+"""Templates of the rows from execution records; `data build` has settings for them."""
 
 
 def import_set(form: Format, path: Path, out: Path, root: Path | None = None, role: Role | None = None) -> SetInfo:
-    """A set in the new folder `out` of what `path` holds, whole or not at all.
+    """Makes a set in the new folder `out` from the files in `path`, completely or not at all.
 
     sharegpt: a JSON list of {messages, images}, of a `role`.  rl: JSON lines.  execution_record: a record, or a folder
     of them; their trajectories are kept beside the rows, for `data build` to score and filter (`trajectories`).
-    root: folder out of which no picture may lie; else the one of `path`.
+    root: folder that holds all images; by default that of `path`.
     Raises UserError naming the row that is wrong.
     """
     if (form == "sharegpt") != (role is not None):
-        raise UserError("--role planner or --role critic goes with sharegpt, which does not say whose rows they are")
+        raise UserError("--role planner or --role critic goes with sharegpt, which does not name the agent of its rows")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     inside = root or (path if path.is_dir() else path.parent)
     with atomic_folder(out) as fresh:
-        pictures = ImageStore(fresh / IMAGES)
-        files: dict[SetName, Callable[[], Iterator[SftRow | RlRow]]]
+        images = ImageStore(fresh / IMAGES)
+        files: dict[SetName, Iterator[SftRow | RlRow]]
         if form == "sharegpt":
             name: SetName = "planner_sft" if role == "planner" else "critic_sft"
-            files = {name: lambda: read_sft(path, inside, pictures)}
+            files = {name: read_sft(path, inside, images)}
         elif form == "rl":
-            files = {"critic_rl": lambda: read_rl(path, inside, pictures)}
+            files = {"critic_rl": read_rl(path, inside, images)}
         else:
-            files = _of_stories(_records(path, inside, pictures, fresh))
-        rows = {name: write_rows(fresh / file_name(name, "train"), made()) for name, made in files.items()}
+            files = _story_rows(_import_stories(path, inside, images, fresh))
+        rows = {name: write_rows(fresh / file_name(name, "train"), made) for name, made in files.items()}
         if not any(rows.values()):
             raise UserError(f"{path}: no rows in it")
         info = SetInfo(
@@ -61,43 +61,30 @@ def import_set(form: Format, path: Path, out: Path, root: Path | None = None, ro
     return info
 
 
-def _records(path: Path, root: Path, pictures: ImageStore, out: Path) -> list[Story]:
-    """The stories of the records, which are written to a trace too."""
+def _import_stories(path: Path, root: Path, images: ImageStore, out: Path) -> list[FinishedStory]:
+    """The stories of the records; they are written to a trace too."""
     files = sorted(path.rglob(RECORD)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no {RECORD} in it")
-    stories: dict[str, Story] = {}
+    stories: dict[str, FinishedStory] = {}
     with Trace(out) as trace:
         for file in files:
-            story = read_execution_record(file, root, pictures)
+            story = read_execution_record(file, root, images)
             trajectory = story.trajectory
             if trajectory.id in stories:
-                raise UserError(f"{file}: a record of {trajectory.id} is there already; give every folder its own name")
+                raise UserError(f"{file}: there is another record of {trajectory.id}; give every folder its own name")
             stories[trajectory.id] = story
-            plan = PlanRecord(
-                trajectory_id=trajectory.id,
-                request=trajectory.request,
-                planner=trajectory.planner,
-                plan=trajectory.plan,
-            )
+            shared = {name: getattr(trajectory, name) for name in ("request", "planner", "plan")}
+            plan = PlanRecord(trajectory_id=trajectory.id, **shared)
             for record in (plan, *story.attempts, trajectory):
                 trace.append(record)
     return list(stories.values())
 
 
-def _of_stories(stories: list[Story]) -> dict[SetName, Callable[[], Iterator[SftRow | RlRow]]]:
-    """Every plan and every judged attempt, unfiltered."""
-    text, pictured = load_template(TEMPLATES.planner_text), load_template(TEMPLATES.planner_images)
+def _story_rows(stories: list[FinishedStory]) -> dict[SetName, Iterator[SftRow | RlRow]]:
+    """The rows of every plan and of every judged attempt, unfiltered."""
+    text, with_images = load_template(TEMPLATES.planner_text), load_template(TEMPLATES.planner_images)
     critic = load_template(TEMPLATES.critic)
-
-    def plans() -> Iterator[SftRow]:
-        for story in stories:
-            row = planner_row(story, pictured if story.trajectory.request.image_ids else text)
-            if row is not None:
-                yield row
-
-    def verdicts() -> Iterator[SftRow]:
-        for story in stories:
-            yield from critic_rows(story, critic)
-
-    return {"planner_sft": plans, "critic_sft": verdicts}
+    plans = (make_planner_row(story, with_images if story.trajectory.request.image_ids else text) for story in stories)
+    verdicts = (make_critic_row(story, attempt, critic) for story in stories for attempt in story.judged_attempts())
+    return {"planner_sft": filter(None, plans), "critic_sft": filter(None, verdicts)}

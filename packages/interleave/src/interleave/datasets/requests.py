@@ -1,4 +1,4 @@
-"""What a build asks for: requests from a file, or of the miniature's world."""
+"""The requests of a build, from a file or from the miniature's world."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from imgen_common.shapes.steps import Story
 
 TRIES = 50
-"""Drawn per request wanted before the world counts as exhausted."""
+"""Samples per wanted request before the world counts as exhausted."""
 
 
-def ask(prompts: FilePrompts | ShapesPrompts | None, pictures: ImageStore) -> list[Request]:
-    """The requests, their pictures in the store.  Raises UserError as `requests.read_file`."""
+def make_requests(prompts: FilePrompts | ShapesPrompts | None, images: ImageStore) -> list[Request]:
+    """The requests; their images are put into the store.  Raises UserError as `requests.read_requests`."""
     match prompts:
         case None:
             return []
         case FilePrompts():
-            return requests.read_requests(Path(prompts.path), pictures)
+            return requests.read_requests(Path(prompts.path), images)
         case ShapesPrompts():
             return [
-                requests.make_request(story.request, (), pictures, f"{prompts.split}-{number:06d}", category(story))
-                for number, story in stories(prompts).items()
+                requests.make_request(story.request, (), images, f"{prompts.split}-{number:06d}", _category_of(story))
+                for number, story in sample_stories(prompts).items()
             ]
 
 
-def stories(prompts: ShapesPrompts) -> "dict[int, Story]":
-    """Different stories by the number of their draw.  Raises UserError if the world has too few."""
+def sample_stories(prompts: ShapesPrompts) -> "dict[int, Story]":
+    """Different stories by the number of their sample.  Raises UserError if the world has too few."""
     from imgen_common.shapes.stories import sample_story
 
     found: dict[str, tuple[int, Story]] = {}
@@ -42,10 +42,9 @@ def stories(prompts: ShapesPrompts) -> "dict[int, Story]":
         found.setdefault(story.request, (number, story))
         if len(found) == prompts.count:
             return dict(found.values())
-    raise UserError(f"prompts.count: {prompts.count} different requests are not to be had, {len(found)} are")
+    raise UserError(f"prompts.count: there are no {prompts.count} different requests, only {len(found)}")
 
 
-def category(story: "Story") -> str:
-    """How a request is worded, and how many steps it asks for."""
+def _category_of(story: "Story") -> str:
     steps = len(story.steps)
     return f"{'riddle' if story.riddle else 'plain'}, {steps} step{'s' * (steps != 1)}"

@@ -1,9 +1,6 @@
-"""Examples for training planner and critic: made of stories, and the reference's files of them.
+"""Examples for training planner and critic, and the stories that they are made from."""
 
-planner_sft.json, critic_sft.json: a JSON list of {messages, images}.  Reinforcement: JSON lines.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -12,42 +9,41 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from interleave.agents.prompts import Template, render_critic, render_plan, render_planner, render_verdict
 from interleave.protocols import CriticInput, HashedImage, Message
-from interleave.records import Attempt, PlanStep, Record, Scores, Trajectory, Verdict
-from interleave.storage.images import ImageStore
+from interleave.records import Attempt, PlanStep, Record, Trajectory, Verdict
 
 
 @dataclass(frozen=True)
-class Story:
+class FinishedStory:
     """A finished request and its attempts, by step and attempt."""
 
     trajectory: Trajectory
     attempts: tuple[Attempt, ...]
 
-    def judged(self) -> list[Attempt]:
+    def judged_attempts(self) -> list[Attempt]:
         """The attempts that have a verdict."""
         return [attempt for attempt in self.attempts if attempt.verdict is not None]
 
-    def chosen(self) -> dict[int, Attempt]:
-        """The attempt that the story shows, of each drawn step."""
+    def selected_attempts(self) -> dict[int, Attempt]:
+        """The attempt whose image the story shows, by step."""
         selected = self.trajectory.selected
         return {a.step: a for a in self.attempts if selected.get(a.step) == a.attempt}
 
-    def steps(self) -> list[tuple[PlanStep, Attempt | None]]:
-        """The steps told, in order, each with its chosen attempt, or None where it is text alone."""
-        chosen = self.chosen()
+    def shown_steps(self) -> list[tuple[PlanStep, Attempt | None]]:
+        """The steps of the story in order, each with its selected attempt; None where it is text alone."""
+        selected = self.selected_attempts()
         plan = self.trajectory.plan.steps if self.trajectory.plan is not None else ()
-        return [(step, chosen.get(step.index)) for step in plan if step.kind == "text" or step.index in chosen]
+        return [(step, selected.get(step.index)) for step in plan if step.kind == "text" or step.index in selected]
 
 
-def pair(attempt: Attempt) -> tuple[str, str]:
-    """The pictures before and after."""
+def before_and_after(attempt: Attempt) -> tuple[str, str]:
+    """The images before and after an attempt."""
     if attempt.before_id is None or attempt.image_id is None:
-        raise ValueError(f"{attempt.trajectory_id}: step {attempt.step}, attempt {attempt.attempt} has no two pictures")
+        raise ValueError(f"{attempt.trajectory_id}: step {attempt.step}, attempt {attempt.attempt} has no two images")
     return attempt.before_id, attempt.image_id
 
 
 class SftRow(Record):
-    """A supervised example: one user turn, `texts[0]`, picture 0, `texts[1]`, ..., and the answer to learn."""
+    """A supervised example: one user turn, `texts[0]`, image 0, `texts[1]`, ..., and the answer to learn."""
 
     texts: tuple[str, ...] = Field(min_length=1)
     image_ids: tuple[str, ...] = ()
@@ -56,13 +52,13 @@ class SftRow(Record):
     extra: Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _around_pictures(self) -> Self:
+    def _around_images(self) -> Self:
         if len(self.texts) != len(self.image_ids) + 1:
-            raise ValueError(f"{len(self.texts) - 1} places for {len(self.image_ids)} pictures")
+            raise ValueError(f"{len(self.texts) - 1} places for {len(self.image_ids)} images")
         return self
 
     @classmethod
-    def of(cls, message: Message, completion: str, trajectory_id: str | None = None) -> "SftRow":
+    def from_message(cls, message: Message, completion: str, trajectory_id: str | None = None) -> "SftRow":
         """The row of a rendered prompt."""
         texts, image_ids = [""], []
         for part in message:
@@ -73,16 +69,16 @@ class SftRow(Record):
                 texts.append("")
         return cls(texts=tuple(texts), image_ids=tuple(image_ids), completion=completion, trajectory_id=trajectory_id)
 
-    def message(self, pictures: ImageStore) -> Message:
-        """The user turn, as it was rendered."""
+    def message(self, image_of: Callable[[str], HashedImage]) -> Message:
+        """The user turn, as it was rendered.  image_of: `ImageStore.get`, or `placeholder_image` to read no image."""
         parts: list[str | HashedImage] = [self.texts[0]]
         for image_id, text in zip(self.image_ids, self.texts[1:], strict=True):
-            parts += [pictures.get(image_id), text]
+            parts += [image_of(image_id), text]
         return tuple(part for part in parts if part != "")
 
 
 class Evaluation(Record):
-    """What is known of a judged picture: the critic's truth and a judge's two scores, each in [0, 10]."""
+    """The recorded verdict about an image and a judge's two scores, each in [0, 10]."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -92,7 +88,7 @@ class Evaluation(Record):
 
 
 class RlRow(Record):
-    """A picture for the critic to judge: before and after, the step's prompt, the prompt used ("" if the same)."""
+    """An image for the critic to judge: before and after, the step's prompt, the prompt used ("" if the same)."""
 
     original_prompt: str
     prompt_used: str
@@ -102,20 +98,15 @@ class RlRow(Record):
     evaluation: Evaluation
     extra: Mapping[str, Any] = Field(default_factory=dict)
 
-    def critic_input(self, pictures: ImageStore) -> CriticInput:
-        """What `render_critic` is given."""
-        before, after = pictures.get(self.before_id), pictures.get(self.after_id)
-        return CriticInput(before, after, self.original_prompt, self.prompt_used)
-
-    def named(self) -> CriticInput:
-        """The same with pictures that have a name and nothing to see, for who only places them."""
-        return CriticInput(named(self.before_id), named(self.after_id), self.original_prompt, self.prompt_used)
+    def critic_input(self, image_of: Callable[[str], HashedImage]) -> CriticInput:
+        """The input of `render_critic`.  image_of: `ImageStore.get`, or `placeholder_image` to read no image."""
+        return CriticInput(image_of(self.before_id), image_of(self.after_id), self.original_prompt, self.prompt_used)
 
 
 Row = TypeVar("Row", SftRow, RlRow)
 
 
-def parsed(line: bytes, kind: type[Row]) -> Row:
+def parse_row(line: bytes, kind: type[Row]) -> Row:
     """The row of a line of a set.  Raises ValueError saying what is wrong."""
     try:
         text = line.decode("utf-8")
@@ -131,67 +122,52 @@ def parsed(line: bytes, kind: type[Row]) -> Row:
         raise ValueError(f"{f'{place}: ' if place else ''}{first['msg']}{shown}") from None
 
 
-def planner_row(story: Story, template: Template) -> SftRow | None:
+def make_planner_row(story: FinishedStory, template: Template) -> SftRow | None:
     """The planner's example, rendered as at run time; None without a plan."""
     trajectory = story.trajectory
     if trajectory.plan is None:
         return None
-    given = [named(image_id) for image_id in trajectory.request.image_ids]
+    given = [placeholder_image(image_id) for image_id in trajectory.request.image_ids]
     message = render_planner(template, trajectory.request.text, given)
-    return SftRow.of(message, render_plan(trajectory.plan), trajectory.id)
+    return SftRow.from_message(message, render_plan(trajectory.plan), trajectory.id)
 
 
-def critic_rows(story: Story, template: Template) -> Iterator[SftRow]:
-    """The critic's examples, one for each judged attempt that teaches something."""
-    rows = (critic_row(story, attempt, template) for attempt in story.judged())
-    return (row for row in rows if row is not None)
+def make_critic_row(story: FinishedStory, attempt: Attempt, template: Template) -> SftRow | None:
+    """The critic's example of a judged attempt; on success the prompt to answer is the one used.
 
-
-def critic_row(story: Story, attempt: Attempt, template: Template) -> SftRow | None:
-    """The critic's example of a judged attempt; on success the prompt to give back is the one used.
-
-    None for a failed attempt without a new prompt, which only an imported story has: it teaches nothing.
+    None for a failed attempt without a new prompt, which only an imported story has: nothing can be learned from it.
     """
     refined = attempt.prompt_used if attempt.verdict else attempt.refined_prompt or ""
     if not attempt.verdict and not refined.strip():
         return None
-    before, after = map(named, pair(attempt))
-    told = tuple(
-        (step.words, named(pair(chosen)[1]) if chosen else None)
-        for step, chosen in story.steps()
+    before, after = map(placeholder_image, before_and_after(attempt))
+    story_so_far = tuple(
+        (step.words, placeholder_image(before_and_after(selected)[1]) if selected else None)
+        for step, selected in story.shown_steps()
         if step.index < attempt.step
     )
-    trajectory = story.trajectory
-    look = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used, trajectory.request.text, told)
+    request = story.trajectory.request
+    shown = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used, request.text, story_so_far)
     verdict = Verdict(success=bool(attempt.verdict), refined_prompt=refined, reasoning=attempt.reasoning or "")
-    return SftRow.of(render_critic(template, look), render_verdict(verdict), trajectory.id)
+    return SftRow.from_message(render_critic(template, shown), render_verdict(verdict), story.trajectory.id)
 
 
-def rl_rows(story: Story) -> Iterator[RlRow]:
-    """The critic's reinforcement rows, one for each judged attempt that a judge has scored."""
-    return (rl_row(attempt, attempt.scores) for attempt in story.judged() if attempt.scores is not None)
-
-
-def rl_row(attempt: Attempt, scores: Scores) -> RlRow:
-    """The reinforcement row of a judged attempt and its scores."""
-    before, after = pair(attempt)
+def make_rl_row(attempt: Attempt) -> RlRow | None:
+    """The reinforcement row of a judged attempt; None where the judge did not score it."""
+    if attempt.scores is None:
+        return None
+    before, after = before_and_after(attempt)
     return RlRow(
         original_prompt=attempt.original_prompt,
         prompt_used=attempt.prompt_used,
         before_id=before,
         after_id=after,
         is_t2i=attempt.op == "t2i",
-        evaluation=Evaluation(
-            success=bool(attempt.verdict),
-            semantics=scores.semantics,
-            quality=scores.quality,
-            judge_id=scores.judge_id,
-            num_samples=scores.num_samples,
-        ),
+        evaluation=Evaluation(success=bool(attempt.verdict), **attempt.scores.model_dump()),
         extra={"trajectory_id": attempt.trajectory_id, "step": attempt.step, "attempt": attempt.attempt},
     )
 
 
-def named(image_id: str) -> HashedImage:
-    """A picture for the renderer, which passes pictures on and never looks at one."""
+def placeholder_image(image_id: str) -> HashedImage:
+    """An image with an id and without content, for the renderer, which only places it."""
     return HashedImage(Image.new("RGB", (1, 1)), image_id)

@@ -10,21 +10,15 @@ Things stand in order of their names, each with its column and row (sixteen each
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from imgen_common.shapes.edits import MAX_DRIFT
 from imgen_common.shapes.scene import OPPOSITE, OPPOSITE_POSITION, SIZE, Spec, Thing, position_holds
-from imgen_common.shapes.steps import DIRECTION, Change, Draw, Step, Story, short_name
+from imgen_common.shapes.steps import DIRECTION, MAX_DRIFT, Change, Draw, Step, Story, short_name
 from imgen_common.shapes.stories import read_prompt, step_holds
 from imgen_common.shapes.verify import Detection
 from interleave.agents.miniature import detect_things, is_blank
 from interleave.agents.prompts import render_plan, render_verdict
 from interleave.protocols import CriticAnswer, CriticInput, HashedImage, PlannerAnswer
 from interleave.records import Plan, PlanStep, Request, Verdict
-
-if TYPE_CHECKING:
-    pass
-
 
 PLACES = "abcdefghijklmnop"
 """Sixteen columns from the left, sixteen rows from the top, of two pixels each."""
@@ -33,22 +27,17 @@ PLACES = "abcdefghijklmnop"
 # --- planner ---------------------------------------------------------------------------------------------------------
 
 
-def plan_of(story: Story) -> Plan:
+def make_plan(story: Story) -> Plan:
     """The story's plan, with the reasoning that leads to it."""
     steps = tuple(
-        PlanStep(
-            index=i,
-            name=step.name,
-            instruction=step.text,
-            prompt=step.prompt,
-        )
+        PlanStep(index=i, name=step.name, instruction=step.text, prompt=step.prompt)
         for i, step in enumerate(story.steps, 1)
     )
-    return Plan(steps=steps, reasoning="; ".join(map(_thought, story.steps)))
+    return Plan(steps=steps, reasoning="; ".join(map(_explain_step, story.steps)))
 
 
-def _thought(step: Step) -> str:
-    """What a step does, and what is in the picture after it."""
+def _explain_step(step: Step) -> str:
+    """What a step does, and what is in the image after it."""
     if isinstance(step, Draw):
         return step.prompt
     where = f" {step.place} {step.anchor or ''}".rstrip()
@@ -58,16 +47,16 @@ def _thought(step: Step) -> str:
     return f"{done}: {', '.join(map(str, step.after))}"
 
 
-def judge(before: Sequence[Detection] | None, after: Sequence[Detection], original: str, used: str) -> Verdict:
+def make_verdict(before: Sequence[Detection] | None, after: Sequence[Detection], original: str, used: str) -> Verdict:
     """The verdict that the verifier's readings imply.
 
     On success the prompt used comes back.  Otherwise the next prompt is another wording of the original instruction
     (`rewordings`) where the last one used was the original itself, else the original: wordings take turns.
     """
     step = read_prompt(original, None if before is None else [d.thing for d in before])
-    want = "nothing fits" if step is None else _compared(step.after, [d.thing for d in after])
+    want = "nothing fits" if step is None else _compare_things(step.after, [d.thing for d in after])
     finding = _finding(before, after, step)
-    reasoning = f"before: {_listed(before)}. after: {_listed(after, '({})')}. want: {want}. {finding}"
+    reasoning = f"before: {_list_detections(before)}. after: {_list_detections(after, '({})')}. want: {want}. {finding}"
     if finding == "as asked":
         return Verdict(success=True, refined_prompt=used, reasoning=reasoning)
     others = wordings(original, before)[1:]
@@ -75,7 +64,7 @@ def judge(before: Sequence[Detection] | None, after: Sequence[Detection], origin
     return Verdict(success=False, refined_prompt=refined, reasoning=reasoning)
 
 
-def _compared(wanted: Sequence[Thing], shown: Sequence[Thing]) -> str:
+def _compare_things(wanted: Sequence[Thing], shown: Sequence[Thing]) -> str:
     """Each wanted thing with whether it is among those shown, none of which counts twice."""
     left, parts = list(shown), []
     for thing in sorted(wanted):
@@ -85,7 +74,7 @@ def _compared(wanted: Sequence[Thing], shown: Sequence[Thing]) -> str:
     return ", ".join(parts)
 
 
-def _listed(found: Sequence[Detection] | None, name: str = "{}") -> str:
+def _list_detections(found: Sequence[Detection] | None, name: str = "{}") -> str:
     if not found:
         return "nothing"
     ordered = sorted(found, key=lambda d: (d.thing, d.x, d.y))
@@ -104,26 +93,26 @@ def _finding(before: Sequence[Detection] | None, after: Sequence[Detection], ste
         return "as asked"
     if sorted(d.thing for d in after) != sorted(step.after):
         return "wrong things"
-    if isinstance(step, Change) and before is not None and _moved(before, after, step):
+    if isinstance(step, Change) and before is not None and _has_moved(before, after, step):
         return "moved"
     return "wrong place"
 
 
-def _moved(before: Sequence[Detection], after: Sequence[Detection], step: Change) -> bool:
+def _has_moved(before: Sequence[Detection], after: Sequence[Detection], step: Change) -> bool:
     was, now = {d.thing: d for d in before}, {d.thing: d for d in after}
     pairs = [(t, t) for t in step.untouched] + ([(step.target, step.result)] if step.kind == "recolour" else [])
     return any(max(abs(was[a].x - now[b].x), abs(was[a].y - now[b].y)) > MAX_DRIFT for a, b in pairs)
 
 
 def wordings(original: str, before: Sequence[Detection] | None) -> list[str]:
-    """The instruction itself and, where it makes sense of the picture before, its `rewordings`."""
+    """The instruction itself and, where it makes sense of the image before, its `rewordings`."""
     step = read_prompt(original, None if before is None else [d.thing for d in before])
     others = [] if step is None else rewordings(step, before or ())
     return [original, *(w for w in others if w != original)]
 
 
 def rewordings(step: Step, before: Sequence[Detection]) -> list[str]:
-    """Other prompts of the generator's language that ask for the same, given the picture before; the best first.
+    """Other prompts of the generator's language that ask for the same, given the image before; the best first.
 
     Two things change places in the sentence (a relation turns round).  A thing to recolour or remove is named in full,
     or by its shape alone.  `right of the circle` becomes `on the right` where the circle stands in the left half, and
@@ -160,38 +149,34 @@ def _other_places(step: Change, before: Sequence[Detection]) -> list[str]:
 class StoryPlanner:
     """Gives each story's correct plan."""
 
+    id = "shapes stories"
+
     def __init__(self, stories: Iterable[Story]) -> None:
         self._stories = {story.request: story for story in stories}
 
-    @property
-    def id(self) -> str:
-        return "shapes stories"
-
-    async def plan(self, request: Request, pictures: Sequence[HashedImage], seed: int) -> PlannerAnswer:
+    async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer:
         """The plan with its reasoning."""
         story = self._stories.get(request.text)
         if story is None:
             return PlannerAnswer(None, "", "not a request of prompts.kind shapes")
-        plan = plan_of(story)
+        plan = make_plan(story)
         return PlannerAnswer(plan, render_plan(plan))
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""
 
 
-class KnowingCritic:
+class TeacherCritic:
     """The verifier's verdict with the reasoning that leads to it, and another wording after a failure."""
 
-    @property
-    def id(self) -> str:
-        return "shapes verifier"
+    id = "shapes verifier"
 
     async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
-        """What the readings of both pictures imply."""
+        """What the readings of both images imply."""
         before = None if is_blank(shown.before) else detect_things(shown.before)
         used = shown.prompt_used or shown.original_prompt
-        verdict = judge(before, detect_things(shown.after), shown.original_prompt, used)
+        verdict = make_verdict(before, detect_things(shown.after), shown.original_prompt, used)
         return CriticAnswer(verdict, render_verdict(verdict))
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Nothing to release."""

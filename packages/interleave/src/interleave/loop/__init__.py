@@ -1,4 +1,1 @@
-"""The loop that plans, generates, judges and rewrites, and the run folder it works in.
-
-Knows nothing of training or of pages.
-"""
+"""The loop that plans, generates, judges and rewrites, and its run folder.  Knows nothing of training or of pages."""

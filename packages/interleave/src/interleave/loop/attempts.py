@@ -1,4 +1,4 @@
-"""One attempt at a step: generate an image, ask the critic, score it."""
+"""One attempt at a step: generate an image, ask the critic, score it; and which attempt a story shows."""
 
 import asyncio
 import contextlib
@@ -6,12 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image
-
 from imgen_common.streams import stream_seed
-from interleave.loop.components import Components
-from interleave.loop.config import LoopConfig
-from interleave.protocols import BackendError, CriticAnswer, CriticInput, GenerationRequest, HashedImage
+from interleave.loop.config import LoopConfig, Selection
+from interleave.protocols import BackendError, Components, CriticAnswer, CriticInput, GenerationRequest, HashedImage
 from interleave.records import Attempt, AttemptStatus, FailureKind, GeneratorInfo, PlanStep, Request, Scores
 from interleave.storage.images import ImageStore
 
@@ -105,7 +102,7 @@ class AttemptRunner:
             return
         await asyncio.to_thread(self._images.put, after)
         # The critic compares with the latest accepted image; the first one of a story with a white canvas
-        before = start.images[-1] if start.images else _white_like(after)
+        before = start.images[-1] if start.images else HashedImage.white(*after.image.size)
         if not start.images:
             await asyncio.to_thread(self._images.put, before)
         outcome.image_id, outcome.before_id = after.id, before.id
@@ -148,5 +145,22 @@ class AttemptRunner:
         return stream_seed(self._seed, f"{purpose}/{start.request.id}", start.step.index, start.number, *counters)
 
 
-def _white_like(image: HashedImage) -> HashedImage:
-    return HashedImage.from_pil(Image.new("RGB", image.image.size, "white"))
+def select_attempt(rule: Selection, attempts: Sequence[Attempt]) -> Attempt | None:
+    """One of the accepted attempts, or of all that have an image where none was accepted; None without an image.
+
+    Of equal ones the earliest wins.
+    """
+    generated = [attempt for attempt in attempts if attempt.image_id is not None]
+    accepted = [attempt for attempt in generated if attempt.status == "accepted"]
+    pool = accepted or generated
+    if not pool:
+        return None
+    match rule:
+        case "last":
+            return pool[-1]
+        case "first_success":
+            return accepted[0] if accepted else pool[-1]
+        case "best_by_judge":
+            return max(pool, key=lambda a: a.scores.overall if a.scores else -1.0)
+        case "best_by_verdict_probability":
+            return max(pool, key=lambda a: -1.0 if a.success_probability is None else a.success_probability)

@@ -6,6 +6,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, model_validator
 
 from imgen_common.config import Config
+from interleave.agents.parsing import ParseMode
 from interleave.agents.scoring import JudgeConfig
 from interleave.models.chat import ChatConfig
 from interleave.models.chat.local import LocalChatConfig
@@ -22,8 +23,7 @@ class LoopConfig(Config):
     max_steps: PositiveInt = 16
     """Longest plan that is accepted; a longer one is asked for again."""
     max_attempts: PositiveInt = 16
-    """Images generated for one step, at most; 5 is the paper's best, its released code takes 3, the miniature
-    needs more."""
+    """Images generated for one step, at most; 5 is the paper's best, the miniature needs more."""
     max_generations: PositiveInt | None = None
     """Images generated for one request, at most; null: as many as its steps and attempts allow."""
     max_seconds: Annotated[float, Gt(0)] | None = None
@@ -46,9 +46,6 @@ class LoopConfig(Config):
     """Requests worked on at once."""
 
 
-Policy = Literal["strict", "tolerant"]
-
-
 class NoPlanner(Config):
     """The request itself is the only prompt."""
 
@@ -56,9 +53,9 @@ class NoPlanner(Config):
 
 
 class ModelPlanner(Config):
-    renamed: ClassVar = {"pictures_template": "images_template", "policy": "parse_mode"}
     """A chat model writes the steps."""
 
+    renamed: ClassVar = {"pictures_template": "images_template", "policy": "parse_mode"}
     kind: Literal["model"] = "model"
     model: ChatConfig = LocalChatConfig(ref="builtin:shapes/planner")
     """The model."""
@@ -66,7 +63,7 @@ class ModelPlanner(Config):
     """Template of a request without images: a built-in name or a text file."""
     images_template: str = "planner_images"
     """Template of a request with images."""
-    parse_mode: Policy = "strict"
+    parse_mode: ParseMode = "strict"
     """How answers are read: `strict` JSON, or `tolerant` of Python-style objects, as the released checkpoints write."""
 
 
@@ -77,9 +74,9 @@ class NoCritic(Config):
 
 
 class ModelCritic(Config):
-    renamed: ClassVar = {"policy": "parse_mode", "accept_share": "acceptance_threshold"}
     """A chat model judges each image and rewrites the prompt."""
 
+    renamed: ClassVar = {"policy": "parse_mode", "accept_share": "acceptance_threshold"}
     kind: Literal["model"] = "model"
     model: ChatConfig = LocalChatConfig(ref="builtin:shapes/critic")
     """The model."""
@@ -87,7 +84,7 @@ class ModelCritic(Config):
     """Template: a built-in name or a text file."""
     context: Literal["pair", "story"] = "pair"
     """What it sees: the images before and after, or also the request and the story so far."""
-    parse_mode: Policy = "strict"
+    parse_mode: ParseMode = "strict"
     """How answers are read."""
     num_samples: Annotated[int, Ge(1), Le(32)] = 1
     """Answers per image, with different seeds; more than one needs a temperature above 0."""
@@ -105,15 +102,15 @@ class ModelCritic(Config):
 
 
 class SelfCritic(Config):
-    renamed: ClassVar = {"policy": "parse_mode"}
     """The planner's model judges its own steps: a control for what a trained critic adds."""
 
+    renamed: ClassVar = {"policy": "parse_mode"}
     kind: Literal["self"] = "self"
     template: str = "critic"
     """Template: a built-in name or a text file."""
     context: Literal["pair", "story"] = "pair"
     """What it sees, as of `model`."""
-    parse_mode: Policy = "strict"
+    parse_mode: ParseMode = "strict"
     """How answers are read."""
 
 

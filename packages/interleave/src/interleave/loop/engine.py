@@ -10,17 +10,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 
 from imgen_common.errors import UserError
-from interleave.loop.attempts import AttemptInput, AttemptRunner
-from interleave.loop.components import Components
+from imgen_common.streams import stream_seed
+from interleave.loop.attempts import AttemptInput, AttemptRunner, select_attempt
 from interleave.loop.config import LoopConfig
-from interleave.loop.planning import request_plan
-from interleave.loop.selection import select_attempt
 from interleave.models.concurrency import map_concurrently
-from interleave.protocols import HashedImage
+from interleave.protocols import BackendError, Components, HashedImage, Planner, PlannerAnswer
 from interleave.records import (
     Attempt,
     FailureKind,
@@ -86,9 +84,9 @@ class Engine:
     """Runs requests through the loop and records what happens.
 
     Records are appended to `trace` the moment they are complete, images before the records that name them, so that a
-    kill at any instant loses at most the attempt in flight.  A request that the trace holds already is gone on with
-    from where it stopped; a finished one is given back as it is.  Seeds depend on `seed`, the request's id, the step
-    and the attempt alone, so that neither concurrency nor a resume changes a record (times excepted).
+    kill at any instant loses at most the attempt in flight.  A request that the trace holds already continues from
+    where it stopped; a finished one is returned as it is.  Seeds depend on `seed`, the request's id, the step and the
+    attempt alone, so that neither concurrency nor a resume changes a record (times excepted).
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class Engine:
         on_record: Callable[[Record], None] = lambda record: None,
         retry_failed: bool = False,
     ) -> None:
-        """on_record: called with every new record.  retry_failed: stories that ended early are gone on with.
+        """on_record: called with every new record.  retry_failed: stories that ended early are continued.
 
         Raises UserError if the selection needs a judge or a critic that is not there.
         """
@@ -117,10 +115,10 @@ class Engine:
         self._writing = asyncio.Lock()
 
     async def run_all(self, requests: Sequence[Request]) -> list[Trajectory]:
-        """All requests, `loop.concurrency` at once, answered in their order.
+        """The trajectories of all requests in their order; `loop.concurrency` run at once.
 
-        What goes wrong in one request is in its trajectory and touches no other.  Raises UserError where nothing can
-        go on, as on a full disk, and ValueError if two requests have the same id.
+        What goes wrong in one request is in its trajectory and touches no other.  Raises UserError where none can
+        continue, as on a full disk, and ValueError if two requests have the same id.
         """
         if len({request.id for request in requests}) < len(requests):
             raise ValueError("two requests have the same id")
@@ -142,7 +140,7 @@ class Engine:
                 error = about.error if about and about.error else "no plan"
                 ending = _Ending("planner_failed", error, about.error_kind if about else None)
         except UserError:
-            raise  # nothing can go on, in no request
+            raise  # no request can continue
         except Exception as failure:
             log.exception("request %s", request.id)
             ending = _Ending("internal_error", f"{type(failure).__name__}: {failure}")
@@ -165,7 +163,7 @@ class Engine:
     async def _plan(self, story: _StoryState, recorded: TraceEntry) -> PlanRecord:
         """The recorded plan, or a new one."""
         old = recorded.plan
-        # A planner that failed in an earlier session is asked again only where failed stories are gone on with
+        # A planner that failed in an earlier session is asked again only where failed stories are continued
         if old is not None and (old.plan is not None or recorded.trajectory is None):
             return old
         earlier_tries = old.planner.num_tries if old and old.planner else 0
@@ -189,10 +187,15 @@ class Engine:
             ending = await self._run_step(story, step, recorded)
             # The story shows the step's best image, also where it ends with this step
             attempts = [attempt for attempt in story.attempts if attempt.step == step.index]
-            has_image = self._show_best(story, step, attempts)
+            chosen = select_attempt(self._loop.select, attempts)
+            if chosen is not None and chosen.image_id is not None:
+                image = self._images.get(chosen.image_id)
+                story.selected[step.index] = chosen.attempt
+                story.images.append(image)
+                story.parts.append((step.words, image))
             if ending is not None:
                 return ending
-            if not has_image:
+            if chosen is None:
                 last = attempts[-1]
                 return _Ending("generator_failed", f"step {step.index}: {last.error}", last.error_kind)
         return _Ending()
@@ -226,30 +229,60 @@ class Engine:
                 prompt = attempt.refined_prompt or prompt
         return None
 
-    def _show_best(self, story: _StoryState, step: PlanStep, attempts: Sequence[Attempt]) -> bool:
-        """Put the step's image into the story.  False if there is none."""
-        chosen = select_attempt(self._loop.select, attempts)
-        if chosen is None or chosen.image_id is None:
-            return False
-        image = self._images.get(chosen.image_id)
-        story.selected[step.index] = chosen.attempt
-        story.images.append(image)
-        story.parts.append((step.words, image))
-        return True
-
     def _spent_budget(self, story: _StoryState) -> str | None:
         """Which budget of the request is spent, if one is."""
         loop = self._loop
         if loop.max_generations is not None and story.num_generated >= loop.max_generations:
             return f"{story.num_generated} images were generated, as many as loop.max_generations allows"
         if loop.max_seconds is not None and story.seconds >= loop.max_seconds:
-            return f"{story.seconds:.0f} s have gone; loop.max_seconds allows no more"
+            return f"{story.seconds:.0f} s have passed; loop.max_seconds allows no more"
         return None
 
     async def _write(self, record: PlanRecord | Attempt | Trajectory) -> None:
         async with self._writing:
             await asyncio.to_thread(self._trace.append, record)
         self._on_record(record)
+
+
+async def request_plan(
+    planner: Planner | None,
+    request: Request,
+    images: Sequence[HashedImage],
+    loop: LoopConfig,
+    seed: int,
+    earlier_tries: int = 0,
+) -> PlanRecord:
+    """The plan of a request, asked for until it can be used, or why there is none.
+
+    Without a planner it has one step, whose prompt is the request.  Seeds continue from `earlier_tries`.
+    """
+    if planner is None:
+        step = PlanStep(index=1, instruction=request.text, prompt=request.text)
+        return PlanRecord(trajectory_id=request.id, request=request, planner=None, plan=Plan(steps=(step,)))
+    answer = PlannerAnswer(None, "")
+    tries, error, error_kind = 0, "", None
+    while answer.plan is None and tries < loop.planner_tries:
+        tries += 1
+        try:
+            plan_seed = stream_seed(seed, f"plan/{request.id}", earlier_tries + tries)
+            answer = await planner.plan(request, images, plan_seed)
+        except BackendError as failure:
+            error, error_kind = failure.description, failure.kind
+            break
+        if answer.plan is not None and len(answer.plan.steps) > loop.max_steps:
+            what = f"a plan of {len(answer.plan.steps)} steps; at most {loop.max_steps} are allowed"
+            answer = replace(answer, plan=None, error=what)
+        error = answer.error or ""
+    about = PlannerRecord(
+        model=planner.id,
+        template=answer.template,
+        template_hash=answer.template_hash,
+        raw=answer.raw,
+        num_tries=earlier_tries + tries,
+        error=error if answer.plan is None else None,
+        error_kind=error_kind,
+    )
+    return PlanRecord(trajectory_id=request.id, request=request, planner=about, plan=answer.plan)
 
 
 def package_versions() -> dict[str, str]:

@@ -58,8 +58,7 @@ def make_request(
 def read_requests(path: Path, store: "ImageStore") -> list[Request]:
     """The requests of a JSON-lines file: {"text", "id", "category", "images": [paths from the file's folder]}.
 
-    Raises UserError naming the line for what is not such an object, an id given twice, or an image that cannot be
-    read.
+    Raises UserError naming the line for another object, an id given twice, or an image that cannot be read.
     """
     requests: dict[str, Request] = {}
     for number, row in _rows(path):
@@ -93,7 +92,7 @@ def _rows(path: Path) -> Iterator[tuple[int, RequestRow]]:
 
 
 def save_requests(requests: Sequence[Request], run: Path) -> None:
-    """Keep a run's requests in its folder, so that it can go on without their file."""
+    """Keep a run's requests in its folder, so that it can be resumed without their file."""
     write_atomic(run / REQUESTS, "".join(request.model_dump_json() + "\n" for request in requests))
 
 

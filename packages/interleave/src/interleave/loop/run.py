@@ -1,4 +1,4 @@
-"""A run of the loop in its folder: components built from a configuration, records, images, and the way to go on.
+"""A run of the loop in its folder: components built from a configuration, records, images, and resuming.
 
 config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, trajectories)     images/
 """
@@ -12,20 +12,15 @@ from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
-from interleave.agents import scoring
-from interleave.agents.critic import ChatCritic
+from interleave.agents.critic import ChatCritic, RandomRewrite
 from interleave.agents.planner import ChatPlanner
 from interleave.agents.prompts import load_template
-from interleave.agents.random_critic import RandomRewrite
 from interleave.loop import requests as request_files
-from interleave.loop.components import Components
 from interleave.loop.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RandomCritic, RunConfig, SelfCritic
-from interleave.loop.engine import Engine
-from interleave.loop.planning import request_plan
-from interleave.models.chat import build_chat_model
+from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
-from interleave.models.generators import CachedGenerator, build_generator
-from interleave.protocols import Critic, Generator, HashedImage
+from interleave.models.generators.cache import CachedGenerator
+from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import Trace
@@ -40,27 +35,23 @@ def build_planner(config: RunConfig) -> ChatPlanner | None:
     planner = config.planner
     if isinstance(planner, NoPlanner):
         return None
-    return ChatPlanner(
-        build_chat_model(planner.model),
-        load_template(planner.text_template),
-        load_template(planner.images_template),
-        planner.parse_mode,
-    )
+    templates = load_template(planner.text_template), load_template(planner.images_template)
+    return ChatPlanner(planner.model.build(), *templates, planner.parse_mode)
 
 
 def build_components(config: RunConfig) -> Components:
     """The components that a configuration names, models loaded.  Raises UserError where one cannot be had."""
     planner = build_planner(config)
-    generator: Generator = build_generator(config.generator)
+    generator: Generator = config.generator.build()
     if config.cache is not None:
         generator = CachedGenerator(generator, Path(config.cache))
-    return Components(
-        planner, _critic(config, planner), generator, scoring.build_judge(config.judge) if config.judge else None
-    )
+    judge = config.judge.build() if config.judge is not None else None
+    return Components(planner, _build_critic(config, planner), generator, judge)
 
 
-def _critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | None:
+def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | None:
     critic = config.critic
+    samples = 1, 0.5  # answers per image, and the share of them that must accept it
     match critic:
         case NoCritic():
             return None
@@ -72,16 +63,9 @@ def _critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | None:
             model = planner.model
         case ModelCritic():
             same = isinstance(config.planner, ModelPlanner) and config.planner.model == critic.model
-            model = planner.model if planner is not None and same else build_chat_model(critic.model)
-            return ChatCritic(
-                model,
-                load_template(critic.template),
-                critic.context,
-                critic.parse_mode,
-                critic.num_samples,
-                critic.acceptance_threshold,
-            )
-    return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode)
+            model = planner.model if planner is not None and same else critic.model.build()
+            samples = critic.num_samples, critic.acceptance_threshold
+    return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode, *samples)
 
 
 def create_run(
@@ -109,22 +93,15 @@ async def run_requests(
     on_record: Callable[[Record], None],
     retry_failed: bool = False,
 ) -> list[Trajectory]:
-    """Go on with the requests of the run in `path`, from where its trace ends.
+    """Continue the run in `path` from where its trace ends.
 
     Raises UserError if the folder is in use, or belongs to another configuration.
     """
     with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
         requests = request_files.load_requests(path)
         with Trace(path) as trace:
-            engine = Engine(
-                components,
-                config.loop,
-                config.seed,
-                trace,
-                ImageStore(path / IMAGES),
-                on_record,
-                retry_failed,
-            )
+            images = ImageStore(path / IMAGES)
+            engine = Engine(components, config.loop, config.seed, trace, images, on_record, retry_failed)
             return await engine.run_all(requests)
 
 

@@ -1,4 +1,1 @@
-"""Chat models and image generators, local and remote.
-
-Knows nothing of agents or of the loop.
-"""
+"""Chat models and image generators, local and remote.  Knows nothing of agents or of the loop."""

@@ -1,7 +1,6 @@
 """What the models behind HTTP share: their failures as BackendError, and images in requests and answers."""
 
 import base64
-import binascii
 import contextlib
 import io
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from interleave.protocols import BackendError, HashedImage
 from interleave.records import FailureKind
 
 
-class ServiceError(HttpError):
+class RemoteFailure(HttpError):
     """`interleave serve` answered that its generator failed; `failure` is the kind that it named."""
 
     def __init__(self, failure: FailureKind, message: str) -> None:
@@ -27,7 +26,7 @@ def backend_errors() -> Iterator[None]:
     try:
         yield
     except HttpError as error:
-        kind = error.failure if isinstance(error, ServiceError) else error.kind
+        kind = error.failure if isinstance(error, RemoteFailure) else error.kind
         raise BackendError(kind, str(error)) from error
 
 
@@ -36,6 +35,11 @@ def encode_png(image: HashedImage) -> bytes:
     buffer = io.BytesIO()
     image.image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def encode_base64_png(image: HashedImage) -> str:
+    """The same in base64."""
+    return base64.b64encode(encode_png(image)).decode()
 
 
 def decode_image(data: bytes, max_pixels: int) -> HashedImage:
@@ -52,6 +56,6 @@ def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
         if not isinstance(text, str):
             raise TypeError
         data = base64.b64decode(text, validate=True)
-    except (TypeError, binascii.Error, ValueError):
+    except (TypeError, ValueError):  # binascii.Error is a ValueError
         raise HttpError("malformed_response", "the server's answer: no image in base64") from None
     return decode_image(data, max_pixels)

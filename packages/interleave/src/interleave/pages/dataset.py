@@ -1,272 +1,185 @@
-"""One self-contained HTML page about a set: what is in it, what was left out, and some rows with their pictures."""
+"""One self-contained HTML page about a set: what is in it, what was left out, and some rows with their images."""
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from imgen_common import page
 from imgen_common.files import write_atomic
-from imgen_common.page import document, fold, section, table, text
 from interleave.agents.parsing import parse_plan, parse_verdict
-from interleave.datasets.check import FILES, files_of, info_of, row_of
+from interleave.datasets.check import FILES, find_row_files, parse_set_row, read_set_info
 from interleave.datasets.filters import SetInfo, SetName
 from interleave.datasets.rows import RlRow, SftRow
-from interleave.pages.images import Shots
-from interleave.pages.story import STYLE as STORY_STYLE
-from interleave.pages.words import short
+from interleave.pages import TEMPLATES
+from interleave.pages.images import PageImages
+from interleave.pages.words import shorten
 from interleave.records import Plan, Verdict
 from interleave.storage.images import IMAGES, ImageStore
 
 PAGE = "statistics.html"
-SHOWN = 6
+MAX_EXAMPLES = 6
 """Rows of each file that are shown."""
 BINS = 10
 
 
-@dataclass
-class Seen:
-    """What is counted of one file's rows.
+class Bar(NamedTuple):
+    """Two lengths one after the other.  most: what fills the bar."""
 
-    words: lengths of prompt and answer.  steps: pictures or texts per plan.  scores: (sc, pq, success).
+    good: int
+    bad: int
+    most: int
+
+
+@dataclass(frozen=True)
+class ExampleRow:
+    """A row that is shown.  number: counts from 1 in its file.  prompt: folded, of rows that hold one."""
+
+    number: int
+    image_ids: tuple[str, ...]
+    words: str
+    note: str = ""
+    facts: str = ""
+    prompt: str = ""
+
+    @classmethod
+    def of(cls, number: int, row: SftRow | RlRow) -> "ExampleRow":
+        """What is shown of a row."""
+        if isinstance(row, SftRow):
+            prompt = "\n[image]\n".join(row.texts).strip()
+            return cls(number, row.image_ids, shorten(row.completion, 700), prompt=prompt)
+        known, is_same = row.evaluation, row.prompt_used in ("", row.original_prompt)
+        success = str(known.success).lower()
+        return cls(
+            number,
+            (row.before_id, row.after_id),
+            row.original_prompt,
+            "" if is_same else f"generated with: {row.prompt_used}",
+            f"success: {success} · semantics {known.semantics:g} · quality {known.quality:g}",
+        )
+
+
+@dataclass
+class FileSummary:
+    """What the page says of one file's rows.
+
+    lengths: words of prompt and answer.  steps, images: how many plans, or prompts, have so many.
+    scores: (semantics, quality, success).
     """
 
     rows: int = 0
-    words: list[tuple[int, int]] = field(default_factory=list)
-    pictures: Counter[int] = field(default_factory=Counter)
+    lengths: list[tuple[int, int]] = field(default_factory=list)
+    images: Counter[int] = field(default_factory=Counter)
     steps: Counter[int] = field(default_factory=Counter)
     verdicts: Counter[bool] = field(default_factory=Counter)
     scores: list[tuple[float, float, bool]] = field(default_factory=list)
     unreadable: int = 0
-    examples: list[tuple[int, SftRow | RlRow]] = field(default_factory=list)
+    examples: list[ExampleRow] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, file: Path) -> "FileSummary":
+        """Of all rows; the examples are spread evenly over the file."""
+        name, _ = FILES[file.name]
+        with file.open("rb") as lines:
+            total = sum(1 for _ in lines)
+        examples = {total * i // MAX_EXAMPLES for i in range(MAX_EXAMPLES)}
+        summary = cls()
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines):
+                try:
+                    summary.add(parse_set_row(line, name), name, number in examples)
+                except ValueError:
+                    summary.unreadable += 1
+        return summary
 
     def add(self, row: SftRow | RlRow, name: SetName, is_example: bool) -> None:
         """One more row."""
         self.rows += 1
         if is_example:
-            self.examples.append((self.rows, row))
+            self.examples.append(ExampleRow.of(self.rows, row))
         if isinstance(row, RlRow):
-            marks = row.evaluation
-            self.verdicts[marks.success] += 1
-            self.scores.append((marks.semantics, marks.quality, marks.success))
-            self.words.append((len(row.original_prompt.split()), len(row.prompt_used.split())))
+            known = row.evaluation
+            self.verdicts[known.success] += 1
+            self.scores.append((known.semantics, known.quality, known.success))
+            self.lengths.append((len(row.original_prompt.split()), len(row.prompt_used.split())))
             return
-        self.words.append((sum(len(part.split()) for part in row.texts), len(row.completion.split())))
-        self.pictures[len(row.image_ids)] += 1
-        answer = parse_plan(row.completion, "tolerant") if name == "planner_sft" else _verdict(row)
-        match answer:
-            case Plan():
-                self.steps[len(answer.steps)] += 1
-            case Verdict():
-                self.verdicts[answer.success] += 1
+        self.lengths.append((sum(len(part.split()) for part in row.texts), len(row.completion.split())))
+        self.images[len(row.image_ids)] += 1
+        parse = parse_plan if name == "planner_sft" else parse_verdict
+        match parse(row.completion, "tolerant"):
+            case Plan() as plan:
+                self.steps[len(plan.steps)] += 1
+            case Verdict() as verdict:
+                self.verdicts[verdict.success] += 1
             case _:
                 self.unreadable += 1
 
 
-def _verdict(row: SftRow) -> Verdict | None:
-    answer = parse_verdict(row.completion, "tolerant")
-    return answer if isinstance(answer, Verdict) else None
-
-
 def write_page(folder: Path) -> Path:
-    """Write the page of the set in `folder` anew; its path.  Raises UserError if there is no set."""
-    page = folder / PAGE
-    write_atomic(page, render(folder))
-    return page
+    """Writes the page of the set in `folder` anew; returns its path.  Raises UserError if there is no set.
+
+    Rows that cannot be read are left to `data check`.
+    """
+    files = {file.name: FileSummary.of(file) for file in find_row_files(folder)}
+    ids = [image_id for one in files.values() for row in one.examples for image_id in row.image_ids]
+    info = read_set_info(folder)
+    values = {
+        "name": folder.resolve().name,
+        "facts": _facts(files, info),
+        "info": info,
+        "files": files,
+        "categories": _categories(info),
+        "lengths": _lengths(files),
+        "scores": _scores(files),
+        "images": PageImages(ids, ImageStore(folder / IMAGES).get),
+    }
+    path = folder / PAGE
+    write_atomic(path, page.render("dataset.html.jinja", values, TEMPLATES))
+    return path
 
 
-def render(folder: Path) -> str:
-    """The page.  Rows that cannot be read are left to `data check`."""
-    seen = {file.name: _read(file) for file in files_of(folder)}
-    ids = [image_id for one in seen.values() for _, row in one.examples for image_id in _ids(row)]
-    shots = Shots(ids, ImageStore(folder / IMAGES).get)
-    info = info_of(folder)
-    body = [
-        _headline(folder, seen, info),
-        _rows(seen),
-        *(_told(info) if info else []),
-        _lengths(seen),
-        _scores(seen),
-        *(_examples(name, one, shots) for name, one in seen.items()),
-    ]
-    return document(f"{folder.resolve().name}: training sets", STORY_STYLE + STYLE, body)
-
-
-def _read(file: Path) -> Seen:
-    """Rows shown are spread evenly over the file."""
-    name, _ = FILES[file.name]
-    with file.open("rb") as lines:
-        total = sum(1 for _ in lines)
-    wanted = {total * i // SHOWN for i in range(SHOWN)}
-    seen = Seen()
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines):
-            try:
-                seen.add(row_of(line, name), name, number in wanted)
-            except ValueError:
-                seen.unreadable += 1
-    return seen
-
-
-def _ids(row: SftRow | RlRow) -> tuple[str, ...]:
-    return row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id)
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _headline(folder: Path, seen: Mapping[str, Seen], info: SetInfo | None) -> str:
-    facts = [f"{sum(one.rows for one in seen.values())} rows in {len(seen)} files"]
+def _facts(files: Mapping[str, FileSummary], info: SetInfo | None) -> list[str]:
+    facts = [f"{sum(one.rows for one in files.values())} rows in {len(files)} files"]
     if info is not None:
         facts += [f"{sum(info.trajectories.values())} trajectories"] if info.trajectories else []
         facts += [f"judge: {info.judge}"] if info.judge else []
         facts += [f"source: {info.source}"]
-    warn = "" if info else '<p class="warn">set.json is missing: the set was not finished.</p>'
-    notes = "".join(f'<p class="warn">{text(note)}</p>' for note in (info.notes if info else ()))
-    return f"<header><h1>{text(folder.resolve().name)}</h1><p class=facts>{text(' · '.join(facts))}</p></header>" + (
-        warn + notes
-    )
+    return facts
 
 
-def _rows(seen: Mapping[str, Seen]) -> str:
-    rows = [
-        (
-            text(name),
-            str(one.rows),
-            *((str(one.verdicts[True]), str(one.verdicts[False])) if one.verdicts else ("", "")),
-            _counts(one.steps),
-            _counts(one.pictures),
-            str(one.unreadable or ""),
-        )
-        for name, one in seen.items()
+def _categories(info: SetInfo | None) -> list[tuple[str, int, Bar]]:
+    """Each category with its requests, and how many became complete and ended early."""
+    known = info.categories if info else {}
+    most = max((sum(ends.values()) for ends in known.values()), default=1)
+    return [
+        (name or "(none)", sum(ends.values()), Bar(ends.get("complete", 0), ends.get("ended early", 0), most))
+        for name, ends in known.items()
     ]
-    head = ("file", "rows", "success", "failure", "steps of the plan", "pictures in the prompt", "unreadable")
-    return section("Rows", "Steps and pictures: how many rows have so many.", table(head, rows, (1, 2, 3, 6)))
 
 
-def _counts(counter: Mapping[int, int]) -> str:
-    return text(", ".join(f"{key}: {counter[key]}" for key in sorted(counter)))
+def _lengths(files: Mapping[str, FileSummary]) -> list[tuple[str, ...]]:
+    """Least, median, 95th percentile and most words of each part of each file's rows."""
+    rows: list[tuple[str, ...]] = []
+    for name, one in files.items():
+        parts = ("instruction", "rewritten prompt") if name.startswith("critic_rl") else ("prompt", "answer")
+        for part, *lengths in zip(parts, *one.lengths, strict=True) if one.lengths else ():
+            lengths.sort()
+            nearly_all = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
+            median = f"{statistics.median(lengths):g}"
+            rows.append((name, part, str(lengths[0]), median, str(nearly_all), str(lengths[-1])))
+    return rows
 
 
-def _told(info: SetInfo) -> Iterator[str]:
-    """What the build says of itself."""
-    if info.filters:
-        filters = [
-            (
-                *map(text, (one.filter, one.of, "" if one.setting is None else str(one.setting))),
-                str(one.given),
-                str(one.dropped),
-            )
-            for one in info.filters
-        ]
-        head = ("filter", "of", "setting", "given", "dropped")
-        yield section("Filters", "In the order in which they were applied.", table(head, filters, (3, 4)))
-    if info.trajectories:
-        ends = [("trajectories", text(end), str(n)) for end, n in info.trajectories.items()]
-        ends += [("attempts", text(end), str(n)) for end, n in info.attempts.items()]
-        ends += [("images", "scored", str(info.scored))]
-        ends += [("images", text(f"judge failed: {kind}"), str(n)) for kind, n in info.unscored.items()]
-        made = f"Planners: {', '.join(info.planners) or 'none'}. Generators: {', '.join(info.generators) or 'none'}."
-        yield section("Trajectories", text(made), table(("", "", ""), ends, (2,)))
-    if info.categories:
-        most = max(sum(one.values()) for one in info.categories.values())
-        rows = [
-            (
-                text(name or "(none)"),
-                str(sum(one.values())),
-                _bar(one.get("complete", 0), one.get("ended early", 0), most),
-            )
-            for name, one in info.categories.items()
-        ]
-        note = '<span class="good">complete</span> and <span class="bad">ended early</span>'
-        yield section("Categories", note, table(("category", "requests", ""), rows, (1,)))
-
-
-def _lengths(seen: Mapping[str, Seen]) -> str:
-    rows = [
-        (text(name), what, *_spread([pair[i] for pair in one.words]))
-        for name, one in seen.items()
-        for i, what in enumerate(
-            ("instruction", "rewritten prompt") if name.startswith("critic_rl") else ("prompt", "answer")
-        )
-        if one.words
-    ]
-    head = ("file", "words of", "least", "median", "95 %", "most")
-    return section("Lengths", "In words, pictures not counted.", table(head, rows, (2, 3, 4, 5)))
-
-
-def _spread(values: Sequence[int]) -> tuple[str, ...]:
-    ordered = sorted(values)
-    at = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return str(ordered[0]), f"{statistics.median(ordered):g}", str(at), str(ordered[-1])
-
-
-def _scores(seen: Mapping[str, Seen]) -> str:
-    scores = [marks for one in seen.values() for marks in one.scores]
+def _scores(files: Mapping[str, FileSummary]) -> list[tuple[str, Bar, Bar]]:
+    """For each bin of scores, how many rows have them in semantics and in quality, by the critic's verdict."""
+    scores = [one for file in files.values() for one in file.scores]
     if not scores:
-        return ""
-    binned = [[Counter((min(int(marks[i]), BINS - 1), marks[2]) for marks in scores)] for i in range(2)]
-    most = max(count for both in binned for counter in both for count in _per_bin(counter))
-    rows = [
-        (f"{low} to {low + 1}", *(_bar(b[0][low, True], b[0][low, False], most) for b in binned)) for low in range(BINS)
+        return []
+    counts = [Counter((min(int(one[i]), BINS - 1), one[2]) for one in scores) for i in range(2)]
+    most = max(num[low, True] + num[low, False] for num in counts for low in range(BINS))
+    return [
+        (f"{low} to {low + 1}", *(Bar(num[low, True], num[low, False], most) for num in counts))  # type: ignore[misc]
+        for low in range(BINS)
     ]
-    note = (
-        'Rows of critic_rl by the judge\'s marks; <span class="good">success</span> and '
-        '<span class="bad">failure</span> as the critic said.'
-    )
-    return section("Scores", note, table(("mark", "semantics", "quality"), rows))
-
-
-def _per_bin(counter: Mapping[tuple[int, bool], int]) -> list[int]:
-    return [counter.get((low, True), 0) + counter.get((low, False), 0) for low in range(BINS)]
-
-
-def _bar(good: int, bad: int, most: int) -> str:
-    """Two lengths one after the other, with their numbers."""
-    parts = "".join(
-        f'<i class="{look}" style="width:{100 * count / most:.2f}%"></i>'
-        for look, count in (("good", good), ("bad", bad))
-        if count
-    )
-    told = f"{good} + {bad}" if good or bad else ""
-    return f'<span class="bar" role="img" aria-label="{told}">{parts}</span> <small>{told}</small>'
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _examples(name: str, seen: Seen, shots: Shots) -> str:
-    shown = "".join(_example(number, row, shots) for number, row in seen.examples)
-    return section(name, f"{len(seen.examples)} of {seen.rows} rows, spread evenly.", shown)
-
-
-def _example(number: int, row: SftRow | RlRow, shots: Shots) -> str:
-    pictures = "".join(shots.show(image_id, f"picture {i}") for i, image_id in enumerate(_ids(row), 1))
-    given = f'<div class="seen">{pictures}</div>' if pictures else ""
-    if isinstance(row, RlRow):
-        marks = row.evaluation
-        facts = f"success: {str(marks.success).lower()} · semantics {marks.semantics:g} · quality {marks.quality:g}"
-        used = row.prompt_used or row.original_prompt
-        said = f"<p>{text(row.original_prompt)}</p>" + (
-            f"<p class=note>drawn with: {text(used)}</p>" if used != row.original_prompt else ""
-        )
-        return f'<div class="row"><h3>{number}</h3>{given}{said}<p class=facts>{text(facts)}</p></div>'
-    prompt = "\n[picture]\n".join(row.texts).strip()
-    answer = f'<p class="answer" dir="auto">{text(short(row.completion, 700))}</p>'
-    return f'<div class="row"><h3>{number}</h3>{given}{answer}{fold("prompt", _pre(prompt))}</div>'
-
-
-def _pre(value: str) -> str:
-    return f'<pre dir="auto">{text(value)}</pre>'
-
-
-STYLE = """
-.bar { display: inline-flex; width: 14rem; height: .8rem; background: var(--card); border-radius: 3px; overflow: hidden;
-  vertical-align: middle; }
-.bar i { display: block; height: 100%; } i.good { background: var(--green); } i.bad { background: var(--orange); }
-span.good { color: var(--green); } span.bad { color: var(--orange); }
-.row { border-left: 2px solid var(--line); padding: .1rem 0 .1rem 1.1rem; margin: 1rem 0 1.4rem; break-inside: avoid; }
-.seen { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0; } .seen .shot { width: 9rem;
-  box-shadow: 0 0 0 1px var(--line); }
-.answer { white-space: pre-wrap; overflow-wrap: anywhere; } .row pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""

@@ -1,95 +1,94 @@
-"""Words and small parts that the pages of stories share."""
+"""Words that the pages of stories share: states, kinds of failure, numbers, and the changes between two prompts."""
 
 import re
 from collections.abc import Mapping
 from difflib import SequenceMatcher
+from typing import Literal, NamedTuple
 
-from imgen_common.page import text
 from interleave.records import AttemptStatus
 
+Change = tuple[Literal["", "del", "ins"], str]
+"""Words of two texts: `del` those of the old one only, `ins` those of the new one only, "" those of both."""
+
+
+class StatusWords(NamedTuple):
+    """How a page shows an attempt's status: its sign, color and words."""
+
+    sign: str
+    color: str
+    words: str
+
+
+ATTEMPT_STATUS: Mapping[AttemptStatus, StatusWords] = {
+    "accepted": StatusWords("✓", "up", "accepted"),
+    "rejected": StatusWords("✗", "down", "rejected"),
+    "unjudged": StatusWords("–", "same", "not judged"),
+    "critic_unparsable": StatusWords("?", "same", "the critic's answers could not be parsed"),
+    "critic_failed": StatusWords("!", "down", "the critic failed"),
+    "generator_failed": StatusWords("!", "down", "the generator failed"),
+}
+STORY_STATUS = {
+    "complete": "complete",
+    "planner_failed": "ended without a plan",
+    "generator_failed": "ended early: the generator failed",
+    "critic_failed": "ended early: the critic failed",
+    "budget_exhausted": "ended early: its budget is exhausted",
+    "internal_error": "ended early: an internal error",
+    "unfinished": "not finished",
+    "waiting": "not started",
+}
+IN_PROGRESS = "in progress"
+"""Status of a story that is shown while it is made."""
 FAILURES = {
     "unreachable": "no connection",
-    "refused": "the endpoint said no for good",
-    "rate_limited": "the endpoint was too busy, however often it was asked",
+    "refused": "the endpoint refused the request",
+    "rate_limited": "the endpoint was too busy after all retries",
     "server_error": "an error of the server",
-    "timeout": "too slow",
-    "malformed_response": "an answer that cannot be read",
+    "timeout": "no answer in time",
+    "malformed_response": "an answer that cannot be parsed",
     "out_of_memory": "out of memory",
-    "model_error": "an error in its own code",
+    "model_error": "an error in the model's code",
 }
 """Kinds of failure in plain words."""
 
-# --- words -----------------------------------------------------------------------------------------------------------
+
+def describe_error(error: str | None) -> str:
+    """An error with its kind in plain words; "" for none."""
+    return re.sub(rf"\b({'|'.join(FAILURES)})(?=: )", lambda found: FAILURES[found[0]], error or "")
+
 
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-
-MARKS: Mapping[AttemptStatus, tuple[str, str, str]] = {
-    "accepted": ("✓", "up", "accepted"),
-    "rejected": ("✗", "down", "rejected"),
-    "unjudged": ("–", "same", "not judged"),
-    "critic_unparsable": ("?", "same", "the critic's answers could not be read"),
-    "critic_failed": ("!", "down", "the critic failed"),
-    "generator_failed": ("!", "down", "the generator failed"),
-}
-"""Sign, colour and words of an attempt's status."""
-
-
-def describe_error(error: str) -> str:
-    """An error with its kind in plain words."""
-    return re.sub(rf"\b({'|'.join(FAILURES)})(?=: )", lambda found: FAILURES[found[0]], error)
-
-
 _WORD = re.compile(rf"(?:[{_IDEOGRAPH}]|[.,;:!?、。]+|[^\s.,;:!?、。{_IDEOGRAPH}]+)\s*|\s+")
 
 
-def word_diff(old: str, new: str) -> str:
-    """How `new` differs from `old`, word by word, as HTML: removed words in <del>, added ones in <ins>."""
+def word_changes(old: str, new: str) -> list[Change]:
+    """How `new` differs from `old`, word by word."""
     before, after = _WORD.findall(old), _WORD.findall(new)
     a, b = ([word.strip() for word in words] for words in (before, after))
-    parts = []
+    changes: list[Change] = []
     for kind, i, j, k, m in SequenceMatcher(None, a, b, autojunk=len(a) + len(b) > 2000).get_opcodes():
         if kind == "equal":
-            parts += [text(max(pair, key=len)) for pair in zip(before[i:j], after[k:m], strict=True)]
+            changes += [("", max(pair, key=len)) for pair in zip(before[i:j], after[k:m], strict=True)]
             continue
         removed, added = "".join(before[i:j]), "".join(after[k:m])
-        parts.append(marked("del", removed) + (" " if removed.strip() and added.strip() else ""))
-        parts.append(marked("ins", added) + (added or removed)[len((added or removed).rstrip()) :])
-    return "".join(parts)
+        changes += [("del", removed.rstrip())] if removed.strip() else []
+        changes += [("", " ")] if removed.strip() and added.strip() else []
+        changes += [("ins", added.rstrip())] if added.strip() else []
+        changes.append(("", (added or removed)[len((added or removed).rstrip()) :]))
+    return changes
 
 
-def marked(tag: str, words: str) -> str:
-    return f"<{tag}>{text(words.rstrip())}</{tag}>" if words.strip() else ""
-
-
-def user(value: str) -> str:
-    """What someone wrote, in its own direction of writing."""
-    return f"<bdi>{text(value)}</bdi>"
-
-
-def labeled(title: str, inside: str) -> str:
-    """inside: HTML."""
-    return f'<h4>{text(title)}</h4><p class="quote" dir="auto">{inside}</p>'
-
-
-def fact_list(facts: Mapping[str, str]) -> str:
-    """Names and values; empty ones are left out."""
-    rows = (f"<div><dt>{user(name)}</dt><dd>{user(value)}</dd></div>" for name, value in facts.items() if value)
-    return f"<dl>{''.join(rows)}</dl>"
-
-
-def preformatted(value: str) -> str:
-    return f'<pre dir="auto">{text(value)}</pre>'
-
-
-def short(value: str, length: int = 110) -> str:
+def shorten(value: str, length: int = 110) -> str:
     """The beginning of a text, on one line."""
     line = " ".join(value.split())
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def count(number: int, what: str) -> str:
+    """`2 steps`, `1 step`."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
 def format_seconds(seconds: float) -> str:
+    """`3.1 s`, `2 min 05 s`."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"

@@ -1,4 +1,7 @@
-"""A generator as a service over HTTP."""
+"""A generator as an HTTP service.
+
+Knows nothing of training.
+"""
 
 import ipaddress
 import logging
@@ -16,29 +19,29 @@ if TYPE_CHECKING:
 
 __all__ = ["TOKEN", "ServeConfig", "serve", "serve_ray"]
 TOKEN = "INTERLEAVE_SERVE_TOKEN"
-"""Name of the environment variable that holds the bearer token of all requests."""
+"""Environment variable that holds the bearer token of all requests."""
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve with worker processes on this machine until stopped; the address is printed.
+    """Serves with worker processes on this machine until stopped, and prints the address.
 
-    Raises UserError if the address is taken, or if it is not of this machine only and there is no token.
+    Raises UserError if the address is taken, or if others can reach it and there is no token.
     """
     from interleave.serve.app import create_app
     from interleave.serve.metrics import Metrics
-    from interleave.serve.workers import Pool
+    from interleave.serve.pool import WorkerPool
 
-    _log()
+    _configure_logging()
     secret = required_secret(config.host)
     metrics = Metrics()
-    app = create_app(config, Pool(config, metrics), metrics, secret)
-    with listening(config.host, config.port) as listener:
-        print(address(listener), flush=True)
-        server(app, config).run(sockets=[listener])
+    app = create_app(config, WorkerPool(config, metrics), metrics, secret)
+    with open_listener(config.host, config.port) as listener:
+        print(listener_url(listener), flush=True)
+        build_server(app, config).run(sockets=[listener])
 
 
-def server(app: "FastAPI", config: ServeConfig) -> "uvicorn.Server":
-    """What runs the application; stopped, it lets running requests end first."""
+def build_server(app: "FastAPI", config: ServeConfig) -> "uvicorn.Server":
+    """The server of the application; when it is stopped, it lets running requests finish first."""
     import uvicorn
 
     settings = uvicorn.Config(
@@ -47,13 +50,13 @@ def server(app: "FastAPI", config: ServeConfig) -> "uvicorn.Server":
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=math.ceil(config.drain),
+        timeout_graceful_shutdown=math.ceil(config.shutdown_timeout),
     )
     return uvicorn.Server(settings)
 
 
 def serve_ray(config: ServeConfig) -> None:
-    """Serve with Ray Serve replicas until stopped; the address is printed.  Needs the extra `ray`.
+    """Serves with Ray Serve replicas until stopped, and prints the address.  Needs the extra `ray`.
 
     Raises UserError as `serve`, and where Ray is not installed or its cluster cannot be reached.
     """
@@ -62,15 +65,15 @@ def serve_ray(config: ServeConfig) -> None:
         from interleave.serve.ray import serve_until_stopped
     except ModuleNotFoundError as error:
         raise UserError(f"--engine ray: {error.name} is not installed; install interleave[ray]") from None
-    _log()
+    _configure_logging()
     secret = required_secret(config.host)
-    with listening(config.host, config.port) as listener:  # whether it is free; Ray opens it again
-        url, port = address(listener), listener.getsockname()[1]
+    with open_listener(config.host, config.port) as listener:  # checks that the address is free; Ray opens it again
+        url, port = listener_url(listener), listener.getsockname()[1]
     serve_until_stopped(config.model_copy(update={"port": port}), secret, url)
 
 
 def prepare_ray(config: ServeConfig) -> None:
-    """What Ray reads when it is imported: no usage statistics; of a cluster of our own, that it stays on loopback.
+    """Sets what Ray reads when it is imported: no usage statistics, and a cluster of our own listens on loopback only.
 
     Without the last variable, named for other systems, Ray listens on all addresses of a Linux machine too.  A replica
     still opens one port on all of them, which Ray 2.60 does not let us choose: it asks for Ray's own token.
@@ -82,40 +85,44 @@ def prepare_ray(config: ServeConfig) -> None:
 
 
 def required_secret(host: str) -> bytes | None:
-    """The digest of the token, if there is one.  Raises UserError where there must be: away from loopback."""
+    """The digest of the service's token; None without one.  Raises UserError as `required_token`."""
     from interleave.serve.app import digest
 
-    token = os.environ.get(TOKEN, "").strip()
-    if token:
-        return digest(token)
-    if not is_loopback(host):
-        raise UserError(f"host {host}: others can reach it, so it needs a token; set {TOKEN}, or take host 127.0.0.1")
-    return None
+    token = required_token(host, TOKEN)
+    return None if token is None else digest(token)
+
+
+def required_token(host: str, variable: str) -> str | None:
+    """The token in an environment variable; None without one.  Raises UserError without one if others reach `host`."""
+    token = os.environ.get(variable, "").strip()
+    if not token and not is_loopback(host):
+        raise UserError(f"host {host}: others can reach it, so it needs a token; set {variable}, or use 127.0.0.1")
+    return token or None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address; a name other than localhost is taken for reachable."""
+    """Whether only this machine can reach an address; of names, that is assumed of localhost alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens.  Raises UserError where the address cannot be had."""
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening socket.  Raises UserError if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        raise UserError(f"{host} port {port}: cannot listen ({error.strerror}); give another host or port") from None
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host} port {port} ({error}); choose another host or port") from None
 
 
-def address(listener: socket.socket) -> str:
+def listener_url(listener: socket.socket) -> str:
     """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _log() -> None:
+def _configure_logging() -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger(__name__).setLevel(logging.INFO)

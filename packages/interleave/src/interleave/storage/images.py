@@ -12,7 +12,6 @@ from imgen_common.images import content_hash, decode
 from interleave.protocols import HashedImage
 
 IMAGES = "images"
-IMAGE_ID = re.compile(r"[0-9a-f]{64}")
 MAX_FILE_BYTES = 2**28
 
 
@@ -23,8 +22,8 @@ class ImageStore:
         self._folder = folder
 
     def path(self, image_id: str) -> Path:
-        """Where an image lies, or would lie.  Raises UserError if `image_id` is not an image's id."""
-        if not IMAGE_ID.fullmatch(image_id):
+        """The file of an image, whether it exists or not.  Raises UserError if `image_id` is not an image's id."""
+        if not re.fullmatch("[0-9a-f]{64}", image_id):
             raise UserError(f"{image_id[:80]!r} is not the id of an image; an id is 64 hexadecimal digits")
         return self._folder / image_id[:2] / image_id[2:4] / f"{image_id}.png"
 
@@ -52,9 +51,7 @@ class ImageStore:
 
     def get(self, image_id: str) -> HashedImage:
         """The image.  Raises UserError if it is missing or its pixels are not those of its id."""
-        path = self.path(image_id)
-        if not path.is_file():
-            raise _missing(path)
+        path = self._existing(image_id)
         image = HashedImage.from_pil(decode(path, max_bytes=MAX_FILE_BYTES))
         if image.id != image_id:
             raise UserError(f"{path}: its pixels are not those it was stored with; remove it and make it again")
@@ -62,13 +59,13 @@ class ImageStore:
 
     def copy(self, image_id: str, target: Path) -> None:
         """Write the image's file to `target`, whole or not at all.  Raises UserError if it is missing."""
-        source = self.path(image_id)
-        if not source.is_file():
-            raise _missing(source)
+        source = self._existing(image_id)
         with writing(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(target, source.read_bytes())
 
-
-def _missing(path: Path) -> UserError:
-    return UserError(f"{path}: no such image; it was removed, or belongs to another run")
+    def _existing(self, image_id: str) -> Path:
+        path = self.path(image_id)
+        if not path.is_file():
+            raise UserError(f"{path}: no such image; it was removed, or belongs to another run")
+        return path

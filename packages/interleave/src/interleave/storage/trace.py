@@ -6,15 +6,12 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from imgen_common.errors import UserError
 from imgen_common.files import lock, sync, writing
 from interleave.records import Attempt, PlanRecord, Record, Trajectory
 
 TRACE = "trace.jsonl"
-EARLIER_IMAGES = "pictures"
-"""Folder in which earlier versions kept a run's images."""
 TYPES: Mapping[str, type[PlanRecord] | type[Attempt] | type[Trajectory]] = {
     "plan": PlanRecord,
     "attempt": Attempt,
@@ -57,7 +54,9 @@ class Trace:
 
         Raises UserError if it cannot be written, as on a full disk; nothing of the line is left then.
         """
-        line = _line(record)
+        name = next(name for name, kind in TYPES.items() if isinstance(record, kind))
+        text = json.dumps({"type": name, **record.model_dump(mode="json")}, ensure_ascii=False)
+        line = text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair: as its escape in JSON
         with self._lock, writing(self.path):
             length = self.path.stat().st_size
             try:
@@ -80,9 +79,7 @@ class Trace:
     def __enter__(self) -> "Trace":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
@@ -90,14 +87,13 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
     """The records in a run folder by trajectory id; of two for the same thing the later one counts.
 
     A last line that is still being written is left out; without a file there are none.
-    Raises UserError naming the line if one is damaged, and for a run of an earlier version, whose images lie in
-    `pictures/` and whose records have other names: it cannot be read.
+    Raises UserError naming the line if one is damaged, and for a run of an earlier version.
     """
     path = folder / TRACE
     found: dict[str, TraceEntry] = {}
     if not path.is_file():
         return found
-    if (folder / EARLIER_IMAGES).is_dir():
+    if (folder / "pictures").is_dir():  # where earlier versions kept a run's images
         raise UserError(
             f"{folder}: made by an earlier version of interleave, whose records cannot be read; run it again"
         )
@@ -112,17 +108,11 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
             case PlanRecord():
                 found.setdefault(record.trajectory_id, TraceEntry()).plan = record
             case Attempt():
-                of = found.setdefault(record.trajectory_id, TraceEntry())
-                of.attempts[record.step, record.attempt] = record
+                attempts = found.setdefault(record.trajectory_id, TraceEntry()).attempts
+                attempts[record.step, record.attempt] = record
             case Trajectory():
                 found.setdefault(record.id, TraceEntry()).trajectory = record
     return found
-
-
-def _line(record: Record) -> bytes:
-    name = next(name for name, kind in TYPES.items() if isinstance(record, kind))
-    text = json.dumps({"type": name, **record.model_dump(mode="json")}, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair: as its escape in JSON
 
 
 def _whole_lines(path: Path) -> bytes:

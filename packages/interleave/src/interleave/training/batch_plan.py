@@ -1,22 +1,18 @@
-"""Batches, steps and calls of a training, before anything is started."""
+"""Batches, updates and calls of a training run, computed before anything is started."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from imgen_common.errors import UserError
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.training.config import GrpoConfig
-from interleave.training.memory import Memory
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
-class Batches:
-    """Those of TRL's options that decide on batches; the defaults are TRL's (a test compares)."""
+class TrlBatchOptions:
+    """The options of TRL that decide about batches; the defaults are TRL's (a test compares them)."""
 
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
@@ -31,8 +27,8 @@ class Batches:
     max_completion_length: int | None = 512
 
     @classmethod
-    def of(cls, trl: Mapping[str, Any]) -> "Batches":
-        """Those that a `trl:` mapping gives.  Raises UserError for what is no positive number."""
+    def from_trl(cls, trl: Mapping[str, Any]) -> "TrlBatchOptions":
+        """The options of a `trl:` mapping.  Raises UserError for a value that is no positive number."""
         found = {name: trl[name] for name in cls.__dataclass_fields__ if trl.get(name) is not None}
         for name, value in found.items():
             if name == "save_strategy" or (name == "max_steps" and value == -1):
@@ -44,10 +40,11 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class SftSums:
-    """Of a supervised training: rows per update over all processes, updates per epoch and in all.
+class SftBatchPlan:
+    """Batches of supervised training: rows per update over all processes, updates per epoch and in total.
 
-    repeated: rows that come twice in an epoch, to fill the last batch of those with pictures and of those without.
+    left_out: rows longer than `max_length`.  repeated: rows that come twice in an epoch, to fill the last batch of rows
+    with images and the last one of rows without.
     """
 
     processes: int
@@ -58,40 +55,45 @@ class SftSums:
     updates_per_epoch: int
     updates: int
 
-    def told(self) -> list[str]:
-        """In words."""
+    def lines(self) -> list[str]:
+        """Sentences for a terminal."""
         return [
-            f"rows: {self.rows}, {self.left_out} left out for their length, {self.repeated} repeated to fill batches",
-            f"an update: {self.rows_per_update} rows over {self.processes} processes",
-            f"updates: {self.updates_per_epoch} an epoch, {self.updates} in all",
+            f"rows: {self.rows}; {self.left_out} too long and dropped, {self.repeated} repeated to fill batches",
+            f"one update: {self.rows_per_update} rows over {self.processes} processes",
+            f"updates: {self.updates_per_epoch} per epoch, {self.updates} in total",
         ]
 
 
-def sft_sums(trl: Mapping[str, Any], rows: int, left_out: int, processes: int, pictured: int | None = None) -> SftSums:
-    """The arithmetic of TRL's SFTTrainer.  pictured: how many rows have pictures, where not all or none; then batches
-    are of one kind, and all epochs are laid out as one."""
-    b = Batches.of(trl)
+def plan_sft_batches(
+    trl: Mapping[str, Any], rows: int, left_out: int, processes: int, num_with_images: int | None = None
+) -> SftBatchPlan:
+    """The batches of TRL's SFTTrainer.
+
+    num_with_images: how many rows have images, where neither all nor none have; then each batch is of one kind, and
+    all epochs are laid out as one.
+    """
+    b = TrlBatchOptions.from_trl(trl)
     batch = b.per_device_train_batch_size * processes
-    kinds = (rows,) if pictured is None else (pictured, rows - pictured)
+    kinds = (rows,) if num_with_images is None else (num_with_images, rows - num_with_images)
     batches = sum(math.ceil(kind / batch) for kind in kinds)
-    repeated = 0 if pictured is None else batches * batch - rows
+    repeated = 0 if num_with_images is None else batches * batch - rows
     per_epoch = math.ceil(batches / b.gradient_accumulation_steps)
-    updates = math.ceil(b.num_train_epochs * per_epoch)
-    if pictured is not None:
-        updates = math.ceil(b.num_train_epochs * batches / b.gradient_accumulation_steps)
     if b.max_steps > 0:
         updates = b.max_steps
+    elif num_with_images is None:
+        updates = math.ceil(b.num_train_epochs * per_epoch)
+    else:
+        updates = math.ceil(b.num_train_epochs * batches / b.gradient_accumulation_steps)
     per_update = batch * b.gradient_accumulation_steps
-    return SftSums(processes, rows, left_out, repeated, per_update, per_epoch, updates)
+    return SftBatchPlan(processes, rows, left_out, repeated, per_update, per_epoch, updates)
 
 
 @dataclass(frozen=True)
-class GrpoSums:
-    """Of a reinforcement: a rollout is one round of sampling, from which `updates_per_rollout` updates are made.  With
-    `reward: trajectory` a completion is a trajectory, with all its answers.
+class GrpoBatchPlan:
+    """Batches of reinforcement learning: a rollout is one round of sampling, used for `updates_per_rollout` updates.
 
-    pictures, judgements: at most, since equal answers to one row are scored once and the caches know others.
-    questions: put to the judge's model.
+    With `reward: trajectory` a completion is a trajectory with all its answers.  images, judgments: upper bounds, since
+    equal answers to one row are scored once and the caches hold others.  questions: sent to the judge's model.
     """
 
     processes: int
@@ -105,43 +107,43 @@ class GrpoSums:
     updates_per_epoch: int
     rollouts: int
     updates: int
-    pictures: int
-    judgements: int
+    images: int
+    judgments: int
     questions: int
     cost: float
 
-    def told(self) -> list[str]:
-        """In words."""
+    def lines(self) -> list[str]:
+        """Sentences for a terminal."""
         group = self.completions_per_rollout // self.prompts_per_rollout
         return [
-            f"rows: {self.rows}, {self.left_out} left out for their length; {self.failed_rows} are of failed attempts",
-            f"a rollout: {self.prompts_per_rollout} prompts x {group} answers = {self.completions_per_rollout} over "
+            f"rows: {self.rows}; {self.left_out} too long and dropped, {self.failed_rows} of failed attempts",
+            f"one rollout: {self.prompts_per_rollout} prompts x {group} answers = {self.completions_per_rollout} over "
             f"{self.processes} processes, {self.updates_per_rollout} updates",
-            f"an update: {self.completions_per_update} answers to {self.completions_per_update / group:g} prompts",
-            f"updates: {self.updates_per_epoch} an epoch; {self.updates} in all, in {self.rollouts} rollouts",
-            f"generator: at most {self.pictures} pictures",
-            f"judge: at most {self.judgements} judgements, {self.questions} questions to a model",
+            f"one update: {self.completions_per_update} answers to {self.completions_per_update / group:g} prompts",
+            f"updates: {self.updates_per_epoch} per epoch, {self.updates} in total, in {self.rollouts} rollouts",
+            f"generator: at most {self.images} images",
+            f"judge: at most {self.judgments} judgments, {self.questions} questions to a model",
             f"cost: at most {self.cost:g}",
         ]
 
 
-def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, processes: int) -> GrpoSums:
-    """The arithmetic of TRL's GRPOTrainer.
+def plan_grpo_batches(config: GrpoConfig, rows: int, failed: int, left_out: int, processes: int) -> GrpoBatchPlan:
+    """The batches of TRL's GRPOTrainer.
 
     Raises UserError, with the numbers, where groups do not fit into a rollout, rows do not fill one, or a checkpoint
-    would fall into the middle of one, from where a run cannot go on exactly.
+    would fall into the middle of one, from which a run cannot resume exactly.
     """
-    b = Batches.of(config.trl)
-    per_rollout, prompts, updates_per_rollout = _checked_rollout(b, rows, processes)
+    b = TrlBatchOptions.from_trl(config.trl)
+    per_rollout, prompts, updates_per_rollout = _check_rollout(b, rows, processes)
     per_epoch = rows // prompts
     updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
     rollouts = math.ceil(updates / updates_per_rollout)
-    pictures = judgements = math.ceil(rollouts * per_rollout * failed / rows)
+    images = judgments = math.ceil(rollouts * per_rollout * failed / rows)
     if config.reward == "trajectory":
-        judgements = rollouts * per_rollout
-        pictures = judgements * (config.max_attempts - 1)
+        judgments = rollouts * per_rollout
+        images = judgments * (config.max_attempts - 1)
     asked = 2 * config.judge.num_samples if isinstance(config.judge, ModelJudgeConfig) else 0
-    return GrpoSums(
+    return GrpoBatchPlan(
         processes=processes,
         rows=rows,
         left_out=left_out,
@@ -153,16 +155,16 @@ def grpo_sums(config: GrpoConfig, rows: int, failed: int, left_out: int, process
         updates_per_epoch=per_epoch * updates_per_rollout,
         rollouts=rollouts,
         updates=updates,
-        pictures=pictures,
-        judgements=judgements,
-        questions=judgements * asked,
-        cost=pictures * config.prices.image + judgements * config.prices.judgement,
+        images=images,
+        judgments=judgments,
+        questions=judgments * asked,
+        cost=images * config.prices.image + judgments * config.prices.judgment,
     )
 
 
-def _checked_rollout(b: Batches, rows: int, processes: int) -> tuple[int, int, int]:
-    """Answers, prompts and updates of a rollout.  Raises UserError as `grpo_sums` says."""
-    per_rollout, steps = _rollout(b, processes)
+def _check_rollout(b: TrlBatchOptions, rows: int, processes: int) -> tuple[int, int, int]:
+    """Answers, prompts and updates of a rollout.  Raises UserError as `plan_grpo_batches` says."""
+    per_rollout, steps = _rollout_size(b, processes)
     if b.num_generations < 2:
         raise UserError(f"trl.num_generations {b.num_generations}: a group needs at least 2 answers")
     if per_rollout % b.num_generations:
@@ -186,12 +188,12 @@ def _checked_rollout(b: Batches, rows: int, processes: int) -> tuple[int, int, i
     if b.save_strategy == "steps" and b.save_steps % updates_per_rollout:
         raise UserError(
             f"trl.save_steps {b.save_steps}: must be a multiple of the {updates_per_rollout} updates of a rollout, or "
-            "a run cannot go on exactly from its checkpoint"
+            "a run cannot resume exactly from its checkpoint"
         )
     return per_rollout, prompts, updates_per_rollout
 
 
-def _rollout(b: Batches, processes: int) -> tuple[int, int]:
+def _rollout_size(b: TrlBatchOptions, processes: int) -> tuple[int, int]:
     """Answers of a rollout, and its micro-batches on each process."""
     micro = processes * b.per_device_train_batch_size
     if b.generation_batch_size is None:
@@ -205,8 +207,3 @@ def _rollout(b: Batches, processes: int) -> tuple[int, int]:
             f"{b.per_device_train_batch_size} per_device_train_batch_size = {micro}"
         )
     return b.generation_batch_size, b.generation_batch_size // micro
-
-
-def as_json(sums: SftSums | GrpoSums, held: Memory) -> dict[str, Any]:
-    """Everything `--dry-run` says."""
-    return {**asdict(sums), "memory": {**asdict(held), "total": held.total, "peak": held.peak}}

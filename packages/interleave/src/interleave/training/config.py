@@ -1,4 +1,4 @@
-"""What `interleave sft` and `interleave grpo` are asked to do: ours here, TRL's and peft's options in mappings."""
+"""Configuration of `interleave sft` and `interleave grpo`; the options of TRL and peft go through as mappings."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,30 +17,30 @@ Vision = Literal["frozen", "train", "reference"]
 
 
 class TrainingConfig(Config):
-    """What both trainings share."""
+    """The settings that both trainers share."""
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""
     data: str = "data"
     """Folder that `interleave data build` or `import` wrote."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the order of rows, of adapters and of what is sampled."""
+    """Seed of the order of rows, the adapter's weights and sampling."""
     vision: Vision = "frozen"
-    """Vision tower: `frozen` whole, `train`, or `reference`: frozen but for position embedding and deepstack mergers,
-    which the released code left trainable."""
+    """Vision tower: `frozen`, `train`, or `reference`: frozen except for the position embedding and the deepstack
+    mergers, which the released code leaves trainable."""
     max_pixels: Annotated[int, Ge(1)] | None = None
-    """Largest picture in pixels, a larger one is scaled down as by `chat.max_pixels` at run time; null: as the model's
-    processor says."""
+    """Largest image in pixels; a larger one is scaled down, as `chat.max_pixels` does at run time.  null: the limit of
+    the model's processor."""
     max_length: Annotated[int, Ge(1)] | None = 16384
-    """Longest example in tokens, prompt and answer; a longer one is left out, never cut; null: all are taken."""
+    """Longest example in tokens, prompt and answer.  A longer one is dropped, never truncated.  null: no limit."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Of the weights in memory; auto: as the model's files say.  Arithmetic is `trl.bf16`."""
+    """Data type of the weights; auto: that of the model's files.  `trl.bf16` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Implementation of attention; the flash ones need their packages."""
+    """Attention implementation; the flash ones need their packages."""
     lora: Mapping[str, Any] | None = None
-    """Options of peft's LoraConfig; null: all weights that are not frozen are trained."""
+    """Options of peft's LoraConfig; null: full fine-tuning of the weights that are not frozen."""
     trl: Mapping[str, Any] = {}
-    """Options of TRL's SFTConfig or GRPOConfig, under their own names."""
+    """Options of TRL's SFTConfig or GRPOConfig under their own names."""
 
 
 class SftConfig(TrainingConfig):
@@ -50,59 +50,59 @@ class SftConfig(TrainingConfig):
 class ScorerConfig(Config):
     """How answers are scored."""
 
-    renamed: ClassVar = {"policy": "parse_mode"}
+    renamed: ClassVar = {"policy": "parse_mode", "ceiling": "max_unscored", "rule": "format_rule"}
 
     concurrency: Annotated[int, Ge(1)] = 16
-    """Answers that are with generator or judge at once, over all processes."""
+    """Answers that the generator and the judge work on at once, over all processes."""
     deadline: Annotated[float, Gt(0)] = 300.0
-    """Seconds for picture and scores of one answer."""
+    """Seconds for the image and the scores of one answer."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of every picture, as in the released code: equal prompts from one row give equal pictures."""
-    rule: FormatRule = "strict"
-    """What counts as well formed: `strict` parsing, or as in the `released` code."""
+    """Seed of every image, as in the released code: equal prompts of one row give equal images."""
+    format_rule: FormatRule = "strict"
+    """Which answers are well formed: those that `strict` parsing reads, or those that the `released` code accepts."""
     parse_mode: ParseMode = "strict"
-    """How answers are read under the strict rule."""
+    """How answers are parsed under `format_rule: strict`."""
     skip_unchanged: bool = False
-    """Whether a verdict of success with the prompt unchanged draws nothing and gets the reward of no change."""
-    ceiling: Annotated[float, Ge(0), Le(1)] = 0.25
-    """Share of the last `window` scored answers that may fail by generator or judge before training stops."""
+    """Whether an answer of success with the prompt unchanged generates no image and gets the reward of no change."""
+    max_unscored: Annotated[float, Ge(0), Le(1)] = 0.25
+    """Training stops when the generator or the judge failed on more than this share of the last `window` answers."""
     window: Annotated[int, Ge(4)] = 256
-    """Answers of one process over which failures are counted."""
+    """Answers of one process over which this share is taken."""
 
 
 class PricesConfig(Config):
-    """What a call costs, for `--dry-run`; in any currency."""
+    """Price of a call in any currency, for `--dry-run`."""
 
-    renamed: ClassVar = {"picture": "image"}
+    renamed: ClassVar = {"picture": "image", "judgement": "judgment"}
 
     image: Annotated[float, Ge(0)] = 0.0
-    """Of one picture."""
-    judgement: Annotated[float, Ge(0)] = 0.0
-    """Of one judgement, which is two questions to a chat model for each of its samples."""
+    """Price of one image."""
+    judgment: Annotated[float, Ge(0)] = 0.0
+    """Price of one judgment, which is two questions to a chat model for each of its samples."""
 
 
 class GrpoConfig(TrainingConfig):
-    """Reinforcement of the critic, on single steps or on trajectories that begin at one."""
+    """Reinforcement learning of the critic, on single steps or on trajectories that begin at one."""
 
     template: str = "shapes_critic"
-    """Template of the prompt, which must be the one of run time: a built-in name or a text file."""
+    """Prompt template, the same as at run time: a built-in name or a text file."""
     generator: GeneratorConfig = PipelineConfig()
-    """Who draws with the critic's prompts."""
+    """The generator that is given the critic's prompts."""
     judge: JudgeConfig = VerifierJudgeConfig()
-    """Who scores what was drawn; not the model that is trained."""
+    """The judge that scores the images; not the model that is trained."""
     cache: str | None = "cache"
-    """Folder of generated pictures and judgements, shared by all runs; null: none."""
+    """Folder of generated images and judgments, shared by all runs; null: no cache."""
     reward: Literal["released", "paper", "trajectory"] = "released"
     """`released`: 0.5 format + 0.1 accuracy + 0.3 semantics + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
-    {-1, 0} + 0.4 gain of the overall score; `trajectory`: the overall score of the last picture of the loop, in which
-    the critic goes on from the recorded attempt (experimental)."""
+    {-1, 0} + 0.4 gain of the overall score; `trajectory`: the overall score of the last image of the loop, which the
+    critic continues from the recorded attempt (experimental)."""
     reward_weights: Mapping[str, Annotated[float, Ge(0)]] = {}
-    """Other weights for parts of the reward, by name; the parts of `paper` are format, accuracy and step."""
+    """Other weights of the parts of the reward, by name; the parts of `paper` are format, accuracy and step."""
     max_attempts: Annotated[int, Ge(2)] = 3
-    """Pictures of one trajectory with `reward: trajectory`, the recorded one included."""
+    """Images of one trajectory with `reward: trajectory`, the recorded one included."""
     scorer: ScorerConfig = ScorerConfig()
     """How answers are scored."""
     max_logp_difference: Annotated[float, Gt(0)] = 0.2
-    """With vLLM: mean difference between its log-probabilities and the trainer's above which training stops."""
+    """With vLLM: training stops when its log-probabilities differ from the trainer's by more than this on average."""
     prices: PricesConfig = PricesConfig()
-    """For `--dry-run`."""
+    """Prices for `--dry-run`."""

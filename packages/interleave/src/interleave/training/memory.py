@@ -1,10 +1,14 @@
-"""Memory of an update, before any weight is read."""
+"""Memory of one update, estimated before any weight is read.
+
+The pass forward and back is traced on torch's fake tensors, which have shapes and no content.  Token ids, masks and
+image grids stay real, since models branch on them, and so does all that is computed from those alone.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +23,166 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.memory import LiveBytes, allocate, held
 from interleave.datasets.rows import SftRow
-from interleave.models.chat.conversation import to_conversation
+from interleave.models.chat.local import to_conversation
 from interleave.storage.images import ImageStore
 from interleave.training.config import TrainingConfig
+from interleave.training.rows import num_tokens
+from interleave.training.trl_options import build_lora_config
+from interleave.training.vision import freeze_vision
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
+GIB = 2**30
 aten = torch.ops.aten
 FACTORIES = (aten.arange, aten.full, aten.linspace, aten.ones, aten.scalar_tensor, aten.zeros)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
 
 
-class RealWhereKnown(TorchDispatchMode):
-    """Within a fake mode: what has content keeps it, as far as it meets nothing that has none."""
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process, without a generator and a judge on the same machine.
+
+    weights, gradients, optimizer: held all the time, and so is the reference model, which reinforcement learning with
+    `beta` and without adapters needs.  activation: what a pass forward and back of `rows` rows of `length` tokens adds;
+    None where the model cannot be traced.  kv_cache: keys and values of a rollout, freed before the updates begin.
+    """
+
+    num_parameters: int
+    num_trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int = 0
+    rows: int = 0
+    length: int = 0
+    activation: int | None = None
+    kv_cache: int = 0
+
+    @property
+    def static(self) -> int:
+        """Bytes held all the time."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def peak(self) -> int | None:
+        """Most bytes held at once; None where the activations are not known."""
+        return None if self.activation is None else self.static + max(self.activation, self.kv_cache)
+
+    def lines(self) -> list[str]:
+        """Sentences for a terminal."""
+        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        parts |= {"reference": self.reference} if self.reference else {}
+        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        lines = [
+            f"parameters: {self.num_parameters:,}, trainable: {self.num_trainable:,}",
+            f"each process holds {self.static / GIB:.2f} GiB ({each})",
+        ]
+        what = f"the forward and backward pass of {self.rows} rows of {self.length:,} tokens"
+        if self.activation is None:
+            return [*lines, f"{what} adds to that; this model cannot be traced, so the amount is not known"]
+        lines.append(f"{what} adds {self.activation / GIB:.2f} GiB")
+        if self.kv_cache:
+            lines.append(f"the KV cache of a rollout adds {self.kv_cache / GIB:.2f} GiB before the updates")
+        return [*lines, f"peak: {(self.peak or 0) / GIB:.2f} GiB, without a generator and a judge on the same machine"]
+
+
+def estimate_static_memory(
+    num_weights: int, num_trained: int, *, size: int, master: bool, stage: int, processes: int
+) -> MemoryEstimate:
+    """Memory of weights, gradients and AdamW.
+
+    size: bytes of a weight.  master: DeepSpeed keeps a float32 copy of the trained weights.  stage: of ZeRO, 0 without;
+    1 shards the optimizer's state, 2 the gradients too, 3 the weights too, as FSDP does.
+    """
+    share = {part: processes if stage >= part else 1 for part in (1, 2, 3)}
+    kept = 12 if master else 2 * size
+    return MemoryEstimate(
+        num_parameters=num_weights,
+        num_trainable=num_trained,
+        weights=num_weights * size // share[3],
+        gradients=num_trained * size // share[2],
+        optimizer=num_trained * kept // share[1],
+    )
+
+
+def estimate_memory(
+    config: TrainingConfig, processes: int, inputs: Mapping[str, Tensor], num_cached: int = 0
+) -> MemoryEstimate:
+    """Memory of training, estimated without the weights.
+
+    inputs: of `build_inputs`.  num_cached: tokens of a rollout in the KV cache of a process.
+    """
+    model = build_meta_model(config)
+    text = model.config.get_text_config()
+    zero = int(zero_options(config.trl).get("stage", 0))
+    fsdp = config.trl.get("fsdp")
+    half = config.trl.get("bf16", bool(zero or fsdp) or torch.cuda.is_available())
+    if zero and half:
+        model.to(torch.bfloat16)
+    elif config.dtype != "auto":
+        model.to(getattr(torch, config.dtype))
+    weights = list(model.parameters())
+    size = weights[0].element_size()
+    found = estimate_static_memory(
+        sum(w.numel() for w in weights),
+        sum(w.numel() for w in weights if w.requires_grad),
+        size=size,
+        master=zero > 0,
+        stage=3 if fsdp else zero,
+        processes=processes,
+    )
+    rows, length = inputs["input_ids"].shape
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if half else size)
+    options = read_json_options("trl.fsdp_config", config.trl.get("fsdp_config"))
+    checkpointing = config.trl.get("gradient_checkpointing", True) or options.get("activation_checkpointing", False)
+    activation = measure_activation(model, inputs, autocast=half and not zero, checkpointing=bool(checkpointing))
+    reference = found.weights if config.trl.get("beta") and config.lora is None else 0
+    return replace(
+        found, reference=reference, rows=rows, length=length, activation=activation, kv_cache=num_cached * token
+    )
+
+
+def build_meta_model(config: TrainingConfig) -> Any:
+    """The model on the meta device; its trainable weights require a gradient."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(about)
+        if config.lora is None:
+            freeze_vision(model, config.vision)
+            return model
+        from peft import get_peft_model
+
+        return get_peft_model(model, build_lora_config(config))
+
+
+def read_json_options(key: str, given: object) -> Mapping[str, Any]:
+    """Options given as a mapping or as a JSON file; {} for None.  Raises UserError if the file cannot be read."""
+    if given is None or isinstance(given, Mapping):
+        return given or {}
+    try:
+        content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{key} {given}: must hold a JSON object")
+    return content
+
+
+def zero_options(trl: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `zero_optimization` section of DeepSpeed's configuration; {} without.  Raises UserError as above."""
+    return read_json_options("trl.deepspeed", trl.get("deepspeed")).get("zero_optimization", {})
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+class KeepKnownTensors(TorchDispatchMode):
+    """Within a fake mode: an operation on real tensors alone stays real."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,16 +199,19 @@ class RealWhereKnown(TorchDispatchMode):
 
 
 def _places(index: Tensor | None) -> Sequence[Tensor | None]:
-    """A known mask as the places it marks, whose number a fake tensor has to know."""
+    """A real mask as the places it marks, since their number has to be known to index a fake tensor."""
     if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
         return (index,)
     with unset_fake_temporarily():
         return index.nonzero(as_tuple=True)
 
 
-def inputs_of(row: SftRow, processor: Any, store: ImageStore, batch: int, more: int) -> dict[str, Tensor]:
-    """What a model is given for `batch` copies of a row, its answer and `more` tokens after it."""
-    talk = to_conversation(row.message(store))
+def build_inputs(
+    rows: Sequence[SftRow], processor: Any, store: ImageStore, batch: int, more: int = 0
+) -> dict[str, Tensor]:
+    """Inputs of the model for `batch` copies of the longest row with its answer and `more` tokens after it."""
+    row = max(rows, key=lambda row: num_tokens(row, processor, store))
+    talk = to_conversation(row.message(store.get))
     if row.completion:
         talk.append({"role": "assistant", "content": [{"type": "text", "text": row.completion}]})
     made = processor.apply_chat_template(
@@ -79,19 +228,20 @@ def inputs_of(row: SftRow, processor: Any, store: ImageStore, batch: int, more: 
     return {name: value.repeat(batch, *[1] * (value.ndim - 1)) for name, value in padded.items()}
 
 
-def passing_bytes(model: Any, inputs: Mapping[str, Tensor], *, autocast: bool, checkpointing: bool) -> int | None:
-    """Most bytes that a pass forward and back of TRL's loss holds at once, beyond weights and gradients.
+def measure_activation(model: Any, inputs: Mapping[str, Tensor], *, autocast: bool, checkpointing: bool) -> int | None:
+    """Most bytes that a forward and backward pass of TRL's loss holds at once, beyond weights and gradients.
 
-    model: on the meta device, changed by this.  inputs: of `inputs_of`; every token is scored.  None where the model
-    branches on what it computes, so that it cannot be traced.
+    model: on the meta device; it is changed.  inputs: of `build_inputs`; every token is scored.  None where the model
+    branches on computed values, so that it cannot be traced.
     """
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model.get_base_model() if hasattr(model, "peft_config") else model, outputs=OUTPUTS)
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # what TRL asks of its language-model head
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, RealWhereKnown():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, KeepKnownTensors():
         allocate(model, device)
         model.train()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -106,153 +256,3 @@ def passing_bytes(model: Any, inputs: Mapping[str, Tensor], *, autocast: bool, c
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException):
             return None
     return live.peak
-
-
-OUTPUTS = ("log_probs", "entropy", "is_top1")
-"""What TRL asks its language-model head for."""
-
-
-GIB = 2**30
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one process.  weights, gradients, optimizer: held all the time, and so is the reference model of a
-    reinforcement with `beta` and without adapters.  passing: what a pass forward and back
-    of `rows` rows of `length` tokens holds beside, None where it cannot be told before.  cache: keys and values of a
-    rollout, which is over when updates begin.  Generator and judge on the same machine come on top."""
-
-    num_weights: int
-    num_trained: int
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int = 0
-    rows: int = 0
-    length: int = 0
-    passing: int | None = None
-    cache: int = 0
-
-    @property
-    def total(self) -> int:
-        """What is held all the time."""
-        return self.weights + self.gradients + self.optimizer + self.reference
-
-    @property
-    def peak(self) -> int | None:
-        """The most that is held at once."""
-        return None if self.passing is None else self.total + max(self.passing, self.cache)
-
-    def told(self) -> list[str]:
-        """In words."""
-        parts = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
-        parts |= {"reference": self.reference} if self.reference else {}
-        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        shown = [
-            f"weights: {self.num_weights:,}, trained: {self.num_trained:,}",
-            f"memory a process holds: {self.total / GIB:.2f} GiB ({each})",
-        ]
-        pass_ = f"{self.rows} rows of {self.length:,} tokens, forward and back"
-        if self.passing is None:
-            return [*shown, f"an update ({pass_}) holds more, which cannot be told for this model before it runs"]
-        shown.append(f"an update holds {self.passing / GIB:.2f} GiB more: {pass_}")
-        if self.cache:
-            shown.append(f"a rollout holds {self.cache / GIB:.2f} GiB more: keys and values of its answers")
-        return [*shown, f"at most {(self.peak or 0) / GIB:.2f} GiB; generator and judge on this machine come on top"]
-
-
-def memory(num_weights: int, num_trained: int, *, size: int, master: bool, stage: int, processes: int) -> Memory:
-    """What weights, gradients and AdamW hold.
-
-    size: bytes of a weight.  master: DeepSpeed keeps the trained weights a second time in float32.  stage: of ZeRO, 0
-    without; from 1 the optimizer's numbers are shared out, from 2 gradients, from 3 weights, as FSDP does too.
-    """
-    share = {part: processes if stage >= part else 1 for part in (1, 2, 3)}
-    kept = 12 if master else 2 * size
-    return Memory(
-        num_weights=num_weights,
-        num_trained=num_trained,
-        weights=num_weights * size // share[3],
-        gradients=num_trained * size // share[2],
-        optimizer=num_trained * kept // share[1],
-    )
-
-
-def memory_of(
-    config: TrainingConfig, folder: Path, processes: int, inputs: "Mapping[str, Tensor]", kept: int
-) -> Memory:
-    """That of a training of the model in `folder`, whose weights are not read.
-
-    inputs: a micro-batch of the longest rows.  kept: how many tokens of a rollout a process keeps keys and values of.
-    """
-    import torch
-
-    model = skeleton(folder, config)
-    text = model.config.get_text_config()
-    zero = int(zero_of(config.trl).get("stage", 0))
-    fsdp = config.trl.get("fsdp")
-    half = config.trl.get("bf16", bool(zero or fsdp) or torch.cuda.is_available())
-    if zero and half:
-        model.to(torch.bfloat16)
-    elif config.dtype != "auto":
-        model.to({"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype])
-    weights = list(model.parameters())
-    size = weights[0].element_size()
-    found = memory(
-        sum(w.numel() for w in weights),
-        sum(w.numel() for w in weights if w.requires_grad),
-        size=size,
-        master=zero > 0,
-        stage=3 if fsdp else zero,
-        processes=processes,
-    )
-    rows, length = inputs["input_ids"].shape
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if half else size)
-    options = options_of_file("trl.fsdp_config", config.trl.get("fsdp_config"))
-    checkpointing = config.trl.get("gradient_checkpointing", True) or options.get("activation_checkpointing", False)
-    passing = passing_bytes(model, inputs, autocast=half and not zero, checkpointing=bool(checkpointing))
-    reference = found.weights if config.trl.get("beta") and config.lora is None else 0
-    return replace(found, reference=reference, rows=rows, length=length, passing=passing, cache=kept * token)
-
-
-def skeleton(folder: Path, config: TrainingConfig) -> Any:
-    """The model without numbers, with what is trained marked."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from interleave.training.trl_options import lora_config
-    from interleave.training.vision import freeze
-
-    about = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(about)
-        if config.lora is None:
-            freeze(model, config.vision)
-        else:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, lora_config(config.lora, config.vision))
-    return model
-
-
-def options_of_file(key: str, given: object) -> Mapping[str, Any]:
-    """Options that TRL takes as a mapping or a JSON file; {} for None.  Raises UserError if it cannot be read."""
-    if given is None or isinstance(given, Mapping):
-        return given or {}
-    try:
-        content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{key} {given}: must hold a JSON object")
-    return content
-
-
-def zero_of(trl: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What DeepSpeed's configuration says of ZeRO; {} without.  Raises UserError if it cannot be read."""
-    found: Mapping[str, Any] = options_of_file("trl.deepspeed", trl.get("deepspeed")).get("zero_optimization", {})
-    return found

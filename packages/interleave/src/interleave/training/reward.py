@@ -5,8 +5,8 @@
     S = ((s' - semantics) / 10 + 1) / 2        Q = ((q' - quality) / 10 + 1) / 2
 
 s', q': the judge's semantics and quality of the image generated with the answer's prompt from the same source.
-They are asked for only where the recorded attempt failed; where it succeeded S = Q = 0.5, as where nothing changed.  An
-answer that cannot be scored because generator or judge failed has no reward at all.
+The judge is asked only where the recorded attempt failed; where it succeeded S = Q = 0.5, as where nothing changed.  An
+answer that cannot be scored because the generator or the judge failed has no reward.
 Source: InterleaveThinker, arXiv 2606.13679, and its released code.
 """
 
@@ -18,25 +18,28 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import Any
 
-from interleave.agents.parsing import ParseMode
-from interleave.agents.partial_parsing import FormatRule, has_format, parse_partial_answer
+from interleave.agents.partial_parsing import has_format, parse_partial_answer
 from interleave.protocols import BackendError, CriticInput, GenerationRequest, Generator, HashedImage, Judge
 from interleave.records import Scores
+from interleave.training.config import ScorerConfig
 
-Reward = Callable[..., Coroutine[Any, Any, list[float | None]]]
+RewardFunction = Callable[..., Coroutine[Any, Any, list[float | None]]]
 
 NEUTRAL = 0.5
+DEFAULT_CONFIG = ScorerConfig()
+MAX_CACHED_ANSWERS = 4096
 WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "semantics": 0.3, "quality": 0.1}
-"""Of the released code."""
+"""Weights of the released code."""
 PAPER_WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "step": 0.4}
-"""Of the paper, R = 0.5 F + 0.5 (0.2 R_acc + 0.8 R_step), see `paper_parts`."""
+"""Weights of the paper, R = 0.5 F + 0.5 (0.2 R_acc + 0.8 R_step), see `paper_parts`."""
 
 
 @dataclass(frozen=True)
-class CriticRow:
-    """One recorded attempt to judge, and what is known of it.
+class RecordedAttempt:
+    """One recorded attempt for the critic to judge, with its scores.
 
-    semantics, quality: the judge's scores of `after`, in [0, 10].  `is_t2i`: drawn from words alone, `before` is white.
+    semantics, quality: the judge's scores of `after`, in [0, 10].  is_t2i: generated from the prompt alone,
+    so that `before` is white.
     """
 
     id: str
@@ -51,7 +54,7 @@ class CriticRow:
 
 
 @dataclass(frozen=True)
-class Marks:
+class RewardParts:
     """The four parts of a reward, each in [0, 1] for scores in [0, 10]."""
 
     format: float
@@ -59,183 +62,143 @@ class Marks:
     semantics: float
     quality: float
 
-    @property
-    def reward(self) -> float:
-        """Their sum with `WEIGHTS`."""
-        return sum(weight * vars(self)[name] for name, weight in WEIGHTS.items())
-
 
 @dataclass
-class Counts:
-    """What scoring cost so far."""
+class ScoringCounts:
+    """Calls so far.  reasons: of the answers without a score, by kind of failure."""
 
     answers: int = 0
     unscored: int = 0
-    pictures: int = 0
-    judgements: int = 0
+    images: int = 0
+    judgments: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class ScorerSettings:
-    """How answers are scored.
-
-    concurrency: answers that may be with generator or judge at once.  deadline: seconds for the image and the scores of
-    one answer.  skip_unchanged: a verdict of success with the prompt unchanged draws nothing and gets 0.5 for semantics
-    and quality.  ceiling: share of the last `window` answers that may go unscored.  num_kept: results remembered.
-    """
-
-    concurrency: int = 16
-    deadline: float = 300.0
-    seed: int = 0
-    rule: FormatRule = "strict"
-    parse_mode: ParseMode = "strict"
-    skip_unchanged: bool = False
-    ceiling: float = 0.25
-    window: int = 256
-    num_kept: int = 4096
-
-
-DEFAULT_SETTINGS = ScorerSettings()
-
-
 class CriticScorer:
-    """Marks for answers; equal answers to the same row are scored once, whoever asks and however often.
+    """Scores answers; equal answers to the same row are scored once.
 
-    All waiting happens on the event loop that asks; at most `concurrency` answers are with generator or judge at once.
+    It works on the event loop that calls it, on at most `concurrency` answers at once.
     """
 
-    def __init__(self, generator: Generator, judge: Judge, settings: ScorerSettings = DEFAULT_SETTINGS) -> None:
-        self._generator, self._judge, self._settings = generator, judge, settings
-        self._recent = deque[bool](maxlen=settings.window)
-        self._room: asyncio.Semaphore | None = None
-        self._marks: OrderedDict[tuple[str, str], asyncio.Task[Marks | None]] = OrderedDict()
-        self.counts = Counts()
+    def __init__(self, generator: Generator, judge: Judge, config: ScorerConfig = DEFAULT_CONFIG) -> None:
+        self._generator, self._judge, self._config = generator, judge, config
+        self._recent = deque[bool](maxlen=config.window)
+        self._semaphore = asyncio.Semaphore(config.concurrency)  # joins the event loop that first waits for it
+        self._parts: OrderedDict[tuple[str, str], asyncio.Task[RewardParts | None]] = OrderedDict()
+        self.counts = ScoringCounts()
 
-    async def score(self, answer: str, row: CriticRow) -> Marks | None:
-        """The marks of an answer; None if generator or judge failed."""
+    async def score(self, answer: str, row: RecordedAttempt) -> RewardParts | None:
+        """The parts of an answer's reward; None if the generator or the judge failed."""
         key = (row.id, answer)
-        if key not in self._marks:
-            self._marks[key] = asyncio.create_task(self._score(answer, row))
-            while len(self._marks) > self._settings.num_kept and next(iter(self._marks.values())).done():
-                self._marks.popitem(last=False)
-        self._marks.move_to_end(key)
-        return await asyncio.shield(self._marks[key])
+        if key not in self._parts:
+            self._parts[key] = asyncio.create_task(self._score(answer, row))
+            while len(self._parts) > MAX_CACHED_ANSWERS and next(iter(self._parts.values())).done():
+                self._parts.popitem(last=False)
+        self._parts.move_to_end(key)
+        return await asyncio.shield(self._parts[key])
 
     @property
     def unscored_rate(self) -> float:
-        """Share of the last answers that have no marks, in [0, 1]."""
+        """Share of the last answers without a reward, in [0, 1]."""
         return sum(self._recent) / len(self._recent) if self._recent else 0.0
 
     @property
     def has_failed_too_often(self) -> bool:
-        """Whether training should stop: more than `ceiling` of a quarter window or more went unscored."""
-        return len(self._recent) >= (self._recent.maxlen or 0) // 4 and self.unscored_rate > self._settings.ceiling
+        """Whether training should stop: of at least a quarter window more than `max_unscored` have no reward."""
+        return len(self._recent) >= (self._recent.maxlen or 0) // 4 and self.unscored_rate > self._config.max_unscored
 
-    async def _score(self, answer: str, row: CriticRow) -> Marks | None:
+    async def _score(self, answer: str, row: RecordedAttempt) -> RewardParts | None:
         self.counts.answers += 1
-        seen = parse_partial_answer(answer)
-        mark = float(has_format(answer, self._settings.rule, self._settings.parse_mode))
-        accuracy = float(seen.verdict is not None and seen.verdict == row.success)
-        if row.success:
-            return Marks(mark, accuracy, NEUTRAL, NEUTRAL)
-        prompt = seen.prompt or row.prompt_used or row.original_prompt
-        unchanged = prompt == (row.prompt_used or row.original_prompt)
-        if self._settings.skip_unchanged and unchanged and seen.verdict:
-            return Marks(mark, accuracy, NEUTRAL, NEUTRAL)
+        answered = parse_partial_answer(answer)
+        well_formed = float(has_format(answer, self._config.format_rule, self._config.parse_mode))
+        accuracy = float(answered.verdict is not None and answered.verdict == row.success)
+        recorded_prompt = row.prompt_used or row.original_prompt
+        prompt = answered.prompt or recorded_prompt
+        unchanged = prompt == recorded_prompt and answered.verdict
+        if row.success or (self._config.skip_unchanged and unchanged):
+            return RewardParts(well_formed, accuracy, NEUTRAL, NEUTRAL)
         try:
-            async with self.limits():
-                scores = await self.judge(prompt, await self.draw(prompt, row), row)
+            async with self.limit():
+                scores = await self.score_image(prompt, await self.generate_image(prompt, row), row)
         except (BackendError, TimeoutError) as failure:
-            self.tally(failure)
+            self.count_result(failure)
             return None
-        self.tally(None)
-        semantics = improvement(scores.semantics, row.semantics)
-        return Marks(mark, accuracy, semantics, improvement(scores.quality, row.quality))
+        self.count_result(None)
+        semantics = normalize_gain(scores.semantics, row.semantics)
+        return RewardParts(well_formed, accuracy, semantics, normalize_gain(scores.quality, row.quality))
 
     @contextlib.asynccontextmanager
-    async def limits(self) -> AsyncIterator[None]:
-        """Room among the answers that are with generator or judge, and the deadline.  Raises TimeoutError."""
-        if self._room is None:
-            self._room = asyncio.Semaphore(self._settings.concurrency)
-        async with self._room, asyncio.timeout(self._settings.deadline):
+    async def limit(self) -> AsyncIterator[None]:
+        """Waits until fewer than `concurrency` answers are in work, then sets the deadline.  Raises TimeoutError."""
+        async with self._semaphore, asyncio.timeout(self._config.deadline):
             yield
 
-    async def draw(self, prompt: str, row: CriticRow, again: int = 0) -> HashedImage:
-        """The picture drawn with `prompt` from the row's source.  again: how often it was drawn anew before."""
-        self.counts.pictures += 1
+    async def generate_image(self, prompt: str, row: RecordedAttempt, seed_offset: int = 0) -> HashedImage:
+        """The image generated with `prompt` from the row's source."""
+        self.counts.images += 1
         return await self._generator.generate(
-            GenerationRequest(prompt, () if row.is_t2i else (row.before,), self._settings.seed + again)
+            GenerationRequest(prompt, () if row.is_t2i else (row.before,), self._config.seed + seed_offset)
         )
 
-    async def judge(self, prompt: str, after: HashedImage, row: CriticRow) -> Scores:
-        """The judge's scores of a picture drawn with `prompt`."""
-        self.counts.judgements += 1
+    async def score_image(self, prompt: str, after: HashedImage, row: RecordedAttempt) -> Scores:
+        """The judge's scores of an image generated with `prompt`."""
+        self.counts.judgments += 1
         return await self._judge.score(CriticInput(row.before, after, row.original_prompt, prompt))
 
-    def tally(self, failure: BackendError | TimeoutError | None) -> None:
-        """Count an answer that was scored, or could not be."""
+    def count_result(self, failure: BackendError | TimeoutError | None) -> None:
+        """Counts an answer that was scored, or that could not be."""
         self._recent.append(failure is not None)
         if failure is not None:
             self.counts.unscored += 1
             self.counts.reasons[failure.kind if isinstance(failure, BackendError) else "timeout"] += 1
 
 
-def improvement(new: float, old: float) -> float:
-    """Scores in [0, 10] to a reward in [0, 1]; 0.5 where nothing changed."""
+def normalize_gain(new: float, old: float) -> float:
+    """The gain between two scores in [0, 10] as a reward in [0, 1]; 0.5 where nothing changed."""
     return ((new - old) / 10 + 1) / 2
 
 
-def released_parts(marks: Marks, row: CriticRow) -> Mapping[str, float]:
-    """The parts of the released reward, by the names of `WEIGHTS`: the marks themselves."""
-    return vars(marks)
-
-
-def paper_parts(marks: Marks, row: CriticRow) -> Mapping[str, float]:
+def paper_parts(parts: RewardParts, row: RecordedAttempt) -> Mapping[str, float]:
     """The parts of the paper's reward, by the names of `PAPER_WEIGHTS`.
 
     accuracy: minus the distance to the recorded verdict, 0 or -1.  step: gain of the overall score
     sqrt(semantics quality) / 10, in [-1, 1]; 0 where the recorded attempt succeeded.  The paper names neither the scale
     nor how the two scores are joined; both are as its released code reports them.
     """
-    semantics = row.semantics + 10 * (2 * marks.semantics - 1)
-    quality = row.quality + 10 * (2 * marks.quality - 1)
+    semantics = row.semantics + 10 * (2 * parts.semantics - 1)
+    quality = row.quality + 10 * (2 * parts.quality - 1)
     step = (math.sqrt(max(semantics, 0) * max(quality, 0)) - math.sqrt(row.semantics * row.quality)) / 10
-    return {"format": marks.format, "accuracy": marks.accuracy - 1, "step": step}
+    return {"format": parts.format, "accuracy": parts.accuracy - 1, "step": step}
 
 
 def reward_functions(
     scorer: CriticScorer,
-    rows_of: Callable[[Mapping[str, Sequence[Any]]], Sequence[CriticRow]],
-    parts_of: Callable[[Marks, CriticRow], Mapping[str, float]] = released_parts,
+    parts_of: Callable[[RewardParts, RecordedAttempt], Mapping[str, float]] = lambda parts, row: vars(parts),
     names: Iterable[str] = tuple(WEIGHTS),
-) -> list[Callable[..., Coroutine[Any, Any, list[float | None]]]]:
-    """Asynchronous reward functions for TRL over one scorer, one for each of `names`, the parts that `parts_of` gives.
+) -> list[RewardFunction]:
+    """Asynchronous reward functions for TRL over one scorer, one for each of the `names` of what `parts_of` gives.
 
-    rows_of: from the batch's columns to rows.  Where an answer has no marks all of them give None, so that TRL leaves
-    it out of its group.
+    For an answer without a reward all of them return None, so that TRL leaves it out of its group.
     """
 
-    def function(part: str) -> Callable[..., Coroutine[Any, Any, list[float | None]]]:
-        async def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-            rows = rows_of(columns)
-            answers = [text_of(completion) for completion in completions]
-            marks = await asyncio.gather(
-                *(scorer.score(answer, row) for answer, row in zip(answers, rows, strict=True))
-            )
+    def function(name: str) -> RewardFunction:
+        async def reward(
+            completions: Sequence[Any], row: Sequence[RecordedAttempt], **columns: Any
+        ) -> list[float | None]:
+            scored = await asyncio.gather(*map(scorer.score, map(completion_text, completions), row))
             return [
-                None if mark is None else float(parts_of(mark, row)[part])
-                for mark, row in zip(marks, rows, strict=True)
+                None if parts is None else float(parts_of(parts, one)[name])
+                for parts, one in zip(scored, row, strict=True)
             ]
 
-        reward.__name__ = part
+        reward.__name__ = name
         return reward
 
     return [function(name) for name in names]
 
 
-def text_of(completion: Any) -> str:
-    """A completion's words, whether TRL gives a string or one assistant message, with text or parts."""
+def completion_text(completion: Any) -> str:
+    """The text of a completion, which TRL gives as a string or as one assistant message with text or parts."""
     if isinstance(completion, str):
         return completion
     content = completion[-1]["content"]

@@ -1,8 +1,9 @@
-"""Training rows: read from a set's folder, measured in tokens, ordered, and made into what TRL's trainers read.
+"""Training rows: reading them from a set's folder, measuring them in tokens, ordering them, and making TRL's examples.
 
-A dataset holds row numbers only; a row's pictures are read from the store when its batch is made.
+A dataset holds row numbers only; the images of a row are read from the store when its batch is made.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +14,56 @@ from PIL import Image
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic
-from interleave.datasets.rows import RlRow, Row, SftRow, parsed
+from interleave.datasets.rows import RlRow, Row, SftRow, parse_row, placeholder_image
 from interleave.protocols import HashedImage
 from interleave.storage.images import IMAGES, ImageStore
-from interleave.training.batch_plan import GrpoSums
-from interleave.training.config import GrpoConfig
-from interleave.training.reward import CriticRow
+from interleave.training.batch_plan import GrpoBatchPlan
+from interleave.training.config import GrpoConfig, TrainingConfig
+from interleave.training.reward import RecordedAttempt
+
+LoadImage = Callable[[str], HashedImage]
+"""Gives the image of an id."""
 
 
 @dataclass(frozen=True)
 class GrpoJob:
-    """A reinforcement that passed every check.  prompts: of the rows, in their order, rendered as at run time."""
+    """A GRPO training run that passed every check.  prompts: of the rows in their order, rendered as at run time."""
 
     config: GrpoConfig
     rows: tuple[RlRow, ...]
     prompts: tuple[SftRow, ...]
-    sums: GrpoSums
+    batch_plan: GrpoBatchPlan
 
-    @property
-    def pictures(self) -> ImageStore:
-        """Where the rows' pictures are."""
-        return ImageStore(Path(self.config.data) / IMAGES)
+    def example(self, number: int, load: LoadImage) -> dict[str, Any]:
+        """The example of a row for TRL's GRPOTrainer, which passes `row` on to the reward functions."""
+        row, prompt = self.rows[number], self.prompts[number]
+        attempt = RecordedAttempt(
+            id=str(number),
+            original_prompt=row.original_prompt,
+            prompt_used=row.prompt_used,
+            before=load(row.before_id),
+            after=load(row.after_id),
+            is_t2i=row.is_t2i,
+            success=row.evaluation.success,
+            semantics=row.evaluation.semantics,
+            quality=row.evaluation.quality,
+        )
+        return {
+            "prompt": chat_turns(prompt),
+            "images": [load(image_id).image for image_id in prompt.image_ids],
+            "row": attempt,
+        }
 
-    def item(self, number: int) -> dict[str, Any]:
-        """What the trainer reads for a row."""
-        prompt = self.prompts[number]
-        return grpo_item(number, self.rows[number], prompt, {i: self.pictures.get(i) for i in prompt.image_ids})
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Supervised rows, with the store of their pictures and how many were left out for their length."""
-
-    rows: tuple[SftRow, ...]
-    pictures: ImageStore
-    left_out: int = 0
+def image_store(config: TrainingConfig) -> ImageStore:
+    """The store that holds the images of the rows."""
+    return ImageStore(Path(config.data) / IMAGES)
 
 
 def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of `folder/NAME.jsonl`, checked: readable, their pictures there, an answer where one is taught.
+    """The rows of `folder/NAME.jsonl`.
 
-    Raises UserError naming file and line.
+    Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
     """
     path = folder / f"{name}.jsonl"
     try:
@@ -64,184 +74,126 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     store = ImageStore(folder / IMAGES)
-    rows = [_row(line, kind, store, f"{path}:{number}") for number, line in enumerate(data.splitlines(), 1)]
+    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in enumerate(data.splitlines(), 1)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a set with at least one")
     return rows
 
 
-def _row(line: bytes, kind: type[Row], store: ImageStore, where: str) -> Row:
+def _read_row(line: bytes, kind: type[Row], store: ImageStore, where: str) -> Row:
     try:
-        row = parsed(line, kind)
+        row = parse_row(line, kind)
     except ValueError as error:
-        raise UserError(f"{where}: {error}; mend or remove the row") from None
+        raise UserError(f"{where}: {error}; fix or remove the row") from None
     if isinstance(row, SftRow) and not row.completion.strip():
-        raise UserError(f"{where}: the answer is empty; mend or remove the row")
+        raise UserError(f"{where}: the answer is empty; fix or remove the row")
     for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
         if image_id not in store:
-            raise UserError(f"{where}: its picture {image_id[:12]}... is not in {IMAGES}/; mend or remove the row")
+            raise UserError(f"{where}: its image {image_id[:12]}... is not in {IMAGES}/; fix or remove the row")
     return row
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------
-
-
 def critic_prompt(row: RlRow, template: Template) -> SftRow:
-    """The prompt of a reinforcement row, rendered as at run time, as a supervised row without an answer."""
-    return SftRow.of(render_critic(template, row.named()), "")
+    """The prompt of a row for GRPO, rendered as at run time, as a supervised row without an answer."""
+    return SftRow.from_message(render_critic(template, row.critic_input(placeholder_image)), "")
 
 
-def content(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The parts of a user turn with places for pictures between the texts, as TRL takes them."""
-    parts: list[dict[str, Any]] = []
-    for index, text in enumerate(texts):
-        if index:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return parts
+def chat_turns(row: SftRow) -> list[dict[str, Any]]:
+    """The turns of user and, where a row has an answer, assistant, with a place for each image."""
+    content: list[dict[str, Any]] = []
+    for index, text in enumerate(row.texts):
+        content += [{"type": "image"}] if index else []
+        content += [{"type": "text", "text": text}] if text else []
+    turns = [{"role": "user", "content": content}]
+    if row.completion:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": row.completion}]})
+    return turns
 
 
-def sft_item(row: SftRow, pictures: Mapping[str, HashedImage]) -> dict[str, Any]:
-    """What TRL's SFTTrainer is given for a row."""
+def sft_example(row: SftRow, load: LoadImage) -> dict[str, Any]:
+    """The example of a row for TRL's SFTTrainer."""
     return {
-        "prompt": [{"role": "user", "content": content(row.texts)}],
+        "prompt": chat_turns(row)[:1],
         "completion": [{"role": "assistant", "content": row.completion}],
-        "images": [pictures[image_id].image for image_id in row.image_ids],
+        "images": [load(image_id).image for image_id in row.image_ids],
     }
 
 
-def grpo_item(number: int, row: RlRow, prompt: SftRow, pictures: Mapping[str, HashedImage]) -> dict[str, Any]:
-    """What TRL's GRPOTrainer is given for a row; `row` comes back to the reward functions."""
-    scored = CriticRow(
-        id=str(number),
-        original_prompt=row.original_prompt,
-        prompt_used=row.prompt_used,
-        before=pictures[row.before_id],
-        after=pictures[row.after_id],
-        is_t2i=row.is_t2i,
-        success=row.evaluation.success,
-        semantics=row.evaluation.semantics,
-        quality=row.evaluation.quality,
-    )
-    return {
-        "prompt": [{"role": "user", "content": content(prompt.texts)}],
-        "images": [pictures[image_id].image for image_id in prompt.image_ids],
-        "row": scored,
-    }
-
-
-def dataset(
-    numbers: Sequence[int],
-    ids_of: Callable[[int], Sequence[str]],
-    item: Callable[[int, Mapping[str, HashedImage]], dict[str, Any]],
-    store: ImageStore,
+def build_dataset(
+    numbers: Sequence[int], example: Callable[[int, LoadImage], dict[str, Any]], store: ImageStore
 ) -> Any:
-    """A `datasets.Dataset` of row numbers that becomes `item(number, pictures)` when a batch is made."""
+    """A `datasets.Dataset` of row numbers, each of which becomes its example when its batch is made."""
     from datasets import Dataset
 
-    def made(batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        wanted = {image_id for number in batch["number"] for image_id in ids_of(number)}
-        pictures = {image_id: store.get(image_id) for image_id in wanted}
-        items = [item(number, pictures) for number in batch["number"]]
-        return {key: [one[key] for one in items] for key in items[0]}
+    def make_examples(batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+        load = functools.cache(store.get)  # each image of a batch is read once
+        examples = [example(number, load) for number in batch["number"]]
+        return {key: [one[key] for one in examples] for key in examples[0]}
 
-    return Dataset.from_dict({"number": list(numbers)}).with_transform(made)
-
-
-# --- lengths ---------------------------------------------------------------------------------------------------------
+    return Dataset.from_dict({"number": list(numbers)}).with_transform(make_examples)
 
 
-def sized(processor: Any, max_pixels: int | None) -> Any:
-    """`processor` with pictures limited as `LocalChat` does."""
-    if max_pixels is not None:
-        size = dict(processor.image_processor.size)
-        processor.image_processor.size = size | {"longest_edge": max_pixels}
-    return processor
-
-
-def check_template(processor: Any, row: SftRow) -> None:
-    """Raises UserError if the model's chat template does not put an answer in whole, after the prompt of run time."""
-    user = {"role": "user", "content": content(row.texts)}
-    said = {"role": "assistant", "content": [{"type": "text", "text": row.completion}]}
-    asked = processor.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    whole = processor.apply_chat_template([user, said], tokenize=False)
-    if not whole.startswith(asked + row.completion):
+def check_chat_template(processor: Any, row: SftRow) -> None:
+    """Raises UserError unless the chat template renders the prompt of run time and after it the unchanged answer."""
+    prompt = processor.apply_chat_template(chat_turns(row)[:1], tokenize=False, add_generation_prompt=True)
+    whole = processor.apply_chat_template(chat_turns(row), tokenize=False)
+    if not whole.startswith(prompt + row.completion):
         raise UserError(
-            "the model's chat template changes the answer (its <think> may be removed), so that what is taught is not "
-            "what is asked for at run time; use a model whose template keeps it"
+            "the model's chat template changes the answer (it may remove <think>), so that the model would not learn "
+            "what is asked for at run time; use a model whose template keeps the answer"
         )
 
 
-def num_tokens(row: SftRow, processor: Any, size_of: Callable[[str], tuple[int, int]]) -> int:
-    """Length of prompt and answer in tokens.  size_of: width and height of a picture by its id."""
-    messages = [{"role": "user", "content": content(row.texts)}]
-    if row.completion:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": row.completion}]})
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not row.completion)
-    reader = processor.image_processor
-    patches = 0
+def num_tokens(row: SftRow, processor: Any, store: ImageStore) -> int:
+    """Length of prompt and answer in tokens."""
+    text = processor.apply_chat_template(chat_turns(row), tokenize=False, add_generation_prompt=not row.completion)
+    image_processor = processor.image_processor
+    num_extra = 0
     for image_id in row.image_ids:
-        width, height = size_of(image_id)
-        patches += reader.get_number_of_image_patches(height, width, {}) // reader.merge_size**2 - 1
-    return len(processor.tokenizer(text, add_special_tokens=False).input_ids) + patches
+        with Image.open(store.path(image_id)) as image:  # reads the header only
+            patches = image_processor.get_number_of_image_patches(image.height, image.width, {})
+        num_extra += patches // image_processor.merge_size**2 - 1  # the text has one token for each image
+    return len(processor.tokenizer(text, add_special_tokens=False).input_ids) + num_extra
 
 
-def longest(rows: Sequence[SftRow], processor: Any, store: ImageStore) -> SftRow:
-    """The row of most tokens."""
-    lengths = _lengths(rows, processor, store)
-    return rows[lengths.index(max(lengths))]
-
-
-def _lengths(rows: Sequence[SftRow], processor: Any, store: ImageStore) -> list[int]:
-    def size_of(image_id: str) -> tuple[int, int]:
-        with Image.open(store.path(image_id)) as picture:  # the header alone
-            return picture.size
-
-    return [num_tokens(row, processor, size_of) for row in rows]
-
-
-def short_enough(
+def select_by_length(
     rows: Sequence[SftRow], processor: Any, store: ImageStore, max_length: int | None, answer: int = 0
 ) -> list[int]:
-    """Numbers of the rows that, with `answer` tokens more, are not longer than `max_length`.
+    """Numbers of the rows that have at most `max_length` tokens, `answer` more included.
 
     Raises UserError if there are none.
     """
     if max_length is None:
         return list(range(len(rows)))
-    lengths = [length + answer for length in _lengths(rows, processor, store)]
+    lengths = [num_tokens(row, processor, store) + answer for row in rows]
     kept = [number for number, length in enumerate(lengths) if length <= max_length]
     if not kept:
-        shortest = min(lengths)
-        raise UserError(f"max_length {max_length}: every row is longer, the shortest has {shortest} tokens; raise it")
+        raise UserError(
+            f"max_length {max_length}: every row is longer, the shortest has {min(lengths)} tokens; raise it"
+        )
     return kept
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
-
-
-def is_mixed(rows: Sequence[SftRow]) -> bool:
-    """Whether some rows have pictures and others have none."""
+def has_both_kinds(rows: Sequence[SftRow]) -> bool:
+    """Whether some rows have images and others have none."""
     return len({bool(row.image_ids) for row in rows}) == 2
 
 
-def arranged(has_pictures: Sequence[bool], batch: int, epochs: int, seed: int | None) -> list[int]:
-    """Row numbers for `epochs` passes in which every `batch` rows, over all processes, have pictures or none has.
+def order_by_kind(has_images: Sequence[bool], batch: int, epochs: int, seed: int | None) -> list[int]:
+    """Row numbers for `epochs` passes in which each `batch` rows, over all processes, either all have images or none.
 
-    Under ZeRO-3 processes that differ in whether they run the vision tower wait for each other for ever.  In each pass
-    every row comes once; a kind's last batch is filled up with rows of its kind.  seed: None keeps the order.
+    Under ZeRO-3, processes that differ in whether they run the vision tower would wait for each other forever.  Each
+    pass has every row once; the last batch of a kind is filled up with rows of its kind.  seed: None keeps the order.
     """
     order: list[int] = []
     for epoch in range(epochs):
         rng = None if seed is None else numpy_generator(seed, "order", epoch)
         batches: list[list[int]] = []
         for kind in (False, True):
-            rows = [number for number, pictured in enumerate(has_pictures) if pictured == kind]
+            rows = [number for number, has_image in enumerate(has_images) if has_image == kind]
             if rng is not None:
                 rng.shuffle(rows)
-            short = -len(rows) % batch
-            rows += [rows[i % len(rows)] for i in range(short)]
+            rows += [rows[i % len(rows)] for i in range(-len(rows) % batch)]
             batches += [rows[i : i + batch] for i in range(0, len(rows), batch)]
         if rng is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]

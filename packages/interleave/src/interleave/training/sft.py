@@ -1,5 +1,6 @@
-"""Supervised training of planner or critic by TRL's SFTTrainer, on the answers alone."""
+"""Supervised training of planner or critic with TRL's SFTTrainer; the loss is on the answers alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,82 +9,73 @@ from typing import Any
 from imgen_common import hub
 from imgen_common.errors import UserError
 from interleave.datasets.rows import SftRow
-from interleave.storage.images import IMAGES, ImageStore
 from interleave.training import run
-from interleave.training.batch_plan import Batches, SftSums, sft_sums
+from interleave.training.batch_plan import SftBatchPlan, TrlBatchOptions, plan_sft_batches
 from interleave.training.config import Role, SftConfig
-from interleave.training.memory import Memory, memory_of
+from interleave.training.memory import MemoryEstimate, build_inputs, estimate_memory
 from interleave.training.rows import (
-    arranged,
-    check_template,
-    dataset,
-    is_mixed,
-    longest,
+    build_dataset,
+    check_chat_template,
+    has_both_kinds,
+    image_store,
+    order_by_kind,
     read_rows,
-    sft_item,
-    short_enough,
+    select_by_length,
+    sft_example,
 )
-from interleave.training.trl_options import OWNED_SFT, check_trl
+from interleave.training.trl_options import RESERVED_SFT, build_lora_config, check_options
 
 
 @dataclass(frozen=True)
 class SftJob:
-    """A supervised training that passed every check.  val_rows: to evaluate on, none where the set has no split."""
+    """A supervised training run that passed every check.  val_rows: to evaluate on; empty without a `val` file."""
 
     config: SftConfig
-    role: Role
     rows: tuple[SftRow, ...]
     val_rows: tuple[SftRow, ...]
-    sums: SftSums
-
-    @property
-    def pictures(self) -> ImageStore:
-        """Where the rows' pictures are."""
-        return ImageStore(Path(self.config.data) / IMAGES)
+    batch_plan: SftBatchPlan
 
 
-def check(role: Role, config: SftConfig, processes: int, *, here: bool = True) -> SftJob:
-    """Everything that can be found wrong before a model is loaded.  Raises UserError.
+def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: bool = True) -> SftJob:
+    """Checks all that can be checked before the model is loaded.  Raises UserError.
 
-    here=False: the training is only planned; the model's weights may be missing.
+    needs_weights=False: training is only planned, so the files of the model's weights may be missing.
     """
     from trl import SFTConfig
 
-    check_trl(config.trl, SFTConfig, OWNED_SFT)
-    run.adapter_of(config)
-    Batches.of(config.trl)
-    hub.resolve(config.model, weights=here)
+    check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
+    build_lora_config(config)
+    TrlBatchOptions.from_trl(config.trl)
+    hub.resolve(config.model, weights=needs_weights)
     name = f"{role}_sft"
     folder = Path(config.data)
     rows = read_rows(folder, name, SftRow)
     val = read_rows(folder, f"{name}.val", SftRow) if (folder / f"{name}.val.jsonl").exists() else []
     processor = run.load_processor(config)
-    check_template(processor, rows[0])
-    store = ImageStore(folder / IMAGES)
-    kept = [rows[i] for i in short_enough(rows, processor, store, config.max_length)]
-    kept_val = [val[i] for i in short_enough(val, processor, store, config.max_length)] if val else []
+    check_chat_template(processor, rows[0])
+    store = image_store(config)
+    kept = [rows[i] for i in select_by_length(rows, processor, store, config.max_length)]
+    kept_val = [val[i] for i in select_by_length(val, processor, store, config.max_length)] if val else []
     if config.trl.get("eval_strategy", "no") != "no" and not kept_val:
-        raise UserError(f"trl.eval_strategy: {folder / f'{name}.val.jsonl'} is missing; make it or leave this out")
-    if is_mixed(kept) and "epoch" in (config.trl.get("save_strategy"), config.trl.get("eval_strategy")):
-        raise UserError("trl: a strategy of `epoch` needs rows that all have pictures, or none; use `steps`")
-    pictured = sum(bool(row.image_ids) for row in kept) if is_mixed(kept) else None
-    sums = sft_sums(config.trl, len(kept), len(rows) - len(kept), processes, pictured)
-    return SftJob(config, role, tuple(kept), tuple(kept_val), sums)
+        raise UserError(
+            f"trl.eval_strategy: {folder / f'{name}.val.jsonl'} is missing; build a set that has it, or remove the key"
+        )
+    if has_both_kinds(kept) and "epoch" in (config.trl.get("save_strategy"), config.trl.get("eval_strategy")):
+        raise UserError("trl: a strategy of `epoch` needs rows that all have images or rows without any; use `steps`")
+    num_with_images = sum(bool(row.image_ids) for row in kept) if has_both_kinds(kept) else None
+    batch_plan = plan_sft_batches(config.trl, len(kept), len(rows) - len(kept), processes, num_with_images)
+    return SftJob(config, tuple(kept), tuple(kept_val), batch_plan)
 
 
-def plan(role: Role, config: SftConfig, processes: int) -> tuple[SftSums, Memory]:
-    """What a training would do and hold; nothing is started."""
-    from interleave.training.memory import inputs_of
-
-    job = check(role, config, processes, here=False)
-    processor = run.load_processor(config)
-    row = longest(job.rows, processor, job.pictures)
-    batch = Batches.of(config.trl).per_device_train_batch_size
-    inputs = inputs_of(row, processor, job.pictures, batch, more=0)
-    return job.sums, memory_of(config, hub.resolve(config.model, weights=False), processes, inputs, kept=0)
+def plan_sft(role: Role, config: SftConfig, processes: int) -> tuple[SftBatchPlan, MemoryEstimate]:
+    """The batches and the memory of a training run; nothing is started."""
+    job = check_sft(role, config, processes, needs_weights=False)
+    batch = TrlBatchOptions.from_trl(config.trl).per_device_train_batch_size
+    inputs = build_inputs(job.rows, run.load_processor(config), image_store(config), batch)
+    return job.batch_plan, estimate_memory(config, processes, inputs)
 
 
-def train(
+def train_sft(
     role: Role,
     config: SftConfig,
     command: Sequence[str],
@@ -93,52 +85,56 @@ def train(
     resume: Path | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Path:
-    """Train, or go on with the run in `resume`; the folder of the trained model.  Raises UserError."""
-    run.quiet_environment()
+    """Trains, or resumes the run in `resume`; returns the folder of the trained model.  Raises UserError."""
+    run.prepare_environment()
     from trl import SFTConfig, SFTTrainer
 
-    job = check(role, config, run.num_processes(f"interleave sft {role}"))
+    job = check_sft(role, config, run.num_processes(f"interleave sft {role}"))
+    # rows that are too long were dropped, so TRL must not truncate; mixed rows come in an order that TRL must keep
     fixed: dict[str, Any] = {"max_length": None}
-    if is_mixed(job.rows):
+    if has_both_kinds(job.rows):
         fixed |= {"train_sampling_strategy": "sequential", "num_train_epochs": 1}
-    arguments = run.make_arguments(SFTConfig, config, fixed)
-    with run.session(config, arguments, command, runs=runs, name=name, otherwise=f"sft_{role}", resume=resume) as at:
+    arguments = run.build_arguments(SFTConfig, config, fixed)
+    opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
+    with opened as (run_folder, checkpoint):
+        batch = arguments.per_device_eval_batch_size
         trainer = SFTTrainer(
             model=run.load_model(config),
             args=arguments,
-            train_dataset=train_rows(job),
-            eval_dataset=eval_rows(job) if job.val_rows else None,
+            train_dataset=build_train_dataset(job),
+            eval_dataset=_build_dataset(job, job.val_rows, batch) if job.val_rows else None,
             processing_class=run.load_processor(config),
-            peft_config=run.adapter_of(config),
-            callbacks=[run.make_keeper(at.run), *callbacks],
+            peft_config=build_lora_config(config),
+            callbacks=[run.build_run_callback(run_folder), *callbacks],
         )
-        run.check_trained(trainer, config)
-        # Qwen3-VL's own loss takes no count of tokens, but TRL's, which is used, does: without it the mean would be
-        # over micro-batches and processes, and depend on how rows are shared out.
+        run.check_trainable(trainer, config)
+        # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
+        # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True
-        trainer.train(resume_from_checkpoint=str(at.checkpoint) if at.checkpoint else None)
-        return run.export(trainer, at, config)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return run.export_model(trainer, run_folder.path, config)
 
 
-def train_rows(job: SftJob) -> Any:
-    """The dataset; of a mixed set all passes are laid out, in batches of one kind."""
-    order = list(range(len(job.rows)))
-    if is_mixed(job.rows):
-        b = Batches.of(job.config.trl)
-        batch = b.per_device_train_batch_size * job.sums.processes
-        epochs = run.epochs_of(job.config.trl, b.num_train_epochs, len(order), job.sums.rows_per_update)
-        order = arranged([bool(row.image_ids) for row in job.rows], batch, epochs, job.config.seed)
-    return _dataset(job, job.rows, order)
+def build_train_dataset(job: SftJob) -> Any:
+    """The dataset; that of a mixed set holds all epochs, in batches of one kind.
+
+    Raises UserError if a mixed set is to be trained on for a fraction of an epoch.
+    """
+    b = TrlBatchOptions.from_trl(job.config.trl)
+    epochs = b.num_train_epochs
+    if b.max_steps > 0:
+        epochs = math.ceil(b.max_steps * job.batch_plan.rows_per_update / len(job.rows))
+    if has_both_kinds(job.rows) and epochs != int(epochs):
+        raise UserError(
+            f"trl.num_train_epochs {epochs}: must be whole where some rows have images and others none; or give "
+            "trl.max_steps"
+        )
+    return _build_dataset(job, job.rows, b.per_device_train_batch_size, int(epochs), job.config.seed)
 
 
-def eval_rows(job: SftJob) -> Any:
-    """The dataset to evaluate on."""
-    batch = job.config.trl.get("per_device_eval_batch_size", 8) * job.sums.processes
-    order = list(range(len(job.val_rows)))
-    if is_mixed(job.val_rows):
-        order = arranged([bool(row.image_ids) for row in job.val_rows], batch, 1, None)
-    return _dataset(job, job.val_rows, order)
-
-
-def _dataset(job: SftJob, rows: Sequence[SftRow], order: Sequence[int]) -> Any:
-    return dataset(order, lambda n: rows[n].image_ids, lambda n, pictures: sft_item(rows[n], pictures), job.pictures)
+def _build_dataset(job: SftJob, rows: Sequence[SftRow], batch: int, epochs: int = 1, seed: int | None = None) -> Any:
+    """The dataset of `rows` in their order, or of a mixed set as `order_by_kind` says."""
+    order = list(range(len(rows)))
+    if has_both_kinds(rows):
+        order = order_by_kind([bool(row.image_ids) for row in rows], batch * job.batch_plan.processes, epochs, seed)
+    return build_dataset(order, lambda n, load: sft_example(rows[n], load), image_store(job.config))

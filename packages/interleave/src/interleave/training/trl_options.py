@@ -5,25 +5,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from imgen_common.errors import UserError, nearest
+from interleave.training.config import TrainingConfig
 
-LOADED_HERE = "the model is loaded by interleave; use the keys model, dtype and attention"
 ANSWER_ONLY = "interleave trains on prompt and answer rows, and on the answer alone"
-OWNED: Mapping[str, str] = {
+RESERVED: Mapping[str, str] = {
     "output_dir": "checkpoints go into the run folder; use --runs and --name",
     "remove_unused_columns": "rows are made as they are needed, from columns of their own",
     "resume_from_checkpoint": "use --resume RUN",
     "seed": "use the key seed",
-    "model_init_kwargs": LOADED_HERE,
+    "model_init_kwargs": "the model is loaded by interleave; use the keys model, dtype and attention",
     "trust_remote_code": "code that comes with a model is never run",
     "save_only_model": "a run could not be resumed",
     "save_on_each_node": "checkpoints need one shared folder to be resumed",
     "overwrite_output_dir": "a run never overwrites another",
 }
-OWNED_SFT: Mapping[str, str] = {
-    **OWNED,
+RESERVED_SFT: Mapping[str, str] = {
+    **RESERVED,
     "max_length": "an example is never cut; use the key max_length, which leaves longer ones out",
     "truncation_mode": "an example is never cut; use the key max_length, which leaves longer ones out",
-    "train_sampling_strategy": "rows are shuffled by seed, text-only and picture rows in batches of their own",
+    "train_sampling_strategy": "rows are shuffled by seed, text-only and image rows in batches of their own",
     "chat_template_path": "prompts must be those of run time, made by the model's own chat template",
     "eos_token": "the end of turn is that of the model's own chat template",
     "pad_token": "the model's own is used",
@@ -32,15 +32,15 @@ OWNED_SFT: Mapping[str, str] = {
         ANSWER_ONLY,
     ),
     **dict.fromkeys(
-        ("packing", "padding_free", "eval_packing", "packing_strategy"), "TRL cannot pack rows with pictures"
+        ("packing", "padding_free", "eval_packing", "packing_strategy"), "TRL cannot pack rows with images"
     ),
 }
-OWNED_GRPO: Mapping[str, str] = {
-    **OWNED,
+RESERVED_GRPO: Mapping[str, str] = {
+    **RESERVED,
     "reward_weights": "use the key reward_weights, which has their names",
     "max_tool_calling_iterations": "use the key max_attempts",
 }
-OWNED_LORA: Mapping[str, str] = {
+RESERVED_LORA: Mapping[str, str] = {
     "task_type": "it is CAUSAL_LM",
     "inference_mode": "an adapter is trained here",
     "base_model_name_or_path": "use the key model",
@@ -54,36 +54,33 @@ def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: s
             raise UserError(f"{section}.{key}: unknown option of {owner}{nearest(key, known)}")
 
 
-def check_owned(section: str, given: Mapping[str, Any], owned: Mapping[str, str]) -> None:
+def check_reserved(section: str, given: Mapping[str, Any], owned: Mapping[str, str]) -> None:
     """Raises UserError for a key that interleave sets itself, with the reason."""
     for key in given:
         if key in owned:
             raise UserError(f"{section}.{key}: cannot be set, {owned[key]}")
 
 
-def options_of(cls: type[Any]) -> set[str]:
-    """The names that a dataclass of options takes."""
-    return {field.name for field in dataclasses.fields(cls) if field.init}
+def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned: Mapping[str, str]) -> None:
+    """Raises UserError for a key that interleave sets itself or that `cls`, a dataclass of options, does not have."""
+    check_reserved(section, given, owned)
+    names = {field.name for field in dataclasses.fields(cls) if field.init}
+    check_keys(section, given, names - set(owned), cls.__name__)
 
 
-def check_trl(given: Mapping[str, Any], cls: type[Any], owned: Mapping[str, str]) -> None:
-    """Raises UserError for a key of `trl:` that is ours or not one of `cls`."""
-    check_owned("trl", given, owned)
-    check_keys("trl", given, options_of(cls) - set(owned), cls.__name__)
-
-
-def lora_config(given: Mapping[str, Any], vision: str) -> Any:
-    """peft's LoraConfig; adapters sit on all linear layers unless told otherwise, on the vision tower's only where
-    `vision` is `train`.  Raises UserError for a key or value that peft does not take."""
+def build_lora_config(config: TrainingConfig) -> Any:
+    """peft's LoraConfig, None without `lora`; adapters sit on all linear layers unless `lora` says otherwise, on the
+    vision tower's only where `vision` is `train`.  Raises UserError for a key or value that peft does not take."""
+    if config.lora is None:
+        return None
     from peft import LoraConfig
 
-    check_owned("lora", given, OWNED_LORA)
-    check_keys("lora", given, options_of(LoraConfig) - set(OWNED_LORA), "LoraConfig")
-    if vision == "reference":
+    check_options("lora", config.lora, LoraConfig, RESERVED_LORA)
+    if config.vision == "reference":
         raise UserError("vision: reference is of full training; with lora use frozen or train")
-    options: dict[str, Any] = {"target_modules": "all-linear", **given}
-    if vision == "frozen":
-        if "exclude_modules" in given:
+    options: dict[str, Any] = {"target_modules": "all-linear", **config.lora}
+    if config.vision == "frozen":
+        if "exclude_modules" in config.lora:
             raise UserError("lora.exclude_modules: cannot be set with vision: frozen; set vision: train")
         options["exclude_modules"] = VISION_MODULES
     try:

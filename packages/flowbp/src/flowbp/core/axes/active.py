@@ -28,6 +28,7 @@ from imgen_common.config import Config
 RENAMED = {"num_steps": "num_active_steps"}
 
 # Samplers of two steps k < j ------------------------------------------------------------------------------------------
+# draw: (k, j) with first <= k < j < num_steps.  pmf: probability of each j; None where it has no closed form.
 # Papers count them from the clean end: r_j = N - j, r_k = N - k, 1 <= r_j < r_k <= n, n the length of the window.
 
 
@@ -39,7 +40,6 @@ class Uniform(Config):
     """Largest distance of j from the clean end, in steps; none: no limit."""
 
     def draw(self, first: int, num_steps: int, rng: np.random.Generator) -> tuple[int, int]:
-        """(k, j) with first <= k < j < num_steps."""
         length = num_steps - first
         if self.cap is None:
             k, j = sorted(rng.choice(length, size=2, replace=False).tolist())
@@ -49,7 +49,6 @@ class Uniform(Config):
         return num_steps - reverse_k, num_steps - reverse_j
 
     def pmf(self, first: int, num_steps: int) -> dict[int, float] | None:
-        """Probability of each j."""
         length = num_steps - first
         if self.cap is None:
             return {first + m: 2 * m / (length * (length - 1)) for m in range(1, length)}
@@ -71,7 +70,6 @@ class Dirichlet(Config):
     """Largest distance of j from the clean end, in steps, >= 2; overflow goes to the noisy part, the gap stays."""
 
     def draw(self, first: int, num_steps: int, rng: np.random.Generator) -> tuple[int, int]:
-        """(k, j) with first <= k < j < num_steps."""
         length = num_steps - first
         shares = rng.dirichlet([self.clean, self.gap, self.noisy])
         parts = [round(share * length) for share in shares.tolist()]
@@ -84,7 +82,6 @@ class Dirichlet(Config):
         return num_steps - 1 - clean - gap, num_steps - 1 - clean
 
     def pmf(self, first: int, num_steps: int) -> dict[int, float] | None:
-        """None: rounded Dirichlet lengths have no closed form."""
         return None
 
 
@@ -94,12 +91,10 @@ class Midpoint(Config):
     kind: Literal["midpoint"] = "midpoint"
 
     def draw(self, first: int, num_steps: int, rng: np.random.Generator) -> tuple[int, int]:
-        """(k, j) with first <= k < j < num_steps."""
         k = int(rng.integers(first, num_steps - 1))
         return k, (k + num_steps) // 2
 
     def pmf(self, first: int, num_steps: int) -> dict[int, float] | None:
-        """Probability of each j."""
         hits = Counter((k + num_steps) // 2 for k in range(first, num_steps - 1))
         return {j: count / hits.total() for j, count in hits.items()}
 
@@ -110,12 +105,10 @@ class MidpointJ(Config):
     kind: Literal["midpoint_j"] = "midpoint_j"
 
     def draw(self, first: int, num_steps: int, rng: np.random.Generator) -> tuple[int, int]:
-        """(k, j) with first <= k < j < num_steps."""
         j = int(rng.integers(first + 1, num_steps))
         return (first + j) // 2, j
 
     def pmf(self, first: int, num_steps: int) -> dict[int, float] | None:
-        """Probability of each j."""
         return dict.fromkeys(range(first + 1, num_steps), 1 / (num_steps - 1 - first))
 
 
@@ -125,16 +118,7 @@ PairSampler = Annotated[Uniform | Dirichlet | Midpoint | MidpointJ, Field(discri
 # Active sets ----------------------------------------------------------------------------------------------------------
 
 
-class ActiveSet(Config):
-    """What every active set has."""
-
-    @property
-    def min_window(self) -> int:
-        """Fewest steps the tail window may hold."""
-        return 1
-
-
-class OneOfTail(ActiveSet):
+class OneOfTail(Config):
     """One step, uniform over the last `num_active_steps`; a posterior mean is taken there (ReFL)."""
 
     kind: Literal["one_of_tail"] = "one_of_tail"
@@ -143,7 +127,6 @@ class OneOfTail(ActiveSet):
     """Number of last steps to draw from, >= 1."""
 
     def draw(self, grid: Grid, rng: np.random.Generator) -> StoppedSteps:
-        """One step of the last `num_active_steps`."""
         require_steps(self.num_active_steps, len(grid.window), "method.active.num_active_steps")
         steps = grid.window[-self.num_active_steps :]
         pool = Pool(steps, (1.0,) * len(steps), 1)
@@ -151,7 +134,7 @@ class OneOfTail(ActiveSet):
         return StoppedSteps(active, (pool,), stop=active[0])
 
 
-class LastSteps(ActiveSet):
+class LastSteps(Config):
     """The last `num_active_steps` steps (DRaFT-K)."""
 
     kind: Literal["last_steps"] = "last_steps"
@@ -160,12 +143,11 @@ class LastSteps(ActiveSet):
     """Number of active steps K, >= 1."""
 
     def draw(self, grid: Grid, rng: np.random.Generator) -> ActiveSteps:
-        """Always the same steps."""
         require_steps(self.num_active_steps, len(grid.window), "method.active.num_active_steps")
         return ActiveSteps(grid.window[-self.num_active_steps :])
 
 
-class SpacedPrefix(ActiveSet):
+class SpacedPrefix(Config):
     """`num_active_steps` equally spaced steps, random phase, of a rollout stopped early at a random step e (DRTune).
 
     e = N - U{1..m},  m = round(early_stop N);  stride = floor(P / K) on the P steps up to e.
@@ -179,7 +161,6 @@ class SpacedPrefix(ActiveSet):
     """Share of the steps, from the clean end, among which the stop is drawn; 0: always the last step."""
 
     def draw(self, grid: Grid, rng: np.random.Generator) -> StoppedSteps:
-        """The stop first, then the phase."""
         require_steps(self.num_active_steps, len(grid.window), "method.active.num_active_steps")
         latest = min(round(self.early_stop * grid.num_inference_steps), len(grid.window))
         stop = grid.num_inference_steps - (int(rng.integers(1, latest, endpoint=True)) if latest else 1)
@@ -191,26 +172,20 @@ class SpacedPrefix(ActiveSet):
         return StoppedSteps(tuple(start + q * stride for q in range(count)), stop=stop)
 
 
-class Pair(ActiveSet):
+class Pair(Config):
     """Two steps k < j; a bridge couples j (LeapAlign)."""
 
     kind: Literal["pair"] = "pair"
     sampler: PairSampler = Uniform()
     """How k and j are drawn."""
 
-    @property
-    def min_window(self) -> int:
-        """Fewest steps the tail window may hold."""
-        return 3
-
     def draw(self, grid: Grid, rng: np.random.Generator) -> SplitSteps:
-        """k and j."""
         require_steps(3, len(grid.window), "a pair of steps (k, j)")
         k, j = self.sampler.draw(grid.first, grid.num_inference_steps, rng)
         return SplitSteps((k, j), split=j)
 
 
-class FirstSupports(ActiveSet):
+class FirstSupports(Config):
     """Two legs [k, j) and [j, N); the first `num_supports` quadrature nodes of each are active (FlowBP-Lagrange)."""
 
     kind: Literal["first_supports"] = "first_supports"
@@ -221,19 +196,13 @@ class FirstSupports(ActiveSet):
     later_gain: Strength = 0.25
     """Factor on the gradient of active nodes other than the start of a leg, 0 to 100."""
 
-    @property
-    def min_window(self) -> int:
-        """Fewest steps the tail window may hold."""
-        return 3
-
     def draw(self, grid: Grid, rng: np.random.Generator) -> SupportedLegs:
-        """k and j; the nodes follow from the weights."""
         require_steps(3, len(grid.window), "a pair of steps (k, j)")
         k, j = self.sampler.draw(grid.first, grid.num_inference_steps, rng)
         return SupportedLegs((k, j), split=j, num_supports=self.num_supports, later_gain=self.later_gain)
 
 
-class LateBiased(ActiveSet):
+class LateBiased(Config):
     """`num_active_steps` distinct steps, each draw proportional to (i + 1)^bias (FlowBP-Sparse, FlowBP-Bridge).
 
     Without `split`, i is the step itself.  With it a step j is drawn and always active; the budget is shared between
@@ -255,13 +224,7 @@ class LateBiased(ActiveSet):
             raise ValueError("a split shares the steps between two sides: use num_active_steps >= 2, or split null")
         return self
 
-    @property
-    def min_window(self) -> int:
-        """Fewest steps the tail window may hold."""
-        return 1 if self.split is None else 3
-
     def draw(self, grid: Grid, rng: np.random.Generator) -> ActiveSteps:
-        """The split first, then the steps, noisy part first."""
         require_steps(self.num_active_steps, len(grid.window), "method.active.num_active_steps")
         if self.split is None:
             pools: tuple[Pool, ...] = (self._pool(grid.window, grid.first, self.num_active_steps),)
@@ -301,7 +264,7 @@ def share_budget(budget: int, before: int, after: int) -> int:
     return min(max(share, 1, budget - after), before, budget - 1)
 
 
-class Stratified(ActiveSet):
+class Stratified(Config):
     """One step in each of `num_active_steps` consecutive parts of nearly equal sigma span, uniform in sigma within
     a part.
 
@@ -315,30 +278,24 @@ class Stratified(ActiveSet):
     """Number of active steps K, >= 1."""
 
     def draw(self, grid: Grid, rng: np.random.Generator) -> ActiveSteps:
-        """One step per part, noisy part first."""
         require_steps(self.num_active_steps, len(grid.window), "method.active.num_active_steps")
-        bounds = self._bounds(grid)
-        parts = [tuple(range(start, stop)) for start, stop in pairwise(bounds)]
-        pools = tuple(Pool(part, tuple(-grid.width(i) for i in part), 1) for part in parts)
-        return ActiveSteps(draw_from_pools(pools, rng), pools)
-
-    def _bounds(self, grid: Grid) -> list[int]:
-        top, bottom = grid.sigmas[grid.first], grid.sigmas[-1]
+        top, bottom, num_steps = grid.sigmas[grid.first], grid.sigmas[-1], grid.num_inference_steps
         bounds = [grid.first]
         for part in range(1, self.num_active_steps):
             target = top + (bottom - top) * part / self.num_active_steps
-            allowed = range(bounds[-1] + 1, grid.num_inference_steps - (self.num_active_steps - part) + 1)
+            allowed = range(bounds[-1] + 1, num_steps - (self.num_active_steps - part) + 1)
             bounds.append(min(allowed, key=lambda i: abs(grid.sigmas[i] - target)))
-        return [*bounds, grid.num_inference_steps]
+        parts = [range(start, stop) for start, stop in pairwise([*bounds, num_steps])]
+        pools = tuple(Pool(tuple(part), tuple(-grid.width(i) for i in part), 1) for part in parts)
+        return ActiveSteps(draw_from_pools(pools, rng), pools)
 
 
-class All(ActiveSet):
+class All(Config):
     """Every step (of the tail window)."""
 
     kind: Literal["all"] = "all"
 
     def draw(self, grid: Grid, rng: np.random.Generator) -> ActiveSteps:
-        """Always the same steps."""
         return ActiveSteps(grid.window)
 
 

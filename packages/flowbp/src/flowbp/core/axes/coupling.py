@@ -8,8 +8,6 @@ from pydantic import Field
 from flowbp.core.axes.grid import ActiveSteps, Share, SplitSteps
 from imgen_common.config import Config
 
-# Coupling -------------------------------------------------------------------------------------------------------------
-
 
 class Bridge(Config):
     """The state at the split j carries gradient:  G <- G + alpha c_j J_j^T G  for the steps before j."""
@@ -31,7 +29,6 @@ class Every(Config):
     """Share of each Jacobian that is kept, 0 (none) to 1."""
 
     def couple(self, steps: Iterable[int], active: ActiveSteps) -> dict[int, float]:
-        """Coupling by step; `steps` are those with a weight."""
         return dict.fromkeys(steps, self.alpha)
 
 

@@ -10,8 +10,6 @@ from flowbp.core.axes.grid import ActiveSteps, Grid, Leg, RhoMax, Share, Strengt
 from flowbp.core.numerics import MAX_ORDER, lagrange_weights
 from imgen_common.config import Config
 
-# Quadrature ----------------------------------------------------------------------------------------------------------
-
 
 class Leap(Config):
     """Each active step leaps to the next one, the last to the clean end:  c_i = sigma_next - sigma_i."""
@@ -43,19 +41,15 @@ class Euler(Config):
     """Largest factor a refill may apply, >= 1; none: no limit."""
 
     def integrate(self, grid: Grid, active: ActiveSteps) -> tuple[dict[int, float], tuple[Leg, ...]]:
-        """Coefficients by step; no legs, the Euler sum is the trajectory itself."""
-        ratio = self._ratio(grid, active)
-        rho = {i: _refilled(ratio[i], self.gamma, self.rho_max) for i in active.steps}
-        return {i: rho[i] * grid.width(i) for i in active.steps}, ()
-
-    def _ratio(self, grid: Grid, active: ActiveSteps) -> dict[int, float]:
-        if self.refill == "none":
-            return dict.fromkeys(active.steps, 1.0)
+        # no legs: the Euler sum is the trajectory itself
+        ratio = dict.fromkeys(active.steps, 1.0)
         if self.refill == "mass":
             total = grid.width(grid.first, grid.num_inference_steps)
-            return dict.fromkeys(active.steps, total / sum(grid.width(i) for i in active.steps))
-        inclusion = active.inclusion()
-        return {i: 1 / inclusion[i] for i in active.steps}
+            ratio = dict.fromkeys(active.steps, total / sum(grid.width(i) for i in active.steps))
+        elif self.refill == "inclusion":
+            inclusion = active.inclusion()
+            ratio = {i: 1 / inclusion[i] for i in active.steps}
+        return {i: _refilled(ratio[i], self.gamma, self.rho_max) * grid.width(i) for i in active.steps}, ()
 
 
 class Lagrange(Config):
@@ -85,7 +79,6 @@ class Lagrange(Config):
     """Weight lambda of the quadrature against the leap, 0 (leap) to 1 (quadrature), on all legs but the last."""
 
     def integrate(self, grid: Grid, active: ActiveSteps) -> tuple[dict[int, float], tuple[Leg, ...]]:
-        """Coefficients by step, and one leg per start."""
         num_supports, later_gain = 1, 1.0
         if isinstance(active, SupportedLegs):
             num_supports, later_gain = active.num_supports, active.later_gain

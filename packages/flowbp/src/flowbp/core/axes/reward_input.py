@@ -7,8 +7,6 @@ from pydantic import Field
 from flowbp.core.axes.grid import Count
 from imgen_common.config import Config
 
-# Reward input ---------------------------------------------------------------------------------------------------------
-
 
 class Sample(Config):
     """The sampled image x_N itself."""

@@ -1,4 +1,1 @@
-"""The two evaluation protocols of the papers: HPDv2 prompts with reward models, and GenEval.
-
-Each benchmark folder can be resumed and tabulated.
-"""
+"""The papers' two evaluation protocols, HPDv2 prompts with reward models and GenEval, as folders and tables."""

@@ -82,14 +82,11 @@ def _task(place: str, line: str) -> GenEvalTask:
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
-        said = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         given = "" if first["type"] in ("value_error", "missing") else f", got {json.dumps(first['input'])}"
-        raise UserError(f"{place}: {where}{said}{given}") from None
+        raise UserError(f"{place}: {where}{text}{given}") from None
     except ValueError:
         raise UserError(f"{place}: not JSON; each line must be an object with tag, prompt and include") from None
-
-
-# --- the rules -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

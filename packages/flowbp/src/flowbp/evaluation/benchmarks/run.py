@@ -10,11 +10,12 @@ Every file is written whole or not at all, and is found again, so that the same 
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -23,8 +24,9 @@ from PIL import Image
 
 from flowbp.core.noise import initial_noise
 from flowbp.data.embeddings import PromptEmbeddings
-from flowbp.evaluation.benchmarks.scorers import load_scorer
+from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.settings import (
+    GENEVAL,
     JUDGED,
     BenchmarkConfig,
     BenchmarkRequest,
@@ -38,13 +40,18 @@ from flowbp.evaluation.benchmarks.settings import (
 )
 from flowbp.evaluation.evaluate import generate
 from flowbp.evaluation.sampling import ModelSource
+from flowbp.rewards import RewardConfig, load_reward
+from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_file, numbered_lines, write_atomic
-from imgen_common.images import decode, to_pil
+from imgen_common.images import decode, from_pil, to_pil
 
 JUDGE_BATCH = 32
 """Images that are judged, and whose scores are written, together."""
 T = TypeVar("T")
+ScoreRows = list[dict[str, Any]]
+ScoreImages = Callable[[Sequence[Image.Image], Sequence[Prompt]], ScoreRows]
+"""score_images(images, prompts) -> a row for each image: its `score` (None: there is none) and what explains it."""
 
 
 def image_file(folder: Path, image_id: ImageId) -> Path:
@@ -63,6 +70,45 @@ def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
     return found
+
+
+def load_scorer(spec: ScorerSpec, device: torch.device, judge_url: str | None) -> ScoreImages:
+    """The scorer with its weights."""
+    if spec.kind in JUDGED:
+        return _judge(spec, judge_url)
+    if spec.kind == GENEVAL:
+        return _geneval(spec, device)
+    reward = load_reward(RewardConfig(score=spec.kind, ref=spec.ref), device)
+
+    def score(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> ScoreRows:
+        with torch.no_grad():
+            found = reward(from_pil(images).to(device), [prompt.text for prompt in prompts]).tolist()
+        return [{"score": value if math.isfinite(value) else None} for value in found]
+
+    return score
+
+
+def _judge(spec: ScorerSpec, judge_url: str | None) -> ScoreImages:
+    judge = vlm_judge.Judge(cast(vlm_judge.Criterion, spec.kind), vlm_judge.check_url(judge_url), spec.ref)
+    return lambda images, prompts: [
+        {"score": score} | ({"answer": answer} if score is None else {})
+        for score, answer in judge(images, [prompt.text for prompt in prompts])
+    ]
+
+
+def _geneval(spec: ScorerSpec, device: torch.device) -> ScoreImages:
+    from flowbp.evaluation.benchmarks.detector import Detector, GenEval
+    from flowbp.rewards.clip import ClipReward
+
+    clip = ClipReward.load(hub.resolve(cast(str, spec.color_model)), device=device)
+    rules = GenEval(Detector.load(spec.ref, device), clip)
+
+    def score(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> ScoreRows:
+        tasks = [prompt.task for prompt in prompts if prompt.task]
+        found = zip(tasks, rules(images, tasks), strict=True)
+        return [{"tag": task.tag, "score": float(not wrong), "mistakes": wrong} for task, wrong in found]
+
+    return score
 
 
 @dataclass(frozen=True)
@@ -103,25 +149,14 @@ class Benchmark:
             batch = todo[start : start + self.batch_size]
             cond, negative = embeddings([self.prompts[i].text for i, _ in batch])
             noise = torch.cat([initial_noise(backbone, size, config.seed, f"benchmark-{k}", [i]) for i, k in batch])
-            images = generate(
-                backbone,
-                cond,
-                negative,
-                noise.to(next(iter(cond.values())).device),
-                size=size,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-            )
+            images = generate(backbone, cond, negative, noise, size, config.num_inference_steps, config.guidance_scale)
             for image_id, image in zip(batch, to_pil(images), strict=True):
-                self._save(image_id, image)
+                file, row = image_file(self.out, image_id), self.prompts[image_id[0]].row()
+                file.parent.mkdir(parents=True, exist_ok=True)
+                (file.parent.parent / "metadata.jsonl").write_text(row + "\n", encoding="utf-8")
+                with atomic_file(file) as fresh:
+                    image.save(fresh, "PNG")
             self.on_progress(f"generating images of {config.label}", start + len(batch), len(todo))
-
-    def _save(self, image_id: ImageId, image: Image.Image) -> None:
-        file = image_file(self.out, image_id)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        (file.parent.parent / "metadata.jsonl").write_text(self.prompts[image_id[0]].row() + "\n", encoding="utf-8")
-        with atomic_file(file) as fresh:
-            image.save(fresh, "PNG")
 
     def score_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
         """Scores images on disk; the rows of every batch are written before the next one begins."""
@@ -145,10 +180,7 @@ class Benchmark:
 def prepare_benchmark(
     source: ModelSource, request: BenchmarkRequest, out: Path, batch_size: int, judge_url: str | None = None
 ) -> Benchmark:
-    """The benchmark of a request, checked; nothing is written.
-
-    Raises UserError for whatever can be found wrong without loading weights.
-    """
+    """The benchmark of a request; nothing is written.  Raises UserError for what is wrong without loading weights."""
     prompts = read_prompts(request, source.config.data.key)
     config = benchmark_config(source, request, prompts)
     check_benchmark(config, judge_url)

@@ -72,10 +72,6 @@ class BenchmarkConfig(Config):
         return [(prompt, image) for prompt in range(self.num_prompts) for image in range(self.images)]
 
 
-MAY_DIFFER = ("prompts", "scorers")
-"""Keys that may change within a folder: the digest stands for the prompts, and scorers may be added."""
-
-
 @dataclass(frozen=True)
 class BenchmarkRequest:
     """What is asked for.  None stands for the value of the protocol (images), or of the model or run (the others)."""
@@ -114,10 +110,7 @@ def read_prompts(request: BenchmarkRequest, key: str) -> list[Prompt]:
 
 
 def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
-    """The scorer that `KIND=REF` or `NAME:KIND=REF` describes.
-
-    A kind is a reward, one of the two criteria of the judge, or `geneval`.
-    """
+    """The scorer that `[NAME:]KIND=REF` describes; a kind is a reward, a criterion of the judge, or `geneval`."""
     kinds = (*REWARDS, *JUDGED, GENEVAL)
     left, _, ref = text.partition("=")
     name, _, kind = left.rpartition(":")
@@ -125,8 +118,7 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
     if not ref:
         raise UserError(f"--score {text}: must be KIND=REF or NAME:KIND=REF; kinds are {', '.join(kinds)}")
     if kind not in kinds:
-        known = f"{nearest(kind, kinds)}; allowed: {', '.join(kinds)}"
-        raise UserError(f"--score {text}: unknown kind {kind!r}{known}")
+        raise UserError(f"--score {text}: unknown kind {kind!r}{nearest(kind, kinds)}; allowed: {', '.join(kinds)}")
     if not SCORER_NAME.fullmatch(name):
         raise UserError(f"--score {text}: a name has lower-case letters, digits and underscores only, this is {name!r}")
     if kind == GENEVAL and color_model is None:
@@ -135,10 +127,7 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
 
 
 def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Sequence[Prompt]) -> BenchmarkConfig:
-    """The configuration of the folder.  prompts: those that `read_prompts` found.
-
-    Raises UserError for a guidance scale out of range.
-    """
+    """The configuration of the folder.  Raises UserError for a guidance scale out of range."""
     scale = source.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
     check_guidance_scale(scale)
     return BenchmarkConfig(
@@ -178,8 +167,8 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     hub.resolve(config.model.ref)
     backbone = backbones.init_empty_weights(config.model.ref)
     backbones.with_embedded_guidance(backbone, config.model.ref, config.model.embedded_guidance)
+    # noise levels depend on the shape of the latents, so that this checks the size of the images too
     backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
-    backbone.latent_shape((config.model.height, config.model.width))
 
 
 def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[str]) -> RunFolder:
@@ -189,7 +178,8 @@ def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[
     """
     if not (out / CONFIG).is_file():
         return RunFolder.create(out, config, command)
-    folder = RunFolder.open(out, config, command, may_differ=MAY_DIFFER)
+    # the digest stands for the prompts, and scorers may be added
+    folder = RunFolder.open(out, config, command, may_differ=("prompts", "scorers"))
     known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
     for spec in config.scorers:
         if (before := known.setdefault(spec.name, spec)) != spec:

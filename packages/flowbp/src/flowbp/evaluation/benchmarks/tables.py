@@ -11,7 +11,7 @@ import numpy as np
 from flowbp.evaluation.benchmarks.geneval import Tag
 from flowbp.evaluation.benchmarks.run import read_scores
 from flowbp.evaluation.benchmarks.settings import GENEVAL, BenchmarkConfig
-from flowbp.evaluation.compare import MeanScore, mean_score
+from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
 from imgen_common.console import markdown_table
 from imgen_common.files import write_atomic
 from imgen_common.run_folder.folder import RunFolder
@@ -50,13 +50,14 @@ class BenchmarkRow:
 def read_row(folder: Path) -> BenchmarkRow:
     """The row of a folder, finished or not.  Raises UserError if it is not a folder of `flowbp benchmark`."""
     config = RunFolder.open(folder, is_main=False).config(BenchmarkConfig)
-    scored, unscored = {}, {}
-    means: dict[str, MeanScore] = {}
+    found = {spec.name: read_scores(folder, spec.name).values() for spec in config.scorers}
+    scored = {name: len(rows) for name, rows in found.items()}
+    unscored = {name: sum(row["score"] is None for row in rows) for name, rows in found.items()}
+    strata: dict[str, list[list[float]]] = {}
     for spec in config.scorers:
-        rows = read_scores(folder, spec.name).values()
-        scored[spec.name] = len(rows)
-        unscored[spec.name] = sum(row["score"] is None for row in rows)
-        means |= _by_task(rows) if spec.kind == GENEVAL else _means({spec.name: [_by_prompt(rows)]})
+        rows = found[spec.name]
+        strata |= _by_task(rows) if spec.kind == GENEVAL else {spec.name: [_by_prompt(rows)]}
+    means = {name: mean_score(*values) for name, values in strata.items() if any(values)}
     return BenchmarkRow(config.label, str(folder), config.protocol, len(config.image_ids), scored, unscored, means)
 
 
@@ -69,22 +70,16 @@ def _by_prompt(rows: Collection[Mapping[str, Any]]) -> list[float]:
     return [float(np.mean(values[prompt])) for prompt in sorted(values)]
 
 
-def _by_task(rows: Collection[Mapping[str, Any]]) -> dict[str, MeanScore]:
-    """Correct images in percent by task, and the mean of the tasks, in which every task has the same weight."""
+def _by_task(rows: Collection[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """Correct images in percent by task, and of all tasks, in whose mean every task has the same weight."""
     found = {tag: [100 * value for value in _by_prompt([r for r in rows if r["tag"] == tag])] for tag in get_args(Tag)}
     strata = {tag: values for tag, values in found.items() if values}
-    return _means({OVERALL: list(strata.values())} | {tag: [values] for tag, values in strata.items()})
-
-
-def _means(scores: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, MeanScore]:
-    return {name: mean_score(*strata) for name, strata in scores.items() if any(strata)}
+    return {OVERALL: list(strata.values())} | {tag: [values] for tag, values in strata.items()}
 
 
 def score_columns(rows: Sequence[BenchmarkRow]) -> list[str]:
     """All scores of the rows, in the order of the papers."""
-    names = dict.fromkeys(name for row in rows for name in row.means)
-    known = list(COLUMN_TITLES)
-    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+    return sort_scores(dict.fromkeys(name for row in rows for name in row.means), COLUMN_TITLES)
 
 
 def row_labels(rows: Sequence[BenchmarkRow]) -> list[str]:
@@ -133,14 +128,9 @@ def table_markdown(rows: Sequence[BenchmarkRow]) -> str:
     return "\n".join([table, "", *table_notes(rows)]) + "\n"
 
 
-def table_as_json(rows: Sequence[BenchmarkRow]) -> list[dict[str, Any]]:
-    """The table for machines."""
-    return [asdict(row) for row in rows]
-
-
 def write_table(folder: Path) -> BenchmarkRow:
     """Writes the folder's own table; returns its row."""
     row = read_row(folder)
-    write_atomic(folder / "table.json", json.dumps(table_as_json([row]), indent=2) + "\n")
+    write_atomic(folder / "table.json", json.dumps([asdict(row)], indent=2) + "\n")
     write_atomic(folder / "table.md", table_markdown([row]))
     return row

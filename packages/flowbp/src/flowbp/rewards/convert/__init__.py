@@ -19,7 +19,7 @@ from flowbp.rewards.convert.checkpoints import (
 from flowbp.rewards.convert.hpsv3 import PROMPT_SOURCE, read_prompt_template, save_hpsv3
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
-from flowbp.rewards.head import HEAD_FILE
+from flowbp.rewards.loading import HEAD_FILE
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 
-from flowbp.rewards.head import CHECKPOINT_LAYERS
+from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common.errors import UserError
 
 Convertible = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]

@@ -1,6 +1,7 @@
 """From HPSv3's checkpoint to transformers' Qwen2-VL and a head."""
 
 import ast
+import re
 from pathlib import Path
 from string import Formatter
 
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLModel
 
 from flowbp.rewards.convert.checkpoints import StateDict
-from flowbp.rewards.head import HEAD_FILE
 from flowbp.rewards.hpsv3 import IMAGE_AREA, REWARD_TOKEN, TEMPLATE_FILE, PromptTemplate, ranking_head
+from flowbp.rewards.loading import HEAD_FILE
 from imgen_common.errors import UserError
 
 PROMPT_SOURCE = "hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 1.0.0"
@@ -18,10 +19,7 @@ MAX_SOURCE = 2**18
 
 
 def read_prompt_template(source: Path) -> PromptTemplate:
-    """The text that the published package puts around a prompt, from its source file, which is parsed and never run.
-
-    Raises UserError if the file does not set it.
-    """
+    """The text around a prompt in the published source file, which is parsed, not run.  Raises UserError without it."""
     strings = _string_constants(source)
     try:
         before, after = _split_template("text_prompt", strings["INSTRUCTION"])
@@ -79,7 +77,9 @@ def save_hpsv3(
     config.text_config.vocab_size = rows
     with torch.device("meta"):
         model, head = Qwen2VLModel(config), ranking_head(width)
-    model.load_state_dict({name: state[_qwen_name(name)] for name in model.state_dict()}, assign=True)
+    # the checkpoint was written by an older transformers, in which the language model was `model`
+    names = {name: re.sub(r"^language_model\.", "model.", name) for name in model.state_dict()}
+    model.load_state_dict({name: state[old] for name, old in names.items()}, assign=True)
     processor = Qwen2VLImageProcessor(
         patch_size=config.vision_config.patch_size,
         temporal_patch_size=config.vision_config.temporal_patch_size,
@@ -90,8 +90,3 @@ def save_hpsv3(
         part.save_pretrained(folder)
     save_file({name: state[f"rm_head.{name}"].float().contiguous() for name in head.state_dict()}, folder / HEAD_FILE)
     (folder / TEMPLATE_FILE).write_text(template.model_dump_json(indent=1) + "\n", encoding="utf-8")
-
-
-def _qwen_name(name: str) -> str:
-    """The name of a weight of transformers' Qwen2-VL in the checkpoint, which an older transformers wrote."""
-    return name.replace("language_model.", "model.", 1) if name.startswith("language_model.") else name

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from transformers import BlipConfig, PreTrainedTokenizerBase
 
 from flowbp.rewards.convert.checkpoints import StateDict, count_layers, head_weights
-from flowbp.rewards.head import HEAD_FILE
 from flowbp.rewards.image_reward import build_towers
+from flowbp.rewards.loading import HEAD_FILE
 
 
 def save_image_reward(

@@ -13,17 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from imgen_common.errors import UserError
 from interleave.agents.parsing import ParseFailure, plan_from_object
 from interleave.agents.prompts import plan_object
-from interleave.datasets.files import Reader, checked, json_file, write_json
-from interleave.datasets.rows import Story, pair
+from interleave.datasets.files import ImageImporter, read_json, validate, write_json
+from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, GeneratorInfo, Plan, PlannerRecord, Request, Spent, Trajectory
 from interleave.storage.images import ImageStore
 
 TARGET_NAME = re.compile(r"step(\d+)_(\d+)\.png")
 IMPORTED = "imported"
 UNKNOWN_SEED = -1
-
-
-# --- execution records of data construction --------------------------------------------------------------------------
 
 
 class _JudgedStep(BaseModel):
@@ -44,20 +41,20 @@ class _ExecutionRecord(BaseModel):
     steps: list[_JudgedStep]
 
 
-def read_execution_record(file: Path, root: Path, pictures: ImageStore) -> Story:
-    """A trajectory of the reference's data construction: `NAME/execution_record.json` with its pictures.
+def read_execution_record(file: Path, root: Path, images: ImageStore) -> FinishedStory:
+    """A trajectory of the reference's data construction: `NAME/execution_record.json` with its images.
 
     The prompt of an attempt is the one proposed when the attempt before it failed.  The planner's object is kept
     word for word in `planner.raw`.  Raises UserError naming the step.
     """
-    record = checked(_ExecutionRecord, json_file(file), str(file))
+    record = validate(_ExecutionRecord, read_json(file), str(file))
     plan = plan_from_object(record.global_context, str(record.global_context.get("reasoning") or ""), "tolerant")
     if isinstance(plan, ParseFailure):
         raise UserError(f"{file}: global_context: {plan.reason}")
     folder = file.resolve().parent.name
     name = unquote(folder.removesuffix(f"_{_slug(record.user_input)}")) or folder
     numbers = [item["step_number"] for item in record.global_context["execution_plan"]]
-    reader = Reader(root, pictures, file.parent)
+    reader = ImageImporter(root, images, file.parent)
     attempts: list[Attempt] = []
     for number, item in enumerate(record.steps, 1):
         where = f"{file}: step record {number}"
@@ -78,8 +75,8 @@ def imported_story(
     plan: Plan,
     attempts: Sequence[Attempt],
     selected: Mapping[int, int],
-) -> Story:
-    """An imported story; it was given a picture if its first attempt edits one."""
+) -> FinishedStory:
+    """An imported story; it was given an image if its first attempt edits one."""
     missing = [step.index for step in plan.steps if step.kind == "image" and step.index not in selected]
     num_judged = sum(attempt.verdict is not None for attempt in attempts)
     trajectory = Trajectory(
@@ -91,11 +88,11 @@ def imported_story(
         status="budget_exhausted" if missing else "complete",
         spent=Spent(generations=len(attempts), critic_calls=num_judged, planner_calls=1),
     )
-    return Story(trajectory, tuple(attempts))
+    return FinishedStory(trajectory, tuple(attempts))
 
 
 def _judged_attempt(
-    item: _JudgedStep, step: int, name: str, earlier: Sequence[Attempt], reader: Reader, where: str
+    item: _JudgedStep, step: int, name: str, earlier: Sequence[Attempt], reader: ImageImporter, where: str
 ) -> Attempt:
     found = TARGET_NAME.fullmatch(Path(item.target_img).name)
     if found is None:
@@ -106,7 +103,7 @@ def _judged_attempt(
         trajectory_id=name,
         step=step,
         attempt=len(same) + 1,
-        **reader.edit(item.source_img, item.target_img, not any(a.verdict for a in earlier), where),
+        **reader.attempt_images(item.source_img, item.target_img, not any(a.verdict for a in earlier), where),
         original_prompt=item.prompt,
         prompt_used=used,
         seed=int(found[2]),
@@ -120,19 +117,19 @@ def _judged_attempt(
 
 
 def _next_prompt(earlier: Sequence[Attempt], original: str) -> str:
-    """With what prompt a step is drawn after its `earlier` attempts."""
-    last = earlier[-1] if earlier else None
-    if last is None:
+    """The prompt of a step's attempt after its `earlier` ones."""
+    if not earlier:
         return original
+    last = earlier[-1]
     return last.prompt_used if last.verdict else last.refined_prompt or original
 
 
-def write_execution_record(story: Story, root: Path, pictures: ImageStore) -> Path:
-    """Write `root/ID_REQUEST/execution_record.json` and its pictures; the file's path.
+def write_execution_record(story: FinishedStory, root: Path, images: ImageStore) -> Path:
+    """Write `root/ID_REQUEST/execution_record.json` and its images; the file's path.
 
-    The format holds the judged attempts only, of each the picture it was compared with as its one source, and none of
-    times, scores, models, budgets.  Raises UserError where it would tell a prompt wrong: an attempt whose prompt is not
-    the one its predecessor proposed.
+    The format holds the judged attempts only, of each the image it was compared with as its one source, and none of
+    times, scores, models, budgets.  Raises UserError for an attempt whose prompt is not the one that the attempt before
+    it proposed.
     """
     trajectory = story.trajectory
     folder = root / f"{folder_name(trajectory.id)}_{_slug(trajectory.request.text)}"
@@ -140,13 +137,13 @@ def write_execution_record(story: Story, root: Path, pictures: ImageStore) -> Pa
         raise UserError(f"{trajectory.id}: has no plan ({trajectory.status}), so no execution record can be written")
     context = _global_context(trajectory.planner, trajectory.plan)
     numbers = [item["step_number"] for item in context["execution_plan"]]
-    copies = ImageCopies(folder, pictures)
+    copies = ImageCopies(folder, images)
     steps: list[dict[str, Any]] = []
     earlier: list[Attempt] = []
-    for attempt in story.judged():
+    for attempt in story.judged_attempts():
         where = f"{trajectory.id}: step {attempt.step}, attempt {attempt.attempt}"
         if attempt.prompt_used != _next_prompt([a for a in earlier if a.step == attempt.step], attempt.original_prompt):
-            raise UserError(f"{where}: not drawn with the prompt proposed before it; this format cannot say so")
+            raise UserError(f"{where}: not generated with the prompt proposed before it; this format cannot hold that")
         earlier.append(attempt)
         number = numbers[attempt.step - 1]
         source, target = copies.put(attempt, f"step{number}_{attempt.seed}.png")
@@ -179,26 +176,26 @@ def _global_context(planner: PlannerRecord | None, plan: Plan) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class ImageCopies:
-    """Files of a story's pictures in its folder."""
+    """Files of a story's images in its folder."""
 
     folder: Path
-    pictures: ImageStore
+    images: ImageStore
     _names: dict[str, str] = field(default_factory=dict)
 
     def put(self, attempt: Attempt, target: str) -> tuple[str, str]:
-        """Copy an attempt's pictures, the second one to `target`; their names.
+        """Copy an attempt's images, the second one to `target`; their names.
 
         Raises UserError if another attempt has that target.
         """
-        before, after = pair(attempt)
+        before, after = before_and_after(attempt)
         if target in self._names.values():
             raise UserError(
                 f"{attempt.trajectory_id}: two attempts of step {attempt.step} have the seed {attempt.seed}; "
-                "this format cannot tell their pictures apart"
+                "this format cannot tell their images apart"
             )
         source = self._names.setdefault(before, f"source_{len(self._names)}.png" if attempt.source_ids else "white.png")
-        self.pictures.copy(before, self.folder / source)
-        self.pictures.copy(after, self.folder / target)
+        self.images.copy(before, self.folder / source)
+        self.images.copy(after, self.folder / target)
         self._names[after] = target
         return source, target
 

@@ -9,12 +9,20 @@ from pydantic import BaseModel, ConfigDict
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
 from interleave.agents.prompts import IMAGE_MARKER
-from interleave.datasets.files import Reader, beside, checked, json_lines, json_list, json_text, write_json
+from interleave.datasets.files import (
+    ImageImporter,
+    copy_image,
+    read_json_lines,
+    read_json_list,
+    to_json,
+    validate,
+    write_json,
+)
 from interleave.datasets.rows import Evaluation, RlRow, SftRow
 from interleave.storage.images import ImageStore
 
 WHITE_PATH = "data/interleave/white.png"
-"""A reinforcement row is a picture made from nothing if its first path has this in it."""
+"""A reinforcement row is an image made from nothing if its first path has this in it."""
 
 
 # --- supervised rows -------------------------------------------------------------------------------------------------
@@ -33,11 +41,11 @@ class _SharegptItem(BaseModel):
     trajectory_id: str | None = None
 
 
-def read_sft(file: Path, root: Path, pictures: ImageStore) -> Iterator[SftRow]:
+def read_sft(file: Path, root: Path, images: ImageStore) -> Iterator[SftRow]:
     """Rows of planner_sft.json or critic_sft.json.  Raises UserError naming the row."""
-    reader = Reader(root, pictures)
-    for where, value in json_list(file):
-        item = checked(_SharegptItem, value, where)
+    reader = ImageImporter(root, images)
+    for where, value in read_json_list(file):
+        item = validate(_SharegptItem, value, where)
         if [turn.role for turn in item.messages] != ["user", "assistant"]:
             raise UserError(f"{where}: messages must be one of the user and one of the assistant")
         user, assistant = item.messages
@@ -46,15 +54,15 @@ def read_sft(file: Path, root: Path, pictures: ImageStore) -> Iterator[SftRow]:
             raise UserError(f"{where}: {len(texts) - 1} {IMAGE_MARKER} markers for {len(item.images)} images")
         yield SftRow(
             texts=texts,
-            image_ids=tuple(reader.take(path, where) for path in item.images),
+            image_ids=tuple(reader.import_image(path, where) for path in item.images),
             completion=assistant.content,
             trajectory_id=item.trajectory_id,
             extra=item.model_extra or {},
         )
 
 
-def write_sft(rows: Iterable[SftRow], file: Path, pictures: ImageStore) -> None:
-    """Write the rows, and their pictures to `images/` beside the file."""
+def write_sft(rows: Iterable[SftRow], file: Path, images: ImageStore) -> None:
+    """Write the rows, and their images to `images/` beside the file."""
     items = [
         {
             **row.extra,
@@ -63,7 +71,7 @@ def write_sft(rows: Iterable[SftRow], file: Path, pictures: ImageStore) -> None:
                 {"role": "user", "content": IMAGE_MARKER.join(row.texts)},
                 {"role": "assistant", "content": row.completion},
             ],
-            "images": [beside(file, f"images/{image_id}.png", image_id, pictures) for image_id in row.image_ids],
+            "images": [copy_image(file, f"images/{image_id}.png", image_id, images) for image_id in row.image_ids],
         }
         for row in rows
     ]
@@ -82,24 +90,24 @@ class _RlLine(BaseModel):
     evaluation: Evaluation
 
 
-def read_rl(file: Path, root: Path, pictures: ImageStore) -> Iterator[RlRow]:
+def read_rl(file: Path, root: Path, images: ImageStore) -> Iterator[RlRow]:
     """Rows for the critic's reinforcement learning.  Raises UserError naming the line."""
-    reader = Reader(root, pictures)
-    for where, value in json_lines(file):
-        line = checked(_RlLine, value, where)
+    reader = ImageImporter(root, images)
+    for where, value in read_json_lines(file):
+        line = validate(_RlLine, value, where)
         yield RlRow(
             original_prompt=line.origin_prompt,
             prompt_used=line.rewritten_prompt,
-            before_id=reader.take(line.origin_image_path, where),
-            after_id=reader.take(line.edited_image_path, where),
+            before_id=reader.import_image(line.origin_image_path, where),
+            after_id=reader.import_image(line.edited_image_path, where),
             is_t2i=WHITE_PATH in line.origin_image_path,
             evaluation=line.evaluation,
             extra=line.model_extra or {},
         )
 
 
-def write_rl(rows: Iterable[RlRow], file: Path, pictures: ImageStore) -> None:
-    """Write the rows, and their pictures to `images/` beside the file."""
+def write_rl(rows: Iterable[RlRow], file: Path, images: ImageStore) -> None:
+    """Write the rows, and their images to `images/` beside the file."""
     lines = []
     for row in rows:
         before = f"images/{row.before_id}/{WHITE_PATH}" if row.is_t2i else f"images/{row.before_id}.png"
@@ -107,11 +115,11 @@ def write_rl(rows: Iterable[RlRow], file: Path, pictures: ImageStore) -> None:
             **row.extra,
             "origin_prompt": row.original_prompt,
             "rewritten_prompt": row.prompt_used,
-            "origin_image_path": beside(file, before, row.before_id, pictures),
-            "edited_image_path": beside(file, f"images/{row.after_id}.png", row.after_id, pictures),
+            "origin_image_path": copy_image(file, before, row.before_id, images),
+            "edited_image_path": copy_image(file, f"images/{row.after_id}.png", row.after_id, images),
             "evaluation": row.evaluation.model_dump(mode="json"),
         }
-        lines.append(json_text(line))
+        lines.append(to_json(line))
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, "".join(lines))

@@ -7,17 +7,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from imgen_common.errors import UserError
-from interleave.datasets.files import Reader, beside, checked, json_file, json_list, write_json
+from interleave.datasets.files import ImageImporter, copy_image, read_json, read_json_list, validate, write_json
 from interleave.datasets.formats.execution import IMPORTED, UNKNOWN_SEED, ImageCopies, folder_name, imported_story
-from interleave.datasets.rows import Story, pair
+from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, GeneratorInfo, Plan, PlanStep, Record
 from interleave.storage.images import ImageStore
 
-# --- UEval -----------------------------------------------------------------------------------------------------------
-
 
 class UevalAnswer(Record):
-    """What the UEval benchmark judges: a task's question, and the pictures and the text of the story."""
+    """What the UEval benchmark judges: a task's question, and the images and the text of the story."""
 
     id: str
     prompt: str
@@ -44,35 +42,35 @@ class _UevalStep(BaseModel):
     target_img: str
 
 
-def ueval_answer(story: Story, task: str) -> UevalAnswer:
-    """A story as the benchmark judges it: its pictures in order, its words one after the other, nothing between."""
-    trajectory, steps = story.trajectory, story.steps()
+def ueval_answer(story: FinishedStory, task: str) -> UevalAnswer:
+    """A story as the benchmark judges it: its images in order, its words one after the other, nothing between."""
+    trajectory, steps = story.trajectory, story.shown_steps()
     return UevalAnswer(
         id=trajectory.id,
         prompt=trajectory.request.text,
         task=task,
-        image_ids=tuple(pair(attempt)[1] for _, attempt in steps if attempt is not None),
+        image_ids=tuple(before_and_after(attempt)[1] for _, attempt in steps if attempt is not None),
         text="".join(step.words for step, _ in steps),
     )
 
 
-def read_ueval(file: Path, root: Path, pictures: ImageStore) -> Iterator[UevalAnswer]:
+def read_ueval(file: Path, root: Path, images: ImageStore) -> Iterator[UevalAnswer]:
     """The answers of a UEval run.  Raises UserError naming the item."""
-    reader = Reader(root, pictures)
-    for where, value in json_list(file):
-        item = checked(_UevalItem, value, where)
+    reader = ImageImporter(root, images)
+    for where, value in read_json_list(file):
+        item = validate(_UevalItem, value, where)
         yield UevalAnswer(
             id=item.id,
             prompt=item.prompt,
             task=item.task,
-            image_ids=tuple(reader.take(path, where) for path in item.image_answer),
+            image_ids=tuple(reader.import_image(path, where) for path in item.image_answer),
             text=item.text_answer,
             extra=item.model_extra or {},
         )
 
 
-def write_ueval(answers: Iterable[UevalAnswer], file: Path, pictures: ImageStore) -> None:
-    """Write the answers, and their pictures to `images/ID/` beside the file."""
+def write_ueval(answers: Iterable[UevalAnswer], file: Path, images: ImageStore) -> None:
+    """Write the answers, and their images to `images/ID/` beside the file."""
     items = [
         {
             **answer.extra,
@@ -80,7 +78,7 @@ def write_ueval(answers: Iterable[UevalAnswer], file: Path, pictures: ImageStore
             "prompt": answer.prompt,
             "task": answer.task,
             "image_answer": [
-                beside(file, f"images/{folder_name(answer.id)}/step{number}.png", image_id, pictures)
+                copy_image(file, f"images/{folder_name(answer.id)}/step{number}.png", image_id, images)
                 for number, image_id in enumerate(answer.image_ids, 1)
             ],
             "text_answer": answer.text,
@@ -90,29 +88,29 @@ def write_ueval(answers: Iterable[UevalAnswer], file: Path, pictures: ImageStore
     write_json(file, items)
 
 
-def read_ueval_record(answer: UevalAnswer, root: Path, pictures: ImageStore) -> Story:
+def read_ueval_record(answer: UevalAnswer, root: Path, images: ImageStore) -> FinishedStory:
     """The story behind an answer, from `root/ID/execution_record.json`.
 
-    The format keeps one picture of each step, neither its number nor its seed (-1 here) nor a verdict, and does not say
+    The format keeps one image of each step, neither its number nor its seed (-1 here) nor a verdict, and does not say
     which words belong to which step: they all stand at the first.  Raises UserError naming the step.
     """
     file = root / folder_name(answer.id) / "execution_record.json"
-    value = json_file(file)
+    value = read_json(file)
     if not isinstance(value, dict) or list(value) != [str(number + 1) for number in range(len(value))] or not value:
         raise UserError(f'{file}: must be an object with the steps "1", "2", ... in order')
-    reader = Reader(root, pictures, file.parent)
+    reader = ImageImporter(root, images, file.parent)
     steps: list[PlanStep] = []
     attempts: list[Attempt] = []
     for index, (key, item) in enumerate(value.items(), 1):
         where = f"{file}: step {key}"
-        step = checked(_UevalStep, item, where)
+        step = validate(_UevalStep, item, where)
         steps.append(PlanStep(index=index, prompt=step.prompt, text=answer.text if index == 1 else None))
         attempts.append(
             Attempt(
                 trajectory_id=answer.id,
                 step=index,
                 attempt=1,
-                **reader.edit(step.source_img, step.target_img, index == 1, where),
+                **reader.attempt_images(step.source_img, step.target_img, index == 1, where),
                 original_prompt=step.prompt,
                 prompt_used=step.refine_prompt or step.prompt,
                 seed=UNKNOWN_SEED,
@@ -124,12 +122,12 @@ def read_ueval_record(answer: UevalAnswer, root: Path, pictures: ImageStore) -> 
     return imported_story(answer.id, answer.prompt, None, plan, attempts, {step.index: 1 for step in steps})
 
 
-def write_ueval_record(story: Story, root: Path, pictures: ImageStore) -> Path:
-    """Write `root/ID/execution_record.json` and its pictures: of each drawn step the chosen attempt alone."""
+def write_ueval_record(story: FinishedStory, root: Path, images: ImageStore) -> Path:
+    """Write `root/ID/execution_record.json` and its images: of each step with an image the selected attempt alone."""
     folder = root / folder_name(story.trajectory.id)
-    copies = ImageCopies(folder, pictures)
+    copies = ImageCopies(folder, images)
     steps = {}
-    for number, attempt in enumerate((attempt for _, attempt in story.steps() if attempt is not None), 1):
+    for number, attempt in enumerate((attempt for _, attempt in story.shown_steps() if attempt is not None), 1):
         source, target = copies.put(attempt, f"step{number}.png")
         steps[str(number)] = {
             "prompt": attempt.original_prompt,

@@ -1,7 +1,6 @@
 """Any OpenAI-compatible chat endpoint: vLLM, `transformers serve`, or a hosted model."""
 
 import asyncio
-import base64
 import json
 import math
 from collections.abc import Mapping
@@ -12,8 +11,8 @@ from annotated_types import Ge, Gt, Le
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url
-from interleave.models.remote import backend_errors, encode_png
-from interleave.protocols import HashedImage, Message, Reply
+from interleave.models.remote import backend_errors, encode_base64_png
+from interleave.protocols import Message, Reply
 
 if TYPE_CHECKING:
     import httpx
@@ -59,17 +58,10 @@ class EndpointChat:
 
     def __init__(self, config: EndpointChatConfig, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
         """transport: for tests.  Raises UserError for an address that is none, or a key that no header can carry."""
-        self._config, self._url = config, check_url(config.url)
-        self._client = HttpClient(
-            self._url, config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport
-        )
-
-    @property
-    def id(self) -> str:
-        """Model name and settings that answers depend on."""
-        c = self._config
+        self._config, self._url, c = config, check_url(config.url), config
+        self._client = HttpClient(self._url, c.key_env, c.retry, c.concurrency, c.max_answer_bytes, transport)
         extra = f" {json.dumps(dict(c.extra), sort_keys=True)}" if c.extra else ""
-        return f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{extra}"
+        self.id = f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{extra}"
 
     async def chat(self, message: Message, seed: int) -> Reply:
         """The answer.  Raises BackendError."""
@@ -88,9 +80,9 @@ class EndpointChat:
         except (HttpError, TimeoutError) as failure:
             if isinstance(failure, HttpError) and (failure.kind == "rate_limited" or failure.status == 503):
                 return  # it is there, only busy
-            said = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
+            reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
-            raise UserError(f"chat endpoint {said}; {remedy}") from None
+            raise UserError(f"chat endpoint {reason}; {remedy}") from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -101,7 +93,7 @@ class EndpointChat:
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_base64_of(part)}"}}
+            else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_base64_png(part)}"}}
             for part in message
         ]
         body: dict[str, Any] = {
@@ -129,10 +121,6 @@ class EndpointChat:
             raise self._client.malformed(self._url, str(error)) from None
 
 
-def _base64_of(image: HashedImage) -> str:
-    return base64.b64encode(encode_png(image)).decode()
-
-
 def read_reply(data: bytes) -> Reply:
     """The reply in a chat completion; what a server split off as reasoning goes back into `<think>`.
 
@@ -149,14 +137,13 @@ def read_reply(data: bytes) -> Reply:
             num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
             num_completion_tokens=int(usage.get("completion_tokens") or 0),
             truncated=truncated,
-            token_probabilities=tuple((str(t["token"]), _alternatives(t)) for t in tokens),
+            token_probabilities=tuple(
+                (str(t["token"]), {str(o["token"]): math.exp(o["logprob"]) for o in t.get("top_logprobs") or ()})
+                for t in tokens
+            ),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from None
-
-
-def _alternatives(token: Mapping[str, Any]) -> dict[str, float]:
-    return {str(other["token"]): math.exp(other["logprob"]) for other in token.get("top_logprobs") or ()}
 
 
 def _text(message: Mapping[str, Any], truncated: bool) -> str:

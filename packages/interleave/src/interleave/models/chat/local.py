@@ -1,7 +1,7 @@
 """A vision-language model of transformers on this machine: what is waiting is answered in one batch."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -9,16 +9,19 @@ from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError, one_line
-from imgen_common.streams import torch_generator
-from interleave.models.batching import Batcher, FittingBatches
-from interleave.models.chat.conversation import to_conversation
+from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import LogitsProcessor
-
 Asked = tuple[Message, int]
+
+
+def to_conversation(message: Message) -> list[dict[str, Any]]:
+    """`message` as one user turn of transformers' chat format, with `PIL` images."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
+        for part in message
+    ]
+    return [{"role": "user", "content": content}]
 
 
 class LocalChatConfig(Config):
@@ -61,7 +64,8 @@ class LocalChat:
         """Load model and processor.  Raises UserError where they cannot be had."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.config = config
+        self.config = c = config
+        self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
         self._device = device_of(config.device)
         folder = hub.resolve(config.ref)
         try:
@@ -82,16 +86,11 @@ class LocalChat:
         if config.max_pixels is not None:
             self._bound_pixels(config.max_pixels)
         self._context = self._model.config.get_text_config().max_position_embeddings
-        self._batches: FittingBatches[Asked, Reply] = FittingBatches(
+        # Answers to some messages, in batches that fit into memory; where one fails, the others are still answered
+        self.answer: FittingBatches[Asked, Reply] = FittingBatches(
             lambda asked: self._generate(asked), config.max_batch, config.ref
         )
         self._batcher: Batcher[Asked, Reply] = Batcher(self.answer, config.max_batch)
-
-    @property
-    def id(self) -> str:
-        """Model and settings that answers depend on."""
-        c = self.config
-        return f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
 
     async def chat(self, message: Message, seed: int) -> Reply:
         """The answer.  Raises BackendError: refused (a prompt too long), out_of_memory, model_error."""
@@ -101,10 +100,6 @@ class LocalChat:
         """Release the model, once it is idle."""
         await self._batcher.close()
         self._model = None
-
-    def answer(self, asked: Sequence[Asked]) -> list[Reply | BackendError]:
-        """Answers to some messages, in batches that fit into memory; where one fails, the others are still answered."""
-        return self._batches(asked)
 
     def _bound_pixels(self, most: int) -> None:
         """Raises UserError where the processor bounds something else, such as the edges, or asks for more pixels."""
@@ -118,6 +113,8 @@ class LocalChat:
         import torch
         from transformers import LogitsProcessorList
 
+        from interleave.models.chat.sampling import GumbelSampler
+
         inputs = self._inputs([message for message, _ in asked])
         prompts = inputs["attention_mask"].sum(1).tolist()
         limits = [min(self.config.max_new_tokens, self._context - length) for length in prompts]
@@ -125,7 +122,8 @@ class LocalChat:
             raise BackendError(
                 "refused", f"a prompt of {max(prompts)} tokens; {self.config.ref} takes {self._context - 1}"
             )
-        sampler = make_sampler(self.config, [seed for _, seed in asked], self._device)
+        settings = self.config.model_dump(include={"temperature", "top_p", "top_k", "top_logprobs"})
+        sampler = GumbelSampler([seed for _, seed in asked], self._device, **settings)
         with torch.inference_mode():
             out = self._model.generate(
                 **inputs,
@@ -137,7 +135,9 @@ class LocalChat:
                 logits_processor=LogitsProcessorList([sampler]),
             )
         start = inputs["input_ids"].shape[1]
-        opened = self._opened(inputs["input_ids"][0])
+        # a chat template may open <think> for the model, which then does not say it
+        end = self._processor.tokenizer.decode(inputs["input_ids"][0][-8:]).rstrip()
+        opened = "<think>" if end.endswith("<think>") else ""
         return [
             self._reply(opened, out[row, start:][: limits[row]].tolist(), prompts[row], sampler.alternatives(row))
             for row in range(len(asked))
@@ -152,10 +152,6 @@ class LocalChat:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self._device)
-
-    def _opened(self, prompt: "torch.Tensor") -> str:
-        """`<think>` where the chat template has opened it for the model, which then does not say it."""
-        return "<think>" if self._processor.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>") else ""
 
     def _reply(
         self, opened: str, tokens: Sequence[int], num_prompt: int, alternatives: Sequence[Mapping[int, float]]
@@ -177,56 +173,3 @@ class LocalChat:
                 for token, step in zip(ids, shown, strict=False)
             ),
         )
-
-
-def _make_warpers(config: LocalChatConfig) -> "list[LogitsProcessor]":
-    """Temperature, top k and top p as transformers applies them; none at temperature 0."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers: list[LogitsProcessor] = []
-    if config.temperature > 0:
-        warpers.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            warpers.append(TopKLogitsWarper(config.top_k))
-        if config.top_p < 1:
-            warpers.append(TopPLogitsWarper(config.top_p))
-    return warpers
-
-
-def make_sampler(config: LocalChatConfig, seeds: Sequence[int], device: "torch.device") -> Any:
-    """A logits processor under which the most probable token is an exact sample.
-
-    Adds Gumbel noise (arg max of log p + Gumbel noise is a sample of p) from a stream of each row's own, named by its
-    seed; temperature, top_k and top_p apply before.  Temperature 0 adds none.  Keeps the alternatives' probabilities as
-    the model gave them.
-    """
-    import torch
-    from transformers import LogitsProcessor
-
-    warpers = _make_warpers(config)
-
-    class Sampler(LogitsProcessor):
-        def __init__(self) -> None:
-            self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-            self.streams = [torch_generator(seed, "tokens", device=device) for seed in seeds]
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if config.top_logprobs:
-                top = scores.float().softmax(-1).topk(min(config.top_logprobs, scores.shape[-1]))
-                self.steps.append((top.indices.cpu(), top.values.cpu()))
-            if warpers:
-                for warper in warpers:
-                    scores = warper(input_ids, scores)
-                scores = scores.float() - torch.stack([self.exponential(scores[0], s) for s in self.streams]).log()
-            return scores
-
-        def exponential(self, like: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
-            tiny = torch.finfo(torch.float32).tiny
-            return torch.empty_like(like, dtype=torch.float32).exponential_(generator=stream).clamp_min_(tiny)
-
-        def alternatives(self, row: int) -> list[dict[int, float]]:
-            return [
-                dict(zip(indices[row].tolist(), values[row].tolist(), strict=True)) for indices, values in self.steps
-            ]
-
-    return Sampler()

@@ -32,12 +32,7 @@ class ScriptedChat:
     def __init__(
         self, say: Callable[[Message, int], str | Reply | BackendError], latency: float = 0.0, name: str = "scripted"
     ) -> None:
-        self._say, self._latency, self._name = say, latency, name
-
-    @property
-    def id(self) -> str:
-        """The name given."""
-        return self._name
+        self._say, self._latency, self.id = say, latency, name
 
     async def chat(self, message: Message, seed: int) -> Reply:
         """The scripted answer."""

@@ -4,21 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.images_api import ImagesApiConfig
 from interleave.models.generators.pipeline import PipelineConfig
 from interleave.models.generators.scripted import ScriptedConfig
 from interleave.models.generators.service import ServiceConfig
-from interleave.protocols import Generator
-
-__all__ = ["CachedGenerator", "GeneratorConfig", "build_generator"]
 
 GeneratorConfig = Annotated[
     PipelineConfig | ServiceConfig | ImagesApiConfig | ScriptedConfig,  # a new generator is one more member
     Field(discriminator="kind"),
 ]
-
-
-def build_generator(config: GeneratorConfig) -> Generator:
-    """The generator that `config` describes, loaded.  Raises UserError where it cannot be had."""
-    return config.build()

@@ -4,9 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
@@ -18,36 +16,19 @@ from interleave.storage.images import IMAGES, ImageStore
 class CachedGenerator:
     """`inner`, whose images are kept in `folder`, where any number of runs may share them.
 
-    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, the image lies in `images/`;
+    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, the image is in `images/`;
     what is damaged is generated again.  Equal requests at the same time share one image.  Failures are not kept.
     """
 
     def __init__(self, inner: Generator, folder: Path) -> None:
         self._inner, self._folder = inner, folder
+        self.id, self.params, self.max_sources = inner.id, inner.params, inner.max_sources
         self._images = ImageStore(folder / IMAGES)
         self._in_flight = SingleFlight[HashedImage]()
         self.hits, self.misses = 0, 0
 
-    @property
-    def id(self) -> str:
-        """That of the inner generator."""
-        return self._inner.id
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Those of the inner generator."""
-        return self._inner.params
-
-    @property
-    def max_sources(self) -> int:
-        """That of the inner generator."""
-        return self._inner.max_sources
-
     async def generate(self, request: GenerationRequest) -> HashedImage:
-        """The image of an equal request before, at the same time, or else of the inner generator.
-
-        Raises UserError if the folder cannot be written, besides what the inner generator raises.
-        """
+        """The kept image, or the inner generator's.  Raises BackendError, and UserError if it cannot be kept."""
         key = self.key(request)
         self.hits += key in self._in_flight
         return await self._in_flight(key, lambda: self._find(key, request))
@@ -59,8 +40,8 @@ class CachedGenerator:
     def key(self, request: GenerationRequest) -> str:
         """sha256 (hex) of everything that an image depends on."""
         parts = {
-            "generator": self._inner.id,
-            "params": dict(self._inner.params),
+            "generator": self.id,
+            "params": dict(self.params),
             "prompt": request.prompt,
             "sources": [source.id for source in request.sources],
             "seed": request.seed,

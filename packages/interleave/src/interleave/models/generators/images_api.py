@@ -64,24 +64,11 @@ class ImagesApiGenerator:
     def __init__(self, config: ImagesApiConfig, transport: "httpx.AsyncBaseTransport | None" = None) -> None:
         """transport: for tests.  Raises UserError for an address that is none, or a key that no header can carry."""
         self._config, self._url = config, check_url(config.url)
+        self.id, self.max_sources = config.model, config.max_references
+        self.params = config.model_dump(mode="json", include={"url", "size", "quality", "send_seed", "extra"})
         self._client = HttpClient(
             self._url, config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport
         )
-
-    @property
-    def id(self) -> str:
-        """The model's name."""
-        return self._config.model
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """Address, size, quality and the further keys."""
-        return self._config.model_dump(mode="json", include={"url", "size", "quality", "send_seed", "extra"})
-
-    @property
-    def max_sources(self) -> int:
-        """`max_references`."""
-        return self._config.max_references
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image.  Raises BackendError."""
@@ -114,16 +101,10 @@ class ImagesApiGenerator:
             entry = json.loads(data)["data"][0]
             encoded, address = entry.get("b64_json"), entry.get("url")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            said = data[:1000].decode("utf-8", "replace")
-            raise self._client.malformed(self._url, f"no image in the answer: {said}") from None
+            text = data[:1000].decode("utf-8", "replace")
+            raise self._client.malformed(self._url, f"no image in the answer: {text}") from None
         if encoded is not None:
             return await asyncio.to_thread(decode_base64_image, encoded, max_pixels)
-        self._check_address(address)
-        file = await self._client.request("GET", address, seconds=seconds, with_token=False)
-        return await asyncio.to_thread(decode_image, file, max_pixels)
-
-    def _check_address(self, address: object) -> None:
-        """Raises HttpError unless an image may be fetched from there."""
         if not isinstance(address, str):
             raise self._client.malformed(self._url, "no image in the answer")
         if not self._config.allow_addresses:
@@ -131,3 +112,5 @@ class ImagesApiGenerator:
             raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
         if urlsplit(address).scheme != "https":
             raise HttpError("refused", f"{self._url} answers an address that is not https", can_retry=False)
+        file = await self._client.request("GET", address, seconds=seconds, with_token=False)
+        return await asyncio.to_thread(decode_image, file, max_pixels)

@@ -1,17 +1,59 @@
-"""Loads a diffusers pipeline and an adapter, and prepares the FLUX.2 pipelines for batches."""
+"""The diffusers pipelines that can be generators: how they are called, loaded, adapted and prepared for batches."""
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
-from imgen_common.errors import UserError, one_line
-from imgen_common.hub import text_layers
+from imgen_common.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class PipelineFamily:
+    """How a pipeline class wants to be called.
+
+    edit: `references` (several for one image, each its own position), `reference` (one per prompt), `alone` (one prompt
+    per call), `image` (another pipeline, `img2img`, starts from the noised source).  guidance: its argument.
+    negative: the negative prompt without which it has no guidance; None: it takes none.  needs_image: it cannot
+    generate without an image and is given a white one.
+    """
+
+    edit: Literal["references", "reference", "alone", "image"]
+    max_references: int = 1
+    guidance: str = "guidance_scale"
+    negative: str | None = None
+    needs_image: bool = False
+    img2img: str = ""
+
+
+FAMILIES: Mapping[str, PipelineFamily] = {
+    "Flux2KleinPipeline": PipelineFamily("references", 10),
+    "Flux2Pipeline": PipelineFamily("references", 10),
+    "FluxKontextPipeline": PipelineFamily("reference"),
+    "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", " ", needs_image=True),
+    "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", " ", needs_image=True),
+    "StableDiffusion3Pipeline": PipelineFamily("image", negative="", img2img="StableDiffusion3Img2ImgPipeline"),
+    "FluxPipeline": PipelineFamily("image", img2img="FluxImg2ImgPipeline"),
+}
+"""Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""
+
+
+def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
+    """Class name and family of a model's folder.  Raises UserError for another kind of model."""
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    name = str(content.get("_class_name", "folder without model_index.json"))
+    if name not in FAMILIES:
+        allowed = ", ".join(FAMILIES)
+        raise UserError(f"{ref}: cannot generate with a {name}{nearest(name, FAMILIES)}; allowed: {allowed}")
+    return name, FAMILIES[name]
 
 
 def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.device") -> "DiffusionPipeline":
@@ -42,7 +84,11 @@ def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    file, name = _adapter_file(hub.resolve(ref)), type(pipe).__name__
+    path, name = hub.resolve(ref), type(pipe).__name__
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"lora {path}: has {len(files)} *.safetensors files; give the one to use")
+    file = files[0]
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
@@ -60,28 +106,20 @@ def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     return file
 
 
-def _adapter_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"lora {path}: has {len(files)} *.safetensors files; give the one to use")
-    return files[0]
-
-
 def klein_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:
     """Arguments of FLUX.2-klein for its text encoder: the tokens it takes and the layers that are read."""
     return {
         "max_sequence_length": min(512, pipe.tokenizer.model_max_length),
-        "text_encoder_out_layers": text_layers(pipe.text_encoder.config, pipe.transformer.config.joint_attention_dim),
+        "text_encoder_out_layers": hub.text_layers(
+            pipe.text_encoder.config, pipe.transformer.config.joint_attention_dim
+        ),
     }
 
 
 def split_references(prepare: Callable[..., "tuple[torch.Tensor, torch.Tensor]"]) -> "Callable[..., Any]":
-    """FLUX.2's own step from references to tokens and positions, for several prompts with references of their own.
+    """FLUX.2's step from references to tokens and positions, for prompts with equally many references of their own.
 
-    The pipeline gives every prompt all references.  Here the first prompt gets the first of equally many, and so on, as
-    if each image had been generated alone.  Every prompt must have equally many, of the same sizes.
+    The pipeline gives every prompt all references; here each gets its own, as if its image were generated alone.
     """
     import torch
 

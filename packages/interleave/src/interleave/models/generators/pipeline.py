@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -13,9 +13,9 @@ from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from imgen_common.images import enlarge
-from interleave.models.batching import Batcher, FittingBatches
-from interleave.models.generators.families import family_of
+from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
+    family_of,
     fingerprint,
     img2img_pipeline,
     klein_text_options,
@@ -25,6 +25,7 @@ from interleave.models.generators.loading import (
 )
 from interleave.protocols import BackendError, GenerationRequest, HashedImage, check_sources
 
+Item = tuple[GenerationRequest, "GenerationSettings"]
 MINIATURE = "builtin:shapes/generator"
 SMALLEST_REFERENCE = 64
 """Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
@@ -51,9 +52,8 @@ class GenerationSettings(Config):
     def with_defaults(self, other: "GenerationSettings") -> "GenerationSettings":
         """These settings, and those of `other` where these have none."""
         fields = set(GenerationSettings.model_fields)
-        return GenerationSettings(
-            **other.model_dump(include=fields) | self.model_dump(include=fields, exclude_none=True)
-        )
+        own = self.model_dump(include=fields, exclude_none=True)
+        return GenerationSettings(**other.model_dump(include=fields) | own)
 
 
 class PipelineConfig(GenerationSettings):
@@ -123,18 +123,13 @@ class PipelineRunner:
         if settings.strength is not None and self.family.edit != "image":
             raise UserError(f"strength: {self.name} edits by reference and takes none; leave it null")
 
-    def batch_key(self, request: GenerationRequest) -> tuple[tuple[int, int], ...]:
-        """Requests of equal keys can share a call: as many sources, of the same sizes."""
-        return tuple(source.image.size for source in request.sources)
-
     def generate(
         self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None
     ) -> list[HashedImage | BackendError]:
-        """An image, or why there is none, for each of some requests with equal `batch_key`.
+        """An image, or why there is none, for each of some requests with as many sources of the same sizes.
 
-        settings: over those of the configuration.  An image does not depend on which others share its call.  Where
-        memory runs out, the call is repeated with half as many, and so are later ones; where one request fails, the
-        others go on without it.
+        settings: over those of the configuration.  An image does not depend on which others share its call; where
+        memory runs out or one request fails, see `FittingBatches`.
         """
         chosen = self.settings if settings is None else settings.with_defaults(self.settings)
         return self._batches([(request, chosen) for request in requests])
@@ -144,7 +139,7 @@ class PipelineRunner:
         self._pipe = self._editor = None
         self._free_memory()
 
-    def _generate_together(self, items: Sequence[tuple[GenerationRequest, GenerationSettings]]) -> list[HashedImage]:
+    def _generate_together(self, items: Sequence[Item]) -> list[HashedImage]:
         return [HashedImage.from_pil(image) for image in self._call([request for request, _ in items], items[0][1])]
 
     def _call(self, requests: Sequence[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
@@ -210,37 +205,26 @@ class PipelineGenerator:
         """on_batch: called with the number of requests of each batch.  Raises UserError as `PipelineRunner`."""
         self._runner = runner = PipelineRunner(config)
         self._settings = runner.settings
+        self.id, self.max_sources = config.ref, config.max_references
 
-        def generate(
-            items: Sequence[tuple[GenerationRequest, GenerationSettings]],
-        ) -> list[HashedImage | BackendError]:
+        def generate(items: Sequence[Item]) -> list[HashedImage | BackendError]:
             on_batch(len(items))
             return runner.generate([request for request, _ in items], items[0][1])
 
-        self._batcher: Batcher[tuple[GenerationRequest, GenerationSettings], HashedImage] = Batcher(
-            generate, config.max_batch, lambda item: (runner.batch_key(item[0]), item[1])
-        )
+        self._batcher: Batcher[Item, HashedImage] = Batcher(generate, config.max_batch, self._batch_key)
 
-    @property
-    def id(self) -> str:
-        """The model's reference."""
-        return self._runner.config.ref
+    @staticmethod
+    def _batch_key(item: Item) -> Hashable:
+        """Requests of equal keys can share a call: as many sources, of the same sizes, and equal settings."""
+        return tuple(source.image.size for source in item[0].sources), item[1]
 
     @property
     def params(self) -> Mapping[str, Any]:
         """Settings, adapter, and a fingerprint of the files."""
         return self._runner.params | self._settings.model_dump(mode="json")
 
-    @property
-    def max_sources(self) -> int:
-        """`max_references`."""
-        return self._runner.config.max_references
-
     def with_params(self, settings: GenerationSettings) -> "PipelineGenerator":
-        """The same generator, model and batches with `settings` over its own.
-
-        Raises UserError for settings that the family does not take.
-        """
+        """The same model and batches, `settings` over its own.  Raises UserError as `PipelineRunner.check`."""
         self._runner.check(settings)
         other = copy.copy(self)
         other._settings = settings.with_defaults(self._settings)

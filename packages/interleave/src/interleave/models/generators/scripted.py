@@ -10,7 +10,7 @@ from PIL import Image
 
 from imgen_common.config import Config
 from interleave.models.generators.pipeline import GenerationSettings
-from interleave.protocols import BackendError, GenerationRequest, HashedImage
+from interleave.protocols import BackendError, GenerationRequest, HashedImage, check_sources
 
 
 class ScriptedConfig(Config):
@@ -55,25 +55,11 @@ class ScriptedGenerator:
         params: Mapping[str, Any] | None = None,
     ) -> None:
         self._generate, self._latency, self._fails = generate, latency, fails
-        self._max_sources, self._params = max_sources, params or {}
-
-    @property
-    def id(self) -> str:
-        """`scripted`."""
-        return "scripted"
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """As given."""
-        return self._params
-
-    @property
-    def max_sources(self) -> int:
-        """As given."""
-        return self._max_sources
+        self.id, self.max_sources, self.params = "scripted", max_sources, params or {}
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image of `request`, or its failure."""
+        check_sources(self, request)
         await asyncio.sleep(self._latency)
         failure = self._fails(request)
         if failure is not None:
@@ -89,7 +75,7 @@ class ScriptedGenerator:
             size = given.get("width", image.width), given.get("height", image.height)
             return image.resize(size, Image.Resampling.NEAREST)
 
-        return ScriptedGenerator(resized, self._latency, self._fails, self._max_sources, {**self._params, **given})
+        return ScriptedGenerator(resized, self._latency, self._fails, self.max_sources, {**self.params, **given})
 
     async def close(self) -> None:
         """Nothing to release."""

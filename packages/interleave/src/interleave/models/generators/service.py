@@ -1,7 +1,6 @@
 """The client of `interleave serve`: a pool of replicas, each call to the one with the least to do that is up."""
 
 import asyncio
-import base64
 import contextlib
 import itertools
 import json
@@ -14,16 +13,9 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from imgen_common.config import Config
 from imgen_common.errors import UserError
-from imgen_common.http import (
-    CONNECT_SECONDS,
-    HttpClient,
-    HttpError,
-    RetryPolicy,
-    check_url,
-    run_in_thread,
-)
+from imgen_common.http import CONNECT_SECONDS, HttpClient, HttpError, RetryPolicy, check_url, run_in_thread
 from interleave.models.generators.pipeline import GenerationSettings
-from interleave.models.remote import ServiceError, backend_errors, decode_base64_image, encode_png
+from interleave.models.remote import RemoteFailure, backend_errors, decode_base64_image, encode_base64_png
 from interleave.protocols import GenerationRequest, HashedImage
 from interleave.records import FailureKind
 
@@ -92,7 +84,10 @@ class ServiceGenerator:
         self, config: ServiceConfig, info: ServiceInfo, transport: "httpx.AsyncBaseTransport | None" = None
     ) -> None:
         """transport: for tests.  Raises UserError for an address that is none, or a token that no header can carry."""
-        self._config, self._info = config, info
+        self._config = config
+        self.id, self.max_sources = info.model, info.max_sources
+        self._params = config.params.model_dump(mode="json", exclude_none=True)
+        self.params = {**info.params, **self._params}
         self._replicas = [_Replica(check_url(url)) for url in config.urls]
         self._turns = itertools.count(1)
         self._client = _client(config, transport)
@@ -124,21 +119,6 @@ class ServiceGenerator:
                 )
         return cls(config, first)
 
-    @property
-    def id(self) -> str:
-        """The service's model."""
-        return self._info.model
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The service's, and the configured settings over them."""
-        return {**self._info.params, **self._config.params.model_dump(mode="json", exclude_none=True)}
-
-    @property
-    def max_sources(self) -> int:
-        """As the service says."""
-        return self._info.max_sources
-
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image.  Raises BackendError."""
         body = await asyncio.to_thread(self._body, request)
@@ -156,9 +136,9 @@ class ServiceGenerator:
     def _body(self, request: GenerationRequest) -> bytes:
         body = {
             "prompt": request.prompt,
-            "images": [base64.b64encode(encode_png(source)).decode() for source in request.sources],
+            "images": [encode_base64_png(source) for source in request.sources],
             "seed": request.seed,
-            "params": self._config.params.model_dump(mode="json", exclude_none=True),
+            "params": self._params,
         }
         return json.dumps(body).encode()
 
@@ -243,7 +223,7 @@ def _as_service_error(error: HttpError) -> HttpError:
     except (ValueError, KeyError, TypeError, RecursionError):
         return error
     if error.kind == "server_error" and error.status not in (502, 503) and kind in get_args(FailureKind):
-        return ServiceError(kind, str(error))
+        return RemoteFailure(kind, str(error))
     return error
 
 

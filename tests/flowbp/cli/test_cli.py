@@ -1,0 +1,489 @@
+"""The commands as a person meets them: help, a whole small run, going on with it, and every mistake in one line."""
+
+import contextlib
+import io
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import forking
+import pytest
+import torch
+import typer
+
+from flowbp import cli
+from flowbp.cli import app
+from flowbp.config import Hinge, TrainConfig
+from flowbp.core.plan import draw_plan
+from flowbp.evaluation.results import load_evaluations
+from flowbp.methods import METHODS
+from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, plan_strip
+from flowbp.training.progress import TextReporter, format_duration, format_memory, sparkline
+from flowbp.training.runs import new_run_path
+from flowbp.training.trainer import reward_losses
+from imgen_common import hub
+from imgen_common.config import load
+from imgen_common.run_folder.folder import RunFolder
+from imgen_common.streams import numpy_generator
+
+COMMANDS = (
+    *("train", "estimate", "methods", "explain", "sample", "eval", "benchmark", "table"),
+    *("report", "prefetch", "export", "convert-reward"),
+)
+SMALL = (
+    *(
+        "method=flowbp_sparse",
+        "guidance_scale=1",
+        "max_train_steps=3",
+        "num_inference_steps=4",
+        "total_batch_size=2",
+        "eval.num_prompts=12",
+        "eval.num_inference_steps=2",
+        "eval.every=2",
+    ),
+    *("eval.quick_num_prompts=2", "checkpoint.every=2", "eval.guidance_scale=[1.0, 2.0]"),
+)
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def sets(*pairs: str) -> list[str]:
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def call_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["flowbp", *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    output = capsys.readouterr()
+    return int(stop.value.code or 0), output.out, output.err
+
+
+@pytest.fixture
+def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """flowbp(*words) -> (exit code, standard output, standard error), in this process."""
+    return lambda *words: call_with(capsys, monkeypatch, *words)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small run, made by the command."""
+    root = tmp_path_factory.mktemp("runs")
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(sys, "argv", ["flowbp", "train", "--runs", str(root), *sets(*SMALL)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    (root / "output.txt").write_text(output.getvalue())
+    return root / "flowbp_sparse"
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'pydantic', 'numpy', 'rich', 'diffusers', 'matplotlib'}"
+    code = f"import sys, flowbp.cli; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example(flowbp: Call, command: str) -> None:
+    code, text, _ = flowbp(command, "--help")
+    assert code == 0
+    assert "Example:" in text
+    assert f"flowbp {command}" in text.partition("Example:")[2]
+    assert len(text.partition("Example:")[0]) > 150
+
+
+def test_the_examples_are_all_commands() -> None:
+    assert tuple(typer.main.get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--resum", "x"], "--resume"),
+        (["explain", "full", "--num-inferense-steps", "3"], "--num-inference-steps"),
+        (["explain", "refll"], "did you mean 'refl'?"),
+        (["explain", "nothing"], "allowed: refl, draft_k"),
+        (["train", "--set", "lorra.rank=2"], "did you mean 'lora'?"),
+        (["train", "flowbp_bridge"], "write --set method=flowbp_bridge"),
+        (["plan"], "plan: renamed; write estimate"),
+        (["sample", "a cat", "--steps=3"], "--steps: renamed; write --num-inference-steps"),
+        (["explain", "full", "--picture", "a.png"], "--picture: renamed; write --figure"),
+    ],
+)
+def test_typos_answer_with_the_nearest_name(flowbp: Call, words: list[str], said: str) -> None:
+    code, _, errors = flowbp(*words)
+    assert code == 2
+    assert said in errors
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+BAD = {
+    "renamed key": (["num_updates=3"], "num_updates=3: renamed; write max_train_steps"),
+    "renamed key of a part": (["optim.lr=1e-3"], "optim.lr=1e-3: renamed; write learning_rate"),
+    "renamed key of a method": (["method.active.num_steps=3"], "renamed; write num_active_steps"),
+    "key of a part that is no longer there": (["guidance.scale=2"], "renamed; write guidance_scale, beside guidance"),
+    "unknown key": (["optim.learing_rate=1"], "unknown key"),
+    "wrong type": (["max_train_steps=many"], "must be a valid integer, got 'many'"),
+    "out of range": (["optim.learning_rate=2"], "must be less than or equal to 1"),
+    "unknown method": (["method=flowbp_spars"], "did you mean 'flowbp_sparse'?; allowed: refl, draft_k"),
+    "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
+    "more active steps than steps": (
+        ["method=flowbp_sparse", "num_inference_steps=4", "method.active.num_active_steps=5"],
+        "asks for 5 of 4 steps",
+    ),
+    "alpha above 1": (["method=flowbp_bridge", "method.coupling.alpha=1.5"], "less than or equal to 1, got 1.5"),
+    "alpha below 0": (["method=flowbp_bridge", "method.coupling.alpha=-0.5"], "greater than or equal to 0"),
+    "missing model": (["model.ref=/no/such/folder"], "no such folder"),
+    "unknown builtin": (["rewards.0.ref=builtin:shapes/rewrad"], "did you mean 'builtin:shapes/reward'?"),
+    "not a generator": (["model.ref=builtin:shapes/reward"], "cannot train"),
+    "missing prompts": (["data.prompts=none.txt"], "no such prompt file"),
+    "missing prompts to evaluate": (["eval.prompts=none.txt"], "no such prompt file"),
+    "batch that does not divide": (["total_batch_size=5", "per_device_batch_size=2"], "choose a divisor"),
+    "picture that does not fit": (["model.height=33"], "multiples of"),
+    "adapters that match nothing": (["lora.target_modules=[nothing]"], "match no linear layer"),
+    "name with a folder": (["name=../elsewhere"], "must be the plain name"),
+}
+
+
+def assert_refused(answer: tuple[int, str, str], said: str) -> None:
+    code, output, errors = answer
+    assert code == 2
+    assert output == ""
+    assert errors.startswith("flowbp: error: ")
+    assert errors.count("\n") == 1
+    assert said in errors
+
+
+@pytest.mark.parametrize(("pairs", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(
+    flowbp: Call, tmp_path: Path, pairs: list[str], said: str
+) -> None:
+    assert_refused(flowbp("train", "--runs", tmp_path / "runs", *sets(*pairs)), said)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "holds no prompt"), (b"caf\xe9\n", "not UTF-8 at byte 3")])
+def test_bad_prompt_files(flowbp: Call, tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    answer = flowbp("train", "--runs", tmp_path / "runs", *sets(f"data.prompts={tmp_path / 'prompts.txt'}"))
+    assert_refused(answer, said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_half_downloaded_model(flowbp: Call, tmp_path: Path) -> None:
+    shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "model")
+    weights = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    answer = flowbp("train", "--runs", tmp_path / "runs", *sets(f"model.ref={tmp_path / 'model'}"))
+    assert_refused(answer, "half-downloaded model")
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    flowbp: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert_refused(flowbp("train", "--runs", tmp_path / "runs"), "no room for 3 checkpoints")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Path) -> None:
+    before = tree(trained)
+    for pair, said in (("seed=33", "now 33 was given"), ("eval.seed=99", "now 99 was given")):
+        assert_refused(flowbp("train", "--resume", trained, *sets(pair)), said)
+    assert tree(trained) == before
+
+
+def test_a_second_process_stays_out(flowbp: Call, trained: Path) -> None:
+    before = tree(trained)
+    with RunFolder.open(trained):
+        assert_refused(flowbp("train", "--resume", trained), "in use by another process")
+    assert {k: v for k, v in tree(trained).items() if k != ".lock"} == {k: v for k, v in before.items() if k != ".lock"}
+
+
+def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: Path) -> None:
+    before = tree(trained)
+    assert_refused(flowbp("train", "--runs", trained.parent, *sets(f"name={trained.name}")), "holds a run already")
+    assert tree(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["report", "nowhere"], "no such run"),
+        (["train", "--resume", "nowhere"], "no such run"),
+        (["sample", "--run", "nowhere"], "nowhere"),
+        (["sample", "--base"], "is for --run"),
+        (["sample", "--guidance-scale", "0"], "above 0"),
+        (["eval", "builtin:shapes/nothing"], "unknown model"),
+        (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
+        (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
+        (["explain", "flowbp_sparse", "--num-inference-steps", "2"], "asks for 3 of 2 steps"),
+        (["prefetch", "builtin:shapes/nothing"], "unknown model"),
+        (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv3'"),
+        (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
+        (["convert-reward", "hpsv2", "missing.pt", "out", "--with", "b"], "no such file"),
+        (["convert-reward", "hpsv3", "a.pt", "out", "--with", "b"], "needs --prompt-source FILE"),
+        (["convert-reward", "hpsv2", "a.pt", "out", "--with", "b", "--prompt-source", "c.py"], "is for hpsv3"),
+    ],
+)
+def test_bad_words_to_the_other_commands(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:
+    runs = ["--runs", tmp_path] if words[0] in ("report", "train", "sample", "eval") else []
+    assert_refused(flowbp(*words, *runs), said)
+
+
+# --- a run from end to end -------------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_does_and_leaves_a_report(trained: Path) -> None:
+    output = (trained.parent / "output.txt").read_text()
+    for said in ("update 1/3", "update 3/3", "gradient norm", "s/update", "peak", "Verifier", "95 % interval"):
+        assert said in output
+    assert f"run folder: {trained}" in output
+    assert (trained / "report.html").read_text().startswith("<!doctype html>")
+    assert len(load_evaluations(trained)) == 4
+
+
+def test_the_environment_names_the_command(trained: Path) -> None:
+    command = json.loads((trained / "environment.json").read_text())["command"]
+    assert command[:2] == ["flowbp", "train"]
+
+
+def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: Path) -> None:
+    assert new_run_path(load(TrainConfig, [], SMALL), trained.parent) == trained.with_name(trained.name + "-2")
+    code, output, _ = flowbp(
+        "train", "--runs", trained.parent, "--resume", trained.name, "--json", *sets("max_train_steps=4")
+    )
+    assert code == 0
+    events = [json.loads(line) for line in output.splitlines()]
+    assert [event["update"] for event in events if event["event"] == "update"] == [4]
+    assert events[0] == {"event": "start", "run": str(trained), "max_train_steps": 4}
+    assert events[-1]["event"] == "done"
+    assert {one["guidance"] for one in events[-1]["results"]} == {1.0, 2.0}
+    assert RunFolder.open(trained, is_main=False).config(TrainConfig).max_train_steps == 4
+    lines = list(RunFolder.open(trained, is_main=False).metrics())
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
+    assert [line["step"] for line in lines if "watch/distance" in line] == [2, 4]
+
+
+def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    words = [
+        "sample",
+        "a red circle",
+        "--run",
+        trained,
+        "--num-images",
+        2,
+        "--num-inference-steps",
+        3,
+        "--out",
+        tmp_path,
+    ]
+    assert flowbp(*words)[0] == 0
+    assert flowbp(*words, "--base")[0] == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    pictures = ["a-red-circle-seed0.png", "a-red-circle-seed1.png", "grid.png"]
+    assert names == [f"{n:03d}-{name}" for n in (0, 1) for name in pictures]
+    assert (tmp_path / f"000-{pictures[0]}").read_bytes() != b""
+
+
+def test_evaluating_a_run_compares_it_with_its_base(flowbp: Call, trained: Path) -> None:
+    code, output, _ = flowbp("eval", trained, "--num-prompts", 6, "--guidance-scale", 1, "--json")
+    assert code == 0
+    (result,) = json.loads(output)["results"]
+    assert (result["before"], result["after"]) == (f"{trained.name} (base)", trained.name)
+    assert result["scores"]["reward"]["num"] == 6
+    assert set(result["categories"]) == {"single", "position", "two", "relation", "count", "binding"}
+
+
+def test_evaluating_a_model_alone(flowbp: Call) -> None:
+    words = [
+        "eval",
+        "builtin:shapes/generator",
+        "--num-prompts",
+        6,
+        "--guidance-scale",
+        1,
+        *sets("eval.num_inference_steps=2"),
+    ]
+    code, output, _ = flowbp(*words)
+    assert code == 0
+    assert "builtin:shapes/generator, 6 prompts" in output
+    assert "Verifier" in output
+
+
+def test_the_report_command_writes_the_page_anew(flowbp: Call, trained: Path) -> None:
+    (trained / "report.html").unlink()
+    assert flowbp("report", trained.name, "--runs", trained.parent)[:2] == (0, f"{trained / 'report.html'}\n")
+    assert (trained / "report.html").exists()
+
+
+def test_prefetch_prints_folders(flowbp: Call) -> None:
+    code, output, _ = flowbp("prefetch", "builtin:shapes/reward", "builtin:shapes/heldout")
+    assert code == 0
+    assert len(output.splitlines()) == 2
+
+
+def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
+    words = [
+        "train",
+        "--dry-run",
+        "--runs",
+        tmp_path / "runs",
+        *sets("method=draft_k", "num_inference_steps=25", "guidance_scale=2", "total_batch_size=6"),
+    ]
+    code, output, _ = flowbp(*words)
+    assert code == 0
+    assert "  name: draft_k" in output
+    assert "trained weights" in output
+    code, output, _ = flowbp(*words, "--json")
+    content: dict[str, Any] = json.loads(output)
+    # 3 active steps; without gradient both branches of 25 steps, and the negative one again at the active steps
+    assert content["arithmetic"]["evaluations_per_update_with_gradient"] == 6 * 3
+    assert content["arithmetic"]["evaluations_per_update_without_gradient"] == 6 * (2 * 25 + 3)
+    assert [term["step"] for term in content["plan"]["terms"]] == [24, 23, 22]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_folder(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("update 3/3") == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    (run,) = tmp_path.iterdir()
+    words, log = ["flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, f"name={run.name}")], tmp_path / "log"
+    assert all(forking.exit_codes(2, forking.command, *words, log=log))
+    assert log.read_text().count("flowbp: error: ") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, "max_train_steps=500")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("update 10/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    (run,) = tmp_path.iterdir()
+    assert process.returncode == 130
+    assert errors == f"\nstopped; continue with: flowbp train --resume {run}\n"  # and no advice from libraries
+    assert RunFolder.open(run, is_main=False).latest_checkpoint() >= 10  # type: ignore[operator]
+
+
+# --- methods and plans -----------------------------------------------------------------------------------------------
+
+
+def test_methods_lists_all_with_their_sources(flowbp: Call) -> None:
+    rows = json.loads(flowbp("methods", "--json")[1])
+    assert [row["name"] for row in rows] == list(METHODS)
+    assert all(row["about"].endswith(".") and row["source"] for row in rows)
+    assert "2606.11075" in describe_method("flowbp_bridge")[1]
+    code, output, _ = flowbp("methods")
+    assert code == 0
+    assert all(name in output for name in METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_explain_shows_every_method(flowbp: Call, method: str) -> None:
+    code, output, _ = flowbp("explain", method, "--num-inference-steps", 25, "--seed", 3)
+    assert code == 0
+    drawn = draw_plan(METHODS[method], linear_sigmas(25), numpy_generator(3, "plan", 0))
+    assert all(f"{row['weight']:+.4f}" in output for row in drawn.table())
+    assert "what the reward sees" in output
+
+
+def test_explain_writes_a_figure_and_takes_the_models_levels(flowbp: Call, tmp_path: Path) -> None:
+    words = [
+        "--set",
+        "method.coupling.alpha=0.7",
+        "--model",
+        "builtin:shapes/generator",
+        "--figure",
+        tmp_path / "a.png",
+    ]
+    code, output, _ = flowbp("explain", "flowbp_bridge", "--num-inference-steps", 9, *words)
+    assert code == 0
+    assert "bridge: alpha 0.7" in output
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_strip_lines_up() -> None:
+    drawn = draw_plan(METHODS["flowbp_lagrange"], linear_sigmas(25, 3.0), numpy_generator(3, "plan", 0))
+    rows = dict(plan_strip(drawn))
+    for term in drawn.terms:
+        assert rows["active"][3 * term.step] == ("◉" if term.coupling else "●")
+    for k, leg in enumerate(drawn.legs, 1):
+        line = rows[f"leg {k}"]
+        assert line.index("○") == 3 * leg.start
+        assert line.index("┤") == 3 * leg.stop
+    assert rows["reward"].index("▲") == 75
+    assert plan_strip(draw_plan(METHODS["full"], linear_sigmas(100), numpy_generator(0, "plan", 0))) == []
+
+
+def test_axes_name_their_numbers() -> None:
+    axes = describe_axes(METHODS["flowbp_lagrange"])
+    assert axes["active steps"].startswith(
+        "first_supports: sampler dirichlet (clean 2.5, gap 6, noisy 2), num_supports 2"
+    )
+    assert describe_axes(METHODS["full"])["weights"] == "euler"
+
+
+# --- small parts -----------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[3] / "scripts" / "config_reference.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--check"])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_without_a_ceiling_the_loss_is_the_negative_score() -> None:
+    scores = torch.tensor([-2.0, 0.5, 3.0])
+    assert torch.equal(reward_losses(Hinge(), scores), -scores)
+    assert reward_losses(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
+
+
+def test_plain_progress_speaks_now_and_then() -> None:
+    said: list[str] = []
+    lines = TextReporter(25, ["reward"], said.append)
+    lines.stage("training")
+    for update in range(1, 26):
+        lines.update(update, {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_gib": 1.5, "gap_0": 0.1})
+    assert [line.split()[1] for line in said[1:]] == ["1/25", "10/25", "20/25", "25/25"]
+    assert "gaps 0.100" in said[-1]
+    assert "1.50 GiB" in said[-1]
+
+
+def test_numbers_for_people() -> None:
+    assert [format_duration(s) for s in (41, 125, 3 * 3600 + 1200)] == ["41 s", "2 min 05 s", "3 h 20 min"]
+    assert [format_memory(m) for m in (0.842, 1.02)] == ["0.84 GiB", "1.02 GiB"]
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, 1.0], 40) == "▁▁"

@@ -1,0 +1,70 @@
+"""Every recipe is read, and would notice a misspelt key."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from families import folder_of
+
+from flowbp.config import TrainConfig
+from flowbp.core.plan import draw_plan
+from flowbp.training import preflight
+from imgen_common.config import load
+from imgen_common.errors import UserError
+
+FAMILY_OF = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
+RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_is_valid_and_its_method_can_be_planned(recipe: Path) -> None:
+    config = load(TrainConfig, [recipe])
+    sigmas = np.linspace(1, 0, config.num_inference_steps + 1).tolist()
+    assert draw_plan(config.method, sigmas, np.random.default_rng(0)).num_gradient_forwards >= 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("tiny")
+    return {name: folder_of(family, place) for name, family in FAMILY_OF.items()}
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.parent.name != "miniature"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str, Path]) -> None:
+    """With a tiny model of the same family and prompts of the miniature in the place of what is not here."""
+    sets = [f"model.ref={tiny[recipe.parent.name]}", "rewards.0.ref=builtin:shapes/reward"]
+    sets += ["heldout.0.ref=builtin:shapes/heldout", "heldout.1.ref=builtin:shapes/heldout"]
+    sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
+    job = preflight.check_run(load(TrainConfig, [recipe], sets), 8 if recipe.stem != "lora_24gb" else 1)
+    cost = preflight.update_arithmetic(job)
+    assert cost["images_per_update"] == job.config.total_batch_size
+    assert cost["updates"] == 300
+
+
+def test_the_papers_runs_are_all_there() -> None:
+    paper = {"refl", "draft_lv", "drtune", "leapalign", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange"}
+    for name in FAMILY_OF:
+        found = {recipe.stem for recipe in RECIPES if recipe.parent.name == name}
+        assert paper <= found
+        for recipe in (r for r in RECIPES if r.parent.name == name and r.stem in paper):
+            assert load(TrainConfig, [recipe]).method.name == recipe.stem
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_misspelt_key_is_noticed(recipe: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(recipe.read_text())
+    if "extends" in tree:
+        tree["extends"] = str(recipe.parent / tree["extends"])
+    key = next(key for key in tree if key != "extends")
+    tree[key + "x"] = tree.pop(key)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=f"did you mean '{key}'"):
+        load(TrainConfig, [broken])

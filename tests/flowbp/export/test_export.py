@@ -1,0 +1,175 @@
+"""Exports: what others load back draws the same image."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_kohya_flux_lora_to_diffusers,
+    _convert_non_diffusers_flux2_lora_to_diffusers,
+)
+from families import FAMILIES, SIZE, folder_of
+from safetensors.torch import load_file
+from tiers import tiers
+
+from flowbp import backbones
+from flowbp.backbones.licenses import license_of
+from flowbp.backbones.loading import load_trained_weights, mark_trainable
+from flowbp.config import TrainConfig
+from flowbp.evaluation import sampling
+from flowbp.export import export_run
+from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
+from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.run_folder.folder import RunFolder
+
+TARGETS = (
+    "lora.target_modules=[to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_qkv_mlp_proj, to_out]"
+)
+
+
+def trained(place: Path, model: Path, *sets: str) -> Path:
+    """A run folder whose weights are random but not nothing, as if it had been trained."""
+    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", *sets])
+    parameters = mark_trainable(backbones.load(str(model)).net, config)
+    rng = torch.Generator().manual_seed(1)
+    average = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
+    last = {name: p.detach() for name, p in parameters.items()}
+    with RunFolder.create(place / "run", config, ["flowbp"]) as run:
+        run.save_checkpoint(1, {"weights": last, "ema": average, "optimizer": {}}, {})
+    return place / "run"
+
+
+def theirs(pipe: DiffusionPipeline, family: str) -> torch.Tensor:
+    """What the unmodified pipeline generates."""
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "pt", "height": SIZE[0], "width": SIZE[1]}
+    options |= FAMILIES[family].guided(1.0)
+    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(3), **options).images
+
+
+def ours(run: Path, model: Path, *, base: bool = False) -> torch.Tensor:
+    backbone = backbones.load(str(model))
+    if not base:
+        load_trained_weights(backbone, run)
+    return sampling.generate_images(backbone, "a red circle", [3], SIZE, 3, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_adapter_generates_the_same_image_in_diffusers(family: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    out = export_run(run, "diffusers", tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    assert (theirs(pipe, family) - ours(run, model)).abs().max() > 5e-3
+    pipe.load_lora_weights(out, weight_name=DIFFUSERS_FILE)
+    assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
+    text = (out / "README.md").read_text()
+    assert TrainConfig().method.name in text
+    assert "rank: 4" in text
+    with pytest.raises(UserError, match="exists already"):
+        export_run(run, "diffusers", out)
+
+
+def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
+    """Beside that of the last update, in one pipeline, and that of an earlier checkpoint."""
+    model = folder_of("flux2", tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    with RunFolder.open(run) as folder:
+        tensors = folder.load_checkpoint(1).tensors
+        later = {name: 2 * value for name, value in tensors["ema"].items()}
+        folder.save_checkpoint(2, {"weights": tensors["ema"], "ema": later, "optimizer": {}}, {})
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    cases = {"ema": ("ema", None), "last": ("last", None), "early": ("ema", 1)}
+    for name, (kept, step) in cases.items():
+        out = export_run(run, "diffusers", tmp_path / name, kept, step)
+        pipe.load_lora_weights(out, weight_name=DIFFUSERS_FILE, adapter_name=name)
+    images = {}
+    for name in cases:
+        pipe.set_adapters(name)
+        images[name] = theirs(pipe, "flux2")
+    assert (images["ema"] - ours(run, model)).abs().max() < 1e-5
+    assert (images["last"] - images["early"]).abs().max() < 1e-5  # as the checkpoints were made
+    assert (images["ema"] - images["last"]).abs().max() > 5e-3
+    assert "1 updates" in (tmp_path / "early" / "README.md").read_text()
+    with pytest.raises(UserError, match="no checkpoint of step 7; there are: 1, 2"):
+        export_run(run, "diffusers", tmp_path / "none", step=7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", tiers(["null", "{rank: 4, alpha: 8}"], default=["null"], slow=["{rank: 4, alpha: 8}"]))
+def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, f"lora={lora}")
+    pipe = DiffusionPipeline.from_pretrained(export_run(run, "merged", tmp_path / "out"), dtype=torch.float32)
+    assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
+    if lora == "null":
+        with pytest.raises(UserError, match="use --to merged"):
+            export_run(run, "comfyui", tmp_path / "other")
+    last = DiffusionPipeline.from_pretrained(export_run(run, "merged", tmp_path / "last", "last"), dtype=torch.float32)
+    assert (theirs(last, family) - ours(run, model, base=True)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["flux2", "sd3"])
+def test_a_comfyui_adapter_loads_back_through_diffusers(family: str, tmp_path: Path) -> None:
+    model = folder_of(family, tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    out = export_run(run, "comfyui", tmp_path / "out")
+    if family == "flux2":
+        keys = set(load_file(out / COMFYUI_FILE))
+        assert "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight" in keys
+        assert "diffusion_model.single_blocks.1.linear1.lora_B.weight" in keys
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.load_lora_weights(out, weight_name=COMFYUI_FILE)
+    assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
+
+
+def random_adapter(outputs: int, inputs: int, seed: int) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+    return Adapter(torch.randn(2, inputs, generator=rng), torch.randn(outputs, 2, generator=rng))
+
+
+def test_flux1_keys_come_back_through_diffusers_converter() -> None:
+    """At the real widths, which the converter has written down; key and MLP of the single block have no adapter."""
+    single, double = "single_transformer_blocks.7", "transformer_blocks.3"
+    found = {f"{double}.attn.{end}": random_adapter(3072, 3072, i) for i, end in enumerate(("to_q", "to_k", "to_v"))}
+    found |= {
+        f"{double}.attn.to_out.0": random_adapter(3072, 3072, 5),
+        f"{double}.ff.net.2": random_adapter(3072, 12288, 6),
+    }
+    found |= {
+        f"{single}.attn.to_q": random_adapter(3072, 3072, 7),
+        f"{single}.attn.to_v": random_adapter(3072, 3072, 8),
+    }
+    widths = {f"{single}.attn.to_k": 3072, f"{single}.proj_mlp": 12288} | {n: len(a.up) for n, a in found.items()}
+    back = _convert_kohya_flux_lora_to_diffusers(to_comfyui(found, "FluxPipeline", widths))
+    for layer, adapter in found.items():
+        update = back[f"transformer.{layer}.lora_B.weight"] @ back[f"transformer.{layer}.lora_A.weight"]
+        assert torch.allclose(update, adapter.update, atol=1e-4)
+    silent = back[f"transformer.{single}.proj_mlp.lora_B.weight"] @ back[f"transformer.{single}.proj_mlp.lora_A.weight"]
+    assert not silent.any()
+
+
+def test_layers_without_a_name_are_refused() -> None:
+    with pytest.raises(UserError, match="export --to diffusers instead"):
+        to_comfyui({"x_embedder": random_adapter(4, 4, 0)}, "Flux2KleinPipeline", {})
+
+
+def test_fused_layers_stack_their_outputs() -> None:
+    a, b = random_adapter(3, 5, 0), random_adapter(2, 5, 1)
+    x = torch.randn(5)
+    whole = fuse_adapters([a, None, b], [3, 4, 2]).update @ x
+    assert torch.allclose(whole, torch.cat([a.update @ x, torch.zeros(4), b.update @ x]), atol=1e-5)
+    converted = _convert_non_diffusers_flux2_lora_to_diffusers(
+        to_comfyui({"transformer_blocks.0.attn.to_v": b}, "Flux2KleinPipeline",
+                   {f"transformer_blocks.0.attn.{n}": 2 for n in ("to_q", "to_k", "to_v")})
+    )  # fmt: skip
+    assert not converted["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"].any()
+
+
+def test_licenses_are_known_or_said_not_to_be() -> None:
+    assert license_of("black-forest-labs/FLUX.2-klein-base-4B@main") == "Apache-2.0"
+    assert "non-commercial" in license_of("black-forest-labs/FLUX.2-klein-base-9B")
+    assert "not known" in license_of("someone/something")

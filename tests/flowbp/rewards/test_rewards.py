@@ -1,0 +1,233 @@
+"""The rewards: preprocessing, published scales, gradients, and the originals' scores on the same weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.inputs import TOKENS, weights
+from golden.inputs import pictures as waves
+from PIL import Image
+from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from flowbp.config import TrainConfig
+from flowbp.evaluation.benchmarks.settings import parse_scorer
+from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward
+from flowbp.rewards.clip import AestheticReward, ClipReward
+from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
+from flowbp.rewards.convert.image_reward import save_image_reward
+from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
+from flowbp.rewards.image_reward import ImageReward
+from flowbp.rewards.loading import CHECKPOINT_LAYERS
+from imgen_common import hub
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from scripts.miniature.world.vocabulary import clip_tokenizer
+
+REF = "builtin:shapes/heldout"
+PROMPTS = ["a red circle", "two blue crosses"]
+
+
+@pytest.fixture(scope="module")
+def reward() -> ClipReward:
+    return RewardConfig(ref=REF).load()
+
+
+def pictures(height: int, width: int) -> torch.Tensor:
+    smooth = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(smooth, (height, width), mode="bicubic", align_corners=True).clamp(0, 1)
+
+
+def test_scores_are_the_models_own(reward: ClipReward) -> None:
+    images = (pictures(32, 32) * 255).round() / 255
+    folder = hub.resolve(REF)
+    model, processor = CLIPModel.from_pretrained(folder).float(), CLIPProcessor.from_pretrained(folder)
+    pil = [Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in images]
+    batch = processor(text=PROMPTS, images=pil, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**batch).logits_per_image.diagonal()
+        assert torch.allclose(reward(images, PROMPTS), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 96), (128, 64), (32, 40)])
+def test_preprocessing_follows_the_processor(reward: ClipReward, height: int, width: int) -> None:
+    images = pictures(height, width)
+    processor = CLIPImageProcessor.from_pretrained(hub.resolve(REF))
+    pil = [Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy()) for x in images]
+    expected = torch.as_tensor(np.stack(processor(pil).pixel_values))
+    ours = reward.preprocess(images)
+    assert ours.shape == expected.shape
+    # the processor rounds to 1/255 twice, and 1/255 is 0.015 after normalisation
+    assert (ours - expected).abs().max() < 0.04
+
+
+def test_the_gradient_is_the_slope(reward: ClipReward) -> None:
+    double = ClipReward(reward.model.double(), CLIPImageProcessor.from_pretrained(hub.resolve(REF)), reward.tokenizer)
+    images = pictures(48, 48).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(double(images, PROMPTS).sum(), images)
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    step = 1e-6 * direction
+    with torch.no_grad():
+        slope = (double(images + step, PROMPTS) - double(images - step, PROMPTS)).sum() / 2e-6
+    reward.model.float()
+    assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4)
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(UserError, match="needs a 'clip' model, this is a 'qwen3'"):
+        RewardConfig(ref=str(hub.resolve("builtin:shapes/generator") / "text_encoder")).load()
+    with pytest.raises(UserError, match="needs a 'blip' model"):
+        RewardConfig(score="imagereward", ref=REF).load()
+    with pytest.raises(UserError, match=r"no head\.safetensors in it"):
+        RewardConfig(score="aesthetic", ref=REF).load()
+
+
+class Brightness:
+    """A reward as CONTRIBUTING.md describes one."""
+
+    @classmethod
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "Brightness":
+        return cls()
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_a_new_reward_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REWARDS, "brightness", RewardType(__name__, "Brightness", "clip"))
+    config = load(TrainConfig, [], ["rewards.0.score=brightness"])
+    assert load_reward(config.rewards[0])(torch.full((2, 3, 4, 4), 0.25), PROMPTS).tolist() == [0.25, 0.25]
+    assert parse_scorer(f"brightness={REF}", None).kind == "brightness"
+
+
+def test_an_unknown_score_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown score 'hpsv4'; did you mean 'hpsv[23]'\?; allowed: clip, clipscore"):
+        load(TrainConfig, [], ["rewards.0.score=hpsv4"])
+
+
+# --- published checkpoints --------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "rewards.json").read_text())
+"""Scores of the original packages on tiny weights that are functions of their names; made by `golden/make.py`."""
+
+
+class Ids:
+    """A tokenizer that answers with the ids the goldens were made with."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.ids = torch.tensor(rows)
+
+    def __call__(self, prompts: list[str], **_: object) -> BatchEncoding:
+        return BatchEncoding({"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)})
+
+
+def published(name: str) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(weights(key, tuple(shape))) for key, shape in GOLDEN[name]["shapes"].items()}
+
+
+def golden_clip(folder: Path) -> ClipReward:
+    save_clip(clip_from_open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
+    reward = RewardConfig(score="hpsv2", ref=str(folder)).load()
+    reward.tokenizer = Ids([[*row[:-1], 39] for row in TOKENS])
+    return reward
+
+
+def golden_image_reward(folder: Path) -> ImageReward:
+    folder.mkdir()
+    save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
+    reward = RewardConfig(score="imagereward", ref=str(folder)).load()
+    reward.tokenizer = Ids(TOKENS)
+    return reward
+
+
+def golden_aesthetic(folder: Path) -> AestheticReward:
+    shutil.copytree(hub.resolve(REF), folder.parent / "clip")
+    widths = (64, 1024, 128, 64, 16, 1)
+    shapes = {f"layers.{i}.weight": (b, a) for i, a, b in zip(CHECKPOINT_LAYERS, widths, widths[1:], strict=False)}
+    shapes |= {f"layers.{i}.bias": (b,) for i, b in zip(CHECKPOINT_LAYERS, widths[1:], strict=True)}
+    torch.save({k: torch.from_numpy(weights(k, v)) for k, v in shapes.items()}, folder.parent / "head.pth")
+    convert.convert_checkpoint("aesthetic", folder.parent / "head.pth", str(folder.parent / "clip"), folder)
+    return RewardConfig(score="aesthetic", ref=str(folder)).load()
+
+
+GOLDEN_NAMES = {"hpsv2": "open_clip", "imagereward": "image_reward"}
+MAKERS = {
+    "clip": lambda folder: RewardConfig(ref=REF).load(),
+    "clipscore": lambda folder: RewardConfig(score="clipscore", ref=REF).load(),
+    "hpsv2": golden_clip,
+    "aesthetic": golden_aesthetic,
+    "imagereward": golden_image_reward,
+}
+"""A small one of every reward; the contract below holds for each."""
+
+
+def test_every_reward_is_tested() -> None:
+    assert set(MAKERS) | {"hpsv3"} == set(REWARDS)  # HPSv3 in test_hpsv3, in larger steps and on fewer images
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 56)])
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_scores_are_those_of_the_original_package(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    reward = MAKERS[name](tmp_path / name)
+    scores = reward(torch.from_numpy(waves(*size)), ["", ""])
+    assert scores.tolist() == pytest.approx(GOLDEN[GOLDEN_NAMES[name]]["scores"][f"{size[0]}x{size[1]}"], abs=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_images_do_not_see_each_other(name: str, tmp_path: Path) -> None:
+    reward, images = MAKERS[name](tmp_path / name), pictures(40, 56)
+    with torch.no_grad():
+        together, others = reward(images, PROMPTS), reward(torch.stack([images[0], 1 - images[1]]), PROMPTS)
+    assert together.shape == (2,)
+    assert together[0].item() == pytest.approx(others[0].item(), abs=1e-4)
+    assert together[1] != others[1]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_gradient_is_the_slope(name: str, tmp_path: Path) -> None:
+    reward = MAKERS[name](tmp_path / name)
+    for part in vars(reward).values():
+        for module in (part, getattr(part, "model", None)):
+            if isinstance(module, torch.nn.Module):
+                module.double()
+    images = pictures(40, 56).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        up, down = (reward(images + step * direction, PROMPTS).sum() for step in (1e-6, -1e-6))
+    assert ((up - down) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3)
+    assert gradient.abs().max() > 0
+
+
+def test_prompts_do_not_matter_to_aesthetics(tmp_path: Path) -> None:
+    reward = golden_aesthetic(tmp_path / "aesthetic")
+    assert torch.equal(reward(pictures(32, 32), PROMPTS), reward(pictures(32, 32), ["", ""]))
+
+
+def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "HPS.pt", tmp_path / "tokenizer"
+    clip_tokenizer().save_pretrained(tokenizer)
+    state = published("open_clip")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items() if k != "ln_final.bias"}}, file)
+    with pytest.raises(UserError, match=r"not a checkpoint of hpsv2: ln_final\.bias is missing"):
+        convert.convert_checkpoint("hpsv2", file, str(tokenizer), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["HPS.pt", "tokenizer"]
+    with pytest.raises(UserError, match="exists already"):
+        convert.convert_checkpoint("hpsv2", file, str(tokenizer), tokenizer)
+    with pytest.raises(UserError, match="no tokenizer there"):
+        load_tokenizer(str(tmp_path / "nothing"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return print, ("run",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="anything else is not unpickled"):
+        read_checkpoint(tmp_path / "evil.pt")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,79 @@
+"""A run killed at any moment, three times over, ends with the very weights of one that was left alone."""
+
+import random
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import forking
+import pytest
+import torch
+from tiers import tiers
+
+from imgen_common.run_folder.folder import RunFolder
+
+NUM_UPDATES = 14
+SETS = [
+    *(
+        "num_inference_steps=6",
+        "total_batch_size=4",
+        f"max_train_steps={NUM_UPDATES}",
+        "checkpoint.every=3",
+        "method=flowbp_bridge",
+    ),
+    *(
+        "eval.num_prompts=4",
+        "eval.num_inference_steps=2",
+        "eval.guidance_scale=[1.0]",
+        "eval.every=5",
+        "eval.quick_num_prompts=4",
+    ),
+]
+ADAPTERS = {"full": [], "lora": ["lora.rank=4"]}
+
+
+def start(folder: Path, *arguments: str) -> BaseProcess:
+    words = ("flowbp", "train", "--runs", str(folder), *arguments)
+    return forking.start(forking.command, *words, log=folder / "log")
+
+
+def wait_for(process: BaseProcess, run: Path, update: int) -> None:
+    """Until the run has logged an update."""
+    while not any(line["step"] >= update for line in metrics(run)):
+        assert process.is_alive(), (run.parent / "log").read_text()
+        time.sleep(0.01)
+
+
+def metrics(run: Path) -> list[dict]:
+    return RunFolder.open(run, is_main=False).metrics() if (run / "config.yaml").exists() else []
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = RunFolder.open(run, is_main=False).load_checkpoint(NUM_UPDATES)
+    return {f"{group}/{k}": v for group, tensors in checkpoint.tensors.items() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("adapters", tiers(ADAPTERS, slow=["lora"]))
+def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
+    sets = [part for text in [*SETS, *ADAPTERS[adapters]] for part in ("--set", text)]
+    log = tmp_path / "log"
+    forking.finish(start(tmp_path, *sets, "--set", "name=whole"), log)
+
+    rng = random.Random(adapters)
+    run, arguments = tmp_path / "killed", [*sets, "--set", "name=killed"]
+    for moment in sorted(rng.sample(range(1, NUM_UPDATES), 3)):
+        process = start(tmp_path, *arguments)
+        wait_for(process, run, moment)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        arguments = ["--resume", str(run)]
+    forking.finish(start(tmp_path, *arguments), log)
+
+    ours, theirs = final_state(run), final_state(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    updates = [line["step"] for line in metrics(run) if "train/loss" in line]
+    assert updates == list(range(1, NUM_UPDATES + 1))

@@ -1,0 +1,123 @@
+"""The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from forking import forked
+from safetensors.torch import load_file, save_file
+from tiers import tiers
+from torch import Tensor
+
+from flowbp.config import TrainConfig
+from flowbp.methods import METHODS
+from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.trainer import Trainer
+from imgen_common.config import load
+from imgen_common.errors import UserError
+
+TOLERANCE = 1e-10
+SMALL = [
+    "num_inference_steps=12",
+    "total_batch_size=4",
+    "eval.every=0",
+    "eval.num_prompts=2",
+    "eval.num_inference_steps=2",
+    "eval.guidance_scale=[1.0]",
+]
+
+
+def config_of(method: str, *sets: str) -> TrainConfig:
+    return load(TrainConfig, [], [f"method={method}", *SMALL, *sets])
+
+
+def gradients(config: TrainConfig, accelerator: Accelerator | None = None) -> dict[str, Tensor]:
+    """The gradient of update 8 of the base model."""
+    trainer = Trainer(config, parts(), accelerator or Accelerator(cpu=True))
+    trainer.update = 7
+    for p in trainer.models.parameters.values():
+        p.grad = None
+    trainer.compute_gradient()
+    return {name: p.grad.clone() for name, p in trainer.models.parameters.items() if p.grad is not None}
+
+
+@cache
+def parts() -> LoadedModels:
+    """In float64: batches of other sizes round otherwise, by 3e-6 of the gradient in float32."""
+    loaded = load_models(config_of("refl"), torch.device("cpu"))
+    backbone = loaded.backbone
+    for module in (
+        backbone.net,
+        backbone.pipe.vae,
+        backbone.pipe.text_encoder,
+        *(r.model for r in loaded.rewards.values()),
+    ):
+        module.double()
+    single = loaded.backbone.velocity
+    loaded.backbone.velocity = lambda x, sigma, cond: single(x.double(), sigma.double(), cond)
+    return loaded
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative L2 distance of two gradients."""
+    assert a.keys() == b.keys()
+    flat_a, flat_b = (torch.cat([g[k].double().flatten() for k in sorted(a)]) for g in (a, b))
+    assert flat_a.norm() > 0
+    return ((flat_a - flat_b).norm() / flat_a.norm()).item()
+
+
+@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge", "leapalign", "draft_lv"]))
+def test_accumulation_changes_nothing(method: str) -> None:
+    whole, halves, singles = (gradients(config_of(method, f"per_device_batch_size={n}")) for n in (4, 2, 1))
+    assert distance(whole, halves) < TOLERANCE
+    assert distance(whole, singles) < TOLERANCE
+
+
+def test_one_reward_in_halves_is_the_whole() -> None:
+    one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, center: 22.3}, weight: 0.5}"
+    halves = config_of("flowbp_bridge", f"rewards=[{one}, {one.replace('name: a', 'name: b')}]")
+    whole = config_of("flowbp_bridge")
+    first = gradients(whole)
+    named = parts().rewards
+    twice = LoadedModels(
+        **(vars(parts()) | {"rewards": {"a": named["reward"], "b": named["reward"], "heldout": named["heldout"]}})
+    )
+    trainer = Trainer(halves, twice, Accelerator(cpu=True))
+    trainer.update = 7
+    for p in trainer.models.parameters.values():
+        p.grad = None
+    metrics = trainer.compute_gradient()
+    second = {name: p.grad.clone() for name, p in trainer.models.parameters.items() if p.grad is not None}
+    assert distance(first, second) < TOLERANCE
+    assert metrics["cosine_a_b"] == pytest.approx(1)
+    assert metrics["gradient_a"] == pytest.approx(metrics["gradient_b"])
+    assert metrics["a"] == metrics["b"]
+
+
+def test_rewards_have_names_of_their_own() -> None:
+    one = "{name: %s, ref: builtin:shapes/reward}"
+    for names in (("a", "a"), ("heldout", "b"), ("verifier", "b")):
+        listed = ", ".join(one % name for name in names)
+        with pytest.raises(UserError, match="names of rewards must differ"):
+            load(TrainConfig, [], [f"rewards=[{listed}]"])
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    forked(2, _worker, tmp_path, log=tmp_path / "log")
+    for method in METHODS:
+        assert distance(gradients(config_of(method)), load_file(tmp_path / f"{method}.safetensors")) < TOLERANCE
+
+
+def _worker(folder: Path) -> None:
+    """What each of the two processes of `test_two_processes_equal_one` runs."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for method in METHODS:
+        grads = gradients(config_of(method), accelerator)
+        if accelerator.is_main_process:
+            save_file({k: g.contiguous() for k, g in grads.items()}, folder / f"{method}.safetensors")
+    accelerator.end_training()

@@ -1,0 +1,342 @@
+"""Judges: marks are read strictly, samples averaged, failures typed, and no picture is judged twice."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backends import FakeJudge
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from interleave.agents import scoring
+from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_agreement, parse_scores
+from interleave.agents.miniature import VerifierJudge
+from interleave.agents.parsing import ParseFailure
+from interleave.agents.prompts import load_template
+from interleave.agents.scoring import CachedJudge
+from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
+from interleave.protocols import BackendError, CriticInput, HashedImage, Message
+from interleave.records import Scores
+
+RED, BLUE, WIDE = (
+    HashedImage.from_pil(Image.new("RGB", size, colour))
+    for size, colour in (((8, 8), "red"), ((8, 8), "blue"), ((16, 4), "red"))
+)
+LOOK = CriticInput(RED, BLUE, "make it blue", "make it very blue")
+
+
+def score(*marks: Any, **more: Any) -> str:
+    return json.dumps({"score": list(marks), "reasoning": "because", **more})
+
+
+# --- marks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "marks"),
+    [
+        (score(7, 8), (7, 8)),
+        (score(0, 10), (0, 10)),
+        (score(2.5, 9), (2.5, 9)),
+        (json.dumps({"score": [1, 2]}), (1, 2)),
+        (score(1, 2, more="x"), (1, 2)),
+        (f"```json\n{score(3, 4)}\n```", (3, 4)),
+        (f"\n  {score(3, 4)}  \n", (3, 4)),
+    ],
+)
+def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None:
+    assert parse_scores(answer) == marks
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (score(15, 3), "from 0 to 10, not 15"),
+        (score(3, -0.5), "from 0 to 10, not -0.5"),
+        (score("7", 8), 'from 0 to 10, not "7"'),
+        (score(True, 8), "from 0 to 10, not true"),
+        (score(None, 8), "from 0 to 10, not null"),
+        (score([7], 8), "from 0 to 10"),
+        ('{"score": [NaN, 8]}', "from 0 to 10"),
+        ('{"score": [1e999, 8]}', "from 0 to 10"),
+        (score(7), "a list of two"),
+        (score(7, 8, 9), "a list of two"),
+        ('{"score": 7}', "a list of two"),
+        ('{"scores": [7, 8]}', "a list of two"),
+        ("[7, 8]", "a list of two"),
+        ("7", "a list of two"),
+        ("null", "a list of two"),
+        ("", "not JSON"),
+        ("The score is 7 and 8.", "not JSON"),
+        (f"I think {score(7, 8)}", "not JSON"),
+        ('{"score": [7, 8]', "not JSON"),
+        ("{'score': [7, 8]}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_marks_that_cannot_be_read_are_never_guessed(answer: str, reason: str) -> None:
+    read = parse_scores(answer)
+    assert isinstance(read, ParseFailure)
+    assert reason in read.reason
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["score", "x"]), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@given(st.text(max_size=60) | values.map(json.dumps) | st.lists(values, max_size=3).map(lambda v: score(*v)))
+def test_reading_marks_never_raises_and_keeps_the_range(answer: str) -> None:
+    read = parse_scores(answer)
+    assert isinstance(read, ParseFailure) or all(0 <= mark <= 10 for mark in read)
+
+
+# --- a chat model as judge -------------------------------------------------------------------------------------------
+
+
+def judge_of(say: Callable[[Message, int], Any], num_samples: int = 1, tries: int = 3, name: str = "m") -> ChatJudge:
+    return ChatJudge(
+        ScriptedChat(say, name=name),
+        load_template("judge_semantics"),
+        load_template("judge_quality"),
+        num_samples,
+        tries,
+    )
+
+
+def pictures(message: Message) -> list[HashedImage]:
+    return [part for part in message if isinstance(part, HashedImage)]
+
+
+def is_quality(message: Message) -> bool:
+    """The question on the picture alone."""
+    return len(pictures(message)) == 1
+
+
+def test_two_questions_the_lower_mark_of_each() -> None:
+    asked: list[Message] = []
+
+    def say(message: Message, seed: int) -> str:
+        asked.append(message)
+        return score(6, 9) if is_quality(message) else score(8, 3)
+
+    scores = asyncio.run(judge_of(say).score(LOOK))
+    assert (scores.semantics, scores.quality, scores.num_samples) == (3, 6, 1)
+    task, alone = sorted(asked, key=is_quality)
+    assert pictures(task) == [RED, BLUE]
+    assert pictures(alone) == [BLUE]
+    words = "".join(part for part in task if isinstance(part, str))
+    assert "make it blue" in words
+    assert "make it very blue" not in words  # the critic's own prompt could flatter
+
+
+def test_the_picture_is_judged_at_the_size_of_the_one_before() -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def say(message: Message, seed: int) -> str:
+        sizes.extend(picture.image.size for picture in pictures(message))
+        return score(5, 5)
+
+    asyncio.run(judge_of(say).score(CriticInput(RED, WIDE, "x", "x")))
+    assert sizes == [(8, 8)] * 3
+
+
+def test_samples_have_seeds_of_their_own_and_are_averaged() -> None:
+    seeds: dict[bool, list[int]] = {True: [], False: []}
+
+    def say(message: Message, seed: int) -> str:
+        mine = seeds[is_quality(message)]
+        mine.append(seed)
+        return score(10, len(mine))
+
+    scores = asyncio.run(judge_of(say, num_samples=4).score(LOOK))
+    assert (scores.semantics, scores.quality, scores.num_samples) == (2.5, 2.5, 4)
+    for mine in seeds.values():
+        assert len(set(mine)) == 4
+    assert asyncio.run(judge_of(lambda m, s: score(10, s % 11), num_samples=4).score(LOOK)) == asyncio.run(
+        judge_of(lambda m, s: score(10, s % 11), num_samples=4).score(LOOK)
+    )
+
+
+def test_an_unreadable_answer_is_asked_for_again_with_another_seed() -> None:
+    seeds: list[int] = []
+
+    def say(message: Message, seed: int) -> str:
+        if is_quality(message):
+            return score(9, 9)
+        seeds.append(seed)
+        return score(4, 4) if len(seeds) == 3 else score(4, 40)
+
+    assert asyncio.run(judge_of(say).score(LOOK)).semantics == 4
+    assert len(set(seeds)) == 3
+
+
+def test_a_judge_that_stays_out_of_range_fails_by_name() -> None:
+    with pytest.raises(BackendError, match=r"2 answers of the judge could not be read.*not 40") as failure:
+        asyncio.run(judge_of(lambda m, s: score(4, 40), tries=2).score(LOOK))
+    assert failure.value.kind == "malformed_response"
+    down = judge_of(lambda m, s: BackendError("unreachable", "nobody there"))
+    with pytest.raises(BackendError, match="nobody there") as failure:
+        asyncio.run(down.score(LOOK))
+    assert failure.value.kind == "unreachable"
+
+
+def test_its_name_tells_what_marks_depend_on(tmp_path: Path) -> None:
+    other = tmp_path / "mine.txt"
+    other.write_text("Is {original_instruction} done?", encoding="utf-8")
+    config = ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(1, 1),)))
+    ids = [
+        config.model_copy(update=change).build().id
+        for change in ({}, {"num_samples": 2}, {"semantics_template": str(other)}, {"quality_template": str(other)})
+    ]
+    assert len(set(ids)) == 4
+    assert judge_of(lambda m, s: "", name="a").id != judge_of(lambda m, s: "", name="b").id
+    assert config.build().id == ids[0]
+
+
+def test_judges_by_configuration() -> None:
+    made = ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(6, 7),)), num_samples=2).build()
+    assert asyncio.run(made.score(LOOK)) == Scores(semantics=6, quality=6, judge_id=made.id, num_samples=2)
+    assert isinstance(scoring.VerifierJudgeConfig().build(), VerifierJudge)
+
+
+# --- cache -----------------------------------------------------------------------------------------------------------
+
+
+class Counting(FakeJudge):
+    """Counts its calls, which take a moment, and fails as long as it is told to."""
+
+    def __init__(self, name: str = "counting", failing: bool = False) -> None:
+        super().__init__(lambda shown: 5.0, id=name)
+        self.calls, self.failing, self.closed = 0, failing, False
+
+    async def score(self, shown: CriticInput) -> Scores:
+        self.calls += 1
+        await asyncio.sleep(0.01)
+        if self.failing:
+            raise BackendError("rate_limited", "later")
+        return await super().score(shown)
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
+    inner = Counting()
+    cached = CachedJudge(inner, tmp_path)
+
+    async def all_at_once() -> list[Scores]:
+        return await asyncio.gather(*(cached.score(LOOK) for _ in range(8)))
+
+    assert len(set(asyncio.run(all_at_once()))) == 1
+    assert (inner.calls, cached.misses, cached.hits) == (1, 1, 7)
+    fresh = CachedJudge(Counting(), tmp_path)
+    assert asyncio.run(fresh.score(LOOK)) == Scores(semantics=5, quality=5, judge_id="counting")
+    assert (fresh.misses, fresh.hits) == (0, 1)
+    assert cached.id == "counting"
+    asyncio.run(cached.close())
+    assert inner.closed
+
+
+def test_what_the_judge_sees_is_what_counts(tmp_path: Path) -> None:
+    inner = Counting()
+    cached = CachedJudge(inner, tmp_path)
+    for shown in (
+        LOOK,
+        CriticInput(RED, BLUE, "make it blue", "other words of the critic"),
+        CriticInput(BLUE, RED, "make it blue", "x"),
+        CriticInput(RED, RED, "make it blue", "x"),
+        CriticInput(RED, BLUE, "make it red", "x"),
+    ):
+        asyncio.run(cached.score(shown))
+    assert inner.calls == 4
+    other = Counting("another judge")
+    asyncio.run(CachedJudge(other, tmp_path).score(LOOK))
+    assert other.calls == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b'{"sc": 11, "pq": 0, "judge_id": "j"}', b'{"sc": 1}'])
+def test_a_damaged_file_is_asked_for_again(tmp_path: Path, damage: bytes) -> None:
+    asyncio.run(CachedJudge(Counting(), tmp_path).score(LOOK))
+    (file,) = tmp_path.rglob("*.json")
+    file.write_bytes(damage)
+    inner = Counting()
+    assert asyncio.run(CachedJudge(inner, tmp_path).score(LOOK)).semantics == 5
+    assert inner.calls == 1
+    assert Scores.model_validate_json(file.read_bytes()).semantics == 5
+
+
+def test_failures_are_not_kept(tmp_path: Path) -> None:
+    inner = Counting(failing=True)
+    cached = CachedJudge(inner, tmp_path)
+
+    async def twice() -> list[Scores | BaseException]:
+        return await asyncio.gather(*(cached.score(LOOK) for _ in range(2)), return_exceptions=True)
+
+    answers = asyncio.run(twice())
+    assert [isinstance(answer, BackendError) and answer.kind for answer in answers] == ["rate_limited"] * 2
+    assert inner.calls == 1
+    assert list(tmp_path.rglob("*.json")) == []
+    inner.failing = False
+    assert asyncio.run(cached.score(LOOK)).semantics == 5
+    assert inner.calls == 2
+
+
+def test_one_who_gives_up_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    inner = Counting()
+    cached = CachedJudge(inner, tmp_path)
+
+    async def race() -> Scores:
+        first, second = (asyncio.create_task(cached.score(LOOK)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        return await second
+
+    assert asyncio.run(race()).semantics == 5
+    assert inner.calls == 1
+
+
+# --- agreement -------------------------------------------------------------------------------------------------------
+
+
+def marks_of(*pairs: tuple[float, float]) -> list[Scores]:
+    return [Scores(semantics=sc, quality=pq, judge_id="j") for sc, pq in pairs]
+
+
+def test_agreement_in_numbers() -> None:
+    first = marks_of((2, 2), (4, 4), (8, 8), (8, 8))
+    same = judge_agreement(first, first)
+    assert (same.num, same.semantics_difference, same.quality_difference, same.same_order) == (4, 0, 0, 1)
+    assert (same.semantics_correlation, same.quality_correlation) == pytest.approx((1, 1))
+    turned = judge_agreement(first, marks_of((8, 6), (6, 6), (2, 6), (2, 6)))
+    assert (turned.semantics_difference, turned.quality_difference) == ((6 + 2 + 6 + 6) / 4, (4 + 2 + 2 + 2) / 4)
+    assert turned.semantics_correlation == pytest.approx(-1)
+    assert math.isnan(turned.quality_correlation)
+    assert turned.same_order == 0
+    half = judge_agreement(marks_of((1, 1), (2, 2), (3, 3)), marks_of((1, 1), (3, 3), (2, 2)))
+    assert half.same_order == pytest.approx(2 / 3)
+    assert math.isnan(judge_agreement(marks_of((5, 5), (5, 5)), first[:2]).same_order)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 3), (0, 0)])
+def test_agreement_needs_the_same_pictures(first: int, second: int) -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        judge_agreement(marks_of(*[(1, 1)] * first), marks_of(*[(1, 1)] * second))
+
+
+pairs = st.lists(st.tuples(*[st.floats(0, 10)] * 4), min_size=2, max_size=12)
+
+
+@given(pairs)
+def test_agreement_does_not_depend_on_who_is_first(marks: list[tuple[float, float, float, float]]) -> None:
+    first, second = marks_of(*[m[:2] for m in marks]), marks_of(*[m[2:] for m in marks])
+    one, other = judge_agreement(first, second), judge_agreement(second, first)
+    assert vars(one) == pytest.approx(vars(other), nan_ok=True)
+    assert math.isnan(one.same_order) or 0 <= one.same_order <= 1

@@ -1,0 +1,239 @@
+"""The commands as a person meets them, with scripted models: help, stories, going on, and every mistake in one line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from interleave.agents.prompts import render_plan, render_verdict
+from interleave.cli import main
+from interleave.records import Plan, PlanStep, Verdict
+from interleave.storage.trace import read_trace
+
+COMMANDS = ("run", "batch", "plan", "report", "serve", "demo")
+PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
+YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
+NO = render_verdict(Verdict(success=False, refined_prompt="a bigger cat", reasoning="too small"))
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def interleave(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """interleave(*words) -> (exit code, standard output, standard error), in this process."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["interleave", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output = capsys.readouterr()
+        return int(stop.value.code or 0), output.out, output.err
+
+    return call
+
+
+def recipe(folder: Path, planner: tuple[str, ...] = (), critic: tuple[str, ...] = (YES,)) -> Path:
+    """A configuration whose models say what is given."""
+
+    def says(answers: tuple[str, ...]) -> dict[str, object]:
+        return {"kind": "model", "model": {"kind": "scripted", "answers": list(answers)}}
+
+    content = {
+        "planner": says(planner or (render_plan(PLAN),)) | {"text_template": "planner_text"},
+        "critic": says(critic) | {"template": "critic"},
+        "generator": {"kind": "scripted"},
+        "cache": str(folder / "cache"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def assert_refused(answer: tuple[int, str, str], *words: str) -> None:
+    code, _, err = answer
+    assert code == 2
+    assert err.strip().count("\n") == 0, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_help_has_examples() -> None:
+    shown = subprocess.run([sys.executable, "-m", "interleave", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for command in COMMANDS:
+        assert command in shown.stdout
+        text = subprocess.run(
+            [sys.executable, "-m", "interleave", command, "-h"], capture_output=True, text=True
+        ).stdout
+        assert f"interleave {command}" in text.partition("Example")[2]
+
+
+def test_nothing_heavy_is_imported_for_help() -> None:
+    heavy = "torch", "diffusers", "transformers", "fastapi", "gradio", "PIL"
+    code = f"import sys, interleave.cli; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_story_is_told(interleave: Call, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = ("run", "Draw a Cat, then a hat!", recipe(tmp_path, critic=(NO, YES)), "--runs", runs)
+    code, out, _ = interleave(*words)
+    assert code == 0, out
+    run = runs / "draw_a_cat_then_a_hat"
+    assert "step 1/2 attempt 1: rejected" in out
+    assert "next prompt: a bigger cat" in out
+    assert "step 1/2 attempt 2: accepted" in out
+    assert "It likes it." in out
+    assert "1 request: 1 complete; 4 images: 2 rejected, 2 accepted" in out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "It likes it." in page
+    assert "a bigger" in page
+    again = interleave(*words)
+    assert again[0] == 0
+    assert (runs / "draw_a_cat_then_a_hat-2").is_dir()
+
+
+def test_json_for_machines(interleave: Call, tmp_path: Path) -> None:
+    code, out, _ = interleave("run", "a cat", recipe(tmp_path), "--runs", tmp_path / "runs", "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["type"] for line in lines] == ["PlanRecord", "Attempt", "Attempt", "Trajectory", "Run"]
+
+
+def test_a_picture_of_the_request(interleave: Call, tmp_path: Path) -> None:
+    picture = tmp_path / "in.png"
+    Image.new("RGB", (5, 5), "red").save(picture)
+    config = recipe(tmp_path)
+    code, _, _ = interleave("run", "give it a hat", "-i", picture, config, "--runs", tmp_path, "--name", "r")
+    assert code == 0
+    assert [a.op for a in read_trace(tmp_path / "r")[first_id(tmp_path / "r")].attempts.values()] == ["edit", "edit"]
+    picture.write_bytes(b"not an image")
+    bad = interleave("run", "x", "-i", picture, config, "--runs", tmp_path)
+    assert_refused(bad, "in.png", "not an image")
+
+
+def first_id(run: Path) -> str:
+    return next(iter(read_trace(run)))
+
+
+def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": "one", "id": "a"}\n\n{"text": "two\\u0007\\u202e", "id": "b"}\n', encoding="utf-8")
+    config = recipe(tmp_path, planner=("mumble",))
+    code, out, _ = interleave("batch", file, config, "--runs", tmp_path / "runs")
+    assert code == 1
+    assert "2 planner_failed" in out
+    assert "\u202e" not in out
+    assert f"interleave batch --resume {tmp_path / 'runs' / 'some'} --retry" in out
+    assert interleave("batch", "--resume", "some", "--runs", tmp_path / "runs")[0] == 1
+    code, out, _ = interleave("batch", "--resume", "some", "--retry", "--runs", tmp_path / "runs")
+    assert code == 1
+    assert "2 planner_failed" in out
+
+
+def test_a_finished_batch_is_told_not_done_again(interleave: Call, tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    words = ("--runs", tmp_path / "runs")
+    assert interleave("batch", file, recipe(tmp_path), *words)[0] == 0
+    before = (tmp_path / "runs" / "some" / "trace.jsonl").read_bytes()
+    code, out, _ = interleave("batch", "--resume", "some", *words)
+    assert code == 0
+    assert "2 complete" in out
+    assert (tmp_path / "runs" / "some" / "trace.jsonl").read_bytes() == before
+    other = interleave("batch", "--resume", "some", "--set", "seed=9", *words)
+    assert_refused(other, "seed")
+
+
+def test_configuration_files_are_arguments(interleave: Call, tmp_path: Path) -> None:
+    file, more = tmp_path / "some.jsonl", tmp_path / "more.yaml"
+    file.write_text('{"text": "one"}\n', encoding="utf-8")
+    more.write_text("loop: {concurrency: 3}\n", encoding="utf-8")
+    words = ("--runs", tmp_path / "runs")
+    assert interleave("batch", file, recipe(tmp_path), more, *words)[0] == 0
+    config = tmp_path / "runs" / "some" / "config.yaml"
+    assert "concurrency: 3" in config.read_text(encoding="utf-8")
+    more.write_text("seed: 9\n", encoding="utf-8")
+    assert_refused(interleave("batch", more, "--resume", "some", *words), "seed")  # a file of the resumed run
+    assert_refused(interleave("batch", file, "--resume", "some", *words), "one of the two")
+    for old in (("-c", more), (f"--config={more}",)):
+        assert_refused(interleave("run", "a cat", *old), "renamed; write the file after REQUEST")
+
+
+def test_a_plan_alone(interleave: Call, tmp_path: Path) -> None:
+    code, out, _ = interleave("plan", "a cat", recipe(tmp_path))
+    assert code == 0
+    assert "1. a cat" in out
+    code, out, _ = interleave("plan", "a cat", recipe(tmp_path), "--json")
+    assert json.loads(out)["plan"]["steps"][1]["text"] == "It likes it."
+    assert_refused(interleave("plan", "a cat", recipe(tmp_path, planner=("mumble",))), "no usable plan")
+
+
+def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
+    interleave("run", "a cat", recipe(tmp_path), "--runs", tmp_path, "--name", "r")
+    page = tmp_path / "r" / "report.html"
+    page.unlink()
+    code, out, _ = interleave("report", "r", "--runs", tmp_path)
+    assert code == 0
+    assert out.strip() == str(page)
+    assert page.is_file()
+    assert_refused(interleave("report", "rr", "--runs", tmp_path), "did you mean 'r'")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("run", " "), ("the request is empty",)),
+        (("run", "x" * 20_001), ("20001 characters", "at most 20000")),
+        (("run", "x", "--set", "lop.max_steps=3"), ("did you mean 'loop'",)),
+        (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),
+        (("run", "x", "--set", "loop.select=best"), ("loop.select",)),
+        (("run", "x", "--name", "../up"), ("plain name",)),
+        (("run", "x", "--image", "none.png"), ("none.png",)),
+        (("batch",), ("FILE", "--resume")),
+        (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
+        (("batch", "--resume", "none"), ("no such run",)),
+        (("batch", "f.jsonl", "--retry"), ("--retry goes with --resume",)),
+        (("serve", "--engine", "rai"), ("did you mean 'ray'",)),
+        (("serve", "--set", "prot=3"), ("did you mean 'port'",)),
+    ],
+)
+def test_mistakes(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(interleave(*words), *told)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ('{"text": 3}', "line 1: text"),
+        ('{"text": "a", "imags": []}', "did you mean 'images'"),
+        ("[]", "line 1"),
+        ("{", "line 1: not a JSON object"),
+        ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "line 2: id 'x' is there already"),
+        ('{"text": "a"}\n{"text": "a"}', "line 2: this request is there already"),
+        ('{"text": "a", "images": ["no.png"]}', "line 1"),
+        ("", "no requests in it"),
+        ('{"text": ""}', "line 1: the request is empty"),
+    ],
+)
+def test_files_of_requests_with_mistakes(interleave: Call, tmp_path: Path, lines: str, told: str) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text(lines, encoding="utf-8")
+    assert_refused(interleave("batch", file, "--runs", tmp_path / "runs"), told)
+
+
+def test_an_endpoint_that_is_not_there(interleave: Call, tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    sets = ("--set", "planner.model.kind=endpoint", "--set", "planner.model.url=http://127.0.0.1:9/v1")
+    answer = interleave("run", "x", config, *sets, "--runs", tmp_path / "runs")
+    assert_refused(answer, "cannot be reached", "start the server")

@@ -1,0 +1,54 @@
+"""Every recipe of interleave is read, and would notice a misspelt key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from imgen_common.config import Config, load
+from imgen_common.errors import UserError
+from interleave.agents.prompts import load_template
+from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
+
+RECIPES = sorted((Path(__file__).parents[3] / "configs" / "interleave").glob("*.yaml"))
+RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve"))]
+
+
+def test_there_are_recipes() -> None:
+    assert len(RUNS) >= 8
+
+
+@pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path) -> None:
+    config = load(RunConfig, [recipe])
+    if isinstance(config.planner, ModelPlanner):
+        for name in (config.planner.text_template, config.planner.images_template):
+            assert "text_input" in load_template(name).placeholders
+    if isinstance(config.critic, ModelCritic | SelfCritic):
+        found = load_template(config.critic.template)
+        assert {"original_instruction", "rewritten_prompt"} <= found.placeholders
+        assert ("story" in found.placeholders) == (config.critic.context == "story")
+
+
+@pytest.mark.parametrize("recipe", [r for r in RUNS if "miniature" not in r.stem], ids=lambda path: path.stem)
+def test_a_critic_that_costs_is_asked_once(recipe: Path) -> None:
+    critic = load(RunConfig, [recipe]).critic
+    assert isinstance(critic, SelfCritic) or (isinstance(critic, ModelCritic) and critic.num_samples == 1)
+
+
+def test_the_miniatures_recipe_is_the_default() -> None:
+    recipe = next(path for path in RUNS if path.stem == "miniature")
+    assert load(RunConfig, [recipe]) == RunConfig()
+
+
+@pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)
+def test_a_misspelt_key_is_refused_with_the_nearest(recipe: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content.pop("extends", None)
+    config: type[Config] = RunConfig
+    name = next(key for key in content if key in RunConfig.model_fields)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({name[:-1] + "x" + name[-1]: content[name]}), encoding="utf-8")
+    with pytest.raises(UserError, match=f"did you mean '{name}'"):
+        load(config, [wrong])

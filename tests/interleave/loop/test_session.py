@@ -1,0 +1,29 @@
+"""A session tells stories record by record, for the demo and whoever else watches."""
+
+import asyncio
+from pathlib import Path
+
+from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
+from PIL import Image
+
+from interleave import demo
+from interleave.loop.config import RunConfig
+from interleave.loop.run import StoryStream
+from interleave.protocols import Components, HashedImage
+from interleave.records import Attempt, Record
+
+
+def test_a_session_tells_its_records_with_their_pictures(tmp_path: Path) -> None:
+    planner = FakePlanner(lambda request, seed: plan_of("a red circle", None, "a blue square"))
+    parts = Components(planner, FakeCritic(lambda shown, seed: (True, shown.prompt_used)), FakeGenerator())
+    given = HashedImage.from_pil(Image.new("RGB", (4, 4), "green"))
+
+    async def told() -> list[tuple[Record, HashedImage | None]]:
+        stories: demo.StoryStreamer = StoryStream(RunConfig(), parts, tmp_path)
+        return [one async for one in stories.stream("two shapes", [given], 3)]
+
+    records = asyncio.run(told())
+    assert [type(record).__name__ for record, _ in records] == ["PlanRecord", "Attempt", "Attempt", "Trajectory"]
+    for record, picture in records:
+        assert (picture.id if picture else None) == (record.image_id if isinstance(record, Attempt) else None)
+    assert (tmp_path / "two_shapes" / "trace.jsonl").read_text().count("\n") == 4

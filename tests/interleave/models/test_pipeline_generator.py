@@ -1,0 +1,328 @@
+"""Pipelines as generators: batches, references, settings, failures, on tiny random models of every family."""
+
+import asyncio
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from interleave.models.generators.pipeline import (
+    GenerationSettings,
+    PipelineConfig,
+    PipelineGenerator,
+    PipelineRunner,
+    fingerprint,
+)
+from interleave.protocols import BackendError, GenerationRequest, HashedImage
+from tests.interleave.editors import PIPELINES, folder_of
+
+SIZE = {"height": 32, "width": 48}
+STEPS = 3
+TEXT = {"flux2": {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}}
+IMAGE_TO_IMAGE = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "flux2" else pytest.mark.slow) for name in PIPELINES]
+)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, place: Path) -> Path:
+    return folder_of(family, place)
+
+
+@pytest.fixture(scope="module")
+def painter(folder: Path) -> PipelineRunner:
+    return PipelineRunner(PipelineConfig(ref=str(folder), num_inference_steps=STEPS, **SIZE))
+
+
+@pytest.fixture(scope="module")
+def klein_folder(place: Path) -> Path:
+    return folder_of("flux2", place / "klein")
+
+
+@pytest.fixture
+def klein(klein_folder: Path) -> PipelineRunner:
+    return PipelineRunner(PipelineConfig(ref=str(klein_folder), num_inference_steps=STEPS, max_references=2, **SIZE))
+
+
+@pytest.fixture(autouse=True)
+def _small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large models turn every reference into a million pixels; here they make 64x64 of them."""
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)])
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        wanted = module.calculate_dimensions
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, wanted=wanted: wanted(64 * 64, ratio))
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 80)) -> HashedImage:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return HashedImage.from_pil(Image.fromarray(pixels))
+
+
+def pixels(picture: HashedImage | BackendError) -> np.ndarray:
+    assert isinstance(picture, HashedImage), picture
+    return np.asarray(picture.image, np.int16)
+
+
+def same(one: HashedImage | BackendError, other: HashedImage | BackendError) -> bool:
+    """But for rounding: a step of one grey level, in few places."""
+    gap = np.abs(pixels(one) - pixels(other))
+    return gap.max() <= 1 and gap.mean() < 0.01
+
+
+@functools.cache
+def unmodified(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def alone(family: str, folder: Path, prompt: str, seed: int, **given: Any) -> HashedImage:
+    """What the unmodified pipeline draws for one prompt."""
+    pipe = unmodified(folder)
+    if "image" in given and family in IMAGE_TO_IMAGE:
+        pipe = IMAGE_TO_IMAGE[family](**pipe.components)
+    options = SIZE | {"num_inference_steps": STEPS} | TEXT.get(family, {}) | given
+    if family == "kontext":
+        options["max_area"] = SIZE["height"] * SIZE["width"]
+    if family.startswith("qwen"):
+        options["negative_prompt"] = " "
+    return HashedImage.from_pil(pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **options).images[0])
+
+
+PROMPTS = ["a red circle", "two blue squares above a green cross", "a yellow triangle"]
+
+
+def test_a_picture_does_not_depend_on_its_batch(family: str, folder: Path, painter: PipelineRunner) -> None:
+    jobs = [GenerationRequest(prompt, (), seed) for seed, prompt in enumerate(PROMPTS)]
+    drawn = painter.generate(jobs)
+    assert pixels(drawn[0]).shape == (*SIZE.values(), 3)
+    assert not same(drawn[0], drawn[1])
+    assert all(same(picture, painter.generate([job])[0]) for picture, job in zip(drawn, jobs, strict=True))
+    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen") else {}
+    assert same(drawn[1], alone(family, folder, PROMPTS[1], 1, **canvas))
+
+
+def test_edits_have_references_of_their_own(family: str, folder: Path, painter: PipelineRunner) -> None:
+    jobs = [GenerationRequest(prompt, (noise(seed),), 7) for seed, prompt in enumerate(PROMPTS)]
+    edited = painter.generate(jobs)
+    assert all(same(picture, painter.generate([job])[0]) for picture, job in zip(edited, jobs, strict=True))
+    assert same(edited[1], alone(family, folder, PROMPTS[1], 7, image=jobs[1].sources[0].image))
+    assert not same(edited[1], painter.generate([GenerationRequest(PROMPTS[1], (noise(9),), 7)])[0])
+    assert not same(edited[1], painter.generate([GenerationRequest(PROMPTS[1], (), 7)])[0])
+
+
+@pytest.mark.parametrize("name", ["flux2", pytest.param("qwen_edit_plus", marks=pytest.mark.slow)])
+def test_several_references_make_one_picture(name: str, place: Path) -> None:
+    folder = folder_of(name, place / "several")
+    painter = PipelineRunner(PipelineConfig(ref=str(folder), num_inference_steps=STEPS, max_references=3, **SIZE))
+    jobs = [
+        GenerationRequest(prompt, (noise(seed), noise(seed + 10, (96, 64))), seed)
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    edited = painter.generate(jobs)
+    for picture, job in zip(edited, jobs, strict=True):
+        references = [source.image for source in job.sources]
+        assert same(picture, alone(name, folder, job.prompt, job.seed, image=references))
+    turned = GenerationRequest(jobs[0].prompt, jobs[0].sources[::-1], jobs[0].seed)
+    assert not same(edited[0], painter.generate([turned])[0])
+
+
+def test_small_references_are_enlarged_where_the_pipeline_needs_it(klein: PipelineRunner, klein_folder: Path) -> None:
+    small = noise(0, (32, 48))
+    large = small.image.resize((96, 64), Image.Resampling.NEAREST)
+    assert same(
+        klein.generate([GenerationRequest("a", (small,), 1)])[0], alone("flux2", klein_folder, "a", 1, image=large)
+    )
+
+
+def test_what_a_reference_costs_is_bounded(klein_folder: Path) -> None:
+    painter = PipelineRunner(PipelineConfig(ref=str(klein_folder), num_inference_steps=1, reference_scale=16, **SIZE))
+    (failure,) = painter.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", (800, 800))),), 1)])
+    assert isinstance(failure, BackendError)
+    assert failure.kind == "refused"
+    assert "too large" in str(failure)
+    (failure,) = painter.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", (8, 800))),), 1)])
+    assert isinstance(failure, BackendError)
+    assert failure.kind == "model_error"
+
+
+def test_settings_reach_the_pipeline(family: str, folder: Path, painter: PipelineRunner) -> None:
+    job = GenerationRequest(PROMPTS[0], (), 3)
+    before = painter.generate([job])[0]
+    assert not same(before, painter.generate([job], GenerationSettings(num_inference_steps=5))[0])
+    assert pixels(painter.generate([job], GenerationSettings(height=48))[0]).shape == (48, 48, 3)
+    argument = "true_cfg_scale" if family.startswith("qwen") else "guidance_scale"
+    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen") else {}
+    guided = painter.generate([job], GenerationSettings(guidance_scale=2.5))[0]
+    assert same(guided, alone(family, folder, job.prompt, 3, **{argument: 2.5}, **canvas))
+    assert same(before, painter.generate([job])[0])
+
+
+def test_settings_that_a_family_does_not_take_are_refused(family: str, folder: Path, painter: PipelineRunner) -> None:
+    if painter.family.negative is None:
+        with pytest.raises(UserError, match="takes none"):
+            painter.check(GenerationSettings(negative_prompt="blurred"))
+    else:
+        job = GenerationRequest(PROMPTS[0], (), 3)
+        assert not same(
+            painter.generate([job])[0], painter.generate([job], GenerationSettings(negative_prompt="blurred"))[0]
+        )
+    if painter.family.edit == "image":
+        edit = GenerationRequest(PROMPTS[0], (noise(1),), 3)
+        assert not same(painter.generate([edit])[0], painter.generate([edit], GenerationSettings(strength=1.0))[0])
+    else:
+        with pytest.raises(UserError, match="strength"):
+            PipelineRunner(PipelineConfig(ref=str(folder), strength=0.5))
+    with pytest.raises(UserError, match=f"at most|{painter.family.max_references}"):
+        PipelineRunner(PipelineConfig(ref=str(folder), max_references=painter.family.max_references + 1))
+
+
+def test_other_pipelines_devices_and_adapters_are_refused(klein_folder: Path, place: Path) -> None:
+    with pytest.raises(UserError, match="device"):
+        PipelineRunner(PipelineConfig(ref=str(klein_folder), device="toaster"))
+    with pytest.raises(UserError, match=r"clip.*allowed: Flux2KleinPipeline|cannot generate with a"):
+        PipelineConfig(ref="builtin:shapes/reward").build()
+    with pytest.raises(UserError, match="no such"):
+        PipelineConfig(ref=str(place / "nowhere")).build()
+    shutil.copytree(klein_folder, place / "other")
+    index = place / "other" / "model_index.json"
+    index.write_text(index.read_text().replace("Flux2KleinPipeline", "Flux2KleinPipelin"))
+    with pytest.raises(UserError, match="did you mean 'Flux2KleinPipeline'"):
+        PipelineConfig(ref=str(place / "other")).build()
+
+
+def test_defaults_are_the_miniature_and_typos_fail() -> None:
+    config = load(PipelineConfig, [], ["lora_weight=0.5"])
+    assert (config.kind, config.ref, config.lora_weight) == ("pipeline", "builtin:shapes/generator", 0.5)
+    with pytest.raises(UserError, match="did you mean 'guidance_scale'"):
+        load(PipelineConfig, [], ["guidance_scal=2"])
+    over = GenerationSettings(height=8).with_defaults(GenerationSettings(height=16, width=24))
+    assert (over.height, over.width, over.strength) == (8, 24, None)
+
+
+def test_memory_that_runs_out_halves_the_batch(klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, limit = [], 2
+
+    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        sizes.append(len(jobs))
+        if len(jobs) > limit:
+            raise torch.OutOfMemoryError("no room")
+        return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
+
+    monkeypatch.setattr(PipelineRunner, "_call", call)
+    monkeypatch.setattr(klein._batches, "max_batch", 16)
+    jobs = [GenerationRequest("a", (), seed) for seed in range(7)]
+    drawn = klein.generate(jobs)
+    assert [pixels(picture)[0, 0, 0] for picture in drawn] == list(range(7))
+    sizes.clear()
+    klein.generate(jobs)
+    assert max(sizes) <= 2
+    limit = 0
+    assert [failure.kind for failure in klein.generate(jobs[:2])] == ["out_of_memory"] * 2  # type: ignore[union-attr]
+
+
+def test_a_job_that_breaks_does_not_break_its_batch(klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        if any(job.prompt == "bad" for job in jobs):
+            raise ValueError("not\nthis")
+        return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
+
+    monkeypatch.setattr(PipelineRunner, "_call", call)
+    monkeypatch.setattr(klein._batches, "max_batch", 16)
+    drawn = klein.generate([GenerationRequest("bad" if seed == 3 else "good", (), seed) for seed in range(6)])
+    assert [seed for seed, one in enumerate(drawn) if isinstance(one, BackendError)] == [3]
+    failure = drawn[3]
+    assert isinstance(failure, BackendError)
+    assert failure.kind == "model_error"
+    assert "not this" in str(failure)
+
+
+def test_many_callers_share_batches(klein_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[int]] = []
+    sizes: list[int] = []
+    generator = PipelineGenerator(PipelineConfig(ref=str(klein_folder), max_batch=4, **SIZE), sizes.append)
+
+    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        batches.append([len(job.sources) for job in jobs])
+        return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
+
+    monkeypatch.setattr(PipelineRunner, "_call", call)
+
+    async def main() -> list[HashedImage | BaseException]:
+        jobs = [GenerationRequest("a", (noise(seed),) * (seed % 2), seed) for seed in range(12)]
+        jobs.append(GenerationRequest("a", (noise(0), noise(1)), 12))
+        return await asyncio.gather(*(generator.generate(job) for job in jobs), return_exceptions=True)
+
+    async def closing() -> list[HashedImage | BaseException]:
+        try:
+            return await main()
+        finally:
+            await generator.close()
+
+    *drawn, refused = asyncio.run(closing())
+    assert [pixels(picture)[0, 0, 0] for picture in drawn] == list(range(12))  # type: ignore[arg-type]
+    assert isinstance(refused, BackendError)
+    assert refused.kind == "refused"
+    assert all(len(set(batch)) == 1 for batch in batches)
+    assert max(map(len, batches)) == 4
+    assert sizes == [len(batch) for batch in batches]
+
+
+def test_the_same_model_draws_with_other_settings(klein_folder: Path) -> None:
+    generator = PipelineGenerator(PipelineConfig(ref=str(klein_folder), num_inference_steps=1, **SIZE))
+    other = generator.with_params(GenerationSettings(height=64))
+    assert (generator.params["height"], other.params["height"], other.params["width"]) == (32, 64, 48)
+    with pytest.raises(UserError, match="takes none"):
+        generator.with_params(GenerationSettings(strength=0.5))
+
+    async def main() -> list[HashedImage]:
+        drawn = await asyncio.gather(
+            *(one.generate(GenerationRequest("a", (), 1)) for one in (generator, other, generator))
+        )
+        await generator.close()
+        return drawn
+
+    assert [picture.image.height for picture in asyncio.run(main())] == [32, 64, 32]
+
+
+def test_a_changed_model_has_other_params(klein: PipelineRunner, klein_folder: Path) -> None:
+    assert klein.params["weights"] == fingerprint([klein_folder])
+    changed = next(klein_folder.rglob("*.safetensors"))
+    changed.write_bytes(changed.read_bytes())
+    assert klein.params["weights"] != fingerprint([klein_folder])
+
+
+@pytest.mark.slow
+def test_the_miniature_draws_what_it_is_told() -> None:
+    """Well above chance and below what it reached in training, over few pictures."""
+    from imgen_common.images import from_pil
+    from imgen_common.shapes.scene import balanced_specs
+    from imgen_common.shapes.verify import accuracy, verify
+    from imgen_common.streams import numpy_generator
+
+    specs = balanced_specs(20, numpy_generator(0, "test"), "test")
+    drawn = PipelineRunner(PipelineConfig()).generate(
+        [GenerationRequest(spec.caption, (), seed) for seed, spec in enumerate(specs)]
+    )
+    images = from_pil([one.image for one in drawn if isinstance(one, HashedImage)])
+    assert accuracy(verify(images, specs), specs)["all"] >= 0.5

@@ -1,0 +1,395 @@
+"""Generators behind HTTP: the pool of replicas against the real service, and an images endpoint that misbehaves."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from hosting import InProcess, hosted
+from PIL import Image
+
+from imgen_common.errors import UserError
+from imgen_common.http import RetryPolicy
+from interleave.models.generators.images_api import ImagesApiConfig, ImagesApiGenerator
+from interleave.models.generators.pipeline import GenerationSettings
+from interleave.models.generators.scripted import ScriptedGenerator, color_bands
+from interleave.models.generators.service import ServiceConfig, ServiceGenerator, ServiceInfo
+from interleave.protocols import BackendError, GenerationRequest, Generator, HashedImage
+from interleave.serve import listener_url, open_listener
+
+QUICK = RetryPolicy(max_tries=2, initial_backoff=1e-6, deadline=60)
+RED, BLUE = (HashedImage.from_pil(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+JOB = GenerationRequest("a red circle", (), 3)
+
+
+def together(generator: Generator, *jobs: GenerationRequest) -> list[HashedImage | BaseException]:
+    """What the generator answers to all jobs at once; it is closed afterwards."""
+
+    async def main() -> list[HashedImage | BaseException]:
+        try:
+            return await asyncio.gather(*map(generator.generate, jobs), return_exceptions=True)
+        finally:
+            await generator.close()
+            await generator.close()
+
+    return asyncio.run(main())
+
+
+def failure(generator: Generator, job: GenerationRequest = JOB) -> BackendError:
+    (answer,) = together(generator, job)
+    assert isinstance(answer, BackendError), answer
+    return answer
+
+
+def drawn(generator: Generator, job: GenerationRequest = JOB) -> HashedImage:
+    (answer,) = together(generator, job)
+    assert isinstance(answer, HashedImage), answer
+    return answer
+
+
+# --- our own service -------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    first, second = (InProcess(ScriptedGenerator(latency=0.05, max_sources=2)) for _ in range(2))
+    with hosted(first, token="secret") as one, hosted(second, token="secret") as two:
+        config = ServiceConfig(urls=(one, two + "/"), token_env="SOME_TOKEN", params=GenerationSettings(width=12))
+        generator = config.build()
+        assert (generator.id, generator.max_sources, generator.params) == ("scripted", 2, {"width": 12})
+        jobs = [GenerationRequest(f"prompt {i}", (RED, BLUE)[: i % 3], i) for i in range(24)]
+        answers = together(generator, *jobs)
+        with pytest.raises(UserError, match="set OTHER"):
+            config.model_copy(update={"token_env": "OTHER"}).build()
+    for job, answer in zip(jobs, answers, strict=True):
+        assert isinstance(answer, HashedImage), answer
+        assert answer == HashedImage.from_pil(color_bands(job).resize((12, 64), Image.Resampling.NEAREST))
+    assert min(len(first.drawn), len(second.drawn)) >= 6
+    assert len(first.drawn) + len(second.drawn) == 24
+
+
+def test_a_replica_that_goes_is_replaced_by_another_and_taken_back_when_it_returns() -> None:
+    first, second = InProcess(ScriptedGenerator()), InProcess(ScriptedGenerator())
+    with hosted(second) as two, contextlib.ExitStack() as stack:
+        one = stack.enter_context(hosted(first))
+        port = int(one.rpartition(":")[2])
+        generator = ServiceGenerator.connect(ServiceConfig(urls=(one, two), retry=QUICK, probe_every=0.05))
+
+        async def main() -> None:
+            for i in range(4):
+                await generator.generate(GenerationRequest("before", (), i))
+            await asyncio.to_thread(stack.close)
+            for i in range(4):
+                await generator.generate(GenerationRequest("while", (), i))
+            back = hosted(first, port)
+            await asyncio.to_thread(back.__enter__)
+            while first.drawn[-1].prompt != "after":
+                await generator.generate(GenerationRequest("after", (), 0))
+            await generator.close()
+            await asyncio.to_thread(back.__exit__, None, None, None)
+
+        asyncio.run(asyncio.wait_for(main(), 60))
+    assert [task.prompt for task in first.drawn] == ["before", "before", "after"]
+    prompts = [task.prompt for task in second.drawn]
+    assert prompts[:6] == ["before"] * 2 + ["while"] * 4
+    assert set(prompts[6:]) <= {"after"}  # none, where the first was taken back before anything was asked
+
+
+def test_who_leaves_closes_the_request() -> None:
+    backend = InProcess(ScriptedGenerator(latency=60.0))
+    with hosted(backend) as url:
+        generator = ServiceGenerator.connect(ServiceConfig(urls=(url,)))
+
+        async def main() -> None:
+            task = asyncio.create_task(generator.generate(JOB))
+            while not backend.begun:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert await asyncio.to_thread(backend.cancelled.wait, 30)
+            await generator.close()
+
+        asyncio.run(main())
+    assert len(backend.begun) == 1
+
+
+def test_the_deadline_is_passed_on_and_kept() -> None:
+    backend = InProcess(ScriptedGenerator(latency=60.0))
+    with hosted(backend) as url:
+        quick = RetryPolicy(deadline=1.0)
+        assert failure(ServiceGenerator.connect(ServiceConfig(urls=(url,), retry=quick))).kind == "timeout"
+    assert not backend.drawn
+
+
+def test_failures_of_the_service_are_typed() -> None:
+    def fails(job: GenerationRequest) -> BackendError | None:
+        return BackendError("out_of_memory", "secret") if job.prompt == "large" else None
+
+    with hosted(InProcess(ScriptedGenerator(fails=fails))) as url:
+        config = ServiceConfig(urls=(url,), retry=QUICK)
+        assert failure(ServiceGenerator.connect(config), GenerationRequest("large", (), 1)).kind == "out_of_memory"
+        refused = failure(ServiceGenerator.connect(config), GenerationRequest("a", (RED, BLUE), 1))
+        assert refused.kind == "refused"
+        assert "takes 1 at most" in str(refused)
+        wrong = config.model_copy(update={"params": GenerationSettings(num_inference_steps=1000)})
+        assert failure(ServiceGenerator.connect(wrong)).kind == "refused"
+
+
+def test_without_a_service_the_command_says_what_to_do() -> None:
+    with open_listener("127.0.0.1", 0) as taken:
+        url = listener_url(taken)
+    with pytest.raises(UserError, match="start `interleave serve`"):
+        ServiceConfig(urls=(url,), startup=0).build()
+    with pytest.raises(UserError, match="must be like"):
+        ServiceConfig(urls=("ftp://x",), startup=0).build()
+    first, second = InProcess(ScriptedGenerator(params={"a": 1})), InProcess(ScriptedGenerator(params={"a": 2}))
+    with hosted(first) as one, hosted(second) as two, pytest.raises(UserError, match="replicas of one model"):
+        ServiceConfig(urls=(one, two)).build()
+
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def pool(*handlers: Handler, **settings: Any) -> ServiceGenerator:
+    """A generator over replicas that answer as `handlers` say."""
+    hosts = {f"replica{i}": handler for i, handler in enumerate(handlers)}
+    config = ServiceConfig(**{"urls": tuple(f"http://{host}" for host in hosts), "retry": QUICK} | settings)
+    transport = httpx.MockTransport(lambda request: hosts[request.url.host](request))
+    return ServiceGenerator(config, ServiceInfo("m", {}, 1), transport)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def bomb() -> bytes:
+    """A small file that says it is 50000x50000 pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    )
+
+
+def good(request: httpx.Request) -> httpx.Response:
+    image = base64_of(png(RED.image))
+    return httpx.Response(200, json={"image": image, "seed": 3, "seconds": 0.1, "model": "m"})
+
+
+def answering(status: int = 200, **more: Any) -> Handler:
+    return lambda request: httpx.Response(status, **more)
+
+
+BAD_ANSWERS: dict[str, httpx.Response] = {
+    "not JSON": httpx.Response(200, content=b"<html>"),
+    "no picture": httpx.Response(200, json={"model": "m"}),
+    "a number": httpx.Response(200, json={"model": "m", "image": 3}),
+    "not base64": httpx.Response(200, json={"model": "m", "image": "§"}),
+    "text": httpx.Response(200, json={"model": "m", "image": base64_of(b"hello")}),
+    "bomb": httpx.Response(200, json={"model": "m", "image": base64_of(bomb())}),
+    "other model": httpx.Response(200, json={"model": "n", "image": base64_of(png(RED.image))}),
+    "a list": httpx.Response(200, json=[1]),
+    "null": httpx.Response(200, content=b"null"),
+    "too long": httpx.Response(200, content=b" " * 2000),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_a_service_that_answers_garbage_is_typed(name: str) -> None:
+    assert failure(pool(lambda request: BAD_ANSWERS[name], max_answer_bytes=1024)).kind == "malformed_response"
+
+
+@pytest.mark.parametrize(
+    "bad", [answering(429), answering(503), answering(502), answering(500, json={"error": 1}), answering(200)]
+)
+def test_another_replica_is_asked_at_once(bad: Handler) -> None:
+    asked = []
+
+    def noted(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        return bad(request)
+
+    generator = pool(noted, good, retry=RetryPolicy(initial_backoff=60, max_backoff=60, deadline=30))
+    assert all(answer == RED for answer in together(generator, *[JOB] * 6))
+    assert "/v1/generate" in asked
+
+
+def test_a_broken_connection_is_asked_again_elsewhere() -> None:
+    def gone(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("no route")
+
+    assert drawn(pool(gone, good)) == RED
+    assert failure(pool(gone)).kind == "unreachable"
+
+
+def test_a_full_service_is_asked_again_when_it_says() -> None:
+    answers = [httpx.Response(429, headers={"Retry-After": "0"}), good(None)]  # type: ignore[arg-type]
+    assert drawn(pool(lambda request: answers.pop(0))) == RED
+    assert failure(pool(answering(429))).kind == "rate_limited"
+
+
+@pytest.mark.parametrize("status", [400, 401, 413, 422])
+def test_what_is_refused_is_asked_once(status: int) -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(status, json={"error": {"kind": "invalid", "message": "no\nway"}})
+
+    refused = failure(pool(handler, handler))
+    assert refused.kind == "refused"
+    assert "no way" in str(refused)
+    assert len(asked) == 1
+
+
+# --- an images endpoint ----------------------------------------------------------------------------------------------
+
+
+def endpoint(handler: Handler, **settings: Any) -> ImagesApiGenerator:
+    config = ImagesApiConfig(**{"url": "http://example.test/v1/", "model": "m", "retry": QUICK} | settings)
+    return ImagesApiGenerator(config, httpx.MockTransport(handler))
+
+
+def image_answer(image: Image.Image = RED.image) -> httpx.Response:
+    return httpx.Response(200, json={"created": 1, "data": [{"b64_json": base64_of(png(image))}]})
+
+
+def test_words_are_sent_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return image_answer()
+
+    settings = {"size": "64x64", "quality": "low", "extra": {"steps": 4}, "send_seed": True, "key_env": "SOME_KEY"}
+    assert drawn(endpoint(handler, **settings)) == RED
+    assert str(seen[0].url) == "http://example.test/v1/images/generations"
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    assert json.loads(seen[0].content) == {
+        "model": "m", "prompt": "a red circle", "n": 1, "size": "64x64", "quality": "low", "steps": 4, "seed": 3,
+        "response_format": "b64_json",
+    }  # fmt: skip
+    monkeypatch.delenv("SOME_KEY")
+    drawn(endpoint(handler, response_format=None, key_env="SOME_KEY"))
+    assert json.loads(seen[1].content) == {"model": "m", "prompt": "a red circle", "n": 1}
+    assert "authorization" not in seen[1].headers
+
+
+def test_edits_are_sent_as_a_form() -> None:
+    """Read by the parser of a real server."""
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    seen: list[tuple[dict[str, Any], list[str]]] = []
+
+    async def edits(request: Request) -> JSONResponse:
+        form = await request.form()
+        pictures: list[HashedImage] = []
+        for one in form.getlist("image[]"):
+            assert not isinstance(one, str)
+            pictures.append(HashedImage.from_pil(Image.open(io.BytesIO(await one.read()))))
+        words = {name: value for name, value in form.items() if isinstance(value, str)}
+        seen.append((words, [picture.id for picture in pictures]))
+        return JSONResponse({"data": [{"b64_json": base64_of(png(pictures[-1].image))}]})
+
+    app = Starlette(routes=[Route("/v1/images/edits", edits, methods=["POST"])])
+    config = ImagesApiConfig(url="http://example.test/v1", model="m", max_references=2, extra={"on": True}, retry=QUICK)
+    generator = ImagesApiGenerator(config, httpx.ASGITransport(app))
+    assert drawn(generator, GenerationRequest("make it blue", (RED, BLUE), 3)) == BLUE
+    words = {"model": "m", "prompt": "make it blue", "n": "1", "response_format": "b64_json", "on": "true"}
+    assert seen == [(words, [RED.id, BLUE.id])]
+    assert failure(ImagesApiGenerator(config), GenerationRequest("a", (RED,) * 3, 1)).kind == "refused"
+
+
+BAD_IMAGES: dict[str, tuple[httpx.Response, str]] = {
+    "not JSON": (httpx.Response(200, content=b"<html>"), "malformed_response"),
+    "no data": (httpx.Response(200, json={"data": []}), "malformed_response"),
+    "null": (httpx.Response(200, json={"data": [None]}), "malformed_response"),
+    "an error inside": (httpx.Response(200, json={"error": {"message": "the cat sat on it"}}), "malformed_response"),
+    "nothing in it": (httpx.Response(200, json={"data": [{}]}), "malformed_response"),
+    "text": (httpx.Response(200, json={"data": [{"b64_json": base64_of(b"hello")}]}), "malformed_response"),
+    "bomb": (httpx.Response(200, json={"data": [{"b64_json": base64_of(bomb())}]}), "malformed_response"),
+    "too long": (httpx.Response(200, content=b" " * 2000), "malformed_response"),
+    "an address": (httpx.Response(200, json={"data": [{"url": "https://example.test/a.png"}]}), "refused"),
+    "wrong key": (httpx.Response(401, json={"error": {"message": "bad key"}}), "refused"),
+    "moderated": (httpx.Response(400, json={"error": {"message": "not allowed"}}), "refused"),
+    "elsewhere": (httpx.Response(302, headers={"Location": "http://other.test"}), "refused"),
+    "full": (httpx.Response(429), "rate_limited"),
+    "ill": (httpx.Response(500), "server_error"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_an_endpoint_that_misbehaves_is_typed(name: str) -> None:
+    answer, kind = BAD_IMAGES[name]
+    assert failure(endpoint(lambda request: answer, max_answer_bytes=1024)).kind == kind
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_the_words_of_an_error_are_passed_on_without_the_key(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "very-secret")
+
+    def echo(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, json={"error": f"the cat sat on {request.headers['authorization']}"})
+
+    said = failure(endpoint(echo))
+    assert "the cat sat on Bearer ..." in str(said)
+    assert "very-secret" not in str(said) + repr(said.__cause__)
+
+
+def test_what_passes_is_asked_again() -> None:
+    answers = [httpx.Response(500), image_answer()]
+    assert drawn(endpoint(lambda request: answers.pop(0))) == RED
+
+    def gone(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("slow")
+
+    assert failure(endpoint(gone)).kind == "timeout"
+
+
+def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "secret")
+    seen: list[httpx.Request] = []
+
+    def handler(scheme: str, content: bytes) -> Handler:
+        def answer(request: httpx.Request) -> httpx.Response:
+            seen.append(request)
+            if request.method == "GET":
+                return httpx.Response(200, content=content)
+            return httpx.Response(200, json={"data": [{"url": f"{scheme}://files.test/a.png"}]})
+
+        return answer
+
+    assert drawn(endpoint(handler("https", png(BLUE.image)), allow_addresses=True)) == BLUE
+    assert "authorization" in seen[0].headers
+    assert "authorization" not in seen[1].headers
+    assert failure(endpoint(handler("http", png(BLUE.image)), allow_addresses=True)).kind == "refused"
+    assert failure(endpoint(handler("file", png(BLUE.image)), allow_addresses=True)).kind == "refused"
+    assert failure(endpoint(handler("https", bomb()), allow_addresses=True)).kind == "malformed_response"
+    large = endpoint(handler("https", b" " * 3000), allow_addresses=True, max_answer_bytes=1024)
+    assert failure(large).kind == "malformed_response"
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match="must be like"):
+        ImagesApiConfig(url="example.test").build()
+    assert ImagesApiConfig(model="m").build().id == "m"

@@ -1,0 +1,577 @@
+"""`interleave sft`: which weights and tokens learn, which rows come when, what is refused; and that a run goes on."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from killed_training import assert_kills_change_nothing
+from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
+from sets import critic_row, make_set, planner_row, write
+from tiers import tiers
+from tiny import tiny_folder
+
+from imgen_common.config import load, to_yaml
+from imgen_common.errors import UserError
+from interleave.datasets.rows import SftRow
+from interleave.models.chat.local import to_conversation
+from interleave.storage.images import ImageStore
+from interleave.training.batch_plan import plan_sft_batches
+from interleave.training.config import GrpoConfig, SftConfig
+from interleave.training.memory import estimate_static_memory
+from interleave.training.rows import (
+    chat_turns,
+    check_chat_template,
+    num_tokens,
+    order_by_kind,
+    read_rows,
+    select_by_length,
+)
+from interleave.training.trl_options import RESERVED_GRPO, RESERVED_LORA, RESERVED_SFT, check_keys, check_reserved
+from interleave.training.vision import freeze_vision, is_frozen
+from scripts.miniature.agents import models
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
+SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
+GRPO_RECIPES = sorted(CONFIGS.glob("grpo_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in `model`, a set in `set`."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny_folder(folder / "model")
+    make_set(folder / "set")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(root: Path) -> list[SftRow]:
+    return read_rows(root / "set", "critic_sft", SftRow)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_typo_in_the_mappings_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"trl.learing_rate: unknown option of X; did you mean 'learning_rate'"):
+        check_keys("trl", {"learing_rate": 1}, {"learning_rate", "save_steps"}, "X")
+
+
+@pytest.mark.parametrize("owned", [RESERVED_SFT, RESERVED_GRPO, RESERVED_LORA])
+def test_what_interleave_sets_itself_is_refused_with_the_reason(owned: dict[str, str]) -> None:
+    for key, reason in owned.items():
+        with pytest.raises(UserError) as error:
+            check_reserved("trl", {key: 1}, owned)
+        assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_read(recipe: Path) -> None:
+    kind = SftConfig if recipe in SFT_RECIPES else GrpoConfig
+    config = load(kind, [recipe])
+    assert load(kind, [], [f"trl={json.dumps(dict(config.trl))}"]).trl == config.trl
+    deepspeed = config.trl.get("deepspeed")
+    assert deepspeed is None or (CONFIGS.parents[1] / deepspeed).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_options_that_trl_and_peft_have(recipe: Path) -> None:
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.trl_options import build_lora_config, check_options
+
+    config = load(SftConfig if recipe in SFT_RECIPES else GrpoConfig, [recipe])
+    if recipe in SFT_RECIPES:
+        check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
+    else:
+        check_options("trl", config.trl, GRPOConfig, RESERVED_GRPO)
+    if config.lora is not None:
+        assert build_lora_config(config).task_type == "CAUSAL_LM"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft_critic_qwen3vl", "grpo_critic_qwen3vl"])
+def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(recipe: str) -> None:
+    from transformers.models.qwen3_vl import modeling_qwen3_vl
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.trl_options import check_options
+
+    files = [CONFIGS / f"{recipe}.yaml", CONFIGS / "fsdp" / "fsdp2.yaml"]
+    trl = load(SftConfig if recipe.startswith("sft") else GrpoConfig, files).trl
+    assert trl["deepspeed"] is None
+    cls, reserved = (SFTConfig, RESERVED_SFT) if recipe.startswith("sft") else (GRPOConfig, RESERVED_GRPO)
+    check_options("trl", trl, cls, reserved)
+    for name in trl["fsdp_config"]["transformer_layer_cls_to_wrap"]:
+        assert name in vars(modeling_qwen3_vl)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda line: line[:-5], "Invalid JSON"),
+        (lambda line: line.replace(b'"completion":"', b'"completion":" ","x":"'), "Extra inputs"),
+        (lambda line: line.replace(b"want", b"w\xff"), "not UTF-8"),
+        (lambda line: b'{"texts":["a","b"],"image_ids":[],"completion":"c"}', "1 places for 0 images"),
+        (lambda line: b'{"texts":["a"],"image_ids":[],"completion":" "}', "answer is empty"),
+        (
+            lambda line: b'{"texts":["",""],"image_ids":["' + b"0" * 64 + b'"],"completion":"c"}',
+            "000000000000... is not",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    lines = (root / "set" / "critic_sft.jsonl").read_bytes().splitlines()
+    lines[2] = spoil(lines[2])
+    (tmp_path / "critic_sft.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "images").symlink_to(root / "set" / "images")
+    with pytest.raises(UserError, match=r"critic_sft\.jsonl:3: ") as error:
+        read_rows(tmp_path, "critic_sft", SftRow)
+    assert said in str(error.value)
+
+
+def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'critic_sft'"):
+        read_rows(root / "set", "critic_stf", SftRow)
+    (tmp_path / "critic_sft.jsonl").touch()
+    with pytest.raises(UserError, match="holds no rows"):
+        read_rows(tmp_path, "critic_sft", SftRow)
+
+
+def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Path, rows: list[SftRow]) -> None:
+    store = ImageStore(root / "set" / "images")
+    mixed = [*rows[:2], planner_row(1)]
+    lengths = []
+    for row in mixed:
+        processor = models.processor()
+        said = {"role": "assistant", "content": [{"type": "text", "text": row.completion}]}
+        talk = [*to_conversation(row.message(store.get)), said]
+        whole = processor.apply_chat_template(talk, tokenize=True, return_dict=True)
+        lengths.append(num_tokens(row, processor, store))
+        assert lengths[-1] == len(whole["input_ids"][0])
+    limit = sorted(lengths)[1]
+    kept = select_by_length(mixed, models.processor(), store, limit)
+    assert kept == [i for i, length in enumerate(lengths) if length <= limit]
+    assert select_by_length(mixed, models.processor(), store, limit, answer=1) != kept
+    with pytest.raises(UserError, match=f"the shortest has {min(lengths)} tokens"):
+        select_by_length(mixed, models.processor(), store, 5)
+
+
+def test_a_limit_on_pixels_shrinks_pictures_as_at_run_time() -> None:
+    from interleave.training import run as launch
+
+    processor = launch.load_processor(SftConfig(max_pixels=16 * 16))
+    assert processor.image_processor.size["longest_edge"] == 16 * 16
+
+
+def real_template() -> str:
+    """The chat template of Qwen3-VL, which TRL carries."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / "qwen3_vl.jinja").read_text()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_think_survives_the_chat_template(rows: list[SftRow], own: bool) -> None:
+    processor = models.processor()
+    if own:
+        processor.chat_template = real_template()
+    check_chat_template(processor, rows[0])
+    said = {"role": "assistant", "content": rows[0].completion}
+    text = processor.apply_chat_template([chat_turns(rows[0])[0], said], tokenize=False)
+    assert "<think>want red</think><answer>" in text
+
+
+def test_a_template_that_drops_thoughts_is_refused(rows: list[SftRow]) -> None:
+    processor = models.processor()
+    processor.chat_template = processor.chat_template.replace("{{ c.text }}", "{{ c.text.split('</think>')[-1] }}")
+    with pytest.raises(UserError, match="changes the answer"):
+        check_chat_template(processor, rows[0])
+
+
+@given(
+    kinds=st.lists(st.booleans(), min_size=1, max_size=60),
+    batch=st.integers(1, 9),
+    epochs=st.integers(1, 3),
+    seed=st.none() | st.integers(0, 99),
+)
+def test_every_batch_is_of_one_kind_and_every_row_comes(
+    kinds: list[bool], batch: int, epochs: int, seed: int | None
+) -> None:
+    order = order_by_kind(kinds, batch, epochs, seed)
+    assert len(order) % (batch * epochs) == 0
+    for start in range(0, len(order), batch):
+        assert len({kinds[i] for i in order[start : start + batch]}) == 1
+    size = len(order) // epochs
+    for epoch in range(epochs):
+        assert set(order[epoch * size : (epoch + 1) * size]) == set(range(len(kinds)))
+    assert size - len(kinds) < 2 * batch
+    assert order == order_by_kind(kinds, batch, epochs, seed)
+
+
+def test_passes_differ_in_order() -> None:
+    order = order_by_kind([True] * 40, 4, 2, 0)
+    assert order[:40] != order[40:]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_which_weights_learn() -> None:
+    size = models.ModelSize(width=64, layers=1, vision_width=32, vision_layers=2)
+    model = models.build_model(size, models.tokenizer())
+    names = [name for name, _ in model.named_parameters()]
+
+    def learning(vision: Any) -> set[str]:
+        freeze_vision(model, vision)
+        return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+    assert learning("train") == set(names)
+    assert learning("frozen") == {name for name in names if ".visual." not in name}
+    quirk = learning("reference") - learning("frozen")
+    assert quirk == {name for name in names if ".visual.pos_embed." in name or ".visual.deepstack_merger_list." in name}
+    assert len(quirk) > 1
+
+
+def test_names_of_other_vision_towers_and_of_adapters() -> None:
+    assert is_frozen("model.vision_tower.encoder.layers.0.weight", "frozen")
+    assert is_frozen("base_model.model.model.visual.blocks.0.attn.qkv.lora_A.default.weight", "frozen")
+    assert not is_frozen("model.language_model.layers.0.self_attn.q_proj.weight", "frozen")
+    assert is_frozen("model.multi_modal_projector.linear_1.weight", "frozen")
+
+
+def test_a_model_without_a_vision_tower_is_refused() -> None:
+    import torch
+
+    with pytest.raises(UserError, match="no vision tower found in Linear"):
+        freeze_vision(torch.nn.Linear(2, 2), "frozen")
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sums_of_the_papers_recipe() -> None:
+    trl = load(SftConfig, [CONFIGS / "sft_critic_qwen3vl.yaml"]).trl
+    sums = plan_sft_batches(trl, 112_000, 3, 8)
+    assert (sums.rows_per_update, sums.updates_per_epoch, sums.updates) == (16, 7000, 14_000)
+    assert plan_sft_batches({"max_steps": 5}, 10, 0, 1).updates == 5
+    mixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
+    sums = plan_sft_batches(mixed, 10, 0, 2, num_with_images=3)  # batches of 4: one with pictures, two without
+    assert (sums.repeated, sums.updates_per_epoch, sums.updates) == (2, 1, 2)
+    order = order_by_kind([True] * 3 + [False] * 7, 4, 1, 0)
+    assert len(order) - 10 == sums.repeated
+    with pytest.raises(UserError, match=r"trl.per_device_train_batch_size: must be a positive whole number, got 0"):
+        plan_sft_batches({"per_device_train_batch_size": 0}, 10, 0, 1)
+
+
+def test_what_a_process_holds() -> None:
+    whole = estimate_static_memory(100, 100, size=4, master=False, stage=0, processes=8)
+    assert (whole.weights, whole.gradients, whole.optimizer) == (400, 400, 800)
+    zero2 = estimate_static_memory(800, 800, size=2, master=True, stage=2, processes=8)
+    assert (zero2.weights, zero2.gradients, zero2.optimizer) == (1600, 200, 1200)
+    zero3 = estimate_static_memory(800, 400, size=2, master=True, stage=3, processes=8)
+    assert (zero3.weights, zero3.gradients, zero3.optimizer, zero3.static) == (200, 100, 600, 900)
+
+
+def test_a_launcher_that_did_not_do_what_was_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from interleave.training import run as launch
+
+    cases = {
+        "one was started.* torchrun --nproc_per_node N -m interleave grpo": {
+            "ACCELERATE_MIXED_PRECISION": "no",
+            "MASTER_ADDR": "127.0.0.1",
+        },
+        "asks for DEEPSPEED; interleave shards weights itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
+        r"asks for FSDP; .*fsdp2\.yaml": {"RANK": "0", "ACCELERATE_USE_FSDP": "1"},
+    }
+    for said, environment in cases.items():
+        monkeypatch.setattr(launch.os, "environ", environment)
+        with pytest.raises(UserError, match=said):
+            launch.num_processes("interleave grpo")
+    monkeypatch.setattr(launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+    assert launch.num_processes("interleave grpo") == 3
+
+
+# --- training (slow) -------------------------------------------------------------------------------------------------
+
+QUICK: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 4,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def quick(root: Path, lora: Any = None, vision: Any = "frozen", **trl: Any) -> SftConfig:
+    return SftConfig(
+        model=str(root / "model"), data=str(root / "set"), vision=vision, lora=lora, max_length=512, trl=QUICK | trl
+    )
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def killer(step: int) -> Any:
+    """A callback that stops everything after an update, as a kill would, before anything is saved for it."""
+    from transformers import TrainerCallback
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    return Killer()
+
+
+@pytest.mark.slow
+def test_our_defaults_are_trls() -> None:
+    from dataclasses import fields
+
+    from trl import GRPOConfig, SFTConfig
+
+    from interleave.training.batch_plan import TrlBatchOptions
+
+    given = {f.name: f.default for cls in (SFTConfig, GRPOConfig) for f in fields(cls)}
+    for field in fields(TrlBatchOptions):
+        default = given[field.name]
+        assert field.default == getattr(default, "value", default), field.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False])
+def test_only_the_answer_is_learnt(root: Path, rows: list[SftRow], own: bool) -> None:
+    """Of TRL's collator: labels begin with the answer, end with the end of turn, hold no picture token; the prompt is
+    that of run time."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    from interleave.training.rows import sft_example
+
+    processor = models.processor()
+    if own:
+        processor.chat_template = real_template()
+    store = ImageStore(root / "set" / "images")
+    batch = [rows[0], rows[1]]
+    items = [sft_example(row, store.get) for row in batch]
+    made = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)(items)
+    words = processor.tokenizer
+    for i, row in enumerate(batch):
+        prompt = processor.apply_chat_template(
+            to_conversation(row.message(store.get)), tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"][0]
+        ids = made["input_ids"][i][made["attention_mask"][i] == 1].tolist()
+        labels = made["labels"][i][made["attention_mask"][i] == 1].tolist()
+        assert ids[: len(prompt)] == prompt
+        assert labels[: len(prompt)] == [-100] * len(prompt)
+        learnt = labels[len(prompt) :]
+        assert learnt == ids[len(prompt) :]
+        assert words.decode(learnt) == row.completion + "<|im_end|>\n"
+        assert words.convert_tokens_to_ids("<|image_pad|>") not in learnt
+    assert (made["labels"][made["attention_mask"] == 0] == -100).all()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: Path, tmp_path: Path) -> None:
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
+    from interleave.training import sft
+
+    config = quick(root)
+    straight = sft.train_sft("critic", config, ["test"], runs=tmp_path, name="straight")
+    for moment in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            sft.train_sft("critic", config, ["test"], runs=tmp_path, name=f"k{moment}", callbacks=[killer(moment)])
+        torn = tmp_path / f"k{moment}" / "checkpoints" / "checkpoint-9"
+        torn.mkdir(parents=True)
+        again = sft.train_sft("critic", config, ["test"], resume=tmp_path / f"k{moment}")
+        assert digest(again) == digest(straight)
+        assert not torn.exists()
+        assert losses(again.parent) == losses(straight.parent)
+        assert len(losses(straight.parent)) == 4
+    before, after = weights(root / "model"), weights(straight)
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert changed == {name for name in before if ".visual." not in name}
+    assert not list(straight.rglob("*.bin"))
+    chat = LocalChat(LocalChatConfig(ref=str(straight), device="cpu", max_new_tokens=4))
+    store = ImageStore(root / "set" / "images")
+    (reply,) = chat.answer([(critic_row(0, store).message(store.get), 0)])
+    assert not isinstance(reply, BaseException)
+    with pytest.raises(UserError, match="is finished"):
+        sft.train_sft("critic", config, ["test"], resume=tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        sft.train_sft("critic", config, ["test"], runs=tmp_path, name="other", callbacks=[killer(1)])
+    with pytest.raises(UserError, match=r"trl.learning_rate = 0.001, now 0.1"):
+        sft.train_sft("critic", quick(root, learning_rate=0.1), ["test"], resume=tmp_path / "other")
+
+
+@pytest.mark.parametrize("role", tiers(["critic", "planner"], slow=["planner"]))
+def test_processes_killed_at_random_moments_lose_nothing_and_do_nothing_twice(
+    root: Path, tmp_path: Path, role: str
+) -> None:
+    """The planner's rows are mixed, and laid out in batches of one kind."""
+    config = quick(root, max_steps=60)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    straight = assert_kills_change_nothing(tmp_path / "runs", ["sft", role, str(tmp_path / "c.yaml")], num_updates=60)
+    assert len(losses(straight)) == 60
+    assert digest(straight / "model") != digest(root / "model")
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_beside_the_vision_tower_and_added_to_the_weights(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    model = sft.train_sft("critic", quick(root, lora={"r": 4}), ["test"], runs=tmp_path)
+    before, after = weights(root / "model"), weights(model)
+    assert set(after) == set(before)
+    changed = {name for name in after if not after[name].equal(before[name])}
+    assert changed
+    assert not any(".visual." in name or "norm" in name for name in changed)
+    assert (model.parent / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_text_alone_and_mixed_sets_train(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    assert (sft.train_sft("planner", quick(root, max_steps=-1, num_train_epochs=2), ["t"], runs=tmp_path)).is_dir()
+    sums = sft.check_sft("planner", quick(root, max_steps=-1, num_train_epochs=2), 1).batch_plan
+    assert max(line["step"] for line in lines(tmp_path / "sft_planner")) == sums.updates == 8
+    plain = root / "plain"
+    plain.mkdir()
+    write(plain / "planner_sft.jsonl", [planner_row(i) for i in range(4)])
+    config = quick(root).model_copy(update={"data": str(plain)})
+    assert sft.train_sft("planner", config, ["t"], runs=tmp_path, name="plain").is_dir()
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing(root: Path, tmp_path: Path) -> None:
+    """Answers differ in length, so that a mean over micro-batches would not be the mean over tokens."""
+    from interleave.training import sft
+
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        config = quick(root, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2)
+        found.append(losses(sft.train_sft("critic", config, ["t"], runs=tmp_path, name=f"{batch}x{steps}").parent))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    cases = {
+        "did you mean 'learning_rate'": {"learing_rate": 1},
+        "output_dir: cannot be set": {"output_dir": "x"},
+        "eval_strategy": {"eval_strategy": "steps"},
+        "cannot be read": {"deepspeed": "none.json"},
+        "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+        "does not shard weights on a CPU": SHARDS["fsdp2"],
+    }
+    for said, trl in cases.items():
+        with pytest.raises(UserError, match=said):
+            sft.train_sft("critic", quick(root, **trl), ["t"], runs=tmp_path)
+    with pytest.raises(UserError, match="did you mean 'lora_alpha'"):
+        sft.train_sft("critic", quick(root, lora={"lora_alfa": 1}), ["t"], runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process on a mixed set."""
+    runs = tmp_path_factory.mktemp("alone")
+    (runs / "c.yaml").write_text(to_yaml(quick(root, max_steps=6)))
+    forked(1, "sft", "planner", str(runs / "c.yaml"), "--runs", str(runs), log=runs / "log")
+    return losses(runs / "sft_planner")
+
+
+@pytest.mark.parametrize("shard", tiers(SHARDS, slow=["zero3", "fsdp2"]))
+def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
+    root: Path, alone: list[float], tmp_path: Path, shard: str
+) -> None:
+    """On a mixed set, which would hang ZeRO-3 and FSDP if processes differed in whether they run the vision tower."""
+    from interleave.models.chat.local import LocalChat, LocalChatConfig
+
+    config = quick(root, **{"max_steps": 6, "per_device_train_batch_size": 1, **SHARDS[shard]})
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    begin, go_on = ("sft", "planner", str(tmp_path / "c.yaml"), "--runs", str(tmp_path)), ("sft", "planner", "--resume")
+    if shard == "zero2":
+        launched(2, *begin)
+    else:
+        forked(2, *begin, log=tmp_path / "log", shard=shard)
+    run = tmp_path / "sft_planner"
+    assert losses(run) == pytest.approx(alone, abs=1e-3)
+    assert len(alone) == 6
+    straight = digest(run / "model")
+    LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
+    shutil.rmtree(run / "model")
+    (run / "checkpoints" / "checkpoint-6" / "whole").unlink()  # as if killed while it was written
+    if shard == "zero2":
+        launched(2, *go_on, str(run), launcher=ACCELERATE)
+    else:
+        forked(2, *go_on, str(run), log=tmp_path / "log", shard=shard)
+    assert digest(run / "model") == straight
+
+
+@pytest.mark.slow
+def test_a_plan_counts_what_fsdp_shares_out(root: Path) -> None:
+    from interleave.training import sft
+
+    one, two = (sft.plan_sft("critic", quick(root, **SHARDS["fsdp2"]), processes)[1] for processes in (1, 2))
+    assert two.static == pytest.approx(one.static / 2, rel=1e-3)
+    assert two.activation == one.activation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lora", "vision", "trl"),
+    [
+        (None, "frozen", {}),
+        (None, "train", {"gradient_checkpointing": True}),
+        (None, "train", {"bf16": True}),
+        ({"r": 4, "target_modules": "all-linear"}, "frozen", {"gradient_checkpointing": True}),
+    ],
+    ids=["frozen", "whole", "bf16", "lora"],
+)
+def test_an_update_holds_what_the_plan_says(root: Path, tmp_path: Path, lora: Any, vision: Any, trl: Any) -> None:
+    """Within 15 %, of the storages that live between the beginning of an update of TRL's trainer and its end."""
+    from transformers import TrainerCallback
+
+    from imgen_common.memory import LiveBytes
+    from interleave.training import sft
+
+    peaks: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+            self.live = LiveBytes([*model.parameters(), *model.buffers()])
+            self.live.__enter__()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.live.__exit__(None, None, None)
+            peaks.append(self.live.peak)
+
+    config = quick(root, lora, vision, **{"per_device_train_batch_size": 8, "max_steps": 2, **trl})
+    _, held = sft.plan_sft("critic", config, 1)
+    assert held.activation
+    assert held.peak == held.static + held.activation
+    sft.train_sft("critic", config, ["t"], runs=tmp_path, callbacks=[Watch()])
+    assert max(peaks) == pytest.approx(held.gradients + held.activation, rel=0.15)
