@@ -182,7 +182,7 @@ def told_with_picture() -> FinishedStory:
 
 def test_supervised_rows_are_what_runs_read_and_answer(store: ImageStore) -> None:
     story = told_with_picture()
-    row = make_planner_row(story, load_template("planner_images"))
+    row = make_planner_row(story, load_template("planner_text"), load_template("planner_images"))
     assert row is not None
     assert row.message(store.get) == render_planner(load_template("planner_images"), story.trajectory.request.text, [D])
     plan = parse_plan(row.completion)
@@ -222,7 +222,7 @@ def test_a_failure_without_a_new_prompt_teaches_nothing() -> None:
 def test_a_story_without_a_plan_gives_no_planner_row() -> None:
     story = our_story()
     failed = FinishedStory(story.trajectory.model_copy(update={"plan": None, "status": "planner_failed"}), ())
-    assert make_planner_row(failed, load_template("planner_text")) is None
+    assert make_planner_row(failed, load_template("planner_text"), load_template("planner_images")) is None
 
 
 def test_files_of_supervised_rows_lose_nothing(tmp_path: Path, store: ImageStore) -> None:

@@ -17,14 +17,13 @@ from interleave.datasets.check import FILES, find_row_files
 from interleave.datasets.config import DataConfig
 from interleave.datasets.rows import RlRow, parse_row
 from interleave.protocols import Judge
-from interleave.records import Scores
+from interleave.records import Record, Scores
 from interleave.storage.images import IMAGES, ImageStore
 
 UNNAMED = "not named"
 
 
-@dataclass(frozen=True)
-class Disagreement:
+class Disagreement(Record):
     """A row with the scores of both judges."""
 
     where: str
@@ -73,15 +72,7 @@ class JudgeComparison:
             "judges": [self.first, self.second],
             "agreement": {name: None if isnan(value) else value for name, value in asdict(self.agreement).items()},
             "failed": self.failed,
-            "apart": [
-                {
-                    "where": row.where,
-                    "prompt": row.prompt,
-                    "first": row.first.model_dump(mode="json"),
-                    "second": row.second.model_dump(mode="json"),
-                }
-                for row in self.disagreements
-            ],
+            "apart": [row.model_dump(mode="json") for row in self.disagreements],
         }
 
 
@@ -115,7 +106,7 @@ def compare_judges(
         finally:
             runner.run(judge.close())
     both = [
-        Disagreement(where, row.original_prompt, _recorded_scores(row), other)
+        Disagreement(where=where, prompt=row.original_prompt, first=_recorded_scores(row), second=other)
         for (where, row), other in zip(rows.items(), scores, strict=True)
         if other is not None
     ]

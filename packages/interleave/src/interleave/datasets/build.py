@@ -297,10 +297,7 @@ def _write_sets(out: Path, selected: SelectedRows, templates: TemplatesConfig) -
     text, with_images = load_template(templates.planner_text), load_template(templates.planner_images)
     critic = load_template(templates.critic)
     made: Mapping[SetName, Callable[[Split], Iterator[SftRow | RlRow | None]]] = {
-        "planner_sft": lambda split: (
-            make_planner_row(story, with_images if story.trajectory.request.image_ids else text)
-            for story in selected.planner_sft[split]
-        ),
+        "planner_sft": lambda split: (make_planner_row(s, text, with_images) for s in selected.planner_sft[split]),
         "critic_sft": lambda split: (
             _with_position(make_critic_row(example.story, example.attempt, critic), example.attempt)
             for example in selected.critic_sft[split]
@@ -318,10 +315,7 @@ def _with_position(row: SftRow | None, attempt: Attempt) -> SftRow | None:
 
 
 def write_rows(path: Path, rows: Iterable[SftRow | RlRow]) -> int:
-    """Writes JSON lines atomically, and no file where there are no rows; returns the number of rows.
-
-    Raises UserError for a row that cannot be encoded as UTF-8.
-    """
+    """Writes JSON lines atomically, none without rows; returns their number.  Raises UserError if one is not UTF-8."""
     count = 0
     with writing(path):
         with atomic_file(path) as file:

@@ -18,7 +18,7 @@ from pydantic import Field
 from imgen_common.streams import stream_key
 from interleave.datasets.config import FiltersConfig
 from interleave.datasets.rows import FinishedStory, before_and_after
-from interleave.records import Attempt, Record, Request
+from interleave.records import Attempt, Record
 
 SetName = Literal["planner_sft", "critic_sft", "critic_rl"]
 Split = Literal["train", "val"]
@@ -87,6 +87,11 @@ class JudgedAttempt:
         return bool(self.attempt.verdict)
 
     @property
+    def has_target(self) -> bool:
+        """Whether there is a verdict to learn: a failure needs a new prompt."""
+        return self.success or bool((self.attempt.refined_prompt or "").strip())
+
+    @property
     def question(self) -> Hashable:
         """What the critic is asked about it: images and prompts."""
         return *before_and_after(self.attempt), self.attempt.original_prompt, self.attempt.prompt_used
@@ -95,22 +100,6 @@ class JudgedAttempt:
     def score(self) -> float | None:
         """sqrt(semantics * quality) in [0, 10]; None where the judge did not score it."""
         return self.attempt.scores.overall if self.attempt.scores else None
-
-
-@dataclass
-class FilterLog:
-    """Applies filters and keeps a record of each."""
-
-    entries: list[FilterEntry] = field(default_factory=list)
-
-    def apply(
-        self, name: str, of: str, setting: Any, items: Sequence[Item], keep: Callable[[Item], bool]
-    ) -> list[Item]:
-        """The items for which `keep` is true."""
-        kept = [item for item in items if keep(item)]
-        given, dropped = len(items), len(items) - len(kept)
-        self.entries.append(FilterEntry(filter=name, of=of, setting=setting, given=given, dropped=dropped))
-        return kept
 
 
 @dataclass(frozen=True)
@@ -126,41 +115,100 @@ class SelectedRows:
 
 def select_rows(stories: Sequence[FinishedStory], filters: FiltersConfig, seed: int) -> SelectedRows:
     """Selects stories and attempts for the rows, in the order of the stories; equal input gives equal output."""
-    log, notes = FilterLog(), list[str]()
-    examples = [JudgedAttempt(story, attempt) for story in stories for attempt in story.judged_attempts()]
-    examples = _drop_bad_steps(examples, filters, log)
-    if filters.dedupe:
-        examples = log.apply("dedupe", "critic", True, examples, _is_first(lambda example: example.question))
-    supervised, reinforced = _split_by_variance(examples, filters, seed, log)
-    split = _make_splitter(filters.val, seed)
-    sft = _balance("critic_sft", _group_by_split(supervised, lambda e: split(e.story)), filters, seed, log, notes)
-    rl = _balance("critic_rl", _group_by_split(reinforced, lambda e: split(e.story)), filters, seed, log, notes)
-    plans = _select_plans(stories, filters, log)
-    return SelectedRows(_group_by_split(plans, split), sft, rl, tuple(log.entries), tuple(notes))
+    return _RowSelector(filters, seed).select(stories)
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
+@dataclass
+class _RowSelector:
+    """Applies filters and keeps a record of each."""
+
+    filters: FiltersConfig
+    seed: int
+    entries: list[FilterEntry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def select(self, stories: Sequence[FinishedStory]) -> SelectedRows:
+        examples = [JudgedAttempt(story, attempt) for story in stories for attempt in story.judged_attempts()]
+        examples = self._drop_bad_steps(examples)
+        if self.filters.dedupe:
+            examples = self._apply("dedupe", "critic", True, examples, _is_first(lambda example: example.question))
+        supervised, reinforced = self._split_by_variance(examples)
+        sft, rl = self._balance("critic_sft", supervised), self._balance("critic_rl", reinforced)
+        plans = self._group_by_split(self._select_plans(stories), lambda story: story)
+        return SelectedRows(plans, sft, rl, tuple(self.entries), tuple(self.notes))
+
+    def _apply(
+        self, name: str, of: str, setting: Any, items: Sequence[Item], keep: Callable[[Item], bool]
+    ) -> list[Item]:
+        """The items for which `keep` is true."""
+        kept = [item for item in items if keep(item)]
+        given, dropped = len(items), len(items) - len(kept)
+        self.entries.append(FilterEntry(filter=name, of=of, setting=setting, given=given, dropped=dropped))
+        return kept
+
+    def _select_plans(self, stories: Sequence[FinishedStory]) -> list[FinishedStory]:
+        rule = self.filters.planner
+
+        def is_good(story: FinishedStory) -> bool:
+            if rule == "accepted" and not all(a.verdict for a in story.selected_attempts().values()):
+                return False
+            return rule == "plan" or story.trajectory.status == "complete"
+
+        def is_planned(story: FinishedStory) -> bool:
+            return story.trajectory.planner is not None and story.trajectory.plan is not None
+
+        kept = self._apply("plan", "planner", None, stories, is_planned)
+        kept = self._apply("planner", "planner", rule, kept, is_good)
+        return self._apply("dedupe", "planner", True, kept, _is_first(_request_key)) if self.filters.dedupe else kept
+
+    def _drop_bad_steps(self, examples: list[JudgedAttempt]) -> list[JudgedAttempt]:
+        """Drops the steps whose score falls or stays low; steps without any score are kept."""
+        steps = _step_scores(examples)
+        if (fall := self.filters.degrading) is not None:
+            bad = {step for step, scores in steps.items() if scores[-1] < scores[0] - fall}
+            examples = self._apply("degrading", "critic", fall, examples, lambda e: e.step not in bad)
+        if (floor := self.filters.low) is not None:
+            worst = {step for step, scores in steps.items() if max(scores) < floor}
+            examples = self._apply("low", "critic", floor, examples, lambda e: e.step not in worst)
+        return examples
+
+    def _split_by_variance(self, examples: Sequence[JudgedAttempt]) -> tuple[list[JudgedAttempt], list[JudgedAttempt]]:
+        """Examples for supervised and for reinforcement learning; chance decides between steps of equal variance."""
+        spread = {step: float(np.var(scores)) for step, scores in _step_scores(examples).items()}
+        order = sorted(spread, key=lambda step: (-spread[step], stream_key(self.seed, f"rl/{step[0]}", step[1])))
+        share = self.filters.rl_share
+        varied = set(order if share is None else order[: round(share * len(order))])
+        sft = [example for example in examples if share is None or example.step not in varied]
+        rl = [example for example in examples if share is None or example.step in varied]
+        sft = self._apply("no_new_prompt", "critic_sft", None, sft, lambda e: e.has_target)
+        return sft, self._apply("unscored", "critic_rl", None, rl, lambda e: e.score is not None)
+
+    def _group_by_split(
+        self, items: Iterable[Item], story_of: Callable[[Item], FinishedStory]
+    ) -> dict[Split, list[Item]]:
+        """The request of an item alone decides: further stories move none, and equal requests stay together."""
+        parts: dict[Split, list[Item]] = {name: [] for name in SPLITS}
+        for item in items:
+            value = stream_key(self.seed, f"val/{_request_key(story_of(item))!r}") / 2**128
+            parts["val" if value < self.filters.val else "train"].append(item)
+        return parts
+
+    def _balance(self, name: SetName, examples: Sequence[JudgedAttempt]) -> Mapping[Split, Sequence[JudgedAttempt]]:
+        """Drops rows of the more frequent verdict at random in each split; a split with one verdict stays as it is."""
+        parts = self._group_by_split(examples, lambda example: example.story)
+        if (ratio := self.filters.balance) is None:
+            return parts
+        for split, found in parts.items():
+            file = file_name(name, split)
+            if len({example.success for example in found}) == 1:
+                what = "success" if found[0].success else "failure"
+                self.notes.append(f"{file}: every verdict is {what}, so it is not balanced")
+            parts[split] = self._apply("balance", file, ratio, found, _keep_balanced(found, ratio, self.seed))
+        return parts
 
 
-def _select_plans(stories: Sequence[FinishedStory], filters: FiltersConfig, log: FilterLog) -> list[FinishedStory]:
-    def is_good(story: FinishedStory) -> bool:
-        if filters.planner == "accepted" and not all(a.verdict for a in story.selected_attempts().values()):
-            return False
-        return filters.planner == "plan" or story.trajectory.status == "complete"
-
-    planned = log.apply(
-        "plan", "planner", None, stories, lambda s: s.trajectory.planner is not None and s.trajectory.plan is not None
-    )
-    kept = log.apply("planner", "planner", filters.planner, planned, is_good)
-    if filters.dedupe:
-        kept = log.apply(
-            "dedupe", "planner", True, kept, _is_first(lambda story: _request_key(story.trajectory.request))
-        )
-    return kept
-
-
-def _request_key(request: Request) -> Hashable:
-    return request.text, request.image_ids
+def _request_key(story: FinishedStory) -> Hashable:
+    return story.trajectory.request.text, story.trajectory.request.image_ids
 
 
 def _is_first(key: Callable[[Item], Hashable]) -> Callable[[Item], bool]:
@@ -175,9 +223,6 @@ def _is_first(key: Callable[[Item], Hashable]) -> Callable[[Item], bool]:
     return is_first
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
 def _step_scores(examples: Iterable[JudgedAttempt]) -> dict[tuple[str, int], list[float]]:
     """The scores of each step that has any, in the order of its attempts."""
     steps: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -185,76 +230,6 @@ def _step_scores(examples: Iterable[JudgedAttempt]) -> dict[tuple[str, int], lis
         if example.score is not None:
             steps[example.step].append(example.score)
     return steps
-
-
-def _drop_bad_steps(examples: list[JudgedAttempt], filters: FiltersConfig, log: FilterLog) -> list[JudgedAttempt]:
-    """Drops the steps whose score falls or stays low; steps without any score are kept."""
-    steps = _step_scores(examples)
-    if (fall := filters.degrading) is not None:
-        bad = {step for step, scores in steps.items() if scores[-1] < scores[0] - fall}
-        examples = log.apply("degrading", "critic", fall, examples, lambda e: e.step not in bad)
-    if (floor := filters.low) is not None:
-        worst = {step for step, scores in steps.items() if max(scores) < floor}
-        examples = log.apply("low", "critic", floor, examples, lambda e: e.step not in worst)
-    return examples
-
-
-def _split_by_variance(
-    examples: Sequence[JudgedAttempt], filters: FiltersConfig, seed: int, log: FilterLog
-) -> tuple[list[JudgedAttempt], list[JudgedAttempt]]:
-    """The examples for supervised and for reinforcement learning; between steps of equal variance chance decides."""
-    spread = {step: float(np.var(scores)) for step, scores in _step_scores(examples).items()}
-    order = sorted(spread, key=lambda step: (-spread[step], stream_key(seed, f"rl/{step[0]}", step[1])))
-    share = filters.rl_share
-    varied = set(order if share is None else order[: round(share * len(order))])
-    sft = [example for example in examples if share is None or example.step not in varied]
-    rl = [example for example in examples if share is None or example.step in varied]
-    sft = log.apply(
-        "no_new_prompt", "critic_sft", None, sft, lambda e: e.success or bool((e.attempt.refined_prompt or "").strip())
-    )
-    return sft, log.apply("unscored", "critic_rl", None, rl, lambda example: example.score is not None)
-
-
-# --- splits and balance ----------------------------------------------------------------------------------------------
-
-
-def _make_splitter(share: float, seed: int) -> Callable[[FinishedStory], Split]:
-    """Decides about a story by its request alone: further stories move none, and equal requests stay together."""
-
-    def split(story: FinishedStory) -> Split:
-        value = stream_key(seed, f"val/{_request_key(story.trajectory.request)!r}") / 2**128
-        return "val" if value < share else "train"
-
-    return split
-
-
-def _group_by_split(items: Iterable[Item], split: Callable[[Item], Split]) -> dict[Split, list[Item]]:
-    parts: dict[Split, list[Item]] = {name: [] for name in SPLITS}
-    for item in items:
-        parts[split(item)].append(item)
-    return parts
-
-
-def _balance(
-    name: SetName,
-    parts: Mapping[Split, Sequence[JudgedAttempt]],
-    filters: FiltersConfig,
-    seed: int,
-    log: FilterLog,
-    notes: list[str],
-) -> Mapping[Split, Sequence[JudgedAttempt]]:
-    """Drops rows of the more frequent verdict at random in each split; a split with one verdict stays as it is."""
-    if filters.balance is None:
-        return parts
-    balanced: dict[Split, Sequence[JudgedAttempt]] = {}
-    for split, examples in parts.items():
-        file = file_name(name, split)
-        if len({example.success for example in examples}) == 1:
-            what = "success" if examples[0].success else "failure"
-            notes.append(f"{file}: every verdict is {what}, so it is not balanced")
-        is_kept = _keep_balanced(examples, filters.balance, seed)
-        balanced[split] = log.apply("balance", file, filters.balance, examples, is_kept)
-    return balanced
 
 
 def _keep_balanced(examples: Sequence[JudgedAttempt], ratio: float, seed: int) -> Callable[[JudgedAttempt], bool]:

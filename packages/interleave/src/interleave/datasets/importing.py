@@ -85,6 +85,6 @@ def _story_rows(stories: list[FinishedStory]) -> dict[SetName, Iterator[SftRow |
     """The rows of every plan and of every judged attempt, unfiltered."""
     text, with_images = load_template(TEMPLATES.planner_text), load_template(TEMPLATES.planner_images)
     critic = load_template(TEMPLATES.critic)
-    plans = (make_planner_row(story, with_images if story.trajectory.request.image_ids else text) for story in stories)
+    plans = (make_planner_row(story, text, with_images) for story in stories)
     verdicts = (make_critic_row(story, attempt, critic) for story in stories for attempt in story.judged_attempts())
     return {"planner_sft": filter(None, plans), "critic_sft": filter(None, verdicts)}

@@ -122,13 +122,13 @@ def parse_row(line: bytes, kind: type[Row]) -> Row:
         raise ValueError(f"{f'{place}: ' if place else ''}{first['msg']}{shown}") from None
 
 
-def make_planner_row(story: FinishedStory, template: Template) -> SftRow | None:
-    """The planner's example, rendered as at run time; None without a plan."""
+def make_planner_row(story: FinishedStory, text: Template, images: Template) -> SftRow | None:
+    """The planner's example, rendered as at run time with its template for text or for images; None without a plan."""
     trajectory = story.trajectory
     if trajectory.plan is None:
         return None
     given = [placeholder_image(image_id) for image_id in trajectory.request.image_ids]
-    message = render_planner(template, trajectory.request.text, given)
+    message = render_planner(images if given else text, trajectory.request.text, given)
     return SftRow.from_message(message, render_plan(trajectory.plan), trajectory.id)
 
 

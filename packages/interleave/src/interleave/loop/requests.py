@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,9 +12,7 @@ from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
 from interleave.records import Request
-
-if TYPE_CHECKING:
-    from interleave.storage.images import ImageStore
+from interleave.storage.images import ImageStore
 
 REQUESTS = "requests.jsonl"
 MAX_CHARACTERS = 20_000
@@ -36,7 +33,7 @@ class RequestRow(BaseModel):
 def make_request(
     text: str,
     images: Sequence[Path | HashedImage],
-    store: "ImageStore",
+    store: ImageStore,
     request_id: str | None = None,
     category: str = "",
 ) -> Request:
@@ -55,7 +52,7 @@ def make_request(
     return Request(id=request_id or digest, text=clean, image_ids=image_ids, category=category)
 
 
-def read_requests(path: Path, store: "ImageStore") -> list[Request]:
+def read_requests(path: Path, store: ImageStore) -> list[Request]:
     """The requests of a JSON-lines file: {"text", "id", "category", "images": [paths from the file's folder]}.
 
     Raises UserError naming the line for another object, an id given twice, or an image that cannot be read.

@@ -124,10 +124,7 @@ class StoryStream:
     async def stream(
         self, text: str, images: Sequence[HashedImage], seed: int
     ) -> AsyncGenerator[tuple[Record, HashedImage | None], None]:
-        """The records of a story, each when it is complete, an attempt's with its image.
-
-        Raises UserError as `run_requests`.
-        """
+        """The records of a story as they come, an attempt's with its image.  Raises UserError as `run_requests`."""
         config = self._config.model_copy(update={"seed": seed})
         path = free_path(self._runs, None, slug(text))
         create_run(path, config, ["demo"], lambda store: [request_files.make_request(text, images, store)])

@@ -50,10 +50,7 @@ class Trace:
             sync(folder)
 
     def append(self, record: Record) -> None:
-        """Write one line and wait until it is on disk.
-
-        Raises UserError if it cannot be written, as on a full disk; nothing of the line is left then.
-        """
+        """Write one line to the disk.  Raises UserError if it cannot be written; nothing of the line is left then."""
         name = next(name for name, kind in TYPES.items() if isinstance(record, kind))
         text = json.dumps({"type": name, **record.model_dump(mode="json")}, ensure_ascii=False)
         line = text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair: as its escape in JSON

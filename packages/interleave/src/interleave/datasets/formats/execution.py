@@ -183,10 +183,7 @@ class ImageCopies:
     _names: dict[str, str] = field(default_factory=dict)
 
     def put(self, attempt: Attempt, target: str) -> tuple[str, str]:
-        """Copy an attempt's images, the second one to `target`; their names.
-
-        Raises UserError if another attempt has that target.
-        """
+        """Copy an attempt's images, the second to `target`; their names.  Raises UserError if `target` is taken."""
         before, after = before_and_after(attempt)
         if target in self._names.values():
             raise UserError(

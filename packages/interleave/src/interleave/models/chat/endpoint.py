@@ -122,10 +122,7 @@ class EndpointChat:
 
 
 def read_reply(data: bytes) -> Reply:
-    """The reply in a chat completion; what a server split off as reasoning goes back into `<think>`.
-
-    Raises ValueError for what is no chat completion.
-    """
+    """The reply in a chat completion, with split-off reasoning in `<think>`.  Raises ValueError for another answer."""
     try:
         answer = json.loads(data)
         choice = answer["choices"][0]
