@@ -11,36 +11,39 @@ the same noise.
 
 import argparse
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
-SIDE, GAP, LINE = 128, 8, 18
+SIDE, GAP, HEAD = 128, 8, 64
+"""Pixels: side of an image, space between images, height of the text above a column."""
 
 
-def make_sheet(columns: int, rows: int, margin: int) -> Image.Image:
-    """A white image for a grid of squares with a line of text above each row."""
-    width = margin + columns * (SIDE + GAP) + GAP
-    return Image.new("RGB", (width, rows * (SIDE + LINE + GAP) + GAP), "white")
+def paste_column(sheet: Image.Image, column: int, text: str, files: Sequence[Path]) -> None:
+    """Pastes images below each other, each pixel enlarged to a square, with `text` above them."""
+    left = GAP + column * (SIDE + GAP)
+    lines, font = "\n".join(textwrap.wrap(text, 20)), ImageFont.load_default(12)
+    ImageDraw.Draw(sheet).text((left, GAP), lines, fill="black", font=font)
+    for row, file in enumerate(files):
+        image = Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST)
+        sheet.paste(image, (left, HEAD + row * (SIDE + GAP)))
 
 
-def paste_image(sheet: Image.Image, image: Image.Image, text: str, left: int, top: int) -> None:
-    """Pastes an image, each of its pixels enlarged to a square, under a line of text."""
-    ImageDraw.Draw(sheet).text((left, top), text, fill="black", font=ImageFont.load_default(11))
-    sheet.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top + LINE))
+def make_sheet(columns: int, rows: int) -> Image.Image:
+    """A white image with room for a grid of images."""
+    return Image.new("RGB", (columns * (SIDE + GAP) + GAP, HEAD + rows * (SIDE + GAP)), "white")
 
 
-def draw_before_and_after(run: Path, columns: int = 8) -> Image.Image:
+def draw_before_and_after(run: Path, columns: int = 6) -> Image.Image:
     """The first images of the evaluations before and after training, at the guidance scale of the training."""
     folders = [run / "evaluations" / f"{name}-g1" for name in ("base", "trained")]
     prompts = json.loads((folders[0] / "scores.json").read_text(encoding="utf-8"))["prompts"][:columns]
-    sheet = make_sheet(columns, len(folders), 0)
-    for row, folder in enumerate(folders):
-        for column, prompt in enumerate(prompts):
-            text = prompt if row == 0 else ""
-            place = (GAP + column * (SIDE + GAP), GAP + row * (SIDE + LINE + GAP))
-            paste_image(sheet, Image.open(folder / f"{column:03d}.png"), text[:24], *place)
+    sheet = make_sheet(columns, len(folders))
+    for column, prompt in enumerate(prompts):
+        paste_column(sheet, column, prompt, [folder / f"{column:03d}.png" for folder in folders])
     return sheet
 
 
@@ -50,16 +53,10 @@ def draw_story(run: Path) -> Image.Image:
     selected = next(record["selected"] for record in records if record["type"] == "trajectory")
     attempts = [r for r in records if r["type"] == "attempt" and selected.get(str(r["step"])) == r["attempt"]]
     attempts.sort(key=lambda record: record["step"])
-    sheet = Image.new("RGB", (len(attempts) * (2 * SIDE + GAP) + GAP, SIDE + LINE + 2 * GAP), "white")
+    sheet = make_sheet(len(attempts), 1)
     for column, record in enumerate(attempts):
-        (file,) = run.rglob(f"{record['image_id']}.png")
-        paste_image(
-            sheet,
-            Image.open(file),
-            f"{record['step']}. {record['original_prompt']}",
-            GAP + column * (2 * SIDE + GAP),
-            GAP,
-        )
+        files = list(run.rglob(f"{record['image_id']}.png"))
+        paste_column(sheet, column, f"{record['step']}. {record['original_prompt']}", files)
     return sheet
 
 

@@ -59,7 +59,7 @@ def drawn_by_interleave(family: str, model: Path, lora: Path | None, weight: flo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux2", "sd3", "flux"])
-def test_an_exported_adapter_draws_the_same_picture(family: str, tmp_path: Path) -> None:
+def test_an_exported_adapter_gives_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model)
     out = export_run(run, "diffusers", tmp_path / "out")

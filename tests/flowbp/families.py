@@ -32,7 +32,7 @@ from scripts.miniature.world.vocabulary import clip_tokenizer, qwen_tokenizer
 WIDTH = 32
 SIZE = (16, 24)
 FLUX2_TEXT = {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}
-"""Height and width of the pictures: not square, so that rows and columns cannot be mistaken for each other."""
+"""Height and width of the images: not square, so that rows and columns cannot be mistaken for each other."""
 
 
 def autoencoder(**changed) -> AutoencoderKL:

@@ -207,6 +207,7 @@ SIZE = gradient_fidelity.FidelitySize(prompts=2, images=1, plans=2)
 CHOSEN = {name: gradient_fidelity.VARIANTS[name] for name in ("full", "flowbp_sparse", "refl", "draft_lv")}
 
 
+@pytest.mark.slow
 def test_fidelity_of_full_is_one_and_seeds_decide(bench: Bench) -> None:
     bench.restore_base()
     config = bench.settings.config

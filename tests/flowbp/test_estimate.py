@@ -75,7 +75,8 @@ def without_weights(folder: Path, place: Path) -> Path:
     return shutil.copytree(folder, place / folder.name, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def test_weights_are_not_needed_to_plan(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_weights_are_not_needed_to_estimate(tmp_path: Path) -> None:
     """Of generator, reward and held-out reward; the same answer as with them, and training still asks for them."""
     keys = {"generator": "model.ref", "reward": "rewards.0.ref", "heldout": "heldout.0.ref"}
     refs = [f"{key}={without_weights(hub.WEIGHTS / name, tmp_path)}" for name, key in keys.items()]
@@ -122,7 +123,7 @@ def test_live_bytes_are_those_that_live() -> None:
 
 @pytest.mark.slow
 def test_operations_are_counted() -> None:
-    """Twice the pictures, twice the operations; micro-batches and chunks change nothing."""
+    """Twice the images, twice the operations; micro-batches and chunks change nothing."""
     one, two = estimated().flops, estimated("total_batch_size=8").flops
     assert two == pytest.approx(2 * one, rel=0.01)
     assert estimated("per_device_batch_size=2").flops == pytest.approx(one, rel=0.01)

@@ -1,4 +1,4 @@
-"""Parts that do as they are told, for tests of the loop: plans by request, verdicts by rule, pictures by hash."""
+"""Parts that do as they are told, for tests of the loop: plans by request, verdicts by rule, images by hash."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,7 @@ from interleave.records import Plan, PlanStep, Request, Scores, Verdict
 
 
 def picture_of(request: GenerationRequest) -> Image.Image:
-    """A picture that tells its prompt, sources and seed apart."""
+    """An image that tells its prompt, sources and seed apart."""
     named = repr((request.prompt, [source.id for source in request.sources], request.seed)).encode()
     return Image.frombytes("RGB", (4, 4), (hashlib.sha256(named).digest() * 2)[:48])
 

@@ -102,7 +102,7 @@ PIPELINES = {name: family.make for name, family in families.FAMILIES.items()} | 
 
 @torch.no_grad()
 def folder_of(name: str, place: Path) -> Path:
-    """A folder with a tiny random pipeline whose prompts and references show in its pictures."""
+    """A folder with a tiny random pipeline whose prompts and references show in its images."""
     torch.manual_seed(0)
     pipe = PIPELINES[name]()
     for parameter in (*pipe.transformer.parameters(), *pipe.vae.parameters()):

@@ -13,12 +13,12 @@ from interleave.protocols import Components, CriticInput, Judge
 
 
 def mark(shown: CriticInput) -> float:
-    """A score by the picture alone."""
+    """A score by the image alone."""
     return int(shown.after.id[:2], 16) / 25.5
 
 
 def parts(latency: float = 0.0) -> Components:
-    """Two pictures a story; a third of them is accepted."""
+    """Two images a story; a third of them is accepted."""
     return Components(
         FakePlanner(lambda r, s: plan_of(f"{r.id} one", "two", None), latency=latency),
         FakeCritic(lambda shown, seed: (seed % 3 == 0, shown.prompt_used + "!"), latency=latency),

@@ -100,18 +100,18 @@ def status_of(url: str) -> int | None:
 
 
 def image_of(response: httpx.Response) -> Image.Image:
-    """The picture of an answer."""
+    """The image of an answer."""
     assert response.status_code == 200, response.text
     return opened(base64.b64decode(response.json()["image"]))
 
 
 def opened(png: bytes) -> Image.Image:
-    """The picture of a file."""
+    """The image of a file."""
     return Image.open(io.BytesIO(png))
 
 
 def encoded(image: Image.Image) -> str:
-    """A picture as requests hold it."""
+    """An image as requests hold it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Small training sets on disk, of shapes-like pictures, for tests."""
+"""Small training sets on disk, of shapes-like images, for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ WHITE = HashedImage.from_pil(Image.new("RGB", (32, 32), "white"))
 
 
 def picture(number: int) -> HashedImage:
-    """A picture that no other number has."""
+    """An image that no other number has."""
     pixels = np.full((32, 32, 3), 255, np.uint8)
     pixels[4:28, 4:28] = np.random.default_rng(number).integers(0, 255, 3)
     return HashedImage.from_pil(Image.fromarray(pixels))
@@ -69,7 +69,7 @@ def write(path: Path, rows: Sequence[SftRow | RlRow]) -> None:
 
 
 def make_set(folder: Path, critic: int = 8, mixed: int = 6, rl: int = 6) -> Path:
-    """critic_sft (pictures), planner_sft (half text alone) and critic_rl."""
+    """critic_sft (images), planner_sft (half text alone) and critic_rl."""
     folder.mkdir()
     store = ImageStore(folder / "images")
     write(folder / "critic_sft.jsonl", [critic_row(i, store) for i in range(critic)])

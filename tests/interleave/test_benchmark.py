@@ -38,7 +38,7 @@ def picture_of(scene: Scene) -> HashedImage:
 
 @dataclass
 class Gold:
-    """Draws exactly what a prompt of the world asks for; every `wrong`-th picture is of something else."""
+    """Draws exactly what a prompt of the world asks for; every `wrong`-th image is of something else."""
 
     wrong: int = 0
     max_sources: int = 1
@@ -106,7 +106,7 @@ def test_gold_answers_are_all_right(tmp_path: Path) -> None:
     assert [t.images for t in results] == [len(s.steps) for s in STORIES]
 
 
-def test_wrong_pictures_score_none_and_the_verifier_corrects_them(tmp_path: Path) -> None:
+def test_wrong_images_score_none_and_the_verifier_corrects_them(tmp_path: Path) -> None:
     wrong, _ = benchmark.run_stories(
         STORIES, Components(planner(STORIES), None, Gold(wrong=1)), LoopConfig(), 0, tmp_path / "a"
     )

@@ -161,7 +161,7 @@ def test_every_word_is_one_token() -> None:
     assert clip.decode(clip("odd wörds").input_ids, skip_special_tokens=True) == "odd wörds"
 
 
-def test_places_are_told_apart_by_a_negative_of_their_own() -> None:
+def test_places_are_distinguished_by_a_negative_of_their_own() -> None:
     from scripts.miniature.world.rewards import HELDOUT, sample_batch
 
     specs, negatives, images = sample_batch(HELDOUT, 3)

@@ -1,4 +1,4 @@
-"""Stories: their words, their plans, and the verification of their pictures."""
+"""Stories: their words, their plans, and the verification of their images."""
 
 from collections import Counter
 
@@ -53,7 +53,7 @@ def picture(*placed: Placed) -> torch.Tensor:
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.sampled_from(SPLITS), st.booleans())
-def test_every_picture_of_a_story_belongs_to_its_split(seed: int, split: str, riddle: bool) -> None:
+def test_every_image_of_a_story_belongs_to_its_split(seed: int, split: str, riddle: bool) -> None:
     made = story(seed, split, riddle)
     assert all(split_of(tuple(sorted(step.after))) == split for step in made.steps)
     assert isinstance(made.steps[0], Draw)
@@ -196,7 +196,7 @@ def test_a_true_story_holds_and_each_mistake_is_found() -> None:
         verify_story(torch.stack([first, second, third, third]), told)
 
 
-def test_a_later_step_cannot_be_right_on_a_wrong_picture() -> None:
+def test_a_later_step_cannot_be_right_on_a_wrong_image() -> None:
     wrong = picture(put("red", "cross", 9, 16))
     second = picture(put("red", "circle", 9, 16), put("blue", "square", 23, 15))
     assert verify_story(torch.stack([wrong, second]), Story(EXAMPLE, EXAMPLE_STEPS)) == [False, False, False]
@@ -204,7 +204,7 @@ def test_a_later_step_cannot_be_right_on_a_wrong_picture() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(seeds)
-def test_the_oracle_accepts_exact_edits_and_refuses_the_picture_before(seed: int) -> None:
+def test_the_oracle_accepts_exact_edits_and_refuses_the_image_before(seed: int) -> None:
     edit = sample_edit(np.random.default_rng(seed))
     step = read_prompt(edit.instruction, edit.before.things)
     assert step is not None
@@ -216,7 +216,7 @@ def test_the_oracle_accepts_exact_edits_and_refuses_the_picture_before(seed: int
 
 @settings(max_examples=15, deadline=None)
 @given(seeds)
-def test_the_oracle_judges_a_first_picture_by_its_caption(seed: int) -> None:
+def test_the_oracle_judges_a_first_image_by_its_caption(seed: int) -> None:
     made = story(seed, num_steps=1).steps[0]
     assert isinstance(made, Draw)
     after = torch.from_numpy(render(compose(made.spec, np.random.default_rng(seed))))

@@ -41,7 +41,7 @@ def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) ->
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_picture_is_the_pipelines_own(backbone: Backbone, folder: Path, guidance: float) -> None:
+def test_an_image_is_the_pipelines_own(backbone: Backbone, folder: Path, guidance: float) -> None:
     ours = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 4, guidance)
     _, expected = theirs(folder, 4, guidance, 5, "pt")
     assert ours.shape == expected.shape == (1, 3, *SIZE)

@@ -41,7 +41,7 @@ def loss(backbone: Backbone, x: Tensor) -> Tensor:
 
 
 def decoded(folder: Path, **vae: object) -> tuple[Backbone, Tensor, Tensor]:
-    """A backbone with these switches, latents of two pictures, and the gradient of a loss at them."""
+    """A backbone with these switches, latents of two images, and the gradient of a loss at them."""
     backbone = backbones.load(str(folder), dtype=torch.float64)
     options.apply_model_options(backbone, model_of(vae=vae))
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0)).double().requires_grad_()
@@ -61,7 +61,7 @@ def test_slices_are_the_whole_and_tiles_are_not(folder: Path) -> None:
     assert distance(whole, decoded(folder, tile=8)[2]) > 1e-3
 
 
-def test_the_gradient_through_tiles_is_that_of_their_picture(folder: Path) -> None:
+def test_the_gradient_through_tiles_is_that_of_their_image(folder: Path) -> None:
     backbone, x, gradient = decoded(folder, tile=8, gradient_checkpointing=True)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
     with torch.no_grad():

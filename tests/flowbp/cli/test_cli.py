@@ -177,7 +177,7 @@ def assert_refused(answer: tuple[int, str, str], said: str) -> None:
 
 
 @pytest.mark.parametrize(("pairs", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(
     flowbp: Call, tmp_path: Path, pairs: list[str], said: str
 ) -> None:
     assert_refused(flowbp("train", "--runs", tmp_path / "runs", *sets(*pairs)), said)

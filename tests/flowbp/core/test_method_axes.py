@@ -171,7 +171,7 @@ def test_a_stratified_step_stands_for_its_whole_part():
 def test_inclusion_refill_is_unbiased(active):
     """The mean coefficient of every step is its Euler weight, so the mean gradient is the full detached sum."""
     grid = Grid(tuple(GRIDS["flux1"]), first=5)
-    rng, num = np.random.default_rng(0), 2500
+    rng, num = np.random.default_rng(0), 1000
     samples = np.zeros((num, 25))
     for row in samples:
         coefficients, _ = Euler(refill="inclusion").integrate(grid, active.draw(grid, rng))

@@ -64,7 +64,7 @@ def test_built_in_splits_are_disjoint() -> None:
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt'"),
     ],
 )
-def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_bad_files_are_reported_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -81,7 +81,7 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: byte
         ("builtin:shape/test", "allowed: builtin:shapes/train, builtin:shapes/tune, builtin:shapes/test"),
     ],
 )
-def test_bad_sources_are_told_in_one_line(source: str, said: str) -> None:
+def test_bad_sources_are_reported_in_one_line(source: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         load(source)
     assert said in str(error.value)

@@ -67,7 +67,7 @@ def copied(finished: Benchmark, tmp_path: Path) -> Benchmark:
     return replace(finished, out=tmp_path / "copy")
 
 
-# --- pictures and scores ---------------------------------------------------------------------------------------------
+# --- images and scores ---------------------------------------------------------------------------------------------
 
 
 def test_the_folder(finished: Benchmark) -> None:
@@ -114,7 +114,7 @@ def test_the_batch_does_not_matter(finished: Benchmark, tmp_path: Path, batch_si
     assert max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) <= 1
 
 
-def test_a_image_does_not_depend_on_how_many_there_are(finished: Benchmark, tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_how_many_there_are(finished: Benchmark, tmp_path: Path) -> None:
     more = done(work(tmp_path / "more", scorers=(), num_prompts=3, images=3, batch_size=9))
     assert pictures(finished).items() <= pictures(more).items()
 
@@ -147,7 +147,7 @@ def test_scores_without_a_number_stay_so(copied: Benchmark, monkeypatch: pytest.
     assert "ur_iq gave 3 of 4 images no score" in tables.table_markdown([row])
 
 
-def test_a_torn_row_is_told(copied: Benchmark) -> None:
+def test_a_torn_row_is_reported(copied: Benchmark) -> None:
     file = copied.out / "scores" / "clip.rank0.jsonl"
     file.write_text(file.read_text() + '{"prompt": 1, "ima')
     with pytest.raises(UserError, match=r"clip\.rank0\.jsonl:5: not a row of scores"):
@@ -366,7 +366,7 @@ def assert_refused(answer: tuple[int, str, str], said: str) -> None:
         (["--protocol", "geneval"], "no such file"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_made(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:
+def test_mistakes_are_reported_before_a_file_is_made(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:
     assert_refused(flowbp(*hpdv2(tmp_path / "out", *words)), said)
     assert not (tmp_path / "out").exists()
 

@@ -182,7 +182,7 @@ GOOD = {"tag": "colors", "prompt": "a red cat", "include": [RED_CAT]}
         ({"include": [{"count": 1}]}, "include.0.class: Field required"),
     ],
 )
-def test_wrong_rows_are_told_with_their_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_wrong_rows_are_reported_with_their_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     file = tmp_path / "metadata.jsonl"
     file.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(UserError) as error:
@@ -240,7 +240,7 @@ def planted(box: tuple[int, int, int, int], size: tuple[int, int], logit: float 
 
 
 def test_instances_keep_place_and_score_without_the_padding() -> None:
-    """A image of 100 x 200 seen at 200 x 400, padded to 224 x 416, masks at a quarter of that."""
+    """An image of 100 x 200 seen at 200 x 400, padded to 224 x 416, masks at a quarter of that."""
     logits = torch.zeros(3, len(CLASSES) + 1)
     logits[0, CLASSES.index("dog")] = 8
     logits[1, CLASSES.index("cat")] = 8

@@ -24,7 +24,7 @@ def pipeline() -> Flux2KleinPipeline:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_a_seed_draws_what_the_pipeline_draws(pipeline: Flux2KleinPipeline, guidance: float, seed: int) -> None:
+def test_a_seed_gives_the_image_of_the_pipeline(pipeline: Flux2KleinPipeline, guidance: float, seed: int) -> None:
     backbone = backbones.load(GENERATOR)
     prompt = "a red circle left of a blue square"
     ours = sampling.generate_images(backbone, prompt, [seed], SIZE, 6, guidance)
@@ -42,7 +42,7 @@ def test_a_seed_draws_what_the_pipeline_draws(pipeline: Flux2KleinPipeline, guid
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_a_image_does_not_depend_on_its_neighbours() -> None:
+def test_an_image_does_not_depend_on_its_neighbours() -> None:
     backbone = backbones.load(GENERATOR)
     together = sampling.generate_images(backbone, "two green squares", [3, 4, 5], SIZE, 4, 2.0)
     alone = sampling.generate_images(backbone, "two green squares", [4], SIZE, 4, 2.0)

@@ -70,7 +70,7 @@ def noise(height: int, width: int) -> torch.Tensor:
 def test_scores_are_those_of_the_original_package(reward: HPSv3, size: str) -> None:
     with torch.no_grad():
         scores = reward(tensor(*map(int, size.split("x"))), GOLDEN["prompts"])
-    rounding = size != "448x448"  # of the original's resized pictures to 1/255
+    rounding = size != "448x448"  # of the original's resized images to 1/255
     assert scores.tolist() == pytest.approx(GOLDEN["scores"][size], abs=1e-3 if rounding else 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The watchdog: what it sees in pictures, when it barks, and that a run keeps its last healthy checkpoint."""
+"""The watchdog: what it sees in images, when it alerts, and that a run keeps its last healthy checkpoint."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ def flat(*colour: float, side: int = 32) -> torch.Tensor:
     return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, side, side).clone()
 
 
-def test_statistics_of_pictures_that_anyone_can_count() -> None:
+def test_statistics_of_images_that_anyone_can_count() -> None:
     half = flat(1.0, 1.0, 1.0)
     half[..., 16:] = 0
     found = image_statistics(half)
@@ -49,7 +49,7 @@ def test_a_grid_is_seen_and_noise_is_not() -> None:
     assert math.isnan(image_statistics(flat(0.3, 0.3, 0.3, side=8))["grid"].item())
 
 
-def test_distance_is_between_pictures_of_equal_seeds() -> None:
+def test_distance_is_between_images_of_equal_seeds() -> None:
     a = torch.rand(3, 3, 32, 32)
     assert rms_distance(a, a).tolist() == [0, 0, 0]
     assert rms_distance(flat(0.0, 0.0, 0.0), flat(1.0, 1.0, 1.0)).item() == 1
@@ -66,7 +66,7 @@ def test_likeness_is_of_shapes_whatever_the_exposure(contrast: float, tint: list
     torch.testing.assert_close(dissimilarity(a, 1 - a), torch.full((4,), 2.0))
 
 
-def test_a_flat_picture_is_like_flat_ones_only() -> None:
+def test_a_flat_image_is_like_flat_ones_only() -> None:
     grey, white, noise = flat(0.5, 0.5, 0.5), flat(1.0, 1.0, 1.0), torch.rand(1, 3, 32, 32)
     assert dissimilarity(grey, white).item() == pytest.approx(0, abs=1e-6)
     assert dissimilarity(grey, noise).item() == pytest.approx(0.5)
@@ -96,7 +96,7 @@ def test_when_it_barks(now: Evaluation, words: list[str]) -> None:
         assert word in alert
 
 
-def test_without_held_out_rewards_pictures_are_still_watched() -> None:
+def test_without_held_out_rewards_images_are_still_watched() -> None:
     found = compare_with_base(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [], drift=0)
     assert [alert.split(" moved")[0] for alert in found.alerts] == ["the images' dark"]
 
@@ -112,7 +112,7 @@ def test_drift_is_judged_where_a_limit_is_set() -> None:
     assert not barks(0.4, math.nan)
 
 
-def test_drift_is_measured_in_what_the_base_s_pictures_differ_by() -> None:
+def test_drift_is_measured_in_what_the_base_s_images_differ_by() -> None:
     draws = torch.rand(200, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     base, other = draws.split(100)
     assert image_drift(base, base) == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Judges: marks are read strictly, samples averaged, failures typed, and no picture is judged twice."""
+"""Judges: marks are read strictly, samples averaged, failures typed, and no image is judged twice."""
 
 import asyncio
 import json
@@ -116,7 +116,7 @@ def pictures(message: Message) -> list[HashedImage]:
 
 
 def is_quality(message: Message) -> bool:
-    """The question on the picture alone."""
+    """The question on the image alone."""
     return len(pictures(message)) == 1
 
 
@@ -137,7 +137,7 @@ def test_two_questions_the_lower_mark_of_each() -> None:
     assert "make it very blue" not in words  # the critic's own prompt could flatter
 
 
-def test_the_picture_is_judged_at_the_size_of_the_one_before() -> None:
+def test_the_image_is_judged_at_the_size_of_the_one_before() -> None:
     sizes: list[tuple[int, int]] = []
 
     def say(message: Message, seed: int) -> str:
@@ -326,7 +326,7 @@ def test_agreement_in_numbers() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 3), (0, 0)])
-def test_agreement_needs_the_same_pictures(first: int, second: int) -> None:
+def test_agreement_needs_the_same_images(first: int, second: int) -> None:
     with pytest.raises(ValueError, match="at least two"):
         judge_agreement(marks_of(*[(1, 1)] * first), marks_of(*[(1, 1)] * second))
 

@@ -79,7 +79,7 @@ def test_the_plan_that_is_taught_reads_back_and_is_correct(seed: int, riddle: bo
 
 
 def same_batch(processor, row: dict, batch: dict[str, Tensor]) -> None:  # type: ignore[no-untyped-def]
-    """Compare with what transformers makes of a row of supervised data, whose pictures fill its placeholders."""
+    """Compare with what transformers makes of a row of supervised data, whose images fill its placeholders."""
     images = iter(row.get("images", ()))
     content = [
         {"type": "image", "image": next(images)} if c["type"] == "image" else c for c in row["prompt"][0]["content"]
@@ -121,7 +121,7 @@ def test_padding_is_neither_seen_nor_taught(processor) -> None:  # type: ignore[
 
 @few
 @given(seeds)
-def test_an_exact_edit_is_accepted_with_its_prompt_and_the_unchanged_picture_is_not(seed: int) -> None:
+def test_an_exact_edit_is_accepted_with_its_prompt_and_the_unchanged_image_is_not(seed: int) -> None:
     case = edit_case(sample_edit(np.random.default_rng(seed)))
     assert case.before is not None
     good, bad = verdict(case), verdict(replace(case, after=case.before))
@@ -146,7 +146,7 @@ def test_rejections_take_the_wordings_in_turn(seed: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(seeds)
 def test_another_wording_asks_for_no_less(seed: int) -> None:
-    """Whatever picture another wording accepts, the original accepts too."""
+    """Whatever image another wording accepts, the original accepts too."""
     rng = np.random.default_rng(seed)
     edit = sample_edit(rng, kind="add")
     before = detect(torch.from_numpy(render(edit.before))[None])[0]
@@ -177,7 +177,7 @@ def test_captions_and_names_reword_without_a_change_of_meaning() -> None:
 
 @few
 @given(seeds, st.integers(0, 2))
-def test_mirrored_and_recoloured_looks_keep_their_verdict(seed: int, turns: int) -> None:
+def test_mirrored_and_recolored_looks_keep_their_verdict(seed: int, turns: int) -> None:
     case = edit_case(sample_edit(np.random.default_rng(seed)))
     assert verdict(_mirror(case)).success
     assert verdict(_rotate_colors(case, 0)) == verdict(case)
@@ -210,7 +210,7 @@ def test_cases_are_of_both_verdicts_and_ask_for_nothing_of_other_splits() -> Non
 @few
 @given(seeds)
 def test_the_vision_lesson_knows_what_stands_where(seed: int) -> None:
-    """What is taught of a rendered scene is what the verifier reads in its picture, in the right cell."""
+    """What is taught of a rendered scene is what the verifier reads in its image, in the right cell."""
     rng = np.random.default_rng(seed)
     scene = compose(sample_spec(rng), rng)
     taught, read = expected_detections(scene), detect(torch.from_numpy(render(scene))[None])[0]
@@ -260,7 +260,7 @@ def test_training_lowers_the_loss_and_resumes_where_it_was_killed(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_critic_trains_on_pictures(tmp_path: Path) -> None:
+def test_the_critic_trains_on_images(tmp_path: Path) -> None:
     cases = [drawing(seed) for seed in range(4)]
     train.train_agent(tmp_path, TINY.model_copy(update={"steps": 2}), lambda step: train.make_critic_batch(cases))
     assert resolve(str(tmp_path / "model"))
@@ -309,7 +309,7 @@ AMOUNTS = {"captions": 2, "edits": 1, "chains": 0, "recolorings": 1}
 
 @pytest.mark.exhaustive
 def test_the_shipped_critic_is_what_its_provenance_says(tmp_path: Path) -> None:
-    """On 240 pictures that nobody has seen, drawn as the measured ones were, and three standard errors below."""
+    """On 240 images that nobody has seen, drawn as the measured ones were, and three standard errors below."""
     from scripts.miniature.agents import pool
     from scripts.miniature.agents.measure import measure_critic
 

@@ -177,7 +177,7 @@ def plan_answer(*steps: object) -> str:
     return wrapped(json.dumps({"execution_plan": steps}))
 
 
-def test_a_plan_of_pictures_and_texts() -> None:
+def test_a_plan_of_images_and_texts() -> None:
     answer = plan_answer(step(1, "a cat", instruction="draw"), step(2, None, auxiliary_text="The end."))
     assert parse_plan(answer) == Plan(
         steps=(

@@ -200,7 +200,7 @@ def test_the_request_stands_in_the_planners_prompt_once_and_changes_nothing_else
 
 
 @given(st.sampled_from(["critic", "shapes_critic"]), nasty, nasty.filter(bool))
-def test_the_critic_reads_two_pictures_and_then_both_prompts(name: str, original: str, used: str) -> None:
+def test_the_critic_reads_two_images_and_then_both_prompts(name: str, original: str, used: str) -> None:
     before, after, prompt = render_critic(
         load_template(name), CriticInput(WHITE, RED, original, used, "request", (("x", BLUE),))
     )
@@ -217,7 +217,7 @@ def test_no_prompt_used_means_the_original_one() -> None:
 
 
 @given(nasty, st.lists(st.tuples(nasty, st.sampled_from([None, RED, BLUE])), max_size=4))
-def test_the_story_is_told_in_its_order(request: str, story: list[tuple[str, HashedImage | None]]) -> None:
+def test_the_story_is_shown_in_its_order(request: str, story: list[tuple[str, HashedImage | None]]) -> None:
     message = render_critic(
         load_template("critic_story"), CriticInput(WHITE, BLUE, "do it", "do", request, tuple(story))
     )
@@ -238,7 +238,7 @@ def test_the_story_is_told_in_its_order(request: str, story: list[tuple[str, Has
     assert not any(isinstance(a, str) and isinstance(b, str) for a, b in itertools.pairwise(message))
 
 
-def test_a_conversation_holds_pictures_and_texts_in_order() -> None:
+def test_a_conversation_holds_images_and_texts_in_order() -> None:
     assert to_conversation((RED, "look", BLUE)) == [
         {
             "role": "user",

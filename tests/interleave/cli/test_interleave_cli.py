@@ -81,7 +81,7 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_a_story_is_told(interleave: Call, tmp_path: Path) -> None:
+def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = ("run", "Draw a Cat, then a hat!", recipe(tmp_path, critic=(NO, YES)), "--runs", runs)
     code, out, _ = interleave(*words)
@@ -107,7 +107,7 @@ def test_json_for_machines(interleave: Call, tmp_path: Path) -> None:
     assert [line["type"] for line in lines] == ["PlanRecord", "Attempt", "Attempt", "Trajectory", "Run"]
 
 
-def test_a_picture_of_the_request(interleave: Call, tmp_path: Path) -> None:
+def test_an_image_of_the_request(interleave: Call, tmp_path: Path) -> None:
     picture = tmp_path / "in.png"
     Image.new("RGB", (5, 5), "red").save(picture)
     config = recipe(tmp_path)
@@ -138,7 +138,7 @@ def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: P
     assert "2 planner_failed" in out
 
 
-def test_a_finished_batch_is_told_not_done_again(interleave: Call, tmp_path: Path) -> None:
+def test_a_finished_batch_is_reported_not_done_again(interleave: Call, tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
     words = ("--runs", tmp_path / "runs")

@@ -211,7 +211,7 @@ SCORING = FakeJudge(mark)
 
 
 def build(out: Path, asked: Path, made: Components | None = None, idle: bool = False, **changes: Any) -> SetInfo:
-    """A build with fresh parts, unless it is `idle` and has none, and a judge that scores by the picture."""
+    """A build with fresh parts, unless it is `idle` and has none, and a judge that scores by the image."""
     return go_on_building(out, asked, None if idle else made or parts(), **{"judge": SCORING, **changes})
 
 
@@ -373,7 +373,7 @@ def test_other_folders_trajectories_are_taken_in(tmp_path: Path, asked: Path) ->
 
 
 def failing(kind: Any, when: Callable[[CriticInput], bool]) -> FakeJudge:
-    """A judge that fails on some pictures."""
+    """A judge that fails on some images."""
 
     def score(shown: CriticInput) -> float:
         if when(shown):
@@ -432,7 +432,7 @@ def agreeing(path: Path, judge: FakeJudge, **changes: Any) -> JudgeComparison:
     return compare_judges(path, DataConfig(**changes), judge, lambda done, total: None)
 
 
-def test_two_judges_are_compared_on_the_pictures_of_a_set(tmp_path: Path, asked: Path) -> None:
+def test_two_judges_are_compared_on_the_images_of_a_set(tmp_path: Path, asked: Path) -> None:
     out = tmp_path / "set"
     build(out, asked, filters=OPEN)
     rows = [parse_set_row(line, "critic_rl") for line in (out / "critic_rl.jsonl").read_bytes().splitlines()]

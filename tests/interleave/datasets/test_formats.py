@@ -91,7 +91,7 @@ def save(picture: HashedImage, path: Path) -> str:
 
 
 def with_pixels(value: Any, base: Path) -> Any:
-    """A file's content with the hash of its pixels instead of every picture's name."""
+    """A file's content with the hash of its pixels instead of every image's name."""
     if isinstance(value, list):
         return [with_pixels(item, base) for item in value]
     if isinstance(value, dict):
@@ -167,8 +167,8 @@ def our_story() -> FinishedStory:
     return FinishedStory(trajectory, attempts)
 
 
-def told_with_picture() -> FinishedStory:
-    """A story that begins with a picture of the user's."""
+def story_with_image() -> FinishedStory:
+    """A story that begins with an image of the user's."""
     story = our_story()
     first = attempt(1, 1, 100, D, A, True)
     request = story.trajectory.request.model_copy(update={"image_ids": (D.id,)})
@@ -181,7 +181,7 @@ def told_with_picture() -> FinishedStory:
 
 
 def test_supervised_rows_are_what_runs_read_and_answer(store: ImageStore) -> None:
-    story = told_with_picture()
+    story = story_with_image()
     row = make_planner_row(story, load_template("planner_text"), load_template("planner_images"))
     assert row is not None
     assert row.message(store.get) == render_planner(load_template("planner_images"), story.trajectory.request.text, [D])
@@ -381,7 +381,7 @@ def test_an_impossible_evaluation_is_named(
 
 @st.composite
 def execution_records(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, HashedImage]]]:
-    """A record as the reference's data construction writes it, and its pictures; the last step may be unfinished."""
+    """A record as the reference's data construction writes it, and its images; the last step may be unfinished."""
     start, count = draw(st.integers(0, 3)), draw(st.integers(1, 3))
     plan = [
         {
@@ -491,7 +491,7 @@ def judged(step: int, flag: int, source: str, success: bool, refined: str) -> di
     }
 
 
-@pytest.mark.parametrize("make", [our_story, told_with_picture])
+@pytest.mark.parametrize("make", [our_story, story_with_image])
 def test_our_stories_survive_an_execution_record(
     tmp_path: Path, store: ImageStore, make: Callable[[], FinishedStory]
 ) -> None:
@@ -622,7 +622,7 @@ def test_a_ueval_record_must_count_its_steps(tmp_path: Path, store: ImageStore) 
 IMAGE = "<image><img_token></image>"
 
 
-def test_a_sequence_of_accepted_pictures(tmp_path: Path, store: ImageStore) -> None:
+def test_a_sequence_of_accepted_images(tmp_path: Path, store: ImageStore) -> None:
     file = tmp_path / "easy.json"
     assert write_interleaved([our_story()], file, store) == 1
     (item,) = load(file)
@@ -637,7 +637,7 @@ def test_a_sequence_of_accepted_pictures(tmp_path: Path, store: ImageStore) -> N
     )
 
 
-def test_a_sequence_with_its_rejected_pictures(tmp_path: Path, store: ImageStore) -> None:
+def test_a_sequence_with_its_rejected_images(tmp_path: Path, store: ImageStore) -> None:
     file = tmp_path / "reflection.json"
     assert write_interleaved([our_story()], file, store, reflection=True) == 1
     (item,) = load(file)
@@ -669,7 +669,7 @@ def test_a_story_with_an_unfinished_step_is_left_out(tmp_path: Path, store: Imag
     story = our_story()
     unfinished = story.trajectory.model_copy(update={"selected": {1: 2}})
     failed = story.trajectory.model_copy(update={"selected": {1: 1, 3: 1}})
-    stories = [FinishedStory(unfinished, story.attempts), FinishedStory(failed, story.attempts), told_with_picture()]
+    stories = [FinishedStory(unfinished, story.attempts), FinishedStory(failed, story.attempts), story_with_image()]
     assert write_interleaved(stories, tmp_path / "x.json", store) == 1
     (item,) = load(tmp_path / "x.json")
     assert item["messages"][0]["content"].startswith(IMAGE)
@@ -737,7 +737,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_good_picture_is_taken(root: Path, kind: str, store: ImageStore) -> None:
+def test_a_good_image_is_taken(root: Path, kind: str, store: ImageStore) -> None:
     assert READERS[kind]("good.png", root, store)
     assert READERS[kind](str(root / "good.png"), root, store)
 
@@ -758,7 +758,7 @@ def test_a_good_picture_is_taken(root: Path, kind: str, store: ImageStore) -> No
         ("text.png", "not an image"),
     ],
 )
-def test_no_path_leads_out_and_a_missing_picture_is_named(
+def test_no_path_leads_out_and_a_missing_image_is_named(
     root: Path, kind: str, name: str, said: str, store: ImageStore
 ) -> None:
     with pytest.raises(UserError, match=r"(item 1|jsonl:1|record 1|step 1): .*" + said):

@@ -96,7 +96,7 @@ def test_a_story_is_drawn_then_edited(tmp_path: Path) -> None:
     assert [a.op for a in attempts(tmp_path)] == ["t2i", "edit"]
 
 
-def test_a_users_picture_is_edited_from_the_first_step(tmp_path: Path) -> None:
+def test_a_users_image_is_edited_from_the_first_step(tmp_path: Path) -> None:
     given = [
         ImageStore(tmp_path / "images").put(HashedImage.from_pil(Image.new("RGB", (4, 4), c))) for c in ("red", "blue")
     ]
@@ -121,7 +121,7 @@ def test_without_a_planner_the_request_is_the_prompt(tmp_path: Path) -> None:
     assert trajectory.planner is None
 
 
-def test_a_rejected_picture_is_drawn_again_from_the_same_source(tmp_path: Path) -> None:
+def test_a_rejected_image_is_drawn_again_from_the_same_source(tmp_path: Path) -> None:
     made = parts(plan_of("one", "two"), lambda shown, seed: (shown.prompt_used == "better", "better"))
     run(tmp_path, made)
     used = [(a.step, a.attempt, a.prompt_used, a.status) for a in attempts(tmp_path)]

@@ -13,7 +13,7 @@ from interleave.protocols import Components, HashedImage
 from interleave.records import Attempt, Record
 
 
-def test_a_session_tells_its_records_with_their_pictures(tmp_path: Path) -> None:
+def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
     planner = FakePlanner(lambda request, seed: plan_of("a red circle", None, "a blue square"))
     parts = Components(planner, FakeCritic(lambda shown, seed: (True, shown.prompt_used)), FakeGenerator())
     given = HashedImage.from_pil(Image.new("RGB", (4, 4), "green"))

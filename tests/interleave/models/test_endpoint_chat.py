@@ -113,7 +113,7 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
         b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}',
     ],
 )
-def test_garbage_is_asked_for_again_then_told(body: bytes) -> None:
+def test_malformed_answers_are_requested_again_then_reported(body: bytes) -> None:
     answers = [httpx.Response(200, content=body), httpx.Response(200, json=completion("good"))]
     assert ask(endpoint(lambda request: answers.pop(0))).text == "good"
     assert failure(endpoint(lambda request: httpx.Response(200, content=body))).kind == "malformed_response"

@@ -1,4 +1,4 @@
-"""The cache of pictures, and scripted generators."""
+"""The cache of images, and scripted generators."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -43,7 +43,7 @@ def source(shade: int) -> HashedImage:
 JOB = GenerationRequest("a red circle", (source(1),), 3)
 
 
-def test_an_identical_job_is_never_drawn_twice(tmp_path: Path) -> None:
+def test_an_identical_job_is_never_generated_twice(tmp_path: Path) -> None:
     first = Counting()
     cached = CachedGenerator(first, tmp_path / "cache")
     picture = run(cached.generate(JOB))
@@ -66,7 +66,7 @@ def test_an_identical_job_is_never_drawn_twice(tmp_path: Path) -> None:
         GenerationRequest("half a pair \ud800", JOB.sources, 3),
     ],
 )
-def test_what_differs_is_drawn(other: GenerationRequest, tmp_path: Path) -> None:
+def test_what_differs_is_generated(other: GenerationRequest, tmp_path: Path) -> None:
     inner = Counting(max_sources=2)
     cached = CachedGenerator(inner, tmp_path)
     run(cached.generate(JOB))
@@ -82,7 +82,7 @@ def test_keys_tell_generators_and_parameters_apart(params: dict[str, Any]) -> No
     assert key != CachedGenerator(ScriptedGenerator(params=params | {"more": 1}), Path("unused")).key(JOB)
 
 
-def test_equal_jobs_at_the_same_time_share_one_picture(tmp_path: Path) -> None:
+def test_equal_jobs_at_the_same_time_share_one_image(tmp_path: Path) -> None:
     inner = Counting(latency=0.05)
     cached = CachedGenerator(inner, tmp_path)
 
@@ -110,7 +110,7 @@ class Held(ScriptedGenerator):
         return await super().generate(request)
 
 
-def test_one_cancelled_caller_does_not_take_the_picture_from_another(tmp_path: Path) -> None:
+def test_one_cancelled_caller_does_not_take_the_image_from_another(tmp_path: Path) -> None:
     async def main() -> tuple[HashedImage | BaseException, ...]:
         inner = Held()
         cached = CachedGenerator(inner, tmp_path)
@@ -143,7 +143,7 @@ def test_what_no_caller_waits_for_is_cancelled_and_can_be_asked_again(tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other", "gone", "key", "stray key"])
-def test_what_is_damaged_is_drawn_again(damage: str, tmp_path: Path) -> None:
+def test_what_is_damaged_is_generated_again(damage: str, tmp_path: Path) -> None:
     inner = Counting()
     cached = CachedGenerator(inner, tmp_path)
     picture = run(cached.generate(JOB))
@@ -189,7 +189,7 @@ def test_a_cache_passes_on_what_its_generator_is(tmp_path: Path) -> None:
     run(cached.close())
 
 
-def test_scripted_pictures_tell_their_jobs_apart() -> None:
+def test_scripted_images_tell_their_jobs_apart() -> None:
     generator = ScriptedConfig(height=20, width=10).build()
     picture = run(generator.generate(JOB))
     assert picture.image.size == (10, 20)

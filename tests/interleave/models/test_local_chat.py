@@ -108,8 +108,8 @@ def test_answers_end_where_the_models_positions_do(folder: Path) -> None:
     assert (found[2].kind, "takes 511" in str(found[2])) == ("refused", True)
 
 
-def test_large_pictures_are_made_smaller(folder: Path, tmp_path: Path) -> None:
-    """The tiny processor makes a token of 8x8 pixels, and every picture 32x32; here it is told to take larger ones."""
+def test_large_images_are_made_smaller(folder: Path, tmp_path: Path) -> None:
+    """The tiny processor makes a token of 8x8 pixels, and every image 32x32; here it is told to take larger ones."""
     shutil.copytree(folder, tmp_path / "large")
     config = json.loads((tmp_path / "large" / "processor_config.json").read_text())
     config["image_processor"]["size"]["longest_edge"] = 128 * 128

@@ -112,7 +112,7 @@ def alone(family: str, folder: Path, prompt: str, seed: int, **given: Any) -> Ha
 PROMPTS = ["a red circle", "two blue squares above a green cross", "a yellow triangle"]
 
 
-def test_a_picture_does_not_depend_on_its_batch(family: str, folder: Path, painter: PipelineRunner) -> None:
+def test_an_image_does_not_depend_on_its_batch(family: str, folder: Path, painter: PipelineRunner) -> None:
     jobs = [GenerationRequest(prompt, (), seed) for seed, prompt in enumerate(PROMPTS)]
     drawn = painter.generate(jobs)
     assert pixels(drawn[0]).shape == (*SIZE.values(), 3)
@@ -132,7 +132,7 @@ def test_edits_have_references_of_their_own(family: str, folder: Path, painter: 
 
 
 @pytest.mark.parametrize("name", ["flux2", pytest.param("qwen_edit_plus", marks=pytest.mark.slow)])
-def test_several_references_make_one_picture(name: str, place: Path) -> None:
+def test_several_references_make_one_image(name: str, place: Path) -> None:
     folder = folder_of(name, place / "several")
     painter = PipelineRunner(PipelineConfig(ref=str(folder), num_inference_steps=STEPS, max_references=3, **SIZE))
     jobs = [
@@ -288,7 +288,7 @@ def test_many_callers_share_batches(klein_folder: Path, monkeypatch: pytest.Monk
     assert sizes == [len(batch) for batch in batches]
 
 
-def test_the_same_model_draws_with_other_settings(klein_folder: Path) -> None:
+def test_the_same_model_generates_with_other_settings(klein_folder: Path) -> None:
     generator = PipelineGenerator(PipelineConfig(ref=str(klein_folder), num_inference_steps=1, **SIZE))
     other = generator.with_params(GenerationSettings(height=64))
     assert (generator.params["height"], other.params["height"], other.params["width"]) == (32, 64, 48)
@@ -313,8 +313,8 @@ def test_a_changed_model_has_other_params(klein: PipelineRunner, klein_folder: P
 
 
 @pytest.mark.slow
-def test_the_miniature_draws_what_it_is_told() -> None:
-    """Well above chance and below what it reached in training, over few pictures."""
+def test_the_miniature_draws_what_it_is_reported() -> None:
+    """Well above chance and below what it reached in training, over few images."""
     from imgen_common.images import from_pil
     from imgen_common.shapes.scene import balanced_specs
     from imgen_common.shapes.verify import accuracy, verify

@@ -57,7 +57,7 @@ def drawn(generator: Generator, job: GenerationRequest = JOB) -> HashedImage:
 # --- our own service -------------------------------------------------------------------------------------------------
 
 
-def test_pictures_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secret")
     first, second = (InProcess(ScriptedGenerator(latency=0.05, max_sources=2)) for _ in range(2))
     with hosted(first, token="secret") as one, hosted(second, token="secret") as two:

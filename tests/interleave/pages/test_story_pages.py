@@ -43,16 +43,16 @@ RUN = Path("runs") / "my run"
 
 
 class Album(dict[str, HashedImage]):
-    """Pictures by id, as a store that cannot lack one silently."""
+    """Images by id, as a store that cannot lack one silently."""
 
     def draw(self, seed: int, size: tuple[int, int] = (32, 32)) -> str:
-        """A picture of random squares, made and kept."""
+        """An image of random squares, made and kept."""
         pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         picture = HashedImage.from_pil(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
         self[picture.id] = picture
         return picture.id
 
-    def get_picture(self, image_id: str) -> HashedImage:
+    def get_image(self, image_id: str) -> HashedImage:
         """As `ImageStore.get`."""
         if image_id not in self:
             raise UserError("no such picture <b>")
@@ -84,7 +84,7 @@ def attempt(step: int, number: int, image: str | None, before: str | None = None
 
 
 def told(album: Album, words: str = "two shapes", story_id: str = "r", seed: int = 0, size: int = 32) -> StoryView:
-    """A finished story of two pictures, the second at its second attempt, and a text."""
+    """A finished story of two images, the second at its second attempt, and a text."""
     first, bad, good = (album.draw(10 * seed + i, (size, size)) for i in range(3))
     better = "add a solid blue square"
     plan = Plan(
@@ -131,12 +131,12 @@ def ended(story: StoryView, status: str, error: str, attempts: int, selected: di
 
 
 def page_of(stories: list[StoryView], album: Album) -> tuple[str, Page]:
-    html = render_stories(stories, album.get_picture, RUN)
+    html = render_stories(stories, album.get_image, RUN)
     return html, Page(html)
 
 
 def drawings(page: Page) -> list[str]:
-    """Descriptions of the pictures, in the order of the page."""
+    """Descriptions of the images, in the order of the page."""
     return [str(values["aria-label"]) for tag, values in page.elements if tag == "svg"]
 
 
@@ -159,7 +159,7 @@ def test_the_page_stands_alone(num: int) -> None:
     assert all(drawings(page))
 
 
-def test_every_picture_is_in_the_page_once() -> None:
+def test_every_image_is_in_the_page_once() -> None:
     album = Album()
     stories = [told(album, f"story {i}", f"r{i}", i) for i in range(3)]
     _, page = page_of(stories, album)
@@ -211,7 +211,7 @@ def test_prompts_are_shown_with_what_changed() -> None:
     assert "Prompt, with changes to the plan" in html
 
 
-def test_pictures_before_the_first_are_not_shown() -> None:
+def test_images_before_the_first_are_not_shown() -> None:
     album = Album()
     white = album.draw(99)
     story = told(album)
@@ -245,7 +245,7 @@ def test_what_others_wrote_is_escaped_everywhere(num: int) -> None:
             versions={EVIL: EVIL},
         )
         stories.append(StoryView(request, planner, trajectory.plan, (one, two), trajectory))
-    html = render_stories(stories, album.get_picture, Path(EVIL))
+    html = render_stories(stories, album.get_image, Path(EVIL))
     page = Page(html)
     assert "<script" not in html
     known = {"html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "h3", "h4", "p", "span"}
@@ -381,7 +381,7 @@ def test_a_step_that_no_attempt_passed_says_so() -> None:
     assert "never accepted; attempt 1 of 1 is shown" in page.text
 
 
-def test_a_missing_picture_is_named_and_the_page_is_there() -> None:
+def test_a_missing_image_is_named_and_the_page_is_there() -> None:
     album = Album()
     story = told(album)
     del album[str(story.attempts[2].image_id)]
@@ -390,7 +390,7 @@ def test_a_missing_picture_is_named_and_the_page_is_there() -> None:
     assert "<b>" not in html
 
 
-def test_small_pictures_stay_exact_and_large_ones_become_small() -> None:
+def test_small_images_stay_exact_and_large_ones_become_small() -> None:
     album = Album()
     html, page = page_of([told(album, size=SMALL)], album)
     assert html.count('class="shot pixels"') == len(drawings(page))
@@ -410,7 +410,7 @@ def _size(uri: str) -> tuple[int, int]:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
 
 
-def test_the_more_pictures_the_smaller_they_are() -> None:
+def test_the_more_images_the_smaller_they_are() -> None:
     picture = HashedImage.from_pil(Image.new("RGB", (2, 2), "red"))
     sides = [PageImages((f"{i:064x}" for i in range(num)), lambda _: picture).side for num in (3, 60, 200, 700)]
     assert sides == sorted(sides, reverse=True)
@@ -454,7 +454,7 @@ def test_a_run_folder_becomes_a_page(tmp_path: Path) -> None:
     assert write_report(tmp_path / "run") == tmp_path / "run" / "report.html"
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     rest = [stories[0], StoryView(stories[1].request), stories[2]]
-    assert html == render_stories(rest, album.get_picture, tmp_path / "run")
+    assert html == render_stories(rest, album.get_image, tmp_path / "run")
     assert write_report(tmp_path / "run", tmp_path / "elsewhere.html").read_text(encoding="utf-8") == html
     assert "1 not started" in Page(html).text
 

@@ -106,7 +106,7 @@ def test_seeds_decide_what_a_server_samples(url: str) -> None:
     assert first == again != second
 
 
-def test_a_model_that_the_server_cannot_have_is_told_before_anything_starts(url: str) -> None:
+def test_a_model_that_the_server_cannot_have_is_reported_before_anything_starts(url: str) -> None:
     model = EndpointChat(EndpointChatConfig(url=url, model="no/such-model"))
     with pytest.raises(UserError, match=f"chat endpoint {url}: status .*model \\('no/such-model'\\)"):
         asyncio.run(model.check())

@@ -24,7 +24,7 @@ from serving_generator import picture_of
 
 from interleave.protocols import GenerationRequest, HashedImage
 
-NUM_CLIENTS = 120
+NUM_CLIENTS = 60
 Get = Callable[[str], Service]
 
 
@@ -54,7 +54,7 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_of_many_clients_gets_the_picture_of_its_own_prompt_and_seed(service: Get) -> None:
+def test_each_of_many_clients_gets_the_image_of_its_own_prompt_and_seed(service: Get) -> None:
     roomy = service("roomy")
     before = len(roomy.logged("draw"))
 
@@ -76,7 +76,7 @@ def test_sources_reach_the_generator_in_order(service: Get) -> None:
     assert image_of(answer).tobytes() == picture_of(GenerationRequest("edit", (red, blue), 5)).tobytes()
 
 
-def test_a_request_sets_the_size_of_its_own_picture_only(service: Get) -> None:
+def test_a_request_sets_the_size_of_its_own_image_only(service: Get) -> None:
     assert image_of(service("roomy").post(params={"height": 40, "width": 30})).size == (30, 40)
     assert image_of(service("roomy").post()).size == (10, 10)
 

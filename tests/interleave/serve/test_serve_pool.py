@@ -78,7 +78,7 @@ def test_a_worker_answers_with_the_image_or_why_there_is_none() -> None:
 
 
 @pytest.mark.slow
-def test_like_requests_to_a_pipeline_are_drawn_together_and_settings_are_their_own() -> None:
+def test_like_requests_to_a_pipeline_are_generated_together_and_settings_are_their_own() -> None:
     settings = [{"num_inference_steps": 2}] * 3 + [{"num_inference_steps": 3}]
 
     async def draw() -> tuple[

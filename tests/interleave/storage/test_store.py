@@ -35,11 +35,11 @@ def noise(seed: int, width: int = 5, height: int = 4) -> HashedImage:
     )
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9))
-def test_a_picture_comes_back_by_its_pixels(
+def test_an_image_comes_back_by_its_pixels(
     tmp_path_factory: pytest.TempPathFactory, seed: int, width: int, height: int
 ) -> None:
     store, picture = ImageStore(tmp_path_factory.mktemp("p")), noise(seed, width, height)
@@ -67,7 +67,7 @@ def test_only_pixels_are_stored(tmp_path: Path) -> None:
     assert store.get(picture.id).image.tobytes() == image.tobytes()
 
 
-def test_a_picture_under_a_wrong_id_is_refused(tmp_path: Path) -> None:
+def test_an_image_under_a_wrong_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other pixels"):
         ImageStore(tmp_path).put(HashedImage(noise(0).image, noise(1).id))
 
@@ -80,7 +80,7 @@ def test_what_is_no_id_leads_nowhere(tmp_path: Path, name: str) -> None:
             ask(name)
 
 
-def test_a_missing_or_changed_picture_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_changed_image_is_named(tmp_path: Path) -> None:
     store, picture, other = ImageStore(tmp_path), noise(0), noise(1)
     with pytest.raises(UserError, match="no such image"):
         store.get(picture.id)
@@ -96,7 +96,7 @@ def test_a_missing_or_changed_picture_is_named(tmp_path: Path) -> None:
         store.get(picture.id)
 
 
-def test_many_threads_may_store_the_same_pictures(tmp_path: Path) -> None:
+def test_many_threads_may_store_the_same_images(tmp_path: Path) -> None:
     store, images = ImageStore(tmp_path), [noise(seed) for seed in range(8)]
     threads = [threading.Thread(target=lambda: [store.put(image) for image in images]) for _ in range(8)]
     for thread in threads:
@@ -301,7 +301,7 @@ def test_a_full_disk_leaves_the_records_before_and_says_how_to_go_on(
     assert read_trace(tmp_path)["a"].attempts.keys() == {(1, 1), (1, 3)}
 
 
-def test_a_picture_on_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_on_a_full_disk_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ImageStore(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)

@@ -31,7 +31,7 @@ def answer(success: Any, prompt: Any = "a better cat", think: str = "<think>t</t
 
 
 class Fixed(FakeJudge):
-    """Gives the same two scores to every picture."""
+    """Gives the same two scores to every image."""
 
     def __init__(self, sc: float, pq: float, latency: float = 0.0) -> None:
         super().__init__(lambda shown: sc)
@@ -110,7 +110,7 @@ def test_a_success_costs_nothing() -> None:
     assert judge.looks == []
 
 
-def test_equal_answers_cost_one_picture_and_the_critics_words_are_not_shown_to_the_judge() -> None:
+def test_equal_answers_cost_one_image_and_the_critics_words_are_not_shown_to_the_judge() -> None:
     generator, judge = FakeGenerator(), Fixed(5, 5)
     scorer = CriticScorer(generator, judge)
 
@@ -123,7 +123,7 @@ def test_equal_answers_cost_one_picture_and_the_critics_words_are_not_shown_to_t
     assert all(job.seed == 0 and job.sources == (RED,) for job in generator.jobs)
 
 
-def test_which_prompt_is_drawn() -> None:
+def test_which_prompt_is_used() -> None:
     def drawn(text: str, of: RecordedAttempt) -> list[tuple[str, int]]:
         generator = FakeGenerator()
         asyncio.run(CriticScorer(generator, Fixed(5, 5)).score(text, of))

@@ -232,7 +232,7 @@ def test_parts_of_the_reward_are_weighed_by_name() -> None:
 
 
 @pytest.mark.parametrize("down", ["generator", "judge"])
-def test_a_part_that_is_down_is_told_before_anything_starts(root: Path, rows: list[RlRow], down: str) -> None:
+def test_a_part_that_is_down_is_reported_before_anything_starts(root: Path, rows: list[RlRow], down: str) -> None:
     failure = BackendError("unreachable", "no connection")
     generator = FakeGenerator(fails=lambda job: failure if down == "generator" else None)
     job = job_of(root, rows)
@@ -243,7 +243,7 @@ def test_a_part_that_is_down_is_told_before_anything_starts(root: Path, rows: li
         scored.check_services(job)
 
 
-def test_a_part_that_hangs_is_told(root: Path, rows: list[RlRow]) -> None:
+def test_a_part_that_hangs_is_reported(root: Path, rows: list[RlRow]) -> None:
     job = job_of(root, rows, scorer=ScorerConfig(deadline=0.05))
     with (
         start_scoring(job, FakeGenerator(latency=30), LengthJudge()) as scored,
@@ -257,7 +257,7 @@ def test_concurrency_is_shared_out(processes: int, each: int) -> None:
     assert concurrency_per_process(12, processes) == each
 
 
-def test_vllm_that_expands_pictures_twice_is_stopped() -> None:
+def test_vllm_that_expands_images_twice_is_stopped() -> None:
     def generate(prompts: Sequence[Sequence[int]], images: Any) -> tuple[Any, str]:
         return [[9, *ids] if len(ids) > 3 else ids for ids in prompts], images
 
@@ -267,7 +267,7 @@ def test_vllm_that_expands_pictures_twice_is_stopped() -> None:
         checked(prompts=[[1, 9, 9, 2]], images="i")
 
 
-def test_pictures_that_vllm_would_not_scale_are_refused(root: Path, rows: list[RlRow]) -> None:
+def test_images_that_vllm_would_not_scale_are_refused(root: Path, rows: list[RlRow]) -> None:
     store = ImageStore(root / "set" / "images")
     grpo.check_image_sizes(rows, store, 32 * 32)
     with pytest.raises(UserError, match="32x32 is more than max_pixels 1000"):
@@ -324,7 +324,7 @@ def kill() -> None:
 
 @pytest.fixture(scope="module")
 def taught(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny critic that has learnt to answer well enough for its answers to differ in what they are worth."""
+    """A tiny critic that has learned to answer well enough for its answers to differ in what they are worth."""
     from interleave.training import sft
     from interleave.training.config import SftConfig
 

@@ -167,7 +167,7 @@ def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Pa
         select_by_length(mixed, models.processor(), store, 5)
 
 
-def test_a_limit_on_pixels_shrinks_pictures_as_at_run_time() -> None:
+def test_a_limit_on_pixels_shrinks_images_as_at_run_time() -> None:
     from interleave.training import run as launch
 
     processor = launch.load_processor(SftConfig(max_pixels=16 * 16))
@@ -267,7 +267,7 @@ def test_the_sums_of_the_papers_recipe() -> None:
     assert (sums.rows_per_update, sums.updates_per_epoch, sums.updates) == (16, 7000, 14_000)
     assert plan_sft_batches({"max_steps": 5}, 10, 0, 1).updates == 5
     mixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
-    sums = plan_sft_batches(mixed, 10, 0, 2, num_with_images=3)  # batches of 4: one with pictures, two without
+    sums = plan_sft_batches(mixed, 10, 0, 2, num_with_images=3)  # batches of 4: one with images, two without
     assert (sums.repeated, sums.updates_per_epoch, sums.updates) == (2, 1, 2)
     order = order_by_kind([True] * 3 + [False] * 7, 4, 1, 0)
     assert len(order) - 10 == sums.repeated
@@ -284,7 +284,7 @@ def test_what_a_process_holds() -> None:
     assert (zero3.weights, zero3.gradients, zero3.optimizer, zero3.static) == (200, 100, 600, 900)
 
 
-def test_a_launcher_that_did_not_do_what_was_asked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_did_not_do_what_was_asked_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from interleave.training import run as launch
 
     cases = {
@@ -361,7 +361,7 @@ def test_our_defaults_are_trls() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 def test_only_the_answer_is_learnt(root: Path, rows: list[SftRow], own: bool) -> None:
-    """Of TRL's collator: labels begin with the answer, end with the end of turn, hold no picture token; the prompt is
+    """Of TRL's collator: labels begin with the answer, end with the end of turn, hold no image token; the prompt is
     that of run time."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 

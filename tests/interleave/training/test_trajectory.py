@@ -178,7 +178,7 @@ def play(
         return value, generator.jobs, looks, scored
 
 
-def test_the_reward_is_the_judges_score_of_the_last_picture(root: Path) -> None:
+def test_the_reward_is_the_judges_score_of_the_last_image(root: Path) -> None:
     value, jobs, looks, scored = play(root, [rejection("one"), rejection("two"), rejection("three")])
     assert value == pytest.approx(0.64)
     assert [(job.prompt, [s.id for s in job.sources]) for job in jobs] == [
@@ -191,7 +191,7 @@ def test_the_reward_is_the_judges_score_of_the_last_picture(root: Path) -> None:
     assert scored.scorer.counts.judgments == 1
 
 
-def test_where_nothing_is_drawn_the_recorded_score_counts_and_nobody_is_asked(root: Path) -> None:
+def test_where_nothing_is_generated_the_recorded_score_counts_and_nobody_is_asked(root: Path) -> None:
     value, jobs, looks, _ = play(root, [ACCEPTED])
     assert value == pytest.approx(0.4)  # sqrt(2 * 8) / 10
     assert not jobs
@@ -224,7 +224,7 @@ def test_a_generator_or_judge_that_fails_leaves_it_without_a_reward(root: Path) 
     assert scored.scorer.unscored_rate == 1.0
 
 
-def test_a_first_picture_is_drawn_from_words_alone(root: Path) -> None:
+def test_a_first_image_is_generated_from_its_prompt_alone(root: Path) -> None:
     assert play(root, [rejection("a"), ACCEPTED], replace(ROW, is_t2i=True))[1][0].sources == ()
 
 
@@ -294,7 +294,7 @@ def rollouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rollouts]:
 
 
 def astray(trainer: Any, made: dict[str, Any], ids: Any, images: Any) -> float:
-    """Largest difference between logits by TRL's inputs and by those of each row's own words and pictures."""
+    """Largest difference between logits by TRL's inputs and by those of each row's own words and images."""
     import torch
 
     mask = torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1)
@@ -313,8 +313,8 @@ def astray(trainer: Any, made: dict[str, Any], ids: Any, images: Any) -> float:
 
 @pytest.mark.slow
 def test_a_critic_trains_in_its_loop(root: Path, tmp_path: Path, rollouts: Rollouts) -> None:
-    """Many looks occur; what is not the model's own is masked, and is the prompt of run time; pictures and tokens
-    belong together; every reward is the judge's score of the last picture; failed trajectories have none."""
+    """Many looks occur; what is not the model's own is masked, and is the prompt of run time; images and tokens
+    belong together; every reward is the judge's score of the last image; failed trajectories have none."""
     from interleave.training import sft
     from interleave.training.config import SftConfig
 
