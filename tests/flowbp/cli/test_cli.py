@@ -122,7 +122,7 @@ def test_the_examples_are_all_commands() -> None:
         (["train", "--resum", "x"], "--resume"),
         (["explain", "full", "--num-inferense-steps", "3"], "--num-inference-steps"),
         (["explain", "refll"], "did you mean 'refl'?"),
-        (["explain", "nothing"], "allowed: refl, draft_k"),
+        (["explain", "nothing"], f"allowed: {', '.join(METHODS)}"),
         (["train", "--set", "lorra.rank=2"], "did you mean 'lora'?"),
         (["train", "flowbp_bridge"], "write --set method=flowbp_bridge"),
         (["plan"], "plan: renamed; write estimate"),
@@ -147,7 +147,7 @@ BAD = {
     "unknown key": (["optim.learing_rate=1"], "unknown key"),
     "wrong type": (["max_train_steps=many"], "must be a valid integer, got 'many'"),
     "out of range": (["optim.learning_rate=2"], "must be less than or equal to 1"),
-    "unknown method": (["method=flowbp_spars"], "did you mean 'flowbp_sparse'?; allowed: refl, draft_k"),
+    "unknown method": (["method=flowbp_spars"], f"did you mean 'flowbp_sparse'?; allowed: {', '.join(METHODS)}"),
     "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
     "more active steps than steps": (
         ["method=flowbp_sparse", "num_inference_steps=4", "method.active.num_active_steps=5"],
