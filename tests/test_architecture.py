@@ -1,4 +1,4 @@
-"""The house of docs/architecture: which room may import which, and how large a room, a file and a function may be.
+"""The rooms of CONTRIBUTING.md: which may import which, and how large a room, a file and a function may be.
 
 Everything is read from the source; nothing is imported but in the two tests of import time.
 """
