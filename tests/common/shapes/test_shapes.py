@@ -31,11 +31,11 @@ from scripts.miniature.world.vocabulary import MAX_TOKENS, WORDS, clip_tokenizer
 SPLITS = ("train", "tune", "test")
 
 
-@pytest.fixture(scope="module")
-def world() -> tuple[list[Spec], Tensor]:
-    """1050 captions of all splits and an image of each."""
+@pytest.fixture(scope="module", params=[350, pytest.param(700, marks=pytest.mark.exhaustive)])
+def world(request: pytest.FixtureRequest) -> tuple[list[Spec], Tensor]:
+    """Captions of all three splits, so many of each, and an image of each caption."""
     rng = np.random.default_rng(0)
-    chosen = [spec for split in SPLITS for spec in balanced_specs(350, rng, split)]
+    chosen = [spec for split in SPLITS for spec in balanced_specs(request.param, rng, split)]
     return chosen, torch.from_numpy(draw(chosen, rng))
 
 

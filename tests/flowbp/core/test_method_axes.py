@@ -168,10 +168,11 @@ def test_a_stratified_step_stands_for_its_whole_part():
     ],
     ids=repr,
 )
-def test_inclusion_refill_is_unbiased(active):
+@pytest.mark.parametrize("num", [1000, pytest.param(2500, marks=pytest.mark.exhaustive)])
+def test_inclusion_refill_is_unbiased(active, num):
     """The mean coefficient of every step is its Euler weight, so the mean gradient is the full detached sum."""
     grid = Grid(tuple(GRIDS["flux1"]), first=5)
-    rng, num = np.random.default_rng(0), 1000
+    rng = np.random.default_rng(0)
     samples = np.zeros((num, 25))
     for row in samples:
         coefficients, _ = Euler(refill="inclusion").integrate(grid, active.draw(grid, rng))

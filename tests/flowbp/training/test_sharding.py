@@ -48,6 +48,15 @@ OTHERS = ("checkpointing", "each-step", "zero3", "zero2-lora")
 SLOW = ("full", "lora", "zero3", "zero2-lora")
 """Cases of the first family that run in the slow tier; all others are exhaustive."""
 PROMPTS = ["a red circle", "two blue crosses", "a green square"]
+SMALL = [
+    "method=refl",
+    "method.active.num_active_steps=2",
+    "num_inference_steps=4",
+    "total_batch_size=2",
+    "lora.rank=2",
+]
+SMALL += ["max_train_steps=2", "eval.guidance_scale=[1.0]", "eval.num_prompts=3", "eval.num_inference_steps=2"]
+"""A run of the command that takes seconds."""
 
 
 def config_of(folder: Path, *sets: str) -> TrainConfig:
@@ -179,22 +188,9 @@ def test_a_launcher_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("kind", tiers(["fsdp2", "zero2"], slow=["fsdp2"]))
 def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> None:
     """Through the command: three prompts on two processes, then from its checkpoint without them."""
-    common = [
-        "num_inference_steps=4",
-        "total_batch_size=2",
-        "method=refl",
-        "method.active.num_active_steps=2",
-        "eval.guidance_scale=[1.0]",
-    ]
-    common += [
-        "eval.num_prompts=3",
-        "eval.num_inference_steps=2",
-        "eval.every=1",
-        "eval.quick_num_prompts=3",
-        "eval.batch_size=1",
-    ]
+    common = [*SMALL, "eval.every=1", "eval.quick_num_prompts=3", "eval.batch_size=1"]
     words = ["flowbp", "train", "--runs", str(tmp_path)]
-    changes = [f"--set={text}" for text in (*common, "max_train_steps=2", f"distributed.kind={kind}", "lora.rank=2")]
+    changes = [f"--set={text}" for text in (*common, f"distributed.kind={kind}")]
     resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=max_train_steps=3"]
     forked(2, command, *words, *changes, "--set=name=flowbp", log=tmp_path / "log")
     forked(1, command, *words, *resumed, log=tmp_path / "log")
@@ -205,24 +201,14 @@ def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> No
 
 @pytest.mark.slow
 def test_accelerate_launch_starts_two_processes_without_a_gpu(tmp_path: Path) -> None:
-    common = [
-        "num_inference_steps=4",
-        "total_batch_size=2",
-        "method=refl",
-        "method.active.num_active_steps=2",
-        "eval.guidance_scale=[1.0]",
-    ]
-    common += [
-        "eval.num_prompts=3",
-        "eval.num_inference_steps=2",
-        "eval.every=0",
-        "max_train_steps=2",
-        "lora.rank=2",
-        "name=run",
-    ]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     words = [*launcher, "--main_process_port", "0", "-m", "flowbp", "train", "--runs", str(tmp_path), "--json"]
-    done = subprocess.run([*words, *(f"--set={s}" for s in common)], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [*words, *(f"--set={s}" for s in (*SMALL, "eval.every=0", "name=run"))],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count('"event": "done"') == 1  # one process tells
     run = RunFolder.open(tmp_path / "run", is_main=False)

@@ -24,7 +24,6 @@ from serving_generator import picture_of
 
 from interleave.protocols import GenerationRequest, HashedImage
 
-NUM_CLIENTS = 60
 Get = Callable[[str], Service]
 
 
@@ -54,7 +53,8 @@ def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_of_many_clients_gets_the_image_of_its_own_prompt_and_seed(service: Get) -> None:
+@pytest.mark.parametrize("num_clients", [60, pytest.param(240, marks=pytest.mark.exhaustive)])
+def test_each_of_many_clients_gets_the_image_of_its_own_prompt_and_seed(service: Get, num_clients: int) -> None:
     roomy = service("roomy")
     before = len(roomy.logged("draw"))
 
@@ -65,9 +65,9 @@ def test_each_of_many_clients_gets_the_image_of_its_own_prompt_and_seed(service:
             assert image_of(answer).tobytes() == picture_of(job).tobytes()
             assert answer.json()["seed"] == job.seed
 
-    gathered(roomy, lambda clients: asyncio.gather(*(one(clients, number) for number in range(NUM_CLIENTS))))
+    gathered(roomy, lambda clients: asyncio.gather(*(one(clients, number) for number in range(num_clients))))
     drawn = Counter(roomy.logged("draw")[before:])
-    assert drawn == Counter(f"prompt {number} {round_}" for number in range(NUM_CLIENTS) for round_ in range(2))
+    assert drawn == Counter(f"prompt {number} {round_}" for number in range(num_clients) for round_ in range(2))
 
 
 def test_sources_reach_the_generator_in_order(service: Get) -> None:

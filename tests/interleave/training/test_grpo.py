@@ -13,9 +13,8 @@ import pytest
 from backends import FakeGenerator
 from killed_training import assert_kills_change_nothing
 from launching import SHARDS, forked, lines
-from sets import make_set, write
+from sets import write
 from tiers import tiers
-from tiny import tiny_folder
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
@@ -40,15 +39,6 @@ from interleave.training.scoring import (
 from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in `model`, a set in `set`."""
-    folder = tmp_path_factory.mktemp("training")
-    tiny_folder(folder / "model")
-    make_set(folder / "set")
-    return folder
 
 
 @pytest.fixture(scope="module")

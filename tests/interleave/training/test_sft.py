@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
 from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
-from sets import critic_row, make_set, planner_row, write
+from sets import critic_row, planner_row, write
 from tiers import tiers
-from tiny import tiny_folder
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
@@ -39,15 +38,6 @@ from scripts.miniature.agents import models
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
 SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
 GRPO_RECIPES = sorted(CONFIGS.glob("grpo_*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in `model`, a set in `set`."""
-    folder = tmp_path_factory.mktemp("training")
-    tiny_folder(folder / "model")
-    make_set(folder / "set")
-    return folder
 
 
 @pytest.fixture(scope="module")
