@@ -1,7 +1,7 @@
 """Makes the images of the README from a finished training run and a finished story.
 
     uv run flowbp train
-    uv run interleave run "draw a red circle, then add a blue square on its right, then make the circle green" \\
+    uv run interleave run "draw a yellow circle, then make it red, then add a blue square below it" \\
         --name story
     uv run python scripts/readme_images.py runs/flowbp_bridge runs/story
 

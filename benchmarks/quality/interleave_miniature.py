@@ -110,7 +110,7 @@ def score_story(story: Story, entry: TraceEntry, store: ImageStore) -> StoryResu
     selected = [attempts[step, number].image_id for step, number in sorted(trajectory.selected.items())]
     shown = [store.get(image_id).image for image_id in selected if image_id]
     images = from_pil(shown) if shown else torch.zeros(0, 3, 32, 32)
-    is_whole = len(shown) == len(story.steps) and trajectory.status == "complete"
+    is_whole = len(shown) == len(story.steps) and trajectory.is_whole
     last = Counter(d.thing for d in detect(images[-1:])[0]) if shown else Counter()
     prompts = [step.prompt or "" for step in trajectory.plan.steps] if trajectory.plan else []
     return StoryResult(

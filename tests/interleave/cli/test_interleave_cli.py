@@ -88,6 +88,7 @@ def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
     assert code == 0, out
     run = runs / "draw_a_cat_then_a_hat"
     assert "step 1/2 attempt 1: rejected" in out
+    assert "why: " in out
     assert "next prompt: a bigger cat" in out
     assert "step 1/2 attempt 2: accepted" in out
     assert "It likes it." in out
@@ -197,6 +198,13 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "loop.select=best"), ("loop.select",)),
         (("run", "x", "--name", "../up"), ("plain name",)),
         (("run", "x", "--image", "none.png"), ("none.png",)),
+        (("run", "a short story about a cat"), ("shapes/planner", "4 words 'short', 'story', 'about', 'cat'")),
+        (("run", "draw a red circle, then a Drache"), ("the word 'Drache'", "circles, squares", "give a CONFIG")),
+        (("run", "dessine un cercle"), ("'dessine', 'cercle'",)),
+        (("run", "rain on a window", "--set", "planner.kind=none"), ("shapes/generator", "'rain', 'window'")),
+        (("plan", "how rain forms"), ("'how', 'rain', 'forms'",)),
+        (("run", "make the circle green", "--image", "circle.png"), ("takes no images", "--set planner.kind=none")),
+        (("batch", "words.jsonl"), ("'cat'",)),
         (("batch",), ("FILE", "--resume")),
         (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
         (("batch", "--resume", "none"), ("no such run",)),
@@ -209,7 +217,10 @@ def test_mistakes(
     interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "circle.png")
+    (tmp_path / "words.jsonl").write_text('{"text": "a red circle"}\n{"text": "a cat"}\n', encoding="utf-8")
     assert_refused(interleave(*words), *told)
+    assert not list(tmp_path.glob("runs/*"))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,7 @@ def test_files_of_requests_with_mistakes(interleave: Call, tmp_path: Path, lines
     file = tmp_path / "some.jsonl"
     file.write_text(lines, encoding="utf-8")
     assert_refused(interleave("batch", file, "--runs", tmp_path / "runs"), told)
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_an_endpoint_that_is_not_there(interleave: Call, tmp_path: Path) -> None:

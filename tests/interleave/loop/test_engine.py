@@ -225,7 +225,9 @@ def test_the_laws_of_the_loop(
         image_before = chosen.get(step, image_before)
         if any(a.status == "accepted" for a in by_step[step]):
             assert next(a for a in by_step[step] if a.image_id == chosen[step]).status == "accepted"
-    if trajectory.status == "complete":
+    if trajectory.is_whole:
+        judged_well = {s for s, k in trajectory.selected.items() if by_step[s][k - 1].status == "accepted"}
+        assert (trajectory.status == "complete") == (judged_well == set(chosen))
         assert set(chosen) == {i for i, p in enumerate(prompts, 1) if p is not None}
     elif trajectory.status == "generator_failed":
         assert not any(a.image_id for a in by_step[max(by_step)])
@@ -284,7 +286,27 @@ def test_an_unreadable_critic_costs_a_new_seed_not_a_repetition(tmp_path: Path) 
     assert [a.status for a in attempts(tmp_path)] == ["critic_unparsable"] * 3
     assert len(made.critic.looks) == 6
     assert len({job.seed for job in made.generator.jobs}) == 3
-    assert trajectory.status == "complete"
+    assert (trajectory.status, trajectory.is_whole) == ("steps_not_accepted", True)
+
+
+@pytest.mark.parametrize(
+    ("rejected", "error"),
+    [
+        ((), None),
+        ((2,), "the critic accepted no image of step 2"),
+        ((1, 3), "the critic accepted no image of steps 1, 3"),
+    ],
+)
+def test_a_story_with_steps_that_were_never_accepted_is_not_complete(
+    tmp_path: Path, rejected: tuple[int, ...], error: str | None
+) -> None:
+    prompts = ["one", "two", "three"]
+    wrong = {prompts[step - 1] for step in rejected}
+    made = parts(plan_of(*prompts), lambda shown, seed: (shown.original_prompt not in wrong, "again"))
+    (trajectory,) = run(tmp_path, made, loop=LoopConfig(max_attempts=2))
+    assert (trajectory.status, trajectory.error) == ("steps_not_accepted" if rejected else "complete", error)
+    assert set(trajectory.selected) == {1, 2, 3}
+    assert run(tmp_path, made, retry_failed=True) == [trajectory]  # nothing failed, so there is nothing to try again
 
 
 def test_a_critic_that_fails_ends_the_story(tmp_path: Path) -> None:

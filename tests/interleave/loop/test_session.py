@@ -7,7 +7,7 @@ from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 from PIL import Image
 
 from interleave import demo
-from interleave.loop.config import RunConfig
+from interleave.loop.config import NoPlanner, RunConfig
 from interleave.loop.run import StoryStream
 from interleave.protocols import Components, HashedImage
 from interleave.records import Attempt, Record
@@ -19,11 +19,11 @@ def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
     given = HashedImage.from_pil(Image.new("RGB", (4, 4), "green"))
 
     async def told() -> list[tuple[Record, HashedImage | None]]:
-        stories: demo.StoryStreamer = StoryStream(RunConfig(), parts, tmp_path)
-        return [one async for one in stories.stream("two shapes", [given], 3)]
+        stories: demo.StoryStreamer = StoryStream(RunConfig(planner=NoPlanner()), parts, tmp_path)
+        return [one async for one in stories.stream("two squares", [given], 3)]
 
     records = asyncio.run(told())
     assert [type(record).__name__ for record, _ in records] == ["PlanRecord", "Attempt", "Attempt", "Trajectory"]
     for record, picture in records:
         assert (picture.id if picture else None) == (record.image_id if isinstance(record, Attempt) else None)
-    assert (tmp_path / "two_shapes" / "trace.jsonl").read_text().count("\n") == 4
+    assert (tmp_path / "two_squares" / "trace.jsonl").read_text().count("\n") == 4

@@ -19,7 +19,7 @@ from interleave.pages import TEMPLATES
 from interleave.pages.images import PIXELS, SIDES, SMALL, PageImages
 from interleave.pages.run import render_stories, write_report
 from interleave.pages.story import StoryView
-from interleave.pages.words import ATTEMPT_STATUS, FAILURES, STORY_STATUS, word_changes
+from interleave.pages.words import ATTEMPT_STATUS, FAILURES, STORY_STATUS, explain_reasoning, word_changes
 from interleave.protocols import FailureKind, HashedImage
 from interleave.records import (
     Attempt,
@@ -332,6 +332,34 @@ def test_a_story_that_ended_early_says_why_and_how_to_go_on(
     assert said in page.text
     assert "interleave batch --resume 'runs/my run' --retry" in page.text
     assert "not reached" in page.text
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "words"),
+    [
+        (
+            "before: red circle d k. after: (red circle) d k, (red square) d k. want: (red circle) asked, "
+            "(blue square) wrong. wrong things",
+            "the image shows red circle and red square, but the step asks for red circle and blue square",
+        ),
+        (
+            "before: nothing. after: nothing. want: (red circle) wrong. wrong things",
+            "the image shows nothing, but the step asks for red circle",
+        ),
+        (
+            "before: red circle a a. after: (red circle) k k. want: (red circle) asked. moved",
+            "the image shows red circle, but something else has moved",
+        ),
+        (
+            "before: nothing. after: (red circle) a a. want: nothing fits. not as asked",
+            "the image shows red circle, which does not fit the step",
+        ),
+        ("The hat is missing. It was asked for.", "The hat is missing. It was asked for."),
+        ("before: a. after: b", "before: a. after: b"),
+    ],
+)
+def test_the_notes_of_the_miniatures_critic_are_shown_in_words(reasoning: str, words: str) -> None:
+    assert explain_reasoning(reasoning) == words
 
 
 def test_every_state_has_words() -> None:

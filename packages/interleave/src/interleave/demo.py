@@ -42,7 +42,7 @@ LIVE_SIDES = (384, 256)
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 NARROW = ".story { --pic: 20rem; } h1 { font-size: 1.5rem; font-weight: 700; }"
 EXAMPLES = (
-    "draw a red circle, then add a blue square on its right, then make the circle green",
+    "draw a yellow circle, then make it red, then add a blue square below it",
     "draw two yellow triangles",
     "draw a cyan cross, then make it purple",
 )

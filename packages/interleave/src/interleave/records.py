@@ -28,10 +28,17 @@ AttemptStatus = Literal["accepted", "rejected", "unjudged", "critic_unparsable",
 could be read.  critic_failed, generator_failed: its model failed (`error_kind`, and `error` in words)."""
 
 TrajectoryStatus = Literal[
-    "complete", "planner_failed", "generator_failed", "critic_failed", "budget_exhausted", "internal_error"
+    "complete",
+    "steps_not_accepted",
+    "planner_failed",
+    "generator_failed",
+    "critic_failed",
+    "budget_exhausted",
+    "internal_error",
 ]
-"""complete: every step of the plan has its part of the story.  Otherwise the story ends at the step that failed, or for
-which nothing was left; internal_error: an exception in a part's own code."""
+"""complete: every step of the plan has its part of the story.  steps_not_accepted: so it has, but the critic accepted
+no image of some steps.  Otherwise the story ends at the step that failed, or for which nothing was left; internal_error:
+an exception in a part's own code."""
 
 
 class Record(BaseModel):
@@ -203,3 +210,8 @@ class Trajectory(Record):
     error_kind: FailureKind | None = None
     spent: Spent = Spent()
     versions: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step has its part of the story, accepted or not."""
+        return self.status in ("complete", "steps_not_accepted")

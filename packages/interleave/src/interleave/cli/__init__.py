@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Make stories of images and text with any image generator: a planner writes the steps, a critic judges each "
     "image and rewrites the prompt.\n\n"
-    'Example: interleave run "draw a red circle, then add a blue square on its right"',
+    'Example: interleave run "draw a yellow circle, then make it red"',
 )
 for command in (run.run, run.batch, run.plan, run.report, serve.serve, serve.demo):
     app.command()(command)

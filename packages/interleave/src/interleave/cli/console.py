@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from imgen_common.errors import one_line
-from interleave.pages.words import ATTEMPT_STATUS
+from interleave.pages.words import ATTEMPT_STATUS, explain_reasoning
 from interleave.records import Attempt, Plan, PlanRecord, Record, Trajectory
 
 if TYPE_CHECKING:
     from interleave.storage.images import ImageStore
 
+STORY_COLORS = {"complete": "green", "steps_not_accepted": "yellow"}
+"""Colors of the status of a story; others are red."""
 STATUS_COLORS = {"accepted": "green", "rejected": "yellow", "unjudged": "default"}
 """Colors of the status of an attempt; others are red."""
 
@@ -62,8 +64,11 @@ class ProgressPrinter:
             f"[bold]step {attempt.step}/{self._num_steps}[/] attempt {attempt.attempt}: {status}{error} "
             f"[dim]{sanitize(attempt.prompt_used)}  {sum(attempt.timings.values()):.1f} s[/]"
         )
-        if attempt.status == "rejected" and attempt.refined_prompt != attempt.prompt_used:
-            self._out.print(f"     next prompt: {sanitize(attempt.refined_prompt or '')}")
+        if attempt.status == "rejected":
+            if attempt.reasoning:
+                self._out.print(f"     why: {sanitize(explain_reasoning(attempt.reasoning))}")
+            if attempt.refined_prompt != attempt.prompt_used:
+                self._out.print(f"     next prompt: {sanitize(attempt.refined_prompt or '')}")
 
 
 class BatchProgressPrinter:
@@ -75,7 +80,7 @@ class BatchProgressPrinter:
     def __call__(self, record: Record) -> None:
         if isinstance(record, Trajectory):
             self._done += 1
-            color = "green" if record.status == "complete" else "red"
+            color = STORY_COLORS.get(record.status, "red")
             error = f" ({sanitize(record.error)})" if record.error else ""
             self._out.print(
                 f"{self._done}/{self._total} [{color}]{record.status}[/]{error} "
@@ -109,6 +114,7 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
         + ", ".join(f"{count} {status}" for status, count in tries.most_common())
     )
     for trajectory in [t for t in trajectories if t.status != "complete"][:5]:
-        out.print(f"  {sanitize(trajectory.id)}: [red]{trajectory.status}[/] {sanitize(trajectory.error or '')}")
-    if ends["complete"] < len(trajectories):
+        color = STORY_COLORS.get(trajectory.status, "red")
+        out.print(f"  {sanitize(trajectory.id)}: [{color}]{trajectory.status}[/] {sanitize(trajectory.error or '')}")
+    if not all(trajectory.is_whole for trajectory in trajectories):
         out.print(f"to try the others again: interleave batch --resume {run} --retry")

@@ -40,8 +40,8 @@ def run(
     Example:
 
     \b
-      interleave run "draw a red circle, then add a blue square on its right, then make the circle green"
-      interleave run "make the circle green" --image circle.png
+      interleave run "draw a yellow circle, then make it red, then add a blue square below it"
+      interleave run "make the circle green" --image circle.png --set planner.kind=none
       interleave run "four images on how rain forms" configs/interleave/klein_qwen3vl.yaml --set seed=3
     """
     with spinner("loading"):

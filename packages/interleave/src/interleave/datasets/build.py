@@ -129,7 +129,7 @@ def unfinished_requests(out: Path, requests: Sequence[Request], retry: bool) -> 
 
     def is_finished(request: Request) -> bool:
         trajectory = recorded.get(request.id, TraceEntry()).trajectory
-        return trajectory is not None and (not retry or trajectory.status == "complete")
+        return trajectory is not None and (not retry or trajectory.is_whole)
 
     return [request for request in requests if not is_finished(request)]
 
@@ -371,6 +371,6 @@ def _describe_set(
 def _count_categories(trajectories: Iterable[Trajectory]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for trajectory in trajectories:
-        end = "complete" if trajectory.status == "complete" else "ended early"
+        end = "complete" if trajectory.is_whole else "ended early"
         found.setdefault(trajectory.request.category, Counter())[end] += 1
     return dict(sorted(found.items()))

@@ -152,7 +152,7 @@ class _RowSelector:
         def is_good(story: FinishedStory) -> bool:
             if rule == "accepted" and not all(a.verdict for a in story.selected_attempts().values()):
                 return False
-            return rule == "plan" or story.trajectory.status == "complete"
+            return rule == "plan" or story.trajectory.is_whole
 
         def is_planned(story: FinishedStory) -> bool:
             return story.trajectory.planner is not None and story.trajectory.plan is not None

@@ -127,7 +127,7 @@ class Engine:
     async def run(self, request: Request) -> Trajectory:
         """One request, to its end."""
         recorded = self._recorded.get(request.id, TraceEntry())
-        if recorded.trajectory is not None and (recorded.trajectory.status == "complete" or not self._retry_failed):
+        if recorded.trajectory is not None and (recorded.trajectory.is_whole or not self._retry_failed):
             return recorded.trajectory
         story, planned = _StoryState(request), recorded.plan
         try:
@@ -198,6 +198,10 @@ class Engine:
             if chosen is None:
                 last = attempts[-1]
                 return _Ending("generator_failed", f"step {step.index}: {last.error}", last.error_kind)
+        accepted = {attempt.step for attempt in story.attempts if attempt.status in ("accepted", "unjudged")}
+        if rejected := sorted(story.selected.keys() - accepted):
+            steps = f"step{'s' * (len(rejected) > 1)} {', '.join(map(str, rejected))}"
+            return _Ending("steps_not_accepted", f"the critic accepted no image of {steps}")
         return _Ending()
 
     async def _run_step(

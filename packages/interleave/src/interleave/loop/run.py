@@ -5,13 +5,16 @@ config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, 
 
 import asyncio
 import re
+import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 from imgen_common.console import quiet_libraries
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
+from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.shapes.vocabulary import describe_unknown_words
 from interleave.agents.critic import ChatCritic, RandomRewrite
 from interleave.agents.planner import ChatPlanner
 from interleave.agents.prompts import load_template
@@ -68,13 +71,39 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
     return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode, *samples)
 
 
+def check_request(config: RunConfig, request: Request) -> None:
+    """Raises UserError for a request that the built-in models cannot answer: of another world, or with images for the
+    planner, which takes none."""
+    planner, generator = config.planner, config.generator
+    reader = generator if isinstance(planner, NoPlanner) else planner.model
+    ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
+    if unknown := describe_unknown_words(ref, request.text):
+        raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
+    if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
+        raise UserError(
+            f"{where}: {ref} takes no images; --set planner.kind=none makes the request the prompt of the only step, or "
+            "name another planner"
+        )
+
+
 def create_run(
     path: Path, config: RunConfig, command: Sequence[str], ask: Callable[[ImageStore], list[Request]]
 ) -> list[Request]:
-    """Start a run folder with the requests that `ask` makes with its image store."""
+    """Start a run folder with the requests that `ask` makes with its image store.
+
+    Raises UserError, and leaves no folder, for a request that cannot be read or answered.
+    """
+    is_new = not path.exists()
     with RunFolder.create(path, config, command):
-        requests = ask(ImageStore(path / IMAGES))
-        request_files.save_requests(requests, path)
+        try:
+            requests = ask(ImageStore(path / IMAGES))
+            for request in requests:
+                check_request(config, request)
+            request_files.save_requests(requests, path)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
     return requests
 
 
@@ -107,6 +136,7 @@ async def run_requests(
 
 async def plan_only(config: RunConfig, request: Request, images: Sequence[HashedImage]) -> PlanRecord:
     """What the planner makes of a request, with as many tries as in a run."""
+    check_request(config, request)
     planner = build_planner(config)
     try:
         return await request_plan(planner, request, images, config.loop, config.seed)

@@ -10,6 +10,7 @@ from interleave.pages.words import (
     StatusWords,
     count,
     describe_error,
+    explain_reasoning,
     format_seconds,
     word_changes,
 )
@@ -42,6 +43,11 @@ class AttemptView:
     def error(self) -> str:
         """Why it failed; "" where it did not."""
         return describe_error(self.record.error)
+
+    @property
+    def reasons(self) -> str:
+        """The critic's reasons in words."""
+        return explain_reasoning(self.record.reasoning or "")
 
     @property
     def prompts(self) -> list[tuple[str, list[Change]]]:

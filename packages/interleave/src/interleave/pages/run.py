@@ -66,7 +66,7 @@ def render_stories(stories: Sequence[StoryView], load: Callable[[str], HashedIma
 def _resume_hint(stories: Sequence[StoryView], run: Path | None) -> tuple[str, str] | None:
     """How to finish what is not complete: what to say, and the command."""
     statuses = {story.status for story in stories}
-    if run is None or statuses == {"complete"}:
+    if run is None or statuses <= {"complete", "steps_not_accepted"}:
         return None
     command = f"interleave batch --resume {shlex.quote(str(run))}"
     if statuses & {"unfinished", "waiting"}:

@@ -81,12 +81,13 @@ class StoryView:
 
     @property
     def color(self) -> str:
-        return {"complete": "up", "unfinished": "same", "waiting": "same"}.get(self.status, "down")
+        colors = {"complete": "up", "steps_not_accepted": "mixed", "unfinished": "same", "waiting": "same"}
+        return colors.get(self.status, "down")
 
     @property
     def has_failed(self) -> bool:
         """Whether it ended early."""
-        return self.trajectory is not None and self.status != "complete"
+        return self.trajectory is not None and not self.trajectory.is_whole
 
     @property
     def error(self) -> str:

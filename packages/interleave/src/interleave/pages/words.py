@@ -29,6 +29,7 @@ ATTEMPT_STATUS: Mapping[AttemptStatus, StatusWords] = {
 }
 STORY_STATUS = {
     "complete": "complete",
+    "steps_not_accepted": "finished, but the critic accepted no image of some steps",
     "planner_failed": "ended without a plan",
     "generator_failed": "ended early: the generator failed",
     "critic_failed": "ended early: the critic failed",
@@ -59,6 +60,27 @@ def describe_error(error: str | None) -> str:
 
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"(?:[{_IDEOGRAPH}]|[.,;:!?、。]+|[^\s.,;:!?、。{_IDEOGRAPH}]+)\s*|\s+")
+
+
+_NOTES = re.compile(r"before: (?P<before>.+)\. after: (?P<after>.+)\. want: (?P<want>.+)\. (?P<finding>[a-z ]+)")
+_THING = re.compile(r"\(([a-z ]+)\)")
+_FINDINGS = {
+    "as asked": "as the step asks",
+    "moved": "but something else has moved",
+    "wrong place": "but not where the step asks",
+    "not as asked": "which does not fit the step",
+}
+
+
+def explain_reasoning(reasoning: str) -> str:
+    """The critic's reasons in words: the miniature's critic writes notes, others write sentences, which stay as they
+    are."""
+    notes = _NOTES.fullmatch(reasoning)
+    if notes is None:
+        return reasoning
+    shown = " and ".join(_THING.findall(notes["after"])) or "nothing"
+    asked = " and ".join(_THING.findall(notes["want"])) or "something else"
+    return f"the image shows {shown}, {_FINDINGS.get(notes['finding'], f'but the step asks for {asked}')}"
 
 
 def word_changes(old: str, new: str) -> list[Change]:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from imgen_common.images import enlarge
+from imgen_common.shapes.vocabulary import describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
     family_of,
@@ -25,6 +27,7 @@ from interleave.models.generators.loading import (
 )
 from interleave.protocols import BackendError, GenerationRequest, HashedImage, check_sources
 
+log = logging.getLogger(__name__)
 Item = tuple[GenerationRequest, "GenerationSettings"]
 MINIATURE = "builtin:shapes/generator"
 SMALLEST_REFERENCE = 64
@@ -233,6 +236,8 @@ class PipelineGenerator:
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image.  Raises BackendError: refused (too many sources), out_of_memory, model_error."""
         check_sources(self, request)
+        if unknown := describe_unknown_words(self.id, request.prompt):
+            log.warning("%s, and what it generates for them means nothing", unknown)
         return await self._batcher((request, self._settings))
 
     async def close(self) -> None:

@@ -1,0 +1,38 @@
+"""Which words the built-in models know: outside the world of shapes, what they answer means nothing."""
+
+import json
+import re
+from functools import cache
+
+from imgen_common.hub import BUILTIN, WEIGHTS
+from imgen_common.shapes.scene import COLOURS, SHAPES, plural
+
+WORLD = " in ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in ([*map(plural, SHAPES)], [*COLOURS]))
+"""What the images of the world show."""
+MAX_LISTED = 5
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+@cache
+def _known_words(ref: str) -> frozenset[str]:
+    """The words of a built-in model's tokenizer; those that are not among them are read letter by letter."""
+    folder = WEIGHTS / ref.removeprefix(BUILTIN)
+    file = next(path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file())
+    tokens = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    return frozenset(token.removeprefix("Ġ") for token in tokens)
+
+
+def describe_unknown_words(ref: str, text: str) -> str | None:
+    """A sentence that names the words of `text` which the built-in model `ref` does not know.
+
+    None where it knows them all, and for every other model.
+    """
+    if not ref.startswith(BUILTIN):
+        return None
+    known = _known_words(ref)
+    unknown = [word for word in dict.fromkeys(_WORD.findall(text)) if word not in known]
+    if not unknown:
+        return None
+    listed = ", ".join(map(repr, unknown[:MAX_LISTED])) + (", ..." if len(unknown) > MAX_LISTED else "")
+    what = "word" if len(unknown) == 1 else f"{len(unknown)} words"
+    return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}"

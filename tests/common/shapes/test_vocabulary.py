@@ -1,0 +1,39 @@
+"""The built-in models know the words of their world and say which others a text holds."""
+
+import pytest
+
+from imgen_common.shapes.stories import sample_story
+from imgen_common.shapes.vocabulary import describe_unknown_words
+from imgen_common.streams import numpy_generator
+
+PLANNER, GENERATOR = "builtin:shapes/planner", "builtin:shapes/generator"
+
+
+@pytest.mark.parametrize("riddle", [False, True])
+def test_every_request_of_the_world_is_known(riddle: bool) -> None:
+    for index in range(60):
+        story = sample_story(numpy_generator(7, "words", index), "test", riddle=riddle)
+        assert describe_unknown_words(PLANNER, story.request) is None
+        for step in story.steps:
+            assert describe_unknown_words(GENERATOR, step.prompt) is None
+
+
+@pytest.mark.parametrize(
+    ("ref", "text", "unknown"),
+    [
+        (PLANNER, "a short story about a cat", "4 words 'short', 'story', 'about', 'cat'"),
+        (PLANNER, "draw a red circle and a dog, dog", "word 'dog'"),
+        (GENERATOR, "ein roter Kreis", "3 words 'ein', 'roter', 'Kreis'"),
+        (GENERATOR, "\u8d64\u3044\u5186 of a red circle", "word '\u8d64\u3044\u5186'"),
+        (GENERATOR, "a b cc dd ee ff gg hh", "6 words 'cc', 'dd', 'ee', 'ff', 'gg', ..."),
+    ],
+)
+def test_unknown_words_are_named(ref: str, text: str, unknown: str) -> None:
+    said = describe_unknown_words(ref, text)
+    assert said is not None
+    assert said.endswith(f"does not know the {unknown}")
+    assert "circles, squares, triangles and crosses in red" in said
+
+
+def test_other_models_are_not_asked() -> None:
+    assert describe_unknown_words("org/model", "a cat") is None
