@@ -37,8 +37,8 @@ TrajectoryStatus = Literal[
     "internal_error",
 ]
 """complete: every step of the plan has its part of the story.  steps_not_accepted: so it has, but the critic accepted
-no image of some steps.  Otherwise the story ends at the step that failed, or for which nothing was left; internal_error:
-an exception in a part's own code."""
+no image of some steps.  Otherwise the story ends at the step that failed, or for which nothing was left;
+internal_error: an exception in a part's own code."""
 
 
 class Record(BaseModel):

@@ -81,8 +81,8 @@ def check_request(config: RunConfig, request: Request) -> None:
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
         raise UserError(
-            f"{where}: {ref} takes no images; --set planner.kind=none makes the request the prompt of the only step, or "
-            "name another planner"
+            f"{where}: {ref} takes no images; --set planner.kind=none makes the request the prompt of the only step, "
+            "or name another planner"
         )
 
 
