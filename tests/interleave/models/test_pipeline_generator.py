@@ -241,6 +241,44 @@ def test_memory_that_runs_out_halves_the_batch(klein: PipelineRunner, monkeypatc
     assert [failure.kind for failure in klein.generate(jobs[:2])] == ["out_of_memory"] * 2  # type: ignore[union-attr]
 
 
+def test_padded_batches_have_one_size_until_memory_runs_out(
+    klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, limit = [], 8
+
+    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        sizes.append(len(jobs))
+        if len(jobs) > limit:
+            raise torch.OutOfMemoryError("no room")
+        return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
+
+    monkeypatch.setattr(PipelineRunner, "_call", call)
+    monkeypatch.setattr(klein, "_pads_batches", True)
+    monkeypatch.setattr(klein._batches, "max_batch", 8)
+    for number in (1, 5, 8, 11):
+        drawn = klein.generate([GenerationRequest("a", (), seed) for seed in range(number)])
+        assert [pixels(picture)[0, 0, 0] for picture in drawn] == list(range(number))
+    assert set(sizes) == {8}
+    limit = 3
+    assert len(klein.generate([GenerationRequest("a", (), seed) for seed in range(7)])) == 7
+    assert sizes[-1] <= limit
+
+
+@pytest.mark.exhaustive
+def test_an_image_of_padded_batches_depends_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = PipelineRunner(PipelineConfig(num_inference_steps=6, max_batch=4, pad_batches=True))
+    jobs = [GenerationRequest(prompt, (), seed) for seed in range(6) for prompt in ("a red circle", "two blue squares")]
+    edits = [GenerationRequest("make the circle green", (noise(seed),), seed) for seed in range(6)]
+    rng = np.random.default_rng(0)
+    for asked in (jobs, edits):
+        alone = [pixels(runner.generate([job])[0]) for job in asked]
+        for _ in range(3):
+            order = rng.permutation(len(asked))
+            together = runner.generate([asked[i] for i in order])
+            for i, picture in zip(order, together, strict=True):
+                assert np.array_equal(pixels(picture), alone[i])
+
+
 def test_a_job_that_breaks_does_not_break_its_batch(klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
         if any(job.prompt == "bad" for job in jobs):

@@ -79,6 +79,9 @@ class PipelineConfig(GenerationSettings):
     """`cpu`, `cuda`, `cuda:1`; auto: the first GPU, else the CPU."""
     max_batch: Annotated[int, Ge(1), Le(256)] = 16
     """Most images generated at once; halved where memory runs out."""
+    pad_batches: bool = False
+    """Whether every call generates `max_batch` images, copies among them where fewer are asked for: then an image does
+    not depend on which others it is generated with.  Otherwise it may differ by rounding, seldom and by 1 of 255."""
 
     def build(self) -> "PipelineGenerator":
         """The generator, its model loaded.  Raises UserError where it cannot be had."""
@@ -110,6 +113,7 @@ class PipelineRunner:
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
         self._fingerprint = fingerprint(files)
+        self._pads_batches = config.pad_batches and self.family.edit != "alone"
         self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)
 
     @property
@@ -131,8 +135,8 @@ class PipelineRunner:
     ) -> list[HashedImage | BackendError]:
         """An image, or why there is none, for each of some requests with as many sources of the same sizes.
 
-        settings: over those of the configuration.  An image does not depend on which others share its call; where
-        memory runs out or one request fails, see `FittingBatches`.
+        settings: over those of the configuration.  An image depends on how many share its call by rounding alone, and
+        not at all with `pad_batches`; where memory runs out or one request fails, see `FittingBatches`.
         """
         chosen = self.settings if settings is None else settings.with_defaults(self.settings)
         return self._batches([(request, chosen) for request in requests])
@@ -143,7 +147,10 @@ class PipelineRunner:
         self._free_memory()
 
     def _generate_together(self, items: Sequence[Item]) -> list[HashedImage]:
-        return [HashedImage.from_pil(image) for image in self._call([request for request, _ in items], items[0][1])]
+        requests, settings = [request for request, _ in items], items[0][1]
+        num_copies = self._batches.max_batch - len(requests) if self._pads_batches else 0
+        images = self._call([*requests, *requests[-1:] * num_copies], settings)
+        return [HashedImage.from_pil(image) for image in images[: len(requests)]]
 
     def _call(self, requests: Sequence[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
         """The pipeline's images for requests with equally many sources."""
