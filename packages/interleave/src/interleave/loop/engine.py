@@ -86,8 +86,8 @@ class Engine:
     Records are appended to `trace` the moment they are complete, images before the records that name them, so that a
     kill at any instant loses at most the attempt in flight.  A request that the trace holds already continues from
     where it stopped; a finished one is returned as it is.  Seeds depend on `seed`, the request's id, the step and the
-    attempt alone, so that neither concurrency nor a resume changes what is asked of the models; docs/interleave.md says where their
-    answers can differ by rounding.
+    attempt alone, so that neither concurrency nor a resume changes what is asked of the models; docs/interleave.md says
+    where their answers can differ by rounding.
     """
 
     def __init__(
