@@ -40,7 +40,7 @@ class GenerationSettings(Config):
     """What an image depends on besides model, prompt, sources and seed.  null: the pipeline's own default."""
 
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
-    """Steps; null: 25 for the miniature."""
+    """Steps; null: 12 for the miniature."""
     guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None
     """Guidance; 1 is none, but for guidance-distilled models; null: 2 for the miniature."""
     height: Annotated[int, Ge(8), Le(4096)] | None = None
