@@ -60,7 +60,7 @@ def test_built_in_splits_are_disjoint() -> None:
         ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
-        ("list.jsonl", b"[1]\n", "no text under 'prompt' (there is: list)"),
+        ("list.jsonl", b"[1]\n", "no text under 'prompt' (there is: a list)"),
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt'"),
     ],
 )

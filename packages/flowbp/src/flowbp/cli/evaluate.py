@@ -146,7 +146,7 @@ def evaluate(
 
 def benchmark(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts (.txt, .jsonl), or GenEval's metadata.")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts as for data.prompts, or GenEval's metadata.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
     protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards) or geneval.")] = "hpdv2",
     scores: Annotated[
