@@ -558,7 +558,7 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
         (lambda: import_set("rl", tmp_path / "none", tmp_path / "x"), "no such file"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "half.json", tmp_path / "x", role="critic"), "holds half"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x"), "--role"),
-        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json: item 1"),
+        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json:1"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x", tmp_path / "store", "critic"),
          "item 1"),
     ]:  # fmt: skip
@@ -666,11 +666,12 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
         "critic_sft.jsonl:1: ",
         "critic_sft.jsonl:2: not UTF-8 at byte 0",
         "critic_sft.jsonl:3: Invalid JSON",
+        "critic_sft.jsonl:4: Invalid JSON",
         "critic_sft.val.jsonl:1: ",
         "critic_sft.val.jsonl:1: trajectory t1 is in val here and in train at critic_sft.jsonl:1",
         "critic_rl.jsonl:1: ",
         "set.json: gives 1 rows for planner_sft.jsonl, which has 0",
-        "set.json: gives 1 rows for critic_sft.jsonl, which has 3",
+        "set.json: gives 1 rows for critic_sft.jsonl, which has 4",
         "set.json: gives 0 rows for critic_sft.val.jsonl, which has 1",
     ]
     assert len(told) == len(expected), told

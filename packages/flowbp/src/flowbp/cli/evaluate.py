@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, progress_bar, report_error_once
+from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, check_text
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.run import Benchmark
@@ -50,6 +50,7 @@ def sample(
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7
     """
     with spinner("loading"):
+        from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
@@ -64,9 +65,12 @@ def sample(
         scale = config.guidance_scale if guidance is None else guidance
         sampling.check_guidance_scale(scale)
         texts = prompts or sampling.evaluation_prompts(config)[:8]
+        for prompt in texts:
+            check_text(prompt, "PROMPT")
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
     quiet_libraries()
+    print_notes(describe_cut_prompts(texts, config.model.ref, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +116,7 @@ def evaluate(
     """
     with spinner("loading"):
         from flowbp.cli import console
+        from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import compare, sampling
         from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
@@ -129,6 +134,8 @@ def evaluate(
         config, labels = sources[-1].config, [source.label for source in sources]
         texts = sampling.evaluation_prompts(config)
     quiet_libraries()
+    scorers, models = {scorer.name: scorer for scorer in config.scorers}, {one.config.model.ref for one in sources}
+    print_notes(dict.fromkeys(note for model in models for note in describe_cut_prompts(texts, model, scorers)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
@@ -210,6 +217,7 @@ def benchmark(
             seed=seed,
         )
         work = prepare_benchmark(source, request, out, batch_size, judge)
+        print_notes(work.cut_prompts())
     with report_error_once():
         _run_benchmark(work, as_json)
 

@@ -1,9 +1,10 @@
 """Prompts: where they come from and in which order they are used."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, check_text, nearest, one_line
 from imgen_common.files import TABLE_SUFFIXES, read_table
 from imgen_common.streams import numpy_generator
@@ -87,6 +88,27 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, Any]]:
             f"{', '.join(dataset.column_names)}; set data.key"
         )
     return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
+
+
+def describe_cut_prompts(prompts: Sequence[str], model: str, rewards: Mapping[str, RewardConfig]) -> list[str]:
+    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts.
+
+    No weights are read; equal prompts count once.
+    """
+    from flowbp import backbones
+
+    limits = dict(backbones.init_empty_weights(model).prompt_limits())
+    for name, reward in rewards.items():
+        if (limit := getattr(reward.load("meta"), "prompt_limit", None)) is not None:
+            limits[f"reward {name}"] = limit
+    different = list(dict.fromkeys(prompts))
+    found = {reader: limit.num_longer(different) for reader, limit in limits.items()}
+    return [
+        f"{count} of {len(different)} prompts {'is' if count == 1 else 'are'} longer than the "
+        f"{limits[reader].max_tokens} tokens that {reader} reads; the rest of each is ignored"
+        for reader, count in found.items()
+        if count
+    ]
 
 
 def prompt_indices(count: int, seed: int, first: int, number: int) -> list[int]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
-from imgen_common.files import byte_lines
 from interleave.agents import scoring
 from interleave.agents.judge import JudgeAgreement, judge_agreement
 from interleave.datasets.build import SCORES
@@ -125,7 +124,7 @@ def _scored_rows(path: Path, judge_id: str) -> dict[str, RlRow]:
     for file in find_row_files(path):
         if FILES[file.name][0] != "critic_rl":
             continue
-        for number, line in byte_lines(file):
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
             try:
                 row = parse_row(line, RlRow)
             except ValueError as error:

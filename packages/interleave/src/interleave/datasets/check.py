@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import byte_lines
 from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
 from interleave.datasets.rows import RlRow, SftRow, parse_row
@@ -64,11 +63,12 @@ class SetChecker:
     def _check_file(self, file: Path) -> Iterator[RowProblem]:
         name, split = FILES[file.name]
         counts = self.counts[file.name] = FileCounts()
-        for number, line in byte_lines(file):
-            counts.rows += 1
-            reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
-            counts.wrong += bool(reasons)
-            yield from (RowProblem(file, number, reason) for reason in reasons)
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                counts.rows += 1
+                reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
+                counts.wrong += bool(reasons)
+                yield from (RowProblem(file, number, reason) for reason in reasons)
         if not counts.rows:
             yield RowProblem(file, None, "holds no rows")
 
@@ -135,10 +135,7 @@ def find_row_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}")
         return files
     if path.name not in FILES:
-        raise UserError(
-            f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}; make a set of other "
-            "files with interleave data import"
-        )
+        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}")
     if not path.is_file():
         others = [name for name in FILES if (path.parent / name).is_file()]
         remedy = f"there are: {', '.join(others)}" if others else "make a set with interleave data build --out DIR"

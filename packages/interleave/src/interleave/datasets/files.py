@@ -1,7 +1,7 @@
 """Reading files of other programs, and copying images beside a file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from imgen_common.errors import UserError
-from imgen_common.files import parse_json, read_text, write_atomic, writing
+from imgen_common.files import numbered_lines, read_text, write_atomic, writing
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
@@ -74,7 +74,28 @@ def validate(model: type[Model], value: object, where: str) -> Model:
 
 def read_json(file: Path) -> Any:
     """The value in a JSON file.  Raises UserError."""
-    return parse_json(read_text(file), str(file))
+    return _parse_json(read_text(file), str(file))
+
+
+def read_json_list(file: Path) -> Iterator[tuple[str, object]]:
+    """The items of a JSON list, each with its name for messages.  Raises UserError."""
+    value = read_json(file)
+    if not isinstance(value, list):
+        raise UserError(f"{file}: must be a JSON list, got a {type(value).__name__}")
+    return ((f"{file}: item {number}", item) for number, item in enumerate(value, 1))
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    """The values of a file of JSON lines, each with its name for messages.  Raises UserError."""
+    for number, line in numbered_lines(file):
+        yield f"{file}:{number}", _parse_json(line, f"{file}:{number}")
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
 
 
 def write_json(file: Path, value: Mapping[str, Any] | Sequence[Any]) -> Path:

@@ -4,11 +4,11 @@ import json
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
-from imgen_common.files import byte_lines
 from interleave.agents.prompts import load_template, render_critic
 from interleave.datasets.check import FILES, find_row_files, parse_set_row, read_set_info
 from interleave.datasets.rows import SftRow, placeholder_image
@@ -55,9 +55,11 @@ def read_row(path: Path, number: int, template_name: str | None = None) -> Reada
         raise UserError(f"{path}: give one of its files: {', '.join(file.name for file in find_row_files(path))}")
     find_row_files(path)
     name, _ = FILES[path.name]
-    line = next((line for at, line in byte_lines(path) if at == number), None)
+    with path.open("rb") as lines:
+        line = next(islice(lines, number - 1, number), None)
     if line is None:
-        raise UserError(f"{path}: no row {number}; it has {sum(1 for _ in byte_lines(path))}")
+        with path.open("rb") as lines:
+            raise UserError(f"{path}: no row {number}; it has {sum(1 for _ in lines)}")
     try:
         row = parse_set_row(line, name)
     except ValueError as error:

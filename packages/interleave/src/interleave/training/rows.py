@@ -12,7 +12,6 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import byte_lines
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic
 from interleave.datasets.rows import RlRow, Row, SftRow, parse_row, placeholder_image
@@ -67,11 +66,15 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
     Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
     """
     path = folder / f"{name}.jsonl"
-    if not path.is_file():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build")
+        raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     store = ImageStore(folder / IMAGES)
-    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in byte_lines(path)]
+    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in enumerate(data.splitlines(), 1)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a set with at least one")
     return rows

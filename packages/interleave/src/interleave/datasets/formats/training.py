@@ -7,11 +7,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from imgen_common.errors import UserError
-from imgen_common.files import read_table, write_atomic, writing
+from imgen_common.files import write_atomic, writing
 from interleave.agents.prompts import IMAGE_MARKER
 from interleave.datasets.files import (
     ImageImporter,
     copy_image,
+    read_json_lines,
+    read_json_list,
     to_json,
     validate,
     write_json,
@@ -42,7 +44,7 @@ class _SharegptItem(BaseModel):
 def read_sft(file: Path, root: Path, images: ImageStore) -> Iterator[SftRow]:
     """Rows of planner_sft.json or critic_sft.json.  Raises UserError naming the row."""
     reader = ImageImporter(root, images)
-    for where, value in read_table(file, "messages"):
+    for where, value in read_json_list(file):
         item = validate(_SharegptItem, value, where)
         if [turn.role for turn in item.messages] != ["user", "assistant"]:
             raise UserError(f"{where}: messages must be one of the user and one of the assistant")
@@ -91,7 +93,7 @@ class _RlLine(BaseModel):
 def read_rl(file: Path, root: Path, images: ImageStore) -> Iterator[RlRow]:
     """Rows for the critic's reinforcement learning.  Raises UserError naming the line."""
     reader = ImageImporter(root, images)
-    for where, value in read_table(file, "origin_prompt"):
+    for where, value in read_json_lines(file):
         line = validate(_RlLine, value, where)
         yield RlRow(
             original_prompt=line.origin_prompt,

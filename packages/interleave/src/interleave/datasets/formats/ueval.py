@@ -7,8 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from imgen_common.errors import UserError
-from imgen_common.files import read_table
-from interleave.datasets.files import ImageImporter, copy_image, read_json, validate, write_json
+from interleave.datasets.files import ImageImporter, copy_image, read_json, read_json_list, validate, write_json
 from interleave.datasets.formats.execution import IMPORTED, UNKNOWN_SEED, ImageCopies, folder_name, imported_story
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, GeneratorInfo, Plan, PlanStep, Record
@@ -58,7 +57,7 @@ def ueval_answer(story: FinishedStory, task: str) -> UevalAnswer:
 def read_ueval(file: Path, root: Path, images: ImageStore) -> Iterator[UevalAnswer]:
     """The answers of a UEval run.  Raises UserError naming the item."""
     reader = ImageImporter(root, images)
-    for where, value in read_table(file, "prompt"):
+    for where, value in read_json_list(file):
         item = validate(_UevalItem, value, where)
         yield UevalAnswer(
             id=item.id,
