@@ -224,6 +224,8 @@ def test_mistakes(
         ('{"text": "a", "images": ["no.png"]}', "some.jsonl:1"),
         ("", "no requests in it"),
         ('{"text": ""}', "some.jsonl:1: the request is empty"),
+        ('{"text": "a"}\n{"text": "b \\ud83d"}', "some.jsonl:2: holds half of a surrogate pair (U+D83D)"),
+        ('{"text": "a", "category": "\\udc00"}', "some.jsonl:1: holds half of a surrogate pair (U+DC00)"),
     ],
 )
 def test_files_of_requests_with_mistakes(interleave: Call, tmp_path: Path, lines: str, told: str) -> None:

@@ -20,7 +20,8 @@ class PromptLimit:
     @property
     def max_tokens(self) -> int:
         """Tokens of a prompt that are read, without special ones and those of the template."""
-        return self.max_length - self._lengths([""])[0]
+        empty, letter = self._lengths(["", "a"])
+        return self.max_length - min(empty, letter - 1)  # a space of the template may be one token with a word
 
     def num_longer(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are cut."""
