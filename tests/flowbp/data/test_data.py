@@ -42,7 +42,7 @@ def test_a_dataset_folder_gives_its_column(tmp_path: Path) -> None:
     [
         (["a cat", None], "row 2: no text under 'prompt' (there is: null)"),
         ([["a cat"]], "row 1: no text under 'prompt' (there is: a list)"),
-        ([{"en": "a cat"}], "row 1: no text under 'prompt' (there is: a dict)"),
+        ([{"en": "a cat"}], "row 1: no text under 'prompt' (there is: an object)"),
         ([0.5], "row 1: no text under 'prompt' (there is: a number)"),
         ([True], "row 1: no text under 'prompt' (there is: true or false)"),
         ([b"a cat"], "row 1: no text under 'prompt' (there is: a bytes)"),
@@ -63,7 +63,7 @@ def test_a_damaged_dataset_folder(tmp_path: Path, broken: str) -> None:
 
     Dataset.from_dict({"prompt": ["a cat"]}).save_to_disk(str(tmp_path / "data"))
     (tmp_path / "data" / broken).write_bytes(b"{")
-    with pytest.raises(UserError, match="dataset"):
+    with pytest.raises(UserError, match="dataset folder"):
         load(tmp_path / "data")
 
 
@@ -91,14 +91,14 @@ def test_built_in_splits_are_disjoint() -> None:
         ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
-        ("list.jsonl", b"[1]\n", "no text under 'prompt' (there is: a list)"),
+        ("list.jsonl", b"[1]\n", "list.jsonl:1: must be an object or a text, got a list"),
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt' (there is: a number)"),
         (
             "null.jsonl",
             b'"a"\n{"prompt": null}\n',
             "null.jsonl:2: no text under 'prompt' (there is: null); write",
         ),
-        ("dict.json", b'[{"prompt": {"en": "a"}}]', "dict.json: item 1: no text under 'prompt' (there is: a dict)"),
+        ("dict.json", b'[{"prompt": {"en": "a"}}]', "dict.json: item 1: no text under 'prompt' (there is: an object)"),
         ("parti.tsv", b"Prompt\tNote\na cat\t\n", "(there is: Prompt); did you mean 'Prompt'?; set data.key"),
         (
             "prompts.csv",

@@ -31,7 +31,7 @@ def test_requests_are_read_from_rows_of_any_kind(tmp_path: Path, name: str, cont
         ("r.parquet", "PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),
         ("r.csv", "prompt\na cat\n", "r.csv:2: text: Field required; allowed keys: text, id"),
         ("r.csv", "text,imagse\na,b\n", "did you mean 'images'"),
-        ("r.json", "[3]", "r.json: item 1: Input should be a valid dictionary"),
+        ("r.json", "[3]", "r.json: item 1: must be an object or a text, got a number"),
         ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
     ],
 )

@@ -66,12 +66,13 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in found if line]
 
 
-def read_table(path: Path, key: str) -> Iterator[tuple[str, Any]]:
+def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
 
-    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, .tsv: the first line names the
-    columns; cells that are empty are left out of a row, but for that of `key`.  A row that is text alone, as in .txt,
-    is {key: text}.  Raises UserError for another suffix, and naming the line or item that cannot be read.
+    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv (with commas or semicolons), .tsv:
+    the first line names the columns; cells that are empty are left out of a row, but for that of `key`.  A row that is
+    text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the line or item that
+    cannot be read.
     """
     rows: Iterator[tuple[str, Any]]
     match path.suffix.lower():
@@ -91,7 +92,19 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, Any]]:
             raise UserError(
                 f"{path}: cannot read rows of {suffix or 'a file without suffix'}; allowed: {', '.join(TABLE_SUFFIXES)}"
             )
-    return ((where, {key: row} if isinstance(row, str) else row) for where, row in rows)
+    return ((where, _object(row, key, where)) for where, row in rows)
+
+
+def describe_type(value: object) -> str:
+    """What JSON, or Python, calls a value: `null`, `a list`, `a number`."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _object(row: object, key: str, where: str) -> dict[str, Any]:
+    if not isinstance(row, str | dict):
+        raise UserError(f"{where}: must be an object or a text, got {describe_type(row)}")
+    return {key: row} if isinstance(row, str) else row
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -109,13 +122,16 @@ def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
     items = parse_json(read_text(path), str(path))
     if not isinstance(items, list):
         raise UserError(
-            f"{path}: must be a JSON array of rows, got a {type(items).__name__}; write one object a line in a .jsonl"
+            f"{path}: must be a JSON array of rows, got {describe_type(items)}; write one object a line in a .jsonl"
         )
     yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(read_text(path)), strict=True, skipinitialspace=True)
+    text = read_text(path)
+    columns = text.partition("\n")[0]
+    separator = ";" if ";" in columns and "," not in columns else ","  # as spreadsheets write where numbers have commas
+    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
     try:
         yield from ((reader.line_num, cells) for cells in reader)
     except csv.Error as error:
@@ -146,7 +162,7 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
         if len(cells) != len(columns):
             raise UserError(
                 f"{path}:{number}: {len(cells)} cells, but the first line names {len(columns)} columns; put a text "
-                "with separators in double quotes, or write one prompt a line in a .txt"
+                "with separators in double quotes, or write one text a line in a .txt"
             )
         row = zip(columns, cells, strict=True)
         yield f"{path}:{number}", {name: cell for name, cell in row if cell or name == key}

@@ -12,7 +12,7 @@ import typer
 
 from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
-from imgen_common.errors import UserError, check_text
+from imgen_common.errors import UserError
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.run import Benchmark
@@ -65,8 +65,6 @@ def sample(
         scale = config.guidance_scale if guidance is None else guidance
         sampling.check_guidance_scale(scale)
         texts = prompts or sampling.evaluation_prompts(config)[:8]
-        for prompt in texts:
-            check_text(prompt, "PROMPT")
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
     quiet_libraries()

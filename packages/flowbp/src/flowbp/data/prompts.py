@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flowbp.rewards import RewardConfig
-from imgen_common.errors import UserError, check_text, nearest, one_line
-from imgen_common.files import TABLE_SUFFIXES, read_table
+from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
 from imgen_common.streams import numpy_generator
 
 BUILTIN = "builtin:shapes/"
 BUILTIN_COUNT = 3000
-WORDS: dict[type, str] = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-"""What a value is called that is no text."""
 
 
 def is_shapes_source(source: str) -> bool:
@@ -60,26 +58,25 @@ def _exists(path: Path) -> bool:
         return False  # no name of a file, as a prompt in its place is
 
 
-def _text(row: Any, key: str, where: str) -> str:
-    if isinstance(row, dict) and key not in row:
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in row:
         raise UserError(f"{where}: no text under {key!r} (there is: {', '.join(row)}){nearest(key, row)}; set data.key")
-    value = row[key] if isinstance(row, dict) else row
+    value = row[key]
     if not isinstance(value, str):
-        found = WORDS.get(type(value), f"a {type(value).__name__}")
+        found = describe_type(value)
         raise UserError(f"{where}: no text under {key!r} (there is: {found}); write a text, or remove the row")
-    check_text(value, where)
     return value.strip()
 
 
-def _dataset(path: Path, key: str) -> Iterator[tuple[str, Any]]:
+def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import Dataset, DatasetDict, load_from_disk
 
     try:
         dataset: Dataset | DatasetDict = load_from_disk(str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read as a dataset ({one_line(str(error))}); save it again") from None
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
     if isinstance(dataset, DatasetDict):
         raise UserError(f"{path}: holds several splits ({', '.join(dataset)}); give the folder of one of them")
     if key not in dataset.column_names:
