@@ -1,6 +1,7 @@
 """Files of lines and of rows: what is read, and what is refused with its line."""
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,51 @@ def test_an_argument_that_is_not_utf8_is_refused(
     assert "argument 2" in (said := capsys.readouterr().err)
     assert "half of a surrogate pair" in said
     assert said.count("\n") == 1
+
+
+SEEDS = {
+    ".txt": "a cat\r\n\ufeffa dog, \U0001f436\n",
+    ".jsonl": '{"prompt": "a \\ud83d\\ude00", "id": [1, null]}\n"b"\n',
+    ".json": '[{"prompt": "a"}, "b\\u2028", {"x": 1e9}]',
+    ".csv": 'id;prompt\n1;"a, ""b"""\n',
+    ".CSV": 'id,prompt\n1,"a, ""b""\nc"\n,x\n',
+    ".tsv": 'prompt\tid\n"G I" x\t1\n"a ""b"""\t\n',
+}
+PIECES = [
+    b"\n",
+    b"\r",
+    b"\0",
+    b'"',
+    b",",
+    b";",
+    b"\t",
+    b"\\ud800",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"[" * 3000,
+    b"{",
+    b"]",
+    b"\\",
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("suffix", SEEDS)
+def test_no_bytes_are_read_otherwise_than_as_rows_or_refused(tmp_path: Path, suffix: str) -> None:
+    rng = random.Random(suffix)
+    messages: list[str] = []
+    for _ in range(3_000):
+        content = bytearray(SEEDS[suffix].encode() * rng.randint(1, 3))
+        for _ in range(rng.randint(0, 4)):
+            place = rng.randrange(len(content) + 1)
+            content[place : place + rng.randint(0, 3)] = rng.choice([*PIECES, rng.randbytes(2), b""])
+        file = written(tmp_path, f"f{suffix}", bytes(content))
+        try:
+            found = list(read_table(file, "prompt"))
+        except UserError as error:
+            messages.append(str(error))
+        else:
+            assert all(isinstance(row, dict) and where.startswith(str(file)) for where, row in found)
+            json.dumps([row for _, row in found], ensure_ascii=False).encode()
+    assert 100 < len(messages) < 2_900
+    assert not any("\n" in message for message in messages)
