@@ -1,6 +1,7 @@
 """What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,38 @@ def test_noise_levels_are_the_pipelines_own(backbone: Backbone, folder: Path, st
     assert sigmas.shape == (steps + 1,)
     assert sigmas[0] == 1
     assert sigmas[-1] == 0
+
+
+class CallRecorder:
+    """A tokenizer that remembers to how many tokens it was asked to cut."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.lengths = tokenizer, set[int]()
+
+    def __call__(self, texts: Any, **given: Any) -> Any:
+        if given.get("truncation"):
+            self.lengths.add(given["max_length"])
+        return self.tokenizer(texts, **given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 9])
+def test_a_backbone_knows_what_its_text_encoders_read(
+    backbone: Backbone, max_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if max_tokens is not None:
+        monkeypatch.setattr(backbone, "max_tokens", max_tokens)
+    limits = backbone.prompt_limits()
+    assert set(limits) == {name for name in backbone.pipe.components if name.startswith("text_encoder")}
+    for name, limit in limits.items():
+        texts = ["red" + " red" * (limit.max_tokens - missing) for missing in (1, 0)]
+        assert [limit.num_longer([text]) for text in ("", *texts)] == [0, 0, 1]
+        monkeypatch.setattr(backbone.pipe, name.replace("text_encoder", "tokenizer"), CallRecorder(limit.tokenizer))
+    backbone.encode(PROMPTS)
+    for name, limit in limits.items():
+        assert getattr(backbone.pipe, name.replace("text_encoder", "tokenizer")).lengths == {limit.max_length}
 
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:

@@ -355,17 +355,43 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
         tmp_path / "runs",
         *sets("method=draft_k", "num_inference_steps=25", "guidance_scale=2", "total_batch_size=6"),
     ]
-    code, output, _ = flowbp(*words)
+    code, output, errors = flowbp(*words)
     assert code == 0
     assert "  name: draft_k" in output
     assert "trained weights" in output
-    code, output, _ = flowbp(*words, "--json")
+    assert not errors
+    (tmp_path / "long.json").write_text(json.dumps(["a red circle " * 9]))
+    code, output, errors = flowbp(*words, *sets(f"data.prompts={tmp_path / 'long.json'}"), "--json")
     content: dict[str, Any] = json.loads(output)
+    assert [note.partition(" of ")[0] for note in content["notes"]] == ["1"] * 3
     # 3 active steps; without gradient both branches of 25 steps, and the negative one again at the active steps
     assert content["arithmetic"]["evaluations_per_update_with_gradient"] == 6 * 3
     assert content["arithmetic"]["evaluations_per_update_without_gradient"] == 6 * (2 * 25 + 3)
     assert [term["step"] for term in content["plan"]["terms"]] == [24, 23, 22]
     assert not (tmp_path / "runs").exists()
+
+
+LONG = "a red circle and a blue square and a blue square and a blue square"
+SAID = "longer than the 11 tokens that text_encoder reads"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", *sets(*SMALL, "data.prompts={file}"), "--runs", "{folder}"),
+        ("train", *sets(*SMALL, "eval.prompts={file}", "eval.num_prompts=1"), "--runs", "{folder}", "--json"),
+        ("train", "--dry-run", *sets("eval.quick_prompts={file}"), "--runs", "{folder}"),
+        ("eval", "builtin:shapes/generator", "--prompts", "{file}", *sets("eval.num_inference_steps=2")),
+        ("sample", LONG, "--num-images", "1", "--num-inference-steps", "1", "--out", "{folder}"),
+        ("benchmark", "builtin:shapes/generator", "--prompts", "{file}", "--out", "{folder}/out"),
+    ],
+)  # fmt: skip
+def test_a_prompt_that_is_cut_is_said(flowbp: Call, tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "long.CSV").write_text(f'id,prompt\n1,"{LONG}"\n')
+    code, output, errors = flowbp(*(word.format(file=tmp_path / "long.CSV", folder=tmp_path) for word in words))
+    assert code == 0, errors
+    assert (output + errors).count(SAID) == 1
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flowbp.data.prompts import load_prompts, prompt_indices
+from flowbp.data.prompts import describe_cut_prompts, load_prompts, prompt_indices
+from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
 from imgen_common.shapes.scene import parse_caption
 
@@ -36,6 +37,36 @@ def test_a_dataset_folder_gives_its_column(tmp_path: Path) -> None:
         load(tmp_path / "data", key="captoin")
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["a cat", None], "row 2: no text under 'prompt' (there is: null)"),
+        ([["a cat"]], "row 1: no text under 'prompt' (there is: a list)"),
+        ([{"en": "a cat"}], "row 1: no text under 'prompt' (there is: an object)"),
+        ([0.5], "row 1: no text under 'prompt' (there is: a number)"),
+        ([True], "row 1: no text under 'prompt' (there is: true or false)"),
+        ([b"a cat"], "row 1: no text under 'prompt' (there is: a bytes)"),
+    ],
+)
+def test_a_dataset_folder_with_other_values_than_text(tmp_path: Path, values: list[object], said: str) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": values}).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "data")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("broken", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_a_damaged_dataset_folder(tmp_path: Path, broken: str) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["a cat"]}).save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "data" / broken).write_bytes(b"{")
+    with pytest.raises(UserError, match="dataset folder"):
+        load(tmp_path / "data")
+
+
 @pytest.mark.parametrize("split", ["train", "tune", "test"])
 def test_built_in_prompts_are_captions_with_the_categories_in_turn(split: str) -> None:
     prompts = load(f"builtin:shapes/{split}", limit=24)
@@ -60,8 +91,22 @@ def test_built_in_splits_are_disjoint() -> None:
         ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
-        ("list.jsonl", b"[1]\n", "no text under 'prompt' (there is: list)"),
-        ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt'"),
+        ("list.jsonl", b"[1]\n", "list.jsonl:1: must be an object or a text, got a list"),
+        ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt' (there is: a number)"),
+        (
+            "null.jsonl",
+            b'"a"\n{"prompt": null}\n',
+            "null.jsonl:2: no text under 'prompt' (there is: null); write",
+        ),
+        ("dict.json", b'[{"prompt": {"en": "a"}}]', "dict.json: item 1: no text under 'prompt' (there is: an object)"),
+        ("parti.tsv", b"Prompt\tNote\na cat\t\n", "(there is: Prompt); did you mean 'Prompt'?; set data.key"),
+        (
+            "prompts.csv",
+            b"a cat, grey\na dog, brown\n",
+            "csv:2: no text under 'prompt' (there is: a cat, grey)",
+        ),
+        ("half.jsonl", b'{"prompt": "a \\ud83d"}', "half.jsonl:1: holds half of a surrogate pair (U+D83D)"),
+        ("prompts.parquet", b"PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),
     ],
 )
 def test_bad_files_are_reported_in_one_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -77,6 +122,8 @@ def test_bad_files_are_reported_in_one_line(tmp_path: Path, name: str, content: 
     ("source", "said"),
     [
         ("missing.txt", "no such prompt file or dataset folder"),
+        ("a red circle " * 40, "no such prompt file or dataset folder"),
+        ("a\0b.txt", "no such prompt file or dataset folder"),
         ("builtin:shapes/tset", "did you mean 'builtin:shapes/test'?"),
         ("builtin:shape/test", "allowed: builtin:shapes/train, builtin:shapes/tune, builtin:shapes/test"),
     ],
@@ -90,6 +137,20 @@ def test_bad_sources_are_reported_in_one_line(source: str, said: str) -> None:
 def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a dataset folder"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("num_long", "verb"), [(0, ""), (1, "is"), (2, "are")])
+def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: str) -> None:
+    long = ["a red circle " * 9, "ein Käse " * 9][:num_long]
+    rewards = {"held": RewardConfig(ref="builtin:shapes/heldout")}
+    said = describe_cut_prompts(["a red circle", *long, *long, "blau"], "builtin:shapes/generator", rewards)
+    total = 2 + num_long
+    expected = [
+        f"{num_long} of {total} prompts {verb} longer than the {limit} tokens that {reader} reads; the rest of each is "
+        "ignored"
+        for reader, limit in (("text_encoder", 11), ("reward held", 11))
+    ]
+    assert said == (expected if num_long else [])
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

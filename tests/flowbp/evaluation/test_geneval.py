@@ -162,6 +162,8 @@ def test_metadata_is_read_and_written_as_it_was(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert [json.loads(t.model_dump_json(by_alias=True, exclude_defaults=True)) for t in read_tasks(file)] == rows
     assert len(read_tasks(file, limit=1)) == 1
+    (tmp_path / "metadata.JSON").write_text("\ufeff" + json.dumps(rows))
+    assert read_tasks(tmp_path / "metadata.JSON") == read_tasks(file)
     assert len(set(CLASSES)) == 80
 
 

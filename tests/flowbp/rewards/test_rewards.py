@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,6 +201,28 @@ def test_every_gradient_is_the_slope(name: str, tmp_path: Path) -> None:
         up, down = (reward(images + step * direction, PROMPTS).sum() for step in (1e-6, -1e-6))
     assert ((up - down) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3)
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_reward_knows_what_it_reads(name: str, tmp_path: Path) -> None:
+    reward = MAKERS[name](tmp_path / "reward")
+    limit = getattr(reward, "prompt_limit", None)
+    if limit is None:  # it reads no prompts, or the whole of them
+        assert name not in ("clip", "clipscore", "hpsv2", "imagereward")
+        return
+    original, given = reward.tokenizer, {}
+
+    def tokenize(prompts: list[str], **options: Any) -> BatchEncoding:
+        given.update(options)
+        return original(prompts, **options)
+
+    reward.tokenizer = tokenize
+    reward(pictures(32, 32), ["a red circle"] * len(TOKENS))
+    assert (given["truncation"], given["max_length"]) == (True, limit.max_length)
+    texts = [" ".join(["red"] * (limit.max_tokens + extra)) for extra in (0, 1)]
+    assert [limit.num_longer([text]) for text in ("", *texts, "K\u00e4se " * limit.max_tokens)] == [0, 0, 1, 1]
+    cut = limit.tokenizer(texts, truncation=True, max_length=limit.max_length).input_ids
+    assert cut[0] == cut[1]
 
 
 def test_prompts_do_not_matter_to_aesthetics(tmp_path: Path) -> None:

@@ -226,15 +226,17 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ('{"text": 3}', "line 1: text"),
+        ('{"text": 3}', "some.jsonl:1: text"),
         ('{"text": "a", "imags": []}', "did you mean 'images'"),
-        ("[]", "line 1"),
-        ("{", "line 1: not a JSON object"),
-        ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "line 2: id 'x' is there already"),
-        ('{"text": "a"}\n{"text": "a"}', "line 2: this request is there already"),
-        ('{"text": "a", "images": ["no.png"]}', "line 1"),
+        ("[]", "some.jsonl:1"),
+        ("{", "some.jsonl:1: not JSON"),
+        ('{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', "some.jsonl:2: id 'x' is there already"),
+        ('{"text": "a"}\n{"text": "a"}', "some.jsonl:2: this request is there already"),
+        ('{"text": "a", "images": ["no.png"]}', "some.jsonl:1"),
         ("", "no requests in it"),
-        ('{"text": ""}', "line 1: the request is empty"),
+        ('{"text": ""}', "some.jsonl:1: the request is empty"),
+        ('{"text": "a"}\n{"text": "b \\ud83d"}', "some.jsonl:2: holds half of a surrogate pair (U+D83D)"),
+        ('{"text": "a", "category": "\\udc00"}', "some.jsonl:1: holds half of a surrogate pair (U+DC00)"),
     ],
 )
 def test_files_of_requests_with_mistakes(interleave: Call, tmp_path: Path, lines: str, told: str) -> None:

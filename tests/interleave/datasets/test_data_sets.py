@@ -713,7 +713,8 @@ def test_a_row_is_shown_as_it_is_read(tmp_path: Path) -> None:
         ("critic_sft.json", 1, "did you mean 'critic_sft.jsonl'"),
         ("critic_rl.jsonl", 1, "give --template"),
         ("", 1, "give one of its files: planner_sft.jsonl, critic_sft.jsonl, critic_rl.jsonl"),
-        ("planner_sft.val.jsonl", 1, "no such file"),
+        ("planner_sft.val.jsonl", 1, "no such file; there are: planner_sft.jsonl, critic_sft.jsonl, critic_rl.jsonl"),
+        ("../none/critic_rl.jsonl", 1, "no such file; make a set with interleave data build --out DIR"),
     ]:
         with pytest.raises(UserError, match=told):
             read_row(folder / path, number)

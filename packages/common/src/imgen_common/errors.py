@@ -29,6 +29,18 @@ def one_line(text: str, limit: int | None = 300) -> str:
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError naming `where` for half a surrogate pair, which no file and no tokenizer takes.
+
+    It comes from JSON such as "\\ud83d", and from an argument of a command line that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
+
+
 def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> NoReturn:
     """Run a typer application as the program `name` and exit.
 
@@ -39,6 +51,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
     """
     try:
         for place, word in enumerate(sys.argv[1:]):
+            check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
             option = word.partition("=")[0]
             if option in renamed and (option.startswith("-") or place == 0):
                 raise UserError(f"{option}: renamed; write {renamed[option]}")

@@ -161,9 +161,10 @@ class DataConfig(Config):
     """The prompts to train on."""
 
     prompts: str = "builtin:shapes/train"
-    """`builtin:shapes/SPLIT`, or a file: .txt (one prompt a line), .jsonl, or a folder of `datasets.save_to_disk`."""
+    """`builtin:shapes/SPLIT`; a file: .txt (one prompt a line), .jsonl, .json (an array), .csv or .tsv (with names of
+    columns); or a folder of `datasets.save_to_disk`."""
     key: str = "prompt"
-    """Name of the prompt's column in .jsonl files and dataset folders."""
+    """Name of the prompt's column in .jsonl, .json, .csv and .tsv files and dataset folders."""
     embeddings: Literal["memory", "disk", "live"] = "memory"
     """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
     `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""

@@ -17,14 +17,16 @@ DEFAULT_EMBEDDED_GUIDANCE = 3.5
 class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
+    longest_reader = "text_encoder_2"
+
     def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
         self.guidance = DEFAULT_EMBEDDED_GUIDANCE
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """{"text": "b tokens width" of T5, "pooled": "b width" of CLIP}."""
-        text, pooled, _ = self.pipe.encode_prompt(list(prompts), None)
+        """{"text": "b tokens width" of T5, padded to `max_tokens`, "pooled": "b width" of CLIP}."""
+        text, pooled, _ = self.pipe.encode_prompt(list(prompts), None, max_sequence_length=self.max_tokens)
         return {"text": text, "pooled": pooled}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:

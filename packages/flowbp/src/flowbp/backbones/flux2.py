@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
+from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond
 from imgen_common.hub import text_layers
 
@@ -27,6 +28,16 @@ class Flux2(pipelines.PipelineBackbone):
         """{"text": "b tokens 3*width"}: hidden states of three depths, padded to `max_tokens`."""
         given = {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.text_layers}
         return {"text": self.pipe.encode_prompt(list(prompts), **given)[0]}
+
+    def prompt_limits(self) -> dict[str, PromptLimit]:
+        """How much of a prompt the text encoder reads beside the chat template."""
+
+        def template(prompt: str) -> str:
+            turns = [{"role": "user", "content": prompt}]
+            given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+            return str(self.pipe.tokenizer.apply_chat_template(turns, **given))
+
+        return {"text_encoder": PromptLimit(self.pipe.tokenizer, self.max_tokens, template)}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""

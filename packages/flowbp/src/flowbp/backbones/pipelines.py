@@ -4,7 +4,7 @@ import copy
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from flowbp.core.prompt_limits import PromptLimit
 from imgen_common.errors import UserError
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -84,6 +85,11 @@ def text_encoder_names(pipe: DiffusionPipeline) -> list[str]:
 class PipelineBackbone(ABC):
     """What the families' adapters share: a diffusers pipeline whose transformer is trained (see `Backbone`)."""
 
+    max_tokens = 512
+    """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
+    longest_reader: ClassVar[str] = "text_encoder"
+    """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
@@ -99,6 +105,15 @@ class PipelineBackbone(ABC):
         """Images in [0, 1], differentiable (but for the clamp)."""
         config = self.pipe.vae.config
         return decode(self.pipe.vae, x / config.scaling_factor + config.shift_factor)
+
+    def prompt_limits(self) -> dict[str, PromptLimit]:
+        """How much of a prompt each text encoder reads, by its name; before they are unloaded."""
+        found = {}
+        for name in text_encoder_names(self.pipe):
+            if getattr(self.pipe, name) is not None:
+                length = self.max_tokens if name == self.longest_reader else self.pipe.tokenizer_max_length
+                found[name] = PromptLimit(getattr(self.pipe, name.replace("text_encoder", "tokenizer")), length)
+        return found
 
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""

@@ -15,11 +15,15 @@ class SD3(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder."""
 
     pipe: StableDiffusion3Pipeline
+    max_tokens = 256
+    longest_reader = "text_encoder_3"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """{"text": "b tokens width" of CLIP, then T5, "pooled": "b width" of both CLIPs}."""
-        text, _, pooled, _ = self.pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=False)
+        """{"text": "b tokens width" of CLIP, then T5 padded to `max_tokens`, "pooled": "b width" of both CLIPs}."""
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, do_classifier_free_guidance=False, max_sequence_length=self.max_tokens
+        )
         return {"text": text, "pooled": pooled}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:

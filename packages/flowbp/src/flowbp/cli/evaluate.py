@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, progress_bar, report_error_once
+from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
 
@@ -50,6 +50,7 @@ def sample(
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7
     """
     with spinner("loading"):
+        from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
@@ -67,6 +68,7 @@ def sample(
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
     quiet_libraries()
+    print_notes(describe_cut_prompts(texts, config.model.ref, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,7 @@ def evaluate(
     """
     with spinner("loading"):
         from flowbp.cli import console
+        from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import compare, sampling
         from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
@@ -129,6 +132,8 @@ def evaluate(
         config, labels = sources[-1].config, [source.label for source in sources]
         texts = sampling.evaluation_prompts(config)
     quiet_libraries()
+    scorers, models = {scorer.name: scorer for scorer in config.scorers}, {one.config.model.ref for one in sources}
+    print_notes(dict.fromkeys(note for model in models for note in describe_cut_prompts(texts, model, scorers)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
@@ -146,7 +151,7 @@ def evaluate(
 
 def benchmark(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts (.txt, .jsonl), or GenEval's metadata.")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts as for data.prompts, or GenEval's metadata.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
     protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards) or geneval.")] = "hpdv2",
     scores: Annotated[
@@ -210,6 +215,7 @@ def benchmark(
             seed=seed,
         )
         work = prepare_benchmark(source, request, out, batch_size, judge)
+        print_notes(work.cut_prompts())
     with report_error_once():
         _run_benchmark(work, as_json)
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -37,6 +37,13 @@ def report_error_once() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             raise
         raise typer.Exit(2) from None
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints notes to standard error, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 @contextmanager

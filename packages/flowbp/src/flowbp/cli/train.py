@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, report_error_once
+from flowbp.cli.options import Json, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
 
@@ -79,14 +79,15 @@ def _refuse_method_as_file(files: list[Path]) -> None:
 
 def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
     from flowbp.cli import console
-    from flowbp.training.preflight import update_arithmetic
+    from flowbp.training.preflight import cut_prompts, update_arithmetic
 
-    numbers, plan = update_arithmetic(job), job.plans[0]
+    numbers, plan, notes = update_arithmetic(job), job.plans[0], cut_prompts(job.config)
     if as_json:
         costs = {key: getattr(plan, key) for key in ("num_gradient_forwards", "num_plain_forwards")}
         content = {"run": str(path), "config": job.config.model_dump(mode="json"), "arithmetic": numbers}
-        print(json.dumps(content | {"plan": asdict(plan) | costs}))
+        print(json.dumps(content | {"plan": asdict(plan) | costs, "notes": notes}))
         return
+    print_notes(notes)
     console.print_dry_run(job.config, numbers, str(path))
     console.print_plan(job.config.method, plan, f"{job.config.method.name}: the plan of the first update")
 

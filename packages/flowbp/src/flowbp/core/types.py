@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowbp.core.prompt_limits import PromptLimit
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """velocity(x, sigma) -> v = dx/dsigma, same shape as x.
 
@@ -68,6 +70,9 @@ class Backbone(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
+    def prompt_limits(self) -> Mapping[str, PromptLimit]:
+        """How much of a prompt each text encoder reads, by its name; before they are unloaded."""
+
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""
 
@@ -89,7 +94,7 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A differentiable score of images; larger is better."""
+    """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`."""
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""

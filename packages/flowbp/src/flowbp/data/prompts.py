@@ -1,11 +1,12 @@
 """Prompts: where they come from and in which order they are used."""
 
-import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from imgen_common.errors import UserError, nearest
-from imgen_common.files import numbered_lines
+from flowbp.rewards import RewardConfig
+from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
 from imgen_common.streams import numpy_generator
 
 BUILTIN = "builtin:shapes/"
@@ -21,15 +22,20 @@ def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> 
     """The prompts of a source (see `DataConfig.prompts`), in order, at most `limit`.
 
     `builtin:shapes/SPLIT` gives captions with the categories in turn, 3000 unless `limit` says otherwise.
-    Raises UserError if the source is missing, empty, not UTF-8 or without the named column.
+    Blank prompts are left out.  Raises UserError if the source is missing, empty or not UTF-8, and naming the row whose
+    column `key` is missing or no text.
     """
     if source.startswith("builtin:"):
         prompts = _builtin(source, limit or BUILTIN_COUNT)
     else:
         path = Path(source)
-        if not path.exists():
-            raise UserError(f"{source}: no such prompt file or dataset folder; give .txt, .jsonl or a dataset folder")
-        prompts = _dataset(path, key) if path.is_dir() else _file(path, key)
+        if not _exists(path):
+            raise UserError(
+                f"{source}: no such prompt file or dataset folder; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
+                "by datasets' save_to_disk"
+            )
+        rows = _dataset(path, key) if path.is_dir() else read_table(path, key)
+        prompts = [text for where, row in rows if (text := _text(row, key, where))]
     if not prompts:
         raise UserError(f"{source}: holds no prompt; give at least one")
     return prompts[:limit]
@@ -45,31 +51,32 @@ def _builtin(source: str, count: int) -> list[str]:
     return [spec.caption for spec in balanced_specs(count, numpy_generator(0, f"prompts-{split}"), split)]
 
 
-def _file(path: Path, key: str) -> list[str]:
-    found = numbered_lines(path)
-    if path.suffix != ".jsonl":
-        return [line for _, line in found]
-    return [text for text in (_row(path, number, line, key) for number, line in found) if text]
-
-
-def _row(path: Path, number: int, line: str, key: str) -> str:
+def _exists(path: Path) -> bool:
     try:
-        row = json.loads(line)
-    except ValueError:
-        raise UserError(f"{path}:{number}: not JSON; each line must be an object with {key!r}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{path}:{number}: no text under {key!r} (there is: {found}); set data.key")
-    return row[key].strip()
+        return path.exists()
+    except OSError:
+        return False  # no name of a file, as a prompt in its place is
 
 
-def _dataset(path: Path, key: str) -> list[str]:
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise UserError(f"{where}: no text under {key!r} (there is: {', '.join(row)}){nearest(key, row)}; set data.key")
+    value = row[key]
+    if not isinstance(value, str):
+        found = describe_type(value)
+        raise UserError(f"{where}: no text under {key!r} (there is: {found}); write a text, or remove the row")
+    return value.strip()
+
+
+def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import Dataset, DatasetDict, load_from_disk
 
     try:
         dataset: Dataset | DatasetDict = load_from_disk(str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
     if isinstance(dataset, DatasetDict):
         raise UserError(f"{path}: holds several splits ({', '.join(dataset)}); give the folder of one of them")
     if key not in dataset.column_names:
@@ -77,7 +84,28 @@ def _dataset(path: Path, key: str) -> list[str]:
             f"{path}: no column {key!r}{nearest(key, dataset.column_names)}; there are: "
             f"{', '.join(dataset.column_names)}; set data.key"
         )
-    return [str(value).strip() for value in dataset[key] if str(value).strip()]
+    return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
+
+
+def describe_cut_prompts(prompts: Sequence[str], model: str, rewards: Mapping[str, RewardConfig]) -> list[str]:
+    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts.
+
+    No weights are read; equal prompts count once.
+    """
+    from flowbp import backbones
+
+    limits = dict(backbones.init_empty_weights(model).prompt_limits())
+    for name, reward in rewards.items():
+        if (limit := getattr(reward.load("meta"), "prompt_limit", None)) is not None:
+            limits[f"reward {name}"] = limit
+    different = list(dict.fromkeys(prompts))
+    found = {reader: limit.num_longer(different) for reader, limit in limits.items()}
+    return [
+        f"{count} of {len(different)} prompts {'is' if count == 1 else 'are'} longer than the "
+        f"{limits[reader].max_tokens} tokens that {reader} reads; the rest of each is ignored"
+        for reader, count in found.items()
+        if count
+    ]
 
 
 def prompt_indices(count: int, seed: int, first: int, number: int) -> list[int]:

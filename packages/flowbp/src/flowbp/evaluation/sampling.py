@@ -16,7 +16,7 @@ from flowbp.data.prompts import is_shapes_source, load_prompts
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, evaluate, generate
 from imgen_common.config import load
 from imgen_common.devices import device_of
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, check_text
 from imgen_common.run_folder.find import CONFIG, find_run, is_run
 
 
@@ -76,6 +76,8 @@ def sample(
     source: a run folder, its name under `runs`, or a model as in `model.ref`; size, steps and guidance scale are those
     of its configuration.  Raises UserError if there is no such run or model.
     """
+    for text in prompts:
+        check_text(text, "prompts")
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
+from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import load_frozen, load_head, scoring_head
 
@@ -32,7 +33,7 @@ class ClipReward:
         self.size: int = processor.size["shortest_edge"]
         self.crop = (processor.crop_size["height"], processor.crop_size["width"])
         self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
-        self.max_tokens: int = model.config.text_config.max_position_embeddings
+        self.prompt_limit = PromptLimit(tokenizer, model.config.text_config.max_position_embeddings)
 
     @classmethod
     def load(
@@ -65,7 +66,7 @@ class ClipReward:
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Text features of unit length."""
         batch = self.tokenizer(
-            list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self.max_tokens
+            list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self.prompt_limit.max_length
         ).to(self.model.device)
         features = self.model.get_text_features(**batch).pooler_output
         return normalize(features, dim=-1)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
+from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import load_head, scoring_head
 
@@ -25,7 +26,7 @@ class ImageReward:
     ) -> None:
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
         self.size: int = vision.config.image_size
-        self.max_tokens = min(MAX_TOKENS, text.config.max_position_embeddings)
+        self.prompt_limit = PromptLimit(tokenizer, min(MAX_TOKENS, text.config.max_position_embeddings))
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
@@ -43,8 +44,9 @@ class ImageReward:
         """Scores of images in [0, 1] for their prompts."""
         pixels = preprocess.normalize_channels(preprocess.center_crop(images, self.size, (self.size, self.size)))
         seen = self.vision(pixel_values=pixels).last_hidden_state
+        length = self.prompt_limit.max_length
         batch = self.tokenizer(
-            list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=self.max_tokens
+            list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=length
         ).to(seen.device)
         read = self.text(
             input_ids=batch.input_ids,

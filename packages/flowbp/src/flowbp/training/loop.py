@@ -15,6 +15,7 @@ from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
 from flowbp.training.loading import load_models
+from flowbp.training.preflight import cut_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.errors import UserError
@@ -35,6 +36,7 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     models = load_models(config, accelerator.device, is_main=accelerator.is_main_process)
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter)
     loop.resume()
+    loop.report_cut_prompts()
     loop.embed_prompts()
     loop.evaluate_base()
     reporter.stage("training")
@@ -92,6 +94,12 @@ class TrainingLoop:
             watchdog.drop_findings_after(self.run.path, update)
             if update < self.config.max_train_steps:
                 delete_evaluations(self.run.path, "trained")
+
+    def report_cut_prompts(self) -> None:
+        """Says which text encoders and rewards do not read all of the prompts."""
+        if self.run.is_main:
+            for text in cut_prompts(self.config):
+                self.reporter.alert(text)
 
     def embed_prompts(self) -> None:
         """Embeds all prompts that the run needs, from its very beginning, so that a resumed one batches them alike."""

@@ -11,7 +11,7 @@ from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan, draw_plan
-from flowbp.data.prompts import load_prompts
+from flowbp.data.prompts import describe_cut_prompts, load_prompts
 from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
 from imgen_common.errors import UserError
@@ -45,12 +45,7 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     batch_sizes(config, num_processes)
     for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
         hub.resolve(ref, weights=not estimate_only)
-    num_prompts = len(load_prompts(config.data.prompts, config.data.key))
-    for source, limit in (
-        (config.eval.prompts, config.eval.num_prompts),
-        (config.eval.quick_prompts, config.eval.quick_num_prompts),
-    ):
-        load_prompts(source, config.data.key, limit)
+    num_prompts = len(all_prompts(config)[0])
     model = config.model
     empty = backbones.init_empty_weights(model.ref)
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -65,6 +60,22 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     )
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts)
+
+
+def all_prompts(config: TrainConfig) -> tuple[list[str], list[str], list[str]]:
+    """The prompts of the training, of its evaluations before and after, and of the quick ones."""
+    key, evaluation = config.data.key, config.eval
+    return (
+        load_prompts(config.data.prompts, key),
+        load_prompts(evaluation.prompts, key, evaluation.num_prompts),
+        load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts),
+    )
+
+
+def cut_prompts(config: TrainConfig) -> list[str]:
+    """A sentence for each text encoder and reward of a run that does not read all of its prompts."""
+    prompts = [prompt for part in all_prompts(config) for prompt in part]
+    return describe_cut_prompts(prompts, config.model.ref, {scorer.name: scorer for scorer in config.scorers})
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:

@@ -57,7 +57,8 @@ def run(
 
 def batch(
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help='JSON lines of {"text": ..., "id": ..., "images": [...]}.')
+        Path | None,
+        typer.Argument(metavar="FILE", help='Rows of {"text": ..., "id": ..., "images": [...]}, or lines of text.'),
     ] = None,
     configs: Configs = None,
     sets: Sets = None,
@@ -70,12 +71,14 @@ def batch(
     as_json: Json = False,
 ) -> None:
     """Make many stories at once. A failure in one story does not affect the others. --resume continues a killed run,
-    and its records equal those of a run that was not killed. The exit code is 1 if a story is not complete.
+    and its records equal those of a run that was not killed. The exit code is 1 if a story is not complete. FILE is
+    .jsonl, a .json array, .csv or .tsv with the columns text, id and category, or .txt with a request in each line.
 
     Example:
 
     \b
       interleave batch requests.jsonl
+      interleave batch requests.txt
       interleave batch requests.jsonl --set loop.concurrency=64 --set loop.max_attempts=5
       interleave batch --resume runs/requests
       interleave batch --resume runs/requests --retry

@@ -138,7 +138,8 @@ def find_row_files(path: Path) -> list[Path]:
         raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}")
     if not path.is_file():
         others = [name for name in FILES if (path.parent / name).is_file()]
-        raise UserError(f"{path}: no such file; there are: {', '.join(others) or 'none'}")
+        remedy = f"there are: {', '.join(others)}" if others else "make a set with interleave data build --out DIR"
+        raise UserError(f"{path}: no such file; {remedy}")
     return [path]
 
 

@@ -17,7 +17,7 @@ class FilePrompts(Config):
 
     kind: Literal["file"] = "file"
     path: str
-    """JSON lines as `interleave batch` reads them; the page of statistics counts their `category`."""
+    """A file as `interleave batch` reads it; the page of statistics counts their `category`."""
 
 
 class ShapesPrompts(Config):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from imgen_common.errors import UserError, nearest
-from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.errors import UserError, check_text, nearest
+from imgen_common.files import numbered_lines, read_table, write_atomic
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
 from interleave.records import Request
@@ -39,27 +39,26 @@ def make_request(
 ) -> Request:
     """A request whose images are in the store.  Its id, unless given, is made of its content.
 
-    Raises UserError for no words, too many, or a file that is no image.
+    Raises UserError for no words, too many, half a surrogate pair, or a file that is no image.
     """
     if not text.strip():
         raise UserError("the request is empty; say what the story should be")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the request has {len(text)} characters; at most {MAX_CHARACTERS} are allowed; shorten it")
-    clean = text.encode("utf-8", "replace").decode("utf-8")
+    check_text(text, "the request")
     given = (image if isinstance(image, HashedImage) else HashedImage.from_pil(decode(image)) for image in images)
     image_ids = tuple(store.put(one) for one in given)
-    digest = hashlib.sha256(json.dumps([clean, image_ids]).encode()).hexdigest()[:12]
-    return Request(id=request_id or digest, text=clean, image_ids=image_ids, category=category)
+    digest = hashlib.sha256(json.dumps([text, image_ids]).encode()).hexdigest()[:12]
+    return Request(id=request_id or digest, text=text, image_ids=image_ids, category=category)
 
 
 def read_requests(path: Path, store: ImageStore) -> list[Request]:
-    """The requests of a JSON-lines file: {"text", "id", "category", "images": [paths from the file's folder]}.
+    """The requests of a file (see `read_table`): {"text", "id", "category", "images": [paths from its folder]}.
 
     Raises UserError naming the line for another object, an id given twice, or an image that cannot be read.
     """
     requests: dict[str, Request] = {}
-    for number, row in _rows(path):
-        where = f"{path}: line {number}"
+    for where, row in _rows(path):
         try:
             images = [path.parent / image for image in row.images]
             made = make_request(row.text, images, store, row.id, row.category)
@@ -70,22 +69,21 @@ def read_requests(path: Path, store: ImageStore) -> list[Request]:
             raise UserError(f"{where}: {what} is there already; give every request an id of its own")
         requests[made.id] = made
     if not requests:
-        raise UserError(f"{path}: no requests in it; give one JSON object a line with the key 'text'")
+        raise UserError(f"{path}: no requests in it; write one a line, or give rows with the key 'text'")
     return list(requests.values())
 
 
-def _rows(path: Path) -> Iterator[tuple[int, RequestRow]]:
-    for number, line in numbered_lines(path):
+def _rows(path: Path) -> Iterator[tuple[str, RequestRow]]:
+    for where, row in read_table(path, "text"):
         try:
-            yield number, RequestRow.model_validate(json.loads(line))
+            yield where, RequestRow.model_validate(row)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             hint = nearest(key, RequestRow.model_fields) if first["type"] == "extra_forbidden" else ""
             allowed = ", ".join(RequestRow.model_fields)
-            raise UserError(f"{path}: line {number}: {key}: {first['msg']}{hint}; allowed keys: {allowed}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: line {number}: not a JSON object ({error})") from None
+            place = f"{key}: " if key else ""
+            raise UserError(f"{where}: {place}{first['msg']}{hint}; allowed keys: {allowed}") from None
 
 
 def save_requests(requests: Sequence[Request], run: Path) -> None:

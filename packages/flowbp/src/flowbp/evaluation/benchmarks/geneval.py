@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import numbered_lines
+from imgen_common.files import read_table
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
@@ -69,24 +69,22 @@ class GenEvalTask(Config):
 
 
 def read_tasks(path: Path, limit: int | None = None) -> list[GenEvalTask]:
-    """The rows of a metadata file (.jsonl), at most `limit`.  Raises UserError naming a line that is wrong."""
-    tasks = [_task(f"{path}:{number}", line) for number, line in numbered_lines(path)]
+    """The rows of a metadata file (.jsonl or .json), at most `limit`.  Raises UserError naming a line that is wrong."""
+    tasks = [_task(where, row) for where, row in read_table(path, "prompt")]
     if not tasks:
         raise UserError(f"{path}: holds no row of metadata; give GenEval's evaluation_metadata.jsonl or the like")
     return tasks[:limit]
 
 
-def _task(place: str, line: str) -> GenEvalTask:
+def _task(place: str, row: object) -> GenEvalTask:
     try:
-        return GenEvalTask.model_validate(json.loads(line))
+        return GenEvalTask.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
         text = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         given = "" if first["type"] in ("value_error", "missing") else f", got {json.dumps(first['input'])}"
         raise UserError(f"{place}: {where}{text}{given}") from None
-    except ValueError:
-        raise UserError(f"{place}: not JSON; each line must be an object with tag, prompt and include") from None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from PIL import Image
 
 from flowbp.core.noise import initial_noise
 from flowbp.data.embeddings import PromptEmbeddings
+from flowbp.data.prompts import describe_cut_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.settings import (
     GENEVAL,
@@ -40,7 +41,7 @@ from flowbp.evaluation.benchmarks.settings import (
 )
 from flowbp.evaluation.evaluate import generate
 from flowbp.evaluation.sampling import ModelSource
-from flowbp.rewards import RewardConfig, load_reward
+from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_file, numbered_lines, write_atomic
@@ -124,6 +125,11 @@ class Benchmark:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None
+
+    def cut_prompts(self) -> list[str]:
+        """A sentence for each text encoder and reward that does not read all of the prompts."""
+        rewards = {s.name: RewardConfig(score=s.kind, ref=s.ref) for s in self.config.scorers if s.kind in REWARDS}
+        return describe_cut_prompts([prompt.text for prompt in self.prompts], self.config.model.ref, rewards)
 
     @property
     def missing_images(self) -> list[ImageId]:

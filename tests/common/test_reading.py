@@ -1,0 +1,183 @@
+"""Files of lines and of rows: what is read, and what is refused with its line."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from imgen_common import files
+from imgen_common.errors import UserError, run_cli
+from imgen_common.files import numbered_lines, read_table, read_text
+
+SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"]
+"""What `str.splitlines` splits at, and files of lines do not."""
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> list[Any]:
+    return [row for _, row in read_table(written(folder, name, content), key)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("p.txt", "a cat, grey\n\n  a dog  \n", ["a cat, grey", "a dog"]),
+        ("P.TXT", "\ufeffa cat\r\n\r\n   \r\na dog", ["a cat", "a dog"]),
+        ("joined.txt", "\ufeffa cat\n\ufeffa dog\n", ["a cat", "a dog"]),
+        ("p.jsonl", '{"prompt": "a"}\n\n"b"\n', ["a", "b"]),
+        ("p.JSONL", '\ufeff{"prompt": "a\\ud83d\\ude00"}\r\n{"id": 1, "prompt": "b"}', ["a\U0001f600", "b"]),
+        ("p.json", '["a, b", {"prompt": "c"}]', ["a, b", "c"]),
+        ("p.JsoN", '\ufeff[\n {"prompt": "a\\u2028b"}\n]', ["a\u2028b"]),
+        ("p.csv", 'id,prompt\n1,"a red circle, big"\n2,a blue square\n', ["a red circle, big", "a blue square"]),
+        ("p.CSV", '\ufeffprompt, note\r\n"a ""b""\r\nc", x\r\n,\r\n\r\nd, "e, f"\r\n', ['a "b"\nc', "d"]),
+        ("semicolons.csv", '\ufeffid;prompt\r\n1;a, b\r\n2;"c; d"\r\n', ["a, b", "c; d"]),
+        ("blank.csv", "id,prompt\n1,\n2,b", ["", "b"]),
+        (
+            "parti.tsv",
+            'prompt\tCategory\tNote\n"G I G" painted\tArts\t\nThe words "Fly"\tX\ty\n"a ""b"""\t"Z"\t\n"\t1\t2\n',
+            ['"G I G" painted', 'The words "Fly"', 'a "b"', '"'],
+        ),
+    ],
+)
+def test_rows_are_read_as_their_suffix_says(tmp_path: Path, name: str, content: str, prompts: list[str]) -> None:
+    assert [row["prompt"] for row in rows(tmp_path, name, content)] == prompts
+
+
+def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
+    assert rows(tmp_path, "r.csv", "id,text\n,a\n7,\n", "text") == [{"text": "a"}, {"id": "7", "text": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.parquet", "PAR1", "p.parquet: cannot read rows of .parquet; allowed: .txt, .jsonl, .json, .csv, .tsv"),
+        ("prompts", "a cat", "cannot read rows of a file without suffix"),
+        ("p.txt.gz", b"\x1f\x8b", "cannot read rows of .gz"),
+        ("p.csv", "id,prompt\n1,a red circle, big\n", "p.csv:2: 3 cells, but the first line names 2 columns"),
+        ("p.csv", 'prompt\n"a" b\n', "p.csv:2: not CSV"),
+        ("p.csv", 'prompt\n"never closed\n\n', "not CSV"),
+        ("p.csv", "prompt,prompt\na,b\n", "p.csv:1: names a column twice ('prompt')"),
+        ("p.tsv", "prompt\tid\na\n", "p.tsv:2: 1 cells"),
+        ("p.json", '{"prompt": "a"}', "must be a JSON array of rows, got an object"),
+        ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "p.json: not JSON"),
+        ("p.json", "[" * 100_000, "not JSON"),
+        ("p.json", '["a", null]', "p.json: item 2: must be an object or a text, got null"),
+        ("p.jsonl", "3", "p.jsonl:1: must be an object or a text, got a number"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl:2: not JSON"),
+        ("p.jsonl", r'{"prompt": "a \ud83d"}', "p.jsonl:1: holds half of a surrogate pair (U+D83D)"),
+        ("p.jsonl", '"a"\n' + r'{"a": [{"\uDE00\uD83D": 1}]}', "p.jsonl:2: holds half of a surrogate pair (U+DE00)"),
+        ("p.json", r'["\udc80"]', "p.json: holds half of a surrogate pair (U+DC80)"),
+        ("p.txt", b"a\n\xed\xa0\xbd\n", "p.txt:2: not UTF-8 at byte 0"),
+        ("p.txt", "\ufeffa\ncaf".encode() + b"\xe9", "p.txt:2: not UTF-8 at byte 3; save it as UTF-8"),
+        ("p.csv", b"\xef\xbb\xbfprompt\na\ncaf\xe9\n", "p.csv:3: not UTF-8 at byte 3"),
+        ("p.txt", "a cat\na dog".encode("utf-16"), "p.txt:1: not UTF-8 at byte 0"),
+        ("p.csv", "prompt\na cat".encode("utf-16-le"), "p.csv:1: holds a zero byte"),
+        ("p.txt", "a cat\ra dog\r", "p.txt:1: has carriage returns inside"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_line(
+    tmp_path: Path, name: str, content: str | bytes, said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        rows(tmp_path, name, content)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none", "none/p.csv", "n" * 300 + ".txt", "a\0b.txt"])
+def test_a_file_that_is_not_there_is_said_to_be_missing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"no such file|cannot be read"):
+        list(read_table(tmp_path / name, "prompt"))
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, separator: str) -> None:
+    text = f"a{separator}b"
+    lines = json.dumps({"prompt": text}, ensure_ascii=False)
+    assert numbered_lines(written(tmp_path, "f", f"{text}\n\n{text}")) == [(1, text), (3, text)]
+    assert rows(tmp_path, "f.tsv", f"id\tprompt\n1\t{text}\n") == [{"id": "1", "prompt": text}]
+    if separator not in "\x0b\x0c\x1c\x1e":  # which JSON escapes
+        assert rows(tmp_path, "f.jsonl", lines) == [{"prompt": text}]
+
+
+def test_a_line_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2**20)
+    assert numbered_lines(written(tmp_path, "f", "x" * (2**20 - 1) + "\ny")) == [(1, "x" * (2**20 - 1)), (2, "y")]
+    with pytest.raises(UserError, match="f:2: the line is longer than 1 MiB"):
+        numbered_lines(written(tmp_path, "f", "x\n" + "y" * (2**20 + 1)))
+
+
+def test_text_has_no_byte_order_mark_and_line_feeds_only(tmp_path: Path) -> None:
+    assert read_text(written(tmp_path, "f", "\ufeffa\r\nb\rc\u2028d\n")) == "a\nb\nc\u2028d\n"
+
+
+@pytest.mark.parametrize("word", ["a red \udcff", "--set=name=\ud83d", "\udcc3\udc28"])
+def test_an_argument_that_is_not_utf8_is_refused(
+    word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer()
+    app.command()(lambda: pytest.fail("was run"))
+    monkeypatch.setattr(sys, "argv", ["flowbp", "sample", word])
+    with pytest.raises(SystemExit) as done:
+        run_cli(app, "flowbp")
+    assert done.value.code == 2
+    assert "argument 2" in (said := capsys.readouterr().err)
+    assert "half of a surrogate pair" in said
+    assert said.count("\n") == 1
+
+
+SEEDS = {
+    ".txt": "a cat\r\n\ufeffa dog, \U0001f436\n",
+    ".jsonl": '{"prompt": "a \\ud83d\\ude00", "id": [1, null]}\n"b"\n',
+    ".json": '[{"prompt": "a"}, "b\\u2028", {"x": 1e9}]',
+    ".csv": 'id;prompt\n1;"a, ""b"""\n',
+    ".CSV": 'id,prompt\n1,"a, ""b""\nc"\n,x\n',
+    ".tsv": 'prompt\tid\n"G I" x\t1\n"a ""b"""\t\n',
+}
+PIECES = [
+    b"\n",
+    b"\r",
+    b"\0",
+    b'"',
+    b",",
+    b";",
+    b"\t",
+    b"\\ud800",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"[" * 3000,
+    b"{",
+    b"]",
+    b"\\",
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("suffix", SEEDS)
+def test_no_bytes_are_read_otherwise_than_as_rows_or_refused(tmp_path: Path, suffix: str) -> None:
+    rng = random.Random(suffix)
+    messages: list[str] = []
+    for _ in range(3_000):
+        content = bytearray(SEEDS[suffix].encode() * rng.randint(1, 3))
+        for _ in range(rng.randint(0, 4)):
+            place = rng.randrange(len(content) + 1)
+            content[place : place + rng.randint(0, 3)] = rng.choice([*PIECES, rng.randbytes(2), b""])
+        file = written(tmp_path, f"f{suffix}", bytes(content))
+        try:
+            found = list(read_table(file, "prompt"))
+        except UserError as error:
+            messages.append(str(error))
+        else:
+            assert all(isinstance(row, dict) and where.startswith(str(file)) for where, row in found)
+            json.dumps([row for _, row in found], ensure_ascii=False).encode()
+    assert 100 < len(messages) < 2_900
+    assert not any("\n" in message for message in messages)

@@ -1,0 +1,58 @@
+"""Requests: every kind of file, and every character that a text may have."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from imgen_common.errors import UserError
+from interleave.loop.requests import load_requests, make_request, read_requests, save_requests
+from interleave.storage.images import ImageStore
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("r.txt", "\ufeffa cat, grey\r\n\r\na dog", ["a cat, grey", "a dog"]),
+        ("r.JSON", '["a cat", {"text": "a dog", "id": "x"}]', ["a cat", "a dog"]),
+        ("r.jsonl", '\ufeff{"text": "a\u2028b"}\n\n{"text": "c\x85d"}', ["a\u2028b", "c\x85d"]),
+        ("r.csv", 'id,category,text\n1,x,"a, b"\n,,c\n', ["a, b", "c"]),
+        ("r.tsv", 'text\tcategory\n"a" cat\t\n', ['"a" cat']),
+    ],
+)
+def test_requests_are_read_from_rows_of_any_kind(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert [request.text for request in read_requests(tmp_path / name, ImageStore(tmp_path))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("r.parquet", "PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),
+        ("r.csv", "prompt\na cat\n", "r.csv:2: text: Field required; allowed keys: text, id"),
+        ("r.csv", "text,imagse\na,b\n", "did you mean 'images'"),
+        ("r.json", "[3]", "r.json: item 1: must be an object or a text, got a number"),
+        ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
+    ],
+)
+def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_requests(tmp_path / name, ImageStore(tmp_path))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e", "\r", "\n", "\ufeff", "\0"])
+def test_a_request_survives_its_run(tmp_path: Path, separator: str) -> None:
+    store = ImageStore(tmp_path)
+    asked = [make_request(f"{separator}a{separator}b{separator}", (), store), make_request("c", (), store)]
+    save_requests(asked, tmp_path)
+    assert load_requests(tmp_path) == asked
+    (tmp_path / "r.jsonl").write_text(json.dumps({"text": asked[0].text}))
+    assert read_requests(tmp_path / "r.jsonl", store) == asked[:1]
+
+
+@pytest.mark.parametrize("half", ["\ud83d", "a \ude00\ud83d", "\udc80 a"])
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path, half: str) -> None:
+    with pytest.raises(UserError, match="the request: holds half of a surrogate pair"):
+        make_request(half, (), ImageStore(tmp_path))
