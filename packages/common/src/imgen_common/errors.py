@@ -1,6 +1,7 @@
 """Errors a user can mend, and how a command line answers them."""
 
 import difflib
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
@@ -20,6 +21,12 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the option closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Prints a warning on standard error, the first time that this process has it."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str, limit: int | None = 300) -> str:
