@@ -67,7 +67,7 @@ def read_json(path: Path, kind: type[Model]) -> Model:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = "".join(f"{key}: " for key in first["loc"])
-        raise UserError(f"{path}: damaged ({where}{first['msg']})") from None
+        raise UserError(f"{path}: damaged ({where}{first['msg']}); restore or remove it") from None
 
 
 def whole_lines(path: Path) -> list[bytes]:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -299,6 +300,16 @@ def drop_damaged_checkpoints(path: Path) -> dict[int, str]:
         return checkpoints.remove_damaged(checkpoints.find_checkpoints(path / CHECKPOINTS))
     finally:
         os.close(file)
+
+
+def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good"]) -> None:
+    """What `--resume-from` asks for, before a run is resumed: `last-good` drops damaged checkpoints, and says so."""
+    if resume_from == "last":
+        return
+    if path is None:
+        raise UserError("--resume-from last-good: says where a run is resumed; give the run by --resume")
+    for step, reason in drop_damaged_checkpoints(path).items():
+        print(f"removed the damaged checkpoint of step {step} ({reason})", file=sys.stderr)
 
 
 def _print_unless_disk_full(thrown: threading.ExceptHookArgs) -> None:
