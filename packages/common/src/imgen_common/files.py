@@ -26,7 +26,11 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 
 class DiskFullError(UserError):
-    """The disk, or the user's share of it, is full."""
+    """The disk, or the user's share of it, is full.  what: the file that did not fit, in words."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; make room and run the command again")
+        self.what = what
 
 
 def read_text(path: Path) -> str:
@@ -208,7 +212,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if is_disk_full(error):
-            raise DiskFullError(f"{path}: the disk is full; make room and run the command again") from None
+            raise DiskFullError(f"{path}: the disk is full") from None
         if isinstance(error, OSError):
             raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
         raise

@@ -232,7 +232,7 @@ def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
     if surely or free < needed + SPARE_BYTES:
         raise DiskFullError(
             f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed, {free} free; "
-            "make room and go on with --resume; earlier checkpoints are untouched"
+            "earlier ones are untouched"
         )
 
 

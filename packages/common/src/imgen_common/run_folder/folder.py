@@ -28,6 +28,7 @@ from imgen_common.errors import UserError
 from imgen_common.files import (
     DiskFullError,
     append_line,
+    atomic_file,
     is_disk_full,
     lock,
     read_json_lines,
@@ -154,9 +155,8 @@ class RunFolder:
                 checkpoints.mend_checkpoints(self._checkpoints)
             latest = self.latest_checkpoint()
             kept = "what was recorded before" if latest is None else f"the checkpoint of step {latest}"
-            return DiskFullError(
-                f"{self.path}: the disk is full; {kept} is kept; make room and go on with --resume {self.path}"
-            )
+            what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
+            return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
         if isinstance(error, OSError) and Path(os.fsdecode(error.filename or "")).is_relative_to(self.path):
             return UserError(
                 f"{error.filename}: cannot be written or read ({error.strerror}); then go on with --resume"
@@ -211,7 +211,8 @@ class RunFolder:
 
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}-{step:06d}.png")
+        with atomic_file(folder / f"{name}-{step:06d}.png") as file:
+            image.save(file, "PNG")
         self._tensorboard().add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def metrics(self) -> list[dict[str, Any]]:

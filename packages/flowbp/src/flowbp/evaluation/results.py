@@ -12,6 +12,7 @@ from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
+from imgen_common.errors import UserError
 from imgen_common.files import read_json, write_atomic, writing
 from imgen_common.images import from_pil, to_pil
 
@@ -59,14 +60,17 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
     """Writes the images, then the scores, so that a folder with scores is complete.  Returns the folder."""
     folder = evaluation_folder(run, name, guidance)
     shutil.rmtree(folder, ignore_errors=True)
-    with writing(folder):
-        folder.mkdir(parents=True)
-        if len(evaluation.images):
-            for i, image in enumerate(to_pil(evaluation.images)):
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True)
+            for i, image in enumerate(to_pil(evaluation.images) if len(evaluation.images) else ()):
                 image.save(folder / f"{i:03d}.png")
-    kept = ("prompts", "scores", "groups", "statistics")
-    content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
-    write_atomic(folder / "scores.json", json.dumps(content) + "\n")
+        kept = ("prompts", "scores", "groups", "statistics")
+        content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
+        write_atomic(folder / "scores.json", json.dumps(content) + "\n")
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
