@@ -1,6 +1,7 @@
 """Errors a user can mend, and how a command line answers them."""
 
 import difflib
+import errno
 import functools
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,22 @@ class UserError(Exception):
 
     A command line prints it as one line and exits with code 2 (`run_cli`); it never carries a traceback to the user.
     """
+
+
+class DiskFullError(UserError):
+    """The disk, or the user's share of it, is full.  what: the file that did not fit, in words."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; make room and run the command again")
+        self.what = what
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, or the user's share of it, is full; safetensors and torch.save say so in words only."""
+    words = ("No space left on device", "Disk quota exceeded", "enforce fail at inline_container", ". unexpected pos ")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return full or any(word in text for word in words[:2]) or all(word in text for word in words[2:])
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -42,7 +59,8 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
     renamed: commands and options of earlier versions, each with its name now; they are refused with it.
 
     Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
-    stderr, no traceback); 130 Ctrl-C.  Any other exception keeps its traceback.
+    stderr, no traceback); 130 Ctrl-C; 2 and one line
+    too where the disk is full.  Any other exception keeps its traceback.
     """
     try:
         for place, word in enumerate(sys.argv[1:]):
@@ -55,4 +73,9 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(f"{name}: error: {DiskFullError(f'the disk is full ({one_line(str(error))})')}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)

@@ -16,21 +16,13 @@ from typing import IO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from imgen_common.errors import UserError, nearest, warn_once
+from imgen_common.errors import DiskFullError, UserError, is_disk_full, nearest, warn_once
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_JSON_BYTES = 2**28
 """Size of the largest JSON file that is read."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
 """What file systems answer that do not offer fsync, or not for folders."""
-
-
-class DiskFullError(UserError):
-    """The disk, or the user's share of it, is full.  what: the file that did not fit, in words."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; make room and run the command again")
-        self.what = what
 
 
 def read_text(path: Path) -> str:
@@ -195,14 +187,6 @@ def lock(file: IO[bytes] | int) -> bool:
             "start only one in each folder"
         )
     return True
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk, or the user's share of it, is full; safetensors and torch.save say so in words only."""
-    words = ("No space left on device", "Disk quota exceeded", "enforce fail at inline_container", ". unexpected pos ")
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return full or any(word in text for word in words[:2]) or all(word in text for word in words[2:])
 
 
 @contextlib.contextmanager

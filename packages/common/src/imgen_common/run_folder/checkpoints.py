@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 from pydantic import BaseModel, StringConstraints
 
-from imgen_common.errors import UserError, warn_once
-from imgen_common.files import DiskFullError, is_disk_full, read_json, sync, write_atomic
+from imgen_common.errors import DiskFullError, UserError, is_disk_full, warn_once
+from imgen_common.files import read_json, sync, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,12 +24,10 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
-from imgen_common.errors import UserError
+from imgen_common.errors import DiskFullError, UserError, is_disk_full
 from imgen_common.files import (
-    DiskFullError,
     append_line,
     atomic_file,
-    is_disk_full,
     lock,
     read_json_lines,
     write_atomic,

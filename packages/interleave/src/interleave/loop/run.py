@@ -19,6 +19,7 @@ from interleave.loop import requests as request_files
 from interleave.loop.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RandomCritic, RunConfig, SelfCritic
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
+from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
@@ -130,6 +131,7 @@ class StoryStream:
         create_run(path, config, ["demo"], lambda store: [request_files.make_request(text, images, store)])
         records: asyncio.Queue[Record | None] = asyncio.Queue()
         running = asyncio.create_task(run_requests(path, self._components, config, ["demo"], records.put_nowait))
+        running.add_done_callback(mark_retrieved)
         running.add_done_callback(lambda _: records.put_nowait(None))
         try:
             while (record := await records.get()) is not None:

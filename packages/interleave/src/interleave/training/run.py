@@ -9,6 +9,7 @@ model/                          the trained model, for `chat.ref`
 import contextlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,18 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
 def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:
     """Writes `model/`, a plain transformers folder, and `adapter/`; a collective operation.  Returns `model/`."""
     fresh = run / f"{MODEL}.new"
+    try:
+        _write_model(trainer, run, fresh, config)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if is_main_process():
+        fresh.rename(run / MODEL)
+    _barrier()
+    return run / MODEL
+
+
+def _write_model(trainer: Any, run: Path, fresh: Path, config: TrainingConfig) -> None:
     saved = fresh if config.lora is None else run / ADAPTER
     trainer.save_model(str(saved))
     _barrier()
@@ -245,6 +258,3 @@ def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:
             PeftModel.from_pretrained(load_model(config), str(saved)).merge_and_unload().save_pretrained(fresh)
         load_processor(config.model_copy(update={"max_pixels": None})).save_pretrained(fresh)
         hub.check_folder(fresh)
-        fresh.rename(run / MODEL)
-    _barrier()
-    return run / MODEL
