@@ -18,7 +18,11 @@ class UserError(Exception):
     """
 
 
-class DiskFullError(UserError):
+class WriteError(UserError):
+    """A file cannot be written."""
+
+
+class DiskFullError(WriteError):
     """The disk, or the user's share of it, is full.  what: the file that did not fit, in words."""
 
     def __init__(self, what: str) -> None:

@@ -16,7 +16,7 @@ from typing import IO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from imgen_common.errors import DiskFullError, UserError, is_disk_full, nearest, warn_once
+from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full, nearest, warn_once
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_JSON_BYTES = 2**28
@@ -198,5 +198,5 @@ def writing(path: Path) -> Iterator[None]:
         if is_disk_full(error):
             raise DiskFullError(f"{path}: the disk is full") from None
         if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
+            raise WriteError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
         raise

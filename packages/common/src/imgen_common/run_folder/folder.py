@@ -24,7 +24,7 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
-from imgen_common.errors import DiskFullError, UserError, is_disk_full
+from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
     atomic_file,
@@ -144,11 +144,14 @@ class RunFolder:
             raise error
 
     def _explain(self, error: BaseException) -> UserError | None:
-        if not (self.path / CONFIG).is_file() and isinstance(error, OSError | UserError):
+        is_full = isinstance(error, DiskFullError) or is_disk_full(error)
+        if not (self.path / CONFIG).is_file():
+            if is_full or not isinstance(error, OSError | WriteError):
+                return None
             return UserError(
                 f"{self.path}: was removed, or its disk is gone, while the run wrote to it; start it again"
             )
-        if isinstance(error, DiskFullError) or is_disk_full(error):
+        if is_full:
             if self.is_main:
                 checkpoints.mend_checkpoints(self._checkpoints)
             latest = self.latest_checkpoint()
@@ -156,9 +159,7 @@ class RunFolder:
             what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
             return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
         if isinstance(error, OSError) and Path(os.fsdecode(error.filename or "")).is_relative_to(self.path):
-            return UserError(
-                f"{error.filename}: cannot be written or read ({error.strerror}); then go on with --resume"
-            )
+            return UserError(f"{error.filename}: {error.strerror}; mend it and go on with --resume {self.path}")
         return None
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,10 @@ def open_run(
             answer[0] = str(run.path)
         except UserError as error:
             answer[1] = str(error)
+            if run is not None:
+                run.close()
+            if run is not None and resume is None:
+                shutil.rmtree(run.path, ignore_errors=True)
     broadcast_object_list(answer)
     if answer[1]:
         raise UserError(answer[1])
