@@ -20,7 +20,7 @@ from PIL import Image
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
-from imgen_common.run_folder import folder as runs
+from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.environment import _git
 from imgen_common.run_folder.folder import RunFolder
 
@@ -293,7 +293,7 @@ def test_a_full_disk_is_noticed_before_writing(folder: Path, monkeypatch: pytest
     with new_run(folder) as run:
         run.save_checkpoint(1, weights(1), {})
         before = files(folder)
-        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
         with pytest.raises(UserError, match=r"no room for a checkpoint: \d+ bytes .* needed, 1000 free"):
             run.save_checkpoint(2, weights(2), {})
         assert files(folder) == before
@@ -308,7 +308,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(
     with new_run(folder) as run:
         run.save_checkpoint(1, weights(1), {})
         before = files(folder)
-        monkeypatch.setattr(runs, "write_atomic", full)
+        monkeypatch.setattr(checkpoints, "write_atomic", full)
         with pytest.raises(UserError, match="no room for a checkpoint"):
             run.save_checkpoint(2, weights(2), {})
         assert files(folder) == before
@@ -366,7 +366,7 @@ def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
         (Path, "replace"),
         (Path, "open"),
         (os, "fsync"),
-        (runs.shutil, "rmtree"),
+        (checkpoints.shutil, "rmtree"),
     ):
         patch.setattr(owner, name, mortal(getattr(owner, name)))
 

@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_records_before_and_says_how_to_go_on(
         before = (tmp_path / TRACE).read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full_disk)
-            with pytest.raises(UserError, match="the disk is full; make room and go on with --resume"):
+            with pytest.raises(UserError, match="the disk is full; make room and run the command again"):
                 trace.append(attempt(2))
         assert (tmp_path / TRACE).read_bytes() == before
         trace.append(attempt(3))

@@ -16,14 +16,21 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from imgen_common.errors import UserError, check_text, nearest
+from pydantic import BaseModel, ValidationError
 
+from imgen_common.errors import DiskFullError, UserError, WriteError, check_text, is_disk_full, nearest, warn_once
+
+Model = TypeVar("Model", bound=BaseModel)
 MAX_LINE_BYTES = 64 * 2**20
 """Length from which a line is taken for something else than text."""
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 """What `read_table` reads."""
+MAX_JSON_BYTES = 2**28
+"""Size of the largest JSON file that is read."""
+CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
+"""What file systems answer that do not offer fsync, or not for folders."""
 
 
 def read_text(path: Path) -> str:
@@ -193,25 +200,86 @@ def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
     return text
 
 
+def read_json(path: Path, kind: type[Model]) -> Model:
+    """What a JSON file that this project wrote holds, as a value of class `kind`.
+
+    Raises UserError if it is missing, too large, cut off, nested too deeply, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, so it is not what was written here")
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = "".join(f"{key}: " for key in first["loc"])
+        raise UserError(f"{path}: damaged ({where}{first['msg']}); restore or remove it") from None
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that grows line by line, with their line feeds; one that is not finished is left out."""
+    return [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def read_json_lines(path: Path, kind: type[Model]) -> Iterator[tuple[Model, bytes]]:
+    """Each line of a file that grows line by line, as a value and as it stands; others than `kind` are left out."""
+    for line in whole_lines(path) if path.exists() else ():
+        with contextlib.suppress(ValidationError):
+            yield kind.model_validate_json(line), line
+
+
+def append(file: IO[bytes], line: bytes, *, durable: bool = False) -> None:
+    """Adds a line to an unbuffered file, whole or not at all.
+
+    durable: it has reached the disk on return.  Raises UserError if it cannot be written.
+    """
+    with writing(Path(file.name)):
+        length = os.fstat(file.fileno()).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+            if durable:
+                sync(file.fileno())
+        except OSError:
+            file.truncate(length)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, whole or not at all.  Raises UserError if it cannot be written."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        append(file, line.encode() + b"\n")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, whoever else writes it at the same time; text as UTF-8."""
+    """Write a file whole or not at all, whoever else writes it at the same time; text as UTF-8.
+
+    Raises UserError if it cannot be written.
+    """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to fill that becomes `path` when all went well, and is removed otherwise."""
-    fresh = path.with_name(f".{path.name[:64]}-{secrets.token_hex(8)}.tmp")
-    try:
-        with fresh.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    sync(path.parent)
+    """A file to fill that becomes `path` when all went well, and is removed otherwise.
+
+    Raises UserError if it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name[:32]}-{secrets.token_hex(8)}.tmp")
+    with writing(path):
+        try:
+            with fresh.open("xb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            fresh.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -224,39 +292,52 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: exists already; give another folder, or remove it")
     fresh = out.with_name(out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with writing(out):
+        try:
+            fresh.mkdir(parents=True)
+            yield fresh
+            fresh.rename(out)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, have reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def sync(what: Path | int) -> None:
+    """Wait until the content of a file (a path, or an open handle), or the names in a folder, have reached the disk.
+
+    A file system that does not offer it gets one warning.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = what if isinstance(what, int) else os.open(what, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            if not isinstance(what, int):
+                os.close(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        warn_once(
+            f"the file system does not say when a file has reached the disk (fsync: {error.strerror}); what is "
+            "written last may be lost if the machine loses power"
+        )
 
 
 def lock(file: IO[bytes] | int) -> bool:
     """Take the lock of an open file for this process; False if another one holds it.
 
-    The system releases it when the file is closed or the process ends, even killed.
+    The system releases it when the file is closed or the process ends, even killed.  A file system without locks gets
+    one warning.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError as error:
+        warn_once(
+            f"the file system has no locks (flock: {error.strerror}), so that a second process would not be kept out; "
+            "start only one in each folder"
+        )
     return True
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk, or the user's share of it, is full; safetensors says so in words only."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left" in str(error)
 
 
 @contextlib.contextmanager
@@ -264,9 +345,9 @@ def writing(path: Path) -> Iterator[None]:
     """Turns a failure to write below `path` into a UserError that says what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if is_disk_full(error):
-            raise UserError(
-                f"{path}: the disk is full; make room and go on with --resume; everything recorded before is kept"
-            ) from None
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
+            raise DiskFullError(f"{path}: the disk is full") from None
+        if isinstance(error, OSError):
+            raise WriteError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
+        raise

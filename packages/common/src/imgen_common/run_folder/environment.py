@@ -8,6 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
+from imgen_common.errors import UserError
+from imgen_common.files import read_json
+from imgen_common.run_folder.find import ENVIRONMENT
+
 PACKAGES = (
     *("imgen-common", "flowbp", "interleave"),
     *("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "trl", "deepspeed"),
@@ -28,6 +34,25 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "git": _git(Path(__file__).parent),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
+
+
+class Environment(BaseModel):
+    """What a reader of `environment.json` relies on; what else it holds is kept."""
+
+    model_config = ConfigDict(extra="allow")
+    command: list[str] = []
+    git: dict[str, Any] | None = None
+    device: dict[str, Any] = {}
+    packages: dict[str, str] = {}
+    earlier: list["Environment"] = []
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """On what a run ran: what `environment` returned, with `earlier` ones; {} if the file is missing or damaged."""
+    try:
+        return read_json(run / ENVIRONMENT, Environment).model_dump(exclude_unset=True)
+    except UserError:
+        return {}
 
 
 def _version(name: str) -> str | None:

@@ -13,36 +13,46 @@ import importlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Lt
+from pydantic import BaseModel, ConfigDict
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
-from imgen_common.errors import UserError
-from imgen_common.files import is_disk_full, lock, sync, write_atomic, writing
-from imgen_common.run_folder.environment import environment
+from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full
+from imgen_common.files import (
+    append_line,
+    atomic_file,
+    lock,
+    read_json_lines,
+    write_atomic,
+    writing,
+)
+from imgen_common.run_folder import checkpoints
+from imgen_common.run_folder.checkpoints import Checkpoint, Tensors
+from imgen_common.run_folder.environment import environment, read_environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 C = TypeVar("C", bound=Config)
 Tracker = Literal["wandb", "trackio"]
-Tensors = Mapping[str, Mapping[str, "Tensor"]]
-STEP = re.compile(r"step-(\d+)")
-SPARE_BYTES = 16 * 2**20
+CHECKPOINTS = "checkpoints"
 
 
-class Checkpoint(NamedTuple):
-    """What `RunFolder.save_checkpoint` was given, read back (tensors on the CPU)."""
+class MetricsLine(BaseModel):
+    """A line of metrics.jsonl: the step, and numbers by name; null for one that was not finite."""
 
-    step: int
-    tensors: dict[str, dict[str, "Tensor"]]
-    state: dict[str, Any]
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, float | None]
+    step: Annotated[int, Ge(0), Lt(2**53)]
 
 
 class RunFolder:
@@ -51,6 +61,8 @@ class RunFolder:
     def __init__(self, path: Path, is_main: bool, lock: int | None = None) -> None:
         self.path, self.is_main, self._lock = path, is_main, lock
         self._purge_step: int | None = None
+        self._checked: int | None = None
+        self._replayed: set[tuple[int, frozenset[str]]] = set()
         self._writer: SummaryWriter | None = None
         self._trackers: list[Any] = []
 
@@ -64,7 +76,7 @@ class RunFolder:
         Raises UserError if the folder holds anything, is in use, or a tracker is not installed.
         """
         _refuse_used(path)
-        modules = [_tracker_module(name) for name in trackers]
+        modules, is_new = [_tracker_module(name) for name in trackers], not path.exists()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, is_main=True, lock=_acquire(path))
@@ -74,6 +86,8 @@ class RunFolder:
             write_atomic(path / CONFIG, to_yaml(config))
             run._start_trackers(modules, config)
         except BaseException:
+            if is_new:
+                shutil.rmtree(path, ignore_errors=True)
             run.close()
             raise
         return run
@@ -104,7 +118,8 @@ class RunFolder:
         modules = [_tracker_module(name) for name in trackers]
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
-            run._mend_checkpoints()
+            checkpoints.mend_checkpoints(run._checkpoints)
+            run._check_newest_checkpoint()
             if command is not None:
                 run._record_environment(command)
             run._start_trackers(modules, config)
@@ -116,32 +131,59 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Closes the run; a disk that is full or gone becomes a UserError that says what is kept and how to go on."""
+        try:
+            self.close()
+        except Exception as failure:  # what waited to be written
+            error = error or failure
+        explained = None if error is None else self._explain(error)
+        if explained is not None:
+            raise explained from None
+        if kind is None and error is not None:
+            raise error
+
+    def _explain(self, error: BaseException) -> UserError | None:
+        is_full = isinstance(error, DiskFullError) or is_disk_full(error)
+        if not (self.path / CONFIG).is_file():
+            if is_full or not isinstance(error, OSError | WriteError):
+                return None
+            return UserError(
+                f"{self.path}: was removed, or its disk is gone, while the run wrote to it; start it again"
+            )
+        if is_full:
+            if self.is_main:
+                checkpoints.mend_checkpoints(self._checkpoints)
+            latest = self.latest_checkpoint()
+            kept = "what was recorded before" if latest is None else f"the checkpoint of step {latest}"
+            what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
+            return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
+        if isinstance(error, OSError) and Path(os.fsdecode(error.filename or "")).is_relative_to(self.path):
+            return UserError(f"{error.filename}: {error.strerror}; mend it and go on with --resume {self.path}")
+        return None
 
     def close(self) -> None:
         """Flush everything and give the lock back."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        for tracker in self._trackers:
-            tracker.finish()
-        self._trackers = []
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if self._writer is not None:
+                self._writer.close()
+            for tracker in self._trackers:
+                tracker.finish()
+        finally:
+            self._writer, self._trackers = None, []
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def config(self, cls: type[C]) -> C:
         """The recorded configuration as a value of class `cls`.  Raises UserError if it is of another version."""
         return load(cls, [self.path / CONFIG])
 
     def _record_environment(self, command: Sequence[str]) -> None:
-        file = self.path / ENVIRONMENT
-        earlier: list[Any] = []
-        if (self.path / CONFIG).exists() and file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            earlier = [*before.pop("earlier", []), before]
-        write_atomic(file, json.dumps(environment(command) | {"earlier": earlier}, indent=2) + "\n")
+        before = read_environment(self.path) if (self.path / CONFIG).exists() else {}
+        earlier = [*before.pop("earlier", []), before] if before else []
+        content = json.dumps(environment(command) | {"earlier": earlier}, indent=2) + "\n"
+        write_atomic(self.path / ENVIRONMENT, content)
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
@@ -151,13 +193,14 @@ class RunFolder:
             return
         values = {name: float(value) for name, value in metrics.items()}
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path / METRICS, json.dumps(line))
         writer = self._tensorboard()
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.log(values, step=step)
+        # a tracker cannot forget what a killed process sent it after the checkpoint
+        if (step, frozenset(values)) not in self._replayed:
+            for tracker in self._trackers:
+                tracker.log(values, step=step)
 
     def log_image(self, step: int, name: str, image: "Image.Image") -> None:
         """Keep an image as samples/NAME-000123.png and show it in TensorBoard."""
@@ -167,35 +210,28 @@ class RunFolder:
 
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}-{step:06d}.png")
+        with atomic_file(folder / f"{name}-{step:06d}.png") as file:
+            image.save(file, "PNG")
         self._tensorboard().add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order; a line torn by a kill is left out."""
-        return [line for line, _ in self._metric_lines()]
+        """The lines of metrics.jsonl in order; a line torn by a kill, or damaged, is left out."""
+        return [line.model_dump() for line, _ in read_json_lines(self.path / METRICS, MetricsLine)]
 
     def rewind(self, step: int) -> None:
-        """Forget, all or nothing, the metrics after `step`: call it with the step a run resumes from."""
+        """Forget, all or nothing, the metrics after `step`: call it with the step a run resumes from, -1 for none."""
         if not self.is_main:
             return
-        kept = [text for line, text in self._metric_lines() if line["step"] <= step]
-        write_atomic(self.path / METRICS, "".join(kept))
+        lines = list(read_json_lines(self.path / METRICS, MetricsLine))
+        write_atomic(self.path / METRICS, b"".join(text for line, text in lines if line.step <= step))
         self._purge_step = step + 1
-
-    def _metric_lines(self) -> Iterator[tuple[dict[str, Any], str]]:
-        file = self.path / METRICS
-        if not file.exists():
-            return
-        for text in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and "step" in line and text.endswith("\n"):
-                    yield line, text
+        self._replayed = {(line.step, frozenset(line.model_extra or ())) for line, _ in lines if line.step > step}
 
     def _tensorboard(self) -> "SummaryWriter":
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            threading.excepthook = _print_unless_disk_full  # of its thread, which raises its error here again
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step, flush_secs=10)
         return self._writer
 
@@ -213,38 +249,12 @@ class RunFolder:
         tensors: group name to tensors by name, one safetensors file a group.  state: anything JSON can hold.
         Raises UserError, with the checkpoints before it untouched, if the disk has not room enough.
         """
-        if not self.is_main:
-            return
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        text = json.dumps({"step": step, "groups": sorted(tensors), "state": state})
-        needed = len(text) + sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        _refuse_full_disk(folder, needed)
-        fresh = folder / f".new-step-{step:06d}"
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            fresh.mkdir()
-            for name, group in tensors.items():
-                _save_group(fresh / f"{name}.safetensors", group)
-            write_atomic(fresh / "state.json", text)
-        except Exception as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if is_disk_full(error):
-                _refuse_full_disk(folder, needed, surely=True)
-            raise
-        # what is there is set aside first; `_mend_checkpoints` finishes this after a kill
-        final, aside = folder / f"step-{step:06d}", folder / f".old-step-{step:06d}"
-        if final.exists():
-            final.rename(aside)
-        fresh.rename(final)
-        sync(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        if self.is_main:
+            checkpoints.save_checkpoint(self._checkpoints, step, tensors, state)
 
     def checkpoints(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
-        folder = self.path / "checkpoints"
-        names = [STEP.fullmatch(entry.name) for entry in folder.iterdir()] if folder.is_dir() else []
-        return sorted(int(match[1]) for match in names if match)
+        return list(checkpoints.find_checkpoints(self._checkpoints))
 
     def latest_checkpoint(self) -> int | None:
         """The last step that has a whole checkpoint."""
@@ -252,41 +262,59 @@ class RunFolder:
 
     def load_checkpoint(self, step: int) -> Checkpoint:
         """What was saved at `step`.  Raises UserError if there is none, or it is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if step not in self.checkpoints():
-            known = ", ".join(map(str, self.checkpoints())) or "none"
+        found = checkpoints.find_checkpoints(self._checkpoints)
+        if step not in found:
+            known = ", ".join(map(str, found)) or "none"
             raise UserError(f"{self.path}: no checkpoint of step {step}; there are: {known}")
-        folder = self.path / "checkpoints" / f"step-{step:06d}"
-        try:
-            saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved["groups"]}
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"{folder}: damaged checkpoint ({error}); remove it and resume from an older one") from None
-        return Checkpoint(saved["step"], tensors, saved["state"])
+        if step != self._checked:
+            checkpoints.check_checkpoint(found, step)
+        return checkpoints.load_checkpoint(found, step)
 
     def prune(self, last: int, keep: Collection[int] = ()) -> None:
         """Remove all checkpoints but the `last` newest (at least 1) and those of the steps in `keep`."""
         if last < 1:
             raise ValueError(f"last must be >= 1, got {last}")
-        if not self.is_main:
-            return
-        for step in set(self.checkpoints()[:-last]) - set(keep):
-            # renamed before it is removed, so that a kill leaves no torn checkpoint
-            folder = self.path / "checkpoints" / f"step-{step:06d}"
-            gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
-            shutil.rmtree(gone)
+        found = checkpoints.find_checkpoints(self._checkpoints)
+        for step in set(list(found)[:-last]) - set(keep) if self.is_main else ():
+            checkpoints.remove_checkpoint(found[step])
 
-    def _mend_checkpoints(self) -> None:
-        """Finish or undo what a killed process left."""
-        folder = self.path / "checkpoints"
-        for entry in sorted(folder.glob(".*-step-*")):
-            final = folder / entry.name.partition("-")[2]
-            if entry.name.startswith(".old-") and not final.exists():
-                entry.rename(final)
-            else:
-                shutil.rmtree(entry)
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def _check_newest_checkpoint(self) -> None:
+        """Raises UserError if it is damaged."""
+        if found := checkpoints.find_checkpoints(self._checkpoints):
+            checkpoints.check_checkpoint(found, max(found))
+            self._checked = max(found)
+
+
+def drop_damaged_checkpoints(path: Path) -> dict[int, str]:
+    """Removes the damaged checkpoints of a run that are newer than its last whole one, from which it then resumes.
+
+    Returns what was wrong with each, by step.  Raises UserError if the run is in use.
+    """
+    file = _acquire(path)
+    try:
+        checkpoints.mend_checkpoints(path / CHECKPOINTS)
+        return checkpoints.remove_damaged(checkpoints.find_checkpoints(path / CHECKPOINTS))
+    finally:
+        os.close(file)
+
+
+def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good"]) -> None:
+    """What `--resume-from` asks for, before a run is resumed: `last-good` drops damaged checkpoints, and says so."""
+    if resume_from == "last":
+        return
+    if path is None:
+        raise UserError("--resume-from last-good: says where a run is resumed; give the run by --resume")
+    for step, reason in drop_damaged_checkpoints(path).items():
+        print(f"removed the damaged checkpoint of step {step} ({reason})", file=sys.stderr)
+
+
+def _print_unless_disk_full(thrown: threading.ExceptHookArgs) -> None:
+    if thrown.exc_value is None or not is_disk_full(thrown.exc_value):
+        threading.__excepthook__(thrown)
 
 
 def _tracker_module(name: Tracker) -> Any:
@@ -299,30 +327,6 @@ def _tracker_module(name: Tracker) -> Any:
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
-
-
-def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
-    free = shutil.disk_usage(folder).free
-    if surely or free < needed + SPARE_BYTES:
-        raise UserError(
-            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed, {free} free; "
-            "make room and go on with --resume; earlier checkpoints are untouched"
-        )
-
-
-def _save_group(path: Path, group: Mapping[str, "Tensor"]) -> None:
-    """One safetensors file; tensors that share memory (tied weights, views) are stored each in full."""
-    from safetensors.torch import save_file
-
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in group.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        plain[name] = value.clone() if storage in seen else value
-        seen.add(storage)
-    save_file(plain, path)
-    sync(path)
 
 
 def _refuse_used(path: Path) -> None:
@@ -372,6 +376,7 @@ def _acquire(path: Path) -> int:
         owner = os.read(file, 32).decode(errors="replace").strip() or "unknown"
         os.close(file)
         raise UserError(f"{path}: in use by another process (pid {owner}); wait for it to end or choose another name")
-    os.truncate(file, 0)
-    os.write(file, f"{os.getpid()}\n".encode())
+    with contextlib.suppress(OSError):  # who holds it is for messages only
+        os.truncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
     return file

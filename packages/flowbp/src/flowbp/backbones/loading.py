@@ -11,7 +11,8 @@ from flowbp.backbones.options import apply_model_options, check_machine, quantiz
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common.errors import UserError
-from imgen_common.run_folder.folder import Checkpoint, RunFolder
+from imgen_common.run_folder.checkpoints import Checkpoint, check_tensors
+from imgen_common.run_folder.folder import RunFolder
 
 
 def load_checkpoint(run: RunFolder, step: int) -> Checkpoint:
@@ -43,7 +44,9 @@ def read_trained_weights(
 def load_trained_weights(backbone: Backbone, run_path: Path) -> None:
     """Puts a run's averaged weights into a freshly loaded backbone."""
     config, weights = read_trained_weights(RunFolder.open(run_path, is_main=False))
-    for name, parameter in mark_trainable(backbone.net, config).items():
+    parameters = mark_trainable(backbone.net, config)
+    check_tensors(f"{run_path}: ema", weights, parameters)
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name])
     backbone.net.requires_grad_(False)
 

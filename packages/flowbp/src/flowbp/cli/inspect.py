@@ -9,6 +9,7 @@ import typer
 
 from flowbp.cli.options import Json, Runs, Sets
 from imgen_common.errors import UserError
+from imgen_common.files import write_atomic
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
@@ -82,7 +83,7 @@ def explain(
     if figure is not None:
         from flowbp.reports.figure import plot_plan
 
-        figure.write_bytes(plot_plan(plan, heading, kind))
+        write_atomic(figure, plot_plan(plan, heading, kind))
         print(f"\nfigure: {figure}")
 
 

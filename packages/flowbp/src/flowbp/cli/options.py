@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -16,6 +16,10 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
+ResumeFrom = Annotated[
+    Literal["last", "last-good"],
+    typer.Option(help="With --resume: the last checkpoint, or, if that is damaged, the last that is whole."),
+]
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps.", min=1, max=1000)]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, print_notes, report_error_once
+from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
 
@@ -28,6 +28,7 @@ def train(
     ] = None,
     sets: Sets = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a run from its last checkpoint.")] = None,
+    resume_from: ResumeFrom = "last",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print what would be done, without loading weights.")
     ] = False,
@@ -46,6 +47,7 @@ def train(
       flowbp train --set method=flowbp_bridge --set method.coupling.alpha=0.3
       flowbp train my.yaml --set optim.learning_rate=3e-5 --dry-run
       flowbp train --resume runs/flowbp_bridge
+      flowbp train --resume runs/flowbp_bridge --resume-from last-good
       torchrun --nproc_per_node 2 -m flowbp train
       torchrun --nproc_per_node 8 -m flowbp train my.yaml --set distributed.kind=fsdp2
     """
@@ -57,11 +59,14 @@ def train(
             from flowbp.training.runs import check_training
             from imgen_common.config import load
             from imgen_common.run_folder.find import CONFIG, find_run
+            from imgen_common.run_folder.folder import choose_checkpoint
 
             run_path = find_run(resume, runs) if resume else None
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
             job, path = check_training(config, runs, run_path)
+            if not dry_run and is_main:
+                choose_checkpoint(run_path, resume_from)
         if not dry_run:
             _run(job, runs, run_path, as_json, is_main)
         elif is_main:

@@ -1,17 +1,17 @@
 """Prompt embeddings, computed once: kept in memory, or on disk for the runs that follow."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from flowbp.core.types import Backbone, Cond
 from imgen_common.errors import UserError
+from imgen_common.files import write_atomic
 
 ENCODE_BATCH_SIZE = 16
 """Prompts per forward, always: the last batch is filled up, so that kernels round alike whatever is new."""
@@ -48,14 +48,12 @@ class EmbeddingStore:
         return {name.split("/")[1]: opened.get_tensor(name) for name in names}
 
     def update(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Adds a file, whole or not at all."""
+        """Adds a file, whole or not at all.  Raises UserError if it cannot be written."""
         tensors = {
             f"{key}/{name}": value.cpu().contiguous() for key, row in rows.items() for name, value in row.items()
         }
         file = self.folder / f"{digest(*sorted(rows))}.safetensors"
-        fresh = file.with_suffix(f".{os.getpid()}.new")
-        save_file(tensors, fresh)
-        fresh.replace(file)
+        write_atomic(file, save(tensors))
         self._index(file)
 
 

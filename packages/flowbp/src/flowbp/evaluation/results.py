@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
-from imgen_common.files import write_atomic
+from imgen_common.errors import UserError
+from imgen_common.files import read_json, write_atomic, writing
 from imgen_common.images import from_pil, to_pil
 
 
@@ -29,6 +31,26 @@ class SavedEvaluation(ScoredPrompts):
         return from_pil([Image.open(file) for file in self.image_files])
 
 
+class SavedScores(BaseModel):
+    """The content of `scores.json`."""
+
+    name: str
+    guidance: float
+    prompts: list[str]
+    scores: dict[str, list[float]]
+    groups: list[str] | None
+    statistics: dict[str, list[float]] = {}
+
+    @model_validator(mode="after")
+    def _one_number_per_prompt(self) -> "SavedScores":
+        lengths = {len(column) for column in (*self.scores.values(), *self.statistics.values())}
+        if self.groups is not None:
+            lengths.add(len(self.groups))
+        if lengths - {len(self.prompts)}:
+            raise ValueError(f"needs one number for each of {len(self.prompts)} prompts")
+        return self
+
+
 def evaluation_folder(run: Path, name: str, guidance: float) -> Path:
     """Where an evaluation of a run is kept."""
     return run / "evaluations" / f"{name}-g{guidance:g}"
@@ -38,23 +60,27 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
     """Writes the images, then the scores, so that a folder with scores is complete.  Returns the folder."""
     folder = evaluation_folder(run, name, guidance)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    if len(evaluation.images):
-        for i, image in enumerate(to_pil(evaluation.images)):
-            image.save(folder / f"{i:03d}.png")
-    kept = ("prompts", "scores", "groups", "statistics")
-    content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
-    write_atomic(folder / "scores.json", json.dumps(content) + "\n")
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True)
+            for i, image in enumerate(to_pil(evaluation.images) if len(evaluation.images) else ()):
+                image.save(folder / f"{i:03d}.png")
+        kept = ("prompts", "scores", "groups", "statistics")
+        content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
+        write_atomic(folder / "scores.json", json.dumps(content) + "\n")
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
 
 
 def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:
-    """All complete evaluations of a run by (name, guidance scale)."""
+    """All complete evaluations of a run by (name, guidance scale).  Raises UserError if one is damaged."""
     found = {}
     for file in sorted((run / "evaluations").glob("*/scores.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_json(file, SavedScores)
         images = sorted(p for p in file.parent.glob("*.png") if re.fullmatch(r"\d+", p.stem))
-        found[(content["name"], content["guidance"])] = SavedEvaluation(image_files=images, **content)
+        found[saved.name, saved.guidance] = SavedEvaluation(image_files=images, **dict(saved))
     return found
 
 

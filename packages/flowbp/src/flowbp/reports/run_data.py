@@ -1,18 +1,26 @@
 """What a run folder holds, read for its report."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat
+
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
-from imgen_common.run_folder.find import ENVIRONMENT
+from imgen_common.files import read_json
+from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder
 
 GRID = "grid.json"
+
+
+class NoiseGrid(BaseModel):
+    """The content of `grid.json`."""
+
+    sigmas: tuple[FiniteFloat, ...]
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,12 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """The run in a folder.  Raises UserError if it holds none."""
     folder = RunFolder.open(path, is_main=False)
-    grid, environment = path / GRID, path / ENVIRONMENT
+    grid = path / GRID
     return RunData(
         name=path.resolve().name,
         config=folder.config(TrainConfig),
-        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.exists() else {},
+        environment=read_environment(path),
         metrics=folder.metrics(),
         evaluations=load_evaluations(path),
-        sigmas=tuple(json.loads(grid.read_text(encoding="utf-8"))["sigmas"]) if grid.exists() else None,
+        sigmas=read_json(grid, NoiseGrid).sigmas if grid.exists() else None,
     )

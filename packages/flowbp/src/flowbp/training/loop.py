@@ -89,7 +89,7 @@ class TrainingLoop:
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
         self.trainer.accelerator.wait_for_everyone()
         update = self.trainer.update
-        self.run.rewind(update)
+        self.run.rewind(update or -1)  # before the first update the base is evaluated again
         if self.run.is_main:
             watchdog.drop_findings_after(self.run.path, update)
             if update < self.config.max_train_steps:

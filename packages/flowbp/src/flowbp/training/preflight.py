@@ -15,6 +15,7 @@ from flowbp.data.prompts import describe_cut_prompts, load_prompts
 from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import DataHash, hash_rows
 from imgen_common.streams import numpy_generator
 
 TENSORS_PER_WEIGHT = 4
@@ -25,7 +26,8 @@ NUM_SAMPLED_PLANS = 64
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that passed every check, with the plans of its first updates and the number of trained weights."""
+    """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
+    its prompts."""
 
     config: TrainConfig
     num_processes: int
@@ -33,6 +35,7 @@ class CheckedRun:
     plans: tuple[Plan, ...]
     num_weights: int
     num_prompts: int
+    data: Mapping[str, DataHash]
 
 
 def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
@@ -45,7 +48,8 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     batch_sizes(config, num_processes)
     for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
         hub.resolve(ref, weights=not estimate_only)
-    num_prompts = len(all_prompts(config)[0])
+    data_prompts, eval_prompts, _ = all_prompts(config)
+    prompts = {"data.prompts": data_prompts, "eval.prompts": eval_prompts}
     model = config.model
     empty = backbones.init_empty_weights(model.ref)
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -59,7 +63,8 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
     )
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts)
+    data = {key: hash_rows(rows) for key, rows in prompts.items()}
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts["data.prompts"]), data)
 
 
 def all_prompts(config: TrainConfig) -> tuple[list[str], list[str], list[str]]:

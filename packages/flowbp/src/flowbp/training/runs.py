@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from imgen_common.config import to_yaml
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
+from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
 from imgen_common.run_folder.folder import RunFolder
 
@@ -42,8 +44,8 @@ def new_run_path(config: TrainConfig, root: Path) -> Path:
 def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tuple[CheckedRun, Path]:
     """The run, checked, and where it goes; nothing is written.  resume: the folder of a run to continue.
 
-    Raises UserError as `check_run` does, and if the run to continue was made with another configuration, the folder is
-    taken, the launcher does not fit, or the disk has no room.
+    Raises UserError as `check_run` does, and if the run to continue has another configuration or other prompts, the
+    folder is taken, the launcher does not fit, or the disk has no room.
     """
     if resume is not None:
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
@@ -52,6 +54,8 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     check_launcher(config.distributed.kind, os.environ)
     job = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_disk(job, path, resume=resume is not None)
+    if resume is not None:
+        check_data(resume, job.data)
     return job, path
 
 
@@ -64,6 +68,7 @@ def open_run(
         try:
             if resume is None:
                 run = RunFolder.create(new_run_path(config, root), config, command, trackers=config.trackers)
+                record_data(run.path, job.data)
             else:
                 run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
                 write_atomic(resume / CONFIG, to_yaml(config))
@@ -71,6 +76,10 @@ def open_run(
             answer[0] = str(run.path)
         except UserError as error:
             answer[1] = str(error)
+            if run is not None:
+                run.close()
+            if run is not None and resume is None:
+                shutil.rmtree(run.path, ignore_errors=True)
     broadcast_object_list(answer)
     if answer[1]:
         raise UserError(answer[1])

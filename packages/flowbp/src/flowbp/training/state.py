@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flowbp.backbones.options import blocks_of
 from flowbp.config import OptimConfig
 from flowbp.core.types import Velocity
+from imgen_common.errors import UserError
+from imgen_common.run_folder.checkpoints import check_tensors
 
 StateDict = Mapping[str, Mapping[str, Tensor]]
 """Full tensors by name: `weights`, `ema` (their average), `optimizer` (NAME/step, NAME/exp_avg, NAME/exp_avg_sq)."""
@@ -55,8 +57,11 @@ class TrainState(Protocol):
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Everything, as full tensors on the main process; empty tensors on the others."""
 
-    def load_state_dict(self, state: StateDict) -> None:
-        """Restores what `state_dict` returned; every process passes all of it."""
+    def load_state_dict(self, state: StateDict, update: int) -> None:
+        """Restores what `state_dict` returned after `update` updates; every process passes all of it.
+
+        Raises UserError, with nothing changed, if it is not a state of these weights (`check_state`).
+        """
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
@@ -167,14 +172,25 @@ class TorchTrainState:
         return found.cpu() if self.accelerator.is_main_process else found.new_empty(0)
 
     @torch.no_grad()
-    def load_state_dict(self, state: StateDict) -> None:
+    def load_state_dict(self, state: StateDict, update: int) -> None:
+        check_state(state, self.parameters, update)
         for name, p in self.parameters.items():
             p.copy_(shard_like(p, state["weights"][name]))
             self.ema[name].copy_(shard_like(p, state["ema"][name]))
-            moments = {key: state["optimizer"].get(f"{name}/{key}") for key in MOMENTS}
-            kept = {key: value for key, value in moments.items() if value is not None}
-            if kept:
-                self.optimizer.state[p] = {k: v if k == "step" else shard_like(p, v) for k, v in kept.items()}
+            if state["optimizer"]:
+                moments = {key: state["optimizer"][f"{name}/{key}"] for key in MOMENTS}
+                self.optimizer.state[p] = {k: v if k == "step" else shard_like(p, v) for k, v in moments.items()}
+
+
+def check_state(state: StateDict, parameters: Mapping[str, Tensor], update: int) -> None:
+    """Raises UserError unless it holds weights, averages and, after the first update, moments of these parameters."""
+    moments = {f"{name}/{key}": p for name, p in parameters.items() for key in MOMENTS[1:]}
+    moments |= {f"{name}/{MOMENTS[0]}": torch.tensor(float(update)) for name in parameters}
+    for group, expected in (("weights", parameters), ("ema", parameters), ("optimizer", moments if update else {})):
+        check_tensors(f"the checkpoint of update {update}: {group}", state[group], expected)
+    steps = {value.item() for name, value in state["optimizer"].items() if name.endswith(f"/{MOMENTS[0]}")}
+    if steps - {float(update)}:
+        raise UserError(f"the checkpoint of update {update}: its optimizer has made {max(steps):g} updates")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

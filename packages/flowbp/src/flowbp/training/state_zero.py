@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowbp.config import OptimConfig
 from flowbp.core.types import Backbone, Velocity
-from flowbp.training.state import MOMENTS, StateDict, make_optimizer, swap_values
+from flowbp.training.state import MOMENTS, StateDict, check_state, make_optimizer, swap_values
 
 
 class ZeroTrainState:
@@ -115,7 +115,10 @@ class ZeroTrainState:
         return {"weights": self._gather_weights(), "ema": self.gather_ema(), "optimizer": moments}
 
     @torch.no_grad()
-    def load_state_dict(self, state: StateDict) -> None:
+    def load_state_dict(self, state: StateDict, update: int) -> None:
+        shapes = {name: p.ds_shape if self.stage == 3 else p.shape for name, p in self.parameters.items()}
+        like = {n: torch.empty(shapes[n], dtype=p.dtype, device="meta") for n, p in self.parameters.items()}
+        check_state(state, like, update)
         self._set_weights(state["ema"])
         self.ema = {name: part.clone() for name, part in self._shards().items()}
         self._set_weights(state["weights"])

@@ -149,7 +149,7 @@ class Trainer:
 
     def restore(self, update: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restores the state of a checkpoint made after `update` updates."""
-        self.state.load_state_dict(tensors)
+        self.state.load_state_dict(tensors, update)
         self.update = update
 
     def training_prompts(self) -> list[str]:

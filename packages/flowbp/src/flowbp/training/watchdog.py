@@ -3,13 +3,15 @@
 Never looks at a verifier: where one exists, it is what the watchdog is judged by.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
+from pydantic import BaseModel
 from torch import Tensor
 
 from flowbp.config import WatchdogConfig
@@ -17,7 +19,7 @@ from flowbp.evaluation.compare import paired_change, score_title
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity
 from flowbp.evaluation.results import SavedEvaluation
-from imgen_common.files import write_atomic
+from imgen_common.files import append_line, read_json_lines, write_atomic
 
 FOLDER = "watchdog"
 LOG = "log.jsonl"
@@ -25,6 +27,13 @@ MIN_STD = {"colors": 0.5}
 """Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
 MIN_STD_OF_SHARES = 0.2
 """The same of those that are shares."""
+
+
+class AlertLine(BaseModel):
+    """A line of the log: the alerts of an update, none if all was well."""
+
+    update: Annotated[int, Ge(0)]
+    alerts: list[str]
 
 
 @dataclass(frozen=True)
@@ -107,25 +116,21 @@ def adapter_norm(parameters: Mapping[str, Tensor], scale: float) -> float:
 
 def append_finding(run: Path, update: int, finding: Finding) -> None:
     """Appends what was found to the run's log."""
-    file = run / FOLDER / LOG
-    file.parent.mkdir(exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"update": update, "alerts": finding.alerts}) + "\n")
+    (run / FOLDER).mkdir(exist_ok=True)
+    append_line(run / FOLDER / LOG, AlertLine(update=update, alerts=finding.alerts).model_dump_json())
 
 
 def read_alerts(run: Path) -> dict[int, list[str]]:
     """Alerts of a run by update; an empty list where all was well."""
-    file = run / FOLDER / LOG
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]
-    return {line["update"]: line["alerts"] for line in lines}
+    return {line.update: line.alerts for line, _ in read_json_lines(run / FOLDER / LOG, AlertLine)}
 
 
 def drop_findings_after(run: Path, update: int) -> None:
     """Deletes what was found after an update that the run goes back to."""
-    kept = [{"update": at, "alerts": alerts} for at, alerts in read_alerts(run).items() if at <= update]
-    if (run / FOLDER / LOG).exists():
-        write_atomic(run / FOLDER / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+    file = run / FOLDER / LOG
+    kept = [text for line, text in read_json_lines(file, AlertLine) if line.update <= update]
+    if file.exists():
+        write_atomic(file, b"".join(kept))
 
 
 def last_healthy_update(run: Path) -> int | None:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="Config")
 Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")]
+ResumeFrom = Annotated[
+    Literal["last", "last-good"],
+    typer.Option(help="With --resume: the last checkpoint, or, if that is damaged, the last that is whole."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print batches, calls, cost and memory; do not train.")]
 Processes = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of processes; default: as launched.")
@@ -29,6 +33,7 @@ def sft(
     configs: Configs = None,
     sets: Sets = None,
     resume: Resume = None,
+    resume_from: ResumeFrom = "last",
     name: Name = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
@@ -45,6 +50,7 @@ def sft(
       interleave sft critic configs/interleave/sft_critic.yaml --set data=sets/mine
       torchrun --nproc_per_node 8 -m interleave sft planner configs/interleave/sft_planner_qwen3vl.yaml
       interleave sft critic --resume sft_critic
+      interleave sft critic --resume sft_critic --resume-from last-good
     """
     from interleave.training import run as launch
 
@@ -57,6 +63,7 @@ def sft(
         count = processes or launch.num_processes("interleave sft")
         _print_estimate(*sft.plan_sft(agent, config, count), as_json)
     else:
+        _choose_checkpoint(run, resume_from)
         _print_model(sft.train_sft(agent, config, sys.argv, runs=runs, name=name, resume=run), as_json)
 
 
@@ -64,6 +71,7 @@ def grpo(
     configs: Configs = None,
     sets: Sets = None,
     resume: Resume = None,
+    resume_from: ResumeFrom = "last",
     name: Name = None,
     runs: Runs = Path("runs"),
     dry_run: DryRun = False,
@@ -81,6 +89,7 @@ def grpo(
       interleave grpo configs/interleave/grpo_critic.yaml --set model=runs/sft_critic/model
       torchrun --nproc_per_node 8 -m interleave grpo configs/interleave/grpo_critic_qwen3vl.yaml
       interleave grpo --resume grpo_critic
+      interleave grpo --resume grpo_critic --resume-from last-good
     """
     from interleave.training import run as launch
 
@@ -92,7 +101,16 @@ def grpo(
     if dry_run:
         _print_estimate(*grpo.plan_grpo(config, processes or launch.num_processes("interleave grpo")), as_json)
     else:
+        _choose_checkpoint(run, resume_from)
         _print_model(grpo.train_grpo(config, sys.argv, runs=runs, name=name, resume=run), as_json)
+
+
+def _choose_checkpoint(run: Path | None, resume_from: Literal["last", "last-good"]) -> None:
+    from imgen_common.run_folder.folder import choose_checkpoint
+    from interleave.training import run as launch
+
+    if launch.is_main_process():
+        choose_checkpoint(run, resume_from)
 
 
 def _load_config(

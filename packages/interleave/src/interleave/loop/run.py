@@ -22,6 +22,7 @@ from interleave.loop import requests as request_files
 from interleave.loop.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RandomCritic, RunConfig, SelfCritic
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
+from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
@@ -93,7 +94,6 @@ def create_run(
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
-    is_new = not path.exists()
     with RunFolder.create(path, config, command):
         try:
             requests = ask(ImageStore(path / IMAGES))
@@ -101,8 +101,7 @@ def create_run(
                 check_request(config, request)
             request_files.save_requests(requests, path)
         except BaseException:
-            if is_new:
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             raise
     return requests
 
@@ -160,6 +159,7 @@ class StoryStream:
         create_run(path, config, ["demo"], lambda store: [request_files.make_request(text, images, store)])
         records: asyncio.Queue[Record | None] = asyncio.Queue()
         running = asyncio.create_task(run_requests(path, self._components, config, ["demo"], records.put_nowait))
+        running.add_done_callback(mark_retrieved)
         running.add_done_callback(lambda _: records.put_nowait(None))
         try:
             while (record := await records.get()) is not None:

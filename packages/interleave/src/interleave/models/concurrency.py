@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from imgen_common.devices import out_of_memory
 from imgen_common.errors import one_line
@@ -30,6 +30,12 @@ async def map_concurrently(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def mark_retrieved(task: asyncio.Task[Any]) -> None:
+    """A done callback: asyncio is not to report the failure of a task for which nobody waits any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 @dataclass
@@ -58,6 +64,7 @@ class SingleFlight(Generic[Value]):
         flight = self._flights.get(key)
         if flight is None:
             flight = self._flights[key] = _Flight(asyncio.ensure_future(compute()))
+            flight.task.add_done_callback(mark_retrieved)
         flight.num_waiting += 1
         try:
             return await asyncio.shield(flight.task)

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.schema import DeploymentStatusOverview
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from interleave.serve.app import create_app
 from interleave.serve.config import ServeConfig
 from interleave.serve.metrics import Metrics
@@ -170,8 +170,8 @@ def cluster(config: ServeConfig) -> Iterator[None]:
             ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
         else:
             ray.init(address=config.ray_address, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"ray_address {config.ray_address}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(_start_failure(config, error)) from None
     if config.ray_address is None and ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()
         raise RuntimeError("Ray listens beyond this machine; call `prepare_ray` before Ray is imported")
@@ -181,6 +181,17 @@ def cluster(config: ServeConfig) -> Iterator[None]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _start_failure(config: ServeConfig, error: OSError | ValueError) -> str:
+    """Why Ray did not start, or was not reached, and what to do."""
+    reason = one_line(str(error))
+    if config.ray_address is not None:
+        return f"ray_address {config.ray_address}: {reason}"
+    remedy = "set RAY_TMPDIR and HOME to folders that can be written and have room"
+    if "AF_UNIX" in reason:  # Ray puts the names of its sockets, about 60 characters, after it
+        remedy = "set RAY_TMPDIR to a folder with a path of at most 40 characters"
+    return f"Ray does not start here: {reason}; {remedy}"
 
 
 def serve_until_stopped(config: ServeConfig, secret: bytes | None, url: str) -> None:

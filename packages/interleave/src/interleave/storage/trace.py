@@ -1,14 +1,13 @@
 """`trace.jsonl`: every record of a run, in the order in which they were made."""
 
 import json
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgen_common.errors import UserError
-from imgen_common.files import lock, sync, writing
+from imgen_common.files import append, lock, sync, whole_lines, writing
 from interleave.records import Attempt, PlanRecord, Record, Trajectory
 
 TRACE = "trace.jsonl"
@@ -46,7 +45,7 @@ class Trace:
             self._file.close()
             raise UserError(f"{self.path}: in use by another run; wait for it to end or choose another") from None
         with writing(folder):
-            self._file.truncate(len(_whole_lines(self.path)))
+            self._file.truncate(sum(map(len, whole_lines(self.path))))
             sync(folder)
 
     def append(self, record: Record) -> None:
@@ -54,16 +53,8 @@ class Trace:
         name = next(name for name, kind in TYPES.items() if isinstance(record, kind))
         text = json.dumps({"type": name, **record.model_dump(mode="json")}, ensure_ascii=False)
         line = text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair: as its escape in JSON
-        with self._lock, writing(self.path):
-            length = self.path.stat().st_size
-            try:
-                rest = memoryview(line)
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-                os.fsync(self._file.fileno())
-            except OSError:
-                self._file.truncate(length)
-                raise
+        with self._lock:
+            append(self._file, line, durable=True)
 
     def read(self) -> dict[str, TraceEntry]:
         """All records by trajectory id, in the order of their first lines.  Raises UserError if a line is damaged."""
@@ -94,11 +85,11 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
         raise UserError(
             f"{folder}: made by an earlier version of interleave, whose records cannot be read; run it again"
         )
-    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             fields = json.loads(line)
             record = TYPES[fields.pop("type")].model_validate(fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}:{number}: damaged record ({reason}); remove the line and resume") from None
         match record:
@@ -110,9 +101,3 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
             case Trajectory():
                 found.setdefault(record.id, TraceEntry()).trajectory = record
     return found
-
-
-def _whole_lines(path: Path) -> bytes:
-    """The file up to the end of its last whole line."""
-    data = path.read_bytes()
-    return data[: data.rfind(b"\n") + 1]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from interleave.agents.partial_parsing import has_format, parse_partial_answer
+from interleave.models.concurrency import mark_retrieved
 from interleave.protocols import BackendError, CriticInput, GenerationRequest, Generator, HashedImage, Judge
 from interleave.records import Scores
 from interleave.training.config import ScorerConfig
@@ -92,6 +93,7 @@ class CriticScorer:
         key = (row.id, answer)
         if key not in self._parts:
             self._parts[key] = asyncio.create_task(self._score(answer, row))
+            self._parts[key].add_done_callback(mark_retrieved)
             while len(self._parts) > MAX_CACHED_ANSWERS and next(iter(self._parts.values())).done():
                 self._parts.popitem(last=False)
         self._parts.move_to_end(key)

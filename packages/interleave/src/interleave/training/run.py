@@ -1,7 +1,7 @@
 """What both trainers need around TRL's: options, processes, run folder, model, resuming, the exported folder.
 
 config.yaml  environment.json  metrics.jsonl  tensorboard/
-checkpoints/checkpoint-N/       TRL's; a file marks those that are complete
+checkpoints/checkpoint-N/       TRL's, with a manifest, by which a resumed run finds damage
 adapter/                        with LoRA: the adapter
 model/                          the trained model, for `chat.ref`
 """
@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import check_launcher
 from imgen_common.errors import UserError, one_line
-from imgen_common.files import write_atomic
+from imgen_common.run_folder.checkpoints import write_manifest
+from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import zero_options
 from interleave.training.vision import freeze_vision, is_frozen
 
-CHECKPOINTS, MODEL, ADAPTER, COMPLETE_MARK = "checkpoints", "model", "adapter", "whole"
+CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
 MAY_DIFFER = (
     *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
     *("cache", "prices", "scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
@@ -136,9 +139,6 @@ def open_run(
             if (path / MODEL).exists():
                 raise UserError(f"{path}: is finished; its model is {path / MODEL}")
             opened.append(stack.enter_context(RunFolder.open(path, config, command, may_differ=MAY_DIFFER)))
-            for checkpoint in (path / CHECKPOINTS).glob("checkpoint-*"):
-                if not (checkpoint / COMPLETE_MARK).exists():
-                    shutil.rmtree(checkpoint)
         return str(path)
 
     with contextlib.ExitStack() as stack:
@@ -146,8 +146,22 @@ def open_run(
         run = opened[0] if opened else RunFolder.open(path, is_main=False)
         arguments.output_dir = str(path / CHECKPOINTS)
         checkpoint = get_last_checkpoint(arguments.output_dir) if (path / CHECKPOINTS).is_dir() else None
-        run.rewind(int(checkpoint.rpartition("-")[2]) if checkpoint else 0)
+        run.rewind(int(checkpoint.rpartition("-")[2]) if checkpoint else -1)
         yield run, checkpoint
+
+
+def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], *, resumed: bool) -> None:
+    """Keeps hashes of the rows, by the name of their set, with a new run.
+
+    Raises UserError, on all processes, if those of a resumed run are not what it was started with.
+    """
+    data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}
+
+    def work() -> str:
+        check_data(run.path, data) if resumed else record_data(run.path, data)
+        return ""
+
+    run_on_main_process(work)
 
 
 def build_run_callback(run: RunFolder, extra_metrics: Callable[[], Mapping[str, float]] = dict) -> Any:
@@ -158,7 +172,7 @@ def build_run_callback(run: RunFolder, extra_metrics: Callable[[], Mapping[str, 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _barrier()
             if is_main_process():
-                write_atomic(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_MARK, "")
+                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
@@ -219,6 +233,18 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
 def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:
     """Writes `model/`, a plain transformers folder, and `adapter/`; a collective operation.  Returns `model/`."""
     fresh = run / f"{MODEL}.new"
+    try:
+        _write_model(trainer, run, fresh, config)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if is_main_process():
+        fresh.rename(run / MODEL)
+    _barrier()
+    return run / MODEL
+
+
+def _write_model(trainer: Any, run: Path, fresh: Path, config: TrainingConfig) -> None:
     saved = fresh if config.lora is None else run / ADAPTER
     trainer.save_model(str(saved))
     _barrier()
@@ -232,6 +258,3 @@ def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:
             PeftModel.from_pretrained(load_model(config), str(saved)).merge_and_unload().save_pretrained(fresh)
         load_processor(config.model_copy(update={"max_pixels": None})).save_pretrained(fresh)
         hub.check_folder(fresh)
-        fresh.rename(run / MODEL)
-    _barrier()
-    return run / MODEL

@@ -159,7 +159,7 @@ class Benchmark:
             for image_id, image in zip(batch, to_pil(images), strict=True):
                 file, row = image_file(self.out, image_id), self.prompts[image_id[0]].row()
                 file.parent.mkdir(parents=True, exist_ok=True)
-                (file.parent.parent / "metadata.jsonl").write_text(row + "\n", encoding="utf-8")
+                write_atomic(file.parent.parent / "metadata.jsonl", row + "\n")
                 with atomic_file(file) as fresh:
                     image.save(fresh, "PNG")
             self.on_progress(f"generating images of {config.label}", start + len(batch), len(todo))

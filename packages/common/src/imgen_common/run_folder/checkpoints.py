@@ -1,0 +1,250 @@
+"""Checkpoints: written whole or not at all, each with a manifest by which damage is found before a run resumes.
+
+step-000123/   GROUP.safetensors  state.json  manifest.json (size and SHA-256 of every other file)
+checkpoint-123/                   those of TRL, in place; their manifest, written last, says that they are complete
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from annotated_types import Ge
+from pydantic import BaseModel, StringConstraints
+
+from imgen_common.errors import DiskFullError, UserError, is_disk_full, warn_once
+from imgen_common.files import read_json, sync, write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors = Mapping[str, Mapping[str, "Tensor"]]
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"(?:step|checkpoint)-([0-9]+)")
+SPARE_BYTES = 16 * 2**20
+
+
+class Checkpoint(NamedTuple):
+    """What `save_checkpoint` was given, read back (tensors on the CPU)."""
+
+    step: int
+    tensors: dict[str, dict[str, "Tensor"]]
+    state: dict[str, Any]
+
+
+class SavedFile(BaseModel):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The files of a folder by their path in it."""
+
+    files: dict[str, SavedFile]
+
+
+class SavedState(BaseModel):
+    """The content of `state.json`."""
+
+    step: Annotated[int, Ge(0)]
+    groups: list[Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]]
+    state: dict[str, Any]
+
+
+# --- manifests -------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path) -> None:
+    """Records size and SHA-256 of all files of a folder, once they have reached the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    for path in files:
+        sync(path)
+    names = (path.relative_to(folder).as_posix() for path in files)
+    content = Manifest(files=dict(zip(names, _measure(files), strict=True)))
+    write_atomic(folder / MANIFEST, content.model_dump_json(indent=1) + "\n")
+
+
+def find_damage(folder: Path) -> str | None:
+    """Which file of a checkpoint is not as it was written, in words; None where all are.
+
+    A checkpoint without a manifest, made by an earlier version, passes with a warning.
+    """
+    if not (folder / MANIFEST).exists():
+        if not any(folder.iterdir()):
+            return "the folder is empty"
+        warn_once(
+            f"{folder}: has no {MANIFEST} (made by an earlier version, or copied in part), so not checked for damage"
+        )
+        return None
+    try:
+        files = read_json(folder / MANIFEST, Manifest).files
+        for name, saved in files.items():
+            if (size := (folder / name).stat().st_size) != saved.bytes:
+                return f"{name} has {size} bytes instead of {saved.bytes}"
+        found = _measure([folder / name for name in files])
+    except UserError:
+        return f"{MANIFEST} cannot be read"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    changed = (name for name, now in zip(files, found, strict=True) if now != files[name])
+    return next((f"the content of {name} has changed" for name in changed), None)
+
+
+def _measure(files: Iterable[Path]) -> list[SavedFile]:
+    """Sizes and hashes; files are read several at once."""
+
+    def measure(path: Path) -> SavedFile:
+        with path.open("rb") as file:
+            return SavedFile(
+                bytes=os.fstat(file.fileno()).st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
+            )
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(measure, files))
+
+
+# --- which there are -------------------------------------------------------------------------------------------------
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """The whole checkpoints of a folder by their step, ascending."""
+    entries = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    found = {int(match[1]): entry for entry in entries if (match := NAME.fullmatch(entry.name))}
+    return dict(sorted(found.items()))
+
+
+def check_checkpoint(found: Mapping[int, Path], step: int) -> None:
+    """Raises UserError if the checkpoint of a step is damaged; it names the newest whole one before it."""
+    if (reason := find_damage(found[step])) is not None:
+        raise damaged_error(found, step, reason)
+
+
+def damaged_error(found: Mapping[int, Path], step: int, reason: str) -> UserError:
+    """The error of a damaged checkpoint, with the way to go on."""
+    whole = (other for other in sorted(found, reverse=True) if other < step and find_damage(found[other]) is None)
+    before = next(whole, None)
+    offer = "no earlier one is whole: it starts again" if before is None else f"that of step {before} is whole: go on"
+    return UserError(f"{found[step]}: damaged checkpoint ({reason}); {offer} with --resume-from last-good")
+
+
+def remove_damaged(found: Mapping[int, Path]) -> dict[int, str]:
+    """Removes damaged checkpoints from the newest down to the first whole one; what was wrong with each, by step."""
+    removed: dict[int, str] = {}
+    for step in sorted(found, reverse=True):
+        if (reason := find_damage(found[step])) is None:
+            break
+        removed[step] = reason
+        remove_checkpoint(found[step])
+    return removed
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Renamed before it is removed, so that a kill leaves no torn checkpoint."""
+    shutil.rmtree(folder.rename(folder.with_name(f".gone-{folder.name}")))
+
+
+def mend_checkpoints(folder: Path) -> None:
+    """Finishes or undoes what a killed process left."""
+    for entry in sorted(folder.glob(".*-*")):
+        kind, _, name = entry.name.partition("-")
+        if kind == ".old" and not (folder / name).exists():
+            entry.rename(folder / name)
+        elif kind in (".new", ".old", ".gone"):
+            shutil.rmtree(entry)
+    for entry in folder.glob("checkpoint-*"):
+        # earlier versions marked complete checkpoints of TRL by an empty file `whole`
+        if not (entry / MANIFEST).exists() and not (entry / "whole").exists():
+            shutil.rmtree(entry)
+
+
+# --- those of tensors ------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Writes folder/step-000123, whole or not at all.
+
+    Raises DiskFullError, with the checkpoints before it untouched, if the disk has not room enough.
+    """
+    folder.mkdir(exist_ok=True)
+    content = json.dumps({"step": step, "groups": sorted(tensors), "state": state})
+    needed = len(content) + sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    _refuse_full_disk(folder, needed)
+    fresh = folder / f".new-step-{step:06d}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        for name, group in tensors.items():
+            _save_group(fresh / f"{name}.safetensors", group)
+        write_atomic(fresh / STATE, content)
+        write_manifest(fresh)
+    except Exception as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, DiskFullError) or is_disk_full(error):
+            _refuse_full_disk(folder, needed, surely=True)
+        raise
+    # what is there is set aside first; `mend_checkpoints` finishes this after a kill
+    final, aside = folder / f"step-{step:06d}", folder / f".old-step-{step:06d}"
+    if final.exists():
+        final.rename(aside)
+    fresh.rename(final)
+    sync(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_checkpoint(found: Mapping[int, Path], step: int) -> Checkpoint:
+    """What was saved at `step`, of which `check_checkpoint` found no damage.  Raises UserError if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = found[step]
+    try:
+        saved = read_json(folder / STATE, SavedState)
+        if saved.step != step:
+            raise UserError(f"{STATE} is of step {saved.step}")
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved.groups}
+    except (OSError, UserError, SafetensorError) as error:
+        raise damaged_error(found, step, str(error).removeprefix(f"{folder}/")) from None
+    return Checkpoint(step, tensors, saved.state)
+
+
+def check_tensors(what: str, found: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"]) -> None:
+    """Raises UserError unless the names, shapes and data types are those that are expected."""
+    for name in (*expected, *found):
+        if name not in found or name not in expected:
+            state = "missing" if name not in found else "not of this model"
+            raise UserError(f"{what}: {name} is {state}; use a checkpoint that this configuration made")
+        ours, theirs = (f"{tuple(side[name].shape)} {side[name].dtype}" for side in (found, expected))
+        if ours != theirs:
+            raise UserError(
+                f"{what}: {name} is {ours} instead of {theirs}; use a checkpoint that this configuration made"
+            )
+
+
+def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
+    free = shutil.disk_usage(folder).free
+    if surely or free < needed + SPARE_BYTES:
+        raise DiskFullError(
+            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed, {free} free; "
+            "earlier ones are untouched"
+        )
+
+
+def _save_group(path: Path, group: Mapping[str, "Tensor"]) -> None:
+    """One safetensors file; tensors that share memory (tied weights, views) are stored each in full."""
+    from safetensors.torch import save_file
+
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in group.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    save_file(plain, path)

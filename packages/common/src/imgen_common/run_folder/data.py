@@ -1,0 +1,53 @@
+"""What a run is trained and evaluated on, by a hash, so that a resumed run cannot go on with other data."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from imgen_common.errors import UserError, warn_once
+from imgen_common.files import read_json, write_atomic
+
+DATA = "data.json"
+
+
+class DataHash(BaseModel):
+    """Number of rows, and a hash of them in their order."""
+
+    rows: int
+    sha256: str
+
+
+class DataHashes(BaseModel):
+    """The content of `data.json`: what each key of the configuration named."""
+
+    data: dict[str, DataHash]
+
+
+def hash_rows(rows: Iterable[str]) -> DataHash:
+    """The hash of rows given as texts."""
+    digests = [hashlib.sha256(row.encode("utf-8", "surrogatepass")).digest() for row in rows]
+    return DataHash(rows=len(digests), sha256=hashlib.sha256(b"".join(digests)).hexdigest())
+
+
+def record_data(run: Path, data: Mapping[str, DataHash]) -> None:
+    """Keeps the hashes with the run."""
+    write_atomic(run / DATA, DataHashes(data=dict(data)).model_dump_json(indent=1) + "\n")
+
+
+def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
+    """Raises UserError if the data is not that which the run was started with.
+
+    A run of an earlier version, which recorded none, passes with a warning.
+    """
+    if not (run / DATA).exists():
+        warn_once(f"{run}: has no {DATA} (made by an earlier version), so it is not checked that its data is the same")
+        return
+    recorded = read_json(run / DATA, DataHashes).data
+    for key, now in data.items():
+        if (before := recorded.get(key)) is not None and before != now:
+            counts = f"{before.rows} rows then, {now.rows} now" if before.rows != now.rows else f"{now.rows} rows"
+            raise UserError(
+                f"{run}: {key} has changed since the run was started ({counts}); restore it to resume, or train anew"
+            )
