@@ -119,7 +119,9 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
 
 def test_a_lora_file_resolves(tmp_path: Path) -> None:
     write_weights(tmp_path / "lora.safetensors")
-    assert hub.resolve(str(tmp_path / "lora.safetensors")) == tmp_path / "lora.safetensors"
+    assert hub.resolve(str(tmp_path / "lora.safetensors"), single_file=True) == tmp_path / "lora.safetensors"
+    with pytest.raises(UserError, match=r"is a single file; give a model folder.*from_single_file"):
+        hub.resolve(str(tmp_path / "lora.safetensors"))
 
 
 @pytest.mark.parametrize("ref", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "org/name@", ""])
@@ -172,7 +174,8 @@ def test_a_repository_is_fetched_without_pickles(fake: FakeHub, monkeypatch: pyt
     assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in fake.calls[-1]["allow_patterns"])
 
 
-def test_a_pipeline_is_fetched_by_component(fake: FakeHub) -> None:
+def test_a_pipeline_is_fetched_by_component(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     diffusers_folder(fake.folder)
     assert hub.resolve("org/name") == fake.folder
     patterns = fake.calls[-1]["allow_patterns"]
@@ -181,7 +184,8 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub) -> None:
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
 
 
-def test_a_description_is_fetched_without_weights(fake: FakeHub) -> None:
+def test_a_description_is_fetched_without_weights(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     (transformers_folder(fake.folder) / "model.safetensors").unlink()
     assert hub.resolve("org/name", weights=False) == fake.folder
     assert not any("safetensors" in pattern for pattern in fake.calls[-1]["allow_patterns"])
@@ -194,10 +198,10 @@ def test_offline_asks_the_cache_only_and_says_what_to_run(fake: FakeHub) -> None
     transformers_folder(fake.folder)
     hub.resolve("org/name")
     assert all(call["local_files_only"] for call in fake.calls)
-    with pytest.raises(UserError, match=r"not there\); run `flowbp prefetch org/other@main` with a network"):
-        hub.resolve("org/other@main")
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        hub.prefetch("org/name")
+    assert hub.prefetch("org/name") == fake.folder
+    for ask in (hub.resolve, hub.prefetch):
+        with pytest.raises(UserError, match=r"`interleave prefetch org/other@main` with a network and without HF_HUB"):
+            ask("org/other@main")
 
 
 def test_half_a_snapshot_says_what_to_run(fake: FakeHub) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_head, scoring_head
+from flowbp.rewards.loading import load_head, load_weights, scoring_head
+from imgen_common import hub
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the raw score over the annotated images; the published score is standardized."""
@@ -31,10 +32,12 @@ class ImageReward:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
         """The frozen float32 reward of a folder made by `flowbp convert-reward imagereward`."""
         vision, text = build_towers(BlipConfig.from_pretrained(folder, local_files_only=True))
-        weights = load_file(folder / "model.safetensors") if str(device) != "meta" else {}
+        files = hub.weight_files(folder).files if str(device) != "meta" else ()
+        weights = {name: value for file in files for name, value in load_file(file).items()}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
-            if weights:
-                tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            if files:
+                own = {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
+                load_weights(tower, folder, own)
             tower.to(device, torch.float32).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return cls(vision, text, load_head(folder, scoring_head(text.config.hidden_size), device), tokenizer)
