@@ -41,14 +41,22 @@ def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) ->
         raise UserError(f"{folder}: its weights do not fit {type(module).__name__} ({one_line(str(error))})") from None
 
 
+def load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    """The model, processor, tokenizer or configuration of class `kind` in a folder.  Raises UserError without it."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise UserError(f"{folder}: has no {kind.__name__} that can be loaded ({one_line(str(error))})") from error
+
+
 def load_frozen(
     model_class: type[PreTrainedModel], folder: Path, device: torch.device | str, dtype: torch.dtype
 ) -> Any:
     """The model of a folder in eval mode, none of its parameters requiring a gradient."""
     if str(device) == "meta":
         with torch.device("meta"):
-            model = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).to(dtype)
+            model = model_class(load_part(AutoConfig, folder)).to(dtype)
     else:
-        options = {"local_files_only": True, "use_safetensors": True, "variant": hub.weight_files(folder).variant}
-        model = model_class.from_pretrained(folder, dtype=dtype, **options)
+        variant = hub.weight_files(folder).variant
+        model = load_part(model_class, folder, dtype=dtype, use_safetensors=True, variant=variant)
     return model.to(device).eval().requires_grad_(False)
