@@ -1,12 +1,22 @@
+import contextlib
 import json
+import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import save_file
 
 from imgen_common import hub
@@ -119,14 +129,167 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
 
 def test_a_lora_file_resolves(tmp_path: Path) -> None:
     write_weights(tmp_path / "lora.safetensors")
-    assert hub.resolve(str(tmp_path / "lora.safetensors")) == tmp_path / "lora.safetensors"
+    assert hub.resolve(str(tmp_path / "lora.safetensors"), single_file=True) == tmp_path / "lora.safetensors"
+    with pytest.raises(UserError, match=r"is a single file; give a model folder.*from_single_file"):
+        hub.resolve(str(tmp_path / "lora.safetensors"))
 
 
-@pytest.mark.parametrize("ref", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "org/name@", ""])
+STRANGE = [
+    "~~",
+    "~nobody-here/x",
+    "a\0b",
+    "x" * 5000,
+    "\ud83d",
+    "a" * 300 + "/b" * 3,
+    "org/na me",
+    "a\nb",
+    "http" + "://x/y",
+]
+"""References that are no paths, or too long for one."""
+
+
+@pytest.mark.parametrize("ref", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "org/name@", "", *STRANGE])
 def test_what_is_neither_path_nor_repository_is_refused(ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
-    with pytest.raises(UserError, match=r"no such folder|not a model folder"):
+    with pytest.raises(UserError, match=r"no such folder|not a model folder|cannot be read as a path"):
         hub.resolve(ref)
+
+
+def variant_folder(folder: Path) -> Path:
+    transformers_folder(folder)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    return folder
+
+
+def sharded_variant_folder(folder: Path) -> Path:
+    sharded_folder(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "model.safetensors.index.bf16.json")
+    return folder
+
+
+def both_folder(folder: Path) -> Path:
+    """The plain index, but none of its files; a whole variant."""
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {"a": "plain.safetensors"}})
+    return variant_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "variant", "names"),
+    [
+        (transformers_folder, None, ["model.safetensors"]),
+        (sharded_folder, None, ["one.safetensors", "two.safetensors"]),
+        (variant_folder, "fp16", ["model.fp16.safetensors"]),
+        (sharded_variant_folder, "bf16", ["one.safetensors", "two.safetensors"]),
+        (both_folder, "fp16", ["model.fp16.safetensors"]),
+        (lambda folder: transformers_folder(variant_folder(folder)), None, ["model.safetensors"]),
+    ],
+)
+def test_weights_of_a_variant_are_taken_where_there_are_no_plain_ones(
+    make: Callable[[Path], Path], variant: str | None, names: list[str], tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model")
+    assert hub.resolve(str(folder)) == folder
+    assert hub.weight_files(folder) == (variant, tuple(folder / name for name in names))
+
+
+@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "consolidated.safetensors", "Model.safetensors"])
+def test_weights_that_are_not_loaded_are_no_weights(name: str, tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UserError, match=f"no model.*there is {name}, which is not loaded"):
+        hub.resolve(str(folder))
+
+
+def entry(start: int, end: int, shape: tuple[int, ...] = (1,), dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+HEADERS: dict[str, tuple[object, int]] = {
+    "short offsets": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}, 4),
+    "no offsets": ({"a": {"dtype": "F32", "shape": [1]}}, 4),
+    "overlap": ({"a": entry(0, 4), "b": entry(0, 4)}, 4),
+    "hole": ({"a": entry(0, 4), "b": entry(8, 12)}, 12),
+    "backwards": ({"a": entry(4, 0)}, 4),
+    "negative shape": ({"a": entry(0, 4, (-1,))}, 4),
+    "overflow": ({"a": entry(0, 4, (2**62, 2**62))}, 4),
+    "other size": ({"a": entry(0, 4, (2,))}, 4),
+    "unknown dtype": ({"a": entry(0, 4, dtype="F33")}, 4),
+    "cut": ({"a": entry(0, 4)}, 3),
+    "longer": ({"a": entry(0, 4)}, 5),
+    "list": ([], 0),
+    "deep": ("[" * 100_000, 0),
+    "half a surrogate": (r'{"\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', 4),
+}
+
+
+def write_header(path: Path, header: object, size: int) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_lies_is_refused(name: str, tmp_path: Path) -> None:
+    write_header(tmp_path / "w.safetensors", *HEADERS[name])
+    with pytest.raises(UserError, match=r"w\.safetensors is cut short or not a safetensors file"):
+        hub.check_file(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"123", struct.pack("<Q", 2**63), struct.pack("<Q", 10**8 + 1) + b"{" * 64])
+def test_a_header_of_any_length_is_bounded(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="not a safetensors file"):
+        hub.check_file(tmp_path / "w.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="not a file"):
+        hub.check_file(tmp_path / "folder.safetensors")
+
+
+@pytest.mark.exhaustive
+def test_headers_with_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
+    file, rng = tmp_path / "w.safetensors", random.Random(0)
+    write_header(file, {"a": entry(0, 8, (2,)), "b": entry(8, 12), "__metadata__": {"format": "pt"}}, 12)
+    whole = file.read_bytes()
+    for _ in range(3_000):
+        content = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            content[rng.randrange(len(content))] = rng.choice(b'0123456789{}[],:"\\ \xff\0ab')
+        file.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+        with contextlib.suppress(UserError):
+            hub.check_file(file)
+
+
+INDEXES: dict[str, object] = {
+    "deep": "[" * 100_000,
+    "escape": {"transformer": ["diffusers", "X"], "../../etc": ["diffusers", "X"]},
+    "absolute": {"/etc": ["diffusers", "X"]},
+    "zero byte": {"a\0b": ["diffusers", "X"]},
+    "surrogate": r'{"\ud800": ["diffusers", "X"]}',
+    "class": {"transformer": ["diffusers", "a/b"]},
+    "list": [],
+    "number": "1" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_names_no_components_is_refused(name: str, tmp_path: Path) -> None:
+    content = INDEXES[name]
+    text = content if isinstance(content, str) else json.dumps(content)
+    (diffusers_folder(tmp_path) / "model_index.json").write_text(text)
+    with pytest.raises(UserError, match=r"is not a JSON object|names must be plain"):
+        hub.resolve(str(tmp_path))
+
+
+def test_values_of_a_pipeline_are_no_components(tmp_path: Path) -> None:
+    index = diffusers_folder(tmp_path) / "model_index.json"
+    write_json(index, json.loads(index.read_text()) | {"layers": [10, 20], "boundary": [0.5, None], "x": ["a"]})
+    hub.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [[], {}, {"a": 1}, {"a": "../x.safetensors"}, {"a": "a\0b"}, None, {"a": ["x"]}])
+def test_an_index_of_shards_names_files_beside_it(shards: object, tmp_path: Path) -> None:
+    write_json(sharded_folder(tmp_path) / "model.safetensors.index.json", {"weight_map": shards})
+    with pytest.raises(UserError, match="has no weight_map of file names"):
+        hub.resolve(str(tmp_path))
 
 
 def test_builtin_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +335,8 @@ def test_a_repository_is_fetched_without_pickles(fake: FakeHub, monkeypatch: pyt
     assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in fake.calls[-1]["allow_patterns"])
 
 
-def test_a_pipeline_is_fetched_by_component(fake: FakeHub) -> None:
+def test_a_pipeline_is_fetched_by_component(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     diffusers_folder(fake.folder)
     assert hub.resolve("org/name") == fake.folder
     patterns = fake.calls[-1]["allow_patterns"]
@@ -181,7 +345,8 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub) -> None:
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
 
 
-def test_a_description_is_fetched_without_weights(fake: FakeHub) -> None:
+def test_a_description_is_fetched_without_weights(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     (transformers_folder(fake.folder) / "model.safetensors").unlink()
     assert hub.resolve("org/name", weights=False) == fake.folder
     assert not any("safetensors" in pattern for pattern in fake.calls[-1]["allow_patterns"])
@@ -194,10 +359,69 @@ def test_offline_asks_the_cache_only_and_says_what_to_run(fake: FakeHub) -> None
     transformers_folder(fake.folder)
     hub.resolve("org/name")
     assert all(call["local_files_only"] for call in fake.calls)
-    with pytest.raises(UserError, match=r"not there\); run `flowbp prefetch org/other@main` with a network"):
-        hub.resolve("org/other@main")
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        hub.prefetch("org/name")
+    assert hub.prefetch("org/name") == fake.folder
+    # a cache that another library filled lacks what only we would download, such as variants, and is complete
+    assert {tuple(call["allow_patterns"]) for call in fake.calls} == {("model_index.json",)}
+    for ask in (hub.resolve, hub.prefetch):
+        with pytest.raises(UserError, match=r"`interleave prefetch org/other@main` with a network and without HF_HUB"):
+            ask("org/other@main")
+
+
+def answer(status: int, code: str, kind: type[HfHubHTTPError], said: str) -> HfHubHTTPError:
+    """What the client raises for an answer of the hub: a first line of numbers, then what the hub says."""
+    response = httpx2.Response(
+        status, headers={"X-Error-Code": code}, request=httpx2.Request("GET", "http" + "://hub/x")
+    )
+    return kind(f"{status} Client Error. (Request ID: Root=1-2)\n\n{said}", response=response, server_message=said)
+
+
+NETWORK = LocalEntryNotFoundError("An error happened while trying to locate the files\nPlease check your connection.")
+NETWORK.__cause__ = ConnectionError("Name or service not known")
+LATER = LocalEntryNotFoundError("no file")
+LATER.__cause__ = answer(403, "GatedRepo", GatedRepoError, "Access to model org/gated is restricted.")
+ANSWERS: list[tuple[Exception, str]] = [
+    (
+        answer(401, "GatedRepo", GatedRepoError, "You must have access to it and be authenticated. Please log in."),
+        r"gated: accept its license at \S+/org/gated, log in with `hf auth login` or set HF_TOKEN, then run this",
+    ),
+    (LATER, r"gated: accept its license"),
+    (answer(401, "RepoNotFound", RepositoryNotFoundError, "Invalid username."), r"no org/gated that.*private, log in"),
+    (
+        answer(404, "RevisionNotFound", RevisionNotFoundError, "Invalid rev id"),
+        r"no revision 'v9' of it; give a branch",
+    ),
+    (
+        answer(403, "", HfHubHTTPError, "Enable access to public gated repositories in your token."),
+        r"\(Enable access to",
+    ),
+    (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
+    (NETWORK, r"\(An error happened.*Please check your connection\.\); check the name and the network, then run"),
+    (ValueError(), r"\(ValueError\)"),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), ANSWERS)
+def test_the_hubs_refusal_says_what_to_do(
+    error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for ask in (hub.resolve, hub.prefetch):
+        with pytest.raises(UserError, match=said) as found:
+            ask("org/gated@v9")
+        assert "prefetch" not in str(found.value)
+
+
+def test_a_complete_cached_repository_resolves_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "hub" / "models--org--name"
+    diffusers_folder(root / "snapshots" / ("a" * 40))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert hub.prefetch("org/name") == root / "snapshots" / ("a" * 40)
 
 
 def test_half_a_snapshot_says_what_to_run(fake: FakeHub) -> None:

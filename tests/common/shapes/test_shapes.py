@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from imgen_common.shapes.render import AREA, CENTROID, coverage, draw, render
 from imgen_common.shapes.scene import (
@@ -45,6 +46,24 @@ def test_the_verifier_reads_rendered_scenes(world: tuple[list[Spec], Tensor]) ->
     assert scores["all"] >= 0.995
     assert set(scores) == {"all", *CATEGORIES}
     assert min(scores.values()) >= 0.99
+
+
+@pytest.mark.parametrize(("height", "width", "least"), [(33, 33, 1.0), (64, 64, 1.0), (200, 200, 1.0), (64, 72, 0.98)])
+def test_the_verifier_reads_images_of_another_size(
+    world: tuple[list[Spec], Tensor], height: int, width: int, least: float
+) -> None:
+    chosen, images = world[0][:120], world[1][:120]
+    side = min(height, width)
+    images = interpolate(images, (side, side), mode="bicubic").clamp(0, 1)
+    images = pad(images, ((width - side) // 2, (width - side) // 2, 0, 0), value=0.5)
+    rng = np.random.default_rng(1)
+    assert accuracy(verify(images, chosen), chosen)["all"] >= least
+    assert not any(verify(images, [hard_negative(spec, rng) for spec in chosen]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 1), (7, 2000), (32, 31)])
+def test_an_image_of_any_size_has_a_verdict(shape: tuple[int, int]) -> None:
+    assert verify(torch.zeros(1, 3, *shape), [parse_caption("a red circle")]) == [False]
 
 
 def test_the_verifier_forgives_noise(world: tuple[list[Spec], Tensor]) -> None:

@@ -1,5 +1,8 @@
 """What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
 
+import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
-from families import FAMILIES, SIZE
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families import FAMILIES, SIZE, folder_of
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
 from tiers import tiers
 
 from flowbp import backbones
+from flowbp.backbones import pipelines
 from flowbp.backbones.loading import mark_trainable
 from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.engine import backpropagate, rollout
@@ -30,6 +34,18 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses"]
+
+
+@pytest.fixture
+def sd3_folder(tmp_path: Path, published_sd3: Path) -> Path:
+    """The JSON files of a tiny SD3, to be changed."""
+    return Path(shutil.copytree(published_sd3, tmp_path / "sd3"))
+
+
+@pytest.fixture(scope="module")
+def published_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD3, saved."""
+    return folder_of("sd3", tmp_path_factory.mktemp("schedulers"))
 
 
 def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) -> tuple[DiffusionPipeline, torch.Tensor]:
@@ -90,6 +106,73 @@ def test_a_backbone_knows_what_its_text_encoders_read(
     backbone.encode(PROMPTS)
     for name, limit in limits.items():
         assert getattr(backbone.pipe, name.replace("text_encoder", "tokenizer")).lengths == {limit.max_length}
+
+
+SCHEDULERS = {
+    "static": {"shift": 5.0},
+    "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 1.4, "base_image_seq_len": 64},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    "terminal": {"shift": 2.0, "shift_terminal": 0.1},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True, "use_dynamic_shifting": True},
+    "own spacing": {"use_flow_sigmas": True, "shift": 3.0},
+    "hundred": {"num_train_timesteps": 100, "shift": 3.0},
+    "no shift": {"max_image_seq_len": 1024},
+}
+"""Configurations of a scheduler beside those of the published models."""
+if find_spec("scipy"):
+    SCHEDULERS["beta"] = {"use_beta_sigmas": True}
+
+
+@pytest.mark.parametrize("name", tiers(list(SCHEDULERS), default=["terminal", "own spacing", "hundred"]))
+def test_every_configuration_of_the_scheduler_is_sampled_as_the_pipeline_does(
+    backbone: Backbone, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULERS[name])
+    monkeypatch.setattr(backbone.pipe, "scheduler", scheduler)
+    backbone.pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "output_type": "pt", "height": SIZE[0], "width": SIZE[1]}
+    generator = torch.Generator().manual_seed(5)
+    expected = backbone.pipe(
+        prompt=PROMPTS[0], generator=generator, **options, **FAMILIES[folder.name].guided(1.0)
+    ).images
+    assert torch.equal(backbone.sigmas(3, SIZE), scheduler.sigmas)
+    assert (sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0) - expected).abs().max() < 1e-5
+
+
+REFUSED = {
+    "FlowMatchHeunDiscreteScheduler": {},
+    "FlowMatchLCMScheduler": {},
+    "DPMSolverMultistepScheduler": {"use_flow_sigmas": True},
+    "UniPCMultistepScheduler": {"use_flow_sigmas": True},
+    "stochastic_sampling": {"stochastic_sampling": True},
+    "invert_sigmas": {"invert_sigmas": True},
+    "Only one of": {"use_karras_sigmas": True, "use_exponential_sigmas": True},
+    "time_shift_type": {"time_shift_type": "quadratic"},
+    "noise levels do not fall": {"shift": 0.0},
+    "shift_terminal.*noise levels|noise levels": {"shift_terminal": 1.0},
+    "correct its shift|can be loaded": {"shift": "three"},
+    "base_image_seq_len": {"use_dynamic_shifting": True, "base_image_seq_len": 4096},
+    "num_train_timesteps|can be loaded": {"num_train_timesteps": 0},
+}
+"""What is not sampled as the pipeline would: settings by the words that name them."""
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_sampled_exactly_is_refused(sd3_folder: Path, reason: str) -> None:
+    index, file = sd3_folder / "model_index.json", sd3_folder / "scheduler" / "scheduler_config.json"
+    name = reason if reason.endswith("Scheduler") else "FlowMatchEulerDiscreteScheduler"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", name]}))
+    file.write_text(json.dumps({"_class_name": name} | REFUSED[reason]))
+    with pytest.raises(UserError, match=reason):
+        backbones.init_empty_weights(str(sd3_folder)).sigmas(4, SIZE)
+
+
+def test_beta_sigmas_need_scipy(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sd3_folder / "scheduler" / "scheduler_config.json").write_text('{"use_beta_sigmas": true}')
+    monkeypatch.setattr(pipelines, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="use_beta_sigmas: needs scipy; pip install scipy"):
+        backbones.init_empty_weights(str(sd3_folder))
 
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:

@@ -1,13 +1,17 @@
 """Prompt embeddings: once, exactly, in memory or on disk; text encoders are let go."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from flowbp import backbones
+from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone
+from flowbp.data import embeddings
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE, PROMPTS_PER_FILE, EmbeddingStore, PromptEmbeddings, fingerprint
+from imgen_common import hub
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red circle"]
@@ -80,12 +84,54 @@ def test_text_encoders_are_let_go(folder: Path) -> None:
     assert backbone.velocity(x, torch.full((len(PROMPTS),), 0.5), cond).isfinite().all()
 
 
-def test_a_fingerprint_is_that_of_the_text_encoders(folder: Path) -> None:
-    before = fingerprint(folder)
-    assert fingerprint(folder) == before
+def test_a_fingerprint_is_that_of_the_text_encoders(folder: Path, backbone: Backbone) -> None:
+    def mark(**changed: object) -> str:
+        return fingerprint(folder, backbone, ModelConfig(**changed))  # type: ignore[arg-type]
+
+    before = mark()
+    assert mark(ref="elsewhere", height=64, width=8, gradient_checkpointing=True) == before
+    encoder = backbone.pipe.text_encoder
+    for dtype in (torch.bfloat16, torch.float16):
+        encoder.to(dtype)
+        assert mark() != before
+    encoder.to(torch.float32)
+    assert mark() == before
+    (folder / "text_encoder" / "notes").mkdir()
+    assert mark() == before
+    (folder / "text_encoder" / "notes" / "a.txt").touch()
+    assert mark() != before
+    shutil.rmtree(folder / "text_encoder" / "notes")
     file = next((folder / "text_encoder").glob("*.safetensors"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-4] + b"\0\0\0\1")
-    assert fingerprint(folder) != before
+    assert mark() != before
     file.write_bytes(whole)
-    assert fingerprint(folder) == before
+    assert mark() == before
+
+
+@pytest.mark.parametrize("place", [0, 6000, 9999])
+def test_a_change_anywhere_in_a_large_file_changes_its_fingerprint(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr(embeddings, "WHOLE_FILE", 1000)
+    monkeypatch.setattr(embeddings, "STRIDE", 500)
+    monkeypatch.setattr(embeddings, "BLOCK", 100)
+    (tmp_path / "tokenizer").mkdir()
+    file = tmp_path / "tokenizer" / "big.bin"
+    file.write_bytes(bytes(10_000))
+    before = fingerprint(tmp_path, backbone, ModelConfig())
+    content = bytearray(10_000)
+    content[place : place + 600] = b"x" * len(content[place : place + 600])  # a layer, longer than the stride
+    file.write_bytes(content)
+    assert fingerprint(tmp_path, backbone, ModelConfig()) != before
+
+
+def test_embeddings_of_another_precision_are_not_taken(tmp_path: Path) -> None:
+    """As a run in bfloat16 with adapters, then one in float32, and the other way round."""
+    rows: dict[torch.dtype, torch.Tensor] = {}
+    models = {dtype: backbones.load(ModelConfig().ref, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    for dtype, miniature in [*models.items(), *models.items()]:
+        mark = fingerprint(hub.resolve(ModelConfig().ref), miniature, ModelConfig())
+        found = PromptEmbeddings(miniature, EmbeddingStore(tmp_path), mark)(PROMPTS)[0]["text"]
+        assert found.dtype == dtype
+        assert torch.equal(rows.setdefault(dtype, found), found)

@@ -15,7 +15,7 @@ from interleave.cli import main
 from interleave.records import Plan, PlanStep, Verdict
 from interleave.storage.trace import read_trace
 
-COMMANDS = ("run", "batch", "plan", "report", "serve", "demo")
+COMMANDS = ("run", "batch", "plan", "report", "prefetch", "serve", "demo")
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
 NO = render_verdict(Verdict(success=False, refined_prompt="a bigger cat", reasoning="too small"))

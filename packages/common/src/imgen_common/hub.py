@@ -1,13 +1,14 @@
 """Model references: `builtin:shapes/generator`, a local folder or file, or `org/name@revision`, each to a path."""
 
+import importlib
 import json
 import os
 import re
-import struct
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, nearest, one_line
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -19,44 +20,69 @@ DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
+LIBRARIES = ("diffusers", "transformers")
+"""Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
+WEIGHT_FILE = re.compile(
+    r"(diffusion_pytorch_)?model(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
+)
+"""A whole model's weights or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+MAX_JSON = 10**8
+"""Bytes of the largest JSON file that is read; tokenizers have 30 million."""
 
 
-def resolve(ref: str, *, weights: bool = True) -> Path:
-    """The folder (or LoRA file) that `ref` names, complete and without pickles.
+class WeightFiles(NamedTuple):
+    """The weights of a model that `from_pretrained` reads; variant: its argument, None for the plain weights."""
+
+    variant: str | None
+    files: tuple[Path, ...]
+
+
+def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Path:
+    """The folder (or adapter file) that `ref` names, complete and without pickles.
 
     ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
     missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
     weights=False: only the description (configurations and tokenizers) is downloaded and checked.
+    single_file: whether it may be one safetensors file, as adapters are.
     Raises UserError for an unknown, missing, half-downloaded or pickled model.
     """
     if ref.startswith("builtin:"):
         if ref not in _builtins():
             allowed = ", ".join(_builtins()) or "none"
             raise UserError(f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {allowed}")
-        return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights)
-    path = Path(ref).expanduser()
-    if path.exists():
-        return _check_path(path, weights)
+        return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights, single_file)
+    try:
+        path = Path(ref).expanduser()
+        if path.exists():
+            return _check_path(path, weights, single_file)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not readable, `~nobody`, a zero byte
+        raise UserError(f"model {ref!r}: cannot be read as a path ({one_line(str(error))})") from None
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
         raise UserError(f"model {ref!r}: no such folder{nearest(ref, _builtins())}; give {allowed}")
-    return _download(ref, match["repo"], match["revision"], offline=_offline(), weights=weights)
+    folder = _download(ref, match["repo"], match["revision"], weights=weights)
+    try:
+        check_folder(folder, weights=weights)
+    except UserError as error:
+        raise UserError(f"model {ref!r}: {error}; {_remedy(ref)}") from None
+    return folder
 
 
 def prefetch(ref: str) -> Path:
-    """Download what `ref` names, so that it resolves offline.  Raises UserError when that cannot be done."""
-    if _offline() and not ref.startswith("builtin:") and not Path(ref).expanduser().exists():
-        raise UserError(f"model {ref!r}: HF_HUB_OFFLINE is set, so nothing can be downloaded; unset it and try again")
-    return resolve(ref)
+    """Download what `ref` names, so that it resolves offline; offline, only check that it does.
+
+    Raises UserError when that cannot be done.
+    """
+    return resolve(ref, single_file=True)
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Raise UserError unless `folder` is a whole diffusers, transformers or LoRA folder.
 
     diffusers: every component that model_index.json names has its configuration and weights; transformers: config.json
-    and weights.  Weights are safetensors files whose length agrees with their header, and every shard of an index; with
-    weights=False they are not looked at.
+    and weights.  Weights are safetensors files with a valid header and the length that it promises, and every shard of
+    an index; with weights=False they are not looked at.
     """
     index = folder / "model_index.json"
     if not any((folder / name).exists() for name in (index.name, "config.json", *LORA_FILES)):
@@ -67,23 +93,105 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     if weights and unfinished is not None:
         raise _incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
     if index.exists():
-        for name, class_name in _components(index).items():
+        for name, (_, class_name) in _components(folder).items():
             _check_component(folder, name, class_name, weights)
     else:
         _check_files(folder, folder, weights)
+
+
+def check_file(file: Path, folder: Path | None = None) -> None:
+    """Raise UserError unless `file` is whole: its header is valid, and the tensors in it fill the file exactly.
+
+    Only the header is read (by safetensors itself, which bounds it).  folder: of the model that the file belongs to.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not file.is_file():
+            raise OSError("not a file")
+        with safe_open(file, "np"):
+            return
+    except (OSError, SafetensorError) as error:
+        reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
+        raise _incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
+
+
+def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The JSON object in a file of a model.  Raises UserError where there is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        folder = folder or path.parent
+        raise _incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
+    return content
+
+
+def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
+    """The model_index.json of a diffusers folder.  Raises UserError for another folder."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise UserError(f"{ref}: not a diffusers pipeline: the folder has no {index.name}")
+    return read_json(index)
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The weights of a transformers folder or of a diffusers component: the plain ones, or else those of a variant.
+
+    Raises UserError where there are none, or where shards are missing.
+    """
+    found: dict[str | None, Path] = {}
+    for file in sorted(folder.glob("*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
+        match = WEIGHT_FILE.fullmatch(file.name)
+        if match is not None:
+            found.setdefault(match["file"] or match["index"], file)
+    if not found:
+        raise _no_weights(folder)
+    choices = [(variant, _shards(found[variant])) for variant in sorted(found, key=lambda name: name or "")]
+    variant, files = next((choice for choice in choices if any(file.exists() for file in choice[1])), choices[0])
+    missing = next((file for file in files if not file.exists()), None)
+    if missing is not None:
+        raise _incomplete(folder, f"{missing.name} is missing")
+    return WeightFiles(variant, files)
+
+
+def load_variants(folder: Path, *, skip: Collection[str] = (), **options: Any) -> dict[str, Any]:
+    """Those components of a diffusers folder whose weights are of a variant only, loaded, by name.
+
+    `from_pretrained` of a pipeline would look for one variant in all components, and prefer it to the plain weights.
+    skip: components that are not wanted.  options: further arguments of the components' own `from_pretrained`.
+    """
+    given = {}
+    for name, (library, class_name) in _components(folder).items():
+        if _has_weights(class_name) and library in LIBRARIES and name not in skip:
+            variant = weight_files(folder / name).variant
+            if variant is not None:
+                kind = getattr(importlib.import_module(library), class_name)
+                given[name] = kind.from_pretrained(
+                    folder / name, variant=variant, local_files_only=True, use_safetensors=True, **options
+                )
+    return given
 
 
 def _builtins() -> list[str]:
     return sorted(BUILTIN + folder.name for folder in WEIGHTS.glob("*/"))
 
 
-def _check_path(path: Path, weights: bool) -> Path:
+def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     if path.is_dir():
         check_folder(path, weights=weights)
-    elif path.suffix == ".safetensors":
-        _check_file(path.parent, path)
-    else:
+    elif path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are read from safetensors files and model folders only")
+    elif not single_file:
+        raise UserError(
+            f"{path}: is a single file; give a model folder; diffusers converts a checkpoint to one: "
+            "DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    else:
+        check_file(path)
     return path
 
 
@@ -94,95 +202,120 @@ def _offline() -> bool:
     )
 
 
-def _download(ref: str, repo: str, revision: str | None, offline: bool, weights: bool) -> Path:
+def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Path:
+    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has."""
     from huggingface_hub import snapshot_download
+
+    offline = _offline()
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
 
     try:
         folder = fetch(["model_index.json"])
-        index = folder / "model_index.json"
-        # A diffusers repository often holds the same weights again as single files beside its component folders.
-        places = [f"{name}/" for name in _components(index)] if index.exists() else [""]
-        files = HUB_FILES if weights else DESCRIPTION_FILES
-        folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in files)])
-        check_folder(folder, weights=weights)
-    except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = f"run `flowbp prefetch {ref}` with a network and without HF_HUB_OFFLINE"
         if not offline:
-            remedy = f"check the name, your access and the network, then run `flowbp prefetch {ref}`"
-        raise UserError(f"model {ref!r}: no such local folder, and the hub gave none ({reason}); {remedy}") from error
+            # A diffusers repository often holds the same weights again as single files beside its component folders.
+            index = folder / "model_index.json"
+            places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
+            files = HUB_FILES if weights else DESCRIPTION_FILES
+            folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in files)])
+    except UserError:
+        raise
+    except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
+        raise UserError(f"model {ref!r}: no such local folder; {_hub_reason(ref, repo, revision, error)}") from error
     return folder
+
+
+def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> str:
+    """Why the hub gave no files, and what to do."""
+    from huggingface_hub import constants, errors
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    kinds = [type(link) for link in _causes(error)]
+    if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
+        page = f"{constants.ENDPOINT}/{repo}"
+        return f"the repository is gated: accept its license at {page}, {login}, then run this command again"
+    if any(issubclass(kind, errors.RevisionNotFoundError) for kind in kinds):
+        return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
+    if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
+        return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
+    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return f"the hub gave none ({one_line(said)}); {_remedy(ref)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _remedy(ref: str) -> str:
+    if _offline():
+        return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without HF_HUB_OFFLINE"
+    return "check the name and the network, then run this command again: a download continues where it stopped"
 
 
 def _incomplete(folder: Path, what: str) -> UserError:
     return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
 
 
-def _json(folder: Path, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise _incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
-    return content
+def _no_weights(folder: Path) -> UserError:
+    if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*")):
+        return UserError(f"{folder}: only pickled weights; convert them to safetensors")
+    other = next(folder.glob("*.safetensors"), None)
+    found = f" (there is {other.name}, which is not loaded)" if other else ""
+    return _incomplete(folder, f"no *.safetensors weights: no model or diffusion_pytorch_model{found}")
 
 
-def _components(index: Path) -> dict[str, str]:
-    """Component name to class name, from a model_index.json; components that are null there are left out."""
-    entries = _json(index.parent, index).items()
-    return {name: entry[1] for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[1]}
+def _plain_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
+def _components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Component name to library and class name, from model_index.json; components that are null there are left out."""
+    entries = read_json(folder / "model_index.json").items()
+    found = {}
+    for name, entry in entries:
+        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            if not all(map(_plain_name, (name, *entry))):
+                raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
+            found[name] = (entry[0], entry[1])
+    return found
+
+
+def _has_weights(class_name: str) -> bool:
+    return not any(word in class_name for word in NO_WEIGHTS)
 
 
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
     if not any(part.glob("*.json")):
         raise _incomplete(folder, f"{name}/ has no configuration")
-    if any(word in class_name for word in NO_WEIGHTS):
-        return
-    if not (part / "config.json").exists():
-        raise _incomplete(folder, f"{name}/config.json is missing")
-    _check_files(folder, part, weights)
+    if _has_weights(class_name):
+        if not (part / "config.json").exists():
+            raise _incomplete(folder, f"{name}/config.json is missing")
+        _check_files(folder, part, weights)
 
 
 def _check_files(folder: Path, part: Path, weights: bool) -> None:
     for path in part.glob("*.json"):
-        _json(folder, path)
-    if not weights:
-        return
-    for index in part.glob("*.safetensors.index*.json"):
-        shards = _json(folder, index).get("weight_map", {})
-        for shard in sorted(set(shards.values())):
-            if not (part / shard).exists():
-                raise _incomplete(folder, f"{(part / shard).relative_to(folder)} is missing")
-    files = sorted(part.glob("*.safetensors"))
-    if not files:
-        place = "" if part == folder else f" in {part.name}/"
-        if any(part.glob("*.bin")) or any(part.glob("*.pt")):
-            raise UserError(f"{folder}: only pickled weights{place}; convert them to safetensors")
-        raise _incomplete(folder, f"no *.safetensors weights{place}")
-    for file in files:
-        _check_file(folder, file)
+        read_json(path, folder)
+    if weights:
+        files = sorted(part.glob("*.safetensors"))
+        if not files or not any((part / name).exists() for name in LORA_FILES):
+            weight_files(part)
+        for file in files:
+            check_file(file, folder)
 
 
-def _check_file(folder: Path, file: Path) -> None:
-    """Compare the length of a safetensors file with what its header promises, reading the header only."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError
-            header = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        whole = 8 + length + end == size
-    except (OSError, ValueError, struct.error, TypeError, KeyError, AttributeError):
-        whole = False
-    if not whole:
-        raise _incomplete(folder, f"{file.relative_to(folder)} is cut short or not a safetensors file")
+def _shards(file: Path) -> tuple[Path, ...]:
+    """The files of an index, or the file itself."""
+    if file.suffix != ".json":
+        return (file,)
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(map(_plain_name, names.values())):
+        raise _incomplete(file.parent, f"{file.name} has no weight_map of file names")
+    return tuple(file.with_name(name) for name in sorted(set(names.values())))
 
 
 def text_layers(config: "Qwen3Config", joint_dim: int) -> tuple[int, ...]:

@@ -136,7 +136,7 @@ def step_holds(before: Sequence[Detection] | None, found: Sequence[Detection], s
 def verify_story(images: Tensor, story: Story) -> list[bool]:
     """Whether each step of the story holds, judged on the image before it; steps without an image do not.
 
-    images: (n, 3, 32, 32) in [0, 1], the story's images in order; n may be smaller than the number of steps.
+    images: (n, 3, h, w) in [0, 1], the story's images in order; n may be smaller than the number of steps.
     Raises ValueError if there are more images than steps.
     """
     if len(images) > len(story.steps):

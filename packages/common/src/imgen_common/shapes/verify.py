@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from imgen_common.shapes.render import AREA, CENTROID, coverage
 from imgen_common.shapes.scene import COLOURS, SHAPES, SIZE, Spec, Thing, position_holds, relation_holds
@@ -77,11 +78,26 @@ def _shape_of(saturation: NDArray[np.float32], blob: NDArray[np.bool_]) -> tuple
     return (best if overlap >= MIN_OVERLAP else "blob"), overlap, x, y
 
 
+def fit(images: Tensor) -> Tensor:
+    """Images (n, 3, h, w) as (n, 3, SIZE, SIZE), the same ones if they have that size.
+
+    As vision models read an image of another size: the longer side is resized (antialiased), and black, in which there
+    is nothing, is added on both sides of the shorter one.  Shapes keep their form, and places their side of the center.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (SIZE, SIZE):
+        return images
+    rows, columns = (max(1, round(SIZE * side / max(height, width))) for side in (height, width))
+    resized = interpolate(images.float(), (rows, columns), mode="bilinear", antialias=True, align_corners=False)
+    top, left = (SIZE - rows) // 2, (SIZE - columns) // 2
+    return pad(resized, (left, SIZE - columns - left, top, SIZE - rows - top))
+
+
 def detect(images: Tensor) -> list[list[Detection]]:
-    """The things in each image.  images: (n, 3, SIZE, SIZE), RGB in [0, 1]."""
-    if images.ndim != 4 or images.shape[1:] != (3, SIZE, SIZE):
-        raise ValueError(f"the verifier reads images of shape (n, 3, {SIZE}, {SIZE}), not {tuple(images.shape)}")
-    pixels = images.detach().float().clamp(0, 1).cpu().numpy()
+    """The things in each image.  images: (n, 3, h, w), RGB in [0, 1], read at SIZE x SIZE (see `fit`)."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"the verifier reads images of shape (n, 3, h, w), not {tuple(images.shape)}")
+    pixels = fit(images.detach()).float().clamp(0, 1).cpu().numpy()
     hue, saturation = _hue_and_saturation(pixels)
     distance = np.abs((hue[..., None] - _COLOUR_HUES + 180) % 360 - 180)
     nearest = distance.argmin(-1)
@@ -115,7 +131,7 @@ def caption_holds(found: Sequence[Detection], spec: Spec) -> bool:
 
 
 def verify(images: Tensor, specs: Sequence[Spec]) -> list[bool]:
-    """Whether each image (n, 3, SIZE, SIZE) in [0, 1] is exactly what its caption says."""
+    """Whether each image (n, 3, h, w) in [0, 1] is exactly what its caption says."""
     return [caption_holds(found, spec) for found, spec in zip(detect(images), specs, strict=True)]
 
 

@@ -1,7 +1,6 @@
 """One small adapter per model family; `load` picks it by what the folder says."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,8 @@ def load(
 
     net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
     embedded_guidance: guidance input of a guidance-distilled model; None: its default.
-    Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, or an
-    embedded guidance that the model does not take.
+    Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, one whose
+    scheduler is not reproduced exactly, or an embedded guidance that the model does not take.
     """
     from flowbp.backbones import pipelines
 
@@ -75,15 +74,15 @@ def _resolve_family(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPi
     """The folder, its pipeline class and the adapter of that."""
     import diffusers
 
+    from flowbp.backbones import pipelines
+
     folder = hub.resolve(ref, weights=weights)
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
-    family = content.get("_class_name")
+    content = hub.pipeline_index(ref, folder)
+    family = str(content.get("_class_name"))
     if family not in FAMILIES:
-        raise UserError(
-            f"{ref}: cannot train a {family or 'folder without model_index.json'}; allowed: {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
     if content.get("is_distilled"):
         raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
+    pipelines.check_scheduler(ref, folder, content.get("scheduler"))
     module, name = FAMILIES[family]
     return folder, getattr(diffusers, family), getattr(importlib.import_module(module), name)

@@ -37,7 +37,7 @@ class Flux(pipelines.PipelineBackbone):
     def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
         """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
         _, height, width = self.latent_shape(size)
-        levels = None if self.pipe.scheduler.config.get("use_flow_sigmas") else pipelines.linear_levels(steps)
+        levels = pipelines.linear_levels(self.pipe.scheduler, steps)
         mu = pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
         return pipelines.noise_levels(self.pipe.scheduler, steps, levels, mu)
 
@@ -49,7 +49,7 @@ class Flux(pipelines.PipelineBackbone):
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
-                timestep=sigma,
+                timestep=sigma * pipelines.time_unit(self.pipe.scheduler),
                 guidance=guidance,
                 pooled_projections=cond["pooled"],
                 encoder_hidden_states=text,

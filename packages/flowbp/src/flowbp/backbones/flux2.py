@@ -47,7 +47,9 @@ class Flux2(pipelines.PipelineBackbone):
         """The pipeline's own noise levels: linear from 1 to 1/steps, shifted as the scheduler says, then 0."""
         _, height, width = self.latent_shape(size)
         mu = compute_empirical_mu(image_seq_len=height * width, num_steps=steps)
-        return pipelines.noise_levels(self.pipe.scheduler, steps, pipelines.linear_levels(steps), mu)
+        return pipelines.noise_levels(
+            self.pipe.scheduler, steps, pipelines.linear_levels(self.pipe.scheduler, steps), mu
+        )
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
@@ -56,7 +58,7 @@ class Flux2(pipelines.PipelineBackbone):
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=x.flatten(2).transpose(1, 2),
-                timestep=sigma,
+                timestep=sigma * pipelines.time_unit(self.pipe.scheduler),
                 encoder_hidden_states=text,
                 txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
                 img_ids=pipelines.positions(x.device, 1, height, width, 1),

@@ -3,6 +3,7 @@
 import copy
 import importlib
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
-from imgen_common.errors import UserError
+from imgen_common import hub
+from imgen_common.errors import UserError, one_line
 
+LEVEL_TOLERANCE = 1e-5
+"""By how much rounding may lift a noise level above 1."""
 P = TypeVar("P", bound=DiffusionPipeline)
-LIBRARIES = ("diffusers", "transformers")
-"""Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
+EULER = "FlowMatchEulerDiscreteScheduler"
+"""The one scheduler that is sampled; its other options only choose the noise levels, which it computes itself."""
+NOT_SAMPLED = ("stochastic_sampling", "invert_sigmas")
+"""Options of it that change the steps themselves, or their direction: refused."""
+INVALID = (OSError, ValueError, TypeError, LookupError, ArithmeticError, ImportError, AttributeError)
+"""What diffusers and transformers raise for a folder that does not hold what it says."""
 
 
 def load_pipeline(
@@ -36,7 +44,11 @@ def load_pipeline(
     if net_device == "meta":
         empty = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"])
         given["transformer"] = empty.to(dtype)
-    pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+    try:
+        given |= hub.load_variants(folder, skip=tuple(given), dtype=dtype)
+        pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+    except INVALID as error:
+        raise UserError(f"{folder}: not a {kind.__name__} that can be loaded ({one_line(str(error))})") from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             where = device if net_device is None or name != "transformer" else net_device
@@ -44,21 +56,47 @@ def load_pipeline(
     return pipe
 
 
+def check_scheduler(ref: str, folder: Path, entry: object) -> None:
+    """Raises UserError unless the steps of a pipeline's scheduler are those that are taken here.
+
+    entry: of the scheduler in model_index.json.
+    """
+    if entry != ["diffusers", EULER]:
+        name = entry[-1] if isinstance(entry, list) and entry else entry
+        raise UserError(
+            f"{ref}: scheduler {name}: only {EULER} is sampled exactly; name that one in model_index.json and in "
+            "scheduler/scheduler_config.json if the model was trained with it"
+        )
+    settings = hub.read_json(folder / "scheduler" / "scheduler_config.json", folder)
+    for field in NOT_SAMPLED:
+        if settings.get(field):
+            raise UserError(
+                f"{ref}: scheduler/scheduler_config.json {field} {settings[field]}: is not sampled; set it to false"
+            )
+    if settings.get("use_beta_sigmas") and find_spec("scipy") is None:
+        raise UserError(f"{ref}: scheduler/scheduler_config.json use_beta_sigmas: needs scipy; pip install scipy")
+
+
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:
     """The pipeline of a folder with every weight on the meta device; only its JSON files are read."""
-    parts = {
-        name: _empty_component(folder / name, *value) if isinstance(value, list | tuple) and len(value) == 2 else value
-        for name, value in kind.load_config(folder).items()
-        if not name.startswith("_")
-    }
-    return kind(**parts)
+    try:
+        parts = {
+            name: _empty_component(folder / name, *value)
+            if isinstance(value, list | tuple) and len(value) == 2
+            else value
+            for name, value in kind.load_config(folder).items()
+            if not name.startswith("_")
+        }
+        return kind(**parts)
+    except INVALID as error:
+        raise UserError(f"{folder}: not a {kind.__name__} that can be loaded ({one_line(str(error))})") from error
 
 
 def _empty_component(folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
-    if library not in LIBRARIES:
-        raise UserError(f"{folder}: a {name} of {library!r}; allowed are parts of {' and '.join(LIBRARIES)}")
+    if library not in hub.LIBRARIES:
+        raise UserError(f"{folder}: a {name} of {library!r}; allowed are parts of {' and '.join(hub.LIBRARIES)}")
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(
@@ -133,10 +171,30 @@ def grid_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
 def noise_levels(
     scheduler: FlowMatchEulerDiscreteScheduler, steps: int, sigmas: list[float] | None, mu: float | None
 ) -> Float[Tensor, " n_plus_1"]:
-    """The scheduler's own levels, shifted as it says: from `sigmas`, or from its own spacing where that is None."""
+    """The scheduler's own levels, shifted as it says: from `sigmas`, or from its own spacing where that is None.
+
+    Raises UserError unless they fall from at most 1 to 0.
+    """
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
-    return scheduler.sigmas.float().cpu()
+    try:
+        with np.errstate(all="ignore"):
+            scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        levels = scheduler.sigmas.float().cpu()
+        valid = bool(levels.isfinite().all() and levels[0] <= 1 + LEVEL_TOLERANCE and (levels.diff() < 0).all())
+    except INVALID as error:
+        raise _bad_levels(one_line(str(error))) from error
+    if not valid:
+        raise _bad_levels(f"the {steps} noise levels do not fall from at most 1 to 0: {levels[:3].tolist()} ...")
+    return levels
+
+
+def _bad_levels(reason: str) -> UserError:
+    return UserError(f"scheduler/scheduler_config.json: {reason}; correct its shift and sigmas")
+
+
+def time_unit(scheduler: FlowMatchEulerDiscreteScheduler) -> float:
+    """What FLUX's transformers get for a noise level of 1: their pipelines divide the scheduler's time by 1000."""
+    return scheduler.config.num_train_timesteps / 1000
 
 
 def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:
@@ -144,12 +202,16 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     known = scheduler.config
-    return calculate_shift(tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift)
+    points = (known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift)
+    try:
+        return float(calculate_shift(tokens, *points))
+    except (TypeError, ArithmeticError):
+        raise _bad_levels(f"base_image_seq_len, max_image_seq_len, base_shift, max_shift are {points}") from None
 
 
-def linear_levels(steps: int) -> list[float]:
-    """From 1 to 1/steps, before any shift."""
-    return np.linspace(1.0, 1 / steps, steps).tolist()
+def linear_levels(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float] | None:
+    """From 1 to 1/steps, before any shift, as FLUX's pipelines ask for, or None for the scheduler's own spacing."""
+    return None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps).tolist()
 
 
 def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:

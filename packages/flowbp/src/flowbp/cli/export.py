@@ -13,7 +13,7 @@ def prefetch(
     refs: Annotated[list[str], typer.Argument(metavar="REF", help="org/name[@revision], a folder or builtin:...")],
 ) -> None:
     """Download models so that they can be used without a network. The command checks that they are complete and prints
-    the folder of each.
+    the folder of each; with HF_HUB_OFFLINE=1 it only checks. Gated repositories need `hf auth login` or HF_TOKEN.
 
     Example:
 

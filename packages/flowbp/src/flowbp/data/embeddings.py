@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flowbp.backbones.pipelines import text_encoder_names
+from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone, Cond
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
@@ -17,8 +20,13 @@ ENCODE_BATCH_SIZE = 16
 """Prompts per forward, always: the last batch is filled up, so that kernels round alike whatever is new."""
 PROMPTS_PER_FILE = 64
 """Prompts that are stored together."""
-FINGERPRINT_BYTES = 2**20
-"""Bytes of either end of a weight file that stand for it in a fingerprint."""
+WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
+"""Bytes of the largest file that a fingerprint reads whole, of one reading, and from one to the next in larger files: a
+layer is larger, so that none can differ unseen."""
+UNRELATED = frozenset({"ref", "height", "width", "dtype", "embedded_guidance", "gradient_checkpointing", "attention"})
+UNRELATED |= {"compile", "quantization", "vae"}
+"""Keys of `model` that change no embedding; a new key is part of every fingerprint unless it is named here."""
+LIBRARIES = ("torch", "transformers", "diffusers")
 
 
 class EmbeddingStore:
@@ -60,7 +68,8 @@ class EmbeddingStore:
 class PromptEmbeddings:
     """Conditioning of prompts and of the empty one, each embedded once.
 
-    store: where embeddings are kept, by default in memory.  fingerprint: of the text encoders, part of every key.
+    store: where embeddings are kept, by default in memory.  fingerprint: of all that embeddings depend on; part of
+    every key.
     """
 
     def __init__(self, backbone: Backbone, store: EmbeddingStore | None = None, fingerprint: str = "") -> None:
@@ -100,13 +109,27 @@ def digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
-    """Of the text encoders and tokenizers of a diffusers folder: names, sizes and both ends of all their files."""
-    found = []
-    for file in sorted(path for part in ("text_encoder*", "tokenizer*") for path in folder.glob(f"{part}/*")):
-        with file.open("rb") as stream:
-            ends = stream.read(FINGERPRINT_BYTES)
-            stream.seek(max(0, file.stat().st_size - FINGERPRINT_BYTES))
-            ends += stream.read(FINGERPRINT_BYTES)
-        found += [f"{file.parent.name}/{file.name}", str(file.stat().st_size), hashlib.blake2b(ends).hexdigest()]
+def fingerprint(folder: Path, backbone: Backbone, model: ModelConfig) -> str:
+    """Of everything that the embeddings of a backbone depend on.
+
+    The files of its text encoders and tokenizers and the configurations beside them; the encoders' precision and kind
+    of device; the settings of the model but `UNRELATED`; and the libraries that compute.
+    """
+    encoders = {name: backbone.pipe.components[name] for name in text_encoder_names(backbone.pipe)}
+    found = [f"{name} {part.dtype} {part.device.type}" for name, part in encoders.items() if part is not None]
+    found += [model.model_dump_json(exclude=set(UNRELATED)), *(f"{name} {version(name)}" for name in LIBRARIES)]
+    patterns = ("text_encoder*/**/*", "tokenizer*/**/*", "transformer/config.json", "model_index.json")
+    for file in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        found += [str(file.relative_to(folder)), str(file.stat().st_size), _sample(file)]
     return digest(*found)
+
+
+def _sample(file: Path) -> str:
+    """A digest of a file: of all of it, or of `BLOCK` bytes in every `STRIDE` and the last ones of a large one."""
+    size, found = file.stat().st_size, hashlib.blake2b()
+    stride = STRIDE if size > WHOLE_FILE else BLOCK
+    with file.open("rb") as stream:
+        for start in (*range(0, size, stride), max(0, size - BLOCK)):
+            stream.seek(start)
+            found.update(stream.read(BLOCK))
+    return found.hexdigest()

@@ -3,7 +3,6 @@
 Knows nothing of backbones or training.  A new reward is one file here and one line in `REWARDS`.
 """
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
@@ -72,7 +71,8 @@ def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "
     """The frozen reward; on "meta" no weights are read.  Raises UserError for a model of another type."""
     kind = REWARDS[config.score]
     folder = hub.resolve(config.ref, weights=str(device) != "meta")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    about = folder / "config.json"
+    model_type = hub.read_json(about).get("model_type") if about.exists() else None
     if model_type != kind.model_type:
         raise UserError(
             f"{config.ref}: the score {config.score!r} needs a {kind.model_type!r} model, this is a {model_type!r}; "

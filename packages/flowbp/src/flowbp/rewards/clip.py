@@ -1,7 +1,8 @@
 """Rewards on transformers' `CLIPModel`: PickScore, CLIPScore, HPSv2.1, the LAION aesthetic predictor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,13 +12,14 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_frozen, load_head, scoring_head
+from flowbp.rewards.loading import load_frozen, load_head, load_part, scoring_head
 
 
 class ClipReward:
     """score = exp(logit_scale) cos(image, prompt), the scale that PickScore publishes.
 
     cosine: the score is the cosine alone.  letterbox: images are padded to a square, as HPSv2 does, instead of cropped.
+    crop_rounding: how a center crop rounds, `int` as transformers or `round` as torchvision.
     """
 
     def __init__(
@@ -28,30 +30,28 @@ class ClipReward:
         *,
         cosine: bool = False,
         letterbox: bool = False,
+        crop_rounding: Callable[[float], int] = int,
     ) -> None:
         self.model, self.tokenizer, self.cosine, self.letterbox = model, tokenizer, cosine, letterbox
-        self.size: int = processor.size["shortest_edge"]
-        self.crop = (processor.crop_size["height"], processor.crop_size["width"])
-        self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
+        self.side: int = model.config.vision_config.image_size
+        self.steps = preprocess.ProcessorSteps.of(processor, Path(model.name_or_path), self.side)
+        self.crop_rounding = crop_rounding
         self.prompt_limit = PromptLimit(tokenizer, model.config.text_config.max_position_embeddings)
 
     @classmethod
-    def load(
-        cls, folder: Path, *, device: torch.device | str = "cpu", cosine: bool = False, letterbox: bool = False
-    ) -> "ClipReward":
-        """The frozen float32 reward of a transformers folder with its image processor and tokenizer."""
+    def load(cls, folder: Path, *, device: torch.device | str = "cpu", **options: Any) -> "ClipReward":
+        """The frozen float32 reward of a transformers folder with its image processor and tokenizer.
+
+        options: further arguments of the class.  Raises UserError for an image processor that is not reproduced.
+        """
         model = load_frozen(CLIPModel, folder, device, torch.float32)
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(model, processor, tokenizer, cosine=cosine, letterbox=letterbox)
+        return cls(model, load_part(CLIPImageProcessor, folder), load_part(AutoTokenizer, folder), **options)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
-        """The differentiable steps of the image processor; on uint8 images only its rounding to 1/255 is missing."""
-        if self.letterbox:
-            images = preprocess.letterbox(images, self.size)
-        else:
-            images = preprocess.center_crop(images, self.size, self.crop)
-        return preprocess.normalize_channels(images, self.mean, self.std)
+        """The differentiable steps of the image processor, or of HPSv2's own; see `ProcessorSteps`."""
+        if not self.letterbox:
+            return self.steps(images, self.crop_rounding)
+        return preprocess.normalize_channels(preprocess.letterbox(images, self.side))
 
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Image features of unit length."""
@@ -81,7 +81,7 @@ class AestheticReward:
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "AestheticReward":
         """The frozen float32 reward of a `CLIPModel` folder that holds `head.safetensors` too."""
-        clip = ClipReward.load(folder, device=device)
+        clip = ClipReward.load(folder, device=device, crop_rounding=round)
         return cls(clip, load_head(folder, scoring_head(clip.model.config.projection_dim), device))
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLImagePro
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_frozen, load_head
+from flowbp.rewards.loading import load_frozen, load_head, load_part
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 
@@ -22,6 +22,14 @@ REWARD_TOKEN = "<|Reward|>"
 IMAGE_AREA = 256 * 28 * 28
 """Area in pixels to which images were resized in training, before their sides are rounded to whole tokens."""
 IMAGE_TOKEN = "<|image_pad|>"
+PROCESSOR_FIELDS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+"""Fields of the image processor that are not read, with the values for which the preprocessing here is the same."""
 TEMPLATE_FILE = "prompt.json"
 PROMPT_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 
@@ -79,8 +87,9 @@ class HPSv3:
         model = load_frozen(Qwen2VLModel, folder, device, dtype)
         for layer in (*model.visual.blocks, *model.language_model.layers):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        processor = Qwen2VLImageProcessor.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = load_part(Qwen2VLImageProcessor, folder)
+        preprocess.require_fields(processor, folder, PROCESSOR_FIELDS)
+        tokenizer = load_part(AutoTokenizer, folder)
         head = load_head(folder, ranking_head(model.config.text_config.hidden_size), device)
         return cls(model, head, processor, tokenizer, template)
 
@@ -113,8 +122,7 @@ class HPSv3:
     ) -> tuple[Float[Tensor, "patches values"], Int[Tensor, "b 3"]]:
         """Input of the vision tower, and (1, rows, columns) of each image's patches: the steps of the image processor.
 
-        On uint8 images it differs from the processor by the rounding to 1/255 only: as there, and in PIL, values that
-        the horizontal filter overshoots are clamped before the vertical one.
+        On uint8 images it differs from the processor by the rounding to 1/255 only.
         """
         given = self.processor
         height, width = smart_resize(
@@ -123,8 +131,7 @@ class HPSv3:
             min_pixels=given.size["shortest_edge"],
             max_pixels=given.size["longest_edge"],
         )
-        pixels = preprocess.resize(images, images.shape[-2], width).clamp(0, 1)
-        pixels = preprocess.resize(pixels, height, width).clamp(0, 1)
+        pixels = preprocess.resize(images, height, width)
         pixels = preprocess.normalize_channels(pixels, given.image_mean, given.image_std)
         patches, rows, columns = given.patchify(pixels, given.patch_size, given.merge_size, given.temporal_patch_size)
         grid = torch.tensor([[1, rows, columns]], device=images.device).expand(len(images), 3)

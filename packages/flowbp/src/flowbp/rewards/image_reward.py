@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionMod
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_head, scoring_head
+from flowbp.rewards.loading import load_head, load_part, load_weights, scoring_head
+from imgen_common import hub
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the raw score over the annotated images; the published score is standardized."""
@@ -31,19 +32,25 @@ class ImageReward:
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
         """The frozen float32 reward of a folder made by `flowbp convert-reward imagereward`."""
-        vision, text = build_towers(BlipConfig.from_pretrained(folder, local_files_only=True))
-        weights = load_file(folder / "model.safetensors") if str(device) != "meta" else {}
+        vision, text = build_towers(load_part(BlipConfig, folder))
+        files = hub.weight_files(folder).files if str(device) != "meta" else ()
+        weights = {name: value for file in files for name, value in load_file(file).items()}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
-            if weights:
-                tower.load_state_dict({k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)})
+            if files:
+                own = {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
+                load_weights(tower, folder, own)
             tower.to(device, torch.float32).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(vision, text, load_head(folder, scoring_head(text.config.hidden_size), device), tokenizer)
+        head = load_head(folder, scoring_head(text.config.hidden_size), device)
+        return cls(vision, text, head, load_part(AutoTokenizer, folder))
+
+    def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 size size"]:
+        """As the package does with torchvision: the shorter side is resized, the center cut out."""
+        images = preprocess.center_crop(preprocess.resize_shorter(images, self.size), (self.size, self.size), round)
+        return preprocess.normalize_channels(images)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""
-        pixels = preprocess.normalize_channels(preprocess.center_crop(images, self.size, (self.size, self.size)))
-        seen = self.vision(pixel_values=pixels).last_hidden_state
+        seen = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
         length = self.prompt_limit.max_length
         batch = self.tokenizer(
             list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=length

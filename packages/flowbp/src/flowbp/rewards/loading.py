@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from imgen_common.errors import UserError
+from imgen_common import hub
+from imgen_common.errors import UserError, one_line
 
 HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -28,8 +29,24 @@ def load_head(folder: Path, head: nn.Sequential, device: torch.device | str) -> 
     if not file.exists():
         raise UserError(f"{folder}: no {HEAD_FILE} in it; make the folder with `flowbp convert-reward`")
     if str(device) != "meta":
-        head.load_state_dict(load_file(file))
+        load_weights(head, folder, load_file(file))
     return head.to(device).eval().requires_grad_(False)
+
+
+def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Puts the weights of a folder into a module.  Raises UserError where their names or shapes are others."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: its weights do not fit {type(module).__name__} ({one_line(str(error))})") from None
+
+
+def load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    """The model, processor, tokenizer or configuration of class `kind` in a folder.  Raises UserError without it."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise UserError(f"{folder}: has no {kind.__name__} that can be loaded ({one_line(str(error))})") from error
 
 
 def load_frozen(
@@ -38,7 +55,8 @@ def load_frozen(
     """The model of a folder in eval mode, none of its parameters requiring a gradient."""
     if str(device) == "meta":
         with torch.device("meta"):
-            model = model_class(AutoConfig.from_pretrained(folder, local_files_only=True)).to(dtype)
+            model = model_class(load_part(AutoConfig, folder)).to(dtype)
     else:
-        model = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        variant = hub.weight_files(folder).variant
+        model = load_part(model_class, folder, dtype=dtype, use_safetensors=True, variant=variant)
     return model.to(device).eval().requires_grad_(False)

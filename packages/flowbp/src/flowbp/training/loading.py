@@ -50,9 +50,9 @@ def load_models(config: TrainConfig, device: torch.device, *, is_main: bool = Tr
     if config.model.compile:
         compile_blocks(net)
 
-    # embeddings on disk are shared by all runs, so their keys contain what the text encoders are
+    # embeddings on disk are shared by all runs, so their keys contain all that they depend on
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
-    key = fingerprint(hub.resolve(config.model.ref)) if store else ""
+    key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
     embeddings = PromptEmbeddings(backbone, store, key)
     return LoadedModels(backbone, load_rewards(config, device), prompts, embeddings, parameters)
 

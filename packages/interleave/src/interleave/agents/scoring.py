@@ -23,7 +23,7 @@ PROBE = "a red circle"
 
 
 class VerifierJudgeConfig(Config):
-    """The miniature's verifier as judge."""
+    """The miniature's verifier as judge; it reads images at 32x32, others resized and padded to that."""
 
     kind: Literal["shapes_verifier"] = "shapes_verifier"
 

@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import typer
 
 from imgen_common.errors import run_cli
-from interleave.cli import data, run, serve, train
+from interleave.cli import data, prefetch, run, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -18,7 +18,7 @@ app = typer.Typer(
     "image and rewrites the prompt.\n\n"
     'Example: interleave run "draw a yellow circle, then make it red"',
 )
-for command in (run.run, run.batch, run.plan, run.report, serve.serve, serve.demo):
+for command in (run.run, run.batch, run.plan, run.report, prefetch.prefetch, serve.serve, serve.demo):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.command()(train.sft)

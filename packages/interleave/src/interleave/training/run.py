@@ -206,10 +206,12 @@ def load_model(config: TrainingConfig) -> Any:
     from transformers import AutoModelForImageTextToText
 
     try:
+        folder = hub.resolve(config.model)
         model = AutoModelForImageTextToText.from_pretrained(
-            hub.resolve(config.model),
+            folder,
             local_files_only=True,
             use_safetensors=True,
+            variant=hub.weight_files(folder).variant,
             dtype=config.dtype,
             attn_implementation=config.attention,
         )

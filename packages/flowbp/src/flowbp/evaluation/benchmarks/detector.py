@@ -5,7 +5,6 @@ the same network.  Preprocessing and post-processing here are those of mmdet, no
 (which squeezes images to 384x384 and computes masks at that size), so that only the weights differ.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
@@ -69,9 +68,9 @@ class Detector:
     @classmethod
     def load(cls, ref: str, device: torch.device | str = "cpu") -> "Detector":
         """The frozen float32 detector of a folder that `check_detector` accepts."""
-        model, found = Mask2Former.from_pretrained(
-            hub.resolve(ref), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        folder = hub.resolve(ref)
+        options = {"local_files_only": True, "use_safetensors": True, "variant": hub.weight_files(folder).variant}
+        model, found = Mask2Former.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):
             raise UserError(f"{ref}: {len(missing)} weights are missing, the first is {missing[0]}; copy it again")
         return cls(model.to(device).eval().requires_grad_(False))
@@ -156,7 +155,7 @@ class GenEval:
 
 def check_detector(ref: str) -> None:
     """Raises UserError unless `ref` is a Mask2Former of COCO's 80 classes of things."""
-    config = json.loads((hub.resolve(ref) / "config.json").read_text(encoding="utf-8"))
+    config = hub.read_json(hub.resolve(ref) / "config.json")
     kind, number = config.get("model_type"), len(config.get("id2label", {}))
     if kind != "mask2former" or number != len(CLASSES):
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 
 from flowbp.rewards.loading import CHECKPOINT_LAYERS
+from imgen_common import hub
 from imgen_common.errors import UserError
 
 Convertible = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
@@ -32,6 +33,7 @@ def read_checkpoint(file: Path, published: str = "the published checkpoint") -> 
     if not file.is_file():
         raise UserError(f"{file}: no such file; download {published} first")
     if file.suffix == ".safetensors":
+        hub.check_file(file)
         return load_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)

@@ -75,6 +75,7 @@ class LocalChat:
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
+                variant=hub.weight_files(folder).variant,
                 dtype=dtype_of(config.dtype, self._device),
                 attn_implementation=config.attention,
             )

@@ -1,6 +1,5 @@
 """The diffusers pipelines that can be generators: how they are called, loaded, adapted and prepared for batches."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -47,9 +46,7 @@ FAMILIES: Mapping[str, PipelineFamily] = {
 
 def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
     """Class name and family of a model's folder.  Raises UserError for another kind of model."""
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    name = str(content.get("_class_name", "folder without model_index.json"))
+    name = str(hub.pipeline_index(ref, folder).get("_class_name"))
     if name not in FAMILIES:
         allowed = ", ".join(FAMILIES)
         raise UserError(f"{ref}: cannot generate with a {name}{nearest(name, FAMILIES)}; allowed: {allowed}")
@@ -63,9 +60,10 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
     kind = getattr(diffusers, name)
     absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
     try:
-        pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **absent)
+        given = absent | hub.load_variants(folder, dtype=dtype)
+        pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: not a {name} that can be loaded ({one_line(str(error))})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -84,7 +82,7 @@ def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    path, name = hub.resolve(ref), type(pipe).__name__
+    path, name = hub.resolve(ref, single_file=True), type(pipe).__name__
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"lora {path}: has {len(files)} *.safetensors files; give the one to use")
