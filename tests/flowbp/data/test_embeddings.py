@@ -41,6 +41,7 @@ class Counted:
         self.net, self.pipe, self._whole, self.encoded = backbone.net, backbone.pipe, backbone, 0
         self.latent_shape, self.noise, self.sigmas = backbone.latent_shape, backbone.noise, backbone.sigmas
         self.velocity, self.decode, self.bfloat16 = backbone.velocity, backbone.decode, False
+        self.prompt_limits = backbone.prompt_limits
 
     def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.encoded += len(prompts)
