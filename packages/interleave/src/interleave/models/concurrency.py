@@ -58,6 +58,8 @@ class SingleFlight(Generic[Value]):
         flight = self._flights.get(key)
         if flight is None:
             flight = self._flights[key] = _Flight(asyncio.ensure_future(compute()))
+            # once all callers are cancelled nobody waits for its error
+            flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         flight.num_waiting += 1
         try:
             return await asyncio.shield(flight.task)
