@@ -3,7 +3,7 @@
 It knows no model, prompt or image.
 """
 
-from imgen_common.http.addresses import CONNECT_SECONDS, check_url, redacted, version_hint
+from imgen_common.http.addresses import CONNECT_SECONDS, ServiceUrl, check_url, redacted, version_hint
 from imgen_common.http.client import HttpClient, run_in_thread
 from imgen_common.http.failures import (
     HttpError,
@@ -25,6 +25,7 @@ __all__ = [
     "Refusal",
     "RetryPolicy",
     "RetryingCaller",
+    "ServiceUrl",
     "check_url",
     "error_in_answer",
     "error_message",

@@ -5,8 +5,10 @@ import ipaddress
 import os
 import re
 import urllib.request
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
 
 from imgen_common.errors import UserError, one_line
 
@@ -34,6 +36,16 @@ def check_url(url: str) -> str:
             "keys belong into the environment"
         )
     return url.rstrip("/")
+
+
+def _without_secrets(url: str) -> str:
+    if "@" in url or "?" in url:
+        check_url(url)
+    return url
+
+
+ServiceUrl = Annotated[str, AfterValidator(_without_secrets)]
+"""An address in a configuration: one with a name, a password or a query is refused before it is printed or written."""
 
 
 def redacted(url: str) -> str:

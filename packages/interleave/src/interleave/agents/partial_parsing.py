@@ -13,8 +13,9 @@ from interleave.records import Verdict
 FormatRule = Literal["strict", "released"]
 """strict: `parsing` reads it.  released: as the released code, which also takes an answer without <think>, a truncated
 one, and an empty prompt with a failed verdict."""
-MAX_BRACES = 64
-"""The time of a repair grows with the square of the nesting: what has more is not repaired."""
+MAX_BRACES, MAX_REPAIRED = 64, 100_000
+"""The time of a repair grows with the square of the nesting and of the digits of a number: what has more braces or
+characters is not repaired."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _last_body(answer: str) -> str | None:
 def _repair(text: str) -> Any:
     from json_repair import repair_json
 
-    if sum(text.count(brace) for brace in "{[(") > MAX_BRACES:
+    if len(text) > MAX_REPAIRED or sum(text.count(brace) for brace in "{[(") > MAX_BRACES:
         return None
     try:
         return repair_json(text, return_objects=True)

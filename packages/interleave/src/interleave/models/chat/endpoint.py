@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import Config
+from imgen_common.config import NO_SECRETS, Config
 from imgen_common.errors import UserError
-from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, check_url
+from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete
 from interleave.models.remote import backend_errors, encode_base64_png
 from interleave.protocols import Message, Reply
@@ -23,7 +23,7 @@ class EndpointChatConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["endpoint"] = "endpoint"
-    url: str = "http://127.0.0.1:8000/v1"
+    url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
@@ -39,7 +39,7 @@ class EndpointChatConfig(Config):
     """Whether seeds are sent; some hosted models refuse them."""
     top_logprobs: Annotated[int, Ge(0), Le(20)] = 0
     """How many alternatives per token are asked for; needed for `best_by_verdict_probability`."""
-    extra: Mapping[str, Any] = {}
+    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
     """Further keys of the request, as the server names them; null leaves one out (`temperature: null`), and
     `max_completion_tokens` takes the place of `max_tokens`.  No keys or passwords: they belong into the environment."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16

@@ -17,9 +17,9 @@ from interleave.storage.images import IMAGES, ImageStore
 class CachedGenerator:
     """`inner`, whose images are kept in `folder`, where any number of runs may share them.
 
-    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, with the revised prompt as JSON
-    in a second line if there is one; the image is in `images/`.  What is damaged is generated again.  Equal requests at
-    the same time share one image.  Failures are not kept.
+    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, with the revised prompt in
+    a second line, if any; the image is in `images/`.  What is damaged is generated again.  Equal requests at the same
+    time share one image.  Failures are not kept.
     """
 
     def __init__(self, inner: Generator, folder: Path) -> None:

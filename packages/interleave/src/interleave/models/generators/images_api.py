@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
-from imgen_common.config import Config
-from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url, error_in_answer, version_hint
+from imgen_common.config import NO_SECRETS, Config
+from imgen_common.http import HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, error_in_answer, version_hint
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
 
@@ -23,7 +23,7 @@ class ImagesApiConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["images_api"] = "images_api"
-    url: str = "http://127.0.0.1:8000/v1"
+    url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
@@ -41,8 +41,9 @@ class ImagesApiConfig(Config):
     """How many images an edit may be given; 0: no edits."""
     image_field: Literal["image[]", "image"] = "image[]"
     """Name of the form's field that each image of an edit is sent in."""
-    extra: Mapping[str, Any] = {}
-    """Further keys of every request, as the server names them."""
+    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
+    """Further keys of every request, as the server names them.  No keys or passwords: they belong into the
+    environment."""
     allow_addresses: bool = False
     """Whether an image is fetched from the address that the server answers; https only, without the key."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from imgen_common.config import Config
 from imgen_common.errors import UserError
-from imgen_common.http import CONNECT_SECONDS, HttpClient, HttpError, RetryPolicy, check_url, run_in_thread
+from imgen_common.http import CONNECT_SECONDS, HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, run_in_thread
 from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.remote import RemoteFailure, backend_errors, decode_base64_image, encode_base64_png
 from interleave.protocols import GenerationRequest, HashedImage
@@ -31,7 +31,7 @@ class ServiceConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["service"] = "service"
-    urls: Annotated[tuple[str, ...], MinLen(1)] = ("http://127.0.0.1:8011",)
+    urls: Annotated[tuple[ServiceUrl, ...], MinLen(1)] = ("http://127.0.0.1:8011",)
     """Addresses of the replicas."""
     token_env: str = "INTERLEAVE_SERVE_TOKEN"
     """Variable of the environment that holds the bearer token; nothing is sent where it is not set."""
