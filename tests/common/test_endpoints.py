@@ -180,6 +180,14 @@ def test_an_address_with_its_version_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    "url", ["http://host/v1/chat/completions", "http://host/v1/images/generations/", "http://host/v1/images/edits"]
+)
+def test_an_address_with_the_method_behind_it_is_told_apart(url: str) -> None:
+    with pytest.raises(UserError, match=r"give the address before it: http://host/v1$"):
+        check_url(url)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "http://user:pass-word@host/v1",
@@ -276,7 +284,7 @@ def test_an_environment_that_cannot_be_used_is_named(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=says) as caught:
-        request(client(), "http://service.test/v1")
+        request(client(), "http://service.test/v1" if "PROXY" in variable else "https://service.test/v1")
     assert "word" not in str(caught.value)
 
 
@@ -291,6 +299,7 @@ def test_a_proxy_that_is_not_there_is_blamed_itself(monkeypatch: pytest.MonkeyPa
 
 def test_this_machine_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there")  # no certificate is needed here
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

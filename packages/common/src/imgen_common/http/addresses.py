@@ -19,6 +19,8 @@ CONNECT_SECONDS = 5.0
 """Longest time for a connection, so that an address where nobody answers does not use up the whole time limit."""
 CREDENTIALS = re.compile(r"//\S*@")
 """Name and password in an address that stands among other words."""
+METHODS = ("completions", "generations", "edits", "models", "generate")
+"""How an address ends that was copied with the method behind it."""
 VERSION = re.compile(r"/v\d")
 
 
@@ -35,6 +37,10 @@ def check_url(url: str) -> str:
             f"url {redacted(url)!r}: must be like http://HOST:PORT/v1, without name, password, key or query in it; "
             "keys belong into the environment"
         )
+    base, _, method = url.rstrip("/").rpartition("/")
+    if method in METHODS:
+        base = base.removesuffix("/chat").removesuffix("/images")
+        raise UserError(f"url {redacted(url)!r}: names one method of the server; give the address before it: {base}")
     return url.rstrip("/")
 
 

@@ -58,7 +58,7 @@ class HttpClient(RetryingCaller):
         # as it may stand in an answer: plain, in an address, in JSON
         spellings = {self._token, quote(self._token, safe=""), json.dumps(self._token)[1:-1]} - {""}
         self._spellings = sorted(spellings, key=len, reverse=True)
-        self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self._clients: dict[tuple[str | None, bool], httpx.AsyncClient] = {}
 
     async def request(
         self, method: str, base: str, path: str = "", *, seconds: float, with_token: bool = True, **content: Any
@@ -76,7 +76,7 @@ class HttpClient(RetryingCaller):
         # a silent address must not use up all the time that is left
         limits = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
         proxy = proxy_of(base) if self._transport is None else None
-        client = self._opened(proxy)
+        client = self._opened(proxy, is_secure=base.startswith("https:") or (proxy or "").startswith("https:"))
         through = f" through the proxy {redacted(proxy)}" if proxy else ""
         try:
             async with client.stream(method, base + path, headers=headers, timeout=limits, **content) as answer:
@@ -114,22 +114,22 @@ class HttpClient(RetryingCaller):
         for client in clients:
             await client.aclose()
 
-    def _opened(self, proxy: str | None) -> "httpx.AsyncClient":
+    def _opened(self, proxy: str | None, is_secure: bool) -> "httpx.AsyncClient":
         """The client of a proxy, or of none.  What the environment says was read before: httpx need not."""
-        if proxy not in self._clients:
+        if (proxy, is_secure) not in self._clients:
             import httpx
 
             if proxy:
                 check_proxy(proxy)
-            self._clients[proxy] = httpx.AsyncClient(
+            self._clients[proxy, is_secure] = httpx.AsyncClient(
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency),
                 transport=self._transport,
                 follow_redirects=False,
                 proxy=proxy,
-                verify=certificates() if self._transport is None else True,
+                verify=certificates() if is_secure and self._transport is None else True,
                 trust_env=False,
             )
-        return self._clients[proxy]
+        return self._clients[proxy, is_secure]
 
     def _without_token(self, data: bytes) -> bytes:
         for spelling in self._spellings:
