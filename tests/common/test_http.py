@@ -243,6 +243,53 @@ def test_one_table_says_what_a_status_means(statuses: tuple[int, ...], kind: str
     assert {failure_of_status(status) for status in statuses} == {(kind, can_retry)}
 
 
+GONE = HttpError("unreachable", "http://host: cannot be reached")
+STARTING = HttpError("server_error", "http://host: status 503", status=503)
+
+
+@pytest.mark.parametrize("seconds", [5, 60, 145])
+@pytest.mark.parametrize("failure", [GONE, STARTING, HttpError("server_error", "behind a gateway", status=502)])
+def test_the_default_patience_outlasts_a_restart_and_says_so(
+    failure: HttpError, seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in range(20):
+        caplog.clear()
+        time = Time()
+        made = RetryingCaller(RetryPolicy(), name="http://host", clock=time, sleep=time.sleep, rng=random.Random(seed))
+
+        async def send(left: float, time: Time = time) -> str:
+            if time.now < seconds:
+                raise failure
+            return "yes"
+
+        assert asyncio.run(made.call(send)) == "yes"
+        assert caplog.messages[0] == f"{failure}; waiting up to 5 min for it to come back"
+        assert [message.split(" after ")[0] for message in caplog.messages[1:]] == ["http://host: answers again"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "tries"),
+    [
+        (GONE, 16),
+        (STARTING, 16),
+        (BUSY, 16),
+        (HttpError("server_error", "status 500", status=500), 6),
+        (HttpError("malformed_response", "no JSON"), 6),
+        (HttpError("timeout", "slow"), 6),
+    ],
+)
+def test_only_a_service_that_is_not_there_is_asked_for_minutes(failure: HttpError, tries: int) -> None:
+    send, left = sends(failure)
+    assert f"(tried {tries} times)" in str(failure_of(caller(Time(), deadline=8e4), send))
+    assert len(left) == tries
+
+
+def test_errors_of_a_server_that_comes_back_are_counted_apart_from_its_absence() -> None:
+    send, left = sends(*[GONE] * 8, *[HttpError("malformed_response", "not yet")] * 3, "yes")
+    assert asyncio.run(caller(Time()).call(send)) == "yes"
+    assert len(left) == 12
+
+
 def test_errors_of_a_server_open_the_breaker() -> None:
     made = caller(Time(), failure_threshold=1, max_tries=1)
     send, left = sends(HttpError("server_error", "status 500"))

@@ -65,7 +65,8 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """Names that were changed on purpose since the recording, by the first word of a golden's name: keys, and strings that
 are such a name."""
-ADDED = {"estimate": {"gradient_accumulation_steps"}, "story": {"error_kind"}, "batch": {"error_kind"}}
+STORY = {"error_kind", "finish_reason", "revised_prompt"}
+ADDED = {"estimate": {"gradient_accumulation_steps"}, "story": STORY, "batch": STORY}
 """Keys that records have gained since the recording, by the first word of a golden's name."""
 VOLATILE = re.compile(
     r"(seconds|duration|timings|time|peak_memory\w*|wall|started|created|host|path|report|run|command|version)$"

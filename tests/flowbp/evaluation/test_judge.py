@@ -158,7 +158,7 @@ def test_a_refusal_is_not_repeated(server: Server) -> None:
 )
 def test_what_is_no_chat_completion(server: Server, raw: bytes) -> None:
     server.raw = raw
-    with pytest.raises(UserError, match="an answer that is no chat completion"):
+    with pytest.raises(UserError, match="not a chat completion"):
         judge(server)([RED], ["a wall"])
 
 

@@ -1,26 +1,31 @@
 """Judges: marks are read strictly, samples averaged, failures typed, and no image is judged twice."""
 
 import asyncio
+import gc
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from backends import FakeJudge
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from imgen_common.errors import UserError
+from imgen_common.streams import stream_seed
 from interleave.agents import scoring
 from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_agreement, parse_scores
 from interleave.agents.miniature import VerifierJudge
 from interleave.agents.parsing import ParseFailure
 from interleave.agents.prompts import load_template
-from interleave.agents.scoring import CachedJudge
+from interleave.agents.scoring import CachedJudge, check_judge, score_all
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
-from interleave.protocols import BackendError, CriticInput, HashedImage, Message
+from interleave.protocols import BackendError, CriticInput, HashedImage, Message, Reply
 from interleave.records import Scores
 
 RED, BLUE, WIDE = (
@@ -47,6 +52,11 @@ def score(*marks: Any, **more: Any) -> str:
         (score(1, 2, more="x"), (1, 2)),
         (f"```json\n{score(3, 4)}\n```", (3, 4)),
         (f"\n  {score(3, 4)}  \n", (3, 4)),
+        (f"<think>7, or {score(9, 9)}?</think>\n{score(3, 4)}", (3, 4)),
+        (f"hm, [1, 2]</think>```json\n{score(3, 4)}```", (3, 4)),
+        (f"<think></think><answer>{score(3, 4)}</answer>", (3, 4)),
+        ('{"score": [3, 4], "reasoning": "sharp,\nbut\tdull"}', (3, 4)),
+        ('```\n{"reasoning": "a\r\nb", "score": [3, 4.0]}\n```', (3, 4)),
     ],
 )
 def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None:
@@ -75,6 +85,10 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
         ("The score is 7 and 8.", "not JSON"),
         (f"I think {score(7, 8)}", "not JSON"),
         ('{"score": [7, 8]', "not JSON"),
+        (f"<think>{score(7, 8)}", "not JSON"),
+        (f"<think>{score(7, 8)}</think>", "not JSON"),
+        (f'{{"score": [{"[" * 300}{"]" * 300}, 8]}}', "not list"),
+        (f"<answer>{score(7, 8)}", "not closed"),
         ("{'score': [7, 8]}", "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -340,3 +354,83 @@ def test_agreement_does_not_depend_on_who_is_first(marks: list[tuple[float, floa
     one, other = judge_agreement(first, second), judge_agreement(second, first)
     assert vars(one) == pytest.approx(vars(other), nan_ok=True)
     assert math.isnan(one.same_order) or 0 <= one.same_order <= 1
+
+
+@pytest.mark.parametrize("num", [3, 30])
+def test_a_judge_that_fails_too_often_leaves_no_error_behind(num: int, tmp_path: Path) -> None:
+    """Scoring ends with one message; what the other questions raise afterwards is nobody's to handle."""
+    unhandled: list[Any] = []
+
+    class Failing:
+        id = "failing"
+
+        async def score(self, shown: CriticInput) -> Scores:
+            try:
+                await asyncio.sleep(0 if shown.original_prompt == "0" else 0.01)
+            finally:
+                raise BackendError("malformed_response", "7 answers could not be read")
+
+        async def close(self) -> None:
+            pass
+
+    looks = [lambda i=i: CriticInput(LOOK.before, LOOK.after, str(i), "") for i in range(num)]
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
+        with pytest.raises(UserError, match="the judge failed on 1 images"):
+            await score_all(CachedJudge(Failing(), tmp_path), looks, num, 0.0, lambda done, total: None, "again")
+        await asyncio.sleep(0.02)
+        gc.collect(1)
+
+    asyncio.run(main())
+    assert unhandled == []
+
+
+def test_a_question_that_fails_ends_the_others() -> None:
+    ended: list[int] = []
+
+    class Model:
+        id = "m"
+
+        async def chat(self, message: Message, seed: int) -> Reply:
+            if seed == seeds[0]:
+                raise BackendError("refused", "no")
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(seed)
+            raise AssertionError
+
+        async def close(self) -> None:
+            pass
+
+    seeds = [stream_seed(0, "judge", sample, 0) for sample in (1, 0)]
+    judge = ChatJudge(Model(), load_template("judge_semantics"), load_template("judge_quality"), 2)
+
+    async def main() -> list[int]:
+        with pytest.raises(BackendError, match="no"):
+            await judge.score(LOOK)
+        return list(ended)
+
+    assert seeds[1] in asyncio.run(main())
+
+
+def test_a_judge_behind_an_endpoint_is_checked_at_once_and_as_it_will_be_asked() -> None:
+    def judge(handler: Callable[[httpx.Request], httpx.Response]) -> ChatJudge:
+        model = EndpointChat(EndpointChatConfig(url="http://example.test/v1"), httpx.MockTransport(handler))
+        return ChatJudge(model, load_template("judge_semantics"), load_template("judge_quality"))
+
+    asked: list[Any] = []
+
+    def gone(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        raise httpx.ConnectError("no route")
+
+    with pytest.raises(UserError, match="cannot be reached"):
+        asyncio.run(check_judge(judge(gone)))
+    assert [part["type"] for part in asked[0]["messages"][0]["content"]] == ["image_url", "text"]
+    assert len(asked) == 1
+    thinking = {"content": score(7, 8), "reasoning_content": "The image is white."}
+    asyncio.run(check_judge(judge(lambda r: httpx.Response(200, json={"choices": [{"message": thinking}]}))))
+    answers = asyncio.run(judge(lambda r: httpx.Response(200, json={"choices": [{"message": thinking}]})).score(LOOK))
+    assert (answers.semantics, answers.quality) == (7, 7)

@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 from hypothesis import given
@@ -131,7 +130,6 @@ ENVELOPES = {
     "words around": (f"Sure. <think>a</think> So: <answer> {GOOD} </answer> Done.", True),
     "no think": (wrapped(GOOD, ""), False),
     "think not closed": (wrapped(GOOD, "<think>hm"), False),
-    "think not opened": (wrapped(GOOD, "hm</think>"), False),
     "think empty": (wrapped(GOOD, "<think></think>"), True),
     "think after the answer": (f"<answer>{GOOD}</answer><think>a</think>", False),
     "no answer": ("<think>a</think>" + GOOD, False),
@@ -155,6 +153,13 @@ def test_the_last_answer_after_the_thought_counts(name: str, mode: ParseMode) ->
     found = parse_verdict(answer, mode)
     assert isinstance(found, Verdict) == is_readable, found
     assert not isinstance(found, Verdict) or found.refined_prompt == "good"
+
+
+@pytest.mark.parametrize("thought", ["hm", "", "I see <answer>x</answer>", "\n<b> \n"])
+def test_a_thought_that_the_chat_template_opened_is_read_by_the_tolerant_mode_only(thought: str) -> None:
+    answer = wrapped(GOOD, f"{thought}</think>")
+    assert parse_verdict(answer, "strict") == ParseFailure("no <think>")
+    assert parse_verdict(answer, "tolerant") == Verdict(success=False, refined_prompt="good", reasoning=thought.strip())
 
 
 def test_the_thought_is_kept() -> None:
@@ -313,10 +318,22 @@ def test_nothing_is_ever_raised(text: str, mode: ParseMode, is_wrapped: bool) ->
     ],
     ids=lambda content: content[:12],
 )
-def test_hostile_answers_are_refused_in_bounded_time(content: str) -> None:
-    began = time.process_time()
+def test_hostile_answers_are_refused(content: str) -> None:
     assert isinstance(parse_verdict(wrapped(content), "tolerant"), ParseFailure)
-    assert time.process_time() - began < 20
+
+
+@pytest.mark.parametrize("number", [[[]], {"a": 1}, "x" * 9999])
+def test_a_wrong_number_of_a_step_is_shown_cut_short(number: object) -> None:
+    found = parse_plan(plan_answer(step(number)))
+    assert isinstance(found, ParseFailure)
+    assert "step 1 has step_number" in found.reason
+    assert len(found.reason) < 120
+
+
+@pytest.mark.parametrize(("num", "is_read"), [(1, True), (16, True), (4000, True)])
+def test_of_many_openings_the_last_one_counts(num: int, is_read: bool) -> None:
+    found = parse_verdict("<think></think>" + "<answer>hm " * num + f"<answer>{GOOD}</answer>")
+    assert isinstance(found, Verdict) == is_read
 
 
 any_text = st.text(st.characters(codec="utf-8"), max_size=40)

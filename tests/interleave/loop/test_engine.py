@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgen_common.errors import UserError
-from interleave.agents.critic import RandomRewrite
+from interleave.agents.critic import ChatCritic, RandomRewrite
+from interleave.agents.planner import ChatPlanner
+from interleave.agents.prompts import load_template
+from interleave.datasets.rows import make_rl_row
 from interleave.loop.attempts import select_attempt
 from interleave.loop.config import LoopConfig
 from interleave.loop.engine import Engine
-from interleave.protocols import BackendError, Components, CriticInput, GenerationRequest, HashedImage
-from interleave.records import Attempt, Plan, Record, Request, Trajectory
+from interleave.models.chat.scripted import ScriptedChat
+from interleave.protocols import BackendError, Components, CriticInput, GenerationRequest, HashedImage, Reply
+from interleave.records import Attempt, Plan, Record, Request, Scores, Trajectory
 from interleave.storage.images import ImageStore
 from interleave.storage.trace import Trace, read_trace
 
@@ -209,10 +214,9 @@ def test_the_laws_of_the_loop(
 
     drawn = attempts(folder)
     by_step = {s: [a for a in drawn if a.step == s] for s in {a.step for a in drawn}}
-    pictures = [a for a in drawn if a.image_id]
     assert len(generator.jobs) == len(drawn) <= sum(p is not None for p in prompts) * tries
     assert not repeated(generator.jobs)
-    assert len(pictures) <= (limit if limit is not None else len(drawn))
+    assert len(drawn) <= (limit if limit is not None else len(drawn))
     chosen = {s: next(a for a in by_step[s] if a.attempt == k).image_id for s, k in trajectory.selected.items()}
     image_before: str | None = None
     for step in sorted(by_step):
@@ -233,9 +237,56 @@ def test_the_laws_of_the_loop(
         assert not any(a.image_id for a in by_step[max(by_step)])
     else:
         assert trajectory.status == "budget_exhausted"
-        assert len(pictures) == limit
-    assert trajectory.spent.generations == len(pictures)
+        assert len(drawn) == limit
+    assert trajectory.spent.generations == len(drawn)
     assert trajectory.spent.critic_calls == len(made.critic.looks) == len(said)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("kind", ["server_error", "timeout", "malformed_response"])
+def test_images_that_failed_count_as_asked_for(limit: int, kind: Any, tmp_path: Path) -> None:
+    generator = FakeGenerator()
+    generator.fails = lambda job: BackendError(kind, "broke")
+    (story,) = run(tmp_path, parts(generator=generator), loop=LoopConfig(max_attempts=8, max_generations=limit))
+    assert len(generator.jobs) == story.spent.generations == limit
+    assert story.status == "budget_exhausted"
+    assert story.error == (
+        f"{limit} images were asked for, as many as loop.max_generations allows (the last failed: {kind}: broke)"
+    )
+
+
+def test_what_a_generator_drew_instead_is_on_record_and_shown_to_the_critic(tmp_path: Path) -> None:
+    class Reviser(FakeGenerator):
+        async def generate(self, request: GenerationRequest) -> HashedImage:
+            return replace(await super().generate(request), revised_prompt=f"{request.prompt}, in oil")
+
+    made = parts(plan_of("one"), lambda shown, seed: (shown.prompt_used == "better, in oil", "better"), Reviser())
+    run(tmp_path, made)
+    recorded = attempts(tmp_path)
+    assert [(a.prompt_used, a.revised_prompt, a.status) for a in recorded] == [
+        ("one", "one, in oil", "rejected"),
+        ("better", "better, in oil", "accepted"),
+    ]
+    row = make_rl_row(recorded[0].model_copy(update={"scores": Scores(semantics=1, quality=1, judge_id="j")}))
+    assert row is not None
+    assert row.prompt_used == "one, in oil"
+
+
+def test_why_answers_ended_is_on_record(tmp_path: Path) -> None:
+    planner, critic = (
+        ScriptedChat(lambda m, s: Reply("?", finish_reason="tool_calls")),
+        ScriptedChat(lambda m, s: Reply("?", finish_reason="length", truncated=True)),
+    )
+    text, images = load_template("planner_text"), load_template("planner_images")
+    (story,) = run(tmp_path / "p", Components(ChatPlanner(planner, text, images), None, FakeGenerator()))
+    assert story.planner is not None
+    assert (story.planner.finish_reason, story.planner.error) == ("tool_calls", "ended by tool_calls: no <think>")
+    made = Components(
+        FakePlanner(lambda r, s: plan_of("one")), ChatCritic(critic, load_template("critic")), FakeGenerator()
+    )
+    run(tmp_path / "c", made, loop=LoopConfig(max_attempts=1))
+    (attempt,) = attempts(tmp_path / "c")
+    assert (attempt.finish_reason, attempt.error) == ("length", "cut off after 0 tokens: no <think>")
 
 
 @given(statuses=st.lists(st.sampled_from(["accepted", "rejected", "generator_failed"]), min_size=1, max_size=6))

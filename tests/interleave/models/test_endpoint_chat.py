@@ -11,12 +11,21 @@ from typing import Any
 
 import httpx
 import pytest
+from backends import FakeGenerator
 from PIL import Image
 
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.http import RetryPolicy
+from interleave.agents.critic import ChatCritic
+from interleave.agents.parsing import parse_verdict
+from interleave.agents.planner import ChatPlanner
+from interleave.agents.prompts import load_template
+from interleave.loop.config import RunConfig
+from interleave.loop.run import check_endpoints
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
-from interleave.protocols import BackendError, HashedImage, Reply
+from interleave.protocols import BackendError, Components, HashedImage, Reply
+from interleave.records import Verdict
 
 RED = HashedImage.from_pil(Image.new("RGB", (4, 4), "red"))
 QUICK = RetryPolicy(max_tries=2, initial_backoff=1e-6, deadline=5)
@@ -272,6 +281,134 @@ def test_servers_on_a_real_socket(behaviour: str, kind: str, says: str) -> None:
     assert found.kind == kind
     assert says in str(found)
     assert "127.0.0.1" in str(found)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": None, "refusal": "I will not."}},
+        {"message": {"content": "I will not."}, "finish_reason": "content_filter"},
+        {"message": {"content": [{"type": "refusal", "refusal": "I will not."}]}},
+    ],
+)
+def test_a_refusal_keeps_its_words_is_asked_once_and_harms_no_other(choice: dict[str, Any]) -> None:
+    asked: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(1)
+        return httpx.Response(200, json={"choices": [choice]} if len(asked) <= 9 else completion("fine"))
+
+    async def main() -> tuple[list[Any], Reply]:
+        model = endpoint(handler)
+        refused = [await asyncio.gather(model.chat(("hi",), 0), return_exceptions=True) for _ in range(9)]
+        return refused, await model.chat(("hi",), 0)
+
+    refused, reply = asyncio.run(main())
+    assert {(one.kind, "I will not." in str(one)) for (one,) in refused} == {("refused", True)}
+    assert (reply.text, reply.finish_reason, len(asked)) == ("fine", "stop", 10)
+
+
+@pytest.mark.parametrize("content", ["I looked.</think><answer>{}</answer>", "</think>\n<answer>{}</answer>"])
+@pytest.mark.parametrize("mode", ["strict", "tolerant"])
+def test_a_template_that_opens_the_thought_is_read_in_both_modes(content: str, mode: Any) -> None:
+    verdict = json.dumps({"previous_step_success": True, "refine_prompt": "a cat"})
+    said = completion(content.replace("{}", verdict))
+    reply = ask(endpoint(lambda request: httpx.Response(200, json=said)))
+    assert isinstance(parse_verdict(reply.text, mode), Verdict)
+
+
+@pytest.mark.parametrize("mode", ["strict", "tolerant"])
+def test_reasoning_that_is_empty_is_a_thought(mode: Any) -> None:
+    verdict = json.dumps({"previous_step_success": True, "refine_prompt": "a cat"})
+    message = {"content": f"<answer>{verdict}</answer>", "reasoning_content": ""}
+    reply = ask(endpoint(lambda request: httpx.Response(200, json={"choices": [{"message": message}]})))
+    assert parse_verdict(reply.text, mode) == Verdict(success=True, refined_prompt="a cat")
+
+
+def picky(*refused: str) -> Callable[[httpx.Request], httpx.Response]:
+    """A server that takes some keys of a request not."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        found = [key for key in refused if key in json.loads(request.content)]
+        if found:
+            return httpx.Response(400, json={"error": {"message": f"Unsupported parameter: {found[0]}"}})
+        return httpx.Response(200, json=completion())
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    ("key", "mended"),
+    [
+        ("max_tokens", {"extra": {"max_completion_tokens": 512}}),
+        ("temperature", {"extra": {"temperature": None}}),
+        ("seed", {"send_seed": False}),
+        ("top_p", {"extra": {"top_p": None}}),
+        ("logprobs", {"top_logprobs": 0}),
+    ],
+)
+def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> None:
+    settings = {"top_logprobs": 3}
+    with pytest.raises(UserError, match=rf"Unsupported parameter: {key}; leave out .*send_seed: false"):
+        asyncio.run(endpoint(picky(key), **settings).check())
+    asyncio.run(endpoint(picky(key), **(settings | mended)).check())
+
+
+def test_the_check_of_a_critic_shows_an_image() -> None:
+    seen: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content)["messages"][0]["content"])
+        return httpx.Response(200, json=completion())
+
+    def built() -> EndpointChat:
+        return endpoint(handler)
+
+    text, images = load_template("planner_text"), load_template("planner_images")
+    parts = Components(
+        ChatPlanner(built(), text, images), ChatCritic(built(), load_template("critic")), FakeGenerator()
+    )
+    asyncio.run(check_endpoints(parts))
+    assert [[part["type"] for part in content] for content in seen] == [["text"], ["image_url", "text"]]
+
+
+def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", "sk-topsecret")
+    said = completion("your key is sk-topsecret", finish_reason="sk-topsecret")
+    reply = ask(endpoint(lambda request: httpx.Response(200, json=said)))
+    assert "topsecret" not in repr(reply)
+    assert reply.text == "your key is ..."
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"extra": {"api_key": "pass-word"}},
+        {"extra": {"headers": {"X-Api-Key": "pass-word"}}},
+        {"extra": {"options": [{"password": "pass-word"}]}},
+        {"extra": {"authorization": "pass-word"}},
+        {"extra": {"user": "sk-pass-word"}},
+        {"url": "http://me:pass-word@host/v1"},
+        {"url": "http://host/v1?token=pass-word"},
+    ],
+)
+@pytest.mark.parametrize("kind", ["model", "generator"])
+def test_a_secret_in_a_configuration_is_refused_and_not_shown(settings: dict[str, Any], kind: str) -> None:
+    tree = {"generator": {"kind": "images_api"} | settings}
+    if kind == "model":
+        tree = {"planner": {"kind": "model", "model": {"kind": "endpoint"} | settings}}
+    with pytest.raises(UserError) as caught:
+        RunConfig(**tree)  # type: ignore[arg-type]
+    assert "pass-word" not in str(caught.value)
+    assert "environment" in str(caught.value)
+
+
+def test_other_keys_of_a_request_are_no_secrets() -> None:
+    extra = {"prompt_cache_key": "a", "max_completion_tokens": 9, "stop_token_ids": [1], "api_key": None}
+    assert EndpointChatConfig(extra=extra).extra == extra
+    with pytest.raises(UserError, match=r"--set generator.api_key=\.\.\.: unknown key") as caught:
+        load(RunConfig, [], ["generator.kind=images_api", "generator.api_key=pass-word"])
+    assert "pass-word" not in str(caught.value)
 
 
 def test_probabilities_of_tokens() -> None:

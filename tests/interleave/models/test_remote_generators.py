@@ -8,6 +8,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.http import RetryPolicy
+from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.images_api import ImagesApiConfig, ImagesApiGenerator
 from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.generators.scripted import ScriptedGenerator, color_bands
@@ -324,7 +326,7 @@ BAD_IMAGES: dict[str, tuple[httpx.Response, str]] = {
     "not JSON": (httpx.Response(200, content=b"<html>"), "malformed_response"),
     "no data": (httpx.Response(200, json={"data": []}), "malformed_response"),
     "null": (httpx.Response(200, json={"data": [None]}), "malformed_response"),
-    "an error inside": (httpx.Response(200, json={"error": {"message": "the cat sat on it"}}), "malformed_response"),
+    "an error inside": (httpx.Response(200, json={"error": {"message": "the cat sat on it"}}), "refused"),
     "nothing in it": (httpx.Response(200, json={"data": [{}]}), "malformed_response"),
     "text": (httpx.Response(200, json={"data": [{"b64_json": base64_of(b"hello")}]}), "malformed_response"),
     "bomb": (httpx.Response(200, json={"data": [{"b64_json": base64_of(bomb())}]}), "malformed_response"),
@@ -387,6 +389,69 @@ def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatc
     assert failure(endpoint(handler("https", bomb()), allow_addresses=True)).kind == "malformed_response"
     large = endpoint(handler("https", b" " * 3000), allow_addresses=True, max_answer_bytes=1024)
     assert failure(large).kind == "malformed_response"
+
+
+def wrapped_lines(text: str) -> str:
+    return "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: f"data:image/png;base64,{text}",
+        wrapped_lines,
+        lambda text: f"data:image/png;base64,{wrapped_lines(text)}",
+        lambda text: text.rstrip("="),
+        lambda text: f" {text} ",
+    ],
+)
+def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]) -> None:
+    image = HashedImage.from_pil(Image.effect_noise((17, 9), 50).convert("RGB"))
+    encoded = written(base64_of(png(image.image)))
+    assert drawn(endpoint(answering(json={"data": [{"b64_json": encoded}]}))) == image
+    assert drawn(pool(answering(json={"model": "m", "image": encoded}))) == image
+    if encoded.startswith("data:"):
+        assert drawn(endpoint(answering(json={"data": [{"url": encoded}]}))) == image
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        ({"error": {"message": "not allowed by our policy"}}, "refused", "not allowed by our policy"),
+        ({"error": {"message": "later", "code": 429}}, "rate_limited", "later"),
+        ({"data": None, "error": {"message": "broke", "status": 500}}, "server_error", "broke"),
+        ({"data": None}, "malformed_response", "no image in the answer"),
+        ({"data": [{"b64_json": None, "url": 7}]}, "malformed_response", "no image in the answer"),
+        ({"detail": "the model loads"}, "malformed_response", "the model loads"),
+    ],
+)
+def test_errors_of_an_images_endpoint_under_status_200(body: Any, kind: str, words: str) -> None:
+    failed = failure(endpoint(answering(json=body)))
+    assert failed.kind == kind
+    assert words in str(failed)
+
+
+def test_errors_of_an_images_endpoint_open_the_breaker() -> None:
+    asked: list[int] = []
+    generator = endpoint(
+        lambda request: asked.append(1) or httpx.Response(500), retry=RetryPolicy(max_tries=1, failure_threshold=3)
+    )
+
+    async def main() -> list[Any]:
+        return [(await asyncio.gather(generator.generate(JOB), return_exceptions=True))[0].kind for _ in range(5)]
+
+    assert asyncio.run(main()) == ["server_error"] * 3 + ["unreachable"] * 2
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("revised", ["A red circle, in oil.", "赤い円", "two\nlines"])
+def test_a_revised_prompt_is_kept_and_goes_through_the_cache(revised: str, tmp_path: Path) -> None:
+    entry = {"b64_json": base64_of(png(RED.image)), "revised_prompt": revised}
+    cached = CachedGenerator(endpoint(answering(json={"data": [entry]})), tmp_path)
+    again = CachedGenerator(endpoint(answering(500)), tmp_path)
+    assert [drawn(generator).revised_prompt for generator in (cached, again)] == [revised, revised]
+    none = endpoint(answering(json={"data": [entry | {"revised_prompt": None}]}))
+    assert drawn(none).revised_prompt is None
 
 
 def test_an_address_that_is_none_is_refused() -> None:

@@ -211,6 +211,15 @@ def test_prompts_are_shown_with_what_changed() -> None:
     assert "Prompt, with changes to the plan" in html
 
 
+def test_a_prompt_that_the_generator_revised_is_shown_as_it_drew_it() -> None:
+    album = Album()
+    story = told(album)
+    first = story.attempts[0].model_copy(update={"revised_prompt": "add a blue square in oil"})
+    html, _ = page_of([StoryView(story.request, story.planner, story.plan, (first, *story.attempts[1:]))], album)
+    assert "Prompt as the generator revised it" in html
+    assert "<ins>in oil</ins>" in html
+
+
 def test_images_before_the_first_are_not_shown() -> None:
     album = Album()
     white = album.draw(99)
@@ -226,6 +235,7 @@ def test_what_others_wrote_is_escaped_everywhere(num: int) -> None:
     picture = album.draw(1)
     step = PlanStep(index=1, name=EVIL, instruction=EVIL, prompt=EVIL, text=EVIL)
     wild = {"original_prompt": EVIL, "prompt_used": EVIL + " x", "refined_prompt": EVIL + " y", "reasoning": EVIL}
+    wild["revised_prompt"] = EVIL + " z"
     generator = GeneratorInfo(id=EVIL, params={EVIL: EVIL})
     scores = Scores(semantics=1, quality=1, judge_id=EVIL)
     one = attempt(1, 1, picture, generator=generator, raw=EVIL, error=EVIL, scores=scores, timings={EVIL: 1.0}, **wild)

@@ -25,10 +25,14 @@ class BackendError(Exception):
 
 @dataclass(frozen=True)
 class HashedImage:
-    """An RGB image and the hash of its pixels."""
+    """An RGB image and the hash of its pixels.
+
+    revised_prompt: what its generator says that it drew, where it rewrote the prompt it was given.
+    """
 
     image: Image.Image = field(repr=False, compare=False)
     id: str
+    revised_prompt: str | None = field(default=None, compare=False)
 
     @classmethod
     def from_pil(cls, image: Image.Image) -> "HashedImage":
@@ -48,7 +52,7 @@ Message = tuple[str | HashedImage, ...]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a chat model answered.  `truncated`: it hit its limit of tokens.
+    """What a chat model answered.  `truncated`: it hit its limit of tokens.  `finish_reason`: as the server says.
 
     `token_probabilities`: where the model gives them, each answered token's text and its alternatives' probabilities.
     """
@@ -57,6 +61,7 @@ class Reply:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     truncated: bool = False
+    finish_reason: str | None = None
     token_probabilities: tuple[tuple[str, Mapping[str, float]], ...] = ()
 
 
@@ -124,6 +129,7 @@ class PlannerAnswer:
     error: str | None = None
     template: str = ""
     template_hash: str = ""
+    finish_reason: str | None = None
 
 
 class Planner(Component, Protocol):
@@ -156,6 +162,7 @@ class CriticAnswer:
     raw: str
     error: str | None = None
     success_probability: float | None = None
+    finish_reason: str | None = None
 
 
 class Critic(Component, Protocol):

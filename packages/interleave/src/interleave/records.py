@@ -140,7 +140,8 @@ class Attempt(Record):
     `step` and `attempt` count from 1.  `source_ids` are the images the generator was given (none for text to image),
     `before_id` the one the critic compared with.  Times in seconds.  `success_probability`: how much of the critic's
     probability mass lay on success, in [0, 1], where its model gives it.  `critic_tries`: how often it was asked,
-    because an answer could not be read.
+    because an answer could not be read.  `prompt_used` was sent to the generator; `revised_prompt` is what it says that
+    it drew instead.  `finish_reason`: why the critic's answer ended, as its endpoint says.
     """
 
     trajectory_id: str
@@ -151,6 +152,7 @@ class Attempt(Record):
     before_id: str | None = None
     original_prompt: str
     prompt_used: str
+    revised_prompt: str | None = None
     seed: int
     generator: GeneratorInfo
     image_id: str | None = None
@@ -159,12 +161,18 @@ class Attempt(Record):
     reasoning: str | None = None
     success_probability: float | None = Field(default=None, ge=0, le=1)
     raw: str = ""
+    finish_reason: str | None = None
     critic_tries: int = Field(default=0, ge=0)
     error: str | None = None
     error_kind: FailureKind | None = None
     scores: Scores | None = None
     timings: Mapping[str, float] = Field(default_factory=dict)
     status: AttemptStatus
+
+    @property
+    def drawn_prompt(self) -> str:
+        """What was drawn, in words: what the critic sees, and what it is taught."""
+        return self.revised_prompt or self.prompt_used
 
 
 class PlannerRecord(Record):
@@ -174,6 +182,7 @@ class PlannerRecord(Record):
     template: str
     template_hash: str
     raw: str = ""
+    finish_reason: str | None = None
     num_tries: int = Field(default=1, ge=0)
     error: str | None = None
     error_kind: FailureKind | None = None

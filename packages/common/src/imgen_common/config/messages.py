@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from imgen_common.config.schema import Config, Keys, class_of_mapping, config_classes, kinds_of, type_under
+from imgen_common.config.secrets import is_secret_name
 from imgen_common.errors import nearest
 
 
@@ -25,6 +26,8 @@ def describe_errors(cls: type[Config], tree: Any, origins: Mapping[Keys, str], e
 
 def label(source: str, keys: Keys) -> str:
     dotted = ".".join(keys)
+    if keys and is_secret_name(keys[-1]) and source.startswith("--set "):
+        source = f"--set {dotted}=..."  # whoever gave a key to the wrong setting need not see it in a log
     return source if not keys or source.startswith(f"--set {dotted}=") else f"{source}: {dotted}"
 
 

@@ -10,12 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from PIL import Image
 
+from imgen_common import http
 from imgen_common.errors import UserError
-from imgen_common.http import HttpClient, HttpError, RetryPolicy
+from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy
+from imgen_common.http.chat import complete, split_reasoning
 from imgen_common.images import data_uri
 
 Criterion = Literal["ur_align", "ur_iq"]
@@ -53,8 +54,11 @@ class Judgment(NamedTuple):
 
 
 def parse_score(answer: str) -> float | None:
-    """The score in an answer if it is from 1 to 5, given once and in the requested form; otherwise None."""
-    found = {float(text) for text in FINAL_SCORE.findall(answer)}
+    """The score in an answer if it is from 1 to 5, given once and in the requested form; otherwise None.
+
+    What a judge thinks in `<think>` before its answer does not count.
+    """
+    found = {float(text) for text in FINAL_SCORE.findall(split_reasoning(answer)[1])}
     return found.pop() if len(found) == 1 and max(found) <= 5 else None
 
 
@@ -66,8 +70,8 @@ class Judge:
     url: str
     model: str
     max_concurrency: int = 8
-    max_tries: int = 5
-    """Requests that are made for an image before the judge gives up."""
+    max_tries: int = 16
+    """Requests that are made for an image, at most, while the endpoint is not there or busy (`RetryPolicy`)."""
     initial_backoff: float = 1.0
     """Longest wait in seconds before the second try; doubled before each later one."""
     timeout: float = 300.0
@@ -95,6 +99,8 @@ class Judge:
         body = await asyncio.to_thread(self._question, image, prompt)
         try:
             answer = await client.call(lambda seconds: self._send(client, body, seconds))
+        except Refusal as refusal:
+            return Judgment(None, str(refusal)[-MAX_KEPT_ANSWER:])
         except HttpError as error:
             raise UserError(
                 f"judge {self.model!r}: {error}; check --judge, the model's name and {KEY_VARIABLE}, then run the "
@@ -115,24 +121,14 @@ class Judge:
 
     async def _send(self, client: HttpClient, body: bytes, seconds: float) -> str:
         """The text of the answer."""
-        base, headers = self.url.rstrip("/"), {"Content-Type": "application/json"}
-        data = await client.request("POST", base, "/chat/completions", seconds=seconds, content=body, headers=headers)
-        try:
-            text = json.loads(data)["choices"][0]["message"]["content"]
-            if isinstance(text, str):
-                return text
-        except (ValueError, LookupError, TypeError, RecursionError):
-            pass
-        raise HttpError("malformed_response", f"{base}: an answer that is no chat completion", can_retry=False)
+        return (await complete(client, self.url.rstrip("/"), body, seconds)).text
 
 
 def check_url(url: str | None) -> str:
     """The base URL of an endpoint.  Raises UserError if it is not one, or has a password, which logs would keep."""
-    parts = urlsplit(url or "")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        return http.check_url(url or "")
+    except UserError as error:
         raise UserError(
-            f"--judge {url or ''}: must be the base URL of an OpenAI-compatible endpoint: http or https, host, /v1"
-        )
-    if parts.username or parts.password:
-        raise UserError(f"--judge {parts.hostname}: must contain no name or password; put the key into {KEY_VARIABLE}")
-    return url or ""
+            f"--judge: must be the base URL of an OpenAI-compatible endpoint ({error}); put the key into {KEY_VARIABLE}"
+        ) from None

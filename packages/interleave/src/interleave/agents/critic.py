@@ -1,6 +1,5 @@
 """The critic over any chat model, and one that decides by chance, as a control."""
 
-import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from imgen_common.errors import UserError
 from imgen_common.streams import stream_seed
 from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_verdict
 from interleave.agents.prompts import Template, render_critic
+from interleave.models.concurrency import map_concurrently
 from interleave.protocols import ChatModel, CriticAnswer, CriticInput, HashedImage, Reply
 from interleave.records import Verdict
 
@@ -56,21 +56,22 @@ class ChatCritic:
             shown = replace(shown, request="", story=())
         message = render_critic(self._template, shown)
         seeds = [seed, *(stream_seed(seed, "critic-sample", i) for i in range(1, self._num_samples))]
-        replies = await asyncio.gather(*(self.model.chat(message, each) for each in seeds))
+        replies = await map_concurrently(lambda each: self.model.chat(message, each), seeds, len(seeds))
         read = [(reply, parse_verdict(reply.text, self._parse_mode)) for reply in replies]
         readable = [(reply, verdict) for reply, verdict in read if not isinstance(verdict, ParseFailure)]
         if not readable:
             reply, why = read[0]
             assert isinstance(why, ParseFailure)
-            return CriticAnswer(None, reply.text, describe_failure(reply, why))
+            return CriticAnswer(None, reply.text, describe_failure(reply, why), finish_reason=reply.finish_reason)
         success = sum(verdict.success for _, verdict in readable) >= self._acceptance_threshold * len(readable)
         reply, verdict = next((reply, verdict) for reply, verdict in readable if verdict.success == success)
         known = [success_probability(reply) for reply, _ in readable]
-        if self._num_samples == 1:
-            return CriticAnswer(verdict, reply.text, success_probability=known[0])
-        # Of several samples one that has no probability counts as 0 or 1
-        mean = np.mean([float(v.success) if p is None else p for p, (_, v) in zip(known, readable, strict=True)])
-        return CriticAnswer(verdict, reply.text, success_probability=float(mean))
+        probability = known[0]
+        if self._num_samples > 1:
+            # Of several samples one that has no probability counts as 0 or 1
+            certain = [float(v.success) if p is None else p for p, (_, v) in zip(known, readable, strict=True)]
+            probability = float(np.mean(certain))
+        return CriticAnswer(verdict, reply.text, None, probability, reply.finish_reason)
 
     async def close(self) -> None:
         """Release the model."""

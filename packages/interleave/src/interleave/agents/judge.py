@@ -5,9 +5,7 @@ two for naturalness and freedom from faults, each the mean over `num_samples` an
 arXiv 2606.13679 (after VIEScore); the words of the questions are ours, and scores depend on the words.
 """
 
-import asyncio
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -19,14 +17,13 @@ from PIL import Image
 
 from imgen_common.config import Config
 from imgen_common.streams import stream_seed
-from interleave.agents.parsing import ParseFailure
+from interleave.agents.parsing import ParseFailure, describe_failure, parse_json
 from interleave.agents.prompts import Template, load_template, render_judge
 from interleave.models.chat import ChatConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
+from interleave.models.concurrency import map_concurrently
 from interleave.protocols import BackendError, ChatModel, CriticInput, HashedImage, Message
 from interleave.records import Scores
-
-FENCE = re.compile(r"\s*```\w*\s(.*)```\s*", re.DOTALL)
 
 
 class ModelJudgeConfig(Config):
@@ -56,7 +53,7 @@ class ChatJudge:
     def __init__(
         self, model: ChatModel, semantics: Template, quality: Template, num_samples: int = 1, tries: int = 3
     ) -> None:
-        self._model, self._semantics, self._quality = model, semantics, quality
+        self.model, self._semantics, self._quality = model, semantics, quality
         self._num_samples, self._tries = num_samples, tries
         # What scores depend on: the model, the words of the questions, the number of samples
         self.id = f"{model.id} {semantics.hash[:8]} {quality.hash[:8]} x{num_samples}"
@@ -68,8 +65,8 @@ class ChatJudge:
             after = HashedImage.from_pil(after.image.resize(size, Image.Resampling.LANCZOS))
         task = render_judge(self._semantics, shown.original_prompt, (shown.before, after))
         alone = render_judge(self._quality, shown.original_prompt, (after,))
-        asked = [self._ask(question, sample) for question in (task, alone) for sample in range(self._num_samples)]
-        scores = await asyncio.gather(*asked)
+        asked = [(question, sample) for question in (task, alone) for sample in range(self._num_samples)]
+        scores = await map_concurrently(self._ask, asked, len(asked))
         semantics, quality = scores[: self._num_samples], scores[self._num_samples :]
         return Scores(
             semantics=float(np.mean(semantics)),
@@ -80,33 +77,35 @@ class ChatJudge:
 
     async def close(self) -> None:
         """Release the model."""
-        await self._model.close()
+        await self.model.close()
 
-    async def _ask(self, question: Message, sample: int) -> float:
-        """The lower score of one answer."""
-        reason = ""
+    async def _ask(self, asked: tuple[Message, int]) -> float:
+        """The lower score of one answer, to a question and the number of the sample."""
+        (question, sample), reason = asked, ""
         for attempt in range(self._tries):
-            reply = await self._model.chat(question, stream_seed(0, "judge", sample, attempt))
+            reply = await self.model.chat(question, stream_seed(0, "judge", sample, attempt))
             scores = parse_scores(reply.text)
             if not isinstance(scores, ParseFailure):
                 return min(scores)
-            reason = scores.reason
+            reason = describe_failure(reply, scores)
         raise BackendError("malformed_response", f"{self._tries} answers of the judge could not be read ({reason})")
 
 
 def parse_scores(answer: str) -> tuple[float, float] | ParseFailure:
-    """The two scores in [0, 10] of `{"score": [a, b], "reasoning": ...}`; anything else is a failure, never a guess."""
-    fenced = FENCE.fullmatch(answer)
-    try:
-        value = json.loads(fenced[1] if fenced else answer)
-    except (ValueError, RecursionError) as error:
-        return ParseFailure(f"not JSON ({error})")
+    """The two scores in [0, 10] of `{"score": [a, b], "reasoning": ...}`; anything else is a failure, never a guess.
+
+    Reasoning before the object, and a code fence around it, are allowed (`parsing.parse_json`).
+    """
+    value = parse_json(answer)
+    if isinstance(value, ParseFailure):
+        return value
     scores = value.get("score") if isinstance(value, dict) else None
     if not isinstance(scores, list) or len(scores) != 2:
         return ParseFailure("score must be a list of two numbers")
     for score in scores:
         if isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score) or not 0 <= score <= 10:
-            return ParseFailure(f"a score must be a number from 0 to 10, not {json.dumps(score)[:40]}")
+            shown = type(score).__name__ if isinstance(score, list | dict) else json.dumps(score)[:40]
+            return ParseFailure(f"a score must be a number from 0 to 10, not {shown}")
     return float(scores[0]), float(scores[1])
 
 

@@ -4,37 +4,44 @@ An answer is `<think>...</think>` and, after it, `<answer>{...}</answer>`; the l
 keys and of the cases: InterleaveThinker, arXiv 2606.13679, and its released checkpoints.
 """
 
+import bisect
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from imgen_common.errors import one_line
+from imgen_common.http.chat import split_reasoning
 from interleave.protocols import Reply
 from interleave.records import Plan, PlanStep, Verdict
 
 ParseMode = Literal["strict", "tolerant"]
-"""strict: JSON, also inside a code fence or with raw line breaks in strings.  tolerant: also Python's literals and
-slips that can be mended without touching a word, as in answers of the released checkpoints."""
+"""strict: as the paper's reward asks: `<think>` is opened and closed, the answer is JSON, also inside a code fence or
+with raw line breaks in strings.  tolerant: `<think>` need not be opened, since chat templates may open it; the answer
+may have Python's literals and slips that can be mended without touching a word, as in the released checkpoints'."""
 
-FENCE = re.compile(r"```\w*\s(.*)```", re.DOTALL)
+START = re.compile("<answer>")
+FENCE = re.compile(r"```\w*\s")
 STEP_KEYS = ("step_number", "instruction", "prompt", "auxiliary_text")
 WORDS = {"True": "true", "False": "false", "None": "null"}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", "'": "'", '"': '"', "\n": ""}
 ESCAPE = re.compile(r"\\(?:u([\da-fA-F]{4})|U00((?:0[\da-fA-F]|10)[\da-fA-F]{4})|x([\da-fA-F]{2})|(.))", re.DOTALL)
-MEMBER = re.compile(
-    r"""(?P<key>['"])(?P<name>\w+)(?P=key)\s*:\s*
-        (?:(?P<quote>['"])(?P<text>(?:\\.|[^\\])*?)(?P=quote)(?=\s*(?:,\s*['"]?\w+['"]?\s*:|,?\s*[}\]])))?
-      | \b(?P<word>True|False|None)\b | (?P<comma>,)(?=\s*[}\]])""",
-    re.DOTALL | re.VERBOSE,
+TOKEN = re.compile(
+    r"""(?P<key>['"])(?P<name>\w+)(?P=key)\s*:\s*(?P<quote>['"])? | \b(?P<word>True|False|None)\b
+        | (?P<comma>,)(?=\s*[}\]])""",
+    re.VERBOSE,
 )
-"""A key with its string, if it is one; a word of Python's; a comma too many.  A string ends where another key or the
-end of its object follows, so that an apostrophe in it does not end it."""
+"""A key, with the quote of its string if it is one; a word of Python's; a comma too many."""
+STRING_END = re.compile(r"""(?<!\\)(?:\\\\)*(?P<quote>['"])(?=\s*(?:,\s*['"]?\w+['"]?\s*:|(?:,\s*)?[}\]]))""")
+"""A string ends where another key or the end of its object follows, so that an apostrophe in it does not end it."""
 NEXT_KEY = {quote: re.compile(rf"""(?<!\\){quote}\s*(['"])\w+\1\s*:""") for quote in ("'", '"')}
 """The end of a string and another key, with no comma between."""
 PUNCTUATION = re.compile(r"[\s{}\[\],:]*")
-MAX_MENDED = 20_000
-"""Characters of the longest answer that is mended, since the time of it may grow with the square."""
+MAX_REPAIRED = 20_000
+"""Characters of the longest answer that `json_repair` mends, since the time of it may grow with the square."""
+MAX_STARTS = 8
+"""How many of the first and of the last `<answer>` of an answer are tried: its own words seldom hold more."""
 
 
 @dataclass(frozen=True)
@@ -84,36 +91,62 @@ def parse_verdict(answer: str, mode: ParseMode = "strict") -> Verdict | ParseFai
         return ParseFailure(str(error))
 
 
+def parse_json(answer: str) -> Any | ParseFailure:
+    """The JSON value of an answer in free form, such as a judge's, after whatever reasoning stands before it.
+
+    It may stand in `<answer>`, in a code fence, or alone; its strings may have raw line breaks.
+    """
+    answer = split_reasoning(answer)[1]
+    try:
+        body = next(_bodies(answer), "") if "<answer>" in answer else answer
+        return _json(unfenced(body))
+    except _Unreadable as error:
+        return ParseFailure(str(error))
+    except (ValueError, RecursionError) as error:
+        return ParseFailure(f"not JSON ({error})")
+
+
 def _read(answer: str, mode: ParseMode) -> tuple[str, Mapping[str, Any]]:
     """What was thought, and the object of the last answer."""
-    _, opened, rest = answer.partition("<think>")
-    reasoning, closed, tail = rest.partition("</think>")
-    if not opened or not closed:
-        raise _Unreadable("no <think>" if not opened else "<think> is not closed")
-    reasons = []
+    before, _, tail = answer.partition("</think>")
+    if mode == "tolerant" and tail and "<think>" not in before:
+        reasoning = before
+    else:
+        _, opened, rest = answer.partition("<think>")
+        reasoning, closed, tail = rest.partition("</think>")
+        if not opened or not closed:
+            raise _Unreadable("no <think>" if not opened else "<think> is not closed")
+    first_error = None
     for body in _bodies(tail):
-        fenced = FENCE.fullmatch(body.strip())
         try:
-            value = _value((fenced[1] if fenced else body).strip(), mode)
+            value = _value(unfenced(body), mode)
             (reasoning + json.dumps(value, ensure_ascii=False)).encode()  # half a surrogate pair cannot be stored
         except (ValueError, RecursionError) as error:
-            reasons.append(f"the answer is not JSON ({error})")
+            first_error = first_error or f"the answer is not JSON ({error})"
             continue
         if not isinstance(value, dict):
             raise _Unreadable(f"the answer is not an object but a {type(value).__name__}")
         return reasoning.strip(), value
-    raise _Unreadable(reasons[0])
+    raise _Unreadable(first_error or "no <answer> after </think>")
 
 
-def _bodies(tail: str) -> list[str]:
+def _bodies(tail: str) -> Iterator[str]:
     """What the last answer may hold, the longest first: its own words may say <answer> too."""
-    before, closing, after = tail.rpartition("</answer>")
-    if "<answer>" in after:
+    end = tail.rfind("</answer>")
+    if tail.find("<answer>", end + 1) >= 0:
         raise _Unreadable("the last <answer> is not closed")
-    starts = before.rpartition("</answer>")[2].split("<answer>")[1:]
-    if not closing or not starts:
-        raise _Unreadable("no <answer> after </think>")
-    return ["<answer>".join(starts[index:]) for index in range(len(starts))]
+    begin = max(tail.rfind("</answer>", 0, max(end, 0)), 0)
+    starts = [match.end() for match in START.finditer(tail, begin, max(end, 0))]
+    if len(starts) > 2 * MAX_STARTS:
+        starts = starts[:MAX_STARTS] + starts[-MAX_STARTS:]
+    return (tail[start:end] for start in starts)
+
+
+def unfenced(text: str) -> str:
+    """The content of a text that is one code fence; another text as it is, without white space around it."""
+    text = text.strip()
+    opening = FENCE.match(text) if text.endswith("```") else None
+    return text[opening.end() : -3].strip() if opening and opening.end() <= len(text) - 3 else text
 
 
 def _value(body: str, mode: ParseMode) -> Any:
@@ -121,13 +154,14 @@ def _value(body: str, mode: ParseMode) -> Any:
     try:
         return _json(body)
     except ValueError:
-        whole = body.startswith("{") and body.endswith("}")
-        if mode == "strict" or not whole or len(body) > MAX_MENDED:
+        if mode == "strict" or not (body.startswith("{") and body.endswith("}")):
             raise
-    mended = MEMBER.sub(_mended, body)
+    mended = _mend(body)
     try:
         return _json(mended)
     except ValueError as error:
+        if len(mended) > MAX_REPAIRED:
+            raise
         return _repaired(mended, error)
 
 
@@ -142,17 +176,37 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _mended(match: re.Match[str]) -> str:
-    """JSON for what `MEMBER` found, or what it found where a comma is missing.  Raises ValueError for half an emoji."""
-    if match["name"] is None:
-        return WORDS.get(match["word"], "")
-    key, text = json.dumps(match["name"]) + ": ", match["text"]
-    if text is None:
-        return key
-    if NEXT_KEY[match["quote"]].search(text):
-        return match[0]
+def _mend(body: str) -> str:
+    """JSON for the strings of a mapping in Python's or mixed style, its literals, and without commas too many.
+
+    Raises ValueError for half an emoji.  Time and memory are linear in the length.
+    """
+    ends: dict[str, list[int]] = {"'": [], '"': []}
+    for match in STRING_END.finditer(body):
+        ends[match["quote"]].append(match.end() - 1)
+    parts, position = [], 0
+    while (token := TOKEN.search(body, position)) is not None:
+        parts.append(body[position : token.start()])
+        position, quote = token.end(), token["quote"]
+        if token["name"] is None:
+            parts.append(WORDS.get(token["word"], ""))
+            continue
+        key = json.dumps(token["name"]) + ": "
+        index = bisect.bisect_left(ends[quote], position) if quote else 0
+        if quote and index < len(ends[quote]):
+            end = ends[quote][index]
+            text, position = body[position:end], end + 1
+            key = body[token.start() : position] if NEXT_KEY[quote].search(text) else key + _json_string(text)
+        elif quote:
+            position -= 1  # its string has no end
+        parts.append(key)
+    return "".join([*parts, body[position:]])
+
+
+def _json_string(text: str) -> str:
+    """A string in JSON, from its words with escapes of JSON or Python."""
     plain = ESCAPE.sub(_escaped, text).encode("utf-16", "surrogatepass").decode("utf-16")
-    return key + json.dumps(plain, ensure_ascii=False)
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -220,7 +274,9 @@ def _plan(value: Mapping[str, Any], reasoning: str, mode: ParseMode) -> Plan:
         if missing:
             raise _Unreadable(f"step {index} has no {', '.join(missing)}")
         if type(item["step_number"]) is not int or (numbers and item["step_number"] <= numbers[-1]):
-            raise _Unreadable(f"step {index} has step_number {item['step_number']!r}; it must be a growing integer")
+            number = item["step_number"]
+            shown = type(number).__name__ if isinstance(number, list | dict) else repr(number)[:40]
+            raise _Unreadable(f"step {index} has step_number {shown}; it must be a growing integer")
         numbers.append(item["step_number"])
         name, instruction, prompt, text = (
             _text(item.get(key), f"step {index}: {key}", mode)
@@ -243,5 +299,7 @@ def _text(value: object, name: str, mode: ParseMode) -> str | None:
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
     """Why a reply could not be read, as records show it."""
-    cut = f"cut off after {reply.num_completion_tokens} tokens: " if reply.truncated else ""
-    return cut + read.reason
+    if reply.truncated:
+        return f"cut off after {reply.num_completion_tokens} tokens: {read.reason}"
+    unusual = reply.finish_reason not in (None, "stop")
+    return f"ended by {one_line(str(reply.finish_reason), 40)}: {read.reason}" if unusual else read.reason

@@ -23,10 +23,14 @@ class ChatPlanner:
         template = self._images if images else self._text
         reply = await self.model.chat(render_planner(template, request.text, images), seed)
         read = parse_plan(reply.text, self._parse_mode)
-        about = {"raw": reply.text, "template": template.name, "template_hash": template.hash}
-        if isinstance(read, ParseFailure):
-            return PlannerAnswer(None, error=describe_failure(reply, read), **about)
-        return PlannerAnswer(read, **about)
+        return PlannerAnswer(
+            plan=None if isinstance(read, ParseFailure) else read,
+            raw=reply.text,
+            error=describe_failure(reply, read) if isinstance(read, ParseFailure) else None,
+            template=template.name,
+            template_hash=template.hash,
+            finish_reason=reply.finish_reason,
+        )
 
     async def close(self) -> None:
         """Release the model."""

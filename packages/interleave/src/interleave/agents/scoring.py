@@ -13,7 +13,8 @@ from pydantic import Field
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
-from interleave.agents.judge import ModelJudgeConfig
+from interleave.agents.judge import ChatJudge, ModelJudgeConfig
+from interleave.models.chat.endpoint import EndpointChat
 from interleave.models.concurrency import SingleFlight, map_concurrently
 from interleave.protocols import BackendError, CriticInput, HashedImage, Judge
 from interleave.records import Scores
@@ -85,6 +86,8 @@ class CachedJudge:
 async def check_judge(judge: Judge) -> None:
     """Raises UserError if the judge does not answer; what it says of a white image does not matter."""
     white = HashedImage.white(32, 32)
+    if isinstance(judge, ChatJudge) and isinstance(judge.model, EndpointChat):
+        await judge.model.check((white, "Say yes."))  # at once, where `score` waits for a service that is down
     try:
         await judge.score(CriticInput(white, white, PROBE, PROBE))
     except BackendError as failure:

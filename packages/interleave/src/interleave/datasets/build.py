@@ -281,7 +281,7 @@ async def _score_stories(
 
 def _critic_input(attempt: Attempt, images: ImageStore) -> CriticInput:
     before, after = map(images.get, before_and_after(attempt))
-    return CriticInput(before, after, attempt.original_prompt, attempt.prompt_used)
+    return CriticInput(before, after, attempt.original_prompt, attempt.drawn_prompt)
 
 
 def _attempt_key(attempt: Attempt) -> tuple[str, int, int]:

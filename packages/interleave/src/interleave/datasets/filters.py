@@ -94,7 +94,7 @@ class JudgedAttempt:
     @property
     def question(self) -> Hashable:
         """What the critic is asked about it: images and prompts."""
-        return *before_and_after(self.attempt), self.attempt.original_prompt, self.attempt.prompt_used
+        return *before_and_after(self.attempt), self.attempt.original_prompt, self.attempt.drawn_prompt
 
     @property
     def score(self) -> float | None:

@@ -137,7 +137,7 @@ def make_critic_row(story: FinishedStory, attempt: Attempt, template: Template) 
 
     None for a failed attempt without a new prompt, which only an imported story has: nothing can be learned from it.
     """
-    refined = attempt.prompt_used if attempt.verdict else attempt.refined_prompt or ""
+    refined = attempt.drawn_prompt if attempt.verdict else attempt.refined_prompt or ""
     if not attempt.verdict and not refined.strip():
         return None
     before, after = map(placeholder_image, before_and_after(attempt))
@@ -147,7 +147,7 @@ def make_critic_row(story: FinishedStory, attempt: Attempt, template: Template) 
         if step.index < attempt.step
     )
     request = story.trajectory.request
-    shown = CriticInput(before, after, attempt.original_prompt, attempt.prompt_used, request.text, story_so_far)
+    shown = CriticInput(before, after, attempt.original_prompt, attempt.drawn_prompt, request.text, story_so_far)
     verdict = Verdict(success=bool(attempt.verdict), refined_prompt=refined, reasoning=attempt.reasoning or "")
     return SftRow.from_message(render_critic(template, shown), render_verdict(verdict), story.trajectory.id)
 
@@ -159,7 +159,7 @@ def make_rl_row(attempt: Attempt) -> RlRow | None:
     before, after = before_and_after(attempt)
     return RlRow(
         original_prompt=attempt.original_prompt,
-        prompt_used=attempt.prompt_used,
+        prompt_used=attempt.drawn_prompt,
         before_id=before,
         after_id=after,
         is_t2i=attempt.op == "t2i",

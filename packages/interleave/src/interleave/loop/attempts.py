@@ -33,6 +33,7 @@ class _Outcome:
     error: str | None = None
     error_kind: FailureKind | None = None
     image_id: str | None = None
+    revised_prompt: str | None = None
     before_id: str | None = None
     answer: CriticAnswer = field(default_factory=lambda: CriticAnswer(None, ""))
     critic_tries: int = 0
@@ -76,6 +77,7 @@ class AttemptRunner:
             before_id=outcome.before_id,
             original_prompt=step.prompt or "",
             prompt_used=start.prompt,
+            revised_prompt=outcome.revised_prompt,
             seed=generation.seed,
             generator=GeneratorInfo(id=generator.id, params=generator.params),
             image_id=outcome.image_id,
@@ -84,6 +86,7 @@ class AttemptRunner:
             reasoning=verdict.reasoning if verdict else None,
             success_probability=outcome.answer.success_probability,
             raw=outcome.answer.raw,
+            finish_reason=outcome.answer.finish_reason,
             critic_tries=outcome.critic_tries,
             error=outcome.error,
             error_kind=outcome.error_kind,
@@ -105,8 +108,9 @@ class AttemptRunner:
         before = start.images[-1] if start.images else HashedImage.white(*after.image.size)
         if not start.images:
             await asyncio.to_thread(self._images.put, before)
-        outcome.image_id, outcome.before_id = after.id, before.id
-        shown = CriticInput(before, after, start.step.prompt or "", start.prompt, start.request.text, start.story)
+        outcome.image_id, outcome.before_id, outcome.revised_prompt = after.id, before.id, after.revised_prompt
+        drawn = after.revised_prompt or start.prompt
+        shown = CriticInput(before, after, start.step.prompt or "", drawn, start.request.text, start.story)
         await self._judge(start, shown, outcome)
         await self._score(shown, outcome)
 

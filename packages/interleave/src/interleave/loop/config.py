@@ -25,7 +25,8 @@ class LoopConfig(Config):
     max_attempts: PositiveInt = 16
     """Images generated for one step, at most; 5 is the paper's best, the miniature needs more."""
     max_generations: PositiveInt | None = None
-    """Images generated for one request, at most; null: as many as its steps and attempts allow."""
+    """Images asked for in one request, at most, those that failed among them; null: as many as its steps and attempts
+    allow."""
     max_seconds: Annotated[float, Gt(0)] | None = None
     """Seconds after which no further image is generated for a request; null: no limit."""
     planner_tries: PositiveInt = 5

@@ -58,13 +58,9 @@ class _StoryState:
     def seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started_at
 
-    @property
-    def num_generated(self) -> int:
-        return sum(attempt.image_id is not None for attempt in self.attempts)
-
     def spent(self, planner: PlannerRecord | None) -> Spent:
         return Spent(
-            generations=self.num_generated,
+            generations=len(self.attempts),
             critic_calls=sum(attempt.critic_tries for attempt in self.attempts),
             planner_calls=planner.num_tries if planner else 0,
             seconds=self.seconds,
@@ -237,8 +233,9 @@ class Engine:
     def _spent_budget(self, story: _StoryState) -> str | None:
         """Which budget of the request is spent, if one is."""
         loop = self._loop
-        if loop.max_generations is not None and story.num_generated >= loop.max_generations:
-            return f"{story.num_generated} images were generated, as many as loop.max_generations allows"
+        if loop.max_generations is not None and len(story.attempts) >= loop.max_generations:
+            last = f" (the last failed: {story.attempts[-1].error})" if story.attempts[-1].image_id is None else ""
+            return f"{len(story.attempts)} images were asked for, as many as loop.max_generations allows{last}"
         if loop.max_seconds is not None and story.seconds >= loop.max_seconds:
             return f"{story.seconds:.0f} s have passed; loop.max_seconds allows no more"
         return None
@@ -283,6 +280,7 @@ async def request_plan(
         template=answer.template,
         template_hash=answer.template_hash,
         raw=answer.raw,
+        finish_reason=answer.finish_reason,
         num_tries=earlier_tries + tries,
         error=error if answer.plan is None else None,
         error_kind=error_kind,

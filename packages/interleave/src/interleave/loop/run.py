@@ -16,6 +16,7 @@ from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from interleave.agents.critic import ChatCritic, RandomRewrite
+from interleave.agents.judge import ChatJudge
 from interleave.agents.planner import ChatPlanner
 from interleave.agents.prompts import load_template
 from interleave.loop import requests as request_files
@@ -108,9 +109,10 @@ def create_run(
 
 async def check_endpoints(components: Components) -> None:
     """Raises UserError if an endpoint that the components need does not answer, or refuses the key."""
-    for part in (components.planner, components.critic):
-        if isinstance(part, ChatPlanner | ChatCritic) and isinstance(part.model, EndpointChat):
-            await part.model.check()
+    white = HashedImage.white(32, 32)
+    for part in (components.planner, components.critic, components.judge):
+        if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) and isinstance(part.model, EndpointChat):
+            await part.model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, "Say yes."))
 
 
 async def run_requests(

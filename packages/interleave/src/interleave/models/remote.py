@@ -51,11 +51,14 @@ def decode_image(data: bytes, max_pixels: int) -> HashedImage:
 
 
 def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
-    """The same in base64."""
+    """The same in base64, also as a data address, with line breaks or without padding."""
     try:
         if not isinstance(text, str):
             raise TypeError
-        data = base64.b64decode(text, validate=True)
+        if text.startswith("data:"):
+            text = text.partition(",")[2]
+        packed = "".join(text.split()).rstrip("=")
+        data = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (TypeError, ValueError):  # binascii.Error is a ValueError
         raise HttpError("malformed_response", "the server's answer: no image in base64") from None
     return decode_image(data, max_pixels)

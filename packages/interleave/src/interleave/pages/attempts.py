@@ -56,6 +56,9 @@ class AttemptView:
         changed = one.prompt_used != one.original_prompt
         title = "Prompt, with changes to the plan's" if changed else "Prompt, as in the plan"
         prompts = [(title, word_changes(one.original_prompt, one.prompt_used))]
+        if one.revised_prompt:
+            title = "Prompt as the generator revised it"
+            prompts.append((title, word_changes(one.prompt_used, one.revised_prompt)))
         if one.refined_prompt and one.refined_prompt != one.prompt_used:
             title = "The critic's next prompt, with changes to this one"
             prompts.append((title, word_changes(one.prompt_used, one.refined_prompt)))

@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import Config
+from imgen_common.config import NO_SECRETS, Config
 from imgen_common.errors import UserError
-from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url
+from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
+from imgen_common.http.chat import complete
 from interleave.models.remote import backend_errors, encode_base64_png
 from interleave.protocols import Message, Reply
 
@@ -23,7 +23,7 @@ class EndpointChatConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["endpoint"] = "endpoint"
-    url: str = "http://127.0.0.1:8000/v1"
+    url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
@@ -39,8 +39,9 @@ class EndpointChatConfig(Config):
     """Whether seeds are sent; some hosted models refuse them."""
     top_logprobs: Annotated[int, Ge(0), Le(20)] = 0
     """How many alternatives per token are asked for; needed for `best_by_verdict_probability`."""
-    extra: Mapping[str, Any] = {}
-    """Further keys of the request, as the server names them; null leaves one out (`max_tokens: null`)."""
+    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
+    """Further keys of the request, as the server names them; null leaves one out (`temperature: null`), and
+    `max_completion_tokens` takes the place of `max_tokens`.  No keys or passwords: they belong into the environment."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16
     """Requests in flight at once."""
     retry: RetryPolicy = RetryPolicy()
@@ -69,19 +70,25 @@ class EndpointChat:
         with backend_errors():
             return await self._client.call(lambda seconds: self._send(body, seconds))
 
-    async def check(self) -> None:
-        """Ask for a few tokens.  Raises UserError that says what to change where no answer can come."""
+    async def check(self, message: Message = ("Say yes.",)) -> None:
+        """Ask once, with every setting of the run.  Raises UserError that says what to change where none can come."""
         c = self._config
-        limit = "max_completion_tokens" if "max_completion_tokens" in c.extra else "max_tokens"
-        body = {"model": c.model, "messages": [{"role": "user", "content": "Say yes."}], limit: 16}
         try:
             async with asyncio.timeout(c.retry.timeout):
-                await self._send(json.dumps(body).encode(), c.retry.timeout)
+                await complete(self._client, self._url, self._body(message, 0), c.retry.timeout)
+        except Refusal:
+            return  # it answers
         except (HttpError, TimeoutError) as failure:
             if isinstance(failure, HttpError) and (failure.kind == "rate_limited" or failure.status == 503):
                 return  # it is there, only busy
             reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
+            if isinstance(failure, HttpError) and failure.status in (400, 422):
+                remedy = (
+                    "leave out what the model does not take: send_seed: false, top_logprobs: 0, extra: {temperature: "
+                    "null, top_p: null}, or extra: {max_completion_tokens: "
+                    f"{c.max_new_tokens}}} instead of max_tokens"
+                )
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
 
     async def close(self) -> None:
@@ -107,48 +114,18 @@ class EndpointChat:
             body["seed"] = seed
         if c.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": c.top_logprobs}
+        if "max_completion_tokens" in c.extra:
+            del body["max_tokens"]  # no model takes both
         body |= c.extra
         return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
 
     async def _send(self, body: bytes, seconds: float) -> Reply:
-        headers = {"Content-Type": "application/json"}
-        data = await self._client.request(
-            "POST", self._url, "/chat/completions", seconds=seconds, content=body, headers=headers
-        )
-        try:
-            return read_reply(data)
-        except ValueError as error:
-            raise self._client.malformed(self._url, str(error)) from None
-
-
-def read_reply(data: bytes) -> Reply:
-    """The reply in a chat completion, with split-off reasoning in `<think>`.  Raises ValueError for another answer."""
-    try:
-        answer = json.loads(data)
-        choice = answer["choices"][0]
-        truncated = choice.get("finish_reason") == "length"
-        usage = answer.get("usage") or {}
-        tokens = (choice.get("logprobs") or {}).get("content") or ()
+        answer = await complete(self._client, self._url, body, seconds)
         return Reply(
-            text=_text(choice["message"], truncated),
-            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            num_completion_tokens=int(usage.get("completion_tokens") or 0),
-            truncated=truncated,
-            token_probabilities=tuple(
-                (str(t["token"]), {str(o["token"]): math.exp(o["logprob"]) for o in t.get("top_logprobs") or ()})
-                for t in tokens
-            ),
+            text=answer.text,
+            num_prompt_tokens=answer.num_prompt_tokens,
+            num_completion_tokens=answer.num_completion_tokens,
+            truncated=answer.finish_reason == "length",
+            finish_reason=answer.finish_reason,
+            token_probabilities=answer.token_probabilities,
         )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a chat completion ({type(error).__name__}: {error})") from None
-
-
-def _text(message: Mapping[str, Any], truncated: bool) -> str:
-    content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content if part.get("type") == "text")
-    if content is None and (truncated or thought):
-        content = ""
-    if not isinstance(content, str):
-        raise TypeError("no text in it")
-    return f"<think>{thought}</think>{content}" if isinstance(thought, str) and "<think>" not in content else content

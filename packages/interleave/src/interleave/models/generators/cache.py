@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from imgen_common.errors import UserError
@@ -16,8 +17,9 @@ from interleave.storage.images import IMAGES, ImageStore
 class CachedGenerator:
     """`inner`, whose images are kept in `folder`, where any number of runs may share them.
 
-    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, the image is in `images/`;
-    what is damaged is generated again.  Equal requests at the same time share one image.  Failures are not kept.
+    A key (generator, parameters, prompt, sources, seed) names the image's id in `keys/`, with the revised prompt in
+    a second line, if any; the image is in `images/`.  What is damaged is generated again.  Equal requests at the same
+    time share one image.  Failures are not kept.
     """
 
     def __init__(self, inner: Generator, folder: Path) -> None:
@@ -63,11 +65,12 @@ class CachedGenerator:
 
     def _read(self, key: str) -> HashedImage | None:
         try:
-            image_id = self._path(key).read_text(encoding="ascii")
+            image_id, _, revised = self._path(key).read_text(encoding="ascii").partition("\n")
+            prompt = json.loads(revised) if revised else None
         except (OSError, ValueError):
             return None
         try:
-            return self._images.get(image_id)
+            return replace(self._images.get(image_id), revised_prompt=prompt)
         except UserError:
             self._path(key).unlink(missing_ok=True)
         with contextlib.suppress(UserError):  # where the key's own file was damaged, it names no image
@@ -79,4 +82,5 @@ class CachedGenerator:
         path = self._path(key)
         with writing(self._folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, image.id)
+            revised = f"\n{json.dumps(image.revised_prompt)}" if image.revised_prompt else ""
+            write_atomic(path, image.id + revised)

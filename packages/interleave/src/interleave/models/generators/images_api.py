@@ -3,13 +3,14 @@
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
-from imgen_common.config import Config
-from imgen_common.http import HttpClient, HttpError, RetryPolicy, check_url
+from imgen_common.config import NO_SECRETS, Config
+from imgen_common.http import HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, error_in_answer, version_hint
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
 
@@ -22,7 +23,7 @@ class ImagesApiConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["images_api"] = "images_api"
-    url: str = "http://127.0.0.1:8000/v1"
+    url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
@@ -40,8 +41,9 @@ class ImagesApiConfig(Config):
     """How many images an edit may be given; 0: no edits."""
     image_field: Literal["image[]", "image"] = "image[]"
     """Name of the form's field that each image of an edit is sent in."""
-    extra: Mapping[str, Any] = {}
-    """Further keys of every request, as the server names them."""
+    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
+    """Further keys of every request, as the server names them.  No keys or passwords: they belong into the
+    environment."""
     allow_addresses: bool = False
     """Whether an image is fetched from the address that the server answers; https only, without the key."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16
@@ -98,19 +100,40 @@ class ImagesApiGenerator:
         data = await self._client.request("POST", self._url, seconds=seconds, **content)
         max_pixels = self._config.max_pixels
         try:
-            entry = json.loads(data)["data"][0]
-            encoded, address = entry.get("b64_json"), entry.get("url")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            text = data[:1000].decode("utf-8", "replace")
-            raise self._client.malformed(self._url, f"no image in the answer: {text}") from None
+            encoded, address, revised = _read_entry(data)
+        except HttpError as error:
+            hint = version_hint(self._url) if error.kind == "malformed_response" else ""
+            raise self._client.named(self._url, error, hint) from None
         if encoded is not None:
-            return await asyncio.to_thread(decode_base64_image, encoded, max_pixels)
-        if not isinstance(address, str):
-            raise self._client.malformed(self._url, "no image in the answer")
+            image = await asyncio.to_thread(decode_base64_image, encoded, max_pixels)
+        else:
+            file = await self._fetch(address, seconds)
+            image = await asyncio.to_thread(decode_image, file, max_pixels)
+        return replace(image, revised_prompt=revised)
+
+    async def _fetch(self, address: str, seconds: float) -> bytes:
+        """The file at an address that the endpoint answered."""
         if not self._config.allow_addresses:
             remedy = "set response_format: b64_json or allow_addresses: true"
             raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
         if urlsplit(address).scheme != "https":
             raise HttpError("refused", f"{self._url} answers an address that is not https", can_retry=False)
-        file = await self._client.request("GET", address, seconds=seconds, with_token=False)
-        return await asyncio.to_thread(decode_image, file, max_pixels)
+        return await self._client.request("GET", address, seconds=seconds, with_token=False)
+
+
+def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
+    """The image in base64, or its address, and the prompt as the endpoint revised it.  Raises HttpError."""
+    try:
+        answer = json.loads(data)
+        if (error := error_in_answer(answer)) is not None:
+            raise error
+        entry = answer["data"][0]
+        encoded, address, revised = entry.get("b64_json"), entry.get("url"), entry.get("revised_prompt")
+        if encoded is None and isinstance(address, str) and address.startswith("data:"):
+            encoded = address
+        if not isinstance(encoded if encoded is not None else address, str):
+            raise TypeError("neither b64_json nor url")
+        return encoded, address, revised if isinstance(revised, str) and revised.strip() else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        shown = data[:1000].decode("utf-8", "replace")
+        raise HttpError("malformed_response", f"no image in the answer: {shown}") from None

@@ -13,7 +13,16 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from imgen_common.config import Config
 from imgen_common.errors import UserError
-from imgen_common.http import CONNECT_SECONDS, HttpClient, HttpError, RetryPolicy, check_url, run_in_thread
+from imgen_common.http import (
+    CONNECT_SECONDS,
+    HttpClient,
+    HttpError,
+    RetryPolicy,
+    ServiceUrl,
+    check_url,
+    error_in_answer,
+    run_in_thread,
+)
 from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.remote import RemoteFailure, backend_errors, decode_base64_image, encode_base64_png
 from interleave.protocols import GenerationRequest, HashedImage
@@ -31,7 +40,7 @@ class ServiceConfig(Config):
 
     renamed: ClassVar = {"calls": "retry, with concurrency beside it"}
     kind: Literal["service"] = "service"
-    urls: Annotated[tuple[str, ...], MinLen(1)] = ("http://127.0.0.1:8011",)
+    urls: Annotated[tuple[ServiceUrl, ...], MinLen(1)] = ("http://127.0.0.1:8011",)
     """Addresses of the replicas."""
     token_env: str = "INTERLEAVE_SERVE_TOKEN"
     """Variable of the environment that holds the bearer token; nothing is sent where it is not set."""
@@ -199,8 +208,10 @@ class ServiceGenerator:
     def _read_image(self, replica: _Replica, data: bytes) -> HashedImage:
         try:
             answer = json.loads(data)
+            if (error := error_in_answer(answer)) is not None:
+                raise self._client.named(replica.url, error)
             model, image = answer["model"], answer["image"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise self._client.malformed(replica.url, "not an answer of `interleave serve`") from None
         if model != self.id:
             raise self._client.malformed(replica.url, f"generates with {model}, not with {self.id}")
@@ -246,5 +257,5 @@ async def _describe(client: HttpClient, url: str) -> ServiceInfo | HttpError:
         return ServiceInfo(str(info["model"]), dict(info["params"]), int(info["max_sources"]))
     except HttpError as error:
         return error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return client.malformed(url, "it is no `interleave serve`")

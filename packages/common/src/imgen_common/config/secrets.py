@@ -1,0 +1,45 @@
+"""Keeps keys and passwords out of configurations, which are printed, written and shared."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import AfterValidator
+
+from imgen_common.errors import UserError
+
+SECRET_NAME = re.compile(
+    r"(api|access|secret|private|subscription|auth)key$|(^|access|auth|api|bearer|refresh|session|hf)token$|secret|"
+    r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
+)
+SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a key's name says that its value is a key or a password."""
+    return bool(SECRET_NAME.search(re.sub("[^a-z]", "", name.lower())))
+
+
+def _secrets(value: Any, name: str) -> Iterator[str]:
+    """Dotted names of what looks like a key or a password."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secrets(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _secrets(item, name)
+    elif isinstance(value, str) and (is_secret_name(name.rpartition(".")[2]) or SECRET_VALUE.match(value)):
+        yield name
+
+
+def _refuse_secrets(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if name := next(_secrets(value, "extra"), None):
+        raise UserError(
+            f"{name}: keys and passwords belong into the environment, in the variable that key_env names; what stands "
+            "in a configuration is printed and written into the run's folder"
+        )
+    return value
+
+
+NO_SECRETS = AfterValidator(_refuse_secrets)
+"""Of a field with further keys of a request: a key or a password in it is refused with a UserError without it."""

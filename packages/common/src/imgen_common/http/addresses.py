@@ -1,0 +1,121 @@
+"""Addresses of services, and how they are reached: proxies and certificates, as the environment names them."""
+
+import importlib.util
+import ipaddress
+import os
+import re
+import urllib.request
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
+
+from imgen_common.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import ssl
+
+CONNECT_SECONDS = 5.0
+"""Longest time for a connection, so that an address where nobody answers does not use up the whole time limit."""
+CREDENTIALS = re.compile(r"//\S*@")
+"""Name and password in an address that stands among other words."""
+METHODS = ("completions", "generations", "edits", "models", "generate")
+"""How an address ends that was copied with the method behind it."""
+VERSION = re.compile(r"/v\d")
+
+
+def check_url(url: str) -> str:
+    """`url` without a slash at its end.  Raises UserError, which shows no secret, unless it is a plain http address."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.port != 0 and not (parts.query or parts.fragment)  # `port` raises for what is no number
+        plain = plain and parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        parts, plain = None, False
+    if not plain or parts is None or "@" in parts.netloc or url != one_line(url, None) or " " in url:
+        raise UserError(
+            f"url {redacted(url)!r}: must be like http://HOST:PORT/v1, without name, password, key or query in it; "
+            "keys belong into the environment"
+        )
+    base, _, method = url.rstrip("/").rpartition("/")
+    if method in METHODS:
+        base = base.removesuffix("/chat").removesuffix("/images")
+        raise UserError(f"url {redacted(url)!r}: names one method of the server; give the address before it: {base}")
+    return url.rstrip("/")
+
+
+def _without_secrets(url: str) -> str:
+    if "@" in url or "?" in url:
+        check_url(url)
+    return url
+
+
+ServiceUrl = Annotated[str, AfterValidator(_without_secrets)]
+"""An address in a configuration: one with a name, a password or a query is refused before it is printed or written."""
+
+
+def redacted(url: str) -> str:
+    """An address for messages, on one line and without what may be secret: name, password, query, fragment."""
+    _, at, host = url.rpartition("@")
+    return one_line(re.split("[?#]", f"...@{host}" if at else url)[0])
+
+
+def version_hint(url: str) -> str:
+    """What to try where an address without a version does not know a path; empty for others."""
+    return (
+        "" if VERSION.search(urlsplit(url).path) else "; if the address lacks its version, give it with /v1 at its end"
+    )
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for an address (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY), if any.
+
+    This machine itself is never asked through a proxy, and neither is what NO_PROXY names.
+    """
+    parts = urlsplit(url)
+    host, proxies = parts.hostname or "", urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or is_loopback(host) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def check_proxy(proxy: str) -> None:
+    """Raises UserError for a proxy that cannot be used."""
+    parts, shown = urlsplit(proxy), redacted(proxy)
+    if parts.scheme not in ("http", "https", "socks5", "socks5h") or not parts.hostname:
+        raise UserError(
+            f"the proxy {shown} of the environment: must be http, https or socks5 with a host; correct HTTP_PROXY, "
+            "HTTPS_PROXY or ALL_PROXY, or name the service in NO_PROXY"
+        )
+    if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise UserError(
+            f"the proxy {shown} of the environment needs the package socksio: pip install socksio, unset ALL_PROXY, or "
+            "name the service in NO_PROXY"
+        )
+
+
+def certificates() -> "ssl.SSLContext":
+    """What servers are checked with: SSL_CERT_FILE and SSL_CERT_DIR, else the usual authorities.
+
+    Raises UserError where one of them cannot be read.
+    """
+    import httpx
+
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if (path := os.environ.get(name)) and not os.path.exists(path):
+            raise UserError(f"{name}={path}: is not there; correct it or unset it")
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        names = " or ".join(name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name))
+        reason = one_line(str(error))
+        raise UserError(f"{names or 'the certificates'}: cannot be read ({reason}); correct or unset it") from None

@@ -1,0 +1,134 @@
+"""Chat completions of OpenAI-compatible endpoints: how one is asked, and what an answer holds.
+
+What is read beyond OpenAI's own form: content in parts; reasoning that a server split off (`reasoning_content`,
+`reasoning`, parts of type `thinking`); a refusal in words; errors under status 200.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imgen_common.http.addresses import version_hint
+from imgen_common.http.client import HttpClient
+from imgen_common.http.failures import HttpError, Refusal, error_in_answer
+
+FILTERED = ("content_filter", "safety", "prohibited_content", "refusal")
+"""Reasons for which a server ends an answer that it will not give, as they begin."""
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a chat model answered.
+
+    reasoning: what the server split off from the answer; None where it splits off nothing.  token_probabilities: where
+    the server gives them, each token's text and its alternatives' probabilities.
+    """
+
+    content: str
+    reasoning: str | None = None
+    finish_reason: str | None = None
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    token_probabilities: tuple[tuple[str, Mapping[str, float]], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Reasoning in `<think>` and, after it, the answer, as if the server had split off nothing.
+
+        A chat template that opens `<think>` for the model leaves only `</think>` in the content: it is opened again.
+        """
+        before, closed, _ = self.content.partition(CLOSE)
+        if closed and OPEN in before:
+            return self.content
+        if closed and not self.reasoning:
+            return OPEN + self.content
+        return self.content if self.reasoning is None else f"{OPEN}{self.reasoning}{CLOSE}{self.content}"
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The reasoning before the first `</think>`, with or without `<think>` before it, and the answer after it.
+
+    Without any both are in the second; of reasoning that never ends there is no answer.
+    """
+    before, closed, after = text.partition(CLOSE)
+    if closed:
+        return before.partition(OPEN)[2] if OPEN in before else before, after
+    return (before.partition(OPEN)[2], "") if before.lstrip().startswith(OPEN) else ("", text)
+
+
+async def complete(client: HttpClient, url: str, body: bytes, seconds: float) -> Completion:
+    """One request to `url`/chat/completions, without retries.  Raises HttpError, as `client.request`."""
+    headers = {"Content-Type": "application/json"}
+    data = await client.request("POST", url, "/chat/completions", seconds=seconds, content=body, headers=headers)
+    try:
+        return read_completion(data)
+    except HttpError as error:
+        raise client.named(url, error, version_hint(url) if error.kind == "malformed_response" else "") from None
+
+
+def read_completion(data: bytes) -> Completion:
+    """The first choice of an answer.
+
+    Raises Refusal where the model or a filter refused, HttpError where the body is an error (`error_in_answer`) or no
+    chat completion (`malformed_response`).
+    """
+    try:
+        answer = json.loads(data)
+        if (error := error_in_answer(answer)) is not None:
+            raise error
+        choice = answer["choices"][0]
+        if (error := error_in_answer(choice)) is not None:
+            raise error
+        usage = answer.get("usage") or {}
+        tokens = (choice.get("logprobs") or {}).get("content") or ()
+        content, reasoning = _content(choice)
+        return Completion(
+            content=content,
+            reasoning=reasoning,
+            finish_reason=_finish_reason(choice),
+            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            num_completion_tokens=int(usage.get("completion_tokens") or 0),
+            token_probabilities=tuple(
+                (str(t["token"]), {str(o["token"]): math.exp(o["logprob"]) for o in t.get("top_logprobs") or ()})
+                for t in tokens
+            ),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        shown = data[:200].decode("utf-8", "replace")
+        raise HttpError(
+            "malformed_response", f"not a chat completion ({type(error).__name__}: {str(error)[:100]}): {shown}"
+        ) from None
+
+
+def _finish_reason(choice: Mapping[str, Any]) -> str | None:
+    reason = choice.get("finish_reason")
+    return reason if isinstance(reason, str) else None
+
+
+def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The words of a choice and its reasoning.  Raises HttpError for a refusal, TypeError where there are none."""
+    message = choice["message"]
+    content, refusal = message.get("content"), message.get("refusal")
+    split_off = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
+    if isinstance(content, list):
+        refusal = refusal or "".join(part["refusal"] for part in content if part.get("type") == "refusal")
+        split_off += [_thinking(part["thinking"]) for part in content if part.get("type") == "thinking"]
+        content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    reason = _finish_reason(choice) or ""
+    if refusal and isinstance(refusal, str):
+        raise Refusal(f"the model refuses: {refusal}")
+    if reason.lower().startswith(FILTERED):
+        said = f": {content}" if content else ""
+        raise Refusal(f"stopped by a content filter (finish_reason {reason}){said}")
+    if content is None and (reason == "length" or any(split_off)):
+        content = ""
+    if not isinstance(content, str):
+        raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
+    return content, next(filter(None, split_off), split_off[0] if split_off else None)
+
+
+def _thinking(parts: Any) -> str:
+    return parts if isinstance(parts, str) else "".join(part["text"] for part in parts)

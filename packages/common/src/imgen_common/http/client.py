@@ -1,0 +1,177 @@
+"""The HTTP client: requests to one service, its token, bounded answers, and errors in words."""
+
+import asyncio
+import json
+import os
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
+
+from imgen_common.errors import UserError, one_line
+from imgen_common.http.addresses import (
+    CONNECT_SECONDS,
+    CREDENTIALS,
+    certificates,
+    check_proxy,
+    proxy_of,
+    redacted,
+    version_hint,
+)
+from imgen_common.http.failures import HttpError, Refusal, error_message, failure_of_status, retry_after
+from imgen_common.http.retry import RetryingCaller, RetryPolicy
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+MIN_SECRET = 6
+"""Characters of the shortest token that is taken out of answers; a shorter one is a placeholder, such as EMPTY."""
+
+
+class HttpClient(RetryingCaller):
+    """Requests to one service, under a RetryPolicy: `call` sends one, made by `request`, until it is answered.
+
+    The bearer token is read once from the environment.  It follows no redirect, and no message shows it, not even where
+    the server repeats it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        token_env: str,
+        policy: RetryPolicy,
+        concurrency: int = 16,
+        max_bytes: int = 8 * 2**20,
+        transport: "httpx.AsyncBaseTransport | None" = None,
+    ) -> None:
+        """token_env: variable of the environment with the token; no token is sent where it is not set.  max_bytes: of
+        one answer.  transport: for tests.  Raises UserError, without the token, for one that no header can carry.
+        """
+        super().__init__(policy, concurrency, name)
+        self._token_env, self._token = token_env, os.environ.get(token_env, "").strip()
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise UserError(
+                f"{token_env}: holds characters that no token has, such as ends of lines or accents; set it again"
+            )
+        self._concurrency, self._max_bytes, self._transport = concurrency, max_bytes, transport
+        # as it may stand in an answer: plain, in an address, in JSON
+        spellings = {self._token, quote(self._token, safe=""), json.dumps(self._token)[1:-1]} - {""}
+        self._spellings = sorted(spellings, key=len, reverse=True)
+        self._clients: dict[tuple[str | None, bool], httpx.AsyncClient] = {}
+
+    async def request(
+        self, method: str, base: str, path: str = "", *, seconds: float, with_token: bool = True, **content: Any
+    ) -> bytes:
+        """The body of a good answer to one request, without retries and without the token, should the server repeat it.
+
+        content: as httpx takes it.  Raises HttpError, whose messages begin with `base`, and UserError where proxies or
+        certificates of the environment cannot be used.
+        """
+        import httpx
+
+        headers = dict(content.pop("headers", {}))
+        if with_token and self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        # a silent address must not use up all the time that is left
+        limits = httpx.Timeout(seconds, connect=min(seconds, CONNECT_SECONDS))
+        proxy = proxy_of(base) if self._transport is None else None
+        client = self._opened(proxy, is_secure=base.startswith("https:") or (proxy or "").startswith("https:"))
+        through = f" through the proxy {redacted(proxy)}" if proxy else ""
+        try:
+            async with client.stream(method, base + path, headers=headers, timeout=limits, **content) as answer:
+                data = await self._read(answer, base)
+        except (httpx.ReadTimeout, httpx.WriteTimeout):
+            raise HttpError("timeout", f"{base}{through}: no answer within {seconds:.3g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise self._unreachable(base + through, error, bool(proxy)) from None
+        if with_token and len(self._token) >= MIN_SECRET:
+            data = self._without_token(data)
+        if answer.status_code >= 300:
+            raise self._status_error(base, path, through, answer, data)
+        return data
+
+    def malformed(self, base: str, reason: str) -> HttpError:
+        """The error of an answer that cannot be read; the request may be sent again."""
+        return HttpError("malformed_response", f"{base}: {self.clean(reason)}")
+
+    def named(self, base: str, error: HttpError, remedy: str = "") -> HttpError:
+        """The same failure, its message in one line that begins with the address and ends with the remedy."""
+        message = f"{base}: {self.clean(str(error))}{remedy}"
+        if isinstance(error, Refusal):
+            return Refusal(message)
+        return HttpError(error.kind, message, can_retry=error.can_retry, status=error.status)
+
+    def clean(self, text: str) -> str:
+        """Words of the server on one line, cut short, without the token."""
+        for spelling in self._spellings:
+            text = text.replace(spelling, "...")
+        return one_line(text)
+
+    async def close(self) -> None:
+        """Close the connections; the client can be used again."""
+        clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            await client.aclose()
+
+    def _opened(self, proxy: str | None, is_secure: bool) -> "httpx.AsyncClient":
+        """The client of a proxy, or of none.  What the environment says was read before: httpx need not."""
+        if (proxy, is_secure) not in self._clients:
+            import httpx
+
+            if proxy:
+                check_proxy(proxy)
+            self._clients[proxy, is_secure] = httpx.AsyncClient(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency),
+                transport=self._transport,
+                follow_redirects=False,
+                proxy=proxy,
+                verify=certificates() if is_secure and self._transport is None else True,
+                trust_env=False,
+            )
+        return self._clients[proxy, is_secure]
+
+    def _without_token(self, data: bytes) -> bytes:
+        for spelling in self._spellings:
+            data = data.replace(spelling.encode(), b"...")
+        return data
+
+    def _unreachable(self, place: str, error: Exception, is_proxied: bool) -> HttpError:
+        reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in reason:
+            what = "its certificate cannot be verified"
+            remedy = "set SSL_CERT_FILE to a file with the certificate of its authority"
+            return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
+        remedy = "; correct the proxy, or name the host in NO_PROXY" if is_proxied else ""
+        return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
+
+    async def _read(self, answer: "httpx.Response", base: str) -> bytes:
+        data = bytearray()
+        async for piece in answer.aiter_bytes():
+            data += piece
+            if len(data) > self._max_bytes:
+                what = f"{base}: an answer of more than {self._max_bytes} bytes"
+                raise HttpError("malformed_response", what, can_retry=False)
+        return bytes(data)
+
+    def _status_error(self, base: str, path: str, through: str, answer: "httpx.Response", data: bytes) -> HttpError:
+        status = answer.status_code
+        kind, can_retry = failure_of_status(status)
+        message = f"{base}{through}: status {status}: {self.clean(error_message(data))}"
+        if status < 400:
+            target = redacted(self.clean(answer.headers.get("location", "nowhere")))
+            message += f"; it points to {target}: give that address as url"
+        if status in (401, 403):
+            message += f"; set {self._token_env} to a valid key"
+        if status in (404, 405):
+            message += version_hint(base + path)
+        if status == 407:
+            message += "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+        wait = retry_after(answer.headers)
+        return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)
+
+
+def run_in_thread(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, for code that is not asynchronous but may be called where an event loop runs."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()

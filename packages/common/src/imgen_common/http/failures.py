@@ -1,0 +1,109 @@
+"""How a request fails, and what servers say of it."""
+
+import email.utils
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+HttpFailure = Literal["unreachable", "refused", "rate_limited", "server_error", "timeout", "malformed_response"]
+"""unreachable: no connection.  refused: the server said no for good.  rate_limited: it said not now.  server_error: it
+failed.  timeout: it was too slow.  malformed_response: its answer cannot be read."""
+DOWN_STATUSES = (502, 503, 504, 529)
+"""What a gateway answers while the server behind it is gone or starts, and a server that has too much to do."""
+MAX_ERROR_BYTES = 1000
+"""Bytes that are shown of an answer which is not JSON."""
+HTTP_ERRORS = frozenset(map(str, range(400, 600)))
+ERROR_KEYS = ("error", "errors", "message", "detail", "reason")
+"""Where servers write what went wrong, from the outermost mapping inwards."""
+
+
+class HttpError(Exception):
+    """A request that failed.  The message fits on one line and shows no token.
+
+    can_retry: whether the same request may succeed later.  retry_after: seconds that the server asks to wait.
+    status, body: of the server's answer, where it gave one.
+    """
+
+    def __init__(
+        self,
+        kind: HttpFailure,
+        message: str,
+        *,
+        can_retry: bool = True,
+        retry_after: float | None = None,
+        status: int | None = None,
+        body: bytes = b"",
+    ) -> None:
+        super().__init__(message)
+        self.kind, self.can_retry, self.retry_after, self.status, self.body = kind, can_retry, retry_after, status, body
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether the service is not there for anybody, so that waiting helps."""
+        return self.kind in ("unreachable", "rate_limited") or self.status in DOWN_STATUSES
+
+
+class Refusal(HttpError):
+    """A model, or the filter of its server, will not answer this one request; the message has its words."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("refused", message, can_retry=False)
+
+
+def failure_of_status(status: int) -> tuple[HttpFailure, bool]:
+    """What an error status means, and whether the request may be sent again."""
+    if status in (408, 409, 425, 429):
+        return "rate_limited", True
+    return ("server_error", True) if status >= 500 else ("refused", False)
+
+
+def error_in_answer(answer: Any) -> HttpError | None:
+    """The failure that a body reports under status 200, with the server's words, as gateways do; None if it has none.
+
+    It counts as its own `code` or `status` says where that is one of HTTP, and as refused otherwise.
+    """
+    if not isinstance(answer, dict):
+        return None
+    error = next((answer[name] for name in ("error", "errors") if answer.get(name)), None)
+    if error is None and answer.get("object") == "error":
+        error = answer
+    if error is None:
+        return None
+    inner = error[0] if isinstance(error, list) else error
+    given = [place.get(key) for place in (inner, answer) if isinstance(place, dict) for key in ("code", "status")]
+    codes = [int(code) for code in given if isinstance(code, int | str) and str(code) in HTTP_ERRORS]
+    status = codes[0] if codes else None
+    kind, can_retry = failure_of_status(status) if status else ("refused", False)
+    return HttpError(kind, _words({"error": error}), can_retry=can_retry, status=status)
+
+
+def error_message(data: bytes) -> str:
+    """What the body of an error says, as servers write it: {"error": {"message": ...}}, {"detail": ...}, or text."""
+    try:
+        return _words(json.loads(data))[:MAX_ERROR_BYTES]
+    except (ValueError, RecursionError):
+        return data[:MAX_ERROR_BYTES].decode("utf-8", "replace")
+
+
+def _words(said: Any) -> str:
+    """The words inside an error, or the whole of it where no place for words is known."""
+    whole = said
+    for name in ERROR_KEYS:
+        said = said[0] if isinstance(said, list) and len(said) == 1 else said
+        said = said[name] if isinstance(said, dict) and said.get(name) else said
+    try:
+        return said if isinstance(said, str) else json.dumps(whole, ensure_ascii=False)[:MAX_ERROR_BYTES]
+    except RecursionError:
+        return "an error without words"
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait, as a number or a date, if it does."""
+    asked = headers.get("retry-after", "").strip()
+    if asked.isdecimal():
+        return float(asked) if len(asked) < 10 else None
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

@@ -1,0 +1,329 @@
+"""Endpoints of every make: what their answers hold, which errors they report how, how they are reached, and what is
+never shown of a key."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from imgen_common.errors import UserError
+from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, check_url
+from imgen_common.http.addresses import proxy_of
+from imgen_common.http.chat import Completion, complete, read_completion, split_reasoning
+
+KEY = "sk-very/secret+key"
+VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def client(handler: Callable[[httpx.Request], httpx.Response] | None = None) -> HttpClient:
+    transport = None if handler is None else httpx.MockTransport(handler)
+    return HttpClient("service", "SOME_KEY", RetryPolicy(), transport=transport)
+
+
+def request(made: HttpClient, base: str = "http://host/v1", path: str = "/x") -> bytes:
+    async def main() -> bytes:
+        try:
+            return await made.request("POST", base, path, seconds=5)
+        finally:
+            await made.close()
+
+    return asyncio.run(main())
+
+
+def failure(made: HttpClient, base: str = "http://host/v1", path: str = "/x") -> HttpError:
+    with pytest.raises(HttpError) as caught:
+        request(made, base, path)
+    return caught.value
+
+
+# --- chat completions ---
+
+
+def answer(message: Any, **choice: Any) -> bytes:
+    return json.dumps({"choices": [{"message": message} | choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "a"}, "a"),
+        ({"content": "b", "reasoning_content": "a"}, "<think>a</think>b"),
+        ({"content": "b", "reasoning": "a", "reasoning_content": None}, "<think>a</think>b"),
+        ({"content": "b", "reasoning": "a", "reasoning_content": ""}, "<think>a</think>b"),
+        ({"content": "b", "reasoning_content": ""}, "<think></think>b"),
+        ({"content": "<think>a</think>b", "reasoning": "a"}, "<think>a</think>b"),
+        ({"content": "a</think>b"}, "<think>a</think>b"),
+        ({"content": "</think>\n\nb", "reasoning_content": ""}, "<think></think>\n\nb"),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "output_text", "text": "b"}]}, "ab"),
+        (
+            {"content": [{"type": "thinking", "thinking": [{"text": "a"}]}, {"type": "text", "text": "b"}]},
+            "<think>a</think>b",
+        ),
+        ({"content": None, "reasoning": "a"}, "<think>a</think>"),
+        ({"content": "no", "refusal": None}, "no"),
+        ({"content": "no", "refusal": ""}, "no"),
+    ],
+)
+def test_the_text_of_an_answer(message: Any, text: str) -> None:
+    assert read_completion(answer(message)).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a", ("", "a")),
+        ("<think>a</think>b", ("a", "b")),
+        ("a</think>b</think>c", ("a", "b</think>c")),
+        ("So: <think>a</think>b", ("a", "b")),
+        ("<think>a", ("a", "")),
+        ("say <think> twice", ("", "say <think> twice")),
+    ],
+)
+def test_reasoning_is_split_from_the_answer(text: str, parts: tuple[str, str]) -> None:
+    assert split_reasoning(text) == parts
+
+
+def test_why_an_answer_ended_is_kept() -> None:
+    assert read_completion(answer({"content": "a"}, finish_reason="tool_calls")).finish_reason == "tool_calls"
+    assert read_completion(answer({"content": None}, finish_reason="length")) == Completion("", finish_reason="length")
+    assert read_completion(answer({"content": "a"}, finish_reason=7)).finish_reason is None
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (answer({"content": None, "refusal": "I cannot."}), "the model refuses: I cannot."),
+        (answer({"content": [{"type": "refusal", "refusal": "No."}]}), "the model refuses: No."),
+        (answer({"content": None}, finish_reason="content_filter"), "content filter (finish_reason content_filter)"),
+        (answer({"content": "A kni"}, finish_reason="content_filter"), "A kni"),
+        (answer({"content": ""}, finish_reason="content_filter: PROHIBITED_CONTENT"), "PROHIBITED_CONTENT"),
+        (answer({"content": None}, finish_reason="SAFETY"), "SAFETY"),
+        (answer({"content": "No.", "refusal": None}, finish_reason="refusal"), "No."),
+    ],
+)
+def test_a_refusal_is_typed_and_has_its_words(body: bytes, words: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        read_completion(body)
+    assert (caught.value.kind, caught.value.can_retry) == ("refused", False)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        ({"error": {"message": "no such model", "type": "invalid"}}, "refused", "no such model"),
+        ({"error": "quota is spent"}, "refused", "quota is spent"),
+        ({"error": {"message": "slow down", "code": 429}}, "rate_limited", "slow down"),
+        ({"error": {"message": "upstream", "code": "502"}, "choices": None}, "server_error", "upstream"),
+        ({"object": "error", "message": "too long", "code": 400}, "refused", "too long"),
+        ({"errors": [{"message": "bad key", "code": 10000}], "success": False}, "refused", "bad key"),
+        ({"choices": [{"error": {"message": "cut", "code": 503}, "message": {"content": "a"}}]}, "server_error", "cut"),
+        ({"error": {"deep": [1]}}, "refused", '{"error": {"deep": [1]}}'),
+        ({"choices": None}, "malformed_response", '{"choices":null}'),
+        ({"choices": [], "detail": "warming up"}, "malformed_response", "warming up"),
+        ({"choices": [{"message": None}]}, "malformed_response", "not a chat completion"),
+        ({"error": None, "choices": [{"message": {"content": 3}}]}, "malformed_response", "content is int"),
+    ],
+)
+def test_an_error_under_status_200_is_read_with_its_words(body: Any, kind: str, words: str) -> None:
+    made = client(lambda request: httpx.Response(200, json=body))
+    with pytest.raises(HttpError) as caught:
+        asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+    assert caught.value.kind == kind
+    assert str(caught.value).startswith("http://host/v1: ")
+    assert words in str(caught.value)
+
+
+def test_refusals_never_open_the_breaker() -> None:
+    made = client(lambda request: httpx.Response(200, content=answer({"content": None, "refusal": "No."})))
+    asked = 0
+
+    async def send(seconds: float) -> Completion:
+        nonlocal asked
+        asked += 1
+        return await complete(made, "http://host/v1", b"{}", seconds)
+
+    async def main() -> list[Any]:
+        return [await asyncio.gather(made.call(send), return_exceptions=True) for _ in range(20)]
+
+    assert {type(one) for (one,) in asyncio.run(main())} == {Refusal}
+    assert asked == 20
+
+
+# --- addresses ---
+
+
+@pytest.mark.parametrize("base", ["http://host", "http://host/openai", "http://host/api/"])
+def test_an_address_without_its_version_is_told_apart(base: str) -> None:
+    for handler in (lambda r: httpx.Response(404, text="Not Found"), lambda r: httpx.Response(405)):
+        assert "give it with /v1 at its end" in str(failure(client(handler), base, "/chat/completions"))
+    page = client(lambda request: httpx.Response(200, text="<html>"))
+    with pytest.raises(HttpError, match="give it with /v1 at its end"):
+        asyncio.run(complete(page, base, b"{}", 5))
+
+
+def test_an_address_with_its_version_is_left_alone() -> None:
+    missing = client(lambda request: httpx.Response(404, text="no such model"))
+    assert "/v1 at its end" not in str(failure(missing, "http://host/api/v3", "/chat/completions"))
+    assert "/v1 at its end" not in str(failure(missing, "http://host", "/v1/generate"))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host/v1/chat/completions", "http://host/v1/images/generations/", "http://host/v1/images/edits"]
+)
+def test_an_address_with_the_method_behind_it_is_told_apart(url: str) -> None:
+    with pytest.raises(UserError, match=r"give the address before it: http://host/v1$"):
+        check_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:pass-word@host/v1",
+        "http://:pass-word@host",
+        "http://pass-word@host",
+        "http://user:pass/-word?#@host",
+        "https://host/v1?api_key=pass-word",
+        "https://host/v1#pass-word",
+        "user:pass-word@host",
+        "http://host:pass-word@/",
+    ],
+)
+def test_a_secret_in_an_address_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UserError, match="must be like") as caught:
+        check_url(url)
+    assert "word" not in str(caught.value).replace("without name, password", "")
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        httpx.Response(307, headers={"location": f"http://other/?key={KEY}"}),
+        httpx.Response(302, headers={"location": "http://other/sk-very%2Fsecret%2Bkey/v1"}),
+        httpx.Response(302, headers={"location": f"http://me:{KEY}@other/v1"}),
+        httpx.Response(400, json={"error": {"message": f"wrong: {KEY}"}}),
+        httpx.Response(500, text=f"Bearer {KEY}"),
+        httpx.Response(401, json={"detail": [{"input": KEY}]}),
+    ],
+)
+def test_a_key_that_an_endpoint_repeats_is_not_shown(answered: httpx.Response, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", KEY)
+    error = failure(client(lambda request: answered))
+    assert "secret" not in f"{error} {error!r} {error.body!r}"
+
+
+def test_a_key_in_a_good_answer_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", KEY)
+    said = client(lambda request: httpx.Response(200, json={"text": f"your key is {KEY}"}))
+    assert json.loads(request(said)) == {"text": "your key is ..."}
+    monkeypatch.setenv("SOME_KEY", 'with"quote')
+    said = client(lambda request: httpx.Response(200, json={"text": 'it is with"quote'}))
+    assert json.loads(request(said)) == {"text": "it is ..."}
+
+
+def test_a_placeholder_for_a_key_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "EMPTY")
+    assert request(client(lambda request: httpx.Response(200, text="an EMPTY room"))) == b"an EMPTY room"
+
+
+# --- proxies and certificates ---
+
+
+@pytest.mark.parametrize(
+    ("environment", "url", "proxy"),
+    [
+        ({}, "http://host/v1", None),
+        ({"HTTP_PROXY": "http://proxy:3128"}, "http://host/v1", "http://proxy:3128"),
+        ({"HTTP_PROXY": "http://proxy:3128"}, "https://host/v1", None),
+        ({"ALL_PROXY": "proxy:3128"}, "https://host/v1", "http://proxy:3128"),
+        ({"HTTP_PROXY": "http://proxy"}, "http://localhost:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy"}, "http://127.3.2.1:8000/v1", None),
+        ({"ALL_PROXY": "http://proxy"}, "http://[::1]:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "host,other"}, "http://host/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "no_proxy": ".lan"}, "http://gpu.lan:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "*"}, "http://host/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "other"}, "http://host/v1", "http://proxy"),
+    ],
+)
+def test_which_proxy_is_asked(
+    environment: dict[str, str], url: str, proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_of(url) == proxy
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ALL_PROXY", "socks5://me:pass-word@proxy:1080", "needs the package socksio"),
+        ("HTTP_PROXY", "socks5h://proxy", "needs the package socksio"),
+        ("HTTP_PROXY", "ftp://me:pass-word@proxy", "must be http, https or socks5"),
+        ("ALL_PROXY", "http://", "must be http, https or socks5"),
+        ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE=/not/there.pem: is not there"),
+        ("SSL_CERT_DIR", "/not/there", "SSL_CERT_DIR=/not/there: is not there"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: cannot be read"),
+    ],
+)
+def test_an_environment_that_cannot_be_used_is_named(
+    variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=says) as caught:
+        request(client(), "http://service.test/v1" if "PROXY" in variable else "https://service.test/v1")
+    assert "word" not in str(caught.value)
+
+
+def test_a_proxy_that_is_not_there_is_blamed_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://me:pass-word@127.0.0.1:1")
+    error = failure(client(), "http://service.test/v1")
+    assert error.kind == "unreachable"
+    assert "http://service.test/v1 through the proxy ...@127.0.0.1:1: cannot be reached" in str(error)
+    assert "NO_PROXY" in str(error)
+    assert "pass-word" not in str(error)
+
+
+def test_this_machine_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/not/there")  # no certificate is needed here
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await writer.drain()
+        writer.close()
+
+    async def main() -> bytes:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        made = client()
+        try:
+            port = server.sockets[0].getsockname()[1]
+            return await made.request("GET", f"http://127.0.0.1:{port}", seconds=5)
+        finally:
+            await made.close()
+            server.close()
+
+    assert asyncio.run(main()) == b"ok"
+
+
+def test_a_certificate_that_cannot_be_verified_has_its_remedy(tmp_path: Path) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+
+    error = failure(client(handler))
+    assert (error.kind, error.can_retry) == ("unreachable", False)
+    assert "set SSL_CERT_FILE" in str(error)
