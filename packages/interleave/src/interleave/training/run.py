@@ -17,7 +17,7 @@ from typing import Any
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import check_launcher
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
@@ -37,7 +37,7 @@ RECIPE_KEYS = {
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
 }
 """Keys of a recipe that shard weights, by accelerate's name for the kind of sharding."""
-UNLOADABLE = "{}: not a vision-language model that can be loaded ({})"
+UNLOADABLE = "{}: not a vision-language model that can be loaded"
 
 
 def prepare_environment() -> None:
@@ -178,10 +178,8 @@ def load_processor(config: TrainingConfig) -> Any:
     """The model's processor, with images limited as at run time.  Raises UserError where it cannot be loaded."""
     from transformers import AutoProcessor
 
-    try:
+    with hub.loading(UNLOADABLE.format(config.model)):
         processor = AutoProcessor.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
     if config.max_pixels is not None:  # as `LocalChat` does
         processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
     return processor
@@ -191,7 +189,7 @@ def load_model(config: TrainingConfig) -> Any:
     """The model to train, its vision tower frozen as configured.  Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForImageTextToText
 
-    try:
+    with hub.loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
         model = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -201,8 +199,6 @@ def load_model(config: TrainingConfig) -> Any:
             dtype=config.dtype,
             attn_implementation=config.attention,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model
