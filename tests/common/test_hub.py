@@ -222,6 +222,20 @@ HEADERS: dict[str, tuple[object, int]] = {
 }
 
 
+def test_what_libraries_raise_is_one_line() -> None:
+    for error in (
+        KeyError("a"),
+        RuntimeError("size\nmismatch"),
+        RecursionError(),
+        type("Strict", (Exception,), {})("x"),
+    ):
+        with pytest.raises(UserError, match=r"^folder \(.+\)$"), hub.loading("folder"):
+            raise error
+    for kind in (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
+        with pytest.raises(kind), hub.loading("folder"):
+            raise kind
+
+
 def write_header(path: Path, header: object, size: int) -> None:
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
@@ -265,6 +279,8 @@ INDEXES: dict[str, object] = {
     "zero byte": {"a\0b": ["diffusers", "X"]},
     "surrogate": r'{"\ud800": ["diffusers", "X"]}',
     "class": {"transformer": ["diffusers", "a/b"]},
+    "library": {"transformer": ["os", "system"]},
+    "module of the folder": {"transformer": ["my_model", "MyModel"]},
     "list": [],
     "number": "1" * 5000,
 }
@@ -275,7 +291,7 @@ def test_an_index_that_names_no_components_is_refused(name: str, tmp_path: Path)
     content = INDEXES[name]
     text = content if isinstance(content, str) else json.dumps(content)
     (diffusers_folder(tmp_path) / "model_index.json").write_text(text)
-    with pytest.raises(UserError, match=r"is not a JSON object|names must be plain"):
+    with pytest.raises(UserError, match=r"is not a JSON object|names must be plain|allowed: diffusers, transformers"):
         hub.resolve(str(tmp_path))
 
 

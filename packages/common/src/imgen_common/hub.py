@@ -1,5 +1,6 @@
 """Model references: `builtin:shapes/generator`, a local folder or file, or `org/name@revision`, each to a path."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ WEIGHT_FILE = re.compile(
     r"(diffusion_pytorch_)?model(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
 )
 """A whole model's weights or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+MAX_REF = 4096
 MAX_JSON = 10**8
 """Bytes of the largest JSON file that is read; tokenizers have 30 million."""
 
@@ -51,6 +53,8 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
             allowed = ", ".join(_builtins()) or "none"
             raise UserError(f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {allowed}")
         return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights, single_file)
+    if len(ref) > MAX_REF:
+        raise UserError(f"model {ref[:60]!r}...: longer than a path can be ({MAX_REF} characters)")
     try:
         path = Path(ref).expanduser()
         if path.exists():
@@ -93,7 +97,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     if weights and unfinished is not None:
         raise _incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
     if index.exists():
-        for name, (_, class_name) in _components(folder).items():
+        for name, (library, class_name) in _components(folder).items():
+            if library not in LIBRARIES:
+                raise UserError(f"{folder}: {name} is a {class_name} of {library!r}; allowed: {', '.join(LIBRARIES)}")
             _check_component(folder, name, class_name, weights)
     else:
         _check_files(folder, folder, weights)
@@ -166,7 +172,7 @@ def load_variants(folder: Path, *, skip: Collection[str] = (), **options: Any) -
     """
     given = {}
     for name, (library, class_name) in _components(folder).items():
-        if _has_weights(class_name) and library in LIBRARIES and name not in skip:
+        if _has_weights(class_name) and name not in skip:
             variant = weight_files(folder / name).variant
             if variant is not None:
                 kind = getattr(importlib.import_module(library), class_name)
@@ -174,6 +180,20 @@ def load_variants(folder: Path, *, skip: Collection[str] = (), **options: Any) -
                     folder / name, variant=variant, local_files_only=True, use_safetensors=True, **options
                 )
     return given
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns what diffusers and transformers raise for files that do not hold what they say into a UserError: `what`,
+    and their words."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a folder that others made can lead to changes between versions
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UserError(f"{what} ({one_line(str(error) or type(error).__name__)})") from error
 
 
 def _builtins() -> list[str]:
@@ -276,7 +296,9 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
     entries = read_json(folder / "model_index.json").items()
     found = {}
     for name, entry in entries:
-        if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            continue
+        if all(isinstance(part, str) for part in entry):
             if not all(map(_plain_name, (name, *entry))):
                 raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
             found[name] = (entry[0], entry[1])

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
 from imgen_common import hub
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError
 
 LEVEL_TOLERANCE = 1e-5
 """By how much rounding may lift a noise level above 1."""
@@ -25,8 +25,6 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 """The one scheduler that is sampled; its other options only choose the noise levels, which it computes itself."""
 NOT_SAMPLED = ("stochastic_sampling", "invert_sigmas")
 """Options of it that change the steps themselves, or their direction: refused."""
-INVALID = (OSError, ValueError, TypeError, LookupError, ArithmeticError, ImportError, AttributeError)
-"""What diffusers and transformers raise for a folder that does not hold what it says."""
 
 
 def load_pipeline(
@@ -44,14 +42,15 @@ def load_pipeline(
     if net_device == "meta":
         empty = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"])
         given["transformer"] = empty.to(dtype)
-    try:
+    with hub.loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         given |= hub.load_variants(folder, skip=tuple(given), dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
-    except INVALID as error:
-        raise UserError(f"{folder}: not a {kind.__name__} that can be loaded ({one_line(str(error))})") from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             where = device if net_device is None or name != "transformer" else net_device
+            missing = next((weight for weight, value in part.named_parameters() if value.is_meta), None)
+            if missing is not None and where != "meta":
+                raise UserError(f"{folder}: weights of {name} are missing, {missing} among them; copy it again")
             part.to(where).eval().requires_grad_(False)
     return pipe
 
@@ -79,7 +78,7 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
 
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:
     """The pipeline of a folder with every weight on the meta device; only its JSON files are read."""
-    try:
+    with hub.loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         parts = {
             name: _empty_component(folder / name, *value)
             if isinstance(value, list | tuple) and len(value) == 2
@@ -88,15 +87,11 @@ def init_empty_pipeline(kind: type[P], folder: Path) -> P:
             if not name.startswith("_")
         }
         return kind(**parts)
-    except INVALID as error:
-        raise UserError(f"{folder}: not a {kind.__name__} that can be loaded ({one_line(str(error))})") from error
 
 
 def _empty_component(folder: Path, library: str | None, name: str | None) -> Any:
     if library is None or name is None:
         return None
-    if library not in hub.LIBRARIES:
-        raise UserError(f"{folder}: a {name} of {library!r}; allowed are parts of {' and '.join(hub.LIBRARIES)}")
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise UserError(
@@ -176,20 +171,15 @@ def noise_levels(
     Raises UserError unless they fall from at most 1 to 0.
     """
     scheduler = copy.deepcopy(scheduler)
-    try:
-        with np.errstate(all="ignore"):
-            scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+    with hub.loading("scheduler/scheduler_config.json: cannot be used"), np.errstate(all="ignore"):
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         levels = scheduler.sigmas.float().cpu()
-        valid = bool(levels.isfinite().all() and levels[0] <= 1 + LEVEL_TOLERANCE and (levels.diff() < 0).all())
-    except INVALID as error:
-        raise _bad_levels(one_line(str(error))) from error
-    if not valid:
-        raise _bad_levels(f"the {steps} noise levels do not fall from at most 1 to 0: {levels[:3].tolist()} ...")
+    if not (levels.isfinite().all() and levels[0] <= 1 + LEVEL_TOLERANCE and (levels.diff() < 0).all()):
+        raise UserError(
+            f"scheduler/scheduler_config.json: the {steps} noise levels do not fall from at most 1 to 0: "
+            f"{levels[:3].tolist()} ...; correct its shift and sigmas"
+        )
     return levels
-
-
-def _bad_levels(reason: str) -> UserError:
-    return UserError(f"scheduler/scheduler_config.json: {reason}; correct its shift and sigmas")
 
 
 def time_unit(scheduler: FlowMatchEulerDiscreteScheduler) -> float:
@@ -203,10 +193,9 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
 
     known = scheduler.config
     points = (known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift)
-    try:
+    names = "base_image_seq_len, max_image_seq_len, base_shift, max_shift"
+    with hub.loading(f"scheduler/scheduler_config.json: {names} cannot be {points}"):
         return float(calculate_shift(tokens, *points))
-    except (TypeError, ArithmeticError):
-        raise _bad_levels(f"base_image_seq_len, max_image_seq_len, base_shift, max_shift are {points}") from None
 
 
 def linear_levels(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from imgen_common import hub
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError
 
 HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -35,18 +35,14 @@ def load_head(folder: Path, head: nn.Sequential, device: torch.device | str) -> 
 
 def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
     """Puts the weights of a folder into a module.  Raises UserError where their names or shapes are others."""
-    try:
+    with hub.loading(f"{folder}: its weights do not fit {type(module).__name__}"):
         module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: its weights do not fit {type(module).__name__} ({one_line(str(error))})") from None
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     """The model, processor, tokenizer or configuration of class `kind` in a folder.  Raises UserError without it."""
-    try:
+    with hub.loading(f"{folder}: has no {kind.__name__} that can be loaded"):
         return kind.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
-        raise UserError(f"{folder}: has no {kind.__name__} that can be loaded ({one_line(str(error))})") from error
 
 
 def load_frozen(
@@ -54,9 +50,11 @@ def load_frozen(
 ) -> Any:
     """The model of a folder in eval mode, none of its parameters requiring a gradient."""
     if str(device) == "meta":
-        with torch.device("meta"):
+        with torch.device("meta"), hub.loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
             model = model_class(load_part(AutoConfig, folder)).to(dtype)
     else:
-        variant = hub.weight_files(folder).variant
-        model = load_part(model_class, folder, dtype=dtype, use_safetensors=True, variant=variant)
+        options = {"use_safetensors": True, "variant": hub.weight_files(folder).variant, "output_loading_info": True}
+        model, found = load_part(model_class, folder, dtype=dtype, **options)
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; copy it again")
     return model.to(device).eval().requires_grad_(False)

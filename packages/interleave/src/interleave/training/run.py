@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import check_launcher
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError
 from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
@@ -40,7 +40,7 @@ RECIPE_KEYS = {
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
 }
 """Keys of a recipe that shard weights, by accelerate's name for the kind of sharding."""
-UNLOADABLE = "{}: not a vision-language model that can be loaded ({})"
+UNLOADABLE = "{}: not a vision-language model that can be loaded"
 
 
 def prepare_environment() -> None:
@@ -192,10 +192,8 @@ def load_processor(config: TrainingConfig) -> Any:
     """The model's processor, with images limited as at run time.  Raises UserError where it cannot be loaded."""
     from transformers import AutoProcessor
 
-    try:
+    with hub.loading(UNLOADABLE.format(config.model)):
         processor = AutoProcessor.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
     if config.max_pixels is not None:  # as `LocalChat` does
         processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
     return processor
@@ -205,7 +203,7 @@ def load_model(config: TrainingConfig) -> Any:
     """The model to train, its vision tower frozen as configured.  Raises UserError where it cannot be loaded."""
     from transformers import AutoModelForImageTextToText
 
-    try:
+    with hub.loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
         model = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -215,8 +213,6 @@ def load_model(config: TrainingConfig) -> Any:
             dtype=config.dtype,
             attn_implementation=config.attention,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model

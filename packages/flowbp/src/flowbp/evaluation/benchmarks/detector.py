@@ -25,6 +25,7 @@ from flowbp.evaluation.benchmarks.geneval import (
     find_mistakes,
 )
 from flowbp.rewards.clip import ClipReward
+from flowbp.rewards.loading import load_frozen
 from flowbp.rewards.preprocess import normalize_channels
 from imgen_common import hub
 from imgen_common.errors import UserError
@@ -68,12 +69,7 @@ class Detector:
     @classmethod
     def load(cls, ref: str, device: torch.device | str = "cpu") -> "Detector":
         """The frozen float32 detector of a folder that `check_detector` accepts."""
-        folder = hub.resolve(ref)
-        options = {"local_files_only": True, "use_safetensors": True, "variant": hub.weight_files(folder).variant}
-        model, found = Mask2Former.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(f"{ref}: {len(missing)} weights are missing, the first is {missing[0]}; copy it again")
-        return cls(model.to(device).eval().requires_grad_(False))
+        return cls(load_frozen(Mask2Former, hub.resolve(ref), device, torch.float32))
 
     @torch.no_grad()
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> list[list[Detection]]:

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le
 from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply
 
@@ -68,7 +68,7 @@ class LocalChat:
         self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
         self._device = device_of(config.device)
         folder = hub.resolve(config.ref)
-        try:
+        with hub.loading(f"{config.ref}: not a vision-language model that can be loaded"):
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self._model = AutoModelForImageTextToText.from_pretrained(
                 folder,
@@ -79,9 +79,6 @@ class LocalChat:
                 dtype=dtype_of(config.dtype, self._device),
                 attn_implementation=config.attention,
             )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = one_line(str(error))
-            raise UserError(f"{config.ref}: not a vision-language model that can be loaded ({reason})") from error
         self._model.eval().requires_grad_(False).to(self._device)
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:

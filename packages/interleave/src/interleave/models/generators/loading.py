@@ -59,12 +59,10 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
 
     kind = getattr(diffusers, name)
     absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
-    try:
+    with hub.loading(f"{folder}: not a {name} that can be loaded"):
         given = absent | hub.load_variants(folder, dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise UserError(f"{folder}: not a {name} that can be loaded ({one_line(str(error))})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
