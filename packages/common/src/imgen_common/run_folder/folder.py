@@ -50,7 +50,7 @@ CHECKPOINTS = "checkpoints"
 class MetricsLine(BaseModel):
     """A line of metrics.jsonl: the step, and numbers by name; null for one that was not finite."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, float | None]
     step: Annotated[int, Ge(0), Lt(2**53)]
 
