@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from backends import FakeGenerator, FakeJudge
@@ -33,7 +36,7 @@ from interleave.datasets import build as building
 from interleave.datasets import requests as prompts
 from interleave.datasets.agreement import JudgeComparison, compare_judges
 from interleave.datasets.build import BuildProgress, write_rows
-from interleave.datasets.check import SetChecker, parse_set_row
+from interleave.datasets.check import SetChecker, parse_set_row, read_set_info
 from interleave.datasets.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
 from interleave.datasets.filters import SetInfo, select_rows
 from interleave.datasets.formats.execution import write_execution_record
@@ -558,7 +561,7 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
         (lambda: import_set("rl", tmp_path / "none", tmp_path / "x"), "no such file"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "half.json", tmp_path / "x", role="critic"), "holds half"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x"), "--role"),
-        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json:1"),
+        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json: item 1"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x", tmp_path / "store", "critic"),
          "item 1"),
     ]:  # fmt: skip
@@ -581,6 +584,66 @@ def test_execution_records_are_imported_to_be_scored_and_filtered(tmp_path: Path
     first = SetInfo.model_validate_json((tmp_path / "built" / "set.json").read_text())
     assert made.rows == first.rows
     assert made.scored == first.scored
+
+
+def test_a_row_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "store")
+    store.put(A), store.put(B)
+    good = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO)
+    write_sft([good] * 2, tmp_path / "in" / "rows.json", store)
+    rows = json.loads((tmp_path / "in" / "rows.json").read_text())
+    bad = [3, {"messages": None}, rows[0] | {"images": ["gone.png"] * 2}, rows[0] | {"trajectory_id": "\ud800"}]
+    (tmp_path / "in" / "rows.json").write_text(json.dumps([rows[0], *bad, rows[1]]))
+    info = import_set("sharegpt", tmp_path / "in" / "rows.json", tmp_path / "out", role="critic")
+    assert info.rows == {"critic_sft": {"train": 2}}
+    assert info.notes[0] == "rows left out, since they cannot be read: 4"
+    assert [re.sub(".*item ", "", note).split(":")[0] for note in info.notes[1:]] == ["2", "3", "4", "5"]
+    assert read_set_info(tmp_path / "out") == info
+
+
+def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_path: Path) -> None:
+    """Also where it is no JSON or no UTF-8; two records with one id are both kept."""
+    step = {"step": 1, "prompt": "p", "source_img": "white.png", "target_img": "step1_0.png", "success": True}
+    record = {"user_input": "Tell", "global_context": {"execution_plan": [{"prompt": "p"}]}, "steps": [step]}
+    contents = {
+        "klein/noid_Tell": json.dumps(record),
+        "nano/noid_Tell": json.dumps(record),
+        "klein/cut": json.dumps(record)[:50],
+        "klein/latin": b"\xe9",
+        "klein/other": json.dumps({"1": {}}),
+    }
+    for name, content in contents.items():
+        folder = tmp_path / "records" / name
+        folder.mkdir(parents=True)
+        A.image.save(folder / "step1_0.png")
+        (folder / "execution_record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    info = import_set("execution_record", tmp_path / "records", tmp_path / "out")
+    assert info.rows == {"planner_sft": {"train": 2}, "critic_sft": {"train": 2}}
+    assert info.notes[0] == "records left out, since they cannot be read: 3"
+    assert set(read_trace(tmp_path / "out")) == {"noid", "nano/noid_Tell"}
+    for name in ("klein/noid_Tell", "nano/noid_Tell"):
+        shutil.rmtree(tmp_path / "records" / name)
+    with pytest.raises(UserError, match=r"no rows in it that can be read; .*execution_record\.json"):
+        import_set("execution_record", tmp_path / "records", tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "parquet", "lines with a byte order mark"])
+def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) -> None:
+    A.image.save(tmp_path / "a.png"), B.image.save(tmp_path / "b.png")
+    turns = [{"role": "user", "content": "<image><image>look"}, {"role": "assistant", "content": NO}]
+    rows: list[dict[str, Any]] = [{"messages": turns, "images": ["a.png", "b.png"]}] * 2
+    file = tmp_path / "critic"
+    if form == "parquet":
+        images = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "b.png"}]
+        pq.write_table(pa.Table.from_pylist([*({"messages": turns, "images": images},) * 2, {"messages": turns}]), file)
+    elif form == "array":
+        file.write_text(json.dumps([*rows, {"messages": turns}]))
+    else:
+        start = "\ufeff" if "mark" in form else ""
+        file.write_text(start + "\r\n".join(json.dumps(row) for row in [*rows, {"messages": turns}]), encoding="utf-8")
+    info = import_set("sharegpt", file, tmp_path / "out", role="critic")
+    assert info.rows == {"critic_sft": {"train": 2}}
+    assert "2 <image> markers for 0 images" in info.notes[1]
 
 
 # --- check and show --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from interleave.cli.options import Configs, Json, Sets
 
 if TYPE_CHECKING:
@@ -102,9 +102,10 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a set from files in the formats of the reference code: sharegpt lists of planner or critic, JSON lines for
-    reinforcement learning, or execution records of data construction. The trajectories of execution records are kept,
-    too, so that `data build --set trajectories='[DIR]'` can score and filter them.
+    """Make a set from files in the formats of the reference code: sharegpt items of planner or critic, items for
+    reinforcement learning (each a JSON array, JSON lines or parquet), or execution records of data construction. What
+    cannot be read is left out and named. The trajectories of execution records are kept, too, so that
+    `data build --set trajectories='[DIR]'` can score and filter them.
 
     Example:
 
@@ -242,7 +243,7 @@ def _print_set(info: "SetInfo", folder: Path, page: Path | None, as_json: bool) 
         if dropped:
             print("dropped: " + ", ".join(f"{count} {name}" for name, count in dropped.items()))
         for note in info.notes:
-            print(f"note: {note}")
+            print(f"note: {one_line(note)}")
         print(f"statistics: {page}" if page else f"{folder}: no rows")
     if page is None:
         raise typer.Exit(1)
