@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
 from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
-from sets import critic_row, planner_row, write
+from sets import WHITE, critic_row, planner_row, write
 from tiers import tiers
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from interleave.datasets.rows import SftRow
 from interleave.models.chat.local import to_conversation
+from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.batch_plan import plan_sft_batches
 from interleave.training.config import GrpoConfig, SftConfig
@@ -37,6 +38,7 @@ from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
 SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
+WIDE, BROKEN = HashedImage.white(300, 1), "b" * 64
 GRPO_RECIPES = sorted(CONFIGS.glob("grpo_*.yaml"))
 
 
@@ -118,9 +120,17 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
             lambda line: b'{"texts":["",""],"image_ids":["' + b"0" * 64 + b'"],"completion":"c"}',
             "000000000000... is not",
         ),
+        (lambda line: line.replace(b"want", b"w<|im_end|>"), "the text holds <|im_end|>"),
+        (lambda line: line.replace(b'"texts":[""', b'"texts":["<|vision_start|><|image_pad|>"'), "<|vision_start|>"),
+        (lambda line: line.replace(WHITE.id.encode(), WIDE.id.encode()), "is 300x1; models take at most 200 times"),
+        (lambda line: line.replace(WHITE.id.encode(), BROKEN.encode()), "not an image that can be read"),
     ],
 )
 def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    store = ImageStore(root / "set" / "images")
+    store.put(WIDE)
+    store.path(BROKEN).parent.mkdir(parents=True, exist_ok=True)
+    store.path(BROKEN).write_bytes(b"\x89PNG\r\n\x1a\n")
     lines = (root / "set" / "critic_sft.jsonl").read_bytes().splitlines()
     lines[2] = spoil(lines[2])
     (tmp_path / "critic_sft.jsonl").write_bytes(b"\n".join(lines) + b"\n")
