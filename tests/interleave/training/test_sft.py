@@ -23,7 +23,7 @@ from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.batch_plan import plan_sft_batches
 from interleave.training.config import GrpoConfig, SftConfig
-from interleave.training.memory import estimate_static_memory
+from interleave.training.memory import estimate_static_memory, zero_options
 from interleave.training.rows import (
     chat_turns,
     check_chat_template,
@@ -64,12 +64,12 @@ def test_what_interleave_sets_itself_is_refused_with_the_reason(owned: dict[str,
 
 
 @pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_read(recipe: Path) -> None:
+def test_recipes_are_read(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     kind = SftConfig if recipe in SFT_RECIPES else GrpoConfig
     config = load(kind, [recipe])
     assert load(kind, [], [f"trl={json.dumps(dict(config.trl))}"]).trl == config.trl
-    deepspeed = config.trl.get("deepspeed")
-    assert deepspeed is None or (CONFIGS.parents[1] / deepspeed).is_file()
+    assert (config.trl.get("deepspeed") is None) == (zero_options(config.trl) == {})
 
 
 @pytest.mark.slow
@@ -103,6 +103,30 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
     check_options("trl", trl, cls, reserved)
     for name in trl["fsdp_config"]["transformer_layer_cls_to_wrap"]:
         assert name in vars(modeling_qwen3_vl)
+
+
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config"])
+def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    beside = tmp_path / "recipes" / "shared" / "zero.json"
+    beside.parent.mkdir(parents=True)
+    beside.write_text("{}")
+    (tmp_path / "recipes" / "base.yaml").write_text(f"trl: {{{key}: shared/zero.json}}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.yaml").write_text("extends: ../recipes/base.yaml\nseed: 1")
+    monkeypatch.chdir(tmp_path / "run")
+    config = load(SftConfig, [Path("mine.yaml")])
+    assert config.trl[key] == str(beside)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir("/")
+    assert load(SftConfig, [tmp_path / "run" / "config.yaml"]) == config
+    monkeypatch.chdir(tmp_path / "recipes")
+    for name in ("shared/zero.json", "gone.json", str(beside)):  # from the working directory, nowhere, absolute
+        (tmp_path / "run" / "other.yaml").write_text(f"trl: {{{key}: {name}}}")
+        assert load(SftConfig, [tmp_path / "run" / "other.yaml"]).trl[key] == name
+        assert load(SftConfig, [], [f"trl.{key}={name}"]).trl[key] == name
+    assert load(SftConfig, [tmp_path / "recipes" / "base.yaml"], [f"trl.{key}=null"]).trl[key] is None
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
