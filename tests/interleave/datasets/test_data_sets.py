@@ -594,6 +594,9 @@ def test_a_row_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_path: 
     good = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO)
     write_sft([good] * 2, tmp_path / "in" / "rows.json", store)
     rows = json.loads((tmp_path / "in" / "rows.json").read_text())
+    (tmp_path / "in" / "planner_sft.parquet").touch()
+    with pytest.raises(UserError, match=r"no set in it.*interleave data import"):
+        SetChecker(tmp_path / "in")
     bad = [3, {"messages": None}, rows[0] | {"images": ["gone.png"] * 2}, rows[0] | {"trajectory_id": "\ud800"}]
     (tmp_path / "in" / "rows.json").write_text(json.dumps([rows[0], *bad, rows[1]]))
     info = import_set("sharegpt", tmp_path / "in" / "rows.json", tmp_path / "out", role="critic")
@@ -613,6 +616,7 @@ def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_pat
         "klein/cut": json.dumps(record)[:50],
         "klein/latin": b"\xe9",
         "klein/other": json.dumps({"1": {}}),
+        "klein/half": json.dumps(record | {"user_input": "\ud83d"}),
     }
     for name, content in contents.items():
         folder = tmp_path / "records" / name
@@ -621,7 +625,7 @@ def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_pat
         (folder / "execution_record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     info = import_set("execution_record", tmp_path / "records", tmp_path / "out")
     assert info.rows == {"planner_sft": {"train": 2}, "critic_sft": {"train": 2}}
-    assert info.notes[0] == "records left out, since they cannot be read: 3"
+    assert info.notes[0] == "records left out, since they cannot be read: 4"
     assert set(read_trace(tmp_path / "out")) == {"noid", "nano/noid_Tell"}
     for name in ("klein/noid_Tell", "nano/noid_Tell"):
         shutil.rmtree(tmp_path / "records" / name)

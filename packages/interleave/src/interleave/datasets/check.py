@@ -12,6 +12,8 @@ from interleave.storage.images import IMAGES, ImageStore
 
 FILES: dict[str, tuple[SetName, Split]] = {file_name(name, split): (name, split) for name in SETS for split in SPLITS}
 
+REMEDY = "make one of files in other formats with interleave data import"
+
 
 @dataclass(frozen=True)
 class RowProblem:
@@ -126,10 +128,11 @@ def find_row_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
         if not files:
-            raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}")
+            raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}; {REMEDY}")
         return files
     if path.name not in FILES:
-        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}")
+        allowed = ", ".join(FILES)
+        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {allowed}; {REMEDY}")
     if not path.is_file():
         others = [name for name in FILES if (path.parent / name).is_file()]
         raise UserError(f"{path}: no such file; there are: {', '.join(others) or 'none'}")

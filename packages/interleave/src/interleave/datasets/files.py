@@ -149,9 +149,12 @@ def describe_mistake(error: ValidationError) -> str:
 def read_json(file: Path) -> Any:
     """The value in a JSON file.  Raises RowError."""
     try:
-        return _parse_json(read_text(file), str(file))
+        value = _storable(_parse_json(read_text(file), str(file)), str(file))
     except UserError as error:
         raise RowError(str(error)) from None
+    if isinstance(value, RowError):
+        raise value
+    return value
 
 
 def read_items(file: Path) -> Iterator[tuple[str, Any]]:
@@ -162,11 +165,11 @@ def read_items(file: Path) -> Iterator[tuple[str, Any]]:
     if _starts_with(file, b"PAR1"):
         yield from ((f"{file}: row {number}", row) for number, row in enumerate(_parquet_rows(file), 1))
         return
-    text = read_text(file).lstrip()
+    text = read_text(file).strip()
     if not text:
         raise UserError(f"{file}: is empty")
     if text.startswith("["):
-        for number, item in enumerate(read_json(file), 1):
+        for number, item in enumerate(_parse_json(text, str(file)), 1):
             yield f"{file}: item {number}", _storable(item, f"{file}: item {number}")
         return
     for number, line in numbered_lines(file):

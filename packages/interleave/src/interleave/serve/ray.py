@@ -195,8 +195,10 @@ def _start_local_ray() -> None:
         raise UserError(f"Ray cannot start: the paths of its sockets would be too long; {remedy}")
     try:
         ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of this very class where a part of Ray does not come up in time
         ray.shutdown()
+        if not isinstance(error, OSError):
+            remedy = f"its logs are in {folder}/ray/session_latest/logs"
         raise UserError(f"Ray cannot start: {one_line(str(error))}; {remedy}") from None
 
 
