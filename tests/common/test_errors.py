@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Annotated, Literal
 
 import pytest
 import typer
@@ -29,7 +30,7 @@ def program() -> typer.Typer:
         print("trained")
 
     @app.command()
-    def sample() -> None:
+    def sample(kind: Literal["planner", "critic"] = "critic", size: Annotated[int, typer.Option(min=2)] = 2) -> None:
         pass
 
     return app
@@ -69,6 +70,25 @@ def test_usage_error_names_the_nearest(
     assert code == 2
     assert name in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kind", "critc"), "'--kind': 'critc' is not one of 'planner', 'critic'; did you mean 'critic'?"),
+        (("--kind", "Planer"), "'--kind': 'Planer' is not one of 'planner', 'critic'; did you mean 'planner'?"),
+        (("--kind", "zzz"), "'--kind': 'zzz' is not one of 'planner', 'critic'."),
+        (("--size", "1"), "'--size': must be greater than or equal to 2."),
+        (("--size", "two"), "'--size': "),
+    ],
+)
+def test_a_bad_value_is_named_with_the_nearest_choice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    code, text = run(monkeypatch, capsys, "sample", *arguments)
+    assert code == 2
+    assert message in text.replace("\n", " ")
+    assert "Value error" not in text
 
 
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

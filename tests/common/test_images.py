@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgen_common.errors import UserError
-from imgen_common.images import content_hash, data_uri, decode, enlarge, grid, to_pil, to_uint8
+from imgen_common.images import content_hash, data_uri, decode, enlarge, from_pil, grid, to_pil, to_rgb, to_uint8
 
 
 def noise_image(width: int = 16, height: int = 12, mode: str = "RGB") -> Image.Image:
@@ -136,6 +136,78 @@ def test_decode_refuses_what_pillow_calls_a_bomb(monkeypatch: pytest.MonkeyPatch
 
 def test_decode_shows_transparency_on_white() -> None:
     assert decode(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("value", "byte"), [(0, 0), (128, 0), (129, 1), (255, 1), (30000, 117), (65407, 255), (65535, 255)]
+)
+def test_16_bit_gray_keeps_its_shades(value: int, byte: int) -> None:
+    gray = Image.fromarray(np.full((2, 3), value, np.uint16))
+    assert decode(encoded(gray, "PNG")).getpixel((0, 0)) == (byte,) * 3
+    for mode in ("I;16", "I;16B"):
+        assert to_rgb(gray.convert("I").convert(mode)).getpixel((0, 0)) == (byte,) * 3
+
+
+def test_16_bit_gray_with_a_transparent_shade_is_on_white() -> None:
+    gray = Image.fromarray(np.array([[0, 30000, 65535]], np.uint16))
+    buffer = io.BytesIO()
+    gray.save(buffer, "PNG", transparency=30000)
+    assert np.asarray(decode(buffer.getvalue()))[0, :, 0].tolist() == [0, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "bytes_"),
+    [
+        ([0, 100, 255], np.int32, [0, 100, 255]),
+        ([-5, 30000, 65535], np.int32, [0, 117, 255]),
+        ([0, 70000, 256], np.int32, [0, 255, 1]),
+        ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
+        ([np.nan, -1.0, np.inf], np.float32, [0, 0, 255]),
+        ([0.0, 100.4, 300.0], np.float32, [0, 100, 255]),
+    ],
+)
+def test_gray_without_a_range_of_its_own(values: list[float], dtype: type, bytes_: list[int]) -> None:
+    assert np.asarray(to_rgb(Image.fromarray(np.array([values], dtype))))[0, :, 1].tolist() == bytes_
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "rgb"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 0), (255, 255, 255)),
+        ("La", (0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
+        ("RGBa", (0, 0, 0, 51), (204, 204, 204)),
+        ("PA", (0, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("YCbCr", (255, 128, 128), (255, 255, 255)),
+        ("HSV", (0, 255, 255), (255, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode: str, color: float | tuple[int, ...], rgb: tuple[int, ...]) -> None:
+    assert to_rgb(Image.new(mode, (2, 2), color)).getpixel((1, 1)) == rgb
+
+
+def test_a_transparent_color_of_a_palette_is_on_white() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=1)
+    shown = decode(buffer.getvalue())
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    assert torch.equal(from_pil([Image.open(buffer)])[0, :, 0, 1], torch.ones(3))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(9))
+def test_every_orientation_is_turned_upright(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 12)).save(buffer, form, exif=exif)
+    assert decode(buffer.getvalue()).size == ((12, 16) if orientation >= 5 else (16, 12))
 
 
 def test_decode_turns_photographs_upright() -> None:

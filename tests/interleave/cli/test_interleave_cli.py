@@ -5,16 +5,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
+from imgen_common.config import load
 from interleave.agents.prompts import render_plan, render_verdict
 from interleave.cli import main
+from interleave.datasets.config import DataConfig
+from interleave.datasets.filters import SetInfo
 from interleave.records import Plan, PlanStep, Verdict
 from interleave.storage.trace import read_trace
+from interleave.training.config import GrpoConfig, SftConfig
 
+CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
 COMMANDS = ("run", "batch", "plan", "report", "prefetch", "serve", "demo")
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
@@ -251,3 +257,88 @@ def test_an_endpoint_that_is_not_there(interleave: Call, tmp_path: Path) -> None
     sets = ("--set", "planner.model.kind=endpoint", "--set", "planner.model.url=http://127.0.0.1:9/v1")
     answer = interleave("run", "x", config, *sets, "--runs", tmp_path / "runs")
     assert_refused(answer, "cannot be reached", "start the server")
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
+    """What is built and trained, in an empty folder, without doing it: a name and a configuration each."""
+    calls: list[tuple[str, Any]] = []
+
+    def build(out: Path, config: DataConfig, *args: object) -> SetInfo:
+        calls.append((f"build {out}", config))
+        out.mkdir(parents=True, exist_ok=True)
+        info = SetInfo(rows={"planner_sft": {"train": 0}}, source="build")
+        (out / "set.json").write_text(info.model_dump_json())
+        return info
+
+    def train_sft(agent: str, config: object, *args: object, **options: object) -> Path:
+        calls.append((f"sft {agent}", config))
+        return Path("runs/x/model")
+
+    def train_grpo(config: object, *args: object, **options: object) -> Path:
+        calls.append(("grpo", config))
+        return Path("runs/x/model")
+
+    monkeypatch.setattr("interleave.datasets.build.build_sets", build)
+    monkeypatch.setattr("interleave.training.sft.train_sft", train_sft)
+    monkeypatch.setattr("interleave.training.grpo.train_grpo", train_grpo)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [(("sft", "critic"), "sft_critic"), (("sft", "planner"), "sft_planner"), (("grpo",), "grpo_critic")],
+)
+def test_training_without_a_configuration_builds_the_miniatures_set_once(
+    interleave: Call, called: list[tuple[str, Any]], words: tuple[str, ...], recipe: str
+) -> None:
+    cls = GrpoConfig if recipe.startswith("grpo") else SftConfig
+    code, out, err = interleave(*words, "--json")
+    assert code == 0, err
+    assert json.loads(out)["model"] == "runs/x/model"
+    assert err.startswith("sets/miniature: not there; building it, once (400 requests")
+    assert called == [
+        ("build sets/miniature", load(DataConfig, [CONFIGS / "data_miniature.yaml"])),
+        (" ".join(words), load(cls, [CONFIGS / f"{recipe}.yaml"])),
+    ]
+    del called[:]
+    code, _, err = interleave(*words, "--set", "seed=3")
+    assert (code, err) == (0, "")
+    assert called == [(" ".join(words), load(cls, [CONFIGS / f"{recipe}.yaml"], ["seed=3"]))]
+
+
+@pytest.mark.parametrize(
+    ("words", "processes"),
+    [(("sft", "critic", "--dry-run"), "1"), (("grpo", "--dry-run"), "1"), (("sft", "planner"), "2")],
+)
+def test_a_plan_and_several_processes_build_no_set(
+    interleave: Call,
+    called: list[tuple[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    processes: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert_refused(interleave(*words), "sets/miniature: not there", "make it first", "interleave data build")
+    assert called == []
+
+
+def test_a_set_of_the_users_is_never_built_for_them(interleave: Call, called: list[tuple[str, Any]]) -> None:
+    assert interleave("sft", "critic", "--set", "data=sets/mine")[0] == 0
+    assert interleave("grpo", CONFIGS / "grpo_critic.yaml")[0] == 0
+    assert [name for name, _ in called] == ["sft critic", "grpo"]
+    assert_refused(interleave("grpo", "x.yaml", "--resume", "y"), "one of the two")
+
+
+def test_data_build_without_a_configuration_builds_the_miniatures_set(
+    interleave: Call, called: list[tuple[str, Any]]
+) -> None:
+    interleave("data", "build")
+    interleave("data", "build", "--out", "mine", "--set", "prompts=null", "--set", "trajectories=[old]")
+    assert [name for name, _ in called] == ["build sets/miniature", "build mine"]
+    assert called[0][1] == load(DataConfig, [CONFIGS / "data_miniature.yaml"])
+    assert (called[1][1].prompts, called[1][1].trajectories) == (None, ("old",))
+    assert_refused(interleave("data", "build", CONFIGS / "data_miniature.yaml"), "--out DIR")
+    words = ("data", "build", "--out", "other", "--set", "prompts.kind=file", "--set", "prompts.path=x.jsonl")
+    assert_refused(interleave(*words), "teacher=run")

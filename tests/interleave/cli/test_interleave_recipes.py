@@ -9,6 +9,7 @@ import yaml
 from imgen_common.config import Config, load
 from imgen_common.errors import UserError
 from interleave.agents.prompts import load_template
+from interleave.cli.data import RECIPES as MINIATURE
 from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "interleave").glob("*.yaml"))
@@ -40,6 +41,13 @@ def test_a_critic_that_costs_is_asked_once(recipe: Path) -> None:
 def test_the_miniatures_recipe_is_the_default() -> None:
     recipe = next(path for path in RUNS if path.stem == "miniature")
     assert load(RunConfig, [recipe]) == RunConfig()
+
+
+def test_the_recipes_that_training_runs_without_a_configuration_are_those_of_configs() -> None:
+    assert {path.name: path.read_text(encoding="utf-8") for path in MINIATURE.glob("*.yaml")} == {
+        f"{name}.yaml": (RECIPES[0].parent / f"{name}.yaml").read_text(encoding="utf-8")
+        for name in ("data_miniature", "sft_critic", "sft_planner", "grpo_critic")
+    }
 
 
 @pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)

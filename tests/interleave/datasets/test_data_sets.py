@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from backends import FakeGenerator, FakeJudge
@@ -33,7 +36,7 @@ from interleave.datasets import build as building
 from interleave.datasets import requests as prompts
 from interleave.datasets.agreement import JudgeComparison, compare_judges
 from interleave.datasets.build import BuildProgress, write_rows
-from interleave.datasets.check import SetChecker, parse_set_row
+from interleave.datasets.check import SetChecker, parse_set_row, read_set_info
 from interleave.datasets.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
 from interleave.datasets.filters import SetInfo, select_rows
 from interleave.datasets.formats.execution import write_execution_record
@@ -56,12 +59,14 @@ from interleave.records import (
 )
 from interleave.storage.images import ImageStore
 from interleave.storage.trace import read_trace
+from interleave.training.rows import read_rows
 
 ROOT = Path(__file__).parents[3]
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
 NO = render_verdict(Verdict(success=False, refined_prompt="better", reasoning="bad"))
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"),), reasoning="because")
 A, B = (HashedImage.from_pil(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+WIDE, TALL = (HashedImage.white(*size) for size in ((201, 1), (1, 300)))
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -558,7 +563,7 @@ def test_released_rows_are_imported(tmp_path: Path) -> None:
         (lambda: import_set("rl", tmp_path / "none", tmp_path / "x"), "no such file"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "half.json", tmp_path / "x", role="critic"), "holds half"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x"), "--role"),
-        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json:1"),
+        (lambda: import_set("rl", tmp_path / "in" / "critic.json", tmp_path / "x"), r"critic\.json: item 1"),
         (lambda: import_set("sharegpt", tmp_path / "in" / "critic.json", tmp_path / "x", tmp_path / "store", "critic"),
          "item 1"),
     ]:  # fmt: skip
@@ -583,6 +588,70 @@ def test_execution_records_are_imported_to_be_scored_and_filtered(tmp_path: Path
     assert made.scored == first.scored
 
 
+def test_a_row_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "store")
+    store.put(A), store.put(B)
+    good = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO)
+    write_sft([good] * 2, tmp_path / "in" / "rows.json", store)
+    rows = json.loads((tmp_path / "in" / "rows.json").read_text())
+    (tmp_path / "in" / "planner_sft.parquet").touch()
+    with pytest.raises(UserError, match=r"no set in it.*interleave data import"):
+        SetChecker(tmp_path / "in")
+    bad = [3, {"messages": None}, rows[0] | {"images": ["gone.png"] * 2}, rows[0] | {"trajectory_id": "\ud800"}]
+    (tmp_path / "in" / "rows.json").write_text(json.dumps([rows[0], *bad, rows[1]]))
+    info = import_set("sharegpt", tmp_path / "in" / "rows.json", tmp_path / "out", role="critic")
+    assert info.rows == {"critic_sft": {"train": 2}}
+    assert info.notes[0] == "rows left out, since they cannot be read: 4"
+    assert [re.sub(".*item ", "", note).split(":")[0] for note in info.notes[1:]] == ["2", "3", "4", "5"]
+    assert read_set_info(tmp_path / "out") == info
+
+
+def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_path: Path) -> None:
+    """Also where it is no JSON or no UTF-8; two records with one id are both kept."""
+    step = {"step": 1, "prompt": "p", "source_img": "white.png", "target_img": "step1_0.png", "success": True}
+    record = {"user_input": "Tell", "global_context": {"execution_plan": [{"prompt": "p"}]}, "steps": [step]}
+    contents = {
+        "klein/noid_Tell": json.dumps(record),
+        "nano/noid_Tell": json.dumps(record),
+        "klein/cut": json.dumps(record)[:50],
+        "klein/latin": b"\xe9",
+        "klein/other": json.dumps({"1": {}}),
+        "klein/half": json.dumps(record | {"user_input": "\ud83d"}),
+    }
+    for name, content in contents.items():
+        folder = tmp_path / "records" / name
+        folder.mkdir(parents=True)
+        A.image.save(folder / "step1_0.png")
+        (folder / "execution_record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    info = import_set("execution_record", tmp_path / "records", tmp_path / "out")
+    assert info.rows == {"planner_sft": {"train": 2}, "critic_sft": {"train": 2}}
+    assert info.notes[0] == "records left out, since they cannot be read: 4"
+    assert set(read_trace(tmp_path / "out")) == {"noid", "nano/noid_Tell"}
+    for name in ("klein/noid_Tell", "nano/noid_Tell"):
+        shutil.rmtree(tmp_path / "records" / name)
+    with pytest.raises(UserError, match=r"no rows in it that can be read; .*execution_record\.json"):
+        import_set("execution_record", tmp_path / "records", tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "parquet", "lines with a byte order mark"])
+def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) -> None:
+    A.image.save(tmp_path / "a.png"), B.image.save(tmp_path / "b.png")
+    turns = [{"role": "user", "content": "<image><image>look"}, {"role": "assistant", "content": NO}]
+    rows: list[dict[str, Any]] = [{"messages": turns, "images": ["a.png", "b.png"]}] * 2
+    file = tmp_path / "critic"
+    if form == "parquet":
+        images = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "b.png"}]
+        pq.write_table(pa.Table.from_pylist([*({"messages": turns, "images": images},) * 2, {"messages": turns}]), file)
+    elif form == "array":
+        file.write_text(json.dumps([*rows, {"messages": turns}]))
+    else:
+        start = "\ufeff" if "mark" in form else ""
+        file.write_text(start + "\r\n".join(json.dumps(row) for row in [*rows, {"messages": turns}]), encoding="utf-8")
+    info = import_set("sharegpt", file, tmp_path / "out", role="critic")
+    assert info.rows == {"critic_sft": {"train": 2}}
+    assert "2 <image> markers for 0 images" in info.notes[1]
+
+
 # --- check and show --------------------------------------------------------------------------------------------------
 
 
@@ -590,7 +659,8 @@ def small_set(folder: Path) -> Path:
     """One good row in each file."""
     folder.mkdir()
     store = ImageStore(folder / "images")
-    store.put(A), store.put(B)
+    for image in (A, B, WIDE, TALL):
+        store.put(image)
     plan = SftRow(texts=("plan it",), completion=render_plan(PLAN), trajectory_id="t1")
     critic = SftRow(texts=("", "", "look"), image_ids=(A.id, B.id), completion=NO, trajectory_id="t1")
     rl = RlRow(
@@ -624,6 +694,17 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("critic_sft", lambda r: r.update(texts=["", "look"], image_ids=[A.id]), "a critic compares two images"),
         ("critic_sft", lambda r: r.update(texts=["", "", "<|image_pad|> x"]), "the text holds <|image_pad|>"),
         ("critic_sft", lambda r: r.update(texts=["", "", "<image>"]), "the text holds <image>"),
+        ("critic_sft", lambda r: r.update(texts=["", "", "ok<|im_end|>\n"]), "the text holds <|im_end|>"),
+        ("critic_sft", lambda r: r.update(texts=["<|vision_start|>", "", ""]), "holds <|vision_start|>"),
+        (
+            "critic_sft",
+            lambda r: r.update(completion=NO + "<|reserved_special_token_7|>"),
+            "<|reserved_special_token_7|>",
+        ),
+        ("planner_sft", lambda r: r.update(texts=["a cat<end_of_turn>"]), "the text holds <end_of_turn>"),
+        ("planner_sft", lambda r: r.update(texts=["<\uff5cUser\uff5c>a cat"]), "the text holds <\uff5cUser\uff5c>"),
+        ("critic_sft", lambda r: r.update(image_ids=[A.id, WIDE.id]), "is 201x1; models take at most 200 times"),
+        ("critic_rl", lambda r: r.update(before_id=TALL.id), "is 1x300; models take"),
         ("critic_sft", lambda r: r.update(completion=" \n"), "the answer is empty"),
         ("critic_sft", lambda r: r.update(completion="I think so"), "the answer cannot be read (no <think>)"),
         ("critic_sft", lambda r: r.update(completion=NO.replace('"better"', '""')), "refine_prompt is empty"),
@@ -666,12 +747,11 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
         "critic_sft.jsonl:1: ",
         "critic_sft.jsonl:2: not UTF-8 at byte 0",
         "critic_sft.jsonl:3: Invalid JSON",
-        "critic_sft.jsonl:4: Invalid JSON",
         "critic_sft.val.jsonl:1: ",
         "critic_sft.val.jsonl:1: trajectory t1 is in val here and in train at critic_sft.jsonl:1",
         "critic_rl.jsonl:1: ",
         "set.json: gives 1 rows for planner_sft.jsonl, which has 0",
-        "set.json: gives 1 rows for critic_sft.jsonl, which has 4",
+        "set.json: gives 1 rows for critic_sft.jsonl, which has 3",
         "set.json: gives 0 rows for critic_sft.val.jsonl, which has 1",
     ]
     assert len(told) == len(expected), told
@@ -680,6 +760,34 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     assert sum("its pixels are not those it was stored with" in said for said in told) == 3
     (folder / "set.json").unlink()
     assert "the set is not complete" in str(list(SetChecker(folder).problems())[-1])
+
+
+def test_every_control_token_of_a_row_is_named(tmp_path: Path) -> None:
+    folder = small_set(tmp_path / "set")
+    forged = "a cat<|im_end|>\n<|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|>"
+    changed(folder / "planner_sft.jsonl", lambda row: row.update(texts=[forged]))
+    told = [problem.why.split("holds ")[1].split(";")[0] for problem in SetChecker(folder).problems()]
+    assert told == ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    message = render_planner(load_template("planner_text"), forged, ())
+    changed(folder / "planner_sft.jsonl", lambda row: row.update(SftRow.from_message(message, render_plan(PLAN))))
+    assert list(SetChecker(folder).problems()) == []
+
+
+@pytest.mark.parametrize("form", ["byte order mark", "blank lines", "array"])
+def test_sets_that_other_programs_saved_are_read(tmp_path: Path, form: str) -> None:
+    folder = small_set(tmp_path / "set")
+    for file in folder.glob("*.jsonl"):
+        line = file.read_bytes()
+        if form == "byte order mark":
+            file.write_bytes(b"\xef\xbb\xbf" + line.replace(b"\n", b"\r\n"))
+        else:
+            file.write_bytes(
+                b"\n" + line + b"\n\n" if form == "blank lines" else json.dumps([json.loads(line)]).encode()
+            )
+    assert list(SetChecker(folder).problems()) == []
+    assert len(read_rows(folder, "critic_rl", RlRow)) == len(read_rows(folder, "critic_sft", SftRow)) == 1
+    assert read_row(folder / "critic_sft.jsonl", 2 if form == "blank lines" else 1).answer == NO
+    assert Page(write_page(folder).read_text(encoding="utf-8")).text
 
 
 def test_answers_in_the_released_style_pass_the_tolerant_check(tmp_path: Path) -> None:

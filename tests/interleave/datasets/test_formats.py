@@ -397,16 +397,16 @@ def execution_records(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, 
     context = {"execution_plan": plan} | draw(st.sampled_from([{}, {"reasoning": "r"}, {"reasoning": ""}, {"x": [1]}]))
     pictures: list[tuple[str, HashedImage]] = [("white.png", draw(st.sampled_from([WHITE, D])))]
     source, flag, steps = "white.png", 0, []
-    for index, item in enumerate(plan):
+    for index, item in enumerate(plan, 1):
         num_failures = draw(st.integers(0, 2))
-        finished = index + 1 < count or draw(st.booleans())
+        finished = index < count or draw(st.booleans())
         for number in range(num_failures + finished):
             success = number == num_failures
-            target = f"step{item['step_number']}_{flag}.png"
+            target = f"step{index}_{flag}.png"
             pictures.append((target, noise(draw(st.integers(10, 10**6)))))
             steps.append(
                 {
-                    "step": item["step_number"],
+                    "step": index,
                     "prompt": item["prompt"],
                     "refine_prompt": "" if success else draw(texts),
                     "source_img": source,
@@ -451,7 +451,7 @@ def test_the_prompt_used_is_the_one_proposed_before(tmp_path: Path) -> None:
             judged(2, 6, "step1_4.png", False, "p2b"),
         ],
     }
-    folder = tmp_path / "7_tell_it"
+    folder = tmp_path / "7_Tell_it_"
     for name, picture in {"white": WHITE, "step1_0": A, "step1_2": B, "step1_4": C, "step2_6": D}.items():
         save(picture, folder / f"{name}.png")
     (folder / "execution_record.json").write_text(json.dumps(record))
@@ -526,7 +526,7 @@ def test_what_an_execution_record_would_tell_wrong_is_refused(tmp_path: Path, st
         ({"step": 3}, "step record 1: the plan has no step 3"),
         ({"target_img": "white.png"}, "step record 1: target_img must be named"),
         ({"success": "True"}, "steps.0.success"),
-        ({"score": 3}, "steps.0.score"),
+        ({"step": 0}, "step record 1: the plan has no step 0"),
         ({"source_img": "gone.png"}, "step record 1: 'gone.png': no such image"),
     ],
 )
@@ -539,6 +539,51 @@ def test_a_mistake_in_an_execution_record_is_named(tmp_path: Path, change: dict[
     file.write_text(json.dumps(record))
     with pytest.raises(UserError, match=re.escape(said)):
         read_execution_record(file, tmp_path, ImageStore(tmp_path / "s"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "request_text", "name"),
+    [
+        ("17_Tell_it__please", "Tell it, please", "17"),
+        ("a_b_Käse-Rad_", "Käse-Rad!", "a_b"),
+        ("9_Show_a_cat", "Show a cat both visually and textually", "9"),
+        ("9_Show_a_cat_both_visually_and_textually", "Show a cat both visually and textually", "9"),
+        ("3_" + "x" * 80, "x" * 100, "3"),
+        ("4_sample", "", "4"),
+        ("renamed", "Tell it", "renamed"),
+        ("50%25", "Tell it", "50%25"),
+    ],
+)
+def test_the_id_is_in_the_name_of_the_folder(
+    tmp_path: Path, folder: str, request_text: str, name: str, store: ImageStore
+) -> None:
+    record = {"user_input": request_text, "global_context": {"execution_plan": [plan_item(1)]}, "steps": []}
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "execution_record.json").write_text(json.dumps(record))
+    assert read_execution_record(tmp_path / folder / "execution_record.json", tmp_path, store).trajectory.id == name
+
+
+def test_a_record_of_the_released_scripts_is_read_wherever_it_lies_now(tmp_path: Path, store: ImageStore) -> None:
+    """The numbers of its plan mean nothing, its steps are counted, its paths are those of another machine."""
+    plan = [{"prompt": "p1"}, {**plan_item(0), "step_number": "2nd", "prompt": "p2"}]
+    there = "YOUR_PATH/klein/17_Tell"
+    steps = [
+        judged(1, 0, "white.png", False, "p1b") | {"target_img": f"{there}/step1_0.png", "seed": 0},
+        judged(1, 2, "white.png", True, "") | {"target_img": f"{there}/step1_2.png", "reasoning": None},
+        judged(2, 4, f"/root/{there}/step1_2.png", True, "") | {"target_img": f"/root/{there}/step2_4.png"},
+    ]
+    folder = tmp_path / "data" / "17_Tell"
+    for name, picture in {"step1_0": A, "step1_2": B, "step2_4": C}.items():
+        save(picture, folder / f"{name}.png")
+    record = {"user_input": "Tell", "global_context": {"execution_plan": plan}, "steps": steps, "model": "klein"}
+    (folder / "execution_record.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
+    story = read_execution_record(folder / "execution_record.json", tmp_path, store)
+    assert (story.trajectory.id, story.trajectory.status) == ("17", "complete")
+    assert [(a.step, a.op, a.before_id, a.image_id, a.prompt_used) for a in story.attempts] == [
+        (1, "t2i", WHITE.id, A.id, "p1"),
+        (1, "t2i", WHITE.id, B.id, "p1b"),
+        (2, "edit", B.id, C.id, "p2"),
+    ]
 
 
 # --- UEval -----------------------------------------------------------------------------------------------------------
@@ -606,6 +651,42 @@ def test_our_stories_answer_ueval(tmp_path: Path, store: ImageStore) -> None:
         ("prompt 3", "prompt 3", B.id, C.id),
     ]
     assert ueval_answer(again, "art") == answer
+
+
+def test_predictions_that_the_official_scorer_takes_are_read(tmp_path: Path, store: ImageStore) -> None:
+    save(A, tmp_path / "out" / "17" / "step1.png")
+    file = tmp_path / "predictions.json"
+    items = [
+        {"id": 17, "image_answer": "out/17/step1.png", "text_answer": "old"},
+        {"id": "18", "image_answer": None, "text_answer": None, "prompt": None},
+        {"id": 17, "image_answer": ["/data/run/out/17/step1.png", "", None, "out/17/gone.png"], "text_answer": "new"},
+        {"id": 2.5},
+        {"id": True},
+    ]
+    file.write_text(json.dumps(items))
+    left_out: list[str] = []
+    answers = list(read_ueval(file, tmp_path, store, left_out))
+    assert [(a.id, a.task, a.image_ids, a.text) for a in answers] == [("17", "", (A.id,), "new"), ("18", "", (), "")]
+    assert [re.sub(r".*: item", "item", reason).split(":")[0] for reason in left_out] == ["item 3", "item 4", "item 5"]
+    with pytest.raises(UserError, match=r"item 3: 'out/17/gone\.png': no such image"):
+        list(read_ueval(file, tmp_path, store))
+
+
+@pytest.mark.parametrize("name", ["17", "exercise.3", "a b"])
+def test_a_ueval_record_of_the_released_code_is_read(tmp_path: Path, store: ImageStore, name: str) -> None:
+    """Its paths count from the folder in which it was started, where its white image was left, too."""
+    folder = tmp_path / "moved" / name
+    save(A, folder / "step1.png")
+    save(B, folder / "step2.png")
+    step = {"prompt": "p", "refine_prompt": "", "source_img": "white.png", "target_img": f"result/img/{name}/step1.png"}
+    edit = {**step, "source_img": step["target_img"], "target_img": f"C:\\img\\{name}\\step2.png", "seed": 200}
+    (folder / "execution_record.json").write_text(json.dumps({"2": edit, "1": step}))
+    answer = UevalAnswer(id=name, prompt="", task="", image_ids=(), text="")
+    story = read_ueval_record(answer, tmp_path / "moved", store)
+    assert [(a.op, a.before_id, a.image_id) for a in story.attempts] == [
+        ("t2i", WHITE.id, A.id),
+        ("edit", A.id, B.id),
+    ]
 
 
 def test_a_ueval_record_must_count_its_steps(tmp_path: Path, store: ImageStore) -> None:
@@ -761,6 +842,8 @@ def test_a_good_image_is_taken(root: Path, kind: str, store: ImageStore) -> None
 def test_no_path_leads_out_and_a_missing_image_is_named(
     root: Path, kind: str, name: str, said: str, store: ImageStore
 ) -> None:
+    if (kind, name) == ("ueval", ""):
+        return  # the benchmark's scorer drops empty names
     with pytest.raises(UserError, match=r"(item 1|jsonl:1|record 1|step 1): .*" + said):
         READERS[kind](name.replace("{parent}", str(root.parent)), root, store)
 

@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
 from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
-from sets import critic_row, planner_row, write
+from sets import WHITE, critic_row, planner_row, write
 from tiers import tiers
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from interleave.datasets.rows import SftRow
 from interleave.models.chat.local import to_conversation
+from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.batch_plan import plan_sft_batches
 from interleave.training.config import GrpoConfig, SftConfig
-from interleave.training.memory import estimate_static_memory
+from interleave.training.memory import estimate_static_memory, zero_options
 from interleave.training.rows import (
     chat_turns,
     check_chat_template,
@@ -37,6 +38,7 @@ from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
 SFT_RECIPES = sorted(CONFIGS.glob("sft_*.yaml"))
+WIDE, BROKEN = HashedImage.white(300, 1), "b" * 64
 GRPO_RECIPES = sorted(CONFIGS.glob("grpo_*.yaml"))
 
 
@@ -62,12 +64,12 @@ def test_what_interleave_sets_itself_is_refused_with_the_reason(owned: dict[str,
 
 
 @pytest.mark.parametrize("recipe", SFT_RECIPES + GRPO_RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_read(recipe: Path) -> None:
+def test_recipes_are_read(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     kind = SftConfig if recipe in SFT_RECIPES else GrpoConfig
     config = load(kind, [recipe])
     assert load(kind, [], [f"trl={json.dumps(dict(config.trl))}"]).trl == config.trl
-    deepspeed = config.trl.get("deepspeed")
-    assert deepspeed is None or (CONFIGS.parents[1] / deepspeed).is_file()
+    assert (config.trl.get("deepspeed") is None) == (zero_options(config.trl) == {})
 
 
 @pytest.mark.slow
@@ -103,6 +105,30 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
         assert name in vars(modeling_qwen3_vl)
 
 
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config"])
+def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    beside = tmp_path / "recipes" / "shared" / "zero.json"
+    beside.parent.mkdir(parents=True)
+    beside.write_text("{}")
+    (tmp_path / "recipes" / "base.yaml").write_text(f"trl: {{{key}: shared/zero.json}}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.yaml").write_text("extends: ../recipes/base.yaml\nseed: 1")
+    monkeypatch.chdir(tmp_path / "run")
+    config = load(SftConfig, [Path("mine.yaml")])
+    assert config.trl[key] == str(beside)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir("/")
+    assert load(SftConfig, [tmp_path / "run" / "config.yaml"]) == config
+    monkeypatch.chdir(tmp_path / "recipes")
+    for name in ("shared/zero.json", "gone.json", str(beside)):  # from the working directory, nowhere, absolute
+        (tmp_path / "run" / "other.yaml").write_text(f"trl: {{{key}: {name}}}")
+        assert load(SftConfig, [tmp_path / "run" / "other.yaml"]).trl[key] == name
+        assert load(SftConfig, [], [f"trl.{key}={name}"]).trl[key] == name
+    assert load(SftConfig, [tmp_path / "recipes" / "base.yaml"], [f"trl.{key}=null"]).trl[key] is None
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -118,9 +144,17 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
             lambda line: b'{"texts":["",""],"image_ids":["' + b"0" * 64 + b'"],"completion":"c"}',
             "000000000000... is not",
         ),
+        (lambda line: line.replace(b"want", b"w<|im_end|>"), "the text holds <|im_end|>"),
+        (lambda line: line.replace(b'"texts":[""', b'"texts":["<|vision_start|><|image_pad|>"'), "<|vision_start|>"),
+        (lambda line: line.replace(WHITE.id.encode(), WIDE.id.encode()), "is 300x1; models take at most 200 times"),
+        (lambda line: line.replace(WHITE.id.encode(), BROKEN.encode()), "not an image that can be read"),
     ],
 )
 def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+    store = ImageStore(root / "set" / "images")
+    store.put(WIDE)
+    store.path(BROKEN).parent.mkdir(parents=True, exist_ok=True)
+    store.path(BROKEN).write_bytes(b"\x89PNG\r\n\x1a\n")
     lines = (root / "set" / "critic_sft.jsonl").read_bytes().splitlines()
     lines[2] = spoil(lines[2])
     (tmp_path / "critic_sft.jsonl").write_bytes(b"\n".join(lines) + b"\n")

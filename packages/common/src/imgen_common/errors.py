@@ -3,8 +3,9 @@
 import difflib
 import errno
 import functools
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
             option = word.partition("=")[0]
             if option in renamed and (option.startswith("-") or place == 0):
                 raise UserError(f"{option}: renamed; write {renamed[option]}")
-        app(prog_name=name)
+        _command_of(app)(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -96,3 +97,24 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
         print(f"{name}: error: {DiskFullError(f'the disk is full ({one_line(str(error))})')}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def _command_of(app: "typer.Typer") -> Callable[..., object]:
+    """The application's command, whose message for a value that is none of its choices names the nearest one."""
+    import typer
+
+    command = typer.main.get_command(app)
+    invoke = command.invoke
+
+    def invoke_with_clear_errors(context: "typer.Context") -> object:
+        try:
+            return invoke(context)
+        except typer.BadParameter as error:
+            message = error.message.removeprefix("Value error, ").replace("Input should be", "must be").rstrip(".")
+            given, found, allowed = message.partition(" is not one of ")
+            hint = nearest(given.strip("'"), re.findall(r"'([^']*)'", allowed)) if found else ""
+            error.message = f"{message}{hint}" if hint else f"{message}."
+            raise
+
+    command.invoke = invoke_with_clear_errors  # type: ignore[assignment]
+    return command

@@ -40,7 +40,7 @@ def from_pil(images: "Sequence[Image.Image]") -> "torch.Tensor":
     """Images of one size as (n, 3, h, w) in [0, 1]."""
     import torch
 
-    arrays = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
+    arrays = np.stack([np.asarray(to_rgb(image), np.float32) for image in images])
     return torch.from_numpy(arrays / 255).permute(0, 3, 1, 2)
 
 
@@ -60,7 +60,7 @@ def grid(images: "torch.Tensor | Sequence[Image.Image]", columns: int, scale: in
     cells = list(images) if isinstance(images, Sequence) else to_pil(images)
     if not cells or columns < 1:
         raise ValueError(f"a grid needs images and columns, got {len(cells)} images in {columns} columns")
-    cells = [enlarge(cell.convert("RGB"), scale) for cell in cells]
+    cells = [enlarge(to_rgb(cell), scale) for cell in cells]
     columns = min(columns, len(cells))
     rows = math.ceil(len(cells) / columns)
     width = max(cell.width for cell in cells) + gap
@@ -104,12 +104,39 @@ def decode(source: bytes | Path, max_bytes: int = 32 * 2**20, max_pixels: int = 
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        paper = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(paper, upright)
-    return upright.convert("RGB")
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A new image of 8-bit RGB, of whatever mode, with transparency on white.
+
+    16-bit gray v becomes round(v / 257), where Pillow would cut off at 255.  Modes without a range of their own: I is
+    16-bit gray unless every value fits into 8 bits; F is gray in [0, 1] unless a value exceeds 1, else in [0, 255].
+    NaN is black; what lies outside of the range is clamped.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _gray_to_8_bits(image)
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that it converts to
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _gray_to_8_bits(image: Image.Image) -> Image.Image:
+    """Mode L; LA if a value stands for transparent."""
+    values = np.asarray(image).astype(np.float32)
+    if image.mode == "F":
+        values = np.nan_to_num(values)
+        scale = 255.0 if values.max(initial=0) <= 1 else 1.0
+    else:
+        scale = 1 / 257 if image.mode != "I" or values.max(initial=0) > 255 else 1.0
+    gray = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
+    return gray
 
 
 def content_hash(image: Image.Image) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from imgen_common.images import content_hash
+from imgen_common.images import content_hash, to_rgb
 from interleave.records import FailureKind, Plan, Request, Scores, Verdict
 
 
@@ -36,8 +36,8 @@ class HashedImage:
 
     @classmethod
     def from_pil(cls, image: Image.Image) -> "HashedImage":
-        """`image` as RGB under its own hash."""
-        rgb = image.convert("RGB")
+        """`image` as RGB, whatever its mode (`to_rgb`), under its own hash."""
+        rgb = to_rgb(image)
         return cls(rgb, content_hash(rgb))
 
     @classmethod

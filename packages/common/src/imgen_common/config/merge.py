@@ -1,5 +1,6 @@
 """Layers of configuration, one over the other, each value with its origin."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     merge = _Merge()
     tree: Any = {}
     for path, content in (layer for file in files for layer in _layers(file)):
+        for key in cls.beside_file:
+            _find_beside(path, content, key.split("."))
         tree = merge.apply(cls, tree, content, (), str(path))
     # a value comes before what lies inside it, and `kind` before its neighbors
     given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
@@ -48,6 +51,17 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, di
             raise UserError(f"{path}: {EXTENDS}: must be the path of a file, from this one, got {shortened(parent)}")
         yield from _layers(path.parent / parent, (*below, path))
     yield path, content
+
+
+def _find_beside(file: Path, content: Any, keys: Sequence[str]) -> None:
+    """Makes the path at `keys`, if it is that of a file beside `file`, an absolute one."""
+    *sections, last = keys
+    for section in sections:
+        content = content.get(section) if isinstance(content, dict) else None
+    if isinstance(content, dict) and isinstance(given := content.get(last), str):
+        with contextlib.suppress(OSError, ValueError):  # no name of a file
+            if (found := file.parent / given).is_file():
+                content[last] = str(found.resolve())
 
 
 def _parse_set(text: str) -> tuple[Keys, Any, str]:

@@ -22,6 +22,9 @@ class Config(BaseModel):
     )
     renamed: ClassVar[Mapping[str, str]] = {}
     """Keys of earlier versions, each with what to write instead; one that is given is refused with that."""
+    beside_file: ClassVar[tuple[str, ...]] = ()
+    """Keys of this configuration, with dots, whose relative paths count from the YAML file that gives them where such
+    a file is there, so that recipes can name files beside them; else, as all others, from the working directory."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from imgen_common import http
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy
 from imgen_common.http.chat import complete, split_reasoning
-from imgen_common.images import data_uri
+from imgen_common.images import data_uri, to_rgb
 
 Criterion = Literal["ur_align", "ur_iq"]
 KEY_VARIABLE = "FLOWBP_JUDGE_KEY"
@@ -112,7 +112,7 @@ class Judge:
     def _question(self, image: Image.Image, prompt: str) -> bytes:
         shown = {
             "type": "image_url",
-            "image_url": {"url": data_uri(image.convert("RGB").resize((IMAGE_SIDE, IMAGE_SIDE)))},
+            "image_url": {"url": data_uri(to_rgb(image).resize((IMAGE_SIDE, IMAGE_SIDE)))},
         }
         asked = {"type": "text", "text": QUESTIONS[self.criterion].format(prompt=prompt) + ANSWER_FORMAT}
         messages = [{"role": "user", "content": [shown, asked]}]

@@ -21,7 +21,7 @@ from flowbp.training.progress import format_duration, format_memory
 from imgen_common import page
 from imgen_common.config import to_yaml
 from imgen_common.files import write_atomic
-from imgen_common.images import data_uri
+from imgen_common.images import data_uri, to_rgb
 from imgen_common.streams import numpy_generator
 
 PAGE = "report.html"
@@ -155,7 +155,7 @@ def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int
 
 def _image(one: SavedEvaluation, i: int, when: str) -> Values:
     with Image.open(one.image_files[i]) as opened:
-        image = opened.convert("RGB")
+        image = to_rgb(opened)
     small = max(image.size) <= 128
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     passes = one.scores["verifier"][i] > 0.5 if "verifier" in one.scores else None

@@ -30,6 +30,11 @@ JOINER = "\u2060"
 OPENING = re.compile(r"(?:<(?=[<|/_A-Za-z\uff5c]|\Z)|\[(?=[/A-Za-z]|\Z))")
 """Where a control token may begin: <|im_end|>, <think>, </s>, <<SYS>>, <image>, [INST], [/INST]; also at the very end,
 where the next piece of text may complete it."""
+CONTROL_TOKEN = re.compile(
+    r"<image>|<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>"
+    r"|</s>|<(?:bos|eos|pad)>|<(?:start|end)_of_turn>|\[/?INST\]"
+)
+"""What a reader of rows takes for an image, or a tokenizer for an image or the end of a turn, wherever it occurs."""
 UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -55,7 +60,7 @@ class Template:
 def load_template(ref: str) -> Template:
     """The built-in template of that name, or the one in a text file of the user's; white space at the ends is removed.
 
-    Raises UserError if there is none, it is not UTF-8, empty, or holds an unknown placeholder or an image marker.
+    Raises UserError if there is none, it is not UTF-8, empty, or holds an unknown placeholder or a control token.
     """
     if ref in BUILTIN:
         text = (resources.files("interleave.agents") / "templates" / f"{ref}.txt").read_text(encoding="utf-8")
@@ -72,9 +77,10 @@ def load_template(ref: str) -> Template:
         )
     if not found.placeholders:
         raise UserError(f"template {found.name}: no placeholder in it, so every prompt would be the same; add one")
-    if IMAGE_MARKER in found.text:
+    if token := CONTROL_TOKEN.search(found.text):
         raise UserError(
-            f"template {found.name}: remove {IMAGE_MARKER}; images are put before the text, in the order shown"
+            f"template {found.name}: remove {token[0]}; images are put before the text, in the order shown, and turns "
+            "are made by the model's chat template"
         )
     return found
 

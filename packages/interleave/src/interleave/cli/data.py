@@ -3,14 +3,14 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from imgen_common.errors import UserError
-from interleave.cli.options import Configs, Json, Sets
+from imgen_common.errors import UserError, one_line
+from interleave.cli.options import Json, MiniatureConfigs, Sets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,12 +23,18 @@ app = typer.Typer(
     help="Make training sets of planner and critic: build them from trajectories, import, check and show them.\n\n"
     "Example: interleave data build configs/interleave/data_miniature.yaml --out sets/miniature",
 )
+RECIPES = Path(__file__).parent / "recipes"
+"""What is run without a CONFIG: the miniature's recipes, equal to those of the same names in `configs/interleave`."""
+MINIATURE_SET = Path("sets/miniature")
+MINIATURE_COST = (
+    "400 requests of the miniature's world, with their images and scores; about 6 minutes on one core of a CPU"
+)
 Out = typer.Option("--out", metavar="DIR", help="New folder that becomes the set.")
 
 
 @app.command()
 def build(
-    configs: Configs = None,
+    configs: MiniatureConfigs = None,
     sets: Sets = None,
     out: Annotated[Path | None, Out] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Resume a build, or filter it again.")] = None,
@@ -36,27 +42,26 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build training sets: run the loop with teachers as planner and critic, score the images with a judge, and make
-    planner_sft, critic_sft and critic_rl from them, filtered, balanced and split, with a page of statistics. --resume
-    continues a killed build, which ends with the same sets; with other filters it makes the sets again without calling
-    a model.
+    planner_sft, critic_sft and critic_rl from them, filtered, balanced and split, with a page of statistics. Without
+    CONFIG it builds the miniature's sets on the CPU, by default in sets/miniature. --resume continues a killed build,
+    which ends with the same sets; with other filters it makes the sets again without calling a model.
 
     Example:
 
     \b
+      interleave data build
       interleave data build configs/interleave/data_miniature.yaml --out sets/miniature
       interleave data build --resume sets/miniature
       interleave data build --resume sets/miniature --set filters.rl_share=0.5 --set filters.val=0.1
     """
+    if out is None and resume is None and not configs:
+        out = MINIATURE_SET
     if (out is None) == (resume is None):
         raise UserError("give --out DIR to start a build, or --resume DIR to continue one (one of the two)")
     if retry and resume is None:
         raise UserError("--retry goes with --resume DIR: it tries the failed trajectories of that build again")
-    from imgen_common.config import load
     from imgen_common.run_folder.find import CONFIG
-    from interleave.cli import console as show
-    from interleave.datasets.build import BuildProgress, build_sets, has_records
-    from interleave.datasets.config import DataConfig
-    from interleave.pages.dataset import write_page
+    from interleave.datasets.build import has_records
 
     files = configs or []
     if resume is not None:
@@ -65,11 +70,38 @@ def build(
             raise UserError(f"{folder}: no build in it (no {CONFIG}); start one with --out {folder}")
     else:
         assert out is not None
-        folder = out
+        folder, files = out, files or [RECIPES / "data_miniature.yaml"]
         if has_records(folder):
             raise UserError(
                 f"{folder}: holds a build already; continue it with --resume {folder}, or give another folder"
             )
+    info, page = _build(folder, files, sets or [], as_json, retry)
+    _print_set(info, folder, page, as_json)
+
+
+def ensure_miniature_set(folder: Path, as_json: bool, may_build: bool) -> None:
+    """Builds the set that the miniature's recipes read where it is not there, or goes on with it; other folders are
+    left to the user.  Raises UserError unless `may_build`."""
+    from interleave.datasets.filters import INFO
+
+    if folder != MINIATURE_SET or (folder / INFO).is_file():
+        return
+    if not may_build:
+        raise UserError(f"{folder}: not there; make it first ({MINIATURE_COST}) with: interleave data build")
+    print(f"{folder}: not there; building it, once ({MINIATURE_COST})", file=sys.stderr)
+    _build(folder, [RECIPES / "data_miniature.yaml"], [], as_json)
+
+
+def _build(
+    folder: Path, files: Sequence[Path], sets: Sequence[str], as_json: bool, retry: bool = False
+) -> "tuple[SetInfo, Path | None]":
+    """The set, built or built further, and its page; None without rows."""
+    from imgen_common.config import load
+    from interleave.cli import console as show
+    from interleave.datasets.build import BuildProgress, build_sets
+    from interleave.datasets.config import DataConfig
+    from interleave.pages.dataset import write_page
+
     console = show.open_console(stderr=True)
 
     def report_progress(total: int) -> BuildProgress:
@@ -78,12 +110,11 @@ def build(
         return BuildProgress(show.BatchProgressPrinter(console, total), _scoring_printer(console))
 
     try:
-        info = build_sets(folder, load(DataConfig, files, sets or []), sys.argv, report_progress, retry)
+        info = build_sets(folder, load(DataConfig, files, sets), sys.argv, report_progress, retry)
     except KeyboardInterrupt:
         print(f"stopped; continue with: interleave data build --resume {folder}", file=sys.stderr)
         raise
-    page = write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
-    _print_set(info, folder, page, as_json)
+    return info, write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
 
 
 @app.command("import")
@@ -102,9 +133,10 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a set from files in the formats of the reference code: sharegpt lists of planner or critic, JSON lines for
-    reinforcement learning, or execution records of data construction. The trajectories of execution records are kept,
-    too, so that `data build --set trajectories='[DIR]'` can score and filter them.
+    """Make a set from files in the formats of the reference code: sharegpt items of planner or critic, items for
+    reinforcement learning (each a JSON array, JSON lines or parquet), or execution records of data construction. What
+    cannot be read is left out and named. The trajectories of execution records are kept, too, so that
+    `data build --set trajectories='[DIR]'` can score and filter them.
 
     Example:
 
@@ -242,7 +274,7 @@ def _print_set(info: "SetInfo", folder: Path, page: Path | None, as_json: bool) 
         if dropped:
             print("dropped: " + ", ".join(f"{count} {name}" for name, count in dropped.items()))
         for note in info.notes:
-            print(f"note: {note}")
+            print(f"note: {one_line(note)}")
         print(f"statistics: {page}" if page else f"{folder}: no rows")
     if page is None:
         raise typer.Exit(1)

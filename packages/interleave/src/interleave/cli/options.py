@@ -8,6 +8,12 @@ import typer
 Configs = Annotated[
     list[Path] | None, typer.Argument(metavar="CONFIG...", help="YAML files; later ones override earlier ones.")
 ]
+MiniatureConfigs = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="CONFIG...", help="YAML files; later ones override earlier ones. Default: the miniature's recipe."
+    ),
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the configuration; may be repeated."),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 
 from imgen_common.errors import UserError
-from interleave.cli.options import Configs, Json, Name, Runs, Sets
+from interleave.cli import data
+from interleave.cli.options import Json, MiniatureConfigs, Name, Runs, Sets
 
 if TYPE_CHECKING:
     from imgen_common.config import Config
@@ -29,8 +30,8 @@ Processes = Annotated[
 
 
 def sft(
-    agent: Annotated[Literal["planner", "critic"], typer.Argument(help="Which agent to train.")],
-    configs: Configs = None,
+    agent: Annotated[Literal["planner", "critic"], typer.Argument(metavar="AGENT", help="planner or critic.")],
+    configs: MiniatureConfigs = None,
     sets: Sets = None,
     resume: Resume = None,
     resume_from: ResumeFrom = "last",
@@ -41,11 +42,13 @@ def sft(
     as_json: Json = False,
 ) -> None:
     """Train the planner or the critic on examples with TRL's SFTTrainer; the loss is on the answers only. The run
-    folder holds checkpoints, metrics and, at the end, `model/`, which `interleave run` can load.
+    folder holds checkpoints, metrics and, at the end, `model/`, which `interleave run` can load. Without CONFIG it
+    trains the miniature's agent on the CPU, and first builds its training set where sets/miniature is not there.
 
     Example:
 
     \b
+      interleave sft critic
       interleave sft critic configs/interleave/sft_critic.yaml --dry-run --processes 8
       interleave sft critic configs/interleave/sft_critic.yaml --set data=sets/mine
       torchrun --nproc_per_node 8 -m interleave sft planner configs/interleave/sft_planner_qwen3vl.yaml
@@ -58,7 +61,11 @@ def sft(
     from interleave.training import sft
     from interleave.training.config import SftConfig
 
-    run, config = _load_config(SftConfig, resume, configs, sets, runs)
+    run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
+    if run is None and not configs:
+        data.ensure_miniature_set(
+            Path(config.data), as_json, not dry_run and launch.num_processes("interleave sft") == 1
+        )
     if dry_run:
         count = processes or launch.num_processes("interleave sft")
         _print_estimate(*sft.plan_sft(agent, config, count), as_json)
@@ -68,7 +75,7 @@ def sft(
 
 
 def grpo(
-    configs: Configs = None,
+    configs: MiniatureConfigs = None,
     sets: Sets = None,
     resume: Resume = None,
     resume_from: ResumeFrom = "last",
@@ -80,11 +87,13 @@ def grpo(
 ) -> None:
     """Train the critic by reinforcement learning with TRL's GRPOTrainer. An answer is rewarded by the judge's scores of
     the image that is generated from its new prompt. Training does not start if the generator or the judge is down, and
-    stops with a checkpoint if they fail too often.
+    stops with a checkpoint if they fail too often. Without CONFIG it trains the miniature's critic on the CPU, and
+    first builds its training set where sets/miniature is not there.
 
     Example:
 
     \b
+      interleave grpo
       interleave grpo configs/interleave/grpo_critic.yaml --dry-run
       interleave grpo configs/interleave/grpo_critic.yaml --set model=runs/sft_critic/model
       torchrun --nproc_per_node 8 -m interleave grpo configs/interleave/grpo_critic_qwen3vl.yaml
@@ -97,7 +106,10 @@ def grpo(
     from interleave.training import grpo
     from interleave.training.config import GrpoConfig
 
-    run, config = _load_config(GrpoConfig, resume, configs, sets, runs)
+    run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
+    if run is None and not configs:
+        may_build = not dry_run and launch.num_processes("interleave grpo") == 1
+        data.ensure_miniature_set(Path(config.data), as_json, may_build)
     if dry_run:
         _print_estimate(*grpo.plan_grpo(config, processes or launch.num_processes("interleave grpo")), as_json)
     else:
@@ -114,16 +126,18 @@ def _choose_checkpoint(run: Path | None, resume_from: Literal["last", "last-good
 
 
 def _load_config(
-    cls: type[C], resume: str | None, configs: list[Path] | None, sets: list[str] | None, runs: Path
+    cls: type[C], recipe: str, resume: str | None, configs: list[Path] | None, sets: list[str] | None, runs: Path
 ) -> tuple[Path | None, C]:
-    """The run to resume, if any, and its configuration."""
+    """The run to resume, if any, and its configuration; without either that of the miniature's recipe."""
     from imgen_common.config import load
     from imgen_common.run_folder.find import CONFIG, find_run
 
-    if (resume is None) == (not configs):
+    if resume is None:
+        return None, load(cls, configs or [data.RECIPES / f"{recipe}.yaml"], sets or [])
+    if configs:
         raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
-    run = None if resume is None else find_run(resume, runs)
-    return run, load(cls, [*([run / CONFIG] if run else []), *(configs or [])], sets or [])
+    run = find_run(resume, runs)
+    return run, load(cls, [run / CONFIG], sets or [])
 
 
 def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:

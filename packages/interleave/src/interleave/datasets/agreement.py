@@ -15,7 +15,7 @@ from interleave.agents.judge import JudgeAgreement, judge_agreement
 from interleave.datasets.build import SCORES
 from interleave.datasets.check import FILES, find_row_files
 from interleave.datasets.config import DataConfig
-from interleave.datasets.rows import RlRow, parse_row
+from interleave.datasets.rows import RlRow, parse_row, read_lines
 from interleave.protocols import Judge
 from interleave.records import Record, Scores
 from interleave.storage.images import IMAGES, ImageStore
@@ -124,7 +124,7 @@ def _scored_rows(path: Path, judge_id: str) -> dict[str, RlRow]:
     for file in find_row_files(path):
         if FILES[file.name][0] != "critic_rl":
             continue
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        for number, line in read_lines(file):
             try:
                 row = parse_row(line, RlRow)
             except ValueError as error:

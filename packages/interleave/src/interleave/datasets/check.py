@@ -1,6 +1,5 @@
 """Checks every row and every image of a set."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 from imgen_common.errors import UserError, nearest
 from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
-from interleave.datasets.rows import RlRow, SftRow, parse_row
+from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, shape_problem, text_problems
 from interleave.storage.images import IMAGES, ImageStore
 
-MARKER = re.compile(r"<image>|<\|[A-Za-z_]+\|>")
-"""What a tokenizer or a reader of rows takes for an image or the end of a turn wherever it occurs."""
 FILES: dict[str, tuple[SetName, Split]] = {file_name(name, split): (name, split) for name in SETS for split in SPLITS}
+
+REMEDY = "make one of files in other formats with interleave data import"
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,11 @@ class SetChecker:
     def _check_file(self, file: Path) -> Iterator[RowProblem]:
         name, split = FILES[file.name]
         counts = self.counts[file.name] = FileCounts()
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                counts.rows += 1
-                reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
-                counts.wrong += bool(reasons)
-                yield from (RowProblem(file, number, reason) for reason in reasons)
+        for number, line in read_lines(file):
+            counts.rows += 1
+            reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
+            counts.wrong += bool(reasons)
+            yield from (RowProblem(file, number, reason) for reason in reasons)
         if not counts.rows:
             yield RowProblem(file, None, "holds no rows")
 
@@ -79,14 +77,13 @@ class SetChecker:
             yield str(error)
             return
         if isinstance(row, SftRow):
+            yield from text_problems(row)
             yield from self._check_answer(row, name)
-            texts, ids, trajectory = (*row.texts, row.completion), row.image_ids, row.trajectory_id
+            ids, trajectory = row.image_ids, row.trajectory_id
         else:
-            texts, ids, trajectory = (), (row.before_id, row.after_id), row.extra.get("trajectory_id")
+            ids, trajectory = (row.before_id, row.after_id), row.extra.get("trajectory_id")
             if not row.original_prompt.strip():
                 yield "original_prompt is empty"
-        for marker in dict.fromkeys(found[0] for text in texts for found in MARKER.finditer(text)):
-            yield f"the text holds {marker}; images stand between texts, which must not hold such a token"
         for image_id in dict.fromkeys(ids):
             if reason := self._check_image(image_id):
                 yield reason
@@ -99,7 +96,6 @@ class SetChecker:
         if name == "critic_sft" and len(row.image_ids) < 2:
             yield f"a critic compares two images, but the row has {len(row.image_ids)}"
         if not row.completion.strip():
-            yield "the answer is empty"
             return
         parse = parse_plan if name == "planner_sft" else parse_verdict
         answer = parse(row.completion, self.parse_mode)
@@ -109,8 +105,8 @@ class SetChecker:
     def _check_image(self, image_id: str) -> str | None:
         if image_id not in self._images:
             try:
-                self._store.get(image_id)
-                self._images[image_id] = None
+                wrong = shape_problem(*self._store.get(image_id).image.size)
+                self._images[image_id] = wrong and f"image {image_id[:12]}... {wrong}"
             except UserError as error:
                 self._images[image_id] = str(error)
         return self._images[image_id]
@@ -132,10 +128,11 @@ def find_row_files(path: Path) -> list[Path]:
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
         if not files:
-            raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}")
+            raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}; {REMEDY}")
         return files
     if path.name not in FILES:
-        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {', '.join(FILES)}")
+        allowed = ", ".join(FILES)
+        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {allowed}; {REMEDY}")
     if not path.is_file():
         others = [name for name in FILES if (path.parent / name).is_file()]
         remedy = f"there are: {', '.join(others)}" if others else "make a set with interleave data build --out DIR"

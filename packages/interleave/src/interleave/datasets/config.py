@@ -105,8 +105,11 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.teacher == "shapes" and not isinstance(self.prompts, ShapesPrompts):
-            raise ValueError("teacher: shapes knows the plans of its own requests only; set prompts.kind=shapes")
+        if self.teacher == "shapes" and isinstance(self.prompts, FilePrompts):
+            raise ValueError(
+                "teacher: shapes knows the plans of its own requests only; set prompts.kind=shapes, or teacher=run for "
+                "the planner and the critic of run"
+            )
         if self.prompts is None and not self.trajectories:
             raise ValueError("nothing to build from; give prompts or trajectories")
         return self

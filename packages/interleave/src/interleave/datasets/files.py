@@ -1,9 +1,10 @@
 """Reading files of other programs, and copying images beside a file."""
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,11 +16,24 @@ from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 
 Model = TypeVar("Model", bound=BaseModel)
+Made = TypeVar("Made")
+WHITE = "white.png"
+"""Name of the white image that the released code compares an image with that is made from its prompt alone."""
+MAX_PARTS = 8
+"""Parts of a path's longest end."""
+
+
+class RowError(UserError):
+    """One row or record of a file cannot be read; those beside it may be good."""
 
 
 @dataclass(frozen=True)
 class ImageImporter:
-    """Puts images into the store, each file once, and none from outside of `root`."""
+    """Puts images into the store, each file once, and none from outside of `root`.
+
+    A path of another machine, or one that counts from the folder in which a program was started, is found by its end:
+    `/data/run/17_a_cat/step1_0.png` is `17_a_cat/step1_0.png` below `root`, or `step1_0.png` in `folder`.
+    """
 
     root: Path
     images: ImageStore
@@ -28,74 +42,179 @@ class ImageImporter:
     _imported: dict[Path, str] = field(default_factory=dict)
     _white: set[str] = field(default_factory=set)
 
-    def import_image(self, name: str, where: str) -> str:
-        """The id of the image in the file of that name.  Raises UserError naming `where`."""
-        path = self._find(name, where)
+    def import_image(self, given: str | Mapping[str, Any], where: str) -> str:
+        """The id of an image: the file of that name, or the {"bytes", "path"} of a row of a parquet file.
+
+        Raises RowError naming `where`.
+        """
+        if isinstance(given, Mapping):
+            if isinstance(content := given.get("bytes"), bytes):
+                return self._put(content, where)
+            given = str(given.get("path"))
+        path = self._find(given, where)
         if path not in self._imported:
-            try:
-                image = HashedImage.from_pil(decode(path))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            self._imported[path] = self.images.put(image)
-            if image.image.getextrema() == ((255, 255),) * 3:
-                self._white.add(image.id)
+            self._imported[path] = self._put(path, where)
         return self._imported[path]
+
+    def white_like(self, image_id: str) -> str:
+        """The id of a white image of the size of another, for files that leave out their own."""
+        white = HashedImage.white(*self.images.get(image_id).image.size)
+        self._white.add(white.id)
+        return self.images.put(white)
 
     def attempt_images(self, source: str, target: str, is_first: bool, where: str) -> dict[str, Any]:
         """The image fields of an attempt; a first one with a white source was generated from its prompt alone."""
-        before, after = self.import_image(source, where), self.import_image(target, where)
+        after = self.import_image(target, where)
+        before = self.import_source(source, after, is_first, where)
         is_new = is_first and before in self._white
         sources = () if is_new else (before,)
         return {"op": "t2i" if is_new else "edit", "source_ids": sources, "before_id": before, "image_id": after}
 
+    def import_source(self, source: str, after: str, may_be_white: bool, where: str) -> str:
+        """The id of the image before `after`; the white one may be missing, since the released code keeps it in the
+        folder in which it is started."""
+        try:
+            return self.import_image(source, where)
+        except RowError:
+            if may_be_white and PureWindowsPath(source).name == WHITE:
+                return self.white_like(after)
+            raise
+
+    def _put(self, source: Path | bytes, where: str) -> str:
+        try:
+            image = HashedImage.from_pil(decode(source))
+        except UserError as error:
+            raise RowError(f"{where}: {error}") from None
+        if image.image.getextrema() == ((255, 255),) * 3:
+            self._white.add(image.id)
+        return self.images.put(image)
+
     def _find(self, name: str, where: str) -> Path:
-        root = self.root.resolve()
-        for base in (self.folder, self.root):
-            try:
-                path = ((base or self.root) / name).resolve()
-                inside, there = path.is_relative_to(root), path.is_file()
-            except (OSError, ValueError):
-                inside, there = True, False  # no name of a file
-            if inside and there:
-                return path
-        reason = "no such image" if inside else "it leads out of the folder"
-        raise UserError(f"{where}: {name!r}: {reason}; images must lie in {self.root}")
+        root, leads_out = self.root.resolve(), False
+        places = [(self.folder, 1), (self.root, 2)] if self.folder is not None else [(self.root, 2)]
+        for base, shortest in places:
+            for end in _ends(name, shortest):
+                with contextlib.suppress(OSError, ValueError):  # no name of a file
+                    path = (base / end).resolve()
+                    if path.is_file() and path.is_relative_to(root):
+                        return path
+                    leads_out |= path.is_file()
+        reason = "it leads out of the folder" if leads_out else "no such image"
+        raise RowError(f"{where}: {name!r}: {reason}; images must lie in {self.root}")
+
+
+def _ends(name: str, shortest: int) -> Iterator[str]:
+    """A path, then its ends of at least `shortest` parts, the longest first."""
+    yield name
+    parts = [part for part in PureWindowsPath(name).parts if part.strip("./\\") and ":" not in part][-MAX_PARTS:]
+    for start in range(len(parts) - shortest + 1):
+        yield "/".join(parts[start:])
+
+
+def read_each(
+    items: Iterable[tuple[str, Any]], make: Callable[[str, Any], Made], left_out: list[str] | None
+) -> Iterator[Made]:
+    """What `make` makes of each item, given its name and its value; in `left_out`, why an item is left out.
+
+    left_out: None: the first RowError is raised instead.
+    """
+    for where, value in items:
+        try:
+            if isinstance(value, RowError):
+                raise value
+            made = make(where, value)
+        except RowError as error:
+            if left_out is None:
+                raise
+            left_out.append(str(error))
+        else:
+            yield made
 
 
 def validate(model: type[Model], value: object, where: str) -> Model:
-    """`value` as a `model`.  Raises UserError with the first mistake."""
+    """`value` as a `model`.  Raises RowError with the first mistake."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where}: {f'{place}: ' if place else ''}{first['msg']}") from None
+        raise RowError(f"{where}: {describe_mistake(error)}") from None
+
+
+def describe_mistake(error: ValidationError) -> str:
+    """The first mistake in words: the key, and what is wrong with its value."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{f'{place}: ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def read_json(file: Path) -> Any:
-    """The value in a JSON file.  Raises UserError."""
-    return _parse_json(read_text(file), str(file))
+    """The value in a JSON file.  Raises RowError."""
+    try:
+        value = _storable(_parse_json(read_text(file), str(file)), str(file))
+    except UserError as error:
+        raise RowError(str(error)) from None
+    if isinstance(value, RowError):
+        raise value
+    return value
 
 
-def read_json_list(file: Path) -> Iterator[tuple[str, object]]:
-    """The items of a JSON list, each with its name for messages.  Raises UserError."""
-    value = read_json(file)
-    if not isinstance(value, list):
-        raise UserError(f"{file}: must be a JSON list, got a {type(value).__name__}")
-    return ((f"{file}: item {number}", item) for number, item in enumerate(value, 1))
+def read_items(file: Path) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, of JSON lines or of a parquet file, whatever its suffix, each with its name.
 
-
-def read_json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """The values of a file of JSON lines, each with its name for messages.  Raises UserError."""
+    A line that cannot be read is a RowError in place of its value.  Raises UserError for a file that cannot be read.
+    """
+    if _starts_with(file, b"PAR1"):
+        yield from ((f"{file}: row {number}", row) for number, row in enumerate(_parquet_rows(file), 1))
+        return
+    text = read_text(file).strip()
+    if not text:
+        raise UserError(f"{file}: is empty")
+    if text.startswith("["):
+        for number, item in enumerate(_parse_json(text, str(file)), 1):
+            yield f"{file}: item {number}", _storable(item, f"{file}: item {number}")
+        return
     for number, line in numbered_lines(file):
-        yield f"{file}:{number}", _parse_json(line, f"{file}:{number}")
+        where = f"{file}:{number}"
+        try:
+            yield where, _storable(_parse_json(line, where), where)
+        except RowError as error:
+            yield where, error
+
+
+def _starts_with(file: Path, magic: bytes) -> bool:
+    try:
+        with file.open("rb") as content:
+            return content.read(len(magic)) == magic
+    except OSError:
+        return False  # `read_text` says why
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows, without the keys that are null."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                yield {key: value for key, value in row.items() if value is not None}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a parquet file that can be read ({error})") from None
 
 
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise RowError(f"{where}: not JSON ({error})") from None
+
+
+def _storable(value: Any, where: str) -> Any:
+    """The value, or a RowError if UTF-8 cannot hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return RowError(f"{where}: holds half of a surrogate pair, which is no text")
+    return value
 
 
 def write_json(file: Path, value: Mapping[str, Any] | Sequence[Any]) -> Path:

@@ -1,6 +1,6 @@
 """Sets from the published formats of the reference code."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from imgen_common.files import atomic_folder, write_atomic
 from interleave.agents.prompts import load_template
 from interleave.datasets.build import write_rows
 from interleave.datasets.config import TemplatesConfig
+from interleave.datasets.files import read_each
 from interleave.datasets.filters import INFO, SetInfo, SetName, file_name
 from interleave.datasets.formats.execution import read_execution_record
 from interleave.datasets.formats.training import read_rl, read_sft
@@ -21,6 +22,7 @@ from interleave.storage.trace import Trace
 Format = Literal["sharegpt", "rl", "execution_record"]
 Role = Literal["planner", "critic"]
 RECORD = "execution_record.json"
+MAX_REASONS = 10
 TEMPLATES = TemplatesConfig(planner_text="planner_text", planner_images="planner_images", critic="critic")
 """Templates of the rows from execution records; `data build` has settings for them."""
 
@@ -31,7 +33,7 @@ def import_set(form: Format, path: Path, out: Path, root: Path | None = None, ro
     sharegpt: a JSON list of {messages, images}, of a `role`.  rl: JSON lines.  execution_record: a record, or a folder
     of them; their trajectories are kept beside the rows, for `data build` to score and filter (`trajectories`).
     root: folder that holds all images; by default that of `path`.
-    Raises UserError naming the row that is wrong.
+    Rows and records that cannot be read are left out, and the set's notes say why.  Raises UserError if none is left.
     """
     if (form == "sharegpt") != (role is not None):
         raise UserError("--role planner or --role critic goes with sharegpt, which does not name the agent of its rows")
@@ -39,21 +41,22 @@ def import_set(form: Format, path: Path, out: Path, root: Path | None = None, ro
         raise UserError(f"{path}: no such file or folder")
     inside = root or (path if path.is_dir() else path.parent)
     with atomic_folder(out) as fresh:
-        images = ImageStore(fresh / IMAGES)
+        images, left_out = ImageStore(fresh / IMAGES), list[str]()
         files: dict[SetName, Iterator[SftRow | RlRow]]
         if form == "sharegpt":
             name: SetName = "planner_sft" if role == "planner" else "critic_sft"
-            files = {name: read_sft(path, inside, images)}
+            files = {name: read_sft(path, inside, images, left_out)}
         elif form == "rl":
-            files = {"critic_rl": read_rl(path, inside, images)}
+            files = {"critic_rl": read_rl(path, inside, images, left_out)}
         else:
-            files = _story_rows(_import_stories(path, inside, images, fresh))
+            files = _story_rows(_import_stories(path, inside, images, fresh, left_out))
         rows = {name: write_rows(fresh / file_name(name, "train"), made) for name, made in files.items()}
         if not any(rows.values()):
-            raise UserError(f"{path}: no rows in it")
+            raise UserError(f"{path}: no rows in it" + (f" that can be read; {left_out[0]}" if left_out else ""))
         info = SetInfo(
             rows={name: {"train": count} for name, count in rows.items()},
             source=f"{form} {path.name}",
+            notes=_describe_left_out(form, left_out),
             templates=TEMPLATES.model_dump() if form == "execution_record" else {},
             versions={"interleave": metadata.version("interleave")},
         )
@@ -61,24 +64,41 @@ def import_set(form: Format, path: Path, out: Path, root: Path | None = None, ro
     return info
 
 
-def _import_stories(path: Path, root: Path, images: ImageStore, out: Path) -> list[FinishedStory]:
+def _describe_left_out(form: Format, left_out: Sequence[str]) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    what = "records" if form == "execution_record" else "rows"
+    more = (f"... and {len(left_out) - MAX_REASONS} more",) if len(left_out) > MAX_REASONS else ()
+    return (f"{what} left out, since they cannot be read: {len(left_out)}", *left_out[:MAX_REASONS], *more)
+
+
+def _import_stories(path: Path, root: Path, images: ImageStore, out: Path, left_out: list[str]) -> list[FinishedStory]:
     """The stories of the records; they are written to a trace too."""
     files = sorted(path.rglob(RECORD)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no {RECORD} in it")
     stories: dict[str, FinishedStory] = {}
+    records = ((str(file), file) for file in files)
     with Trace(out) as trace:
-        for file in files:
-            story = read_execution_record(file, root, images)
+        for story in read_each(records, lambda _, file: _import_story(file, path, root, images, stories), left_out):
             trajectory = story.trajectory
-            if trajectory.id in stories:
-                raise UserError(f"{file}: there is another record of {trajectory.id}; give every folder its own name")
             stories[trajectory.id] = story
             shared = {name: getattr(trajectory, name) for name in ("request", "planner", "plan")}
             plan = PlanRecord(trajectory_id=trajectory.id, **shared)
             for record in (plan, *story.attempts, trajectory):
                 trace.append(record)
     return list(stories.values())
+
+
+def _import_story(file: Path, path: Path, root: Path, images: ImageStore, others: Container[str]) -> FinishedStory:
+    """The story of a record; where another has its id already, the path of its folder is its id."""
+    story = read_execution_record(file, root, images)
+    if story.trajectory.id not in others:
+        return story
+    name = file.parent.relative_to(path).as_posix()
+    request = story.trajectory.request.model_copy(update={"id": name})
+    trajectory = story.trajectory.model_copy(update={"id": name, "request": request})
+    return FinishedStory(trajectory, tuple(a.model_copy(update={"trajectory_id": name}) for a in story.attempts))
 
 
 def _story_rows(stories: list[FinishedStory]) -> dict[SetName, Iterator[SftRow | RlRow]]:

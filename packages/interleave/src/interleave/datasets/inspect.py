@@ -4,14 +4,13 @@ import json
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
 from interleave.agents.prompts import load_template, render_critic
 from interleave.datasets.check import FILES, find_row_files, parse_set_row, read_set_info
-from interleave.datasets.rows import SftRow, placeholder_image
+from interleave.datasets.rows import SftRow, placeholder_image, read_lines
 from interleave.protocols import Message
 from interleave.storage.images import IMAGES, ImageStore
 
@@ -55,13 +54,11 @@ def read_row(path: Path, number: int, template_name: str | None = None) -> Reada
         raise UserError(f"{path}: give one of its files: {', '.join(file.name for file in find_row_files(path))}")
     find_row_files(path)
     name, _ = FILES[path.name]
-    with path.open("rb") as lines:
-        line = next(islice(lines, number - 1, number), None)
-    if line is None:
-        with path.open("rb") as lines:
-            raise UserError(f"{path}: no row {number}; it has {sum(1 for _ in lines)}")
+    lines = dict(read_lines(path))
+    if number not in lines:
+        raise UserError(f"{path}: no row {number}; it has {len(lines)}")
     try:
-        row = parse_set_row(line, name)
+        row = parse_set_row(lines[number], name)
     except ValueError as error:
         raise UserError(f"{path}:{number}: {error}") from None
     store = ImageStore(path.parent / IMAGES)

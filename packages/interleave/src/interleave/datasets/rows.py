@@ -1,15 +1,31 @@
 """Examples for training planner and critic, and the stories that they are made from."""
 
-from collections.abc import Callable, Mapping
+import itertools
+import json
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from interleave.agents.prompts import Template, render_critic, render_plan, render_planner, render_verdict
+from imgen_common.errors import UserError
+from interleave.agents.prompts import (
+    CONTROL_TOKEN,
+    Template,
+    render_critic,
+    render_plan,
+    render_planner,
+    render_verdict,
+)
+from interleave.datasets.files import describe_mistake, read_json
 from interleave.protocols import CriticInput, HashedImage, Message
 from interleave.records import Attempt, PlanStep, Record, Trajectory, Verdict
+
+MAX_ASPECT_RATIO = 200
+"""The processors of Qwen2-VL and its successors refuse an image beyond it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,25 @@ class RlRow(Record):
 Row = TypeVar("Row", SftRow, RlRow)
 
 
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a set's file that are not blank, with their numbers; the items of a JSON array count as lines.
+
+    Raises UserError if the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(BOM_UTF8))
+            file.seek(len(BOM_UTF8) if start == BOM_UTF8 else 0)
+            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            first = next(lines, None)
+            if first is not None and first[1].lstrip().startswith(b"["):
+                yield from ((number, json.dumps(item).encode()) for number, item in enumerate(read_json(path), 1))
+            elif first is not None:
+                yield from itertools.chain([first], lines)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 def parse_row(line: bytes, kind: type[Row]) -> Row:
     """The row of a line of a set.  Raises ValueError saying what is wrong."""
     try:
@@ -116,10 +151,25 @@ def parse_row(line: bytes, kind: type[Row]) -> Row:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
         given = first["input"] if isinstance(first["input"], int | float | str | None) else None
         shown = "" if given is None or first["type"] == "json_invalid" else f", got {str(given)[:40]!r}"
-        raise ValueError(f"{f'{place}: ' if place else ''}{first['msg']}{shown}") from None
+        raise ValueError(describe_mistake(error) + shown) from None
+
+
+def text_problems(row: SftRow) -> Iterator[str]:
+    """What no example may hold: a token that ends a turn or stands for an image, or an empty answer."""
+    found = (token[0] for text in (*row.texts, row.completion) for token in CONTROL_TOKEN.finditer(text))
+    for token in dict.fromkeys(found):
+        yield f"the text holds {token}; images stand between texts, which must not hold such a token"
+    if not row.completion.strip():
+        yield "the answer is empty"
+
+
+def shape_problem(width: int, height: int) -> str | None:
+    """What keeps the processor of a vision-language model from reading an image of that size; None: nothing."""
+    if max(width, height) <= MAX_ASPECT_RATIO * min(width, height):
+        return None
+    return f"is {width}x{height}; models take at most {MAX_ASPECT_RATIO} times as wide as high or as high as wide"
 
 
 def make_planner_row(story: FinishedStory, text: Template, images: Template) -> SftRow | None:

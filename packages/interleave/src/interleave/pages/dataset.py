@@ -12,7 +12,7 @@ from imgen_common.files import write_atomic
 from interleave.agents.parsing import parse_plan, parse_verdict
 from interleave.datasets.check import FILES, find_row_files, parse_set_row, read_set_info
 from interleave.datasets.filters import SetInfo, SetName
-from interleave.datasets.rows import RlRow, SftRow
+from interleave.datasets.rows import RlRow, SftRow, read_lines
 from interleave.pages import TEMPLATES
 from interleave.pages.images import PageImages
 from interleave.pages.words import shorten
@@ -82,16 +82,14 @@ class FileSummary:
     def of(cls, file: Path) -> "FileSummary":
         """Of all rows; the examples are spread evenly over the file."""
         name, _ = FILES[file.name]
-        with file.open("rb") as lines:
-            total = sum(1 for _ in lines)
+        total = sum(1 for _ in read_lines(file))
         examples = {total * i // MAX_EXAMPLES for i in range(MAX_EXAMPLES)}
         summary = cls()
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines):
-                try:
-                    summary.add(parse_set_row(line, name), name, number in examples)
-                except ValueError:
-                    summary.unreadable += 1
+        for number, (_, line) in enumerate(read_lines(file)):
+            try:
+                summary.add(parse_set_row(line, name), name, number in examples)
+            except ValueError:
+                summary.unreadable += 1
         return summary
 
     def add(self, row: SftRow | RlRow, name: SetName, is_example: bool) -> None:

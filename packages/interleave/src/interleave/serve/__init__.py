@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import math
 import os
+import secrets
 import socket
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,8 @@ def prepare_ray(config: ServeConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if config.ray_address is None:
         os.environ["RAY_AUTH_MODE"] = "token"
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 

@@ -6,6 +6,7 @@ checks requests, and asks again where a replica died.
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import socket
@@ -43,6 +44,9 @@ REPLICAS = "replicas"
 POLL_SECONDS = 1.0
 """Seconds between two queries about the replicas."""
 MAX_LOADING_TRIES = 3
+MAX_SOCKET_PATH = 107
+"""Bytes that Linux allows."""
+SOCKET_IN_FOLDER = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 EXTRA_REQUESTS = 1000
 """Requests that the service may be answering besides those that it admits."""
 
@@ -165,13 +169,13 @@ def cluster(config: ServeConfig) -> Iterator[None]:
     """Ray with its proxy listening: the cluster of `ray_address`, or one of this machine alone, without dashboard,
     shut down afterwards.  Raises UserError where there is no such cluster.
     """
-    try:
-        if config.ray_address is None:
-            ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
-        else:
+    if config.ray_address is None:
+        _start_local_ray()
+    else:
+        try:
             ray.init(address=config.ray_address, log_to_driver=False)
-    except (OSError, ValueError) as error:
-        raise UserError(_start_failure(config, error)) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"ray_address {config.ray_address}: {one_line(str(error))}") from None
     if config.ray_address is None and ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()
         raise RuntimeError("Ray listens beyond this machine; call `prepare_ray` before Ray is imported")
@@ -183,15 +187,19 @@ def cluster(config: ServeConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_failure(config: ServeConfig, error: OSError | ValueError) -> str:
-    """Why Ray did not start, or was not reached, and what to do."""
-    reason = one_line(str(error))
-    if config.ray_address is not None:
-        return f"ray_address {config.ray_address}: {reason}"
-    remedy = "set RAY_TMPDIR and HOME to folders that can be written and have room"
-    if "AF_UNIX" in reason:  # Ray puts the names of its sockets, about 60 characters, after it
-        remedy = "set RAY_TMPDIR to a folder with a path of at most 40 characters"
-    return f"Ray does not start here: {reason}; {remedy}"
+def _start_local_ray() -> None:
+    """Raises UserError where Ray's files or sockets cannot be in the folder of temporary files."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+    remedy = f"it keeps files in {folder}; set RAY_TMPDIR to a folder with a short path that can be written, as /tmp"
+    if len(os.fsencode(folder)) > MAX_SOCKET_PATH - len(SOCKET_IN_FOLDER):
+        raise UserError(f"Ray cannot start: the paths of its sockets would be too long; {remedy}")
+    try:
+        ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, log_to_driver=False)
+    except Exception as error:  # of this very class where a part of Ray does not come up in time
+        ray.shutdown()
+        if not isinstance(error, OSError):
+            remedy = f"its logs are in {folder}/ray/session_latest/logs"
+        raise UserError(f"Ray cannot start: {one_line(str(error))}; {remedy}") from None
 
 
 def serve_until_stopped(config: ServeConfig, secret: bytes | None, url: str) -> None:

@@ -57,6 +57,15 @@ class ImageStore:
             raise UserError(f"{path}: its pixels are not those it was stored with; remove it and make it again")
         return image
 
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Width and height, of which only the file's header is read.  Raises UserError if it is missing or damaged."""
+        path = self._existing(image_id)
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                return image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{path}: not an image that can be read ({error}); remove it and make it again") from None
+
     def copy(self, image_id: str, target: Path) -> None:
         """Write the image's file to `target`, whole or not at all.  Raises UserError if it is missing."""
         source = self._existing(image_id)

@@ -167,7 +167,8 @@ def read_json_options(key: str, given: object) -> Mapping[str, Any]:
     try:
         content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file") from None
+        where = "its path counts from the YAML file that gives it, or else from the working directory"
+        raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file; {where}") from None
     if not isinstance(content, dict):
         raise UserError(f"{key} {given}: must hold a JSON object")
     return content

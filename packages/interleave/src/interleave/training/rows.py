@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic
-from interleave.datasets.rows import RlRow, Row, SftRow, parse_row, placeholder_image
+from interleave.datasets.rows import (
+    RlRow,
+    Row,
+    SftRow,
+    parse_row,
+    placeholder_image,
+    read_lines,
+    shape_problem,
+    text_problems,
+)
 from interleave.protocols import HashedImage
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.training.batch_plan import GrpoBatchPlan
@@ -66,15 +73,12 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
     Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
     """
     path = folder / f"{name}.jsonl"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.is_file():
         others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        made = "make it with interleave data build, or of files in other formats with interleave data import"
+        raise UserError(f"{path}: no such file{nearest(name, others)}; {made}")
     store = ImageStore(folder / IMAGES)
-    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in enumerate(data.splitlines(), 1)]
+    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in read_lines(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a set with at least one")
     return rows
@@ -83,13 +87,15 @@ def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
 def _read_row(line: bytes, kind: type[Row], store: ImageStore, where: str) -> Row:
     try:
         row = parse_row(line, kind)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; fix or remove the row") from None
-    if isinstance(row, SftRow) and not row.completion.strip():
-        raise UserError(f"{where}: the answer is empty; fix or remove the row")
-    for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
-        if image_id not in store:
-            raise UserError(f"{where}: its image {image_id[:12]}... is not in {IMAGES}/; fix or remove the row")
+        if isinstance(row, SftRow) and (problem := next(text_problems(row), None)):
+            raise ValueError(problem)
+        for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
+            if image_id not in store:
+                raise ValueError(f"its image {image_id[:12]}... is not in {IMAGES}/")
+            if wrong := shape_problem(*store.size(image_id)):
+                raise ValueError(f"its image {image_id[:12]}... {wrong}")
+    except (ValueError, UserError) as error:
+        raise UserError(f"{where}: {error}; fix or remove the row (interleave data check names all)") from None
     return row
 
 
@@ -150,8 +156,13 @@ def num_tokens(row: SftRow, processor: Any, store: ImageStore) -> int:
     image_processor = processor.image_processor
     num_extra = 0
     for image_id in row.image_ids:
-        with Image.open(store.path(image_id)) as image:  # reads the header only
-            patches = image_processor.get_number_of_image_patches(image.height, image.width, {})
+        width, height = store.size(image_id)
+        try:
+            patches = image_processor.get_number_of_image_patches(height, width, {})
+        except ValueError as error:
+            raise UserError(
+                f"image {image_id[:12]}...: {width}x{height}: the model does not take it ({error})"
+            ) from None
         num_extra += patches // image_processor.merge_size**2 - 1  # the text has one token for each image
     return len(processor.tokenizer(text, add_special_tokens=False).input_ids) + num_extra
 

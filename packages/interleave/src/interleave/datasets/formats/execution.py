@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -13,59 +13,68 @@ from pydantic import BaseModel, ConfigDict
 from imgen_common.errors import UserError
 from interleave.agents.parsing import ParseFailure, plan_from_object
 from interleave.agents.prompts import plan_object
-from interleave.datasets.files import ImageImporter, read_json, validate, write_json
+from interleave.datasets.files import ImageImporter, RowError, read_json, validate, write_json
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, GeneratorInfo, Plan, PlannerRecord, Request, Spent, Trajectory
 from interleave.storage.images import ImageStore
 
-TARGET_NAME = re.compile(r"step(\d+)_(\d+)\.png")
+TARGET_NAME = re.compile(r"step(\d+)_(\d+)\.(?:png|jpe?g|webp)", re.IGNORECASE)
+LEFT_OUT = " both visually and textually"
 IMPORTED = "imported"
 UNKNOWN_SEED = -1
 
 
 class _JudgedStep(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
     step: int
+    """Position in the plan, counted from 1, whatever the plan's own numbers are."""
     prompt: str
-    refine_prompt: str
+    refine_prompt: str | None = None
     source_img: str
     target_img: str
     success: bool
-    reasoning: str
+    reasoning: str | None = None
 
 
 class _ExecutionRecord(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
     user_input: str
     global_context: dict[str, Any]
     steps: list[_JudgedStep]
 
 
 def read_execution_record(file: Path, root: Path, images: ImageStore) -> FinishedStory:
-    """A trajectory of the reference's data construction: `NAME/execution_record.json` with its images.
+    """A trajectory of the reference's data construction: `ID_REQUEST/execution_record.json` with its images.
 
     The prompt of an attempt is the one proposed when the attempt before it failed.  The planner's object is kept
-    word for word in `planner.raw`.  Raises UserError naming the step.
+    word for word in `planner.raw`.  Raises RowError naming the step.
     """
     record = validate(_ExecutionRecord, read_json(file), str(file))
-    plan = plan_from_object(record.global_context, str(record.global_context.get("reasoning") or ""), "tolerant")
-    if isinstance(plan, ParseFailure):
-        raise UserError(f"{file}: global_context: {plan.reason}")
-    folder = file.resolve().parent.name
-    name = unquote(folder.removesuffix(f"_{_slug(record.user_input)}")) or folder
-    numbers = [item["step_number"] for item in record.global_context["execution_plan"]]
+    plan = _read_plan(record.global_context, str(file))
+    name = _id_of(file.resolve().parent.name, record.user_input)
     reader = ImageImporter(root, images, file.parent)
     attempts: list[Attempt] = []
     for number, item in enumerate(record.steps, 1):
         where = f"{file}: step record {number}"
-        if item.step not in numbers:
-            raise UserError(f"{where}: the plan has no step {item.step}")
-        attempts.append(_judged_attempt(item, numbers.index(item.step) + 1, name, attempts, reader, where))
+        if not 1 <= item.step <= len(plan.steps):
+            raise RowError(f"{where}: the plan has no step {item.step}")
+        attempts.append(_judged_attempt(item, name, attempts, reader, where))
     raw = json.dumps(record.global_context, ensure_ascii=False)
     planner = PlannerRecord(model=IMPORTED, template="", template_hash="", raw=raw)
-    return imported_story(
-        name, record.user_input, planner, plan, attempts, {a.step: a.attempt for a in attempts if a.verdict}
-    )
+    selected = {a.step: a.attempt for a in attempts if a.verdict}
+    return imported_story(name, record.user_input, planner, plan, attempts, selected)
+
+
+def _read_plan(context: Mapping[str, Any], where: str) -> Plan:
+    """The plan; its own numbers of steps, which the released code never reads, and keys that it lacks do not matter."""
+    items = context.get("execution_plan")
+    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        empty = dict.fromkeys(("instruction", "prompt", "auxiliary_text"))
+        items = [{**empty, **item, "step_number": number} for number, item in enumerate(items, 1)]
+    plan = plan_from_object({"execution_plan": items}, str(context.get("reasoning") or ""), "tolerant")
+    if isinstance(plan, ParseFailure):
+        raise RowError(f"{where}: global_context: {plan.reason}")
+    return plan
 
 
 def imported_story(
@@ -92,16 +101,16 @@ def imported_story(
 
 
 def _judged_attempt(
-    item: _JudgedStep, step: int, name: str, earlier: Sequence[Attempt], reader: ImageImporter, where: str
+    item: _JudgedStep, name: str, earlier: Sequence[Attempt], reader: ImageImporter, where: str
 ) -> Attempt:
-    found = TARGET_NAME.fullmatch(Path(item.target_img).name)
+    found = TARGET_NAME.fullmatch(PureWindowsPath(item.target_img).name)
     if found is None:
-        raise UserError(f"{where}: target_img must be named stepN_SEED.png, got {item.target_img!r}")
-    same = [a for a in earlier if a.step == step]
+        raise RowError(f"{where}: target_img must be named stepN_SEED.png, got {item.target_img!r}")
+    same = [a for a in earlier if a.step == item.step]
     used = _next_prompt(same, item.prompt)
     return Attempt(
         trajectory_id=name,
-        step=step,
+        step=item.step,
         attempt=len(same) + 1,
         **reader.attempt_images(item.source_img, item.target_img, not any(a.verdict for a in earlier), where),
         original_prompt=item.prompt,
@@ -109,8 +118,8 @@ def _judged_attempt(
         seed=int(found[2]),
         generator=GeneratorInfo(id=IMPORTED),
         verdict=item.success,
-        refined_prompt=used if item.success and not item.refine_prompt else item.refine_prompt,
-        reasoning=item.reasoning,
+        refined_prompt=item.refine_prompt or (used if item.success else ""),
+        reasoning=item.reasoning or "",
         critic_tries=1,
         status="accepted" if item.success else "rejected",
     )
@@ -136,7 +145,6 @@ def write_execution_record(story: FinishedStory, root: Path, images: ImageStore)
     if trajectory.plan is None:
         raise UserError(f"{trajectory.id}: has no plan ({trajectory.status}), so no execution record can be written")
     context = _global_context(trajectory.planner, trajectory.plan)
-    numbers = [item["step_number"] for item in context["execution_plan"]]
     copies = ImageCopies(folder, images)
     steps: list[dict[str, Any]] = []
     earlier: list[Attempt] = []
@@ -145,12 +153,11 @@ def write_execution_record(story: FinishedStory, root: Path, images: ImageStore)
         if attempt.prompt_used != _next_prompt([a for a in earlier if a.step == attempt.step], attempt.original_prompt):
             raise UserError(f"{where}: not generated with the prompt proposed before it; this format cannot hold that")
         earlier.append(attempt)
-        number = numbers[attempt.step - 1]
-        source, target = copies.put(attempt, f"step{number}_{attempt.seed}.png")
+        source, target = copies.put(attempt, f"step{attempt.step}_{attempt.seed}.png")
         is_unchanged = attempt.verdict and attempt.refined_prompt == attempt.prompt_used
         steps.append(
             {
-                "step": number,
+                "step": attempt.step,
                 "prompt": attempt.original_prompt,
                 "refine_prompt": "" if is_unchanged else attempt.refined_prompt or "",
                 "source_img": source,
@@ -202,5 +209,15 @@ def folder_name(name: str) -> str:
     return quote(name, safe="").replace(".", "%2E")
 
 
+def _id_of(folder: str, request: str) -> str:
+    """The id in the name of a record's folder; the whole name where it was not made of this request."""
+    for text in (request.replace(LEFT_OUT, ""), request):  # one of the released scripts leaves these words out
+        name = folder.removesuffix(f"_{_slug(text)}")
+        if name and name != folder:
+            return unquote(name)
+    return folder
+
+
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:80]
+    """What the released scripts make of a request for the name of its folder."""
+    return "_".join("".join(c if c.isalnum() or c in " _-" else "_" for c in text).split())[:80] or "sample"

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
 from interleave.agents.prompts import IMAGE_MARKER
 from interleave.datasets.files import (
     ImageImporter,
+    RowError,
     copy_image,
-    read_json_lines,
-    read_json_list,
+    read_each,
+    read_items,
     to_json,
     validate,
     write_json,
@@ -37,28 +37,34 @@ class _Turn(BaseModel):
 class _SharegptItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     messages: list[_Turn]
-    images: list[str] = []
+    images: list[str | dict[str, Any]] = []
     trajectory_id: str | None = None
 
 
-def read_sft(file: Path, root: Path, images: ImageStore) -> Iterator[SftRow]:
-    """Rows of planner_sft.json or critic_sft.json.  Raises UserError naming the row."""
+def read_sft(file: Path, root: Path, images: ImageStore, left_out: list[str] | None = None) -> Iterator[SftRow]:
+    """Rows of planner_sft.json or critic_sft.json; in `left_out`, why a row is left out.
+
+    Raises UserError, without `left_out` for the first row that cannot be read.
+    """
     reader = ImageImporter(root, images)
-    for where, value in read_json_list(file):
+
+    def make(where: str, value: object) -> SftRow:
         item = validate(_SharegptItem, value, where)
         if [turn.role for turn in item.messages] != ["user", "assistant"]:
-            raise UserError(f"{where}: messages must be one of the user and one of the assistant")
+            raise RowError(f"{where}: messages must be one of the user and one of the assistant")
         user, assistant = item.messages
         texts = tuple(user.content.split(IMAGE_MARKER))
         if len(texts) != len(item.images) + 1:
-            raise UserError(f"{where}: {len(texts) - 1} {IMAGE_MARKER} markers for {len(item.images)} images")
-        yield SftRow(
+            raise RowError(f"{where}: {len(texts) - 1} {IMAGE_MARKER} markers for {len(item.images)} images")
+        return SftRow(
             texts=texts,
             image_ids=tuple(reader.import_image(path, where) for path in item.images),
             completion=assistant.content,
             trajectory_id=item.trajectory_id,
             extra=item.model_extra or {},
         )
+
+    return read_each(read_items(file), make, left_out)
 
 
 def write_sft(rows: Iterable[SftRow], file: Path, images: ImageStore) -> None:
@@ -90,20 +96,28 @@ class _RlLine(BaseModel):
     evaluation: Evaluation
 
 
-def read_rl(file: Path, root: Path, images: ImageStore) -> Iterator[RlRow]:
-    """Rows for the critic's reinforcement learning.  Raises UserError naming the line."""
+def read_rl(file: Path, root: Path, images: ImageStore, left_out: list[str] | None = None) -> Iterator[RlRow]:
+    """Rows for the critic's reinforcement learning; in `left_out`, why a row is left out.
+
+    Raises UserError, without `left_out` for the first row that cannot be read.
+    """
     reader = ImageImporter(root, images)
-    for where, value in read_json_lines(file):
+
+    def make(where: str, value: object) -> RlRow:
         line = validate(_RlLine, value, where)
-        yield RlRow(
+        is_t2i = WHITE_PATH in line.origin_image_path
+        after = reader.import_image(line.edited_image_path, where)
+        return RlRow(
             original_prompt=line.origin_prompt,
             prompt_used=line.rewritten_prompt,
-            before_id=reader.import_image(line.origin_image_path, where),
-            after_id=reader.import_image(line.edited_image_path, where),
-            is_t2i=WHITE_PATH in line.origin_image_path,
+            before_id=reader.import_source(line.origin_image_path, after, is_t2i, where),
+            after_id=after,
+            is_t2i=is_t2i,
             evaluation=line.evaluation,
             extra=line.model_extra or {},
         )
+
+    return read_each(read_items(file), make, left_out)
 
 
 def write_rl(rows: Iterable[RlRow], file: Path, images: ImageStore) -> None:

@@ -6,8 +6,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from imgen_common.errors import UserError
-from interleave.datasets.files import ImageImporter, copy_image, read_json, read_json_list, validate, write_json
+from interleave.datasets.files import (
+    ImageImporter,
+    RowError,
+    copy_image,
+    read_each,
+    read_items,
+    read_json,
+    validate,
+    write_json,
+)
 from interleave.datasets.formats.execution import IMPORTED, UNKNOWN_SEED, ImageCopies, folder_name, imported_story
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, GeneratorInfo, Plan, PlanStep, Record
@@ -26,18 +34,25 @@ class UevalAnswer(Record):
 
 
 class _UevalItem(BaseModel):
+    """What the benchmark's scorer takes, which looks at `id`, `image_answer` and `text_answer` alone."""
+
     model_config = ConfigDict(extra="allow", strict=True)
-    id: str
-    prompt: str
-    task: str
-    image_answer: list[str]
-    text_answer: str
+    id: str | int
+    prompt: str | None = None
+    task: str | None = None
+    image_answer: str | list[str | None] | None = None
+    text_answer: str | None = None
+
+    @property
+    def image_paths(self) -> list[str]:
+        given = self.image_answer if isinstance(self.image_answer, list) else [self.image_answer]
+        return [path for path in given if path]
 
 
 class _UevalStep(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
     prompt: str
-    refine_prompt: str
+    refine_prompt: str | None = None
     source_img: str
     target_img: str
 
@@ -54,19 +69,27 @@ def ueval_answer(story: FinishedStory, task: str) -> UevalAnswer:
     )
 
 
-def read_ueval(file: Path, root: Path, images: ImageStore) -> Iterator[UevalAnswer]:
-    """The answers of a UEval run.  Raises UserError naming the item."""
+def read_ueval(file: Path, root: Path, images: ImageStore, left_out: list[str] | None = None) -> Iterator[UevalAnswer]:
+    """The answers of a UEval run; of several with one id, which the benchmark compares as text, the last.
+
+    left_out: where images and items that cannot be read are named.  Without it the first raises UserError.
+    """
     reader = ImageImporter(root, images)
-    for where, value in read_json_list(file):
+
+    def make(where: str, value: object) -> UevalAnswer:
         item = validate(_UevalItem, value, where)
-        yield UevalAnswer(
-            id=item.id,
-            prompt=item.prompt,
-            task=item.task,
-            image_ids=tuple(reader.import_image(path, where) for path in item.image_answer),
-            text=item.text_answer,
+        paths = [(where, path) for path in item.image_paths]
+        return UevalAnswer(
+            id=str(item.id),
+            prompt=item.prompt or "",
+            task=item.task or "",
+            image_ids=tuple(read_each(paths, lambda where, path: reader.import_image(path, where), left_out)),
+            text=item.text_answer or "",
             extra=item.model_extra or {},
         )
+
+    answers = {answer.id: answer for answer in read_each(read_items(file), make, left_out)}
+    yield from answers.values()
 
 
 def write_ueval(answers: Iterable[UevalAnswer], file: Path, images: ImageStore) -> None:
@@ -92,18 +115,19 @@ def read_ueval_record(answer: UevalAnswer, root: Path, images: ImageStore) -> Fi
     """The story behind an answer, from `root/ID/execution_record.json`.
 
     The format keeps one image of each step, neither its number nor its seed (-1 here) nor a verdict, and does not say
-    which words belong to which step: they all stand at the first.  Raises UserError naming the step.
+    which words belong to which step: they all stand at the first.  Raises RowError naming the step.
     """
-    file = root / folder_name(answer.id) / "execution_record.json"
+    file = _record_file(answer.id, root)
     value = read_json(file)
-    if not isinstance(value, dict) or list(value) != [str(number + 1) for number in range(len(value))] or not value:
-        raise UserError(f'{file}: must be an object with the steps "1", "2", ... in order')
+    numbers = [str(number + 1) for number in range(len(value))] if isinstance(value, dict) else []
+    if not numbers or set(numbers) != set(value):
+        raise RowError(f'{file}: must be an object with the steps "1", "2", ...')
     reader = ImageImporter(root, images, file.parent)
     steps: list[PlanStep] = []
     attempts: list[Attempt] = []
-    for index, (key, item) in enumerate(value.items(), 1):
+    for index, key in enumerate(numbers, 1):
         where = f"{file}: step {key}"
-        step = validate(_UevalStep, item, where)
+        step = validate(_UevalStep, value[key], where)
         steps.append(PlanStep(index=index, prompt=step.prompt, text=answer.text if index == 1 else None))
         attempts.append(
             Attempt(
@@ -120,6 +144,14 @@ def read_ueval_record(answer: UevalAnswer, root: Path, images: ImageStore) -> Fi
         )
     plan = Plan(steps=tuple(steps))
     return imported_story(answer.id, answer.prompt, None, plan, attempts, {step.index: 1 for step in steps})
+
+
+def _record_file(answer_id: str, root: Path) -> Path:
+    """The file as `write_ueval_record` names it, or as the released code does, which takes the id as it is."""
+    ours = root / folder_name(answer_id) / "execution_record.json"
+    theirs = root / answer_id / "execution_record.json"
+    is_inside = "\0" not in answer_id and theirs.resolve().is_relative_to(root.resolve())
+    return theirs if not ours.is_file() and is_inside and theirs.is_file() else ours
 
 
 def write_ueval_record(story: FinishedStory, root: Path, images: ImageStore) -> Path:
