@@ -24,7 +24,7 @@ from interleave.protocols import GenerationRequest
 from interleave.serve import TOKEN, ServeConfig, is_loopback, listener_url, open_listener, required_secret
 from interleave.serve.app import digest
 from interleave.serve.pool import _encode_message, _read_message, _worker_configs
-from interleave.serve.worker import GenerationFailure, GenerationResult, GenerationTask, Worker
+from interleave.serve.worker import GenerationFailure, GenerationResult, GenerationTask, RawImage, Worker
 
 headers = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.integers()))
 
@@ -64,7 +64,7 @@ def test_a_worker_answers_with_the_image_or_why_there_is_none() -> None:
     async def draw() -> tuple[GenerationResult | GenerationFailure, GenerationResult | GenerationFailure]:
         worker = Worker(config)
         drawn = await worker.generate(GenerationTask("p", (), 7, {"width": 40}))
-        failed = await worker.generate(GenerationTask("p", (b"no picture",), 7, {}))
+        failed = await worker.generate(GenerationTask("p", (RawImage(1, 1, bytes(3)),), 7, {"strength": 0.5}))
         return drawn, failed
 
     drawn, failed = asyncio.run(draw())

@@ -13,7 +13,8 @@ Setting = Literal["num_inference_steps", "guidance_scale", "height", "width", "s
 
 
 class ServeConfig(Config):
-    """A generator as a service.  Memory of waiting requests: at most (max_queue + running) x max_body_bytes."""
+    """A generator as a service.  Memory of waiting requests: at most (max_queue + running) x (max_body_bytes, or its
+    source images decoded, 3 x max_pixels each)."""
 
     renamed: ClassVar = {
         "jobs_per_worker": "requests_per_worker",
@@ -40,6 +41,10 @@ class ServeConfig(Config):
     """Largest request in bytes."""
     max_pixels: Annotated[int, Ge(1)] = 16 * 10**6
     """Largest source image in pixels."""
+    num_decoders: Annotated[int, Ge(1)] = 2
+    """Processes that decode source images, apart from the workers; started when images come."""
+    decode_timeout: Annotated[float, Gt(0)] = 10.0
+    """Seconds that decoding a source image may take; then the process is killed, and the request answered with 422."""
     max_prompt_chars: Annotated[int, Ge(1)] = 8192
     """Longest prompt and negative prompt in characters."""
     settings: tuple[Setting, ...] = ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt")

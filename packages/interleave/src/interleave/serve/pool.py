@@ -2,7 +2,7 @@
 
 Service and worker share a socket.  A message is a JSON header behind its length in four bytes, and then its blobs:
 
-    service to worker   {"id", "prompt", "seed", "settings"} + source images     {"cancel": id}
+    service to worker   {"id", "prompt", "seed", "settings", "sizes"} + pixels of source images     {"cancel": id}
     worker to service   {"ready": model info}  or  {"failed": reason}, the last message
                         {"id", "seconds", "batches"} + PNG    {"id", "failure": [kind, message]}     {"id", "cancelled"}
 
@@ -34,6 +34,7 @@ from interleave.serve.worker import (
     GenerationTask,
     GeneratorFactory,
     ModelInfo,
+    RawImage,
     Worker,
     build_worker_generator,
 )
@@ -98,12 +99,15 @@ async def _answer_tasks(end: socket.socket, worker: Worker) -> None:
 
     writer.write(_encode_message({"ready": asdict(worker.model_info)}))
     while (message := await _read_message(reader)) is not None:
-        header, images = message
+        header, pixels = message
         if "cancel" in header:
             if header["cancel"] in running:
                 running[header["cancel"]].cancel()
             continue
         number = header["id"]
+        images = tuple(
+            RawImage(width, height, one) for (width, height), one in zip(header["sizes"], pixels, strict=True)
+        )
         task = GenerationTask(header["prompt"], images, header["seed"], header["settings"])
         running[number] = asyncio.create_task(worker.generate(task))
         running[number].add_done_callback(partial(reply, number))
@@ -146,7 +150,8 @@ class _WorkerProcess:
         number, task = next(self._numbers), entry.task
         self.running[number] = entry
         header = {"id": number, "prompt": task.prompt, "seed": task.seed, "settings": task.settings}
-        self._send(_encode_message(header, task.images))
+        header["sizes"] = [(image.width, image.height) for image in task.images]
+        self._send(_encode_message(header, [image.pixels for image in task.images]))
 
     def cancel(self, entry: _QueuedTask) -> bool:
         """Cancels a task if the process has it; its place is free once the process confirms that."""
