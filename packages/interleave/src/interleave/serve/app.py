@@ -23,11 +23,13 @@ from annotated_types import Ge, Le
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from imgen_common.errors import UserError
 from interleave.models.generators.pipeline import GenerationSettings
+from interleave.serve import local_hosts
 from interleave.serve.config import ServeConfig
 from interleave.serve.decoding import Decoders
 from interleave.serve.metrics import Metrics
@@ -272,6 +274,9 @@ def create_app(config: ServeConfig, backend: Backend, metrics: Metrics, secret: 
     app.add_route("/healthz", _health)
     app.add_route("/readyz", service.ready)
     app.add_route("/metrics", service.metrics)
+    if secret is None:
+        hosts = local_hosts(config.host, config.allowed_hosts)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     for kind in (ErrorAnswer, HTTPException, Exception):
         app.add_exception_handler(kind, _handle_error)
     return app
