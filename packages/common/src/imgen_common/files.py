@@ -17,20 +17,24 @@ from typing import IO
 from imgen_common.errors import UserError, nearest
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int | None = None) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors write.
 
-    Raises UserError if it is missing (with the nearest name beside it), unreadable or not UTF-8.
+    Raises UserError if it is missing (with the nearest name beside it), unreadable, not UTF-8, or larger than allowed.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        if max_bytes is not None and len(data) > max_bytes:
+            raise UserError(f"{path}: more than the allowed {max_bytes} bytes; give another file")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except FileNotFoundError:
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file{nearest(path.name, siblings)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:

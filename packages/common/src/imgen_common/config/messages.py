@@ -9,6 +9,9 @@ from pydantic import ValidationError
 from imgen_common.config.schema import Config, Keys, class_of_mapping, config_classes, kinds_of, type_under
 from imgen_common.errors import nearest
 
+MAX_SHOWN = 200
+"""Characters of a key or of `--set` that a message repeats."""
+
 
 def describe_errors(cls: type[Config], tree: Any, origins: Mapping[Keys, str], error: ValidationError) -> str:
     """One line for the first mistake (unknown keys before others), with the number of the rest."""
@@ -25,6 +28,8 @@ def describe_errors(cls: type[Config], tree: Any, origins: Mapping[Keys, str], e
 
 def label(source: str, keys: Keys) -> str:
     dotted = ".".join(keys)
+    if len(dotted) > MAX_SHOWN:
+        dotted = f"{dotted[:MAX_SHOWN]}..."
     return source if not keys or source.startswith(f"--set {dotted}=") else f"{source}: {dotted}"
 
 
