@@ -261,9 +261,88 @@ MISTAKES = [
     ("a: \x00", "0.yaml: not YAML"),
     ("a: 1\n---\nb: 2", "0.yaml:2:1: but found another document"),
     ("? [a]\n: 1", "0.yaml:1:3: a key must be a single word"),
-    ("a: &x [*x]", "0.yaml:1:4: found unconstructable recursive node"),
+    ("a: &x [*x]", "0.yaml:1:4: a value that holds itself"),
+    ("a: &x {b: [1, {<<: *x}]}", "0.yaml:1:4: a value that holds itself"),
     ("a: !!python/object/apply:os.system [ls]", "0.yaml:1:4: could not determine a constructor"),
 ]
+
+
+def bomb(*, merged: bool) -> str:
+    """A million values in a few lines: each line stands for ten times the one before."""
+    first = "a0: &a0 {k: word}\n" if merged else "a0: &a0 [word]\n"
+    each = "a{0}: &a{0} {{{{<<: [{1}]}}}}\n" if merged else "a{0}: &a{0} [{1}]\n"
+    each = each.replace("{{{{", "{{").replace("}}}}", "}}")
+    return first + "".join(each.format(i, ", ".join([f"*a{i - 1}"] * 10)) for i in range(1, 7))
+
+
+HOSTILE = [
+    (bomb(merged=False), "0.yaml:1:1: more than 262144 characters, its aliases replaced by what they stand for"),
+    (bomb(merged=True), "0.yaml:1:1: more than 262144 characters, its aliases replaced by what they stand for"),
+    ('a: &a "' + "x" * 1000 + '"\nb: [' + "*a, " * 300 + "]", "more than 262144 characters, its aliases replaced"),
+    ("name: " + "x" * 600_000, "0.yaml: more than the allowed 524288 bytes"),
+    ("a: " + "[" * 5000, "0.yaml:1:69: more than 64 values inside each other"),
+    ("{a: " * 5000, "more than 64 values inside each other"),
+    ("- " * 5000, "0.yaml:1:129: more than 64 values inside each other"),
+    ("[\n" * 5000, "more than 64 values inside each other"),
+    ('name: "\\ud800"', "0.yaml:1:7: a zero byte, or half of a surrogate pair"),
+    ('name: "a\\0b"', "0.yaml:1:7: a zero byte, or half of a surrogate pair"),
+    ('more: {"\\udfff": {}}', "0.yaml:1:8: a zero byte, or half of a surrogate pair"),
+    ('"a\\0b": 1', "0.yaml:1:1: a zero byte, or half of a surrogate pair"),
+    ('name: "\\UFFFFFFFF"', "0.yaml: not YAML"),
+    ("last: " + "9" * 5000, "0.yaml:1:7: a number of 5000 digits does not fit 64 bits"),
+    ("last: 9223372036854775808", "0.yaml:1:7: a number of 19 digits does not fit 64 bits"),
+    ("last: !!int ''", "0.yaml:1:7: '' is no int"),
+    ("last: !!int 0x10", "0.yaml:1:7: '0x10' is no int"),
+    ("last: !!float ''", "0.yaml:1:7: '' is no float"),
+    ("last: !!bool maybe", "0.yaml:1:7: 'maybe' is no bool"),
+    ("last: !!null x", "0.yaml:1:7: 'x' is no null"),
+    ("last: !!map [1]", "0.yaml:1:7: a mapping is expected here"),
+    ("last: !!seq {a: 1}", "0.yaml:1:7: a list is expected here"),
+    ("last: !!str [1]", "0.yaml:1:7: a single word is expected here"),
+    ("last: !!timestamp 9999-99-99", "0.yaml:1:7: could not determine a constructor"),
+    ("last: !!timestamp 0001-01-01T00:00:00+23:59", "0.yaml:1:7: could not determine a constructor"),
+    ("last: !!binary AAAA", "0.yaml:1:7: could not determine a constructor"),
+    ("last: <<", "0.yaml:1:7: could not determine a constructor"),
+    ("<<: 3", "0.yaml:1:5: expected a mapping or list of mappings for merging"),
+    ("last: ~~", "0.yaml: last: must be a valid integer, got '~~'"),
+    ("last: 9999-99-99", "0.yaml: last: must be a valid integer, got '9999-99-99'"),
+    ("x" * 1000 + ": 1", "0.yaml: " + "x" * 200 + "...: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), HOSTILE)
+def test_a_hostile_file_is_a_named_mistake(text: str, expected: str, tmp_path: Path) -> None:
+    said = message(tmp_path, text)
+    assert expected in said
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "a." * 1000 + "a=1",
+        "name=" + "[" * 5000,
+        "last=" + "9" * 5000,
+        'name="\\ud800"',
+        "name=\udcff",
+        "x" * 10**5 + "=1",
+    ],
+)
+def test_a_hostile_set_is_a_named_mistake(given: str, tmp_path: Path) -> None:
+    said = message(tmp_path, "name: x", sets=(given,))
+    assert said.startswith(f"--set {given[:5]}")
+    assert len(said) < 1000
+
+
+def test_files_without_an_end_are_not_read_whole(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/dev/zero: more than the allowed 524288 bytes"):
+        load(Train, [Path("/dev/zero")])
+    with pytest.raises(UserError, match="cannot be read"):
+        load(Train, [tmp_path / "a\0b.yaml"])
+    for i in range(30):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml")
+    with pytest.raises(UserError, match="more than 20 files that extend each other"):
+        load(Train, [tmp_path / "0.yaml"])
 
 
 @pytest.mark.parametrize(("text", "expected"), MISTAKES)
@@ -318,7 +397,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         load(Train, [tmp_path / "none" / "a.yaml"])
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 WORDS = st.sampled_from(
     ["1e-4", "1e5", "no", "on", "~", "null", "", "0x10", "1:30", "<<", "=", "2026-01-01", "1_0", ".5", "-"]
 )

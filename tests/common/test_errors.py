@@ -23,6 +23,8 @@ def program() -> typer.Typer:
     def train(steps: int = 1) -> None:
         if steps == 2:
             raise UserError("steps: 2 given,\n  must be odd; give 1 or 3")
+        if steps == 3:
+            raise UserError("\x1b[2J\u202eunknown key \ud800")
         if steps == 4:
             raise RuntimeError("a bug")
         if steps == 6:
@@ -52,6 +54,12 @@ def test_nearest_names_a_close_option_only() -> None:
 
 def test_success_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "train") == (0, "trained\n")
+
+
+def test_words_of_others_do_not_reach_the_terminal_raw(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, capsys, "train", "--steps", "3") == (2, "prog: error: [2J unknown key\n")
 
 
 def test_user_error_is_one_line_and_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

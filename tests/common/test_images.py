@@ -1,5 +1,7 @@
 import base64
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from imgen_common.errors import UserError
 from imgen_common.images import content_hash, data_uri, decode, enlarge, from_pil, grid, to_pil, to_rgb, to_uint8
@@ -128,6 +130,70 @@ def test_decode_bounds_pixels_before_decoding(monkeypatch: pytest.MonkeyPatch) -
         decode(bomb, max_pixels=10**6)
 
 
+def png(*chunks: tuple[bytes, bytes], width: int = 8, height: int = 8) -> bytes:
+    """A black image with more chunks before its pixels."""
+    rows = zlib.compress(bytes((width + 1) * height))
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = (b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+def jpeg_of_scans(num_scans: int, progressive: bool = True, fill: bytes = b"") -> bytes:
+    """A JPEG whose last scan stands there many times, with fill bytes before each."""
+    buffer = io.BytesIO()
+    noise_image(64, 64).save(buffer, "JPEG", progressive=progressive)
+    whole = buffer.getvalue()
+    last = whole.rfind(b"\xff\xda")
+    return whole[:last] + (fill + whole[last:-2]) * num_scans + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+@pytest.mark.parametrize("fill", [b"", b"\xff\xff", b"\xff\xe1\0\2", b"\xff\x01", b"\0\0"])
+def test_decode_counts_the_scans_of_a_jpeg_before_it_decodes(
+    progressive: bool, fill: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if progressive:
+        assert decode(jpeg_of_scans(5, progressive, fill), max_pixels=64 * 64).size == (64, 64)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("given to the decoder"))
+    with pytest.raises(UserError, match="scans of 4096 pixels, at most 16 are allowed"):
+        decode(jpeg_of_scans(300, progressive, fill), max_pixels=64 * 64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(*[(b"tEXt", b"")] * 70_000),
+        png(*[(b"fdAT", b"")] * 70_000),
+        png(*[(b"IDAT", b"")] * 70_000),
+        b"\xff\xd8" + b"\xff\xe1\0\2" * 70_000,
+        b"\xff\xd8" + b"\xff\xd8" * 70_000,
+    ],
+    ids=["text chunks", "frames", "data chunks", "segments", "starts"],
+)
+def test_decode_counts_the_parts_of_a_file_before_it_decodes(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("given to the decoder"))
+    with pytest.raises(UserError, match="more than the allowed 65536"):
+        decode(data)
+
+
+def test_decode_reads_no_metadata_but_the_orientation(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [struct.pack("<HHII", tag, 7, 10**9, 8) for tag in range(300, 5000)]
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    bomb = b"II*\0" + struct.pack("<IH", 8, len(entries) + 1) + b"".join(entries) + turned + bytes(4)
+    chunks = (b"eXIf", bomb), (b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7))), (b"iCCP", b"no profile")
+    assert decode(png(*chunks, width=9, height=5)).size == (5, 9)
+    segment = b"\xff\xe1" + struct.pack(">H", len(bomb) + 8) + b"Exif\0\0" + bomb
+    photograph = encoded(noise_image(), "JPEG")
+    assert decode(photograph[:2] + segment + photograph[2:]).size == (12, 16)
+
+
+def test_decode_bounds_the_sides() -> None:
+    with pytest.raises(UserError, match="1x70000; a side may have 65535 pixels"):
+        decode(png(width=1, height=70_000))
+
+
 def test_decode_refuses_what_pillow_calls_a_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     with pytest.raises(UserError, match="pixels"):
@@ -201,26 +267,21 @@ def test_a_transparent_color_of_a_palette_is_on_white() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("orientation", range(9))
-def test_every_orientation_is_turned_upright(form: str, orientation: int) -> None:
+@pytest.mark.parametrize("orientation", range(10))
+def test_decode_turns_photographs_upright(form: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
-    Image.new("RGB", (16, 12)).save(buffer, form, exif=exif)
-    assert decode(buffer.getvalue()).size == ((12, 16) if orientation >= 5 else (16, 12))
-
-
-def test_decode_turns_photographs_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    noise_image(16, 12).save(buffer, "JPEG", exif=exif)
-    assert decode(buffer.getvalue()).size == (12, 16)
+    noise_image(16, 12).save(buffer, form, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
+    assert content_hash(decode(buffer.getvalue())) == content_hash(upright)
 
 
 def test_decode_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         decode(tmp_path / "none.png")
+    with pytest.raises(UserError, match="cannot be read"):
+        decode(tmp_path / "no\0name.png")
 
 
 def test_content_hash_sees_mode_size_and_pixels_only() -> None:

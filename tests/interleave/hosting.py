@@ -41,10 +41,12 @@ class InProcess:
         pass
 
 
+QUICK = ServeConfig(shutdown_timeout=0)
+
+
 @contextlib.contextmanager
-def hosted(backend: InProcess, port: int = 0, token: str | None = None) -> Iterator[str]:
+def hosted(backend: InProcess, port: int = 0, token: str | None = None, config: ServeConfig = QUICK) -> Iterator[str]:
     """The real service over `backend`; its address."""
-    config = ServeConfig(shutdown_timeout=0)
     app = create_app(config, backend, Metrics(), digest(token) if token else None)
     with open_listener("127.0.0.1", port) as listener:
         front = build_server(app, config)

@@ -150,4 +150,4 @@ def case(name: str, log: Path) -> tuple[ServeConfig, GeneratorFactory]:
         case "narrow":
             return COMMON.model_copy(update={"requests_per_worker": 1, "max_queue": 3}), partial(make_logging, log, 0.0)
         case _:
-            return COMMON, make_nothing
+            return COMMON.model_copy(update={"restart_delay": 30.0}), make_nothing

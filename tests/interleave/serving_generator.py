@@ -71,6 +71,11 @@ def make_nothing(config: ServeConfig, on_batch: Callable[[int], None]) -> Loggin
     raise UserError("no such model: nothing")
 
 
-def make_dying(config: ServeConfig, on_batch: Callable[[int], None]) -> LoggingGenerator:
-    """A model that takes its process down."""
-    os._exit(9)
+def make_late(log: Path, dies: bool, config: ServeConfig, on_batch: Callable[[int], None]) -> LoggingGenerator:
+    """A model that loads at the fifth try; before that it takes its process down, or is said to be missing."""
+    generator = LoggingGenerator(log, 0.0, on_batch)
+    if len(log.read_text().splitlines()) < 5:
+        if dies:
+            os._exit(9)
+        raise UserError("no such model yet")
+    return generator

@@ -200,6 +200,15 @@ def cut() -> str:
     return base64.b64encode(buffer.getvalue()[:3000]).decode()
 
 
+def many_scans() -> bytes:
+    """A progressive JPEG that takes a decoder seconds, of some kilobytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (100, 100)).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    last = whole.rfind(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * 3000 + b"\xff\xd9"
+
+
 SECRET = "do not repeat me"
 BAD: dict[str, tuple[int, Any]] = {
     "bomb": (422, {"prompt": "p", "images": [bomb()]}),
@@ -207,6 +216,11 @@ BAD: dict[str, tuple[int, Any]] = {
     "cut picture": (422, {"prompt": "p", "images": [cut()]}),
     "no picture": (422, {"prompt": "p", "images": [base64.b64encode(SECRET.encode()).decode()]}),
     "no base64": (422, {"prompt": "p", "images": [SECRET]}),
+    "a letter beyond ASCII": (422, {"prompt": "p", "images": ["\u00e9"]}),
+    "base64 in other letters": (422, {"prompt": "p", "images": ["\uff21\uff21\uff21\uff21"]}),
+    "base64 with a zero": (422, {"prompt": "p", "images": ["AAAA\0"]}),
+    "an image of no bytes": (422, {"prompt": "p", "images": [""]}),
+    "many scans": (422, {"prompt": "p", "images": [base64.b64encode(many_scans()).decode()]}),
     "too many pictures": (422, {"prompt": "p", "images": [encoded(Image.new("RGB", (4, 4)))] * 3}),
     "long prompt": (422, {"prompt": SECRET * 100}),
     "long negative prompt": (422, {"prompt": "p", "params": {"negative_prompt": SECRET * 100}}),
@@ -281,7 +295,7 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_answered(service: Get)
     eventually(lambda: len(roomy.logged("load")) == len(pids) + 1)
 
 
-def test_a_model_that_does_not_load_is_said_and_not_tried_forever(service: Get) -> None:
+def test_a_model_that_does_not_load_is_said(service: Get) -> None:
     broken = service("broken")
     eventually(lambda: "no such model" in broken.get("/readyz").text)
     assert broken.get("/readyz").status_code == 503

@@ -15,7 +15,7 @@ import serving
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import PATIENCE, eventually, gathered, http_get, http_post, image_of, status_of
-from serving_generator import make_dying, make_logging, picture_of
+from serving_generator import make_late, make_logging, picture_of
 
 from imgen_common.errors import UserError
 from interleave.models.generators.pipeline import PipelineConfig
@@ -24,7 +24,7 @@ from interleave.protocols import GenerationRequest
 from interleave.serve import TOKEN, ServeConfig, is_loopback, listener_url, open_listener, required_secret
 from interleave.serve.app import digest
 from interleave.serve.pool import _encode_message, _read_message, _worker_configs
-from interleave.serve.worker import GenerationFailure, GenerationResult, GenerationTask, Worker
+from interleave.serve.worker import GenerationFailure, GenerationResult, GenerationTask, RawImage, Worker
 
 headers = st.dictionaries(st.text(), st.none() | st.integers() | st.text() | st.lists(st.integers()))
 
@@ -64,7 +64,7 @@ def test_a_worker_answers_with_the_image_or_why_there_is_none() -> None:
     async def draw() -> tuple[GenerationResult | GenerationFailure, GenerationResult | GenerationFailure]:
         worker = Worker(config)
         drawn = await worker.generate(GenerationTask("p", (), 7, {"width": 40}))
-        failed = await worker.generate(GenerationTask("p", (b"no picture",), 7, {}))
+        failed = await worker.generate(GenerationTask("p", (RawImage(1, 1, bytes(3)),), 7, {"strength": 0.5}))
         return drawn, failed
 
     drawn, failed = asyncio.run(draw())
@@ -122,10 +122,23 @@ def test_a_request_that_kills_its_workers_is_given_up_and_those_beside_it_are_an
         service.wait_until_ready()
 
 
-@pytest.mark.slow
-def test_a_worker_that_dies_at_every_start_is_given_up(tmp_path: Path) -> None:
-    with serving.local(serving.COMMON, make_dying, tmp_path / "log") as service:
-        eventually(lambda: "died 3 times while loading" in service.get("/readyz").text)
+@pytest.mark.parametrize(
+    ("dies", "said"),
+    [
+        pytest.param(True, "died 3 times while loading, last with exit code 9", marks=pytest.mark.slow),
+        pytest.param(False, "no such model yet", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_model_that_does_not_load_is_tried_again(dies: bool, said: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving.local(serving.COMMON, partial(make_late, log, dies), log) as service:
+        eventually(lambda: said in service.get("/readyz").text)
+        assert service.post().status_code == 503
+        assert service.get("/healthz").status_code == 200
+        service.wait_until_ready()
+        image_of(service.post())
+        assert len(service.logged("load")) == 5
+        assert "interleave_worker_restarts_total 4.0" in service.get("/metrics").text
 
 
 # --- beginning and end -----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the option closest to `name`, or `""` when none is close."""
-    close = difflib.get_close_matches(name, list(options), n=1)
+    close = difflib.get_close_matches(name[:200], list(options), n=1)  # whose time is quadratic
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -87,7 +87,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
                 raise UserError(f"{option}: renamed; write {renamed[option]}")
         _command_of(app)(prog_name=name)
     except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {one_line(str(error), None)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

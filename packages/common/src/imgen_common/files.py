@@ -33,14 +33,16 @@ CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 """What file systems answer that do not offer fsync, or not for folders."""
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int | None = None) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors write.
 
-    Raises UserError if it is missing (with the nearest name beside it), unreadable or not UTF-8.
+    Raises UserError if it is missing (with the nearest name beside it), unreadable, not UTF-8, or larger than allowed.
     """
     with _opened(path) as file:
-        text = _decode(file.read(), path)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(data) > max_bytes:
+        raise UserError(f"{path}: more than the allowed {max_bytes} bytes; give another file")
+    return _decode(data, path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -1,10 +1,14 @@
 """Images: tensors to pixels, grids, safe decoding, content hashes."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import math
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +22,13 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PARTS = 2**16
+"""Chunks or segments that a file may have."""
+MAX_SCANS = 16
+"""How often each of the allowed pixels may be written by the scans of a JPEG; progressive ones have about ten."""
+MAX_SIDE = 2**16 - 1
+"""Longest side, that of JPEG; each row costs time of its own."""
+ORIENTATION = 0x0112
 
 
 def to_uint8(images: "torch.Tensor") -> np.ndarray:
@@ -74,33 +85,149 @@ def grid(images: "torch.Tensor | Sequence[Image.Image]", columns: int, scale: in
 def decode(source: bytes | Path, max_bytes: int = 32 * 2**20, max_pixels: int = 64 * 10**6) -> Image.Image:
     """An untrusted PNG, JPEG or WEBP image as upright RGB (transparency on white; the first frame of several).
 
-    Bytes are bounded before they are read and pixels before they are decoded.
+    Work is bounded before any is done: bytes, pixels, chunks, and the scans of a JPEG, each of which visits all pixels.
+    Only what pixels are made of reaches the decoder: no profile, text, thumbnail or animation.
     Raises UserError for an image that is too large, of another format, damaged or cut short.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(data) > max_bytes:
         raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
     try:
+        data, orientation = _without_metadata(data, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _Refused as error:
+        raise UserError(f"{name}: {error}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more than the allowed {max_pixels} pixels; give a smaller image") from None
     except (OSError, ValueError, SyntaxError):
         raise UserError(f"{name}: not an image of an allowed format ({', '.join(FORMATS)})") from None
+    size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
-        size = f"{image.width}x{image.height}"
         raise UserError(f"{name}: {size} is more than the allowed {max_pixels} pixels; give a smaller image")
+    if max(image.size) > MAX_SIDE:
+        raise UserError(f"{name}: {size}; a side may have {MAX_SIDE} pixels; give a smaller image")
     try:
         image.load()
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation or _orientation(image.info.get("exif", b""), image.info.pop("xmp", b""))
+        image.info["exif"] = exif.tobytes()
         return _upright_rgb(image)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: damaged or cut short ({error}); save or download it again") from None
+
+
+class _Refused(Exception):
+    """A file that is not given to a decoder; the message says why."""
+
+
+def _without_metadata(data: bytes, max_pixels: int) -> tuple[bytes, int]:
+    """A file reduced to what its pixels are made of, and its orientation; 0 for WEBP, whose metadata costs nothing.
+
+    Raises _Refused.
+    """
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _bare_png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _bare_jpeg(data, max_pixels)
+    return data, 0
+
+
+def _bare_png(data: bytes) -> tuple[bytes, int]:
+    kept: dict[bytes, bytearray] = {kind: bytearray() for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT")}
+    exif = xmp = b""
+    position = 8
+    for _ in range(MAX_PARTS):
+        head = data[position : position + 8]
+        if len(head) < 8 or head.endswith(b"IEND"):
+            break
+        length, kind = struct.unpack(">I4s", head)
+        content = data[position + 8 : position + 8 + length]
+        position += length + 12
+        if kind in kept:
+            if zlib.crc32(content, zlib.crc32(kind)) != int.from_bytes(data[position - 4 : position], "big"):
+                raise _Refused("damaged or cut short (wrong checksum); save or download it again")
+            kept[kind] += content
+        elif kind == b"eXIf":
+            exif = content
+        elif kind == b"iTXt" and content.startswith(b"XML:com.adobe.xmp\0"):
+            xmp = content
+    else:
+        raise _Refused(f"more than the allowed {MAX_PARTS} chunks; save it again")
+    chunks = [(kind, bytes(content)) for kind, content in kept.items() if content] + [(b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
+        for kind, content in chunks
+    ]
+    return data[:8] + b"".join(parts), _orientation(exif, xmp)
+
+
+JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""Neither a byte 255 of the data, nor a fill byte, nor a restart inside a scan."""
+STANDALONE, END, SCAN, APP1 = (0x01, 0xD8), 0xD9, 0xDA, 0xE1
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+KEPT_SEGMENTS = frozenset(range(0xC0, 0xD0)) | {SCAN, 0xDB, 0xDC, 0xDD, 0xE0, 0xEE}
+
+
+def _bare_jpeg(data: bytes, max_pixels: int) -> tuple[bytes, int]:
+    kept = [data[:2]]
+    exif = xmp = b""
+    position, num_pixels, num_scans = 2, 0, 0
+    for _ in range(MAX_PARTS):
+        found = JPEG_MARKER.search(data, position)
+        if found is None:
+            break
+        start, position = found.span()
+        code = data[position - 1]
+        if code == END:
+            kept.append(found[0])
+            break
+        if code in STANDALONE:
+            continue
+        content, position = position + 2, position + max(2, int.from_bytes(data[position : position + 2], "big"))
+        if code == SCAN:
+            num_scans += 1
+            following = JPEG_MARKER.search(data, position)
+            position = len(data) if following is None else following.start()
+        elif code in FRAMES:
+            height, width = (int.from_bytes(data[content + i : content + i + 2], "big") for i in (1, 3))
+            num_pixels = max(num_pixels, height * width)
+        elif code == APP1 and data.startswith(b"Exif\0\0", content):
+            exif = exif or data[content:position]
+        elif code == APP1:
+            xmp = xmp or data[content:position]
+        if code in KEPT_SEGMENTS:
+            kept.append(data[start:position])
+    else:
+        raise _Refused(f"more than the allowed {MAX_PARTS} segments; save it again")
+    if num_scans * num_pixels > MAX_SCANS * max_pixels:
+        most = MAX_SCANS * max_pixels // num_pixels
+        raise _Refused(f"{num_scans} scans of {num_pixels} pixels, at most {most} are allowed; save it again")
+    return b"".join(kept), _orientation(exif, xmp)
+
+
+def _orientation(exif: bytes, xmp: bytes) -> int:
+    """How an image is turned, 1 to 8 as in EXIF.
+
+    Pillow's own reader copies what each entry of an EXIF block points to: gigabytes for a file of one.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2], "<")
+    with contextlib.suppress(struct.error):
+        start = struct.unpack_from(f"{order}L", exif, 4)[0]
+        for entry in range(struct.unpack_from(f"{order}H", exif, start)[0]):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, start + 2 + 12 * entry)
+            if tag == ORIENTATION:
+                value = struct.unpack_from(order + {1: "B", 4: "L"}.get(kind, "H"), exif, start + 10 + 12 * entry)[0]
+                return value if value <= 8 else 1
+    found = re.search(rb'tiff:Orientation(?:="|>)([1-8])', xmp)
+    return int(found[1]) if found else 1
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

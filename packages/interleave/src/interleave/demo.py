@@ -22,7 +22,7 @@ from interleave.pages.story import STYLE, StoryView, render_story
 from interleave.pages.words import IN_PROGRESS
 from interleave.protocols import HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
-from interleave.serve import listener_url, open_listener, required_token
+from interleave.serve import listener_url, local_hosts, open_listener, required_token
 
 if TYPE_CHECKING:
     import gradio
@@ -33,6 +33,8 @@ TOKEN = "INTERLEAVE_DEMO_TOKEN"
 """Environment variable that holds the token."""
 MAX_IMAGES = 8
 MAX_FILE_BYTES = 32 * 2**20
+MAX_CONNECTIONS, HEAD_SECONDS = 512, 10.0
+"""Open connections, and seconds for the head of a request."""
 MAX_WAITING = 16
 """Requests that may wait; further ones are refused."""
 MAX_CONCURRENT = 4
@@ -60,26 +62,30 @@ class StoryStreamer(Protocol):
         """
 
 
-def serve_demo(make: Callable[[], StoryStreamer], host: str, port: int) -> None:
+def serve_demo(make: Callable[[], StoryStreamer], host: str, port: int, allowed_hosts: Sequence[str] = ()) -> None:
     """Serves the page until interrupted.  make: called when all else is in order, as it may load models.
 
     Raises UserError if the extra is missing, if the address cannot be had, or without a token where others reach it.
     """
-    import uvicorn
-
     token = required_token(host, TOKEN)
     _import_gradio()
+    from interleave.serve.connections import build_limited_server
+
     with open_listener(host, port) as listener:
-        app = create_demo_app(build_page(make()), token, host)
+        app = create_demo_app(build_page(make()), token, host, allowed_hosts)
         print(listener_url(listener), flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        server = build_limited_server(
+            app, MAX_CONNECTIONS, HEAD_SECONDS, log_level="warning", timeout_graceful_shutdown=2
+        )
         server.run(sockets=[listener])
 
 
-def create_demo_app(blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0.1") -> "FastAPI":
+def create_demo_app(
+    blocks: "gradio.Blocks", token: str | None, host: str = "127.0.0.1", allowed_hosts: Sequence[str] = ()
+) -> "FastAPI":
     """The page as a web application: behind the token, or without one for requests to this machine's own names.
 
-    host: the address it listens on.
+    host: the address it listens on.  allowed_hosts: further names.
     """
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -88,7 +94,7 @@ def create_demo_app(blocks: "gradio.Blocks", token: str | None, host: str = "127
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Headers)
     if token is None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=local_hosts(host, allowed_hosts), www_redirect=False)
 
     def may_enter(user: str, password: str) -> bool:
         return hmac.compare_digest(password.encode(), (token or "").encode())

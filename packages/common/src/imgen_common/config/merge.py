@@ -8,12 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from imgen_common.config.messages import describe_errors, label, shortened
+from imgen_common.config.messages import MAX_SHOWN, describe_errors, label, shortened
 from imgen_common.config.schema import PRESET, C, Keys, default_under, item_type, presets_of, type_under, union_members
 from imgen_common.config.yaml_files import parse_yaml, read_yaml
 from imgen_common.errors import UserError, nearest
 
 EXTENDS = "extends"
+MAX_FILES, MAX_KEYS = 20, 64
+"""Files that extend each other; keys of `--set`."""
 
 
 def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> C:
@@ -42,9 +44,11 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
 
 def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A file and, before it, those it `extends`, each with its content."""
+    if len(below) > MAX_FILES:
+        raise UserError(f"{path}: more than {MAX_FILES} files that extend each other; write fewer")
+    content = read_yaml(path)
     if path.resolve() in (file.resolve() for file in below):
         raise UserError(f"{path}: extends itself, by way of {' and '.join(map(str, below))}")
-    content = read_yaml(path)
     parent = content.pop(EXTENDS, None)
     if parent is not None:
         if not isinstance(parent, str):
@@ -67,8 +71,8 @@ def _find_beside(file: Path, content: Any, keys: Sequence[str]) -> None:
 def _parse_set(text: str) -> tuple[Keys, Any, str]:
     dotted, equals, value = text.partition("=")
     keys = tuple(dotted.strip().split("."))
-    source = f"--set {text}"
-    if not equals or not all(keys):
+    source = f"--set {text}" if len(text) <= MAX_SHOWN else f"--set {text[:MAX_SHOWN]}..."
+    if not equals or not all(keys) or len(keys) > MAX_KEYS:
         raise UserError(f"{source}: write --set key=value or --set section.key=value")
     return keys, parse_yaml(value, source), source
 

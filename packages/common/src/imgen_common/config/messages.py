@@ -10,6 +10,9 @@ from imgen_common.config.schema import Config, Keys, class_of_mapping, config_cl
 from imgen_common.config.secrets import is_secret_name
 from imgen_common.errors import nearest
 
+MAX_SHOWN = 200
+"""Characters of a key or of `--set` that a message repeats."""
+
 
 def describe_errors(cls: type[Config], tree: Any, origins: Mapping[Keys, str], error: ValidationError) -> str:
     """One line for the first mistake (unknown keys before others), with the number of the rest."""
@@ -28,6 +31,8 @@ def label(source: str, keys: Keys) -> str:
     dotted = ".".join(keys)
     if keys and is_secret_name(keys[-1]) and source.startswith("--set "):
         source = f"--set {dotted}=..."  # whoever gave a key to the wrong setting need not see it in a log
+    if len(dotted) > MAX_SHOWN:
+        dotted = f"{dotted[:MAX_SHOWN]}..."
     return source if not keys or source.startswith(f"--set {dotted}=") else f"{source}: {dotted}"
 
 

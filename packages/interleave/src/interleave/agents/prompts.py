@@ -6,6 +6,7 @@ out of it, no template a placeholder, no reader of an answer a tag.  Records kee
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def load_template(ref: str) -> Template:
     if ref in BUILTIN:
         text = (resources.files("interleave.agents") / "templates" / f"{ref}.txt").read_text(encoding="utf-8")
         return Template(ref, text.strip())
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))
     if path.suffix != ".txt":
         allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
         raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")

@@ -44,6 +44,9 @@ def demo(
     sets: Sets = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Further host name that it is reached by without a token, as by a proxy.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Serve a web page that makes stories and shows their steps as they come (extra `demo`).
@@ -54,4 +57,4 @@ def demo(
         config = load_run_config(configs, sets)
         from interleave import demo
         from interleave.loop import run
-    demo.serve_demo(lambda: run.StoryStream(config, run.build_components(config), runs), host, port)
+    demo.serve_demo(lambda: run.StoryStream(config, run.build_components(config), runs), host, port, allow_host or [])

@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imgen_common.errors import UserError
@@ -43,17 +44,19 @@ def serve(config: ServeConfig) -> None:
 
 def build_server(app: "FastAPI", config: ServeConfig) -> "uvicorn.Server":
     """The server of the application; when it is stopped, it lets running requests finish first."""
-    import uvicorn
+    from interleave.serve.connections import build_limited_server
 
-    settings = uvicorn.Config(
+    return build_limited_server(
         app,
+        config.max_connections,
+        config.head_timeout,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=math.ceil(config.shutdown_timeout),
     )
-    return uvicorn.Server(settings)
 
 
 def serve_ray(config: ServeConfig) -> None:
@@ -109,6 +112,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def local_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
+    """Host names that requests without a token may carry: this machine's own, `host`, on which it listens, and more.
+
+    A web page elsewhere can point a name of its own at this machine, and then ask as if it were one of its pages.
+    """
+    return ["localhost", "127.0.0.1", "[::1]", host, *more]
 
 
 def open_listener(host: str, port: int) -> socket.socket:

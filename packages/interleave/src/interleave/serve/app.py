@@ -9,34 +9,36 @@ An error is {"error": {"kind", "message"}}, which repeats nothing of the request
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from annotated_types import Ge, Le
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from imgen_common.errors import UserError
-from imgen_common.images import decode
 from interleave.models.generators.pipeline import GenerationSettings
+from interleave.serve import local_hosts
 from interleave.serve.config import ServeConfig
+from interleave.serve.decoding import Decoders
 from interleave.serve.metrics import Metrics
-from interleave.serve.worker import Backend, GenerationFailure, GenerationResult, GenerationTask, ModelInfo
+from interleave.serve.worker import Backend, GenerationFailure, GenerationResult, GenerationTask, ModelInfo, RawImage
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+T = TypeVar("T")
 CLIENT_LEFT = 499
 STATUS: Mapping[str, int] = {"refused": 422, "rate_limited": 429, "not_ready": 503, "timeout": 504}
 """HTTP status of a failure by its kind; 500 for other kinds."""
@@ -66,6 +68,7 @@ class GenerationService:
 
     def __init__(self, config: ServeConfig, backend: Backend, metrics: Metrics, secret: bytes | None) -> None:
         self._config, self._backend, self._metrics, self._secret = config, backend, metrics, secret
+        self.decoders = Decoders(config.num_decoders, config.decode_timeout, config.max_pixels)
         self._num_admitted = self._num_tasks = 0
         self._latest_seconds = 1.0
 
@@ -157,8 +160,7 @@ class GenerationService:
         try:
             async with asyncio.timeout(self._read_deadline(request)):
                 body = await self._read_body(request)
-                task = await asyncio.to_thread(self._parse_task, body, info)
-                result = await self._run_task(request, task)
+                task, result = await _unless_client_leaves(request, self._run_task(body, info))
         except TimeoutError:
             raise ErrorAnswer(504, "timeout", "the image was not ready in time") from None
         except ClientDisconnect:
@@ -195,8 +197,8 @@ class GenerationService:
                 raise too_large
         return bytes(body)
 
-    def _parse_task(self, body: bytes, info: ModelInfo) -> GenerationTask:
-        """The task in a request's body.  Raises ServiceError."""
+    def _parse_body(self, body: bytes, info: ModelInfo) -> tuple[GenerateBody, dict[str, Any]]:
+        """A request's body and the settings that it gives.  Raises ErrorAnswer."""
         try:
             parsed = GenerateBody.model_validate_json(body, strict=True)
         except ValidationError as error:
@@ -206,18 +208,15 @@ class GenerationService:
                 raise _invalid_body(f"{name}: more than the allowed {self._config.max_prompt_chars} characters")
         if len(parsed.images) > info.max_sources:
             raise _invalid_body(f"images: {len(parsed.images)}; {info.model} takes {info.max_sources} at most")
-        images = tuple(self._decode_image(i, text) for i, text in enumerate(parsed.images))
-        return GenerationTask(parsed.prompt, images, parsed.seed, self._check_settings(parsed.params))
+        return parsed, self._check_settings(parsed.params)
 
-    def _decode_image(self, index: int, text: str) -> bytes:
+    async def _decode_image(self, index: int, text: str) -> RawImage:
         try:
-            data = base64.b64decode(text, validate=True)
-            decode(data, self._config.max_body_bytes, self._config.max_pixels)
-        except binascii.Error:
+            return await self.decoders.decode(base64.b64decode(text, validate=True))
+        except ValueError:  # binascii.Error is one, and so is a letter beyond ASCII
             raise _invalid_body(f"images.{index}: not base64") from None
         except UserError as error:
             raise _invalid_body(f"images.{index}: {error}") from None
-        return data
 
     def _check_settings(self, params: GenerationSettings) -> dict[str, Any]:
         given = params.model_dump(exclude_none=True)
@@ -233,21 +232,17 @@ class GenerationService:
 
     # --- generation ---
 
-    async def _run_task(self, request: Request, task: GenerationTask) -> GenerationResult:
-        """The image; the task is dropped when time is up or the client leaves."""
-        generation = asyncio.create_task(self._backend.generate(task))
-        disconnect = asyncio.create_task(_wait_for_disconnect(request))
+    async def _run_task(self, body: bytes, info: ModelInfo) -> tuple[GenerationTask, GenerationResult]:
+        """The task in a request's body, and its image.  Canceled, the task is dropped."""
+        parsed, settings = await asyncio.to_thread(self._parse_body, body, info)
+        images = [await self._decode_image(i, text) for i, text in enumerate(parsed.images)]
+        task = GenerationTask(parsed.prompt, tuple(images), parsed.seed, settings)
         self._num_tasks += 1
         try:
-            await asyncio.wait({generation, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-            if disconnect.done():
-                raise ClientDisconnect
+            answer = await self._backend.generate(task)
         finally:
             self._num_tasks -= 1
-            generation.cancel()
-            disconnect.cancel()
-            await asyncio.gather(generation, disconnect, return_exceptions=True)
-        match generation.result():
+        match answer:
             case GenerationFailure(kind, message):
                 headers = self._retry_after() if kind in ("rate_limited", "not_ready") else None
                 raise ErrorAnswer(STATUS.get(kind, 500), kind, message, headers)
@@ -255,7 +250,7 @@ class GenerationService:
                 self._metrics.generation_seconds.observe(result.seconds)
                 for size in result.batches:
                     self._metrics.batch_size.observe(size)
-                return result
+                return task, result
 
 
 def create_app(config: ServeConfig, backend: Backend, metrics: Metrics, secret: bytes | None) -> "FastAPI":
@@ -270,6 +265,7 @@ def create_app(config: ServeConfig, backend: Backend, metrics: Metrics, secret: 
         try:
             yield
         finally:
+            service.decoders.stop()
             await backend.stop()
 
     app = FastAPI(title="interleave generator", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
@@ -278,6 +274,9 @@ def create_app(config: ServeConfig, backend: Backend, metrics: Metrics, secret: 
     app.add_route("/healthz", _health)
     app.add_route("/readyz", service.ready)
     app.add_route("/metrics", service.metrics)
+    if secret is None:
+        hosts = local_hosts(config.host, config.allowed_hosts)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     for kind in (ErrorAnswer, HTTPException, Exception):
         app.add_exception_handler(kind, _handle_error)
     return app
@@ -298,6 +297,21 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     elif not isinstance(error, ErrorAnswer):
         error = ErrorAnswer(500, "internal", "the service failed; see its log")
     return _json_response({"error": {"kind": error.kind, "message": str(error)}}, error.status, error.headers)
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is canceled when the client disconnects.  Raises ClientDisconnect."""
+    working = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({working, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if disconnect.done():
+            raise ClientDisconnect
+    finally:
+        working.cancel()
+        disconnect.cancel()
+        await asyncio.gather(working, disconnect, return_exceptions=True)
+    return working.result()
 
 
 async def _wait_for_disconnect(request: Request) -> None:

@@ -13,7 +13,8 @@ Setting = Literal["num_inference_steps", "guidance_scale", "height", "width", "s
 
 
 class ServeConfig(Config):
-    """A generator as a service.  Memory of waiting requests: at most (max_queue + running) x max_body_bytes."""
+    """A generator as a service.  Memory of waiting requests: at most (max_queue + running) x (max_body_bytes, or its
+    source images decoded, 3 x max_pixels each)."""
 
     renamed: ClassVar = {
         "jobs_per_worker": "requests_per_worker",
@@ -29,6 +30,13 @@ class ServeConfig(Config):
     """Address to listen on.  Any but a loopback address needs a token in INTERLEAVE_SERVE_TOKEN."""
     port: Annotated[int, Ge(0), Le(65535)] = 8011
     """Port to listen on; 0: any free one."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^*\s]+)$")], ...] = ()
+    """Further host names (`images.example.org`, `*.example.org`) that requests may carry where there is no token, as
+    from a proxy on this machine; any but these and this machine's own is answered with 400, as web pages forge them."""
+    max_connections: Annotated[int, Ge(1)] = 512
+    """Connections open at once; beyond that, the one that has waited longest for a request is closed."""
+    head_timeout: Annotated[float, Gt(0)] = 10.0
+    """Seconds in which the head of a request must arrive, whole, and a client must go on reading its answer."""
     requests_per_worker: Annotated[int, Ge(1), Le(1024)] = 32
     """Requests that a worker holds at once.  Those with equal settings are batched, up to `generator.max_batch`; twice
     that keeps the next batch ready."""
@@ -40,6 +48,10 @@ class ServeConfig(Config):
     """Largest request in bytes."""
     max_pixels: Annotated[int, Ge(1)] = 16 * 10**6
     """Largest source image in pixels."""
+    num_decoders: Annotated[int, Ge(1)] = 2
+    """Processes that decode source images, apart from the workers; started when images come."""
+    decode_timeout: Annotated[float, Gt(0)] = 10.0
+    """Seconds that decoding a source image may take; then the process is killed, and the request answered with 422."""
     max_prompt_chars: Annotated[int, Ge(1)] = 8192
     """Longest prompt and negative prompt in characters."""
     settings: tuple[Setting, ...] = ("num_inference_steps", "guidance_scale", "height", "width", "negative_prompt")

@@ -2,7 +2,7 @@
 
 Service and worker share a socket.  A message is a JSON header behind its length in four bytes, and then its blobs:
 
-    service to worker   {"id", "prompt", "seed", "settings"} + source images     {"cancel": id}
+    service to worker   {"id", "prompt", "seed", "settings", "sizes"} + pixels of source images     {"cancel": id}
     worker to service   {"ready": model info}  or  {"failed": reason}, the last message
                         {"id", "seconds", "batches"} + PNG    {"id", "failure": [kind, message]}     {"id", "cancelled"}
 
@@ -34,6 +34,7 @@ from interleave.serve.worker import (
     GenerationTask,
     GeneratorFactory,
     ModelInfo,
+    RawImage,
     Worker,
     build_worker_generator,
 )
@@ -98,12 +99,15 @@ async def _answer_tasks(end: socket.socket, worker: Worker) -> None:
 
     writer.write(_encode_message({"ready": asdict(worker.model_info)}))
     while (message := await _read_message(reader)) is not None:
-        header, images = message
+        header, pixels = message
         if "cancel" in header:
             if header["cancel"] in running:
                 running[header["cancel"]].cancel()
             continue
         number = header["id"]
+        images = tuple(
+            RawImage(width, height, one) for (width, height), one in zip(header["sizes"], pixels, strict=True)
+        )
         task = GenerationTask(header["prompt"], images, header["seed"], header["settings"])
         running[number] = asyncio.create_task(worker.generate(task))
         running[number].add_done_callback(partial(reply, number))
@@ -135,7 +139,9 @@ class _WorkerProcess:
         self._deaths = self._loading_deaths = 0
         self.running: dict[int, _QueuedTask] = {}
         self.model_info: ModelInfo | None = None
+        self._refused = False
         self.failed: str | None = None
+        """Why its model does not load, as of the last tries; None once it is loaded, and in the first ones."""
 
     def has_room(self, entry: _QueuedTask) -> bool:
         """Whether it may be given `entry` now: a task that may kill it is run alone."""
@@ -146,7 +152,8 @@ class _WorkerProcess:
         number, task = next(self._numbers), entry.task
         self.running[number] = entry
         header = {"id": number, "prompt": task.prompt, "seed": task.seed, "settings": task.settings}
-        self._send(_encode_message(header, task.images))
+        header["sizes"] = [(image.width, image.height) for image in task.images]
+        self._send(_encode_message(header, [image.pixels for image in task.images]))
 
     def cancel(self, entry: _QueuedTask) -> bool:
         """Cancels a task if the process has it; its place is free once the process confirms that."""
@@ -156,17 +163,16 @@ class _WorkerProcess:
         return bool(numbers)
 
     async def supervise(self) -> None:
-        """Keeps a process alive, unless its model cannot be loaded."""
-        while self.failed is None:
+        """Keeps a process alive; one whose model does not load is tried again too, as what it lacks may come."""
+        while True:
             was_ready = await self._run_process()
             lost, self.running = list(self.running.values()), {}
-            if self.failed is None:
-                self._note_death(was_ready, len(lost))
+            self._note_death(was_ready, len(lost))
             self._pool.take_back(lost)
-            if self.failed is None:
-                delay = self._config.restart_delay * 2 ** min(self._deaths - 1, 16)
-                await asyncio.sleep(min(delay, MAX_RESTART_DELAY))
-        log.error("a worker is abandoned: %s", self.failed)
+            delay = min(self._config.restart_delay * 2 ** min(self._deaths - 1, 16), MAX_RESTART_DELAY)
+            if self.failed is not None:
+                log.error("no model: %s; next try in %g s", self.failed, delay)
+            await asyncio.sleep(delay)
 
     async def stop(self) -> None:
         """Ends the process, by force after `STOP_TIMEOUT` seconds."""
@@ -179,9 +185,11 @@ class _WorkerProcess:
 
     def _note_death(self, was_ready: bool, num_lost: int) -> None:
         code = None if self._process is None else self._process.exitcode
-        log.warning("a worker died (exit code %s) with %d tasks", code, num_lost)
         self._pool.metrics.restarts.inc()
         self._deaths += 1
+        if self._refused:
+            return
+        log.warning("a worker died (exit code %s) with %d tasks", code, num_lost)
         self._loading_deaths = 0 if was_ready else self._loading_deaths + 1
         if self._loading_deaths >= MAX_LOADING_DEATHS:
             self.failed = f"the worker died {self._loading_deaths} times while loading, last with exit code {code}"
@@ -197,7 +205,7 @@ class _WorkerProcess:
         """Runs one process from start to end; returns whether it became ready."""
         ours, theirs = socket.socketpair()
         context = multiprocessing.get_context("spawn")
-        self._process = None
+        self._process, self._refused = None, False
         process = context.Process(target=run_worker, args=(theirs, self._config, self._build_generator), daemon=True)
         with theirs:
             try:
@@ -216,11 +224,11 @@ class _WorkerProcess:
 
     def _handle_message(self, header: dict[str, Any], blobs: tuple[bytes, ...]) -> None:
         if "ready" in header:
-            self.model_info = ModelInfo(**header["ready"])
+            self.model_info, self.failed = ModelInfo(**header["ready"]), None
             self._pool.model_info = self._pool.model_info or self.model_info
             log.info("a worker is ready (%s)", self.model_info.model)
         elif "failed" in header:
-            self.failed = header["failed"]
+            self.failed, self._refused = header["failed"], True
         else:
             answer = self.running.pop(header["id"]).answer
             self._deaths = 0
@@ -250,7 +258,7 @@ class WorkerPool:
         if any(worker.model_info is not None for worker in self._workers):
             return None
         if self._is_lost:
-            return f"the model cannot be loaded: {self._workers[0].failed}"
+            return f"the model cannot be loaded, and is tried again: {self._workers[0].failed}"
         return "the model is being loaded"
 
     @property
@@ -287,7 +295,10 @@ class WorkerPool:
         """Gives waiting tasks to workers that have room."""
         if self._is_lost:
             while self._waiting:
-                self._give_up(self._waiting.popleft(), GenerationFailure("not_ready", "the model cannot be loaded"))
+                self._give_up(
+                    self._waiting.popleft(),
+                    GenerationFailure("not_ready", "the model cannot be loaded; ask again later"),
+                )
         while self._waiting:
             free = [worker for worker in self._workers if worker.has_room(self._waiting[0])]
             if not free:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from PIL import Image
+
 from imgen_common.errors import UserError
-from imgen_common.images import decode
 from interleave.models.generators.pipeline import GenerationSettings, PipelineConfig, PipelineGenerator
 from interleave.models.generators.scripted import ScriptedConfig
 from interleave.models.remote import encode_png
@@ -21,11 +22,20 @@ log = logging.getLogger("interleave.serve")
 
 
 @dataclass(frozen=True)
+class RawImage:
+    """An image as its RGB pixels, row by row."""
+
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class GenerationTask:
-    """A request for an image.  images: encoded source images, checked.  settings: those of the request, by name."""
+    """A request for an image.  images: source images, decoded.  settings: those of the request, by name."""
 
     prompt: str
-    images: tuple[bytes, ...] = field(repr=False)
+    images: tuple[RawImage, ...] = field(repr=False)
     seed: int
     settings: dict[str, Any]
 
@@ -110,7 +120,6 @@ class Worker:
 
     def __init__(self, config: ServeConfig, build_generator: GeneratorFactory = build_worker_generator) -> None:
         """Raises UserError where the generator cannot be loaded."""
-        self._max_pixels = config.max_pixels
         self._batches: deque[int] = deque()
         self._generator = build_generator(config, self._batches.append)
         self.model_info = ModelInfo(self._generator.id, dict(self._generator.params), self._generator.max_sources)
@@ -120,7 +129,7 @@ class Worker:
         started = time.monotonic()
         try:
             generator = self._generator.with_params(GenerationSettings(**task.settings))
-            sources = await asyncio.to_thread(self._decode, task.images) if task.images else ()
+            sources = await asyncio.to_thread(_hashed, task.images) if task.images else ()
             image = await generator.generate(GenerationRequest(task.prompt, sources, task.seed))
             png = await asyncio.to_thread(encode_png, image)
         except UserError as error:
@@ -138,5 +147,8 @@ class Worker:
         """Releases the model."""
         await self._generator.close()
 
-    def _decode(self, images: tuple[bytes, ...]) -> tuple[HashedImage, ...]:
-        return tuple(HashedImage.from_pil(decode(image, len(image), self._max_pixels)) for image in images)
+
+def _hashed(images: tuple[RawImage, ...]) -> tuple[HashedImage, ...]:
+    return tuple(
+        HashedImage.from_pil(Image.frombytes("RGB", (image.width, image.height), image.pixels)) for image in images
+    )
