@@ -258,7 +258,7 @@ MISTAKES = [
     ("word", "0.yaml: must be a mapping of keys to values, got a string"),
     ("optim: [1\n", "0.yaml:2:1: expected ',' or ']', but got '<stream end>'"),
     ("a: b: c", "0.yaml:1:5: mapping values are not allowed here"),
-    ("a: \x00", "0.yaml: not YAML"),
+    ("a: \x00", "0.yaml:1: holds a zero byte"),
     ("a: 1\n---\nb: 2", "0.yaml:2:1: but found another document"),
     ("? [a]\n: 1", "0.yaml:1:3: a key must be a single word"),
     ("a: &x [*x]", "0.yaml:1:4: a value that holds itself"),

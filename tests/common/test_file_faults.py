@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic import BaseModel
 
 from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full, run_cli, warn_once
@@ -114,13 +115,16 @@ def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
 def test_every_library_says_that_the_disk_is_full_in_its_own_words(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def app(prog_name: str) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def tool() -> None:
         raise error
 
     assert is_disk_full(error)
     monkeypatch.setattr(sys, "argv", ["tool"])
     with pytest.raises(SystemExit) as end:
-        run_cli(app, "tool")  # type: ignore[arg-type]
+        run_cli(app, "tool")
     assert end.value.code == 2
     assert capsys.readouterr().err.startswith("tool: error: the disk is full")
 

@@ -140,10 +140,9 @@ def train_grpo(
 
     job = check_grpo(config, run.num_processes("interleave grpo"))
     # options of TRL that follow from ours; `row_order` lays the rows out for all passes
-    fixed: dict[str, Any] = {"reward_weights": list(reward_weights(config).values())}
-    fixed |= {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.batch_plan.updates}
-    if config.reward == "trajectory":
-        fixed["max_tool_calling_iterations"] = config.max_attempts - 1
+    fixed: dict[str, Any] = {"shuffle_dataset": False, "num_train_epochs": 1, "max_steps": job.batch_plan.updates}
+    fixed |= {"max_tool_calling_iterations": config.max_attempts - 1} if config.reward == "trajectory" else {}
+    fixed["reward_weights"] = list(reward_weights(config).values())
     arguments = run.build_arguments(GRPOConfig, config, fixed)
     with start_scoring(job, *(build_services or build_generator_and_judge)(config)) as scored:
         # one image is generated and judged before anything is written, so that a run does not start without a service
@@ -151,8 +150,7 @@ def train_grpo(
         with run.open_run(
             config, arguments, command, runs=runs, name=name, default_name="grpo_critic", resume=resume
         ) as (run_folder, checkpoint):
-            sets = {"critic_rl": job.rows, "template": job.prompts}
-            run.bind_rows(run_folder, sets, resumed=resume is not None)
+            run.bind_rows(run_folder, {"critic_rl": job.rows, "template": job.prompts}, resumed=bool(resume))
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics)
