@@ -117,7 +117,7 @@ def read_alerts(run: Path) -> dict[int, list[str]]:
     """Alerts of a run by update; an empty list where all was well."""
     file = run / FOLDER / LOG
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = [json.loads(line) for line in text.split("\n")[:-1]]
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return {line["update"]: line["alerts"] for line in lines}
 
 

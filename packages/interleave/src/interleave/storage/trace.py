@@ -94,7 +94,7 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
         raise UserError(
             f"{folder}: made by an earlier version of interleave, whose records cannot be read; run it again"
         )
-    for number, line in enumerate(_whole_lines(path).split(b"\n")[:-1], 1):
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
         try:
             fields = json.loads(line)
             record = TYPES[fields.pop("type")].model_validate(fields)
