@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flowbp.config import ModelConfig
 from flowbp.data.prompts import describe_cut_prompts, load_prompts, prompt_indices
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
@@ -139,18 +140,18 @@ def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("num_long", "verb"), [(0, ""), (1, "is"), (2, "are")])
+@pytest.mark.parametrize(("num_long", "verb"), [(1, "is"), (2, "are")])
 def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: str) -> None:
     long = ["a red circle " * 9, "ein Käse " * 9][:num_long]
     rewards = {"held": RewardConfig(ref="builtin:shapes/heldout")}
-    said = describe_cut_prompts(["a red circle", *long, *long, "blau"], "builtin:shapes/generator", rewards)
+    said = describe_cut_prompts(["a red circle", *long, *long, "blau"], ModelConfig(), rewards)
     total = 2 + num_long
     expected = [
         f"{num_long} of {total} prompts {verb} longer than the {limit} tokens that {reader} reads; the rest of each is "
         "ignored"
         for reader, limit in (("text_encoder", 11), ("reward held", 11))
     ]
-    assert said == (expected if num_long else [])
+    assert said == expected
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

@@ -68,7 +68,7 @@ def sample(
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
     quiet_libraries()
-    print_notes(describe_cut_prompts(texts, config.model.ref, {}))
+    print_notes(describe_cut_prompts(texts, config.model, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     out.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def evaluate(
         config, labels = sources[-1].config, [source.label for source in sources]
         texts = sampling.evaluation_prompts(config)
     quiet_libraries()
-    scorers, models = {scorer.name: scorer for scorer in config.scorers}, {one.config.model.ref for one in sources}
+    scorers, models = {scorer.name: scorer for scorer in config.scorers}, [one.config.model for one in sources]
     print_notes(dict.fromkeys(note for model in models for note in describe_cut_prompts(texts, model, scorers)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:

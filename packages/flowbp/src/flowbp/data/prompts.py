@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from flowbp.config import ModelConfig
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
@@ -87,14 +88,17 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
 
 
-def describe_cut_prompts(prompts: Sequence[str], model: str, rewards: Mapping[str, RewardConfig]) -> list[str]:
+def describe_cut_prompts(prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:
     """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts.
 
     No weights are read; equal prompts count once.
     """
     from flowbp import backbones
+    from flowbp.backbones.options import apply_model_options
 
-    limits = dict(backbones.init_empty_weights(model).prompt_limits())
+    backbone = backbones.init_empty_weights(model.ref)
+    apply_model_options(backbone, model)
+    limits = dict(backbone.prompt_limits())
     for name, reward in rewards.items():
         if (limit := getattr(reward.load("meta"), "prompt_limit", None)) is not None:
             limits[f"reward {name}"] = limit

@@ -80,7 +80,7 @@ def all_prompts(config: TrainConfig) -> tuple[list[str], list[str], list[str]]:
 def cut_prompts(config: TrainConfig) -> list[str]:
     """A sentence for each text encoder and reward of a run that does not read all of its prompts."""
     prompts = [prompt for part in all_prompts(config) for prompt in part]
-    return describe_cut_prompts(prompts, config.model.ref, {scorer.name: scorer for scorer in config.scorers})
+    return describe_cut_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:

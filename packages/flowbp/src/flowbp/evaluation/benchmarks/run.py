@@ -129,7 +129,7 @@ class Benchmark:
     def cut_prompts(self) -> list[str]:
         """A sentence for each text encoder and reward that does not read all of the prompts."""
         rewards = {s.name: RewardConfig(score=s.kind, ref=s.ref) for s in self.config.scorers if s.kind in REWARDS}
-        return describe_cut_prompts([prompt.text for prompt in self.prompts], self.config.model.ref, rewards)
+        return describe_cut_prompts([prompt.text for prompt in self.prompts], self.config.model, rewards)
 
     @property
     def missing_images(self) -> list[ImageId]:
