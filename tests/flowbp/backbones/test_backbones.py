@@ -94,5 +94,5 @@ def test_distilled_and_foreign_models_are_refused(pipeline: Flux2KleinPipeline, 
     pipeline.register_to_config(is_distilled=False)
     with pytest.raises(UserError, match="distilled"):
         backbones.load(str(tmp_path / "distilled"))
-    with pytest.raises(UserError, match="cannot train"):
+    with pytest.raises(UserError, match="not a diffusers pipeline"):
         backbones.load(str(hub.resolve("builtin:shapes/reward")))

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families import FAMILIES, SIZE, folder_of
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
+from safetensors.torch import load_file, save_file
 from tiers import tiers
 
 from flowbp import backbones
@@ -173,6 +174,53 @@ def test_beta_sigmas_need_scipy(sd3_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pipelines, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="use_beta_sigmas: needs scipy; pip install scipy"):
         backbones.init_empty_weights(str(sd3_folder))
+
+
+VARIANTS = {
+    "all": {
+        "transformer": "fp16",
+        "vae": "fp16",
+        "text_encoder": "fp16",
+        "text_encoder_2": "fp16",
+        "text_encoder_3": "fp16",
+    },
+    "one": {"vae": "bf16"},
+    "two": {"transformer": "fp16", "text_encoder_3": "ema"},
+}
+"""Components of which there is a variant only."""
+
+
+@pytest.mark.parametrize("name", tiers(list(VARIANTS), default=["two"]))
+def test_weights_of_a_variant_are_loaded(sd3_folder: Path, published_sd3: Path, name: str) -> None:
+    expected = backbones.load(str(published_sd3)).pipe.components
+    for part, variant in VARIANTS[name].items():
+        file = next((sd3_folder / part).glob("*.safetensors"))
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    for part, found in backbones.load(str(sd3_folder)).pipe.components.items():
+        if isinstance(found, torch.nn.Module):
+            theirs = expected[part].state_dict()
+            assert all(torch.equal(value, theirs[key]) for key, value in found.state_dict().items())
+
+
+def test_a_plain_file_is_preferred_to_a_variant_of_another_component(sd3_folder: Path) -> None:
+    """As `from_pretrained(variant=...)` would not: it takes the variant wherever there is one."""
+    plain = sd3_folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(plain).items()}, plain.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    (sd3_folder / "transformer" / plain.name).rename(sd3_folder / "transformer" / f"{plain.stem}.fp16.safetensors")
+    found = backbones.load(str(sd3_folder)).pipe.vae.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in load_file(plain).items())
+
+
+@pytest.mark.parametrize("how", tiers(["missing", "other names", "other shape"], default=["missing"]))
+def test_weights_that_do_not_fit_are_refused(sd3_folder: Path, how: str) -> None:
+    file = sd3_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[5]
+    changed = {"missing": {}, "other names": {"x": torch.zeros(1)}, "other shape": {name: torch.zeros(3)}}[how]
+    kept = {} if how == "other names" else {key: value for key, value in weights.items() if key != name}
+    save_file(kept | changed, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights of transformer are missing|can be loaded \(Cannot load because"):
+        backbones.load(str(sd3_folder))
 
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:

@@ -59,7 +59,7 @@ def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
 
 
 def test_the_skeleton_refuses_what_loading_refuses() -> None:
-    with pytest.raises(UserError, match=r"cannot train a folder without model_index\.json"):
+    with pytest.raises(UserError, match=r"not a diffusers pipeline: the folder has no model_index\.json"):
         backbones.init_empty_weights("builtin:shapes/reward")
 
 

@@ -11,6 +11,7 @@ import torch
 from golden.inputs import TOKENS, weights
 from golden.inputs import pictures as waves
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from flowbp.config import TrainConfig
@@ -21,7 +22,7 @@ from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.image_reward import ImageReward
-from flowbp.rewards.loading import CHECKPOINT_LAYERS
+from flowbp.rewards.loading import CHECKPOINT_LAYERS, load_head, scoring_head
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -83,6 +84,30 @@ def test_other_models_are_refused() -> None:
         RewardConfig(score="imagereward", ref=REF).load()
     with pytest.raises(UserError, match=r"no head\.safetensors in it"):
         RewardConfig(score="aesthetic", ref=REF).load()
+
+
+@pytest.mark.parametrize("how", ["missing", "other shape"])
+def test_weights_that_do_not_fit_are_refused(how: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hub.resolve(REF), tmp_path / "reward"))
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("layer_norm1.weight"))
+    del weights[name]
+    save_file(
+        weights | ({name: torch.zeros(2)} if how == "other shape" else {}),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(
+        UserError, match=r"1 weights are missing, the first is .*layer_norm1|no CLIPModel that can be loaded"
+    ):
+        RewardConfig(ref=str(folder)).load()
+
+
+@pytest.mark.parametrize("names", [{}, {"0.weight": torch.zeros(2, 2)}, {"x": torch.zeros(1)}])
+def test_a_head_that_does_not_fit_is_refused(names: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file(names, tmp_path / "head.safetensors")
+    with pytest.raises(UserError, match="its weights do not fit Sequential"):
+        load_head(tmp_path, scoring_head(4), "cpu")
 
 
 class Brightness:

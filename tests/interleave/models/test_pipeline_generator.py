@@ -16,6 +16,7 @@ from PIL import Image
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from interleave.models.generators.loading import load_pipeline
 from interleave.models.generators.pipeline import (
     GenerationSettings,
     PipelineConfig,
@@ -364,3 +365,28 @@ def test_the_miniature_draws_what_it_is_reported() -> None:
     )
     images = from_pil([one.image for one in drawn if isinstance(one, HashedImage)])
     assert accuracy(verify(images, specs), specs)["all"] >= 0.5
+
+
+@pytest.mark.parametrize("variant", ["fp16", pytest.param("ema", marks=pytest.mark.exhaustive)])
+def test_weights_of_a_variant_are_loaded(klein_folder: Path, tmp_path: Path, variant: str) -> None:
+    changed = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    for part in ("transformer", "text_encoder"):
+        file = next((changed / part).glob("*.safetensors"))
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    kind = "Flux2KleinPipeline"
+    plain, other = (load_pipeline(kind, path, torch.float32, torch.device("cpu")) for path in (klein_folder, changed))
+    for part in ("transformer", "text_encoder"):
+        found, expected = (getattr(pipe, part).state_dict() for pipe in (other, plain))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_folder_that_does_not_hold_what_it_says_is_refused(klein_folder: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    (changed / "scheduler" / "scheduler_config.json").write_text(
+        '{"use_karras_sigmas": 1, "use_exponential_sigmas": 1}'
+    )
+    with pytest.raises(UserError, match=r"not a Flux2KleinPipeline that can be loaded \(Only one of"):
+        PipelineRunner(PipelineConfig(ref=str(changed)))
+    file = next((changed / "vae").glob("*.safetensors"))
+    with pytest.raises(UserError, match="is a single file; give a model folder"):
+        PipelineRunner(PipelineConfig(ref=str(file)))
