@@ -239,7 +239,12 @@ BAD: dict[str, tuple[int, Any]] = {
     "a list": (422, [SECRET]),
     "not JSON": (400, SECRET.encode()),
     "nothing": (400, b""),
-    "nested": (400, b'{"prompt": ' + b"[" * 100_000),
+    "nested": (400, b'{"prompt": ' + b"[" * 10_000),
+    "nested deeper": (413, b'{"prompt": ' + b"[" * 100_000),
+    "many keys": (413, b"{" + b",".join(b'"%d": 1' % i for i in range(20_000)) + b"}"),
+    "many images": (413, b'{"prompt": "p", "images": [' + b'"",' * 20_000 + b'""]}'),
+    "many numbers": (413, b'{"prompt": "p", "seed": [' + b"1," * 100_000 + b"1]}"),
+    "a long number": (400, b'{"prompt": "p", "seed": ' + b"9" * 100_000 + b"}"),
     "not UTF-8": (400, b'{"prompt": "\xff"}'),
     "half a character": (400, b'{"prompt": "\\ud800"}'),
 }

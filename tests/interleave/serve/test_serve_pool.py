@@ -64,7 +64,7 @@ def test_a_worker_answers_with_the_image_or_why_there_is_none() -> None:
     async def draw() -> tuple[GenerationResult | GenerationFailure, GenerationResult | GenerationFailure]:
         worker = Worker(config)
         drawn = await worker.generate(GenerationTask("p", (), 7, {"width": 40}))
-        failed = await worker.generate(GenerationTask("p", (RawImage(1, 1, bytes(3)),), 7, {"strength": 0.5}))
+        failed = await worker.generate(GenerationTask("p", (RawImage(1, 1, bytes(3)),) * 2, 7, {}))
         return drawn, failed
 
     drawn, failed = asyncio.run(draw())

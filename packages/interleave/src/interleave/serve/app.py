@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import math
+import string
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -43,6 +44,7 @@ CLIENT_LEFT = 499
 STATUS: Mapping[str, int] = {"refused": 422, "rate_limited": 429, "not_ready": 503, "timeout": 504}
 """HTTP status of a failure by its kind; 500 for other kinds."""
 MAX_RETRY_AFTER = 60
+BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 
 
 class GenerateBody(BaseModel):
@@ -199,6 +201,9 @@ class GenerationService:
 
     def _parse_body(self, body: bytes, info: ModelInfo) -> tuple[GenerateBody, dict[str, Any]]:
         """A request's body and the settings that it gives.  Raises ErrorAnswer."""
+        limit = 4096 + 16 * self._config.max_prompt_chars
+        if len(body.translate(None, BASE64)) > limit:  # millions of keys or numbers would stop the service for seconds
+            raise ErrorAnswer(413, "too_large", f"the body has more than the allowed {limit} bytes besides base64")
         try:
             parsed = GenerateBody.model_validate_json(body, strict=True)
         except ValidationError as error:

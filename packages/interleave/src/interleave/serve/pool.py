@@ -25,7 +25,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
-from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from interleave.serve.config import ServeConfig
 from interleave.serve.worker import (
@@ -71,7 +70,6 @@ def run_worker(end: socket.socket, config: ServeConfig, build_generator: Generat
     """A worker process: loads the generator, then runs tasks until the service closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the service decides
     logging.basicConfig(format="%(name)s: worker: %(message)s")
-    quiet_libraries()
     try:
         worker = Worker(config, build_generator)
     except Exception as error:
