@@ -1,12 +1,13 @@
 """What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families import FAMILIES, SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
@@ -14,7 +15,9 @@ from tiers import tiers
 
 from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
-from flowbp.config import LoraConfig, TrainConfig
+from flowbp.backbones.options import apply_model_options
+from flowbp.backbones.sd3 import SD3
+from flowbp.config import LoraConfig, ModelConfig, TrainConfig
 from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.plan import draw_plan
@@ -22,6 +25,7 @@ from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone
 from flowbp.evaluation import sampling
 from flowbp.methods import METHODS
+from flowbp.training import preflight
 from flowbp.training.loading import load_models
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
@@ -31,12 +35,14 @@ from imgen_common.errors import UserError
 PROMPTS = ["a red circle", "two blue crosses"]
 
 
-def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) -> tuple[DiffusionPipeline, torch.Tensor]:
+def theirs(
+    folder: Path, steps: int, guidance: float, seed: int, output: str, **changed: int
+) -> tuple[DiffusionPipeline, torch.Tensor]:
     """The unmodified pipeline and what it makes of the first prompt."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, "output_type": output, "height": SIZE[0], "width": SIZE[1]}
-    options |= FAMILIES[folder.name].guided(guidance)
+    options |= FAMILIES[folder.name].guided(guidance) | changed
     return pipe, pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(seed), **options).images
 
 
@@ -57,6 +63,77 @@ def test_noise_levels_are_the_pipelines_own(backbone: Backbone, folder: Path, st
     assert sigmas.shape == (steps + 1,)
     assert sigmas[0] == 1
     assert sigmas[-1] == 0
+
+
+SD3_LINEAR = (1, 0.986301, 0.971831, 0.956522, 0.940299, 0.923077)
+"""First levels of SD3.5 on which the code of FlowBP trains, at 25 steps."""
+
+
+@pytest.mark.parametrize("steps", [2, 8, 25])
+def test_linear_levels_are_those_that_the_papers_code_trains_on(backbone: Backbone, steps: int) -> None:
+    """linspace(1, 1/N, N) with the shift of the model: other levels than the pipeline's for SD3 alone."""
+    found, own = (backbone.sigmas(steps, SIZE, levels) for levels in ("linear", "pipeline"))
+    s = np.linspace(1, 1 / steps, steps)
+    if isinstance(backbone, SD3):
+        assert found.numpy() == pytest.approx(np.append(3 * s / (1 + 2 * s), 0), abs=1e-6)
+        assert found[-2] > 5 * own[-2]
+        if steps == 25:
+            assert found[:6].numpy() == pytest.approx(np.array(SD3_LINEAR), abs=1e-6)
+            assert found[-2] == pytest.approx(0.111111, abs=1e-6)
+            assert own[-2] == pytest.approx(0.008929, abs=1e-6)
+    else:
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_linear_levels_need_a_scheduler_that_keeps_them(backbone: Backbone, key: str) -> None:
+    pipe = copy.copy(backbone.pipe)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **{key: True})
+    with pytest.raises(UserError, match=f"train_sigmas linear: the model's scheduler has {key}"):
+        type(backbone)(pipe).sigmas(4, SIZE, "linear")
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}", "train_sigmas=linear"]
+    config = load(TrainConfig, [], [*sets, "num_inference_steps=6", "eval.num_inference_steps=3", "total_batch_size=1"])
+    trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
+    backbone, asked = trainer.models.backbone, []
+    assert torch.equal(trainer.sigmas, backbone.sigmas(6, SIZE, "linear"))
+    assert preflight.check_run(config, 1).sigmas == tuple(trainer.sigmas.tolist())
+    sigmas = backbone.sigmas
+    monkeypatch.setattr(backbone, "sigmas", lambda *given: asked.append(given) or sigmas(*given))
+    trainer.evaluate(PROMPTS[:1], "prompts", 1.0, NullReporter(), "")
+    assert asked == [(3, SIZE)]
+
+
+LENGTHS = [(family, length) for family in FAMILIES for length in (7, 100, 512)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "length"),
+    [
+        pytest.param(
+            *case, marks=[] if case in (("sd3", 512), ("flux2", 7), ("flux2", 100)) else pytest.mark.exhaustive
+        )
+        for case in LENGTHS
+    ],
+    indirect=["folder"],
+)
+def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int) -> None:
+    """As the pipeline does when it is asked for that length; SD3 puts 13 tokens of CLIP before those of T5."""
+    backbone = backbones.load(str(folder))
+    if folder.name == "flux2" and length > 12:
+        with pytest.raises(UserError, match=rf"max_sequence_length {length}: the model reads at most 12 tokens"):
+            apply_model_options(backbone, ModelConfig(max_sequence_length=length))
+        return
+    default = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0)
+    apply_model_options(backbone, ModelConfig(max_sequence_length=length))
+    assert backbone.encode(PROMPTS)["text"].shape[1] == length + (13 if folder.name == "sd3" else 0)
+    ours = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0)
+    expected = theirs(folder, 3, 1.0, 5, "pt", max_sequence_length=length)[1]
+    assert (ours - expected).abs().max() < 1e-5
+    assert torch.equal(ours, default) == (folder.name == "flux" and length == 512)
 
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:

@@ -23,8 +23,8 @@ class Flux(pipelines.PipelineBackbone):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """{"text": "b tokens width" of T5, "pooled": "b width" of CLIP}."""
-        text, pooled, _ = self.pipe.encode_prompt(list(prompts), None)
+        """{"text": "b tokens width" of T5, padded to `max_tokens`, "pooled": "b width" of CLIP}."""
+        text, pooled, _ = self.pipe.encode_prompt(list(prompts), None, max_sequence_length=self.max_tokens)
         return {"text": text, "pooled": pooled}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -32,12 +32,14 @@ class Flux(pipelines.PipelineBackbone):
         rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)
         return self.pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
-        """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
+    def has_linear_levels(self) -> bool:
+        """As the pipeline decides."""
+        return not self.pipe.scheduler.config.get("use_flow_sigmas")
+
+    def shift(self, steps: int, size: tuple[int, int]) -> float:
+        """By the number of tokens."""
         _, height, width = self.latent_shape(size)
-        levels = None if self.pipe.scheduler.config.get("use_flow_sigmas") else pipelines.linear_levels(steps)
-        mu = pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
-        return pipelines.noise_levels(self.pipe.scheduler, steps, levels, mu)
+        return pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""

@@ -13,9 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from flowbp.core.settings import NoiseLevels
 from imgen_common.errors import UserError
 
 P = TypeVar("P", bound=DiffusionPipeline)
+RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings of a scheduler that replace the noise levels it is given."""
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
 
@@ -84,12 +87,44 @@ def text_encoder_names(pipe: DiffusionPipeline) -> list[str]:
 class PipelineBackbone(ABC):
     """What the families' adapters share: a diffusers pipeline whose transformer is trained (see `Backbone`)."""
 
+    max_tokens = 512
+    """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
+
+    def set_max_tokens(self, length: int) -> None:
+        """Sets `max_tokens`.  Raises UserError where the text encoder does not read so many."""
+        self.max_tokens = length
 
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
+
+    @abstractmethod
+    def shift(self, steps: int, size: tuple[int, int]) -> float | None:
+        """The `mu` of the scheduler's shift for so many steps and this size; None where its shift is fixed."""
+
+    def has_linear_levels(self) -> bool:
+        """Whether the pipeline itself starts from linspace(1, 1/N, N)."""
+        return True
+
+    def sigmas(self, steps: int, size: tuple[int, int], levels: NoiseLevels = "pipeline") -> Float[Tensor, " n_plus_1"]:
+        """Noise levels, shifted as the scheduler says, then 0.
+
+        levels: `pipeline`, those at which the pipeline samples; `linear`, linspace(1, 1/N, N) before the shift, on
+        which the code of FlowBP (arXiv 2606.11075) trains.  The two differ for SD3.5 only, whose last level at 25 steps
+        is 0.0089 or 0.111.  Raises UserError for `linear` with a scheduler that spaces its levels anew.
+        """
+        linear = levels == "linear"
+        respaced = [key for key in RESPACED if self.pipe.scheduler.config.get(key)] if linear else []
+        if respaced:
+            raise UserError(
+                f"train_sigmas linear: the model's scheduler has {respaced[0]}, which spaces noise levels anew; "
+                "set train_sigmas to pipeline"
+            )
+        given = linear_levels(steps) if linear or self.has_linear_levels() else None
+        return noise_levels(self.pipe.scheduler, steps, given, self.shift(steps, size))
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
         """Standard normal float32 latents, drawn as the pipeline draws them."""

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flowbp.core.settings import NoiseLevels
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """velocity(x, sigma) -> v = dx/dsigma, same shape as x.
 
@@ -71,14 +73,17 @@ class Backbone(Protocol):
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""
 
+    def set_max_tokens(self, length: int) -> None:
+        """Pads and cuts prompts to so many tokens.  Raises UserError where the text encoder does not read them."""
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one latent, without the batch, for images of `size` (height, width) pixels."""
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Tensor:
         """Standard normal latents for images of `size` (height, width) pixels."""
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
-        """Noise levels, shape (steps + 1,), shift included, 1 ... 0."""
+    def sigmas(self, steps: int, size: tuple[int, int], levels: NoiseLevels = "pipeline") -> Tensor:
+        """Noise levels, shape (steps + 1,), shift included, 1 ... 0: the pipeline's, or shifted linspace(1, 1/N, N)."""
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """dx/dsigma, unguided; sigma of shape (batch,), in [0, 1]."""

@@ -13,7 +13,7 @@ from flowbp.backbones.loading import load_backbone, mark_trainable
 from flowbp.backbones.options import compile_blocks
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward
-from flowbp.data.embeddings import EmbeddingStore, PromptEmbeddings, fingerprint
+from flowbp.data.embeddings import EmbeddingStore, PromptEmbeddings, digest, fingerprint
 from flowbp.data.prompts import load_prompts
 from flowbp.training.state import TorchTrainState, TrainState, shard
 from imgen_common import hub
@@ -50,9 +50,9 @@ def load_models(config: TrainConfig, device: torch.device, *, is_main: bool = Tr
     if config.model.compile:
         compile_blocks(net)
 
-    # embeddings on disk are shared by all runs, so their keys contain what the text encoders are
+    # embeddings on disk are shared by all runs, so their keys contain what the text encoders are and read
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
-    key = fingerprint(hub.resolve(config.model.ref)) if store else ""
+    key = digest(fingerprint(hub.resolve(config.model.ref)), str(config.model.max_sequence_length)) if store else ""
     embeddings = PromptEmbeddings(backbone, store, key)
     return LoadedModels(backbone, load_rewards(config, device), prompts, embeddings, parameters)
 

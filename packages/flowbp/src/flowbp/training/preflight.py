@@ -58,7 +58,7 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         check_machine(model)
     apply_model_options(backbone, model)
     size = (model.height, model.width)
-    sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size))
+    sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))

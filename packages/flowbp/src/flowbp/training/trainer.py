@@ -42,7 +42,7 @@ class Trainer:
         self.config, self.models, self.accelerator = config, models, accelerator
         self.batch = batch_sizes(config, accelerator.num_processes)
         self.size = (config.model.height, config.model.width)
-        self.sigmas = models.backbone.sigmas(config.num_inference_steps, self.size)
+        self.sigmas = models.backbone.sigmas(config.num_inference_steps, self.size, config.train_sigmas)
         self.state = make_train_state(config, models.backbone, accelerator)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.update = 0
