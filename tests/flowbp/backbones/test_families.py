@@ -1,6 +1,7 @@
 """What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,11 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses"]
+
+
+def small(folder: Path) -> list[str]:
+    """Settings for a tiny model."""
+    return [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}"]
 
 
 def theirs(
@@ -95,7 +101,7 @@ def test_linear_levels_need_a_scheduler_that_keeps_them(backbone: Backbone, key:
 
 @pytest.mark.parametrize("folder", ["sd3"], indirect=True)
 def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}", "train_sigmas=linear"]
+    sets = [*small(folder), "train_sigmas=linear"]
     config = load(TrainConfig, [], [*sets, "num_inference_steps=6", "eval.num_inference_steps=3", "total_batch_size=1"])
     trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
     backbone, asked = trainer.models.backbone, []
@@ -184,10 +190,46 @@ def test_gradient_reaches_every_trained_weight(folder: Path, lora: LoraConfig | 
     v = backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS))
     (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     silent = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
-    unused = ("2.attn.add_q_proj.", "2.attn.norm_added_q.")  # the last block of SD3 drops its text after reading it
-    assert [name for name in silent if not any(part in name for part in unused)] == []
+    assert [name for name in silent if not name.startswith(backbone.unused_layers)] == []
     assert bool(parameters)
     assert (lora is None) == ("lora" not in next(iter(parameters)))
+
+
+MISSED = {
+    "to_q, to_kk": "with 'to_kk'; did you mean 'to_k'?; frequent are",
+    "to_q, norm_out, ffn": "with 'norm_out'; did you mean 'norm_out.linear'?, 'ffn'; frequent are",
+    ".to_v, To_k": "with '.to_v'; did you mean 'to_v'?, 'To_k'; did you mean 'to_k'?;",
+    "nothing": "with 'nothing';",
+    "": "with any of them: [];",
+    "to_qkv_mlp_proj": "with 'to_qkv_mlp_proj'",
+}
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_target_modules_that_match_no_layer_are_named(folder: Path) -> None:
+    net = backbones.init_empty_weights(str(folder)).net
+    for targets, said in MISSED.items():
+        config = load(TrainConfig, [], [f"lora.target_modules=[{targets}]"])
+        with pytest.raises(UserError, match=re.escape(f"no linear layer has a name that ends {said}")):
+            mark_trainable(net, config)
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_layers_are_counted_by_target_module(folder: Path) -> None:
+    """The defaults are of several families, and may match none in one of them."""
+
+    def layers(*sets: str) -> object:
+        return preflight.check_run(load(TrainConfig, [], [*small(folder), *sets]), 1).lora_layers
+
+    assert layers() == {}
+    assert layers("lora.rank=2") == {
+        **{"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4},
+        **{"to_qkv_mlp_proj": 0, "to_out": 0},
+    }
+    assert layers("lora.target_modules=[attn.to_q, transformer_blocks.1.ff.net.2]") == {
+        "attn.to_q": 3,
+        "transformer_blocks.1.ff.net.2": 1,
+    }
 
 
 GUIDANCE = {"unguided": Guidance(), "guided": Guidance(scale=3.0, detach_negative=False)}

@@ -2,7 +2,7 @@
 
 import difflib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -27,6 +27,16 @@ def one_line(text: str, limit: int | None = 300) -> str:
     space, and what exceeds `limit` is cut."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+
+
+def check_gradients(without: Sequence[str]) -> None:
+    """Raises UserError where trained weights, by name, got no gradient in an update: they would never be trained."""
+    if without:
+        named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+        raise UserError(
+            f"no gradient reaches {named}, which would be trained; take them out of lora.target_modules, or do not "
+            "recompute what they are in by re-entrant checkpointing"
+        )
 
 
 def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> NoReturn:

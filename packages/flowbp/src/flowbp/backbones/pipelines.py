@@ -93,6 +93,11 @@ class PipelineBackbone(ABC):
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """Names of layers of the network that no image depends on, and that hence get no gradient."""
+        return ()
+
     def set_max_tokens(self, length: int) -> None:
         """Sets `max_tokens`.  Raises UserError where the text encoder does not read so many."""
         self.max_tokens = length

@@ -17,6 +17,12 @@ class SD3(pipelines.PipelineBackbone):
     pipe: StableDiffusion3Pipeline
     max_tokens = 256
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """The queries of the text in the last block, which drops its text."""
+        last = f"transformer_blocks.{len(self.pipe.transformer.transformer_blocks) - 1}.attn"
+        return f"{last}.add_q_proj", f"{last}.norm_added_q"
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width" of CLIP, then T5 padded to `max_tokens`, "pooled": "b width" of both CLIPs}."""

@@ -106,8 +106,9 @@ def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) ->
     out.print("\n[bold]Arithmetic[/] [dim](methods with random steps: mean over the first plans of this run)[/]\n")
     table = _table("", "", right=(1,))
     table.show_header = False
-    for key, value in numbers.items():
-        label = ARITHMETIC_LABELS.get(key, key.replace("_", " "))
+    layers = numbers.get("lora_layers", {})
+    rows = {ARITHMETIC_LABELS.get(key, key.replace("_", " ")): numbers[key] for key in numbers if key != "lora_layers"}
+    for label, value in {**rows, **{f"adapters on layers {target}": layers[target] for target in layers}}.items():
         table.add_row(label, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
     out.print(Padding(table, (0, 0, 0, 2)))
     out.print(f"\nrun folder: {escape(path)}\n")

@@ -67,6 +67,10 @@ class Backbone(Protocol):
     bfloat16: bool
     """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """Names of layers of `net` that no image depends on, and that hence get no gradient."""
+
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flowbp import backbones
-from flowbp.backbones.loading import mark_trainable
+from flowbp.backbones.loading import layers_of_targets, mark_trainable
 from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan, draw_plan
@@ -25,7 +25,10 @@ NUM_SAMPLED_PLANS = 64
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that passed every check, with the plans of its first updates and the number of trained weights."""
+    """A run that passed every check, with the plans of its first updates and the number of trained weights.
+
+    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.
+    """
 
     config: TrainConfig
     num_processes: int
@@ -33,6 +36,7 @@ class CheckedRun:
     plans: tuple[Plan, ...]
     num_weights: int
     num_prompts: int
+    lora_layers: Mapping[str, int]
 
 
 def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
@@ -63,8 +67,10 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
     )
+    layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
+    lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts)
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts, lora_layers)
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
@@ -119,5 +125,6 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
         "prompts": job.num_prompts,
         "epochs": config.max_train_steps * config.total_batch_size / job.num_prompts,
         "trained_weights": job.num_weights,
+        **({"lora_layers": dict(job.lora_layers)} if job.lora_layers else {}),
         "checkpoint_bytes": job.num_weights * 4 * TENSORS_PER_WEIGHT,
     }
