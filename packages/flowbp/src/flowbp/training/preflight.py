@@ -12,6 +12,7 @@ from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan, draw_plan
 from flowbp.data.prompts import load_prompts
+from flowbp.rewards import resolve_reward
 from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
 from imgen_common.errors import UserError
@@ -47,8 +48,9 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     image sizes, adapters or switches that do not fit the model.
     """
     batch_sizes(config, num_processes)
-    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
-        hub.resolve(ref, weights=not estimate_only)
+    hub.resolve(config.model.ref, weights=not estimate_only)
+    for scorer in config.scorers:
+        resolve_reward(scorer, weights=not estimate_only)
     num_prompts = len(load_prompts(config.data.prompts, config.data.key))
     for source, limit in (
         (config.eval.prompts, config.eval.num_prompts),
