@@ -131,7 +131,7 @@ class PromptRollout:
         pixels = (config.model.height, config.model.width)
         cond, negative = parts.embeddings(self.texts)
         self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
-        self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels)
+        self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels, config.train_sigmas)
         self.samples = range(index * size.images, (index + 1) * size.images)
         x_0 = initial_noise(parts.backbone, pixels, size.seed, "fidelity-noise", self.samples).to(device)
         every = frozenset(range(config.num_inference_steps))

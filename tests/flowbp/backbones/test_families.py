@@ -1,6 +1,8 @@
 """What every backbone must do, on tiny random models of each family: a new one is one line in `families.FAMILIES`."""
 
+import copy
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,9 @@ from tiers import tiers
 from flowbp import backbones
 from flowbp.backbones import pipelines
 from flowbp.backbones.loading import mark_trainable
-from flowbp.config import LoraConfig, TrainConfig
+from flowbp.backbones.options import apply_model_options
+from flowbp.backbones.sd3 import SD3
+from flowbp.config import LoraConfig, ModelConfig, TrainConfig
 from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.plan import draw_plan
@@ -28,6 +32,7 @@ from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone
 from flowbp.evaluation import sampling
 from flowbp.methods import METHODS
+from flowbp.training import preflight
 from flowbp.training.loading import load_models
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
@@ -49,12 +54,19 @@ def published_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of("sd3", tmp_path_factory.mktemp("schedulers"))
 
 
-def theirs(folder: Path, steps: int, guidance: float, seed: int, output: str) -> tuple[DiffusionPipeline, torch.Tensor]:
+def small(folder: Path) -> list[str]:
+    """Settings for a tiny model."""
+    return [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}"]
+
+
+def theirs(
+    folder: Path, steps: int, guidance: float, seed: int, output: str, **changed: int
+) -> tuple[DiffusionPipeline, torch.Tensor]:
     """The unmodified pipeline and what it makes of the first prompt."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, "output_type": output, "height": SIZE[0], "width": SIZE[1]}
-    options |= FAMILIES[folder.name].guided(guidance)
+    options |= FAMILIES[folder.name].guided(guidance) | changed
     return pipe, pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(seed), **options).images
 
 
@@ -223,6 +235,77 @@ def test_weights_that_do_not_fit_are_refused(sd3_folder: Path, how: str) -> None
         backbones.load(str(sd3_folder))
 
 
+SD3_LINEAR = (1, 0.986301, 0.971831, 0.956522, 0.940299, 0.923077)
+"""First levels of SD3.5 on which the code of FlowBP trains, at 25 steps."""
+
+
+@pytest.mark.parametrize("steps", [2, 8, 25])
+def test_linear_levels_are_those_that_the_papers_code_trains_on(backbone: Backbone, steps: int) -> None:
+    """linspace(1, 1/N, N) with the shift of the model: other levels than the pipeline's for SD3 alone."""
+    found, own = (backbone.sigmas(steps, SIZE, levels) for levels in ("linear", "pipeline"))
+    s = np.linspace(1, 1 / steps, steps)
+    if isinstance(backbone, SD3):
+        assert found.numpy() == pytest.approx(np.append(3 * s / (1 + 2 * s), 0), abs=1e-6)
+        assert found[-2] > 5 * own[-2]
+        if steps == 25:
+            assert found[:6].numpy() == pytest.approx(np.array(SD3_LINEAR), abs=1e-6)
+            assert found[-2] == pytest.approx(0.111111, abs=1e-6)
+            assert own[-2] == pytest.approx(0.008929, abs=1e-6)
+    else:
+        assert torch.equal(found, own)
+
+
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_linear_levels_need_a_scheduler_that_keeps_them(backbone: Backbone, key: str) -> None:
+    pipe = copy.copy(backbone.pipe)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **{key: True})
+    with pytest.raises(UserError, match=f"train_sigmas linear: the model's scheduler has {key}"):
+        type(backbone)(pipe).sigmas(4, SIZE, "linear")
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [*small(folder), "train_sigmas=linear"]
+    config = load(TrainConfig, [], [*sets, "num_inference_steps=6", "eval.num_inference_steps=3", "total_batch_size=1"])
+    trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
+    backbone, asked = trainer.models.backbone, []
+    assert torch.equal(trainer.sigmas, backbone.sigmas(6, SIZE, "linear"))
+    assert preflight.check_run(config, 1).sigmas == tuple(trainer.sigmas.tolist())
+    sigmas = backbone.sigmas
+    monkeypatch.setattr(backbone, "sigmas", lambda *given: asked.append(given) or sigmas(*given))
+    trainer.evaluate(PROMPTS[:1], "prompts", 1.0, NullReporter(), "")
+    assert asked == [(3, SIZE)]
+
+
+LENGTHS = [(family, length) for family in FAMILIES for length in (7, 100, 512)]
+
+
+@pytest.mark.parametrize(
+    ("folder", "length"),
+    [
+        pytest.param(
+            *case, marks=[] if case in (("sd3", 512), ("flux2", 7), ("flux2", 100)) else pytest.mark.exhaustive
+        )
+        for case in LENGTHS
+    ],
+    indirect=["folder"],
+)
+def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int) -> None:
+    """As the pipeline does when it is asked for that length; SD3 puts 13 tokens of CLIP before those of T5."""
+    backbone = backbones.load(str(folder))
+    if folder.name == "flux2" and length > 12:
+        with pytest.raises(UserError, match=rf"max_sequence_length {length}: the model reads at most 12 tokens"):
+            apply_model_options(backbone, ModelConfig(max_sequence_length=length))
+        return
+    default = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0)
+    apply_model_options(backbone, ModelConfig(max_sequence_length=length))
+    assert backbone.encode(PROMPTS)["text"].shape[1] == length + (13 if folder.name == "sd3" else 0)
+    ours = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0)
+    expected = theirs(folder, 3, 1.0, 5, "pt", max_sequence_length=length)[1]
+    assert (ours - expected).abs().max() < 1e-5
+    assert torch.equal(ours, default) == (folder.name == "flux" and length == 512)
+
+
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:
     cond = backbone.encode(PROMPTS)
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
@@ -271,10 +354,46 @@ def test_gradient_reaches_every_trained_weight(folder: Path, lora: LoraConfig | 
     v = backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS))
     (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     silent = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
-    unused = ("2.attn.add_q_proj.", "2.attn.norm_added_q.")  # the last block of SD3 drops its text after reading it
-    assert [name for name in silent if not any(part in name for part in unused)] == []
+    assert [name for name in silent if not name.startswith(backbone.unused_layers)] == []
     assert bool(parameters)
     assert (lora is None) == ("lora" not in next(iter(parameters)))
+
+
+MISSED = {
+    "to_q, to_kk": "with 'to_kk'; did you mean 'to_k'?; frequent are",
+    "to_q, norm_out, ffn": "with 'norm_out'; did you mean 'norm_out.linear'?, 'ffn'; frequent are",
+    ".to_v, To_k": "with '.to_v'; did you mean 'to_v'?, 'To_k'; did you mean 'to_k'?;",
+    "nothing": "with 'nothing';",
+    "": "with any of them: [];",
+    "to_qkv_mlp_proj": "with 'to_qkv_mlp_proj'",
+}
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_target_modules_that_match_no_layer_are_named(folder: Path) -> None:
+    net = backbones.init_empty_weights(str(folder)).net
+    for targets, said in MISSED.items():
+        config = load(TrainConfig, [], [f"lora.target_modules=[{targets}]"])
+        with pytest.raises(UserError, match=re.escape(f"no linear layer has a name that ends {said}")):
+            mark_trainable(net, config)
+
+
+@pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+def test_layers_are_counted_by_target_module(folder: Path) -> None:
+    """The defaults are of several families, and may match none in one of them."""
+
+    def layers(*sets: str) -> object:
+        return preflight.check_run(load(TrainConfig, [], [*small(folder), *sets]), 1).lora_layers
+
+    assert layers() == {}
+    assert layers("lora.rank=2") == {
+        **{"to_q": 4, "to_k": 4, "to_v": 4, "to_out.0": 4},
+        **{"to_qkv_mlp_proj": 0, "to_out": 0},
+    }
+    assert layers("lora.target_modules=[attn.to_q, transformer_blocks.1.ff.net.2]") == {
+        "attn.to_q": 3,
+        "transformer_blocks.1.ff.net.2": 1,
+    }
 
 
 GUIDANCE = {"unguided": Guidance(), "guided": Guidance(scale=3.0, detach_negative=False)}

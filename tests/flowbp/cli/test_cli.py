@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -162,7 +163,10 @@ BAD = {
     "missing prompts to evaluate": (["eval.prompts=none.txt"], "no such prompt file"),
     "batch that does not divide": (["total_batch_size=5", "per_device_batch_size=2"], "choose a divisor"),
     "picture that does not fit": (["model.height=33"], "multiples of"),
-    "adapters that match nothing": (["lora.target_modules=[nothing]"], "match no linear layer"),
+    "adapters that match nothing": (
+        ["lora.target_modules=[nothing]"],
+        "no linear layer has a name that ends with 'nothing'",
+    ),
     "name with a folder": (["name=../elsewhere"], "must be the plain name"),
 }
 
@@ -353,13 +357,14 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
         "--dry-run",
         "--runs",
         tmp_path / "runs",
-        *sets("method=draft_k", "num_inference_steps=25", "guidance_scale=2", "total_batch_size=6"),
+        *sets("method=draft_k", "num_inference_steps=25", "guidance_scale=2", "total_batch_size=6", "lora.rank=2"),
     ]
     code, output, errors = flowbp(*words)
     assert code == 0
     assert "  name: draft_k" in output
     assert "trained weights" in output
     assert not errors
+    assert re.search(r"adapters on layers to_qkv_mlp_proj +6\b", output)
     (tmp_path / "long.json").write_text(json.dumps(["a red circle " * 9]))
     code, output, errors = flowbp(*words, *sets(f"data.prompts={tmp_path / 'long.json'}"), "--json")
     content: dict[str, Any] = json.loads(output)
@@ -367,6 +372,7 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
     # 3 active steps; without gradient both branches of 25 steps, and the negative one again at the active steps
     assert content["arithmetic"]["evaluations_per_update_with_gradient"] == 6 * 3
     assert content["arithmetic"]["evaluations_per_update_without_gradient"] == 6 * (2 * 25 + 3)
+    assert content["arithmetic"]["lora_layers"]["to_q"] == 2
     assert [term["step"] for term in content["plan"]["terms"]] == [24, 23, 22]
     assert not (tmp_path / "runs").exists()
 

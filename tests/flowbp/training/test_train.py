@@ -1,5 +1,6 @@
 """The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tiers import tiers
 from torch import Tensor
 
 from flowbp.config import TrainConfig
+from flowbp.core.types import Backbone
 from flowbp.methods import METHODS
 from flowbp.training.loading import LoadedModels, load_models
 from flowbp.training.trainer import Trainer
@@ -121,3 +123,31 @@ def _worker(folder: Path) -> None:
         if accelerator.is_main_process:
             save_file({k: g.contiguous() for k, g in grads.items()}, folder / f"{method}.safetensors")
     accelerator.end_training()
+
+
+def cut_block(backbone: Backbone) -> None:
+    """The first block of the miniature computes without gradient, as one under re-entrant checkpointing may."""
+    block = backbone.net.transformer_blocks[0]
+    block.forward = torch.no_grad()(block.forward)
+
+
+def freeze_one(backbone: Backbone) -> None:
+    """A layer whose input and output are cut off."""
+    layer = backbone.net.transformer_blocks[0].attn.to_q
+    layer.forward = torch.no_grad()(layer.forward)
+
+
+@pytest.mark.parametrize(("cut", "sets"), [(cut_block, []), (freeze_one, ["lora.rank=2"])])
+def test_a_weight_without_gradient_ends_the_run_by_name(cut: Callable[[Backbone], None], sets: list[str]) -> None:
+    """Before it changes a weight; zeros, which A of an adapter gets in the first update, are a gradient."""
+    config = config_of("refl", *sets, "total_batch_size=1", "num_inference_steps=2", "method.active.num_active_steps=1")
+    trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
+    trainer.compute_gradient()
+    zeros = [name for name, p in trainer.models.parameters.items() if p.grad is not None and not p.grad.any()]
+    assert any("lora_A" in name for name in zeros) == bool(sets)
+    trainer.state.optimizer.zero_grad(set_to_none=True)
+    cut(trainer.models.backbone)
+    before = {name: p.detach().clone() for name, p in trainer.models.parameters.items()}
+    with pytest.raises(UserError, match=r"no gradient reaches .*transformer_blocks\.0\."):
+        trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.models.parameters.items())

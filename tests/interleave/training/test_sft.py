@@ -23,7 +23,13 @@ from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.batch_plan import plan_sft_batches
 from interleave.training.config import GrpoConfig, SftConfig
-from interleave.training.memory import estimate_static_memory, zero_options
+from interleave.training.memory import (
+    build_meta_model,
+    check_adapters,
+    estimate_static_memory,
+    layers_of_targets,
+    zero_options,
+)
 from interleave.training.rows import (
     chat_turns,
     check_chat_template,
@@ -266,6 +272,65 @@ def test_which_weights_learn() -> None:
     quirk = learning("reference") - learning("frozen")
     assert quirk == {name for name in names if ".visual.pos_embed." in name or ".visual.deepstack_merger_list." in name}
     assert len(quirk) > 1
+
+
+TARGETS = {
+    "a typo": (["q_proj", "v_prj"], "frozen", "'v_prj'; did you mean 'v_proj'"),
+    "part of a name": (["q_proj", "proj"], "frozen", "'proj'"),
+    "one within the frozen tower": (["q_proj", "qkv"], "frozen", "outside the frozen vision tower .* 'qkv'"),
+    "names of another model": (["query_key_value", "dense"], "train", "'query_key_value'.*, 'dense'"),
+    "none": ([], "train", "any of them"),
+    "a pattern": (r".*self_attention\.q_proj", "train", "lora: "),
+    "a layer without weights to adapt": (["norm"], "frozen", "lora: Target module"),
+}
+
+
+@pytest.mark.parametrize("case", tiers(TARGETS, default=["a typo", "one within the frozen tower", "none"]))
+def test_target_modules_that_match_no_layer_are_named(root: Path, case: str) -> None:
+    targets, vision, said = TARGETS[case]
+    with pytest.raises(UserError, match=said):
+        check_adapters(quick(root, {"r": 2, "target_modules": targets}, vision))
+
+
+def test_layers_are_counted_by_target_module(root: Path) -> None:
+    count = {}
+    for targets in (["q_proj", "layers.0.self_attn.v_proj"], "all-linear"):
+        model = build_meta_model(quick(root, {"r": 2, "target_modules": targets}))
+        count |= layers_of_targets(model, targets)
+    assert count == {"q_proj": 2, "layers.0.self_attn.v_proj": 1, "all-linear": 14}
+
+
+REENTRANT: dict[str, dict[str, Any]] = {
+    "asked for": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "torch's default": {"gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
+    "under its new name": {"gradient_checkpointing": False, "activation_checkpointing": True}
+    | {"activation_checkpointing_kwargs": {"use_reentrant": True}},
+    "as TRL does under ZeRO-3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+
+
+@pytest.mark.parametrize("case", tiers(REENTRANT, default=["asked for", "as TRL does under ZeRO-3"]))
+def test_adapters_on_the_vision_tower_exclude_reentrant_checkpointing(root: Path, case: str) -> None:
+    trl = {"gradient_checkpointing": True, **REENTRANT[case]}
+    with pytest.raises(UserError, match=r"gets no gradient under re-entrant .*; set vision: frozen, or trl\.gradient_"):
+        check_adapters(quick(root, {"r": 2}, "train", **trl))
+    allowed = [({"r": 2}, "frozen"), ({"r": 2, "target_modules": ["q_proj"]}, "train"), (None, "train")]
+    for lora, vision in allowed[: 1 if case == "asked for" else None]:
+        check_adapters(quick(root, lora, vision, **trl))
+
+
+@pytest.mark.parametrize("case", tiers(["asked for", "torch's default"], slow=["asked for"]))
+def test_weights_without_gradient_end_the_run_by_name(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Where nothing refused them; on a mixed set, whose rows without images give the vision tower no gradient."""
+    from interleave.training import sft
+
+    config = quick(root, {"r": 2}, "train", gradient_checkpointing=True, **REENTRANT[case])
+    monkeypatch.setattr(sft, "check_adapters", lambda config: None)
+    with pytest.raises(UserError, match=r"no gradient reaches \S+visual\.blocks\.0\.\S+lora_A\S+, .* and \d+ more"):
+        sft.train_sft("critic", config, ["t"], runs=tmp_path)
+    assert sft.train_sft("planner", quick(root, {"r": 2}, "train"), ["t"], runs=tmp_path).is_dir()
 
 
 def test_names_of_other_vision_towers_and_of_adapters() -> None:

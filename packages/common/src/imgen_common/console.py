@@ -2,20 +2,23 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
 @contextmanager
-def spinner(text: str) -> Iterator[None]:
-    """A spinner on standard error, if that is a terminal: libraries take seconds to load."""
+def spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error, if that is a terminal: libraries take seconds to load.
+
+    Gives a function that says what is being done now, beside the spinner; elsewhere as a line.
+    """
     if not sys.stderr.isatty():
-        yield
+        yield lambda text: print(text, file=sys.stderr, flush=True)
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    with Console(stderr=True).status(text) as status:
+        yield status.update
 
 
 def quiet_libraries() -> None:

@@ -5,7 +5,7 @@ import errno
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -68,6 +68,16 @@ def check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
+
+
+def check_gradients(without: Sequence[str]) -> None:
+    """Raises UserError where trained weights, by name, got no gradient in an update: they would never be trained."""
+    if without:
+        named = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+        raise UserError(
+            f"no gradient reaches {named}, which would be trained; take them out of lora.target_modules, or do not "
+            "recompute what they are in by re-entrant checkpointing"
+        )
 
 
 def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> NoReturn:

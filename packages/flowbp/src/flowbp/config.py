@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import Field, field_validator, model_validator
 
-from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale
+from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
 from imgen_common.config import Config, Presets
@@ -62,6 +62,9 @@ class ModelConfig(Config):
     between steps stay float32."""
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
     """Guidance input of a guidance-distilled model (FLUX.1-dev); null: its default, 3.5.  Others have no such input."""
+    max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
+    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or Qwen3 (FLUX.2) pads and cuts a prompt, under diffusers' name;
+    null: the default of the model's pipeline, 256 for Stable Diffusion 3 and 512 for FLUX.  Images depend on it."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
     attention: Attention | None = None
@@ -252,6 +255,10 @@ class TrainConfig(Config):
     """How guidance is computed and differentiated."""
     num_inference_steps: Annotated[int, Ge(2), Le(1000)] = 25
     """Denoising steps N of the training rollouts."""
+    train_sigmas: NoiseLevels = "pipeline"
+    """Noise levels of the training rollouts: `pipeline`, those at which the model's pipeline samples; `linear`,
+    linspace(1, 1/N, N) with the model's shift, as the code of FlowBP trains.  They differ for Stable Diffusion 3 only:
+    the last level of SD3.5 at 25 steps is 0.0089 or 0.111.  Evaluations always sample at those of the pipeline."""
     max_train_steps: PositiveInt = 105
     """Optimizer updates."""
     total_batch_size: PositiveInt = 16

@@ -34,12 +34,10 @@ class Flux(pipelines.PipelineBackbone):
         rows, columns = pipelines.grid_size(size, 2 * self.pipe.vae_scale_factor)
         return self.pipe.transformer.config.in_channels // 4, 2 * rows, 2 * columns
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
-        """The pipeline's own noise levels: linear from 1 to 1/steps, shifted by the number of tokens, then 0."""
+    def shift(self, steps: int, size: tuple[int, int]) -> float:
+        """By the number of tokens."""
         _, height, width = self.latent_shape(size)
-        levels = pipelines.linear_levels(self.pipe.scheduler, steps)
-        mu = pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
-        return pipelines.noise_levels(self.pipe.scheduler, steps, levels, mu)
+        return pipelines.resolution_shift(self.pipe.scheduler, height * width // 4)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""

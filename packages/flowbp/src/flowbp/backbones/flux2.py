@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowbp.backbones import pipelines
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond
+from imgen_common.errors import UserError
 from imgen_common.hub import text_layers
 
 
@@ -21,7 +22,15 @@ class Flux2(pipelines.PipelineBackbone):
         super().__init__(pipe)
         self.patch = 2 ** len(pipe.vae.config.block_out_channels)  # 2 x the autoencoder's factor
         self.text_layers = text_layers(pipe.text_encoder.config, self.pipe.transformer.config.joint_attention_dim)
-        self.max_tokens = min(512, pipe.tokenizer.model_max_length)
+        self.max_tokens = min(self.max_tokens, pipe.tokenizer.model_max_length)
+
+    def set_max_tokens(self, length: int) -> None:
+        """Sets `max_tokens`.  Raises UserError for more than the tokenizer's limit."""
+        if length > (limit := self.pipe.tokenizer.model_max_length):
+            raise UserError(
+                f"model.max_sequence_length {length}: the model reads at most {limit} tokens; set it to null"
+            )
+        self.max_tokens = length
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -43,13 +52,10 @@ class Flux2(pipelines.PipelineBackbone):
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
         return self.pipe.transformer.config.in_channels, *pipelines.grid_size(size, self.patch)
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
-        """The pipeline's own noise levels: linear from 1 to 1/steps, shifted as the scheduler says, then 0."""
+    def shift(self, steps: int, size: tuple[int, int]) -> float:
+        """By the number of tokens and steps."""
         _, height, width = self.latent_shape(size)
-        mu = compute_empirical_mu(image_seq_len=height * width, num_steps=steps)
-        return pipelines.noise_levels(
-            self.pipe.scheduler, steps, pipelines.linear_levels(self.pipe.scheduler, steps), mu
-        )
+        return compute_empirical_mu(image_seq_len=height * width, num_steps=steps)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""

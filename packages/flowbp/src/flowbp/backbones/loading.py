@@ -1,6 +1,7 @@
 """A generator from a configuration, what of it is trained, and the trained weights of a run in it."""
 
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flowbp.backbones.options import apply_model_options, check_machine, quantize
-from flowbp.config import TrainConfig
+from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, nearest
 from imgen_common.run_folder.checkpoints import Checkpoint, check_tensors
 from imgen_common.run_folder.folder import RunFolder
 
@@ -72,28 +73,42 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
     return backbone
 
 
+def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
+    """The linear layers whose names end with each of the target modules.
+
+    Raises UserError for one that matches none; the defaults are of several families, and only need one match.
+    """
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    found = {t: [n for n in layers if n == t or n.endswith(f".{t}")] for t in lora.target_modules}
+    ends = Counter(".".join(name.split(".")[i:]) for name in layers for i in (-2, -1))
+    spared = LoraConfig().target_modules if any(found.values()) else ()
+    missed = [f"{t!r}{nearest(t, ends)}" for t, matches in found.items() if not matches and t not in spared]
+    if missed or not found:
+        raise UserError(
+            f"lora.target_modules: no linear layer has a name that ends with {', '.join(missed) or 'any of them: []'}; "
+            f"frequent are {', '.join(end for end, _ in ends.most_common(8))}"
+        )
+    return found
+
+
 def mark_trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     """Makes all weights of the network trainable, or adds adapters and makes those trainable; float32, by name.
 
     Adapters are initialized from the run's seed, equally on every process.
-    Raises UserError if no layer matches `lora.target_modules`.
+    Raises UserError if a target module matches no layer.
     """
     if config.lora is None:
         net.requires_grad_(True)
     else:
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
 
         lora = config.lora
-        layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-        targets = [n for n in layers if any(n == t or n.endswith(f".{t}") for t in lora.target_modules)]
-        if not targets:
-            raise UserError(
-                f"lora.target_modules {list(lora.target_modules)} match no linear layer; there are e.g. {layers[:4]}"
-            )
+        targets = sorted({name for names in layers_of_targets(net, lora).values() for name in names})
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(config.seed)
             warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")  # of merging, which export does itself
-            inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets), net)
+            given = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+            peft.inject_adapter_in_model(given, net)
     found = {name: p for name, p in net.named_parameters() if p.requires_grad}
     for parameter in found.values():
         parameter.data = parameter.data.float()  # adapters of a bfloat16 network start in bfloat16

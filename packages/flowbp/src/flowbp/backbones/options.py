@@ -25,6 +25,8 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
 def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
     """Sets up a backbone's networks as the configuration says.  Raises UserError where they have no such choice."""
     net, vae = backbone.pipe.transformer, backbone.pipe.vae
+    if model.max_sequence_length is not None:
+        backbone.set_max_tokens(model.max_sequence_length)
     if model.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     if model.attention is not None:

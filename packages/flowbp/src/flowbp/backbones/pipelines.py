@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
+from flowbp.core.settings import NoiseLevels
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -25,6 +26,8 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 """The one scheduler that is sampled; its other options only choose the noise levels, which it computes itself."""
 NOT_SAMPLED = ("stochastic_sampling", "invert_sigmas")
 """Options of it that change the steps themselves, or their direction: refused."""
+RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Options of it that replace the noise levels it is given."""
 
 
 def load_pipeline(
@@ -126,9 +129,43 @@ class PipelineBackbone(ABC):
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """Names of layers of the network that no image depends on, and that hence get no gradient."""
+        return ()
+
+    def set_max_tokens(self, length: int) -> None:
+        """Sets `max_tokens`.  Raises UserError where the text encoder does not read so many."""
+        self.max_tokens = length
+
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
+
+    @abstractmethod
+    def shift(self, steps: int, size: tuple[int, int]) -> float | None:
+        """The `mu` of the scheduler's shift for so many steps and this size; None where its shift is fixed."""
+
+    def has_linear_levels(self) -> bool:
+        """Whether the pipeline itself starts from linspace(1, 1/N, N), and not from the scheduler's own spacing."""
+        return not self.pipe.scheduler.config.get("use_flow_sigmas")
+
+    def sigmas(self, steps: int, size: tuple[int, int], levels: NoiseLevels = "pipeline") -> Float[Tensor, " n_plus_1"]:
+        """Noise levels, shifted as the scheduler says, then 0.
+
+        levels: `pipeline`, those at which the pipeline samples; `linear`, linspace(1, 1/N, N) before the shift, on
+        which the code of FlowBP (arXiv 2606.11075) trains.  The two differ for SD3.5 only, whose last level at 25 steps
+        is 0.0089 or 0.111.  Raises UserError for `linear` with a scheduler that spaces its levels anew.
+        """
+        linear = levels == "linear"
+        respaced = [key for key in RESPACED if self.pipe.scheduler.config.get(key)] if linear else []
+        if respaced:
+            raise UserError(
+                f"train_sigmas linear: the model's scheduler has {respaced[0]}, which spaces noise levels anew; "
+                "set train_sigmas to pipeline"
+            )
+        given = linear_levels(steps) if linear or self.has_linear_levels() else None
+        return noise_levels(self.pipe.scheduler, steps, given, self.shift(steps, size))
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
         """Standard normal float32 latents, drawn as the pipeline draws them."""
@@ -198,9 +235,9 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
         return float(calculate_shift(tokens, *points))
 
 
-def linear_levels(scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> list[float] | None:
-    """From 1 to 1/steps, before any shift, as FLUX's pipelines ask for, or None for the scheduler's own spacing."""
-    return None if scheduler.config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps).tolist()
+def linear_levels(steps: int) -> list[float]:
+    """From 1 to 1/steps, before any shift."""
+    return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
 def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:

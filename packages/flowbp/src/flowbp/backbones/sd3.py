@@ -18,6 +18,12 @@ class SD3(pipelines.PipelineBackbone):
     max_tokens = 256
     longest_reader = "text_encoder_3"
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """The queries of the text in the last block, which drops its text."""
+        last = f"transformer_blocks.{len(self.pipe.transformer.transformer_blocks) - 1}.attn"
+        return f"{last}.add_q_proj", f"{last}.norm_added_q"
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width" of CLIP, then T5 padded to `max_tokens`, "pooled": "b width" of both CLIPs}."""
@@ -32,16 +38,17 @@ class SD3(pipelines.PipelineBackbone):
         rows, columns = pipelines.grid_size(size, patch * self.pipe.vae_scale_factor)
         return self.pipe.transformer.config.in_channels, patch * rows, patch * columns
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Float[Tensor, " n_plus_1"]:
-        """The pipeline's own noise levels, with its own spacing: the last step starts at 0.0089 of SD3.5 at 25 steps.
+    def has_linear_levels(self) -> bool:
+        """No: the pipeline takes the scheduler's spacing, whose smallest level is shifted twice."""
+        return False
 
-        FlowBP (arXiv 2606.11075) trains on another grid in its published code, 0.111 there, than it evaluates on.
-        """
+    def shift(self, steps: int, size: tuple[int, int]) -> float | None:
+        """None for SD3.5, whose shift is 3; by the number of tokens where the scheduler shifts dynamically."""
+        if not self.pipe.scheduler.config.use_dynamic_shifting:
+            return None
         _, height, width = self.latent_shape(size)
-        scheduler, mu = self.pipe.scheduler, None
-        if scheduler.config.use_dynamic_shifting:
-            mu = pipelines.resolution_shift(scheduler, height * width // self.pipe.transformer.config.patch_size**2)
-        return pipelines.noise_levels(scheduler, steps, None, mu)
+        tokens = height * width // self.pipe.transformer.config.patch_size**2
+        return pipelines.resolution_shift(self.pipe.scheduler, tokens)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""

@@ -106,8 +106,9 @@ def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) ->
     out.print("\n[bold]Arithmetic[/] [dim](methods with random steps: mean over the first plans of this run)[/]\n")
     table = _table("", "", right=(1,))
     table.show_header = False
-    for key, value in numbers.items():
-        label = ARITHMETIC_LABELS.get(key, key.replace("_", " "))
+    layers = numbers.get("lora_layers", {})
+    rows = {ARITHMETIC_LABELS.get(key, key.replace("_", " ")): numbers[key] for key in numbers if key != "lora_layers"}
+    for label, value in {**rows, **{f"adapters on layers {target}": layers[target] for target in layers}}.items():
         table.add_row(label, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
     out.print(Padding(table, (0, 0, 0, 2)))
     out.print(f"\nrun folder: {escape(path)}\n")
@@ -122,7 +123,7 @@ def print_estimate(content: Mapping[str, Any]) -> None:
             table.add_row(name, format_gib(size))
     for name, size in content["activation"].items():
         table.add_row(f"  during {name}", format_gib(size))
-    table.add_row("before training, in total", format_gib(sum(content["startup"].values())))
+    table.add_row("while prompts are embedded, in total", format_gib(sum(content["startup"].values())))
     table.add_row("[bold]peak[/]", f"[bold]{format_gib(content['peak'])}[/]")
     out.print(table)
     for line in _cost_lines(content):
@@ -137,19 +138,30 @@ def print_estimate(content: Mapping[str, Any]) -> None:
         verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
         out.print(f"\n{verdict}: {format_gib(content['peak'])} GiB of {format_gib(content['memory'])} GiB")
     if "advice" in content:
-        out.print("these settings lower the peak most:")
+        out.print("these settings lower the peak most, one after the other:")
         for change, size in content["advice"]["alone"].items():
-            out.print(f"  --set {change:<36} to {format_gib(size)} GiB")
-        out.print(f"  all of them{'':<31} to {format_gib(content['advice']['together'])} GiB")
+            lowered = f"alone to {format_gib(size)} GiB" if size < content["peak"] else "with the others"
+            out.print(f"  --set {escape(change):<38} {lowered}")
+        out.print(f"  all of them{'':<33} to {format_gib(content['advice']['together'])} GiB")
+    elif not content.get("fits", True):
+        out.print("no setting lowers it: use a smaller model, a larger GPU or, with distributed.kind=fsdp2, more GPUs")
 
 
 def _cost_lines(content: Mapping[str, Any]) -> list[str]:
     seconds, updates = content["seconds_per_update"], content["updates"]
+    time = f"time {content['speed']}"
+    if seconds is not None:
+        total = seconds * updates
+        time = (
+            f"{seconds:.3g} s at {content['tflops']:g} TFLOP/s ({content['speed']}); {updates} updates: "
+            f"{format_duration(total) if total >= 10 else f'{total:.2g} s'} without evaluations"
+        )
     lines = [
         f"\ngradient accumulation steps: {content['gradient_accumulation_steps']}",
-        f"one update: {content['tflop_per_update']:,.2f} TFLOP per process, {seconds:.3g} s at "
-        f"{content['tflops']:g} TFLOP/s; {updates} updates: {format_duration(seconds * updates)} without evaluations",
+        f"one update: {content['tflop_per_update']:,.2f} TFLOP per process; {escape(time)}",
         f"disk: {format_gib(content['disk'])} GiB of checkpoints",
+        f"embeddings of the prompts: at most {format_gib(content['embeddings'])} GiB per process, in the host's memory "
+        "(on disk with data.embeddings=disk)",
         *(f"license of {escape(ref)}: {escape(terms)}" for ref, terms in content["licenses"].items()),
         *(f"not traced: the stage of reward {name}; only its weights are counted" for name in content["untraced"]),
     ]

@@ -110,7 +110,8 @@ def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Seq
 
     quiet_libraries()
     size = (config.model.height, config.model.width)
-    return [float(sigma) for sigma in backbones.init_empty_weights(model).sigmas(config.num_inference_steps, size)]
+    backbone = backbones.init_empty_weights(model)
+    return backbone.sigmas(config.num_inference_steps, size, config.train_sigmas).tolist()
 
 
 def report(

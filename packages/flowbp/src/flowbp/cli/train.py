@@ -154,7 +154,13 @@ def estimate(
     sets: Sets = None,
     gpus: Annotated[int, typer.Option(help="Number of processes, one per GPU.", min=1)] = 1,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 24GiB or 80GB.")] = None,
-    tflops: Annotated[float, typer.Option(help="Assumed speed of a GPU in TFLOP/s.", min=0.001)] = 400.0,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Card whose time is estimated, such as 'RTX 4090'. Default: this machine's."),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Speed of a GPU in TFLOP/s, instead of half its published peak.", min=0.001)
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Run two real updates on this machine and compare. Needs the weights.")
     ] = False,
@@ -164,16 +170,16 @@ def estimate(
     licenses. It reads no weights and needs no GPU: one step of every stage is traced with tensors that have a shape but
     no data. If torch sees no GPU, the memory of the CPU's operations is counted. Fragmentation of the allocator and the
     GPU context (about half a GiB) are not included. With --memory it says whether the run fits and which settings
-    would help most.
+    would help most. Times assume half the published peak of a card, which updates of large batches reach.
 
     Example:
 
     \b
-      flowbp estimate configs/flowbp/sd3_5_medium/lora_24gb.yaml --memory 24GiB
-      flowbp estimate configs/flowbp/flux1_dev/flowbp_bridge.yaml --gpus 8 --memory 80GB --set distributed.kind=fsdp2
+      flowbp estimate configs/flowbp/sd3_5_medium/lora_24gb.yaml --memory 24GB --gpu "RTX 4090"
+      flowbp estimate configs/flowbp/flux1_dev/flowbp_bridge.yaml --gpus 8 --memory 80GB --gpu H100
       flowbp estimate --calibrate
     """
-    with spinner("tracing"):
+    with spinner("tracing") as say:
         from flowbp import estimate as estimates
         from flowbp.config import TrainConfig
         from flowbp.training import preflight
@@ -182,16 +188,20 @@ def estimate(
         from imgen_common.devices import device_of
 
         limit = estimates.parse_memory_size(memory) if memory else None
+        speed = estimates.speed_of(gpu, tflops)
         quiet_libraries()
 
         def config_of(changes: Sequence[str] = ()) -> "TrainConfig":
             return load(TrainConfig, configs or [], [*(sets or []), *changes])
 
         job = preflight.check_run(config_of(), gpus, estimate_only=not calibrate)
+        say("tracing embedding, a rollout, a swept step, rewards and an evaluation ...")
         found = estimates.estimate_run(job)
-        advice = estimates.advise_settings(config_of, gpus, found.peak) if limit and found.peak > limit else None
+        advice = None
+        if limit is not None and found.peak > limit:
+            advice = estimates.advise_settings(config_of, gpus, limit, found, say)
         measured = estimates.measure_run(job.config, device_of("auto")) if calibrate else None
-    content = estimates.estimate_as_json(job, found, tflops, limit, advice, measured)
+    content = estimates.estimate_as_json(job, found, speed, limit, advice, measured)
     if as_json:
         print(json.dumps(content))
         return

@@ -11,6 +11,9 @@ Combination = Literal["weighted", "normalized", "pcgrad"]
 
 GuidanceScale = Annotated[float, Gt(0), Le(100)]
 
+NoiseLevels = Literal["pipeline", "linear"]
+"""Which noise levels: those of the model's pipeline, or linspace(1, 1/N, N) with the model's shift."""
+
 
 class GuidanceOptions(Config):
     """How classifier-free guidance is computed and differentiated."""

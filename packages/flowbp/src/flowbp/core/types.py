@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowbp.core.prompt_limits import PromptLimit
+from flowbp.core.settings import NoiseLevels
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """velocity(x, sigma) -> v = dx/dsigma, same shape as x.
@@ -67,6 +68,10 @@ class Backbone(Protocol):
     bfloat16: bool
     """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
 
+    @property
+    def unused_layers(self) -> tuple[str, ...]:
+        """Names of layers of `net` that no image depends on, and that hence get no gradient."""
+
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
@@ -76,14 +81,17 @@ class Backbone(Protocol):
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""
 
+    def set_max_tokens(self, length: int) -> None:
+        """Pads and cuts prompts to so many tokens.  Raises UserError where the text encoder does not read them."""
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one latent, without the batch, for images of `size` (height, width) pixels."""
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Tensor:
         """Standard normal latents for images of `size` (height, width) pixels."""
 
-    def sigmas(self, steps: int, size: tuple[int, int]) -> Tensor:
-        """Noise levels, shape (steps + 1,), shift included, 1 ... 0."""
+    def sigmas(self, steps: int, size: tuple[int, int], levels: NoiseLevels = "pipeline") -> Tensor:
+        """Noise levels, shape (steps + 1,), shift included, 1 ... 0: the pipeline's, or shifted linspace(1, 1/N, N)."""
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """dx/dsigma, unguided; sigma of shape (batch,), in [0, 1]."""

@@ -87,7 +87,8 @@ class PromptEmbeddings:
             texts = new[start : start + ENCODE_BATCH_SIZE]
             cond = self._backbone.encode([*texts, *[""] * (ENCODE_BATCH_SIZE - len(texts))])
             for i, text in enumerate(texts):
-                rows[self._key(text)] = {name: value[i].clone() for name, value in cond.items()}
+                # in the host's memory: those of a long run are larger than a GPU's
+                rows[self._key(text)] = {name: value[i].to("cpu", copy=True) for name, value in cond.items()}
             if len(rows) >= PROMPTS_PER_FILE or start + ENCODE_BATCH_SIZE >= len(new):
                 self._store.update(rows)
                 rows = {}

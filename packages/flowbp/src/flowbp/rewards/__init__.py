@@ -5,10 +5,11 @@ Knows nothing of backbones or training.  A new reward is one file here and one l
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from imgen_common import hub
 from imgen_common.config import Config
@@ -31,13 +32,15 @@ class RewardType(NamedTuple):
     """`model_type` that transformers writes into the model's config.json."""
     options: Mapping[str, Any] = MappingProxyType({})
     """Further arguments of `load`."""
+    has_own_dtype: bool = False
+    """Whether it is loaded in the precision of its publication, which `storage_dtype` cannot change."""
 
 
 REWARDS: dict[str, RewardType] = {
     "clip": RewardType("flowbp.rewards.clip", "ClipReward", "clip"),
     "clipscore": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True}),
     "hpsv2": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True, "letterbox": True}),
-    "hpsv3": RewardType("flowbp.rewards.hpsv3", "HPSv3", "qwen2_vl"),
+    "hpsv3": RewardType("flowbp.rewards.hpsv3", "HPSv3", "qwen2_vl", has_own_dtype=True),
     "aesthetic": RewardType("flowbp.rewards.clip", "AestheticReward", "clip"),
     "imagereward": RewardType("flowbp.rewards.image_reward", "ImageReward", "blip"),
 }
@@ -54,6 +57,10 @@ class RewardConfig(Config):
     ref: str
     """Its folder: `builtin:...`, a path, or `org/name@revision`.  Convert published pickles first with
     `flowbp convert-reward`."""
+    storage_dtype: Literal["float16"] | None = None
+    """`float16`: weights are stored in half the memory and still compute in float32, so that scores keep about four
+    digits.  For rewards that are only watched; one that is trained on saves less, as its gradient needs the float32
+    weights of all layers at once.  null: float32; HPSv3 on a GPU bfloat16, as it was published."""
 
     @field_validator("score")
     @classmethod
@@ -62,15 +69,21 @@ class RewardConfig(Config):
             raise ValueError(f"unknown score {value!r}{nearest(value, REWARDS)}; allowed: {', '.join(REWARDS)}")
         return value
 
+    @model_validator(mode="after")
+    def _storage_can_be_chosen(self) -> "RewardConfig":
+        if self.storage_dtype is not None and REWARDS[self.score].has_own_dtype:
+            raise ValueError(f"storage_dtype: {self.score} has a precision of its own; set it to null")
+        return self
+
     def load(self, device: "torch.device | str" = "cpu") -> "Reward":
         """The same as `load_reward(self, device)`."""
         return load_reward(self, device)
 
 
-def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":
-    """The frozen reward; on "meta" no weights are read.  Raises UserError for a model of another type."""
+def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
+    """The folder of a reward, with its weights or without.  Raises UserError for a model of another type."""
     kind = REWARDS[config.score]
-    folder = hub.resolve(config.ref, weights=str(device) != "meta")
+    folder = hub.resolve(config.ref, weights=weights)
     about = folder / "config.json"
     model_type = hub.read_json(about).get("model_type") if about.exists() else None
     if model_type != kind.model_type:
@@ -78,6 +91,22 @@ def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "
             f"{config.ref}: the score {config.score!r} needs a {kind.model_type!r} model, this is a {model_type!r}; "
             f"scores are {', '.join(REWARDS)}"
         )
+    return folder
+
+
+def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":
+    """The frozen reward; on "meta" no weights are read.  Raises UserError for a model of another type."""
+    kind = REWARDS[config.score]
+    folder = resolve_reward(config, weights=str(device) != "meta")
     reward_class = getattr(import_module(kind.module), kind.class_name)
-    reward: Reward = reward_class.load(folder, device=device, **kind.options)
+    if config.storage_dtype is None:
+        reward: Reward = reward_class.load(folder, device=device, **kind.options)
+        return reward
+    from flowbp.rewards.loading import modules_of, store_in_float16
+
+    # made smaller before it goes to the device
+    reward = reward_class.load(folder, device="meta" if str(device) == "meta" else "cpu", **kind.options)
+    for module in modules_of([reward]):
+        store_in_float16(module)
+        module.to(device)
     return reward

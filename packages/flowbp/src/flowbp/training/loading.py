@@ -33,8 +33,13 @@ class LoadedModels:
     parameters: dict[str, nn.Parameter]
 
 
-def load_models(config: TrainConfig, device: torch.device, *, is_main: bool = True) -> LoadedModels:
-    """Loads the generator, the rewards and the prompts that the configuration names."""
+def load_models(
+    config: TrainConfig, device: torch.device, *, is_main: bool = True, with_rewards: bool = True
+) -> LoadedModels:
+    """Loads the generator, the rewards and the prompts that the configuration names.
+
+    with_rewards=False: rewards are loaded later, in memory that the text encoders have left.
+    """
     # of a network that is to be sharded the main process alone reads the weights; `shard` gives the others their part
     sharded = config.distributed.kind == "fsdp2"
     backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
@@ -54,7 +59,8 @@ def load_models(config: TrainConfig, device: torch.device, *, is_main: bool = Tr
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
     embeddings = PromptEmbeddings(backbone, store, key)
-    return LoadedModels(backbone, load_rewards(config, device), prompts, embeddings, parameters)
+    rewards = load_rewards(config, device) if with_rewards else {}
+    return LoadedModels(backbone, rewards, prompts, embeddings, parameters)
 
 
 def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:

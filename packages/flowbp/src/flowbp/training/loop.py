@@ -14,7 +14,7 @@ from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
-from flowbp.training.loading import load_models
+from flowbp.training.loading import load_models, load_rewards
 from flowbp.training.preflight import cut_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
@@ -33,11 +33,13 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             "no held-out reward: what is gained may be reward hacking, and nothing would show it; set `heldout`"
         )
     reporter.stage("loading models")
-    models = load_models(config, accelerator.device, is_main=accelerator.is_main_process)
+    models = load_models(config, accelerator.device, is_main=accelerator.is_main_process, with_rewards=False)
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter)
     loop.resume()
     loop.report_cut_prompts()
     loop.embed_prompts()
+    reporter.stage("loading rewards")  # after the text encoders, which may be larger than the network, were unloaded
+    models.rewards = load_rewards(config, accelerator.device)
     loop.evaluate_base()
     reporter.stage("training")
     with GracefulShutdown() as shutdown:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from flowbp import backbones
-from flowbp.backbones.loading import mark_trainable
+from flowbp.backbones.loading import layers_of_targets, mark_trainable
 from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan, draw_plan
 from flowbp.data.prompts import describe_cut_prompts, load_prompts
+from flowbp.rewards import resolve_reward
 from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
 from imgen_common.errors import UserError
@@ -27,7 +28,10 @@ NUM_SAMPLED_PLANS = 64
 @dataclass(frozen=True)
 class CheckedRun:
     """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
-    its prompts."""
+    its prompts.
+
+    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.
+    """
 
     config: TrainConfig
     num_processes: int
@@ -36,6 +40,7 @@ class CheckedRun:
     num_weights: int
     num_prompts: int
     data: Mapping[str, DataHash]
+    lora_layers: Mapping[str, int]
 
 
 def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
@@ -46,8 +51,9 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     image sizes, adapters or switches that do not fit the model.
     """
     batch_sizes(config, num_processes)
-    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
-        hub.resolve(ref, weights=not estimate_only)
+    hub.resolve(config.model.ref, weights=not estimate_only)
+    for scorer in config.scorers:
+        resolve_reward(scorer, weights=not estimate_only)
     data_prompts, eval_prompts, _ = all_prompts(config)
     prompts = {"data.prompts": data_prompts, "eval.prompts": eval_prompts}
     model = config.model
@@ -57,14 +63,16 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         check_machine(model)
     apply_model_options(backbone, model)
     size = (model.height, model.width)
-    sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size))
+    sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
     )
+    layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
+    lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     data = {key: hash_rows(rows) for key, rows in prompts.items()}
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts["data.prompts"]), data)
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(data_prompts), data, lora_layers)
 
 
 def all_prompts(config: TrainConfig) -> tuple[list[str], list[str], list[str]]:
@@ -135,5 +143,6 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
         "prompts": job.num_prompts,
         "epochs": config.max_train_steps * config.total_batch_size / job.num_prompts,
         "trained_weights": job.num_weights,
+        **({"lora_layers": dict(job.lora_layers)} if job.lora_layers else {}),
         "checkpoint_bytes": job.num_weights * 4 * TENSORS_PER_WEIGHT,
     }

@@ -25,7 +25,8 @@ from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
 from flowbp.training.progress import NullReporter
-from imgen_common.errors import UserError
+from flowbp.training.state import TorchTrainState
+from imgen_common.errors import UserError, check_gradients
 from imgen_common.streams import normal, numpy_generator
 
 NUM_SAVED_IMAGES = 48
@@ -42,7 +43,7 @@ class Trainer:
         self.config, self.models, self.accelerator = config, models, accelerator
         self.batch = batch_sizes(config, accelerator.num_processes)
         self.size = (config.model.height, config.model.width)
-        self.sigmas = models.backbone.sigmas(config.num_inference_steps, self.size)
+        self.sigmas = models.backbone.sigmas(config.num_inference_steps, self.size, config.train_sigmas)
         self.state = make_train_state(config, models.backbone, accelerator)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.update = 0
@@ -86,8 +87,16 @@ class Trainer:
                 samples = range(start, start + batch.per_device)
                 for name, value in self._accumulate(plan, samples, scale).items():
                     sums[name] = sums.get(name, 0.0) + value
+            self._check_gradients()
         metrics = self._sum_over_processes({name: value / config.total_batch_size for name, value in sums.items()})
         return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
+
+    def _check_gradients(self) -> None:
+        """Raises UserError if a trained weight got no gradient, not even zeros.  DeepSpeed keeps its own."""
+        if isinstance(self.state, TorchTrainState):
+            unused = self.models.backbone.unused_layers
+            silent = [name for name, p in self.state.parameters.items() if p.grad is None]
+            check_gradients([name for name in silent if not name.startswith(unused)])
 
     def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
         """Adds the gradient of some samples of the global batch; returns sums over these samples."""

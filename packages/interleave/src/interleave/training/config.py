@@ -40,7 +40,8 @@ class TrainingConfig(Config):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention implementation; the flash ones need their packages."""
     lora: Mapping[str, Any] | None = None
-    """Options of peft's LoraConfig; null: full fine-tuning of the weights that are not frozen."""
+    """Options of peft's LoraConfig; null: full fine-tuning of the weights that are not frozen.  Every entry of a list
+    `target_modules` must match a layer.  On the vision tower (`vision: train`) not with re-entrant checkpointing."""
     trl: Mapping[str, Any] = {}
     """Options of TRL's SFTConfig or GRPOConfig under their own names."""
 

@@ -21,7 +21,7 @@ from interleave.training import run
 from interleave.training.batch_plan import GrpoBatchPlan, TrlBatchOptions, plan_grpo_batches
 from interleave.training.config import GrpoConfig
 from interleave.training.environment import add_regenerate_tool
-from interleave.training.memory import MemoryEstimate, build_inputs, estimate_memory, zero_options
+from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory, zero_options
 from interleave.training.reward import PAPER_WEIGHTS, WEIGHTS
 from interleave.training.rows import GrpoJob, build_dataset, critic_prompt, image_store, read_rows, select_by_length
 from interleave.training.scoring import (
@@ -58,7 +58,9 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     prompts = [critic_prompt(row, template) for row in rows]
     store = image_store(config)
     answer = config.trl.get("max_completion_length") or 512  # TRL's default
-    kept = select_by_length(prompts, run.load_processor(config), store, config.max_length, answer)
+    processor = run.load_processor(config)
+    check_adapters(config)
+    kept = select_by_length(prompts, processor, store, config.max_length, answer)
     if config.trl.get("use_vllm") and config.max_pixels is not None:
         check_image_sizes(rows, store, config.max_pixels)
     failed = sum(not rows[i].evaluation.success for i in kept)
@@ -156,6 +158,7 @@ def train_grpo(
             logging = run.build_run_callback(run_folder, lambda: counting.metrics)
             trainer = _build_trainer(job, scored, arguments, [counting, logging, *callbacks])
             run.check_trainable(trainer, config)
+            trainer.add_callback(run.build_gradient_check(trainer.model))
             trainer.train(resume_from_checkpoint=checkpoint)
             if counting.stop_reason:
                 raise UserError(f"{counting.stop_reason}; then resume with interleave grpo --resume {run_folder.path}")

@@ -6,7 +6,7 @@ image grids stay real, since models branch on them, and so does all that is comp
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.memory import LiveBytes, allocate, held
 from interleave.datasets.rows import SftRow
 from interleave.models.chat.local import to_conversation
@@ -32,9 +32,10 @@ from interleave.storage.images import ImageStore
 from interleave.training.config import TrainingConfig
 from interleave.training.rows import num_tokens
 from interleave.training.trl_options import build_lora_config
-from interleave.training.vision import freeze_vision
+from interleave.training.vision import freeze_vision, is_frozen
 
 GIB = 2**30
+UNLOADABLE = "{}: not a vision-language model that can be loaded ({})"
 aten = torch.ops.aten
 FACTORIES = (aten.arange, aten.full, aten.linspace, aten.ones, aten.scalar_tensor, aten.zeros)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
@@ -47,6 +48,7 @@ class MemoryEstimate:
     weights, gradients, optimizer: held all the time, and so is the reference model, which reinforcement learning with
     `beta` and without adapters needs.  activation: what a pass forward and back of `rows` rows of `length` tokens adds;
     None where the model cannot be traced.  kv_cache: keys and values of a rollout, freed before the updates begin.
+    lora_layers: how many layers each of `lora.target_modules` stands for.
     """
 
     num_parameters: int
@@ -59,6 +61,7 @@ class MemoryEstimate:
     length: int = 0
     activation: int | None = None
     kv_cache: int = 0
+    lora_layers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def static(self) -> int:
@@ -80,6 +83,10 @@ class MemoryEstimate:
             f"each process holds {self.static / GIB:.2f} GiB ({each})",
         ]
         what = f"the forward and backward pass of {self.rows} rows of {self.length:,} tokens"
+        if self.lora_layers:
+            lines.append(
+                f"adapters: {', '.join(f'{target} {count}' for target, count in self.lora_layers.items())} layers"
+            )
         if self.activation is None:
             return [*lines, f"{what} adds to that; this model cannot be traced, so the amount is not known"]
         lines.append(f"{what} adds {self.activation / GIB:.2f} GiB")
@@ -139,25 +146,98 @@ def estimate_memory(
     options = read_json_options("trl.fsdp_config", config.trl.get("fsdp_config"))
     checkpointing = config.trl.get("gradient_checkpointing", True) or options.get("activation_checkpointing", False)
     activation = measure_activation(model, inputs, autocast=half and not zero, checkpointing=bool(checkpointing))
+    layers = {}
+    if config.lora is not None:
+        layers = layers_of_targets(model, config.lora.get("target_modules") or "all-linear")
     reference = found.weights if config.trl.get("beta") and config.lora is None else 0
     return replace(
-        found, reference=reference, rows=rows, length=length, activation=activation, kv_cache=num_cached * token
+        found,
+        reference=reference,
+        rows=rows,
+        length=length,
+        activation=activation,
+        kv_cache=num_cached * token,
+        lora_layers=layers,
     )
 
 
 def build_meta_model(config: TrainingConfig) -> Any:
-    """The model on the meta device; its trainable weights require a gradient."""
+    """The model on the meta device; its trainable weights require a gradient.
+
+    Raises UserError where it is no vision-language model, or `lora` does not fit it.
+    """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(about)
+        try:
+            about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
+            model: Any = AutoModelForImageTextToText.from_config(about)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
         if config.lora is None:
             freeze_vision(model, config.vision)
             return model
         from peft import get_peft_model
 
-        return get_peft_model(model, build_lora_config(config))
+        options = build_lora_config(config)
+        check_targets(config, [name for name, _ in model.named_modules()])
+        try:
+            return get_peft_model(model, options)
+        except ValueError as error:  # none is found, or peft has no adapter for a layer of this kind
+            raise UserError(f"lora: {one_line(str(error))}") from None
+
+
+def check_adapters(config: TrainingConfig) -> None:
+    """Raises UserError where `lora` does not fit the model, or adapters would get no gradient.
+
+    Re-entrant checkpointing passes no gradient to what is within a block whose inputs need none, as those of the vision
+    tower do under adapters.
+    """
+    if config.lora is None:
+        return
+    model = build_meta_model(config)
+    checkpointing = config.trl.get("gradient_checkpointing", True) or config.trl.get("activation_checkpointing")
+    options: dict[str, Any] = {}
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        options |= config.trl.get(key) or {}
+    options.pop("selective", None)  # TRL's own
+    # TRL makes checkpointing re-entrant under ZeRO-3, whatever is asked for; torch where options leave it open
+    forced = zero_options(config.trl).get("stage") == 3
+    reentrant = forced or (bool(options) and options.get("use_reentrant") in (None, True))
+    trained = (name for name, weight in model.named_parameters() if weight.requires_grad)
+    if checkpointing and reentrant and any(is_frozen(name, "frozen") for name in trained):
+        raise UserError(
+            "lora on the vision tower gets no gradient under re-entrant checkpointing"
+            f"{', which TRL uses with ZeRO-3' if forced else ''}; set vision: frozen, or "
+            + (
+                "trl.gradient_checkpointing: false"
+                if forced
+                else "trl.gradient_checkpointing_kwargs.use_reentrant: false"
+            )
+        )
+
+
+def check_targets(config: TrainingConfig, names: Sequence[str]) -> None:
+    """Raises UserError where `lora.target_modules` lists ends of names that none of the model's modules has: peft
+    leaves them out in silence."""
+    given = (config.lora or {}).get("target_modules")
+    if given is None or isinstance(given, str):
+        return
+    known = [name for name in names if not is_frozen(f"{name}.weight", config.vision)]
+    ends = {name.rpartition(".")[2] for name in known}
+    missed = [t for t in given if not any(name == t or name.endswith(f".{t}") for name in known)]
+    if missed or not given:
+        words = ", ".join(f"{t!r}{nearest(t, ends)}" for t in missed) or "any of them: []"
+        where = " outside the frozen vision tower" if config.vision == "frozen" else ""
+        raise UserError(f"lora.target_modules: no layer{where} has a name that ends with {words}")
+
+
+def layers_of_targets(model: Any, given: str | Sequence[str]) -> dict[str, int]:
+    """How many layers of a model of peft each of its target modules stands for."""
+    names = model.base_model.targeted_module_names
+    if isinstance(given, str):
+        return {given: len(names)}
+    return {target: sum(name == target or name.endswith(f".{target}") for name in names) for target in given}
 
 
 def read_json_options(key: str, given: object) -> Mapping[str, Any]:

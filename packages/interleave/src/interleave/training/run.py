@@ -19,13 +19,13 @@ from pydantic import BaseModel
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import check_launcher
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, check_gradients
 from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from interleave.training.config import TrainingConfig
-from interleave.training.memory import zero_options
+from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.vision import freeze_vision, is_frozen
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
@@ -40,7 +40,6 @@ RECIPE_KEYS = {
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
 }
 """Keys of a recipe that shard weights, by accelerate's name for the kind of sharding."""
-UNLOADABLE = "{}: not a vision-language model that can be loaded"
 
 
 def prepare_environment() -> None:
@@ -226,6 +225,47 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
     frozen = [name for name in trained if is_frozen(name, config.vision)]
     if frozen:
         raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
+
+
+def build_gradient_check(model: Any) -> Any:
+    """A callback that ends the run, before a weight changes, where a trained weight got no gradient in an update.
+
+    A module that an update does not call is not asked, as those of the vision tower are not on rows without images; it
+    is checked after the first update that does.  Zeros are a gradient: A of an adapter gets no other while B is zero.
+    DeepSpeed and FSDP keep gradients elsewhere and are not checked.
+    """
+    from transformers import TrainerCallback
+
+    called: dict[Any, str] = {}
+
+    def watch(path: str, module: Any) -> Any:
+        def on_call(*_: object) -> None:
+            if module.training:
+                called[module] = path
+
+        return module.register_forward_hook(on_call)
+
+    hooks = {
+        module: watch(path, module)
+        for path, module in model.named_modules()
+        if any(weight.requires_grad for weight in module.parameters(recurse=False))
+    }
+
+    class GradientCheck(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not (args.deepspeed or args.fsdp):
+                silent = [
+                    f"{path}.{name}"
+                    for module, path in called.items()
+                    for name, weight in module.named_parameters(recurse=False)
+                    if weight.requires_grad and weight.grad is None
+                ]
+                check_gradients(silent)
+            for module in called:
+                hooks.pop(module).remove()
+            called.clear()
+
+    return GradientCheck()
 
 
 def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:

@@ -12,7 +12,7 @@ from interleave.datasets.rows import SftRow
 from interleave.training import run
 from interleave.training.batch_plan import SftBatchPlan, TrlBatchOptions, plan_sft_batches
 from interleave.training.config import Role, SftConfig
-from interleave.training.memory import MemoryEstimate, build_inputs, estimate_memory
+from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory
 from interleave.training.rows import (
     build_dataset,
     check_chat_template,
@@ -52,6 +52,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     rows = read_rows(folder, name, SftRow)
     val = read_rows(folder, f"{name}.val", SftRow) if (folder / f"{name}.val.jsonl").exists() else []
     processor = run.load_processor(config)
+    check_adapters(config)
     check_chat_template(processor, rows[0])
     store = image_store(config)
     kept = [rows[i] for i in select_by_length(rows, processor, store, config.max_length)]
@@ -110,6 +111,7 @@ def train_sft(
             callbacks=[run.build_run_callback(run_folder), *callbacks],
         )
         run.check_trainable(trainer, config)
+        trainer.add_callback(run.build_gradient_check(trainer.model))
         # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
         # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True

@@ -121,8 +121,7 @@ def require_steps(count: int, available: int, what: str) -> None:
     """Raises UserError, which names the setting `what`, unless `count` steps are available."""
     if count > available:
         raise UserError(
-            f"{what} asks for {count} of {available} steps; lower {what}, or use more sampling steps"
-            " (or a larger method.tail)"
+            f"{what} asks for {count} of {available} steps; lower {what}, or raise num_inference_steps or method.tail"
         )
 
 

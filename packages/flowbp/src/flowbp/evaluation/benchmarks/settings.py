@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
+from flowbp.backbones.options import apply_model_options
 from flowbp.config import ModelConfig, PositiveInt
 from flowbp.data.embeddings import digest
 from flowbp.data.prompts import load_prompts
@@ -167,6 +168,7 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     hub.resolve(config.model.ref)
     backbone = backbones.init_empty_weights(config.model.ref)
     backbones.with_embedded_guidance(backbone, config.model.ref, config.model.embedded_guidance)
+    apply_model_options(backbone, config.model)
     # noise levels depend on the shape of the latents, so that this checks the size of the images too
     backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
 

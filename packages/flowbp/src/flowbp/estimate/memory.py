@@ -1,18 +1,15 @@
-"""What a run needs, before it begins: memory by part, operations, disk.  No weight is read and no GPU is needed.
+"""Memory by part and operations of a run, before it begins.  No weight is read and no GPU is needed.
 
 Networks are built from their JSON files.  One evaluation of the network, one swept step and one reward stage run on
 torch's fake tensors, which have shapes and no content, and the storages that are alive at once are counted.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -22,29 +19,21 @@ from torch._subclasses.fake_tensor import (
 )
 
 from flowbp import backbones
-from flowbp.backbones.licenses import license_of
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
-from flowbp.training.loading import load_models
-from flowbp.training.preflight import CheckedRun, check_run, update_arithmetic
-from flowbp.training.trainer import Trainer, batch_sizes, reward_losses
-from imgen_common.errors import UserError
+from flowbp.data.embeddings import ENCODE_BATCH_SIZE
+from flowbp.rewards.loading import modules_of
+from flowbp.training.preflight import CheckedRun
+from flowbp.training.trainer import batch_sizes, reward_losses
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4
 """Of trained weights, gradients, moments, their average and the states between steps."""
 EVALUATION = "evaluation"
-SWITCHES = (
-    *("model.gradient_checkpointing=true", "per_device_batch_size=1", "reward_batch_size=1", "eval.batch_size=1"),
-    *("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true"),
-    *("model.dtype=bfloat16", "lora.rank=16", "active_steps_per_forward=1"),
-    *("distributed.sync=step", "distributed.kind=fsdp2"),
-)
-"""Settings that may lower the peak."""
 UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 """What fake tensors raise where an operation needs content, or its shape depends on content."""
 
@@ -54,22 +43,30 @@ class Estimate:
     """Memory of one process in bytes, and operations of one update.
 
     static: by part, what is there throughout the training.  activation: by stage, what it holds on top; stages come
-    one after the other.  startup: by part, what is there before the training.  host: kept states in the host's memory,
-    in no other sum.  flops: of one update.  untraced: rewards whose stage could not be traced: of those only the
-    weights are in the sums.
+    one after the other.  startup: by part, what is there while prompts are embedded, which comes before rewards are
+    loaded; `AdamW` of a resumed run.  host, embeddings: in the host's memory, in no other sum: kept states, and the
+    prompts' embeddings (on disk with `data.embeddings: disk`).  flops: of one update.  untraced: rewards whose stage
+    could not be traced: of those only the weights are in the sums.
     """
 
     static: dict[str, int]
     activation: dict[str, int]
     startup: dict[str, int]
     host: int
+    embeddings: int
     flops: float
     untraced: tuple[str, ...]
 
     @property
+    def phases(self) -> dict[str, int]:
+        """What is held at once before the training, and in each stage."""
+        static = sum(self.static.values())
+        return {"startup": sum(self.startup.values())} | {name: static + size for name, size in self.activation.items()}
+
+    @property
     def peak(self) -> int:
         """The most that is held at once."""
-        return max(sum(self.startup.values()), sum(self.static.values()) + max(self.activation.values()))
+        return max(self.phases.values())
 
     @property
     def update_peak(self) -> int:
@@ -86,6 +83,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
         models.allocate()
         weights = WeightSizes.of(models, config, job.num_processes)
         stages, untraced = trace_stages(models, job, batch.per_device)
+        embedding = trace_stage(partial(models.backbone.encode, ["a picture"] * ENCODE_BATCH_SIZE), models)
 
     # a rollout holds the state, its velocity, and what the most demanding plan keeps
     state = batch.per_device * FLOAT32_BYTES * math.prod(models.shape)
@@ -101,70 +99,20 @@ def estimate_run(job: CheckedRun) -> Estimate:
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
     step_flops = stages["swept step"].flops / config.active_steps_per_forward
     flops = config.num_inference_steps * stages["rollout"].flops + num_swept * step_flops + stages["reward"].flops
+    # where embeddings are kept all prompts of the run are embedded first; otherwise those of every batch in its turn
+    live = config.data.embeddings == "live"
+    if live:
+        activation["embedding prompts"] = embedding.bytes
+    trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
         static=weights.static,
         activation=activation,
-        startup=weights.startup,
+        startup=weights.startup | {"embedding prompts": 0 if live else embedding.bytes},
         host=kept if config.offload_trajectory else 0,
+        embeddings=nbytes(models.cond.values()) * (0 if live else trained + config.eval.num_prompts),
         flops=batch.gradient_accumulation_steps * flops,
         untraced=untraced,
     )
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Up to three settings that lower the peak most, what each alone and all together would make of it, in bytes."""
-
-    alone: dict[str, int]
-    together: int
-
-
-def advise_settings(config_of: Callable[[Sequence[str]], TrainConfig], count: int, peak: int) -> Advice | None:
-    """What would lower a peak; None if nothing does.  config_of: the configuration with changes on top."""
-
-    def peak_with(*changes: str) -> int:
-        try:
-            return estimate_run(check_run(config_of(changes), count, estimate_only=True)).peak
-        except UserError:  # a change that does not go with the rest
-            return peak
-
-    lowered = {change: found for change in SWITCHES if (found := peak_with(change)) < peak}
-    best = dict(sorted(lowered.items(), key=lambda item: item[1])[:3])
-    return Advice(best, peak_with(*best)) if best else None
-
-
-# --- real updates, to compare with -----------------------------------------------------------------------------------
-
-
-def measure_run(config: TrainConfig, device: torch.device) -> tuple[int, float]:
-    """As `measure_updates`, of a run with real weights."""
-    return measure_updates(Trainer(config, load_models(config, device), Accelerator(cpu=device.type == "cpu")))
-
-
-def measure_updates(trainer: Trainer) -> tuple[int, float]:
-    """(most bytes held, seconds) of real updates: the second one, after AdamW made its moments.
-
-    On a GPU as its allocator counts them, on a CPU as storages that are alive.
-    """
-    config, device = trainer.config, trainer.accelerator.device
-    if config.data.embeddings != "live":
-        trainer.embed_prompts(trainer.training_prompts()[: 2 * config.total_batch_size])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        trainer.step()
-        seconds = trainer.step()["seconds"]
-        return torch.cuda.max_memory_allocated(device), seconds
-    known = [*network_tensors(trainer), *trainer.state.state_dict()["ema"].values()]
-    with LiveBytes(known) as live:
-        trainer.step()
-        seconds = trainer.step()["seconds"]
-    return nbytes(known) + live.peak, seconds
-
-
-def network_tensors(trainer: Trainer) -> list[Tensor]:
-    """All weights and buffers of a trainer's networks."""
-    networks = [part for part in trainer.models.backbone.pipe.components.values() if isinstance(part, nn.Module)]
-    return held((*networks, *modules_of(trainer.models.rewards.values())))
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
@@ -215,15 +163,6 @@ class FakeModels:
         return torch.empty(batch, *self.shape, device=self.device, requires_grad=requires_grad)
 
 
-def modules_of(rewards: Iterable[Any]) -> Iterator[nn.Module]:
-    """The networks that rewards are made of."""
-    for value in (value for reward in rewards for value in vars(reward).values()):
-        if isinstance(value, nn.Module):
-            yield value
-        elif type(value).__module__.startswith("flowbp.rewards"):
-            yield from modules_of([value])
-
-
 @dataclass(frozen=True)
 class WeightSizes:
     """Bytes that follow from numbers of weights alone.
@@ -260,7 +199,7 @@ class WeightSizes:
             "text encoders": text_encoders if config.data.embeddings == "live" else 0,
         }
         startup = {"weights": static["frozen weights"] + static["trained weights"], "autoencoder": others}
-        startup |= {name: static[name] for name in ("rewards", "EMA")} | {"text encoders": text_encoders}
+        startup |= {name: static[name] for name in ("EMA", "AdamW")} | {"text encoders": text_encoders}
         largest_block = max(nbytes(block.parameters()) for block in blocks_of(net))
         return cls(
             static=static,
@@ -338,52 +277,3 @@ def evaluation_stage(models: FakeModels, batch: int) -> None:
     rollout_stage(models, batch)
     with torch.no_grad():
         models.backbone.decode(models.latents(batch))
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
-
-
-def parse_memory_size(text: str) -> int:
-    """Bytes of `24GiB`, `80GB` or a plain number.  Raises UserError for anything else."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(MB|MiB|GB|GiB)?", text)
-    if match is None or not float(match[1]):
-        raise UserError(f"--memory {text}: give a number of bytes, or one with a unit, such as 24GiB or 80GB")
-    return int(float(match[1]) * {None: 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}[match[2]])
-
-
-def estimate_as_json(
-    job: CheckedRun,
-    found: Estimate,
-    tflops: float,
-    limit: int | None,
-    advice: Advice | None,
-    measured: tuple[int, float] | None,
-) -> dict[str, Any]:
-    """Everything that `flowbp estimate` says: bytes, seconds, operations."""
-    config = job.config
-    arithmetic = update_arithmetic(job)
-    refs = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
-    content: dict[str, Any] = {
-        "processes": job.num_processes,
-        "gradient_accumulation_steps": arithmetic["gradient_accumulation_steps"],
-        "static": found.static,
-        "activation": found.activation,
-        "startup": found.startup,
-        "host": found.host,
-        "peak": found.peak,
-        "untraced": list(found.untraced),
-        "counted_for": "cuda" if torch.cuda.is_available() else "cpu",
-        "tflop_per_update": found.flops / 1e12,
-        "tflops": tflops,
-        "seconds_per_update": found.flops / 1e12 / tflops,
-        "updates": config.max_train_steps,
-        "disk": arithmetic["checkpoint_bytes"] * (config.checkpoint.keep + 1),
-        "licenses": {ref: license_of(ref) for ref in dict.fromkeys(refs)},
-    }
-    if limit is not None:
-        content |= {"memory": limit, "fits": found.peak <= limit}
-    if advice is not None:
-        content["advice"] = {"alone": advice.alone, "together": advice.together}
-    if measured is not None:
-        content["measured"] = {"peak": measured[0], "estimated": found.update_peak, "seconds_per_update": measured[1]}
-    return content

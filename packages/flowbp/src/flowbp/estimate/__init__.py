@@ -1,0 +1,25 @@
+"""What a run needs, before it begins: memory by part, operations, time, disk, and which settings would lower the peak.
+
+No weight is read and no GPU is needed; only `measure` runs real updates, to compare with.
+"""
+
+from flowbp.estimate.advice import Advice, advise_settings, estimate_as_json, parse_memory_size
+from flowbp.estimate.measure import measure_run, measure_updates, network_tensors
+from flowbp.estimate.memory import Estimate, FakeModels, estimate_run, trace_stages
+from flowbp.estimate.speed import Speed, speed_of
+
+__all__ = [
+    "Advice",
+    "Estimate",
+    "FakeModels",
+    "Speed",
+    "advise_settings",
+    "estimate_as_json",
+    "estimate_run",
+    "measure_run",
+    "measure_updates",
+    "network_tensors",
+    "parse_memory_size",
+    "speed_of",
+    "trace_stages",
+]
