@@ -23,7 +23,6 @@ from flowbp.core.types import Backbone
 from flowbp.evaluation import sampling
 from flowbp.methods import METHODS
 from flowbp.training.loading import load_models
-from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -179,5 +178,5 @@ def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -
     with torch.no_grad():
         cached = velocity(x, sigma)
     assert torch.equal(cached, velocity(x.clone().requires_grad_(), sigma))
-    found = trainer.evaluate(PROMPTS, "prompts", 2.0, NullReporter(), "")
+    found = trainer.evaluate(PROMPTS, "prompts", 2.0)
     assert all(abs(score) < 1e3 for score in found.scores["reward"])

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
+from imgen_common.shutdown import exit_code, interrupted_by_signals
+from imgen_common.terminal import safe_streams
+
 if TYPE_CHECKING:
     import typer
 
@@ -34,9 +37,22 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
 
     renamed: commands and options of earlier versions, each with its name now; they are refused with it.
 
-    Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
-    stderr, no traceback); 130 Ctrl-C.  Any other exception keeps its traceback.
+    Exit codes: 0 done; 1 standard output could not be written; 2 usage errors (typer names the nearest command or
+    option) and `UserError` (one line on stderr, no traceback); 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.  Any other
+    exception keeps its traceback.
     """
+    with safe_streams() as output_failure, interrupted_by_signals():
+        code = _run(app, name, renamed)
+        if (failure := output_failure()) is not None:
+            print(
+                f"{name}: error: standard output: {failure.strerror}; what was printed is incomplete", file=sys.stderr
+            )
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str | None:
+    """The exit code of the program."""
     try:
         for place, word in enumerate(sys.argv[1:]):
             option = word.partition("=")[0]
@@ -45,7 +61,10 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
         app(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0)
+        return exit_code()
+    except SystemExit as ended:
+        # typer ends with 130 on every KeyboardInterrupt, whichever signal it came from
+        return exit_code() if ended.code == 130 else ended.code
+    return 0

@@ -77,11 +77,15 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that share an evaluation.  gather(rows): the rows of all of them, on each."""
+    """The processes that share an evaluation.  gather(rows): the rows of all of them, on each.
+
+    before_batch: called on all of them before each batch; may raise, on all, to give the evaluation up.
+    """
 
     rank: int = 0
     size: int = 1
     gather: Callable[[list], list] = list
+    before_batch: Callable[[], None] = lambda: None
 
 
 class _ImageScores(NamedTuple):
@@ -111,6 +115,7 @@ def evaluate(
     mine = range(processes.rank, len(prompts), processes.size)
     rows: list[_ImageScores] = []
     for start in range(0, -(-len(prompts) // processes.size), config.eval.batch_size):
+        processes.before_batch()
         batch = mine[start : start + config.eval.batch_size]
         indices = batch or range(1)  # a process without prompts of its own takes part in the passes of the others
         cond, negative = embed_prompts([prompts[i] for i in batch] or [""])

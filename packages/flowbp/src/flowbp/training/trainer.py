@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -24,7 +24,6 @@ from flowbp.core.types import ScoredLosses
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
-from flowbp.training.progress import NullReporter
 from imgen_common.errors import UserError
 from imgen_common.streams import normal, numpy_generator
 
@@ -166,9 +165,17 @@ class Trainer:
         self.models.backbone.unload_text_encoders()
 
     def evaluate(
-        self, prompts: Sequence[str], source: str, guidance: float, reporter: NullReporter, label: str
+        self,
+        prompts: Sequence[str],
+        source: str,
+        guidance: float,
+        on_progress: Callable[[int], None] = lambda done: None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """Images and scores of the network as it is now, at the evaluation's fixed seeds."""
+        """Images and scores of the network as it is now, at the evaluation's fixed seeds.
+
+        on_progress: called with the number of images that all processes have scored.  before_batch: of `ProcessGroup`.
+        """
         accelerator = self.accelerator
         task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
         gather = gather_object if accelerator.num_processes > 1 else list
@@ -178,8 +185,8 @@ class Trainer:
             task,
             self.config,
             guidance,
-            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather),
-            lambda done: reporter.evaluation(label, done * accelerator.num_processes, len(prompts)),
+            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
+            lambda done: on_progress(done * accelerator.num_processes),
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from imgen_common.errors import UserError
+from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Sets
 
 if TYPE_CHECKING:
@@ -77,11 +78,9 @@ def build(
             return BuildProgress()
         return BuildProgress(show.BatchProgressPrinter(console, total), _scoring_printer(console))
 
-    try:
-        info = build_sets(folder, load(DataConfig, files, sets or []), sys.argv, report_progress, retry)
-    except KeyboardInterrupt:
-        print(f"stopped; continue with: interleave data build --resume {folder}", file=sys.stderr)
-        raise
+    config = load(DataConfig, files, sets or [])
+    with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}"):
+        info = build_sets(folder, config, sys.argv, report_progress, retry)
     page = write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
     _print_set(info, folder, page, as_json)
 
