@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -383,8 +384,9 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
 
 
 LONG = (*SMALL, "max_train_steps=500", "checkpoint.every=500")
-LONG_EVALUATION = (*LONG, "eval.num_inference_steps=50", "eval.num_prompts=600")
-LONG_QUICK_EVALUATION = (*LONG, "eval.num_inference_steps=50", "eval.quick_num_prompts=600", "eval.every=10")
+LONG_EVALUATION = (*LONG, "eval.num_inference_steps=8", "eval.batch_size=4", "eval.num_prompts=600")
+LONG_QUICK_EVALUATION = (*LONG, "eval.every=10", "eval.num_inference_steps=8", "eval.batch_size=4")
+LONG_QUICK_EVALUATION += ("eval.quick_num_prompts=80",)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,7 @@ def test_a_signal_stops_two_processes_after_the_same_update(tmp_path: Path, sett
 
 @pytest.mark.exhaustive
 def test_a_run_goes_on_when_its_reader_is_gone(tmp_path: Path) -> None:
-    words = " ".join([sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL)])
+    words = shlex.join([sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL)])
     script = f"set -o pipefail; {words} | head -1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,7 +1,7 @@
 """What a run folder holds, read for its report."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
+from imgen_common.files import read_text
 from imgen_common.run_folder.find import ENVIRONMENT
 from imgen_common.run_folder.folder import RunFolder
 
@@ -25,6 +26,8 @@ class RunData:
     metrics: list[dict[str, Any]]
     evaluations: dict[tuple[str, float], SavedEvaluation]
     sigmas: tuple[float, ...] | None
+    earlier_configs: dict[int, str] = field(default_factory=dict)
+    """The configurations with which it ran up to an update, where it went on with another one."""
 
     @property
     def scales(self) -> list[float]:
@@ -57,6 +60,7 @@ def read_run(path: Path) -> RunData:
     """The run in a folder.  Raises UserError if it holds none."""
     folder = RunFolder.open(path, is_main=False)
     grid, environment = path / GRID, path / ENVIRONMENT
+    earlier = sorted(path.glob("config-until-*.yaml"))
     return RunData(
         name=path.resolve().name,
         config=folder.config(TrainConfig),
@@ -64,4 +68,5 @@ def read_run(path: Path) -> RunData:
         metrics=folder.metrics(),
         evaluations=load_evaluations(path),
         sigmas=tuple(json.loads(grid.read_text(encoding="utf-8"))["sigmas"]) if grid.exists() else None,
+        earlier_configs={int(file.stem.rpartition("-")[2]): read_text(file) for file in earlier},
     )

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
-from flowbp.evaluation.evaluate import Evaluation
+from flowbp.evaluation.evaluate import Evaluation, NotFiniteError
 from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
@@ -143,11 +143,12 @@ class TrainingLoop:
         """One update, or none at all: a gradient that is not finite is refused before it touches a weight."""
         try:
             metrics = self.trainer.step()
-        except FloatingPointError as error:
-            self.save_checkpoint()
+        except NotFiniteError as error:
+            # the state before it is not saved: from there this update fails again, whatever the learning rate
+            latest = self.run.latest_checkpoint() or 0
             raise UserError(
-                f"{error}; the state before it is saved in {self.run.path}; lower optim.learning_rate or "
-                "optim.max_grad_norm"
+                f"update {self.trainer.update + 1}: {error}; then go on from update {latest} with: "
+                f"flowbp train --resume {self.run.path} --set KEY=VALUE"
             ) from None
         self.run.log(self.trainer.update, {f"train/{name}": value for name, value in metrics.items()})
         self.reporter.update(self.trainer.update, metrics)

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge, Gt, Le
 from PIL import Image
 
@@ -140,7 +141,13 @@ class PipelineRunner:
         self._free_memory()
 
     def _generate_together(self, items: Sequence[Item]) -> list[HashedImage]:
-        return [HashedImage.from_pil(image) for image in self._call([request for request, _ in items], items[0][1])]
+        try:
+            with np.errstate(invalid="raise"):  # diffusers turns what is not finite into black pixels
+                images = self._call([request for request, _ in items], items[0][1])
+        except FloatingPointError:
+            message = "the image is not finite; check the weights of the model, or set generator.dtype=float32"
+            raise BackendError("model_error", message) from None
+        return [HashedImage.from_pil(image) for image in images]
 
     def _call(self, requests: Sequence[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
         """The pipeline's images for requests with equally many sources."""
