@@ -30,7 +30,6 @@ from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
 from flowbp.methods import METHODS
 from flowbp.training.loading import LoadedModels, load_models
-from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common import hub
 from imgen_common.config import Config
@@ -231,7 +230,7 @@ class Bench:
         scales = [config.guidance_scale] if phase == "search" else guidance_scales(config)
         source, prompts = self.prompts[phase]
         with trainer.state.ema_weights():
-            found = {s: trainer.evaluate(prompts, source, s, NullReporter(), "").scores for s in scales}
+            found = {s: trainer.evaluate(prompts, source, s).scores for s in scales}
         return {f"{s:g}": {n: [round(v, 4) for v in values] for n, values in one.items()} for s, one in found.items()}
 
 

@@ -34,7 +34,6 @@ from flowbp.evaluation import sampling
 from flowbp.methods import METHODS
 from flowbp.training import preflight
 from flowbp.training.loading import load_models
-from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -273,7 +272,7 @@ def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monk
     assert preflight.check_run(config, 1).sigmas == tuple(trainer.sigmas.tolist())
     sigmas = backbone.sigmas
     monkeypatch.setattr(backbone, "sigmas", lambda *given: asked.append(given) or sigmas(*given))
-    trainer.evaluate(PROMPTS[:1], "prompts", 1.0, NullReporter(), "")
+    trainer.evaluate(PROMPTS[:1], "prompts", 1.0)
     assert asked == [(3, SIZE)]
 
 
@@ -462,5 +461,5 @@ def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -
     with torch.no_grad():
         cached = velocity(x, sigma)
     assert torch.equal(cached, velocity(x.clone().requires_grad_(), sigma))
-    found = trainer.evaluate(PROMPTS, "prompts", 2.0, NullReporter(), "")
+    found = trainer.evaluate(PROMPTS, "prompts", 2.0)
     assert all(abs(score) < 1e3 for score in found.scores["reward"])

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -414,20 +415,73 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     assert log.read_text().count("flowbp: error: ") == 1
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL, "max_train_steps=500")]
+LONG = (*SMALL, "max_train_steps=500", "checkpoint.every=500")
+LONG_EVALUATION = (*LONG, "eval.num_inference_steps=8", "eval.batch_size=4", "eval.num_prompts=600")
+LONG_QUICK_EVALUATION = (*LONG, "eval.every=10", "eval.num_inference_steps=8", "eval.batch_size=4")
+LONG_QUICK_EVALUATION += ("eval.quick_num_prompts=80",)
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "moment", "saved"),
+    [
+        pytest.param(signal.SIGTERM, LONG, "update 10/", range(10, 30), marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                (signal.SIGINT, LONG, "update 10/", range(10, 30)),
+                (signal.SIGHUP, LONG, "update 10/", range(10, 30)),
+                (signal.SIGTERM, LONG, "loading models", None),
+                (signal.SIGTERM, LONG_EVALUATION, "evaluating base", None),
+                (signal.SIGTERM, LONG_QUICK_EVALUATION, "update 10/", range(10, 11)),
+            )
+        ),
+    ],
+)
+def test_signals_save_and_tell_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, settings: tuple[str, ...], moment: str, saved: range | None
+) -> None:
+    command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("update 10/"):
-            process.send_signal(signal.SIGINT)
-            break
+    next(line for line in process.stdout if line.startswith(moment))
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     (run,) = tmp_path.iterdir()
-    assert process.returncode == 130
-    assert errors == f"\nstopped; continue with: flowbp train --resume {run}\n"  # and no advice from libraries
-    assert RunFolder.open(run, is_main=False).latest_checkpoint() >= 10  # type: ignore[operator]
+    assert process.returncode == 128 + number
+    latest = RunFolder.open(run, is_main=False).latest_checkpoint()
+    assert latest is None if saved is None else latest in saved
+    said = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
+    # and no advice from libraries
+    assert errors.endswith(f"\nstopped; {said}; continue with: flowbp train --resume {run}\n")
+    assert [line for line in errors.splitlines() if line and not line.startswith("stopp")] == []
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("settings", [LONG, LONG_QUICK_EVALUATION], ids=["updates", "evaluation"])
+def test_a_signal_stops_two_processes_after_the_same_update(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("update 10/"))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    (run,) = tmp_path.iterdir()
+    latest = RunFolder.open(run, is_main=False).latest_checkpoint()
+    assert latest is not None
+    assert latest >= 10
+    assert errors.count(f"stopped; saved up to update {latest}; continue with: flowbp train --resume {run}") == 1
+
+
+@pytest.mark.exhaustive
+def test_a_run_goes_on_when_its_reader_is_gone(tmp_path: Path) -> None:
+    words = shlex.join([sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*SMALL)])
+    script = f"set -o pipefail; {words} | head -1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    (run,) = tmp_path.iterdir()
+    assert RunFolder.open(run, is_main=False).latest_checkpoint() == 3
+    assert (run / "report.html").exists()
 
 
 # --- methods and plans -----------------------------------------------------------------------------------------------

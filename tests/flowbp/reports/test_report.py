@@ -1,6 +1,7 @@
 """The report: one page that needs nothing else, says what the numbers allow, and escapes what others wrote."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -184,16 +185,43 @@ def test_every_method_has_a_image_that_follows_the_theme(method: str) -> None:
         ([0.0, 1.0] * 20, [1.0, 0.0] * 20, "no clear change"),
         ([0.0] * 40, [0.0] * 40, "no clear change"),
         ([0.0] * 3, [1.0] * 3, "too few prompts"),
+        ([0.0] * 40, [math.nan] * 40, "not finite"),
+        ([0.0] * 40, [math.inf] + [1.0] * 39, "not finite"),
+        ([math.inf] * 3, [math.inf] * 3, "not finite"),
+        ([-math.inf] * 40, [0.0] * 40, "not finite"),
     ],
 )
 def test_verdicts_follow_the_interval(before: list[float], after: list[float], verdict: str) -> None:
-    assert compare.paired_change(before, after).verdict == verdict
+    change = compare.paired_change(before, after)
+    assert change.verdict == verdict
+    json.dumps(compare.scores_as_json({"reward": change, "other": compare.mean_score(after)}), allow_nan=False)
 
 
 def test_numbers_for_people() -> None:
     assert compare.format_score("verifier", 0.5238) == "52.4 %"
     assert compare.format_change("verifier", -0.031) == "\N{MINUS SIGN}3.1"
-    assert compare.format_change("reward", 0.5) == "+0.50"
+    assert compare.format_change("reward", 22.5) == "+22.50"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        (22.314, 22.402, "22.31 22.40 +0.09"),  # CLIP, PickScore
+        (0.2731, 0.2768, "0.2731 0.2768 +0.0037"),  # HPSv2.1
+        (0.0512, 0.0498, "0.05120 0.04980 -0.00140"),  # cosines
+        (-0.31, 1.044, "-0.310 1.044 +1.354"),  # ImageReward
+        (8.5, 8.75, "8.500 8.750 +0.250"),  # HPSv3
+        (1234.5, 1300, "1234.50 1300.00 +65.50"),
+        (0, 0, "0.00 0.00 +0.00"),
+        (math.nan, 0.25, "nan 0.2500 +nan"),
+    ],
+)
+def test_scores_are_shown_with_the_digits_of_their_size(before: float, after: float, shown: str) -> None:
+    difference = after - before
+    change = compare.Change(before, after, difference, difference, difference, 40)
+    text = compare.describe_change("reward", change)
+    assert f"{text.before} {text.after} {text.difference}".replace("\N{MINUS SIGN}", "-") == shown
+    assert text.interval == f"{text.difference} to {text.difference}"
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6)])

@@ -22,7 +22,6 @@ from torch import Tensor
 from flowbp.config import TrainConfig
 from flowbp.training.loading import load_models
 from flowbp.training.preflight import check_launcher
-from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -90,7 +89,7 @@ def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None =
 def flat(trainer: Trainer) -> dict[str, Tensor]:
     """State and scores after the updates; whole on the main process."""
     with trainer.state.ema_weights():
-        scores = trainer.evaluate(PROMPTS, "", 1.5, NullReporter(), "").scores
+        scores = trainer.evaluate(PROMPTS, "", 1.5).scores
     state = {
         f"{group}/{name}": t for group, tensors in trainer.state.state_dict().items() for name, t in tensors.items()
     }

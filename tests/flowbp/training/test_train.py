@@ -1,5 +1,6 @@
 """The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone
+from flowbp.evaluation.evaluate import NotFiniteError
+from flowbp.evaluation.sampling import generate_images
 from flowbp.methods import METHODS
 from flowbp.training.loading import LoadedModels, load_models
 from flowbp.training.trainer import Trainer
@@ -151,3 +154,44 @@ def test_a_weight_without_gradient_ends_the_run_by_name(cut: Callable[[Backbone]
     with pytest.raises(UserError, match=r"no gradient reaches .*transformer_blocks\.0\."):
         trainer.step()
     assert all(torch.equal(p, before[name]) for name, p in trainer.models.parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("update", "broken", "what", "advice"),
+    [
+        (0, "velocity", "the network's latents", "check the weights of the model"),
+        (7, "velocity", "the network's latents", "lower optim.learning_rate or optim.max_grad_norm"),
+        (0, "decode", "the VAE's images", "check the weights of the VAE"),
+        (0, "reward", "the scores of reward", "check its weights"),
+        (7, "gradient", "the gradient", "lower optim.learning_rate or optim.max_grad_norm"),
+    ],
+)
+def test_what_was_not_finite_first_is_said(
+    monkeypatch: pytest.MonkeyPatch, update: int, broken: str, what: str, advice: str
+) -> None:
+    backbone, reward = parts().backbone, parts().rewards["reward"]
+    if broken in ("velocity", "decode"):
+        original = getattr(backbone, broken)
+        monkeypatch.setattr(backbone, broken, lambda *values: original(*values) * math.nan)
+    factor: Callable[[Tensor], Tensor] = {
+        "reward": lambda scores: scores * math.inf,
+        "gradient": lambda scores: scores + (scores * 0).sqrt(),  # finite, with a slope that is not
+    }.get(broken, lambda scores: scores)
+    spoiled = {**parts().rewards, "reward": lambda images, prompts: factor(reward(images, prompts))}
+    models = LoadedModels(**(vars(parts()) | {"rewards": spoiled}))
+    trainer = Trainer(config_of("refl", "num_inference_steps=2", "total_batch_size=1"), models, Accelerator(cpu=True))
+    trainer.update = update
+    before = {name: p.detach().clone() for name, p in models.parameters.items()}
+    with pytest.raises(NotFiniteError, match=f"^not finite: {what}.*; {advice}"):
+        trainer.step()
+    assert trainer.update == update
+    assert all(torch.equal(before[name], p) for name, p in models.parameters.items())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_that_would_be_black_is_not_drawn(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    backbone = parts().backbone
+    velocity = backbone.velocity
+    monkeypatch.setattr(backbone, "velocity", lambda x, sigma, cond: velocity(x, sigma, cond) + value)
+    with pytest.raises(UserError, match=r"^not finite: the network's latents; check the weights of the model"):
+        generate_images(backbone, "a red circle", [0], (32, 32), 2, 1.0)

@@ -96,6 +96,17 @@ def test_when_it_barks(now: Evaluation, words: list[str]) -> None:
         assert word in alert
 
 
+@pytest.mark.parametrize(("value", "lost"), [(math.nan, 60), (math.inf, 60), (-math.inf, 1), (math.nan, 7)])
+@pytest.mark.parametrize("name", ["heldout", "reward"])
+def test_scores_that_are_not_finite_raise_an_alert(name: str, value: float, lost: int) -> None:
+    now = evaluation(0, 0)
+    now.scores[name][:lost] = [value] * lost
+    found = compare_with_base(WatchdogConfig(), evaluation(0, 0), now, ["reward"], ["heldout"], drift=0.1)
+    assert found.alerts == [
+        f"{name.title().replace('Heldout', 'Held-out reward')} is not finite on {lost} of 60 prompts"
+    ]
+
+
 def test_without_held_out_rewards_images_are_still_watched() -> None:
     found = compare_with_base(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [], drift=0)
     assert [alert.split(" moved")[0] for alert in found.alerts] == ["the images' dark"]

@@ -57,3 +57,15 @@ def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[s
                 f"accelerate's own configuration asks for {name}; {command.partition(' ')[0]} shards weights itself: "
                 f"launch with plain multi-GPU and --set {setting}"
             )
+
+
+def any_process(flag: bool, device: "torch.device") -> bool:
+    """Whether the flag is up on any process; all ask.  A signal may reach one before an update, another after it."""
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags.item() > 0)

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from imgen_common.shutdown import exit_code, interrupted_by_signals
+from imgen_common.terminal import safe_streams
+
 if TYPE_CHECKING:
     import typer
 
@@ -85,10 +88,22 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
 
     renamed: commands and options of earlier versions, each with its name now; they are refused with it.
 
-    Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
-    stderr, no traceback); 130 Ctrl-C; 2 and one line
-    too where the disk is full.  Any other exception keeps its traceback.
+    Exit codes: 0 done; 1 standard output could not be written; 2 usage errors (typer names the nearest command or
+    option), and one line on stderr for a `UserError` or a full disk; 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.  Any other
+    exception keeps its traceback.
     """
+    with safe_streams() as output_failure, interrupted_by_signals():
+        code = _run(app, name, renamed)
+        if (failure := output_failure()) is not None:
+            print(
+                f"{name}: error: standard output: {failure.strerror}; what was printed is incomplete", file=sys.stderr
+            )
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str | None:
+    """The exit code of the program."""
     try:
         for place, word in enumerate(sys.argv[1:]):
             check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
@@ -98,15 +113,18 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
         _command_of(app)(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {one_line(str(error), None)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        return exit_code()
+    except SystemExit as ended:
+        # typer ends with 130 on every KeyboardInterrupt, whichever signal it came from
+        return exit_code() if ended.code == 130 else ended.code
     except Exception as error:
         if not is_disk_full(error):
             raise
         print(f"{name}: error: {DiskFullError(f'the disk is full ({one_line(str(error))})')}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        return 2
+    return 0
 
 
 def _command_of(app: "typer.Typer") -> Callable[..., object]:

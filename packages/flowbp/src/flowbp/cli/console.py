@@ -219,8 +219,8 @@ def print_mean_scores(
         rows += [(f"  {group} ({one.num})", "verifier", one) for group, one in groups.get(scale, {}).items()]
         first = f"{scale:g}"
         for text, name, one in rows:
-            interval = f"{format_score(name, one.low)} to {format_score(name, one.high)}"
-            table.add_row(first, text, format_score(name, one.mean), interval)
+            mean, low, high = (format_score(name, value, one.mean) for value in (one.mean, one.low, one.high))
+            table.add_row(first, text, mean, f"{low} to {high}")
             first = ""
     standard_output().print(table)
 

@@ -13,6 +13,7 @@ import typer
 from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
+from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.run import Benchmark
@@ -232,13 +233,13 @@ def _run_benchmark(work: "Benchmark", as_json: bool) -> None:
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     own = replace(work, device=state.device, rank=state.process_index)
+    says = message_when_stopped(lambda: "stopped; the same command continues")
     try:
-        with progress_bar() if state.is_main_process else nullcontext(own.on_progress) as on_progress:
+        with (
+            says if state.is_main_process else nullcontext(),
+            progress_bar() if state.is_main_process else nullcontext(own.on_progress) as on_progress,
+        ):
             run_benchmark(replace(own, on_progress=on_progress), ["flowbp", *sys.argv[1:]], state)
-    except KeyboardInterrupt:
-        if state.is_main_process:
-            print("\nstopped; the same command continues", file=sys.stderr)
-        raise typer.Exit(130) from None
     finally:
         state.destroy_process_group()
     if state.is_main_process:

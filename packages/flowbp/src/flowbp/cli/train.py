@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ import typer
 from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
+from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
@@ -37,8 +39,9 @@ def train(
 ) -> None:
     """Train a model by reward backpropagation. Without arguments it trains a miniature model of colored shapes on the
     CPU in minutes. The run folder holds the configuration, metrics, checkpoints, evaluations before and after training,
-    and a report. Ctrl-C saves and stops; --resume continues exactly where the run stopped. Under torchrun and
-    accelerate launch all processes share the batch; with distributed.kind=fsdp2 or zero3 they also share the weights.
+    and a report. Ctrl-C, SIGTERM and SIGHUP save and stop; --resume continues exactly where the run stopped. Under
+    torchrun and accelerate launch all processes share the batch; with distributed.kind=fsdp2 or zero3 they also share
+    the weights.
 
     Example:
 
@@ -115,13 +118,15 @@ def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_m
         reporter.event("start", run=str(run.path), max_train_steps=job.config.max_train_steps)
     elif is_main:
         print(f"run folder: {run.path}", flush=True)
+
+    def describe_stop() -> str:
+        latest = run.latest_checkpoint()
+        saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
+        return f"stopped; {saved}; continue with: flowbp train --resume {run.path}"
+
     try:
-        with run, reporter:
+        with message_when_stopped(describe_stop) if is_main else nullcontext(), run, reporter:
             training.train(job.config, run, accelerator, reporter)
-    except KeyboardInterrupt:
-        if is_main:
-            print(f"\nstopped; continue with: flowbp train --resume {run.path}", file=sys.stderr)
-        raise typer.Exit(130) from None
     finally:
         accelerator.end_training()
     if is_main:

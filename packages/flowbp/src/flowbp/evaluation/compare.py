@@ -1,5 +1,6 @@
 """Two evaluations of the same prompts side by side: differences and their intervals, in neutral words."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +30,8 @@ class Change:
     @property
     def verdict(self) -> str:
         """What the interval allows to say."""
+        if not math.isfinite(self.difference):
+            return "not finite"
         if self.num < MIN_PROMPTS:
             return "too few prompts"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "no clear change"
@@ -51,7 +54,8 @@ def mean_score(*strata: Sequence[float]) -> MeanScore:
 
 def paired_change(before: Sequence[float], after: Sequence[float]) -> Change:
     """The paired difference of two scores of the same prompts."""
-    difference, low, high = paired_bootstrap_interval(before, after)
+    with np.errstate(invalid="ignore"):
+        difference, low, high = paired_bootstrap_interval(before, after)
     return Change(float(np.mean(before)), float(np.mean(after)), difference, low, high, len(before))
 
 
@@ -86,16 +90,25 @@ def paired_changes_by_category(before: ScoredPrompts, after: ScoredPrompts) -> d
     return {group: paired_change(old[group], values) for group, values in new.items() if group in old}
 
 
-def format_score(name: str, value: float) -> str:
-    """A score as people read it: that of the verifier in percent, others with two decimals."""
-    text = f"{100 * value:.1f} %" if name == "verifier" else f"{value:.2f}"
+def format_score(name: str, value: float, *others: float) -> str:
+    """A score as people read it: that of the verifier in percent, others with four significant digits.
+
+    others: numbers shown beside it.  The largest sets the number of decimals, so that they line up: two for rewards
+    around 20 (CLIP, PickScore), four for those around 0.3 (HPSv2, cosines).
+    """
+    text = f"{100 * value:.1f} %" if name == "verifier" else f"{value:.{_num_decimals(value, *others)}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def format_change(name: str, value: float) -> str:
-    """A difference as people read it: that of the verifier in percentage points."""
-    text = f"{100 * value:+.1f}" if name == "verifier" else f"{value:+.2f}"
+def format_change(name: str, value: float, *others: float) -> str:
+    """A difference as people read it: that of the verifier in percentage points.  others: as of `format_score`."""
+    text = f"{100 * value:+.1f}" if name == "verifier" else f"{value:+.{_num_decimals(value, *others)}f}"
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _num_decimals(*values: float) -> int:
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0)
+    return min(6, max(2, 3 - math.floor(math.log10(largest)))) if largest else 2
 
 
 class ChangeText(NamedTuple):
@@ -110,15 +123,18 @@ class ChangeText(NamedTuple):
 
 def describe_change(name: str, change: Change) -> ChangeText:
     """The texts of a table row about the change of a score."""
-    before, after = (format_score(name, value) for value in (change.before, change.after))
-    difference, low, high = (format_change(name, value) for value in (change.difference, change.low, change.high))
+    scale = change.before, change.after, change.difference
+    before, after = (format_score(name, value, *scale) for value in (change.before, change.after))
+    difference, low, high = (format_change(name, v, *scale) for v in (change.difference, change.low, change.high))
     return ChangeText(before, after, difference, f"{low} to {high}", change.verdict)
 
 
 def scores_as_json(found: Mapping[str, Change | MeanScore]) -> dict[str, Any]:
-    """Means, or changes and their verdicts, as plain data."""
+    """Means, or changes and their verdicts, as plain data; what is not finite is None."""
     return {
-        name: asdict(one) | ({"verdict": one.verdict} if isinstance(one, Change) else {}) for name, one in found.items()
+        name: {key: value if math.isfinite(value) else None for key, value in asdict(one).items()}
+        | ({"verdict": one.verdict} if isinstance(one, Change) else {})
+        for name, one in found.items()
     }
 
 

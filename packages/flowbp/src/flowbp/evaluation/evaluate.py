@@ -16,6 +16,7 @@ from flowbp.core.plan import RolloutSpec
 from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone, Cond, Reward
 from flowbp.evaluation.image_statistics import image_statistics
+from imgen_common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Evaluation(ScoredPrompts):
 
 
 @torch.no_grad()
-def generate(
+def generate_latents(
     backbone: Backbone,
     cond: Cond,
     negative: Cond | None,
@@ -48,13 +49,34 @@ def generate(
     size: tuple[int, int],
     num_inference_steps: int,
     guidance_scale: float,
-) -> Float[Tensor, "b 3 h w"]:
-    """Images in [0, 1] of (height, width) `size`, by Euler steps from the noise on the backbone's own noise levels."""
+) -> Tensor:
+    """Latents of images of (height, width) `size`, by Euler steps from the noise on the backbone's own noise levels."""
     velocity = guided_velocity(backbone.velocity, cond, negative, Guidance(scale=guidance_scale))
     noise = noise.to(next(iter(cond.values())).device)
     sigmas = backbone.sigmas(num_inference_steps, size)
     trajectory = rollout(velocity, noise, sigmas, RolloutSpec(frozenset(), frozenset(), num_inference_steps))
-    return backbone.decode(trajectory.x_end)
+    return trajectory.x_end
+
+
+@torch.no_grad()
+def decode_finite(backbone: Backbone, latents: Tensor) -> Float[Tensor, "b 3 h w"]:
+    """Images in [0, 1].  Raises NotFiniteError where there are none to see, which would look black."""
+    if not latents.isfinite().all():
+        raise NotFiniteError("the network's latents", "check the weights of the model, or try model.dtype=float32")
+    images = backbone.decode(latents)
+    if not images.isfinite().all():
+        raise NotFiniteError(
+            "the VAE's images (its latents are finite)", "check the weights of the VAE, or try model.dtype=float32"
+        )
+    return images
+
+
+class NotFiniteError(UserError):
+    """`what`, a part of the model's result, is NaN or infinite."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"not finite: {what}; {advice}")
+        self.what, self.advice = what, advice
 
 
 EmbedPrompts = Callable[[Sequence[str]], tuple[Cond, Cond | None]]
@@ -77,11 +99,15 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that share an evaluation.  gather(rows): the rows of all of them, on each."""
+    """The processes that share an evaluation.  gather(rows): the rows of all of them, on each.
+
+    before_batch: called on all of them before each batch; may raise, on all, to give the evaluation up.
+    """
 
     rank: int = 0
     size: int = 1
     gather: Callable[[list], list] = list
+    before_batch: Callable[[], None] = lambda: None
 
 
 class _ImageScores(NamedTuple):
@@ -111,11 +137,14 @@ def evaluate(
     mine = range(processes.rank, len(prompts), processes.size)
     rows: list[_ImageScores] = []
     for start in range(0, -(-len(prompts) // processes.size), config.eval.batch_size):
+        processes.before_batch()
         batch = mine[start : start + config.eval.batch_size]
         indices = batch or range(1)  # a process without prompts of its own takes part in the passes of the others
         cond, negative = embed_prompts([prompts[i] for i in batch] or [""])
         noise = initial_noise(backbone, size, config.eval.seed, "eval-noise", indices)
-        images = generate(backbone, cond, negative, noise, size, config.eval.num_inference_steps, guidance_scale)
+        steps = config.eval.num_inference_steps
+        # what is not finite becomes a score that is not finite, about which the watchdog alerts
+        images = backbone.decode(generate_latents(backbone, cond, negative, noise, size, steps, guidance_scale))
         if batch:
             rows += _score_batch(images, batch, task, size[0] // backbone.latent_shape(size)[1])
             on_progress(len(rows))

@@ -13,7 +13,7 @@ from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import is_shapes_source, load_prompts
-from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, evaluate, generate
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from imgen_common.config import load
 from imgen_common.devices import device_of
 from imgen_common.errors import UserError, check_text
@@ -61,11 +61,13 @@ def generate_images(
     """Images (b, 3, h, w) of one prompt, one per seed.
 
     A seed gives the image that the diffusers pipeline of the family generates with
-    `generator=torch.Generator().manual_seed(seed)`.
+    `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the model's images are not finite.
     """
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
     cond = repeat_batch(backbone.encode([prompt]), len(seeds))
-    return generate(backbone, cond, backbone.encode([""]), noise, size, num_inference_steps, guidance_scale)
+    negative = backbone.encode([""])
+    latents = generate_latents(backbone, cond, negative, noise, size, num_inference_steps, guidance_scale)
+    return decode_finite(backbone, latents)
 
 
 def sample(

@@ -147,7 +147,8 @@ def _images(run: RunData) -> list[Values]:
 def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int) -> Values:
     scores = ""
     if reward in base.scores and reward in trained.scores:
-        before, after = (format_score(reward, one.scores[reward][i]) for one in (base, trained))
+        values = [one.scores[reward][i] for one in (base, trained)]
+        before, after = (format_score(reward, value, *values) for value in values)
         scores = f"{score_title(reward).lower()} {before} → {after}"
     sides = [_image(one, i, when) for one, when in ((base, "before"), (trained, "after"))]
     return {"prompt": base.prompts[i], "scores": scores, "sides": sides}
@@ -283,5 +284,6 @@ def _setup(run: RunData) -> Values:
         "commands": [shlex.join(command) for command in commands],
         "rows": list(rows.items()),
         "config": to_yaml(run.config),
+        "earlier_configs": run.earlier_configs,
         "packages": "\n".join(f"{name} {version}" for name, version in environment.get("packages", {}).items()),
     }

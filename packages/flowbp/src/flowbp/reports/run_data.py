@@ -1,6 +1,6 @@
 """What a run folder holds, read for its report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from pydantic import BaseModel, FiniteFloat
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
-from imgen_common.files import read_json
+from imgen_common.files import read_json, read_text
 from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder
 
@@ -33,6 +33,8 @@ class RunData:
     metrics: list[dict[str, Any]]
     evaluations: dict[tuple[str, float], SavedEvaluation]
     sigmas: tuple[float, ...] | None
+    earlier_configs: dict[int, str] = field(default_factory=dict)
+    """The configurations with which it ran up to an update, where it went on with another one."""
 
     @property
     def scales(self) -> list[float]:
@@ -64,7 +66,7 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """The run in a folder.  Raises UserError if it holds none."""
     folder = RunFolder.open(path, is_main=False)
-    grid = path / GRID
+    grid, earlier = path / GRID, sorted(path.glob("config-until-*.yaml"))
     return RunData(
         name=path.resolve().name,
         config=folder.config(TrainConfig),
@@ -72,4 +74,5 @@ def read_run(path: Path) -> RunData:
         metrics=folder.metrics(),
         evaluations=load_evaluations(path),
         sigmas=read_json(grid, NoiseGrid).sigmas if grid.exists() else None,
+        earlier_configs={int(file.stem.rpartition("-")[2]): read_text(file) for file in earlier},
     )

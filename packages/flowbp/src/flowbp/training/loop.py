@@ -1,16 +1,15 @@
 """The training loop, the same for one process and many."""
 
-import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
-from flowbp.evaluation.evaluate import Evaluation
+from flowbp.evaluation.evaluate import Evaluation, NotFiniteError
 from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
@@ -18,15 +17,18 @@ from flowbp.training.loading import load_models, load_rewards
 from flowbp.training.preflight import cut_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
+from imgen_common.devices import any_process
 from imgen_common.errors import UserError
 from imgen_common.images import grid
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.shutdown import GracefulShutdown
 
 
 def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: NullReporter) -> None:
     """The run, from its last checkpoint if it has one, to its last update; evaluates before and after.
 
-    Raises KeyboardInterrupt after saving if Ctrl-C was pressed, UserError on anything the user can mend.
+    Raises KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, with the updates saved that were made; UserError on
+    anything the user can mend.
     """
     if not config.heldout:
         reporter.alert(
@@ -34,46 +36,30 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
         )
     reporter.stage("loading models")
     models = load_models(config, accelerator.device, is_main=accelerator.is_main_process, with_rewards=False)
-    loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter)
+    # until here there is nothing to save, and a signal stops at once
+    shutdown = GracefulShutdown("stopping after this update; once more to stop at once" if run.is_main else "")
+    loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter, shutdown)
     loop.resume()
     loop.report_cut_prompts()
     loop.embed_prompts()
     reporter.stage("loading rewards")  # after the text encoders, which may be larger than the network, were unloaded
     models.rewards = load_rewards(config, accelerator.device)
-    loop.evaluate_base()
-    reporter.stage("training")
-    with GracefulShutdown() as shutdown:
-        loop.run_updates(shutdown)
-    with loop.trainer.state.ema_weights():
-        loop.run_full_evaluation("trained")
-
-
-class GracefulShutdown:
-    """Remembers a Ctrl-C so that the update in flight ends and is saved; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "GracefulShutdown":
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _on_signal(self, *_: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    with shutdown:
+        loop.evaluate_base()
+        reporter.stage("training")
+        loop.run_updates()
+        with loop.trainer.state.ema_weights():
+            loop.run_full_evaluation("trained")
 
 
 @dataclass
 class TrainingLoop:
-    """A trainer, the folder of its run, and a reporter of its progress.  All processes call all methods."""
+    """A trainer, its run folder, a reporter of its progress and what stops it.  All processes call all methods."""
 
     trainer: Trainer
     run: RunFolder
     reporter: NullReporter
+    shutdown: GracefulShutdown
 
     def __post_init__(self) -> None:
         config = self.config = self.trainer.config
@@ -124,46 +110,66 @@ class TrainingLoop:
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
-    def run_updates(self, shutdown: GracefulShutdown) -> None:
-        """Update after update, evaluated and saved at intervals.  Raises KeyboardInterrupt if asked to stop."""
+    def run_updates(self) -> None:
+        """Update after update, saved and evaluated at intervals.  Raises KeyboardInterrupt if asked to stop."""
         trainer, config = self.trainer, self.config
+        # a run that was stopped within an evaluation begins with it
+        if self.is_evaluation_missing() and self.evaluate_update():
+            return
         while trainer.update < config.max_train_steps:
             self.run_update()
 
-            # once in a while: a quick evaluation on prompts that are neither trained on nor reported
-            alarmed = False
-            evaluated = config.eval.every > 0 and trainer.update % config.eval.every == 0
-            if evaluated:
-                with trainer.state.ema_weights():
-                    quick = self.run_quick_evaluation()
-                alarmed = any_process(trainer.accelerator, self.run_watchdog(quick))
-
-            # a checkpoint: at intervals, where it was evaluated, at the end, and when asked to stop
+            # a checkpoint: at intervals, before it is evaluated, at the end, and when asked to stop
             last = trainer.update == config.max_train_steps
-            stopping = any_process(trainer.accelerator, shutdown.requested)
-            if last or stopping or evaluated or trainer.update % config.checkpoint.every == 0:
+            stopping = any_process(self.shutdown.requested, trainer.accelerator.device)
+            if last or stopping or self.is_evaluated() or trainer.update % config.checkpoint.every == 0:
                 self.save_checkpoint()
             if stopping and not last:
                 raise KeyboardInterrupt
-            if alarmed and config.watchdog.stop:
+            if self.is_evaluated() and self.evaluate_update():
                 break
+
+    def is_evaluated(self) -> bool:
+        """Whether the model is evaluated after this update."""
+        return self.config.eval.every > 0 and self.trainer.update % self.config.eval.every == 0
+
+    def is_evaluation_missing(self) -> bool:
+        """Whether this update, which is saved, should have been evaluated and was not."""
+        update = self.trainer.update
+        if update == 0 or not self.is_evaluated():
+            return False
+        done = any(line["step"] == update and any(k.startswith("eval/") for k in line) for line in self.run.metrics())
+        return any_process(self.run.is_main and not done, self.trainer.accelerator.device)
+
+    def evaluate_update(self) -> bool:
+        """Evaluates on prompts that are neither trained on nor reported; whether the watchdog ends the run."""
+        with self.trainer.state.ema_weights():
+            quick = self.run_quick_evaluation()
+        alarmed = any_process(self.run_watchdog(quick), self.trainer.accelerator.device)
+        self.prune_checkpoints()
+        return alarmed and self.config.watchdog.stop
 
     def run_update(self) -> None:
         """One update, or none at all: a gradient that is not finite is refused before it touches a weight."""
         try:
             metrics = self.trainer.step()
-        except FloatingPointError as error:
-            self.save_checkpoint()
+        except NotFiniteError as error:
+            # the state before it is not saved: from there this update fails again, whatever the learning rate
+            latest = self.run.latest_checkpoint() or 0
             raise UserError(
-                f"{error}; the state before it is saved in {self.run.path}; lower optim.learning_rate or "
-                "optim.max_grad_norm"
+                f"update {self.trainer.update + 1}: {error}; then go on from update {latest} with: "
+                f"flowbp train --resume {self.run.path} --set KEY=VALUE"
             ) from None
         self.run.log(self.trainer.update, {f"train/{name}": value for name, value in metrics.items()})
         self.reporter.update(self.trainer.update, metrics)
 
     def save_checkpoint(self) -> None:
-        """A checkpoint of the state after the updates made so far; the last healthy one is never pruned."""
+        """A checkpoint of the state after the updates made so far."""
         self.run.save_checkpoint(self.trainer.update, self.trainer.state.state_dict(), {})
+        self.prune_checkpoints()
+
+    def prune_checkpoints(self) -> None:
+        """Removes old checkpoints, but never the last healthy one."""
         healthy = watchdog.last_healthy_update(self.run.path)
         self.run.prune(self.config.checkpoint.keep, keep=() if healthy is None else (healthy,))
 
@@ -175,7 +181,7 @@ class TrainingLoop:
         for scale in dict.fromkeys((config.guidance_scale, *config.eval.guidance_scale)):
             label = f"{name}, guidance {scale:g}"
             self.reporter.stage(f"evaluating {label}")
-            result = self.trainer.evaluate(self.full_prompts, config.eval.prompts, scale, self.reporter, label)
+            result = self._evaluate(self.full_prompts, config.eval.prompts, scale, label)
             if self.run.is_main:
                 save_evaluation(self.run.path, name, scale, result)
 
@@ -183,12 +189,24 @@ class TrainingLoop:
         """The network as it is now on the quick prompts, logged with a grid of the first images."""
         config, update = self.config, self.trainer.update
         source, scale = config.eval.quick_prompts, config.guidance_scale
-        quick = self.trainer.evaluate(self.quick_prompts, source, scale, self.reporter, "quick")
+        quick = self._evaluate(self.quick_prompts, source, scale, "quick")
         self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
             images = quick.images[:24]
             self.run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
         return quick
+
+    def _evaluate(self, prompts: Sequence[str], source: str, scale: float, label: str) -> Evaluation:
+        """Raises KeyboardInterrupt if asked to stop: what was trained is saved, and a resumed run evaluates it."""
+
+        def stop_if_asked() -> None:
+            if any_process(self.shutdown.requested, self.trainer.accelerator.device):
+                raise KeyboardInterrupt
+
+        def on_progress(done: int) -> None:
+            self.reporter.evaluation(label, done, len(prompts))
+
+        return self.trainer.evaluate(prompts, source, scale, on_progress, stop_if_asked)
 
     def run_watchdog(self, quick: Evaluation) -> bool:
         """Compares the model with its base, logs what was found; whether there is an alert (on the main process)."""
@@ -215,11 +233,3 @@ class TrainingLoop:
         for alert in finding.alerts:
             self.reporter.alert(f"update {update}: {alert}")
         return bool(finding.alerts)
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether the flag is up on any process: Ctrl-C may reach one before and another after the same update."""
-    if accelerator.num_processes == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(flags, "sum").item() > 0)

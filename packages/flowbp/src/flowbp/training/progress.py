@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flowbp.evaluation.compare import score_title
+from flowbp.evaluation.compare import format_score, score_title
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -104,7 +104,8 @@ class ProgressState:
     def labeled_values(self) -> list[tuple[str, str]]:
         """(label, value) of what a person follows."""
         newest = self.recent[-1]
-        shown = [(score_title(name).lower(), f"{self.mean(name):.2f}") for name in self.scores]
+        recent = {name: [metrics[name] for metrics in self.recent] for name in self.scores}
+        shown = [(score_title(name).lower(), format_score(name, self.mean(name), *recent[name])) for name in recent]
         shown.append(("gradient norm", f"{self.mean('grad_norm'):.3g}"))
         if gaps := sorted(name for name in newest if name.startswith("gap_")):
             shown.append(("gaps", " ".join(f"{self.mean(name):.3f}" for name in gaps)))

@@ -16,18 +16,21 @@ from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, ch
 from imgen_common.config import to_yaml
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
-from imgen_common.files import write_atomic
+from imgen_common.files import read_text, write_atomic
 from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
 from imgen_common.run_folder.folder import RunFolder
 
 MAY_DIFFER = (
     *("name", "max_train_steps", "checkpoint", "trackers", "per_device_batch_size", "active_steps_per_forward"),
+    *("optim.learning_rate", "optim.max_grad_norm"),
     *("reward_batch_size", "offload_trajectory", "watchdog", "distributed"),
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
-evaluation after another one than the evaluation before."""
+evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""
+EARLIER_CONFIG = "config-until-{:06d}.yaml"
+"""File of a run folder with the configuration up to an update after which the run went on with another one."""
 GRID = "grid.json"
 """File of a run folder with the noise levels it trains on, for images of its plans."""
 
@@ -71,7 +74,7 @@ def open_run(
                 record_data(run.path, job.data)
             else:
                 run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
-                write_atomic(resume / CONFIG, to_yaml(config))
+                _change_config(run, config)
             write_atomic(run.path / GRID, json.dumps({"sigmas": job.sigmas}) + "\n")
             answer[0] = str(run.path)
         except UserError as error:
@@ -84,6 +87,15 @@ def open_run(
     if answer[1]:
         raise UserError(answer[1])
     return run or RunFolder.open(Path(answer[0]), is_main=False)
+
+
+def _change_config(run: RunFolder, config: TrainConfig) -> None:
+    """Writes the configuration with which a run goes on, and keeps the one that it had if that was another."""
+    before, now = read_text(run.path / CONFIG), to_yaml(config)
+    earlier = run.path / EARLIER_CONFIG.format(run.latest_checkpoint() or 0)
+    if before != now and not earlier.exists():
+        write_atomic(earlier, before)
+    write_atomic(run.path / CONFIG, now)
 
 
 def compare_base_and_trained(run: Path) -> dict[float, dict[str, Change]]:

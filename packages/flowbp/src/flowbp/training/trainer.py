@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -19,16 +19,17 @@ from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, num_back
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.noise import initial_noise
-from flowbp.core.plan import Plan, draw_plan
-from flowbp.core.types import ScoredLosses
+from flowbp.core.plan import Plan, RolloutSpec, draw_plan
+from flowbp.core.types import ScoredLosses, Velocity
 from flowbp.data.prompts import is_shapes_source, prompt_indices
-from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, ProcessGroup, evaluate
+from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
-from flowbp.training.progress import NullReporter
 from flowbp.training.state import TorchTrainState
 from imgen_common.errors import UserError, check_gradients
 from imgen_common.streams import normal, numpy_generator
 
+LOWER = "lower optim.learning_rate or optim.max_grad_norm"
+"""What helps a training that diverges."""
 NUM_SAVED_IMAGES = 48
 """Images kept of every evaluation."""
 
@@ -49,7 +50,7 @@ class Trainer:
         self.update = 0
 
     def step(self) -> dict[str, float]:
-        """One update; returns its metrics.  Raises FloatingPointError, with no weight changed, if it is not finite."""
+        """One update; returns its metrics.  Raises NotFiniteError, with no weight changed, if it is not finite."""
         start = time.perf_counter()
         metrics = self.compute_gradient()
         learning_rate, norm = learning_rate_at(self.config, self.update), math.nan
@@ -58,9 +59,7 @@ class Trainer:
             ema_decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
             norm = self.state.step(learning_rate, self.config.optim.max_grad_norm, ema_decay)
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"update {self.update + 1}: loss {metrics['loss']:g}, gradient norm {norm:g}: not applied"
-            )
+            raise self.find_not_finite()
         self.update += 1
         return metrics | {
             "grad_norm": norm,
@@ -98,21 +97,54 @@ class Trainer:
             silent = [name for name, p in self.state.parameters.items() if p.grad is None]
             check_gradients([name for name in silent if not name.startswith(unused)])
 
+    @torch.no_grad()
+    def find_not_finite(self) -> NotFiniteError:
+        """Repeats the rollouts of this update to find what is not finite first, on any process; all must call it."""
+        config, batch = self.config, self.batch
+        first = self.update * config.total_batch_size + self.accelerator.process_index * batch.per_process
+        found: NotFiniteError | None = None
+        for start in range(first, first + batch.per_process, batch.per_device):
+            samples = range(start, start + batch.per_device)
+            prompts, x_0 = self._samples(samples)
+            velocity = self._velocity(prompts)
+            x_end = rollout(
+                velocity, x_0, self.sigmas, RolloutSpec(frozenset(), frozenset(), len(self.sigmas) - 1)
+            ).x_end
+            try:
+                images = decode_finite(self.models.backbone, x_end)
+            except NotFiniteError as error:
+                is_diverged = self.update > 0 and not x_end.isfinite().all()
+                found = found or (NotFiniteError(error.what, LOWER) if is_diverged else error)
+                continue
+            for name, reward in self.models.rewards.items():
+                if not reward(images, prompts).isfinite().all():
+                    found = found or NotFiniteError(f"the scores of {name}", "check its weights, or leave it out")
+        gather = gather_object if self.accelerator.num_processes > 1 else list
+        every = [(one.what, one.advice) for one in gather([found]) if one is not None]
+        return NotFiniteError(*every[0]) if every else NotFiniteError("the gradient", LOWER)
+
+    def _samples(self, samples: range) -> tuple[list[str], Tensor]:
+        """Prompts and noise, which depend on a sample's number alone, not on the rank or its micro-batch."""
+        config, models = self.config, self.models
+        chosen = prompt_indices(len(models.prompts), config.seed, samples.start, len(samples))
+        x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples)
+        return [models.prompts[i] for i in chosen], x_0.to(self.accelerator.device)
+
+    def _velocity(self, prompts: Sequence[str]) -> Velocity:
+        """The guided velocity of samples with these prompts."""
+        cond, negative = self.models.embeddings(prompts)
+        return guided_velocity(self.models.backbone.velocity, cond, negative, self.config.classifier_free_guidance)
+
     def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
         """Adds the gradient of some samples of the global batch; returns sums over these samples."""
-        config, models, device = self.config, self.models, self.accelerator.device
-        # prompts and noise depend on a sample's number alone, not on the rank or the micro-batch it falls into
-        chosen = prompt_indices(len(models.prompts), config.seed, samples.start, len(samples))
-        prompts = [models.prompts[i] for i in chosen]
-        x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples).to(device)
+        config, device = self.config, self.accelerator.device
+        prompts, x_0 = self._samples(samples)
 
         def renoise(copy: int) -> Tensor:
             return torch.stack([normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]).to(device)
 
         # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
-        cond, negative = models.embeddings(prompts)
-        velocity = guided_velocity(models.backbone.velocity, cond, negative, config.classifier_free_guidance)
-        velocity = self.state.sync_on_last_backward(velocity)
+        velocity = self.state.sync_on_last_backward(self._velocity(prompts))
         trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
         options = BackwardOptions(
             scale=scale,
@@ -175,9 +207,17 @@ class Trainer:
         self.models.backbone.unload_text_encoders()
 
     def evaluate(
-        self, prompts: Sequence[str], source: str, guidance: float, reporter: NullReporter, label: str
+        self,
+        prompts: Sequence[str],
+        source: str,
+        guidance: float,
+        on_progress: Callable[[int], None] = lambda done: None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """Images and scores of the network as it is now, at the evaluation's fixed seeds."""
+        """Images and scores of the network as it is now, at the evaluation's fixed seeds.
+
+        on_progress: called with the number of images that all processes have scored.  before_batch: of `ProcessGroup`.
+        """
         accelerator = self.accelerator
         task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
         gather = gather_object if accelerator.num_processes > 1 else list
@@ -187,8 +227,8 @@ class Trainer:
             task,
             self.config,
             guidance,
-            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather),
-            lambda done: reporter.evaluation(label, done * accelerator.num_processes, len(prompts)),
+            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
+            lambda done: on_progress(done * accelerator.num_processes),
         )
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from flowbp.config import WatchdogConfig
-from flowbp.evaluation.compare import paired_change, score_title
+from flowbp.evaluation.compare import format_score, paired_change, score_title
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity
 from flowbp.evaluation.results import SavedEvaluation
@@ -54,18 +54,24 @@ def compare_with_base(
 ) -> Finding:
     """Compares the model with its base on the same prompts and seeds.
 
-    Alerts where a held-out reward is clearly lower (95 % paired interval below 0) while a trained one is clearly
-    higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has moved by `shift`; where
-    the images have drifted further than `config.drift`.  drift: by `image_drift`; nan raises no alert.
+    Alerts where a score is not finite; where a held-out reward is clearly lower (95 % paired interval below 0) while a
+    trained one is clearly higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has
+    moved by `shift`; where the images have drifted further than `config.drift`.  drift: by `image_drift`; nan
+    raises no alert.
     """
+    alerts = [
+        f"{score_title(name)} is not finite on {lost} of {len(now.scores[name])} prompts"
+        for name in (*trained, *heldout)
+        if (lost := int((~np.isfinite(now.scores[name])).sum()))
+    ]
     changes = {name: standardized_change(base.scores[name], now.scores[name]) for name in (*trained, *heldout)}
-    alerts = []
     risen = [name for name in trained if paired_change(base.scores[name], now.scores[name]).low > 0]
     for name in heldout:
         found = paired_change(base.scores[name], now.scores[name])
         if risen and found.high < 0:
             alerts.append(
-                f"{score_title(name)} fell from {found.before:.3g} to {found.after:.3g} while "
+                f"{score_title(name)} fell from {format_score(name, found.before, found.after)} to "
+                f"{format_score(name, found.after, found.before)} while "
                 f"{score_title(risen[0])} rose"
             )
     for name in trained if heldout else ():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from imgen_common.errors import UserError, one_line
+from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Json, MiniatureConfigs, Sets
 
 if TYPE_CHECKING:
@@ -109,11 +110,9 @@ def _build(
             return BuildProgress()
         return BuildProgress(show.BatchProgressPrinter(console, total), _scoring_printer(console))
 
-    try:
-        info = build_sets(folder, load(DataConfig, files, sets), sys.argv, report_progress, retry)
-    except KeyboardInterrupt:
-        print(f"stopped; continue with: interleave data build --resume {folder}", file=sys.stderr)
-        raise
+    config = load(DataConfig, files, sets)
+    with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}"):
+        info = build_sets(folder, config, sys.argv, report_progress, retry)
     return info, write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
 
 

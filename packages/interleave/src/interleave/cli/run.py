@@ -11,6 +11,7 @@ import typer
 
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
+from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Name, Runs, Sets
 
 if TYPE_CHECKING:
@@ -119,11 +120,8 @@ def _resume(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bo
     on_record: Callable[[Record], None] = console.print_json
     if not as_json:
         on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, total)
-    try:
+    with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {path}"):
         trajectories = session.run_and_close(path, config, sys.argv, on_record, retry)
-    except KeyboardInterrupt:
-        print(f"stopped; continue with: interleave batch --resume {path}", file=sys.stderr)
-        raise
     attempts = [a for recorded in read_trace(path).values() for a in recorded.attempts.values()]
     page = write_report(path)
     if as_json:

@@ -149,17 +149,17 @@ def train_grpo(
     with start_scoring(job, *(build_services or build_generator_and_judge)(config)) as scored:
         # one image is generated and judged before anything is written, so that a run does not start without a service
         scored.check_services(job)
-        with run.open_run(
-            config, arguments, command, runs=runs, name=name, default_name="grpo_critic", resume=resume
-        ) as (run_folder, checkpoint):
+        where: dict[str, Any] = {"runs": runs, "name": name, "default_name": "grpo_critic", "resume": resume}
+        opened = run.open_run(config, arguments, command, **where)
+        with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, "grpo"):
             run.bind_rows(run_folder, {"critic_rl": job.rows, "template": job.prompts}, resumed=bool(resume))
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
-            logging = run.build_run_callback(run_folder, lambda: counting.metrics)
+            logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)
             trainer = _build_trainer(job, scored, arguments, [counting, logging, *callbacks])
             run.check_trainable(trainer, config)
             trainer.add_callback(run.build_gradient_check(trainer.model))
-            trainer.train(resume_from_checkpoint=checkpoint)
+            run.run_training(trainer, logging, checkpoint)
             if counting.stop_reason:
                 raise UserError(f"{counting.stop_reason}; then resume with interleave grpo --resume {run_folder.path}")
             return run.export_model(trainer, run_folder.path, config)

@@ -18,12 +18,13 @@ from pydantic import BaseModel
 
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
-from imgen_common.devices import check_launcher
+from imgen_common.devices import any_process, check_launcher
 from imgen_common.errors import UserError, check_gradients
-from imgen_common.run_folder.checkpoints import write_manifest
+from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.vision import freeze_vision, is_frozen
@@ -40,6 +41,7 @@ RECIPE_KEYS = {
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
 }
 """Keys of a recipe that shard weights, by accelerate's name for the kind of sharding."""
+STOPPING = "stopping after this update, or the last one of its rollout; once more to stop at once"
 
 
 def prepare_environment() -> None:
@@ -163,11 +165,52 @@ def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], *, resume
     run_on_main_process(work)
 
 
-def build_run_callback(run: RunFolder, extra_metrics: Callable[[], Mapping[str, float]] = dict) -> Any:
-    """A callback that marks complete checkpoints and writes logged metrics and those of `extra_metrics` to the run."""
+def message_how_to_continue(run: RunFolder, command: str) -> contextlib.AbstractContextManager[None]:
+    """Where its block is stopped, the main process says what is saved.  command: such as "sft critic"."""
+
+    def describe_stop() -> str:
+        whole = (run.path / CHECKPOINTS).glob(f"checkpoint-*/{MANIFEST}")
+        latest = max((int(file.parent.name.rpartition("-")[2]) for file in whole), default=None)
+        saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
+        return f"stopped; {saved}; continue with: interleave {command} --resume {run.path}"
+
+    return message_when_stopped(describe_stop) if is_main_process() else contextlib.nullcontext()
+
+
+def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
+    """Trains, from `checkpoint` if there is one.  callback: of `build_run_callback`.
+
+    A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
+    """
+    with callback.shutdown:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if callback.stopped:
+        raise KeyboardInterrupt
+
+
+def build_run_callback(
+    run: RunFolder, extra_metrics: Callable[[], Mapping[str, float]] = dict, updates_per_rollout: int = 1
+) -> Any:
+    """A callback that marks complete checkpoints and writes logged metrics and those of `extra_metrics` to the run.
+
+    Attributes: `shutdown`, which training runs in; `stopped`, whether it ended training early, with a checkpoint.
+    updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
+    """
     from transformers import TrainerCallback
 
     class RunCallback(TrainerCallback):
+        def __init__(self) -> None:
+            self.shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
+            self.stopped = False
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:
+                return
+            if any_process(self.shutdown.requested, args.device):
+                self.stopped = control.should_save = control.should_training_stop = True
+
+        on_evaluate = on_step_end
+
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _barrier()
             if is_main_process():

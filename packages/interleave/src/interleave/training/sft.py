@@ -97,9 +97,10 @@ def train_sft(
         fixed |= {"train_sampling_strategy": "sequential", "num_train_epochs": 1}
     arguments = run.build_arguments(SFTConfig, config, fixed)
     opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
-    with opened as (run_folder, checkpoint):
+    with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
         sets = {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}
         run.bind_rows(run_folder, sets, resumed=resume is not None)
+        callback = run.build_run_callback(run_folder)
         batch = arguments.per_device_eval_batch_size
         trainer = SFTTrainer(
             model=run.load_model(config),
@@ -108,14 +109,14 @@ def train_sft(
             eval_dataset=_build_dataset(job, job.val_rows, batch) if job.val_rows else None,
             processing_class=run.load_processor(config),
             peft_config=build_lora_config(config),
-            callbacks=[run.build_run_callback(run_folder), *callbacks],
+            callbacks=[callback, *callbacks],
         )
         run.check_trainable(trainer, config)
         trainer.add_callback(run.build_gradient_check(trainer.model))
         # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
         # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True
-        trainer.train(resume_from_checkpoint=checkpoint)
+        run.run_training(trainer, callback, checkpoint)
         return run.export_model(trainer, run_folder.path, config)
 
 

@@ -39,7 +39,7 @@ from flowbp.evaluation.benchmarks.settings import (
     open_benchmark_folder,
     read_prompts,
 )
-from flowbp.evaluation.evaluate import generate
+from flowbp.evaluation.evaluate import decode_finite, generate_latents
 from flowbp.evaluation.sampling import ModelSource
 from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
@@ -155,8 +155,9 @@ class Benchmark:
             batch = todo[start : start + self.batch_size]
             cond, negative = embeddings([self.prompts[i].text for i, _ in batch])
             noise = torch.cat([initial_noise(backbone, size, config.seed, f"benchmark-{k}", [i]) for i, k in batch])
-            images = generate(backbone, cond, negative, noise, size, config.num_inference_steps, config.guidance_scale)
-            for image_id, image in zip(batch, to_pil(images), strict=True):
+            steps, scale = config.num_inference_steps, config.guidance_scale
+            latents = generate_latents(backbone, cond, negative, noise, size, steps, scale)
+            for image_id, image in zip(batch, to_pil(decode_finite(backbone, latents)), strict=True):
                 file, row = image_file(self.out, image_id), self.prompts[image_id[0]].row()
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file.parent.parent / "metadata.jsonl", row + "\n")

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from annotated_types import Ge, Gt, Le
 from PIL import Image
 
@@ -149,7 +150,12 @@ class PipelineRunner:
     def _generate_together(self, items: Sequence[Item]) -> list[HashedImage]:
         requests, settings = [request for request, _ in items], items[0][1]
         num_copies = self._batches.max_batch - len(requests) if self._pads_batches else 0
-        images = self._call([*requests, *requests[-1:] * num_copies], settings)
+        try:
+            with np.errstate(invalid="raise"):  # diffusers turns what is not finite into black pixels
+                images = self._call([*requests, *requests[-1:] * num_copies], settings)
+        except FloatingPointError:
+            message = "the image is not finite; check the weights of the model, or set generator.dtype=float32"
+            raise BackendError("model_error", message) from None
         return [HashedImage.from_pil(image) for image in images[: len(requests)]]
 
     def _call(self, requests: Sequence[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
