@@ -30,8 +30,8 @@ from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
 from flowbp.training.loading import load_models
-from flowbp.training.preflight import CheckedRun, check_run, update_arithmetic
-from flowbp.training.trainer import Trainer, batch_sizes, reward_losses
+from flowbp.training.preflight import CheckedRun, batch_sizes, check_run, update_arithmetic
+from flowbp.training.trainer import Trainer, reward_losses
 from imgen_common.errors import UserError
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 

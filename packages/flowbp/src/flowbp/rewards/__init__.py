@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import field_validator
 
@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     import torch
 
     from flowbp.core.types import Reward
+
+
+ConvertibleReward = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
+PUBLISHED_FILES: dict[ConvertibleReward, str] = {
+    "hpsv2": "HPS_v2.1_compressed.pt",
+    "hpsv3": "HPSv3.safetensors of MizzenAI/HPSv3",
+    "imagereward": "ImageReward.pt",
+    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+}
+"""The file as which each reward is published, of those that `flowbp convert-reward` reads."""
 
 
 class RewardType(NamedTuple):

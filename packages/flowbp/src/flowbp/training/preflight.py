@@ -1,21 +1,23 @@
-"""Checks before a training run that need no weights, and the arithmetic of an update."""
+"""Checks before a training run that need no weights, and the arithmetic of an update.
+
+What needs no torch is checked before torch is imported, so that a typo costs no time.
+"""
 
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowbp import backbones
-from flowbp.backbones.loading import mark_trainable
-from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
-from flowbp.core.plan import Plan, draw_plan
 from flowbp.data.prompts import load_prompts
-from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.streams import numpy_generator
+
+if TYPE_CHECKING:
+    from flowbp.core.plan import Plan
 
 TENSORS_PER_WEIGHT = 4
 """Tensors of a checkpoint per trained weight: itself, its average (EMA) and two moments."""
@@ -30,7 +32,7 @@ class CheckedRun:
     config: TrainConfig
     num_processes: int
     sigmas: tuple[float, ...]
-    plans: tuple[Plan, ...]
+    plans: "tuple[Plan, ...]"
     num_weights: int
     num_prompts: int
 
@@ -42,15 +44,13 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
     image sizes, adapters or switches that do not fit the model.
     """
-    batch_sizes(config, num_processes)
-    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
-        hub.resolve(ref, weights=not estimate_only)
-    num_prompts = len(load_prompts(config.data.prompts, config.data.key))
-    for source, limit in (
-        (config.eval.prompts, config.eval.num_prompts),
-        (config.eval.quick_prompts, config.eval.quick_num_prompts),
-    ):
-        load_prompts(source, config.data.key, limit)
+    num_prompts = check_inputs(config, num_processes, weights=not estimate_only)
+    from flowbp import backbones
+    from flowbp.backbones.loading import mark_trainable
+    from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.core.plan import draw_plan
+
+    quiet_libraries()
     model = config.model
     empty = backbones.init_empty_weights(model.ref)
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -65,6 +65,51 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     )
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     return CheckedRun(config, num_processes, sigmas, plans, num_weights, num_prompts)
+
+
+def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = True) -> int:
+    """Checks the batch, models and prompts that the configuration names; returns the number of training prompts.
+
+    weights: whether those of the models must be there.  Raises UserError.
+    """
+    batch_sizes(config, num_processes)
+    for ref in (config.model.ref, *(scorer.ref for scorer in config.scorers)):
+        hub.resolve(ref, weights=weights)
+    for source, limit in (
+        (config.eval.prompts, config.eval.num_prompts),
+        (config.eval.quick_prompts, config.eval.quick_num_prompts),
+    ):
+        load_prompts(source, config.data.key, limit)
+    return len(load_prompts(config.data.prompts, config.data.key))
+
+
+class BatchSizes(NamedTuple):
+    """Images per update: of one process, and of one of its micro-batches."""
+
+    per_process: int
+    per_device: int
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """total_batch_size / (per_device_batch_size * processes)."""
+        return self.per_process // self.per_device
+
+
+def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
+    """How the global batch is divided.  Raises UserError if it does not divide evenly."""
+    per_process, rest = divmod(config.total_batch_size, num_processes)
+    if rest or not per_process:
+        raise UserError(
+            f"total_batch_size {config.total_batch_size} does not divide by {num_processes} processes; "
+            "choose a multiple"
+        )
+    per_device = min(config.per_device_batch_size or per_process, per_process)
+    if per_process % per_device:
+        raise UserError(
+            f"per_device_batch_size {per_device} does not divide {per_process}, the share of a process; "
+            "choose a divisor"
+        )
+    return BatchSizes(per_process, per_device)
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:

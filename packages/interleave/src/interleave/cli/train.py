@@ -14,6 +14,7 @@ from interleave.cli.options import Configs, Json, Name, Runs, Sets
 if TYPE_CHECKING:
     from imgen_common.config import Config
     from interleave.training.batch_plan import GrpoBatchPlan, SftBatchPlan
+    from interleave.training.config import TrainingConfig
     from interleave.training.memory import MemoryEstimate
 
 C = TypeVar("C", bound="Config")
@@ -46,13 +47,16 @@ def sft(
       torchrun --nproc_per_node 8 -m interleave sft planner configs/interleave/sft_planner_qwen3vl.yaml
       interleave sft critic --resume sft_critic
     """
+    # what needs no torch is imported and checked first, so that a typo costs no time
+    from interleave.training.config import SftConfig
+
+    run, config = _load_config(SftConfig, resume, configs, sets, runs)
+    _check_files(config, f"{agent}_sft", weights=not dry_run)
     from interleave.training import run as launch
 
     launch.prepare_environment()
     from interleave.training import sft
-    from interleave.training.config import SftConfig
 
-    run, config = _load_config(SftConfig, resume, configs, sets, runs)
     if dry_run:
         count = processes or launch.num_processes("interleave sft")
         _print_estimate(*sft.plan_sft(agent, config, count), as_json)
@@ -82,13 +86,16 @@ def grpo(
       torchrun --nproc_per_node 8 -m interleave grpo configs/interleave/grpo_critic_qwen3vl.yaml
       interleave grpo --resume grpo_critic
     """
+    # what needs no torch is imported and checked first, so that a typo costs no time
+    from interleave.training.config import GrpoConfig
+
+    run, config = _load_config(GrpoConfig, resume, configs, sets, runs)
+    _check_files(config, "critic_rl", weights=not dry_run)
     from interleave.training import run as launch
 
     launch.prepare_environment()
     from interleave.training import grpo
-    from interleave.training.config import GrpoConfig
 
-    run, config = _load_config(GrpoConfig, resume, configs, sets, runs)
     if dry_run:
         _print_estimate(*grpo.plan_grpo(config, processes or launch.num_processes("interleave grpo")), as_json)
     else:
@@ -106,6 +113,15 @@ def _load_config(
         raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
     run = None if resume is None else find_run(resume, runs)
     return run, load(cls, [*([run / CONFIG] if run else []), *(configs or [])], sets or [])
+
+
+def _check_files(config: "TrainingConfig", rows: str, *, weights: bool) -> None:
+    """Raises UserError if the model or the training rows are missing."""
+    from imgen_common import hub
+    from interleave.training.rows import rows_file
+
+    hub.resolve(config.model, weights=weights)
+    rows_file(Path(config.data), rows)
 
 
 def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:

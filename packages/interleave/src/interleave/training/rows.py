@@ -60,17 +60,23 @@ def image_store(config: TrainingConfig) -> ImageStore:
     return ImageStore(Path(config.data) / IMAGES)
 
 
+def rows_file(folder: Path, name: str) -> Path:
+    """`folder/NAME.jsonl`.  Raises UserError if there is none."""
+    path = folder / f"{name}.jsonl"
+    if not path.exists():
+        others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
+        raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build")
+    return path
+
+
 def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
     """The rows of `folder/NAME.jsonl`.
 
     Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
     """
-    path = folder / f"{name}.jsonl"
+    path = rows_file(folder, name)
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
-        others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
-        raise UserError(f"{path}: no such file{nearest(name, others)}; make it with interleave data build") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     store = ImageStore(folder / IMAGES)
