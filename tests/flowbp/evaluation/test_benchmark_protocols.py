@@ -17,8 +17,8 @@ from PIL import Image
 from flowbp import cli
 from flowbp.evaluation import sampling
 from flowbp.evaluation.benchmarks import run, settings, tables
-from flowbp.evaluation.benchmarks.run import Benchmark, image_file, read_scores
-from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec
+from flowbp.evaluation.benchmarks.run import Benchmark, image_file
+from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec, read_scores
 from flowbp.evaluation.compare import mean_score
 from imgen_common.errors import UserError
 from imgen_common.statistics import bootstrap_interval

@@ -179,7 +179,7 @@ def test_what_was_not_finite_first_is_said(
     }.get(broken, lambda scores: scores)
     spoiled = {**parts().rewards, "reward": lambda images, prompts: factor(reward(images, prompts))}
     models = LoadedModels(**(vars(parts()) | {"rewards": spoiled}))
-    trainer = Trainer(config_of("refl", "num_inference_steps=2", "total_batch_size=1"), models, Accelerator(cpu=True))
+    trainer = Trainer(config_of("refl", "total_batch_size=1"), models, Accelerator(cpu=True))
     trainer.update = update
     before = {name: p.detach().clone() for name, p in models.parameters.items()}
     with pytest.raises(NotFiniteError, match=f"^not finite: {what}.*; {advice}"):

@@ -10,6 +10,9 @@ from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
 from imgen_common.config import Config, Presets
 
+ExportFormat = Literal["diffusers", "comfyui", "merged"]
+ExportedWeights = Literal["ema", "last"]
+
 
 class WatchdogConfig(Config):
     """What counts as hacking, judged at every quick evaluation against the base model at equal seeds."""

@@ -51,23 +51,26 @@ def sample(
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7
     """
     with spinner("loading"):
-        from flowbp.data.prompts import describe_cut_prompts
-        from flowbp.evaluation import sampling
-        from imgen_common.console import quiet_libraries
-        from imgen_common.devices import device_of
-        from imgen_common.images import grid, to_pil
+        from flowbp.evaluation import sources
 
         if run and model:
             raise UserError("--run and --model: give one of them")
         if base and not run:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
-        source = sampling.model_source(run or model or "builtin:shapes/generator", runs, base=base)
+        source = sources.model_source(run or model or "builtin:shapes/generator", runs, base=base)
         config = source.config
         scale = config.guidance_scale if guidance is None else guidance
-        sampling.check_guidance_scale(scale)
-        texts = prompts or sampling.evaluation_prompts(config)[:8]
+        sources.check_guidance_scale(scale)
+        source.check()
+        texts = prompts or sources.evaluation_prompts(config)[:8]
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
+        # from here on torch is needed
+        from flowbp.data.prompts import describe_cut_prompts
+        from flowbp.evaluation import sampling
+        from imgen_common.console import quiet_libraries
+        from imgen_common.devices import device_of
+        from imgen_common.images import grid, to_pil
     quiet_libraries()
     print_notes(describe_cut_prompts(texts, config.model, {}))
     backbone = source.load(device_of("auto"))
@@ -114,27 +117,35 @@ def evaluate(
       flowbp eval builtin:shapes/generator --num-prompts 120 --json
     """
     with spinner("loading"):
+        from flowbp.evaluation import sources as models
+        from imgen_common import hub
+
+        for scale in guidance or []:
+            models.check_guidance_scale(scale)
+        extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance_scale", guidance))
+        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value]
+        sources = [models.model_source(target, runs, [*(sets or []), *given])]
+        if against:
+            sources.insert(0, models.model_source(against, runs))
+        elif sources[0].run is not None:
+            sources.insert(0, models.model_source(target, runs, base=True))
+        config, labels = sources[-1].config, [source.label for source in sources]
+        for source in sources:
+            source.check()
+        for scorer in config.scorers:
+            hub.resolve(scorer.ref)
+        texts = models.evaluation_prompts(config)
+        # from here on torch is needed
         from flowbp.cli import console
         from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import compare, sampling
         from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
-
-        for scale in guidance or []:
-            sampling.check_guidance_scale(scale)
-        extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance_scale", guidance))
-        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value]
-        sources = [sampling.model_source(target, runs, [*(sets or []), *given])]
-        if against:
-            sources.insert(0, sampling.model_source(against, runs))
-        elif sources[0].run is not None:
-            sources.insert(0, sampling.model_source(target, runs, base=True))
-        config, labels = sources[-1].config, [source.label for source in sources]
-        texts = sampling.evaluation_prompts(config)
     quiet_libraries()
-    scorers, models = {scorer.name: scorer for scorer in config.scorers}, [one.config.model for one in sources]
-    print_notes(dict.fromkeys(note for model in models for note in describe_cut_prompts(texts, model, scorers)))
+    scorers = {scorer.name: scorer for scorer in config.scorers}
+    notes = (note for one in sources for note in describe_cut_prompts(texts, one.config.model, scorers))
+    print_notes(dict.fromkeys(notes))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
@@ -197,12 +208,9 @@ def benchmark(
     """
     with spinner("loading"), report_error_once():
         from flowbp.evaluation.benchmarks import settings
-        from flowbp.evaluation.benchmarks.run import prepare_benchmark
-        from flowbp.evaluation.sampling import model_source
-        from imgen_common.console import quiet_libraries
+        from flowbp.evaluation.sources import model_source
 
         chosen = check_choice("--protocol", protocol, settings.BenchmarkProtocol)
-        quiet_libraries()
         shape = [f"model.height={size}", f"model.width={size}"] if size else []
         source = model_source(target, runs, [*(sets or []), *shape], base=base)
         request = settings.BenchmarkRequest(
@@ -215,6 +223,13 @@ def benchmark(
             guidance_scale=guidance,
             seed=seed,
         )
+        settings.read_prompts(request, source.config.data.key)
+        source.check()
+        # from here on torch is needed
+        from flowbp.evaluation.benchmarks.run import prepare_benchmark
+        from imgen_common.console import quiet_libraries
+
+        quiet_libraries()
         work = prepare_benchmark(source, request, out, batch_size, judge)
         print_notes(work.cut_prompts())
     with report_error_once():

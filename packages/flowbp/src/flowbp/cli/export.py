@@ -7,6 +7,7 @@ import typer
 
 from flowbp.cli.options import Runs, check_choice
 from imgen_common.console import spinner
+from imgen_common.errors import UserError
 
 
 def prefetch(
@@ -50,14 +51,16 @@ def export(
       flowbp export flowbp_bridge --to merged --push me/my-model
     """
     with spinner("exporting"):
-        from flowbp import export
-        from flowbp.export.model_card import ExportedWeights, ExportFormat
-        from imgen_common.console import quiet_libraries
+        from flowbp.config import ExportedWeights, ExportFormat
         from imgen_common.run_folder.find import find_run
 
         chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
-        quiet_libraries()
         path = find_run(run, runs)
+        # from here on torch is needed
+        from flowbp import export
+        from imgen_common.console import quiet_libraries
+
+        quiet_libraries()
         folder = export.export_run(path, chosen, out or path / f"export-{to}", kept, step)
     print(folder)
     if push is not None:
@@ -99,11 +102,15 @@ def convert_reward(
       flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
     with spinner("converting"):
+        from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward
+
+        chosen: ConvertibleReward = check_choice("KIND", kind, ConvertibleReward)
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; download {PUBLISHED_FILES[chosen]} first")
+        # from here on torch is needed
         from flowbp.rewards.convert import convert_checkpoint
-        from flowbp.rewards.convert.checkpoints import Convertible
         from imgen_common.console import quiet_libraries
 
-        chosen = check_choice("KIND", kind, Convertible)
         quiet_libraries()
         folder = convert_checkpoint(chosen, file, companion, out, prompt_source)
     print(folder)

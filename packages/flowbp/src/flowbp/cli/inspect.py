@@ -127,10 +127,12 @@ def report(
     \b
       flowbp report runs/flowbp_bridge --open
     """
-    from flowbp.reports import report as reports
     from imgen_common.run_folder.find import find_run
 
-    page = reports.write_report(find_run(run, runs))
+    path = find_run(run, runs)  # before torch is imported
+    from flowbp.reports import report as reports
+
+    page = reports.write_report(path)
     print(page)
     if open_page:
         import webbrowser

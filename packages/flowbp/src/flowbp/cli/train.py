@@ -58,6 +58,7 @@ def train(
     with report_error_once():
         _refuse_method_as_file(configs or [])
         with spinner("checking"):
+            # what needs no torch is imported and checked first, so that a typo costs no time
             from flowbp.config import TrainConfig
             from flowbp.training.runs import check_training
             from imgen_common.config import load
@@ -185,20 +186,19 @@ def estimate(
       flowbp estimate --calibrate
     """
     with spinner("tracing") as say:
-        from flowbp import estimate as estimates
         from flowbp.config import TrainConfig
         from flowbp.training import preflight
         from imgen_common.config import load
-        from imgen_common.console import quiet_libraries
-        from imgen_common.devices import device_of
-
-        limit = estimates.parse_memory_size(memory) if memory else None
-        speed = estimates.speed_of(gpu, tflops)
-        quiet_libraries()
 
         def config_of(changes: Sequence[str] = ()) -> "TrainConfig":
             return load(TrainConfig, configs or [], [*(sets or []), *changes])
 
+        preflight.check_inputs(config_of(), gpus, weights=calibrate)
+        from flowbp import estimate as estimates
+        from imgen_common.devices import device_of
+
+        limit = estimates.parse_memory_size(memory) if memory else None
+        speed = estimates.speed_of(gpu, tflops)
         job = preflight.check_run(config_of(), gpus, estimate_only=not calibrate)
         say("tracing embedding, a rollout, a swept step, rewards and an evaluation ...")
         found = estimates.estimate_run(job)

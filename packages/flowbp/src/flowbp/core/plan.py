@@ -9,15 +9,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from flowbp.core.axes.grid import Grid, Leg, StoppedSteps
 from flowbp.core.axes.reward_input import PosteriorMean, SampleRenoised
 from flowbp.core.method import Method
 from flowbp.core.numerics import tail_start
 from imgen_common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
         raise ValueError(f"noise levels must descend strictly from at most 1 to 0, got {list(sigmas)}")
 
 
-def draw_plan(method: Method, sigmas: Sequence[float] | Tensor, rng: np.random.Generator) -> Plan:
+def draw_plan(method: Method, sigmas: "Sequence[float] | Tensor", rng: np.random.Generator) -> Plan:
     """Draw one plan of `method` on the grid `sigmas`, shape (N+1,), descending to 0.
 
     Pure: equal methods, grids and generator states give equal plans, on every rank and device.

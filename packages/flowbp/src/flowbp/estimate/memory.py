@@ -27,8 +27,8 @@ from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.rewards.loading import modules_of
-from flowbp.training.preflight import CheckedRun
-from flowbp.training.trainer import batch_sizes, reward_losses
+from flowbp.training.preflight import CheckedRun, batch_sizes
+from flowbp.training.trainer import reward_losses
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4

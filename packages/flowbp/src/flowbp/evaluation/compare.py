@@ -3,12 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.statistics import bootstrap_interval, paired_bootstrap_interval
+
+if TYPE_CHECKING:
+    from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 
 SCORE_TITLES = {"verifier": "Verifier", "reward": "Reward", "heldout": "Held-out reward"}
 """Names of the scores as people read them, in the order in which they are shown."""
@@ -70,13 +72,13 @@ def sort_scores(names: Iterable[str], titles: Mapping[str, str] = SCORE_TITLES) 
     return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
 
 
-def paired_changes(before: ScoredPrompts, after: ScoredPrompts) -> dict[str, Change]:
+def paired_changes(before: "ScoredPrompts", after: "ScoredPrompts") -> dict[str, Change]:
     """The change of every score that both evaluations have."""
     names = sort_scores(name for name in before.scores if name in after.scores)
     return {name: paired_change(before.scores[name], after.scores[name]) for name in names}
 
 
-def verdicts_by_category(one: ScoredPrompts) -> dict[str, list[float]]:
+def verdicts_by_category(one: "ScoredPrompts") -> dict[str, list[float]]:
     """The scores of the verifier by category, in the order of first appearance; {} without verifier or categories."""
     found: dict[str, list[float]] = {}
     for group, value in zip(one.groups or [], one.scores.get("verifier", []), strict=False):
@@ -84,7 +86,7 @@ def verdicts_by_category(one: ScoredPrompts) -> dict[str, list[float]]:
     return found
 
 
-def paired_changes_by_category(before: ScoredPrompts, after: ScoredPrompts) -> dict[str, Change]:
+def paired_changes_by_category(before: "ScoredPrompts", after: "ScoredPrompts") -> dict[str, Change]:
     """The change of the verifier's score by category."""
     old, new = verdicts_by_category(before), verdicts_by_category(after)
     return {group: paired_change(old[group], values) for group, values in new.items() if group in old}
@@ -138,7 +140,7 @@ def scores_as_json(found: Mapping[str, Change | MeanScore]) -> dict[str, Any]:
     }
 
 
-EvaluationsByScale = Mapping[float, Evaluation]
+EvaluationsByScale = Mapping[float, "Evaluation"]
 """Evaluations of one model by guidance scale."""
 T = TypeVar("T", bound=Change | MeanScore)
 ScoresAndCategories = tuple[dict[float, dict[str, T]], dict[float, dict[str, T]]]

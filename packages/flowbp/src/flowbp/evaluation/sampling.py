@@ -2,52 +2,19 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flowbp.backbones.loading import load_backbone, load_trained_weights
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
 from flowbp.data.embeddings import PromptEmbeddings
-from flowbp.data.prompts import is_shapes_source, load_prompts
+from flowbp.data.prompts import is_shapes_source
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
-from imgen_common.config import load
+from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
-from imgen_common.errors import UserError, check_text
-from imgen_common.run_folder.find import CONFIG, find_run, is_run
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """The model of a configuration, with the trained weights of `run` if there is one."""
-
-    label: str
-    config: TrainConfig
-    run: Path | None
-
-    def load(self, device: torch.device) -> Backbone:
-        """The backbone with its weights."""
-        backbone = load_backbone(self.config, device)
-        if self.run is not None:
-            load_trained_weights(backbone, self.run)
-        return backbone
-
-
-def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool = False) -> ModelSource:
-    """The source that `text` names: a run (a folder, or its name under `root`) or a model reference.
-
-    base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`; `sets` change
-    them.
-    """
-    if is_run(text, root):
-        path = find_run(text, root)
-        config = load(TrainConfig, [path / CONFIG], sets)
-        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
-    config = load(TrainConfig, [], sets)
-    return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+from imgen_common.errors import check_text
 
 
 def generate_images(
@@ -118,14 +85,3 @@ def evaluate_model(
         return evaluate(backbone, embeddings, task, config, scale, on_progress=progress)
 
     return {scale: at(scale) for scale in scales}
-
-
-def evaluation_prompts(config: TrainConfig) -> list[str]:
-    """The prompts of the evaluation that `config.eval` describes."""
-    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
-
-
-def check_guidance_scale(scale: float) -> None:
-    """Raises UserError for a guidance scale out of range."""
-    if not 0 < scale <= 100:
-        raise UserError(f"--guidance-scale {scale:g}: must be above 0 and at most 100")

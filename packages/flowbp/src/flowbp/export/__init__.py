@@ -7,9 +7,10 @@ from torch import nn
 
 from flowbp import backbones
 from flowbp.backbones.loading import read_trained_weights
+from flowbp.config import ExportedWeights, ExportFormat
 from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
-from flowbp.export.model_card import ExportedWeights, ExportFormat, model_card
+from flowbp.export.model_card import model_card
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.run_folder.folder import RunFolder

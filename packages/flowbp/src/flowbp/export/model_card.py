@@ -1,10 +1,9 @@
 """The model card of an exported run."""
 
 from pathlib import Path
-from typing import Literal
 
 from flowbp.backbones.licenses import license_of
-from flowbp.config import TrainConfig
+from flowbp.config import ExportedWeights, ExportFormat, TrainConfig
 from flowbp.evaluation.compare import describe_change, score_title
 from flowbp.export.adapters import DIFFUSERS_FILE
 from flowbp.export.comfyui import COMFYUI_FILE
@@ -13,8 +12,6 @@ from imgen_common import hub
 from imgen_common.config import to_yaml
 from imgen_common.console import markdown_table
 
-ExportFormat = Literal["diffusers", "comfyui", "merged"]
-ExportedWeights = Literal["ema", "last"]
 DESCRIPTIONS: dict[ExportFormat, str] = {
     "diffusers": f'Adapter. Load: `pipeline.load_lora_weights("FOLDER")`, file `{DIFFUSERS_FILE}`.',
     "comfyui": f"Adapter for ComfyUI: `{COMFYUI_FILE}`.",

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from flowbp.core.types import Reward
 
 
+ConvertibleReward = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
+PUBLISHED_FILES: dict[ConvertibleReward, str] = {
+    "hpsv2": "HPS_v2.1_compressed.pt",
+    "hpsv3": "HPSv3.safetensors of MizzenAI/HPSv3",
+    "imagereward": "ImageReward.pt",
+    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
+}
+"""The file as which each reward is published, of those that `flowbp convert-reward` reads."""
+
+
 class RewardType(NamedTuple):
     """Where the implementation of a score is, and which model it needs."""
 

@@ -1,28 +1,38 @@
-"""Checks before a training run that need no weights, and the arithmetic of an update."""
+"""Checks before a training run that need no weights, and the arithmetic of an update.
+
+What needs no torch is checked before torch is imported, so that a typo costs no time.
+"""
 
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowbp import backbones
-from flowbp.backbones.loading import layers_of_targets, mark_trainable
-from flowbp.backbones.options import apply_model_options, check_machine
 from flowbp.config import TrainConfig
-from flowbp.core.plan import Plan, draw_plan
 from flowbp.data.prompts import describe_cut_prompts, load_prompts
 from flowbp.rewards import resolve_reward
-from flowbp.training.trainer import batch_sizes
 from imgen_common import devices, hub
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.run_folder.data import DataHash, hash_rows
 from imgen_common.streams import numpy_generator
+
+if TYPE_CHECKING:
+    from flowbp.core.plan import Plan
 
 TENSORS_PER_WEIGHT = 4
 """Tensors of a checkpoint per trained weight: itself, its average (EMA) and two moments."""
 NUM_SAMPLED_PLANS = 64
 """Plans over which the cost of an update is averaged."""
+
+
+class Prompts(NamedTuple):
+    """The prompts of the training, of its evaluations before and after, and of the quick ones."""
+
+    data: list[str]
+    eval: list[str]
+    quick: list[str]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class CheckedRun:
     config: TrainConfig
     num_processes: int
     sigmas: tuple[float, ...]
-    plans: tuple[Plan, ...]
+    plans: "tuple[Plan, ...]"
     num_weights: int
     num_prompts: int
     data: Mapping[str, DataHash]
@@ -50,12 +60,13 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
     image sizes, adapters or switches that do not fit the model.
     """
-    batch_sizes(config, num_processes)
-    hub.resolve(config.model.ref, weights=not estimate_only)
-    for scorer in config.scorers:
-        resolve_reward(scorer, weights=not estimate_only)
-    data_prompts, eval_prompts, _ = all_prompts(config)
-    prompts = {"data.prompts": data_prompts, "eval.prompts": eval_prompts}
+    prompts = check_inputs(config, num_processes, weights=not estimate_only)
+    from flowbp import backbones
+    from flowbp.backbones.loading import layers_of_targets, mark_trainable
+    from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.core.plan import draw_plan
+
+    quiet_libraries()
     model = config.model
     empty = backbones.init_empty_weights(model.ref)
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -71,14 +82,14 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
     lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
-    data = {key: hash_rows(rows) for key, rows in prompts.items()}
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(data_prompts), data, lora_layers)
+    data = {"data.prompts": hash_rows(prompts.data), "eval.prompts": hash_rows(prompts.eval)}
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers)
 
 
-def all_prompts(config: TrainConfig) -> tuple[list[str], list[str], list[str]]:
-    """The prompts of the training, of its evaluations before and after, and of the quick ones."""
+def all_prompts(config: TrainConfig) -> Prompts:
+    """The prompts of a run."""
     key, evaluation = config.data.key, config.eval
-    return (
+    return Prompts(
         load_prompts(config.data.prompts, key),
         load_prompts(evaluation.prompts, key, evaluation.num_prompts),
         load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts),
@@ -89,6 +100,47 @@ def cut_prompts(config: TrainConfig) -> list[str]:
     """A sentence for each text encoder and reward of a run that does not read all of its prompts."""
     prompts = [prompt for part in all_prompts(config) for prompt in part]
     return describe_cut_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
+
+
+def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = True) -> Prompts:
+    """Checks the batch, models and prompts that the configuration names; returns the prompts.
+
+    weights: whether those of the models must be there.  Raises UserError.
+    """
+    batch_sizes(config, num_processes)
+    hub.resolve(config.model.ref, weights=weights)
+    for scorer in config.scorers:
+        resolve_reward(scorer, weights=weights)
+    return all_prompts(config)
+
+
+class BatchSizes(NamedTuple):
+    """Images per update: of one process, and of one of its micro-batches."""
+
+    per_process: int
+    per_device: int
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """total_batch_size / (per_device_batch_size * processes)."""
+        return self.per_process // self.per_device
+
+
+def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
+    """How the global batch is divided.  Raises UserError if it does not divide evenly."""
+    per_process, rest = divmod(config.total_batch_size, num_processes)
+    if rest or not per_process:
+        raise UserError(
+            f"total_batch_size {config.total_batch_size} does not divide by {num_processes} processes; "
+            "choose a multiple"
+        )
+    per_device = min(config.per_device_batch_size or per_process, per_process)
+    if per_process % per_device:
+        raise UserError(
+            f"per_device_batch_size {per_device} does not divide {per_process}, the share of a process; "
+            "choose a divisor"
+        )
+    return BatchSizes(per_process, per_device)
 
 
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:

@@ -5,21 +5,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
-from flowbp.evaluation.results import load_evaluations, pair_evaluations
 from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, check_run
 from imgen_common.config import to_yaml
-from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.files import read_text, write_atomic
 from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
 from imgen_common.run_folder.folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MAY_DIFFER = (
     *("name", "max_train_steps", "checkpoint", "trackers", "per_device_batch_size", "active_steps_per_forward"),
@@ -53,7 +52,6 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     if resume is not None:
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
     path = resume or new_run_path(config, root)
-    quiet_libraries()
     check_launcher(config.distributed.kind, os.environ)
     job = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_disk(job, path, resume=resume is not None)
@@ -63,9 +61,11 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
 
 
 def open_run(
-    job: CheckedRun, root: Path, command: Sequence[str], accelerator: Accelerator, *, resume: Path | None
+    job: CheckedRun, root: Path, command: Sequence[str], accelerator: "Accelerator", *, resume: Path | None
 ) -> RunFolder:
     """The run folder on every process; the main one makes or opens it.  Raises UserError on all if it cannot."""
+    from accelerate.utils import broadcast_object_list
+
     config, run, answer = job.config, None, ["", ""]
     if accelerator.is_main_process:
         try:
@@ -100,5 +100,7 @@ def _change_config(run: RunFolder, config: TrainConfig) -> None:
 
 def compare_base_and_trained(run: Path) -> dict[float, dict[str, Change]]:
     """Base against trained by guidance scale, the training's own first; scales with both evaluations only."""
+    from flowbp.evaluation.results import load_evaluations, pair_evaluations
+
     own = RunFolder.open(run, is_main=False).config(TrainConfig).guidance_scale
     return {scale: paired_changes(*pair) for scale, pair in pair_evaluations(load_evaluations(run), own).items()}

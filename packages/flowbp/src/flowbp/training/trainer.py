@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +23,9 @@ from flowbp.core.types import ScoredLosses, Velocity
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
+from flowbp.training.preflight import batch_sizes
 from flowbp.training.state import TorchTrainState
-from imgen_common.errors import UserError, check_gradients
+from imgen_common.errors import check_gradients
 from imgen_common.streams import normal, numpy_generator
 
 LOWER = "lower optim.learning_rate or optim.max_grad_norm"
@@ -237,35 +237,6 @@ def reward_losses(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
     if isinstance(loss, Hinge):
         return -scores if loss.ceiling is None else (loss.ceiling - scores).clamp(min=0)
     return nn.functional.softplus((loss.center - scores) / loss.width)
-
-
-class BatchSizes(NamedTuple):
-    """Images per update: of one process, and of one of its micro-batches."""
-
-    per_process: int
-    per_device: int
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """total_batch_size / (per_device_batch_size * processes)."""
-        return self.per_process // self.per_device
-
-
-def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
-    """How the global batch is divided.  Raises UserError if it does not divide evenly."""
-    per_process, rest = divmod(config.total_batch_size, num_processes)
-    if rest or not per_process:
-        raise UserError(
-            f"total_batch_size {config.total_batch_size} does not divide by {num_processes} processes; "
-            "choose a multiple"
-        )
-    per_device = min(config.per_device_batch_size or per_process, per_process)
-    if per_process % per_device:
-        raise UserError(
-            f"per_device_batch_size {per_device} does not divide {per_process}, the share of a process; "
-            "choose a divisor"
-        )
-    return BatchSizes(per_process, per_device)
 
 
 def learning_rate_at(config: TrainConfig, update: int) -> float:

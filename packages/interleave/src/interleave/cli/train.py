@@ -15,6 +15,7 @@ from interleave.cli.options import Json, MiniatureConfigs, Name, Runs, Sets
 if TYPE_CHECKING:
     from imgen_common.config import Config
     from interleave.training.batch_plan import GrpoBatchPlan, SftBatchPlan
+    from interleave.training.config import TrainingConfig
     from interleave.training.memory import MemoryEstimate
 
 C = TypeVar("C", bound="Config")
@@ -55,17 +56,17 @@ def sft(
       interleave sft critic --resume sft_critic
       interleave sft critic --resume sft_critic --resume-from last-good
     """
+    # what needs no torch is imported and checked first, so that a typo costs no time
+    from interleave.training.config import SftConfig
+
+    run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
+    _ensure_set(run, configs, config, as_json, dry_run)
+    _check_files(config, f"{agent}_sft", weights=not dry_run)
     from interleave.training import run as launch
 
     launch.prepare_environment()
     from interleave.training import sft
-    from interleave.training.config import SftConfig
 
-    run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
-    if run is None and not configs:
-        data.ensure_miniature_set(
-            Path(config.data), as_json, not dry_run and launch.num_processes("interleave sft") == 1
-        )
     if dry_run:
         count = processes or launch.num_processes("interleave sft")
         _print_estimate(*sft.plan_sft(agent, config, count), as_json)
@@ -100,16 +101,17 @@ def grpo(
       interleave grpo --resume grpo_critic
       interleave grpo --resume grpo_critic --resume-from last-good
     """
+    # what needs no torch is imported and checked first, so that a typo costs no time
+    from interleave.training.config import GrpoConfig
+
+    run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
+    _ensure_set(run, configs, config, as_json, dry_run)
+    _check_files(config, "critic_rl", weights=not dry_run)
     from interleave.training import run as launch
 
     launch.prepare_environment()
     from interleave.training import grpo
-    from interleave.training.config import GrpoConfig
 
-    run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
-    if run is None and not configs:
-        may_build = not dry_run and launch.num_processes("interleave grpo") == 1
-        data.ensure_miniature_set(Path(config.data), as_json, may_build)
     if dry_run:
         _print_estimate(*grpo.plan_grpo(config, processes or launch.num_processes("interleave grpo")), as_json)
     else:
@@ -138,6 +140,26 @@ def _load_config(
         raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
     run = find_run(resume, runs)
     return run, load(cls, [run / CONFIG], sets or [])
+
+
+def _ensure_set(
+    run: Path | None, configs: list[Path] | None, config: "TrainingConfig", as_json: bool, dry_run: bool
+) -> None:
+    """Builds the miniature's set where its recipe is run and the set is not there.  Raises UserError if it may not."""
+    if run is None and not configs:
+        from interleave.training.run import num_processes
+
+        may_build = not dry_run and num_processes("interleave") == 1
+        data.ensure_miniature_set(Path(config.data), as_json, may_build)
+
+
+def _check_files(config: "TrainingConfig", rows: str, *, weights: bool) -> None:
+    """Raises UserError if the model or the training rows are missing."""
+    from imgen_common import hub
+    from interleave.training.rows import rows_file
+
+    hub.resolve(config.model, weights=weights)
+    rows_file(Path(config.data), rows)
 
 
 def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:

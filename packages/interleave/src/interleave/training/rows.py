@@ -67,16 +67,22 @@ def image_store(config: TrainingConfig) -> ImageStore:
     return ImageStore(Path(config.data) / IMAGES)
 
 
-def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of `folder/NAME.jsonl`.
-
-    Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
-    """
+def rows_file(folder: Path, name: str) -> Path:
+    """`folder/NAME.jsonl`.  Raises UserError if there is none."""
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
         made = "make it with interleave data build, or of files in other formats with interleave data import"
         raise UserError(f"{path}: no such file{nearest(name, others)}; {made}")
+    return path
+
+
+def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
+    """The rows of `folder/NAME.jsonl`.
+
+    Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
+    """
+    path = rows_file(folder, name)
     store = ImageStore(folder / IMAGES)
     rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in read_lines(path)]
     if not rows:

@@ -38,9 +38,10 @@ from flowbp.evaluation.benchmarks.settings import (
     check_benchmark,
     open_benchmark_folder,
     read_prompts,
+    read_scores,
 )
 from flowbp.evaluation.evaluate import decode_finite, generate_latents
-from flowbp.evaluation.sampling import ModelSource
+from flowbp.evaluation.sources import ModelSource
 from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
 from imgen_common.errors import UserError
@@ -58,19 +59,6 @@ ScoreImages = Callable[[Sequence[Image.Image], Sequence[Prompt]], ScoreRows]
 def image_file(folder: Path, image_id: ImageId) -> Path:
     """Where an image is kept."""
     return folder / "images" / f"{image_id[0]:05d}" / "samples" / f"{image_id[1]:04d}.png"
-
-
-def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
-    """All rows of one scorer, whichever process wrote them.  Raises UserError naming a line that is not a row."""
-    found = {}
-    for file in sorted((folder / "scores").glob(f"{name}.rank*.jsonl")):
-        for number, line in numbered_lines(file):
-            try:
-                row = json.loads(line)
-                found[int(row["prompt"]), int(row["image"])] = row
-            except (ValueError, LookupError, TypeError):
-                raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
-    return found
 
 
 def load_scorer(spec: ScorerSpec, device: torch.device, judge_url: str | None) -> ScoreImages:

@@ -5,21 +5,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
 from flowbp.backbones.options import apply_model_options
 from flowbp.config import ModelConfig, PositiveInt
-from flowbp.data.embeddings import digest
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
-from flowbp.evaluation.sampling import ModelSource, check_guidance_scale
+from flowbp.evaluation.sources import ModelSource, check_guidance_scale
 from flowbp.rewards import REWARDS
 from imgen_common import hub
 from imgen_common.config import Config, to_yaml
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import write_atomic
+from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
@@ -131,6 +130,8 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
     """The configuration of the folder.  Raises UserError for a guidance scale out of range."""
     scale = source.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
     check_guidance_scale(scale)
+    from flowbp.data.embeddings import digest
+
     return BenchmarkConfig(
         label=source.label,
         protocol=request.protocol,
@@ -192,3 +193,16 @@ def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[
             )
     write_atomic(out / CONFIG, to_yaml(config.model_copy(update={"scorers": tuple(known.values())})))
     return folder
+
+
+def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
+    """All rows of one scorer, whichever process wrote them.  Raises UserError naming a line that is not a row."""
+    found = {}
+    for file in sorted((folder / "scores").glob(f"{name}.rank*.jsonl")):
+        for number, line in numbered_lines(file):
+            try:
+                row = json.loads(line)
+                found[int(row["prompt"]), int(row["image"])] = row
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
+    return found

@@ -9,8 +9,7 @@ from typing import Any, get_args
 import numpy as np
 
 from flowbp.evaluation.benchmarks.geneval import Tag
-from flowbp.evaluation.benchmarks.run import read_scores
-from flowbp.evaluation.benchmarks.settings import GENEVAL, BenchmarkConfig
+from flowbp.evaluation.benchmarks.settings import GENEVAL, BenchmarkConfig, read_scores
 from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
 from imgen_common.console import markdown_table
 from imgen_common.files import write_atomic

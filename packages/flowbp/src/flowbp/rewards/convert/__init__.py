@@ -8,9 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward
 from flowbp.rewards.convert.checkpoints import (
-    PUBLISHED_FILES,
-    Convertible,
     head_weights,
     load_qwen2_vl_config,
     load_tokenizer,
@@ -26,7 +25,7 @@ from imgen_common.files import atomic_folder
 
 
 def convert_checkpoint(
-    kind: Convertible, file: Path, companion: str, out: Path, prompt_source: Path | None = None
+    kind: ConvertibleReward, file: Path, companion: str, out: Path, prompt_source: Path | None = None
 ) -> Path:
     """Writes the folder of a reward; returns it.
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,14 +14,6 @@ from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
 from imgen_common.errors import UserError
 
-Convertible = Literal["hpsv2", "hpsv3", "imagereward", "aesthetic"]
-PUBLISHED_FILES: dict[Convertible, str] = {
-    "hpsv2": "HPS_v2.1_compressed.pt",
-    "hpsv3": "HPSv3.safetensors of MizzenAI/HPSv3",
-    "imagereward": "ImageReward.pt",
-    "aesthetic": "sac+logos+ava1-l14-linearMSE.pth",
-}
-"""The file as which each reward is published."""
 StateDict = Mapping[str, Tensor]
 
 

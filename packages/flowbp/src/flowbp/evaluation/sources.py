@@ -1,0 +1,65 @@
+"""Which model a command means, and on which prompts; found without importing torch, so that a typo costs no time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowbp.config import TrainConfig
+from flowbp.data.prompts import load_prompts
+from imgen_common import hub
+from imgen_common.config import load
+from imgen_common.errors import UserError
+from imgen_common.run_folder.find import CONFIG, find_run, is_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from flowbp.core.types import Backbone
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model of a configuration, with the trained weights of `run` if there is one."""
+
+    label: str
+    config: TrainConfig
+    run: Path | None
+
+    def check(self) -> None:
+        """Raises UserError if the model is missing or incomplete."""
+        hub.resolve(self.config.model.ref)
+
+    def load(self, device: "torch.device") -> "Backbone":
+        """The backbone with its weights."""
+        from flowbp.backbones.loading import load_backbone, load_trained_weights
+
+        backbone = load_backbone(self.config, device)
+        if self.run is not None:
+            load_trained_weights(backbone, self.run)
+        return backbone
+
+
+def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool = False) -> ModelSource:
+    """The source that `text` names: a run (a folder, or its name under `root`) or a model reference.
+
+    base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`; `sets` change
+    them.
+    """
+    if is_run(text, root):
+        path = find_run(text, root)
+        config = load(TrainConfig, [path / CONFIG], sets)
+        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
+    config = load(TrainConfig, [], sets)
+    return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+
+
+def evaluation_prompts(config: TrainConfig) -> list[str]:
+    """The prompts of the evaluation that `config.eval` describes."""
+    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
+
+
+def check_guidance_scale(scale: float) -> None:
+    """Raises UserError for a guidance scale out of range."""
+    if not 0 < scale <= 100:
+        raise UserError(f"--guidance-scale {scale:g}: must be above 0 and at most 100")
