@@ -1,9 +1,11 @@
 """Judges: marks are read strictly, samples averaged, failures typed, and no image is judged twice."""
 
 import asyncio
+import gc
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from imgen_common.errors import UserError
 from interleave.agents import scoring
 from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_agreement, parse_scores
 from interleave.agents.miniature import VerifierJudge
 from interleave.agents.parsing import ParseFailure
 from interleave.agents.prompts import load_template
-from interleave.agents.scoring import CachedJudge
+from interleave.agents.scoring import CachedJudge, score_all
 from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
 from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Scores
@@ -340,3 +343,32 @@ def test_agreement_does_not_depend_on_who_is_first(marks: list[tuple[float, floa
     one, other = judge_agreement(first, second), judge_agreement(second, first)
     assert vars(one) == pytest.approx(vars(other), nan_ok=True)
     assert math.isnan(one.same_order) or 0 <= one.same_order <= 1
+
+
+class FailsLate(Counting):
+    """Answers a cancellation, and everything else, with a failure."""
+
+    async def score(self, shown: CriticInput) -> Scores:
+        self.calls += 1
+        try:
+            await asyncio.sleep(0.001 * (self.calls % 5))
+        except asyncio.CancelledError:
+            raise BackendError("unreachable", "closed") from None
+        raise BackendError("unreachable", "down")
+
+
+@pytest.mark.parametrize("same", [1, 3])
+def test_a_judge_that_fails_too_often_ends_in_one_message(same: int, tmp_path: Path) -> None:
+    """No "Task exception was never retrieved" of the questions that were still under way."""
+    reported: list[object] = []
+
+    async def ask() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+        looks = [partial(CriticInput, RED, BLUE, f"make it blue {n // same}", "x") for n in range(40)]
+        judge = CachedJudge(FailsLate(), tmp_path)
+        with pytest.raises(UserError, match="the judge failed on 5 images"):
+            await score_all(judge, looks, 16, 0.1, lambda done, total: None, "resume")
+
+    asyncio.run(ask())
+    gc.collect()
+    assert reported == []
