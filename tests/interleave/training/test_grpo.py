@@ -509,7 +509,8 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     LocalChat(LocalChatConfig(ref=str(run / "model"), device="cpu"))
     shutil.rmtree(run / "model")
     for step in (REPLAYED + 2, REPLAYED + 4):
-        (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").unlink()  # as if killed while writing
+        # as if killed while the first was written
+        (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").unlink()
     forked(2, "grpo", "--resume", str(run), **how)
     assert digest(run / "model") == straight
     assert updates(run) == found

@@ -5,7 +5,7 @@ Images are named by the hash of their pixels (`imgen_common.images.content_hash`
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
@@ -39,6 +39,10 @@ TrajectoryStatus = Literal[
 """complete: every step of the plan has its part of the story.  steps_not_accepted: so it has, but the critic accepted
 no image of some steps.  Otherwise the story ends at the step that failed, or for which nothing was left;
 internal_error: an exception in a part's own code."""
+
+
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+"""A duration."""
 
 
 class Record(BaseModel):
@@ -166,7 +170,7 @@ class Attempt(Record):
     error: str | None = None
     error_kind: FailureKind | None = None
     scores: Scores | None = None
-    timings: Mapping[str, float] = Field(default_factory=dict)
+    timings: Mapping[str, Seconds] = Field(default_factory=dict)
     status: AttemptStatus
 
     @property
@@ -203,7 +207,7 @@ class Spent(Record):
     generations: int = 0
     critic_calls: int = 0
     planner_calls: int = 0
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
 
 class Trajectory(Record):

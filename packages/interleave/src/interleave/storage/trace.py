@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgen_common.errors import UserError
+from pydantic import ValidationError
+
+from imgen_common.errors import UserError, one_line
 from imgen_common.files import append, lock, sync, whole_lines, writing
 from interleave.records import Attempt, PlanRecord, Record, Trajectory
 
@@ -90,7 +92,7 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
             fields = json.loads(line)
             record = TYPES[fields.pop("type")].model_validate(fields)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error))
             raise UserError(f"{path}:{number}: damaged record ({reason}); remove the line and resume") from None
         match record:
             case PlanRecord():
