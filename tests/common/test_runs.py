@@ -22,6 +22,7 @@ from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 from imgen_common.run_folder import folder as runs
 from imgen_common.run_folder.environment import _git
+from imgen_common.run_folder.find import find_run, free_path, is_run
 from imgen_common.run_folder.folder import RunFolder
 
 COMMAND = ["flowbp", "train", "--set", "steps=3"]
@@ -416,3 +417,13 @@ def test_write_atomic_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.M
         assert file.read_text() == "old"
     write_atomic(file, "new")
     assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "é" * 130, "ключ" * 70, "中" * 100])
+def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
+    assert not is_run(name, tmp_path)
+    with pytest.raises(UserError, match="no such run"):
+        find_run(name, tmp_path)
+    for wanted, otherwise in ((name, "story"), (None, name)):
+        with pytest.raises(UserError, match="at most 240 bytes"):
+            free_path(tmp_path, wanted, otherwise)

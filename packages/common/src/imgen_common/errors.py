@@ -1,6 +1,7 @@
 """Errors a user can mend, and how a command line answers them."""
 
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
@@ -10,6 +11,15 @@ from imgen_common.terminal import safe_streams
 
 if TYPE_CHECKING:
     import typer
+
+
+MENDABLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another"),
+    errno.ENAMETOOLONG: "shorten the name",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the command again"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "give a folder for a folder, and a file for a file"),
+}
+"""What to do about failures of the file system that no command foresees."""
 
 
 class UserError(Exception):
@@ -61,6 +71,11 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         app(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MENDABLE or error.filename is None:
+            raise
+        print(f"{name}: error: {error.filename}: {error.strerror}; {MENDABLE[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return exit_code()

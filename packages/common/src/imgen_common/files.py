@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -99,6 +100,14 @@ def lock(file: IO[bytes] | int) -> bool:
     except OSError:
         return False
     return True
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, with its parents, unless it is there.  Raises UserError if files cannot be written into it."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, 
 
 import asyncio
 import re
+import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
@@ -71,10 +72,18 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
 def create_run(
     path: Path, config: RunConfig, command: Sequence[str], ask: Callable[[ImageStore], list[Request]]
 ) -> list[Request]:
-    """Start a run folder with the requests that `ask` makes with its image store."""
-    with RunFolder.create(path, config, command):
-        requests = ask(ImageStore(path / IMAGES))
-        request_files.save_requests(requests, path)
+    """Start a run folder with the requests that `ask` makes with an image store.
+
+    They are made first, so that a mistake in them leaves no folder behind.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = ImageStore(Path(folder))
+        requests = ask(given)
+        with RunFolder.create(path, config, command):
+            images = ImageStore(path / IMAGES)
+            for image_id in {image_id for request in requests for image_id in request.image_ids}:
+                given.copy(image_id, images.path(image_id))
+            request_files.save_requests(requests, path)
     return requests
 
 
