@@ -9,7 +9,6 @@ same everywhere.  A lock, released by the system when its process ends, keeps a 
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -17,13 +16,14 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.files import is_disk_full, lock, sync, write_atomic, writing
 from imgen_common.run_folder.environment import environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
+from imgen_common.run_folder.trackers import Tracker, start_tracker, tracker_module
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 C = TypeVar("C", bound=Config)
-Tracker = Literal["wandb", "trackio"]
 Tensors = Mapping[str, Mapping[str, "Tensor"]]
 STEP = re.compile(r"step-(\d+)")
 SPARE_BYTES = 16 * 2**20
@@ -64,7 +63,7 @@ class RunFolder:
         Raises UserError if the folder holds anything, is in use, or a tracker is not installed.
         """
         _refuse_used(path)
-        modules = [_tracker_module(name) for name in trackers]
+        modules = [tracker_module(name) for name in trackers]
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, is_main=True, lock=_acquire(path))
@@ -101,7 +100,7 @@ class RunFolder:
             _refuse_other_config(path, config, may_differ)
         if not is_main:
             return cls(path, is_main=False)
-        modules = [_tracker_module(name) for name in trackers]
+        modules = [tracker_module(name) for name in trackers]
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
             run._mend_checkpoints()
@@ -202,7 +201,7 @@ class RunFolder:
     def _start_trackers(self, modules: Sequence[Any], config: Config | None) -> None:
         values = config.model_dump(mode="json") if config is not None else None
         for module in modules:
-            module.init(project=self.path.parent.name or "runs", name=self.path.name, config=values, resume="allow")
+            start_tracker(module, self.path, values)
             self._trackers.append(module)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -287,15 +286,6 @@ class RunFolder:
                 entry.rename(final)
             else:
                 shutil.rmtree(entry)
-
-
-def _tracker_module(name: Tracker) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f"tracker {name!r} is not installed; install it (`uv pip install {name}`) or leave it out"
-        ) from None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import typer
 
 from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, progress_bar, report_error_once
 from imgen_common.console import spinner
+from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
 from imgen_common.files import make_folder
 from imgen_common.shutdown import message_when_stopped
@@ -198,6 +199,7 @@ def benchmark(
       torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\
         --out geneval/my-run --score geneval=mask2former-swin-small-coco-instance --color-model clip-vit-large-patch14
     """
+    announce_process()
     with spinner("loading"), report_error_once():
         from flowbp.evaluation.benchmarks import settings
         from flowbp.evaluation.sources import model_source

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
 from interleave.cli.options import Configs, Json, Name, Runs, Sets
 
@@ -47,6 +48,7 @@ def sft(
       torchrun --nproc_per_node 8 -m interleave sft planner configs/interleave/sft_planner_qwen3vl.yaml
       interleave sft critic --resume sft_critic
     """
+    announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import SftConfig
 
@@ -86,6 +88,7 @@ def grpo(
       torchrun --nproc_per_node 8 -m interleave grpo configs/interleave/grpo_critic_qwen3vl.yaml
       interleave grpo --resume grpo_critic
     """
+    announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import GrpoConfig
 
