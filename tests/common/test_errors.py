@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 from typing import Annotated, Literal
@@ -101,6 +103,31 @@ def test_a_bad_value_is_named_with_the_nearest_choice(
 
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "train", "--steps", "6")[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "Permission denied; change its permissions, or choose another"),
+        (errno.EROFS, "Read-only file system; change its permissions, or choose another"),
+        (errno.ENAMETOOLONG, "File name too long; shorten the name"),
+        (errno.ENOSPC, "No space left on device; make room, and run the command again"),
+        (errno.ENOTDIR, "Not a directory; give a folder for a folder, and a file for a file"),
+    ],
+)
+def test_failures_of_the_file_system_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, advice: str
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command()
+    def sample() -> None:
+        raise OSError(number, os.strerror(number), "images/a.png")
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(app, "prog")
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"prog: error: images/a.png: {advice}\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

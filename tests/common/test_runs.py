@@ -22,6 +22,7 @@ from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.environment import _git
+from imgen_common.run_folder.find import find_run, free_path, is_run
 from imgen_common.run_folder.folder import RunFolder
 
 COMMAND = ["flowbp", "train", "--set", "steps=3"]
@@ -195,12 +196,15 @@ def test_rewind_forgets_later_steps_and_a_torn_line(folder: Path) -> None:
 class Recorder(types.ModuleType):
     """A tracker that remembers how it was called."""
 
-    def __init__(self) -> None:
-        super().__init__("trackio")
+    def __init__(self, name: str = "trackio") -> None:
+        super().__init__(name)
         self.calls: list[Any] = []
 
-    def init(self, **options: Any) -> None:
+    def init(self, **options: Any) -> types.SimpleNamespace:
         self.calls.append(options)
+        chosen = options.get("id") or f"id-{len(self.calls)}"
+        name = options["name"] if options["resume"] == "allow" else f"{options['name']}-7"  # it is taken
+        return types.SimpleNamespace(id=chosen, entity="us", project=options["project"], name=name)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.calls.append((step, values))
@@ -217,6 +221,40 @@ def test_trackers_get_the_numbers_when_asked(folder: Path, monkeypatch: pytest.M
     options, logged, finish = recorder.calls
     assert (options["project"], options["name"], options["config"]["steps"]) == ("runs", "one", 3)
     assert (logged, finish) == ((1, {"loss": 1.0}), "finish")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "identity"),
+    [("wandb", {"id": "id-1", "entity": "us", "name": "one"}), ("trackio", {"name": "one-7"})],
+)
+def test_a_resumed_run_goes_on_as_the_same_run_of_its_tracker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tracker: Any, identity: dict[str, str]
+) -> None:
+    recorder = Recorder(tracker)
+    monkeypatch.setitem(sys.modules, tracker, recorder)
+    RunFolder.create(folder, Settings(), COMMAND, trackers=[tracker]).close()
+    moved = folder.parent.rename(folder.parent.with_name("moved")) / "renamed"
+    (moved.parent / "one").rename(moved)
+    for _ in range(2):
+        RunFolder.open(moved, Settings(), COMMAND, trackers=[tracker]).close()
+    first, *later = [call for call in recorder.calls if call != "finish"]
+    assert (first["resume"], first.get("id"), first["project"]) == ("never", None, "runs")
+    for call in later:
+        expected = identity if tracker == "trackio" else identity | {"name": "renamed"}
+        assert (call["resume"], call["project"]) == ("allow", "runs")
+        assert expected.items() <= call.items()
+
+
+def test_a_tracker_that_is_added_later_starts_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    new_run(folder).close()
+    RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
+    RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
+    assert [call["resume"] for call in recorder.calls if call != "finish"] == ["never", "allow"]
+    (folder / "trackers.json").write_text("[")
+    with pytest.raises(UserError, match=r"trackers\.json: damaged"):
+        RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"])
 
 
 def test_a_missing_tracker_is_a_user_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,3 +454,13 @@ def test_write_atomic_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.M
         assert file.read_text() == "old"
     write_atomic(file, "new")
     assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "é" * 130, "ключ" * 70, "中" * 100])
+def test_names_that_no_folder_can_have(name: str, tmp_path: Path) -> None:
+    assert not is_run(name, tmp_path)
+    with pytest.raises(UserError, match="no such run"):
+        find_run(name, tmp_path)
+    for wanted, otherwise in ((name, "story"), (None, name)):
+        with pytest.raises(UserError, match="at most 240 bytes"):
+            free_path(tmp_path, wanted, otherwise)

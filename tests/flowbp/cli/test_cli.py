@@ -18,17 +18,19 @@ import forking
 import pytest
 import torch
 import typer
+from rich.console import Console
 
 from flowbp import cli
-from flowbp.cli import app
+from flowbp.cli import app, console
 from flowbp.config import Hinge, TrainConfig
 from flowbp.core.plan import draw_plan
+from flowbp.evaluation.compare import Change
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
-from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, plan_strip
+from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
 from flowbp.training.progress import TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
-from flowbp.training.trainer import reward_losses
+from flowbp.training.trainer import Trainer, reward_losses
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.run_folder.folder import RunFolder
@@ -484,6 +486,35 @@ def test_a_run_goes_on_when_its_reader_is_gone(tmp_path: Path) -> None:
     assert (run / "report.html").exists()
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("key", "value"), [("optim.learning_rate", 1e-5), ("optim.max_grad_norm", 0.1)])
+def test_a_run_that_diverged_goes_on_with_what_the_message_says(
+    flowbp: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, value: float
+) -> None:
+    original = Trainer.compute_gradient
+
+    def diverging(trainer: Trainer) -> dict[str, float]:
+        metrics, optim = original(trainer), trainer.config.optim
+        healthy = trainer.update < 2 or optim.learning_rate < 1e-4 or optim.max_grad_norm < 1
+        return metrics if healthy else metrics | {"loss": float("nan")}
+
+    monkeypatch.setattr(Trainer, "compute_gradient", diverging)
+    settings = ("--runs", tmp_path, *sets(*SMALL, "checkpoint.every=1"))
+    code, _, errors = flowbp("train", *settings)
+    run = tmp_path / "flowbp_sparse"
+    assert (code, errors) == (
+        2,
+        "flowbp: error: update 3: not finite: the gradient; lower optim.learning_rate or optim.max_grad_norm; then go "
+        f"on from update 2 with: flowbp train --resume {run} --set KEY=VALUE\n",
+    )
+    first = (run / "config.yaml").read_text()
+    assert flowbp("train", "--resume", run, "--set", "guidance_scale=3")[0] == 2  # still refused
+    assert flowbp("train", "--resume", run, "--set", f"{key}={value}")[0] == 0
+    assert (run / "config-until-000002.yaml").read_text() == first
+    assert (run / "config.yaml").read_text() != first
+    assert "Configuration until update 2" in (run / "report.html").read_text()
+
+
 # --- methods and plans -----------------------------------------------------------------------------------------------
 
 
@@ -495,6 +526,23 @@ def test_methods_lists_all_with_their_sources(flowbp: Call) -> None:
     code, output, _ = flowbp("methods")
     assert code == 0
     assert all(name in output for name in METHODS)
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_words_are_whole_on_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(console, "standard_output", lambda: Console(file=out, width=width, highlight=False))
+    method = METHODS["flowbp_lagrange"]
+    drawn = draw_plan(method, linear_sigmas(25, 3.0), numpy_generator(3, "plan", 0))
+    console.print_methods(methods_table())
+    console.print_plan(method, drawn, "a plan")
+    change = Change(0.2712, 0.2749, 0.0037, 0.0011, 0.0052, 40)
+    console.print_comparison({1.0: {"reward": change, "heldout": change}}, 1.0, "base", "trained")
+    text = out.getvalue()
+    for word in ("flowbp_lagrange", "Held-out", "0.2749", "higher"):
+        assert word in text
+    if width > 20:
+        assert "active steps" in text
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -76,3 +76,11 @@ def test_files_are_numbered_on(tmp_path: Path) -> None:
 )
 def test_prompts_become_safe_file_names(prompt: str, name: str) -> None:
     assert sampling.slug(prompt) == name
+
+
+@pytest.mark.parametrize("letter", ["a", "ж", "中", "\U00020000"])
+def test_file_names_fit_into_255_bytes(letter: str) -> None:
+    for prompt in (letter * 500, f"{letter}{letter} " * 90):
+        name = f"000000-{sampling.slug(prompt)}-seed{2**63}.png"
+        assert len(name.encode()) <= 255
+        assert letter in name

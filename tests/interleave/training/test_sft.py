@@ -388,7 +388,9 @@ def test_a_launcher_that_did_not_do_what_was_asked_is_reported(monkeypatch: pyte
         monkeypatch.setattr(launch.os, "environ", environment)
         with pytest.raises(UserError, match=said):
             launch.num_processes("interleave grpo")
-    monkeypatch.setattr(launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"})
+    monkeypatch.setattr(
+        launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    )
     assert launch.num_processes("interleave grpo") == 3
 
 

@@ -1,7 +1,9 @@
 """Where models run: devices and their memory, and the processes that a launcher started."""
 
+import os
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from imgen_common.errors import UserError
 
@@ -39,12 +41,53 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+class LaunchedProcess(NamedTuple):
+    """This process among those that a launcher started."""
+
+    rank: int
+    size: int
+
+
+def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
+    """Which process this is, as torchrun, accelerate launch and MPI say it; the only one where none of them is used.
+
+    Raises UserError for variables that no launcher sets like this, such as those left over from another launch: the
+    process would wait for others, or print nothing since it took itself for one of them.
+    """
+    given = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if environment.get(name)}
+    values = {name: int(text) if text.isdecimal() else -1 for name, text in given.items()}
+    rank, size = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    if (missing and any(value != alone[name] for name, value in values.items())) or not 0 <= rank < size:
+        said = ", ".join(f"{name}={text}" for name, text in given.items())
+        lacking = f", but not {', '.join(missing)}" if missing else ""
+        raise UserError(
+            f"the environment has {said}{lacking}, as no launcher sets them; for one process: unset {' '.join(given)}; "
+            "for several: start them with torchrun or accelerate launch"
+        )
+    return LaunchedProcess(rank, size)
+
+
+def announce_process() -> LaunchedProcess:
+    """Which process this is.  Where no torchrun shows that there are others, one that prints nothing says so."""
+    process = launched_process(os.environ)
+    if process.rank > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(
+            f"process {process.rank} of {process.size}, as RANK and WORLD_SIZE in the environment say: process 0 "
+            "prints what all do; unset them to run alone",
+            file=sys.stderr,
+        )
+    return process
+
+
 def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[str, str]) -> None:
     """Raises UserError if accelerate launch started one process where several were asked for, or would shard weights.
 
     command: what was launched, such as "flowbp train".  ours: our settings that shard weights, under FSDP and
     DEEPSPEED.
     """
+    launched_process(environment)
     # where accelerate sees no GPU it starts a single process without a word, and these variables give that away
     if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "RANK" not in environment:
         raise UserError(

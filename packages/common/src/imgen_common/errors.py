@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     import typer
 
 
+MENDABLE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another"),
+    errno.ENAMETOOLONG: "shorten the name",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the command again"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "give a folder for a folder, and a file for a file"),
+}
+"""What to do about failures of the file system that no command foresees."""
+
+
 class UserError(Exception):
     """Something the user can mend: the message says what was given, what is allowed and what to do.
 
@@ -113,6 +122,11 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         _command_of(app)(prog_name=name)
     except UserError as error:
         print(f"{name}: error: {one_line(str(error), None)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in MENDABLE or error.filename is None:
+            raise
+        print(f"{name}: error: {error.filename}: {error.strerror}; {MENDABLE[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return exit_code()

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -340,6 +341,14 @@ def lock(file: IO[bytes] | int) -> bool:
             "start only one in each folder"
         )
     return True
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, with its parents, unless it is there.  Raises UserError if files cannot be written into it."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
 
 
 @contextlib.contextmanager

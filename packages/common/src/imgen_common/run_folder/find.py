@@ -1,11 +1,16 @@
 """Run folders by name or path."""
 
 import itertools
+import os
 from pathlib import Path
 
 from imgen_common.errors import UserError, nearest
 
 CONFIG, ENVIRONMENT, METRICS, LOCK = "config.yaml", "environment.json", "metrics.jsonl", ".lock"
+
+
+MAX_NAME_BYTES = 240
+"""Longest name of a run folder; a number may follow."""
 
 
 def find_run(text: str, root: Path) -> Path:
@@ -14,9 +19,9 @@ def find_run(text: str, root: Path) -> Path:
     Raises UserError with the nearest name if there is none.
     """
     for path in (Path(text), root / text):
-        if (path / CONFIG).is_file():
+        if os.path.isfile(path / CONFIG):  # False, too, for a name that is too long
             return path
-    if Path(text).exists():
+    if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
     names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
     known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are none in {root}"
@@ -25,7 +30,7 @@ def find_run(text: str, root: Path) -> Path:
 
 def is_run(text: str, root: Path) -> bool:
     """Whether `text` names a run folder rather than a model."""
-    return any((path / CONFIG).is_file() for path in (Path(text), root / text))
+    return any(os.path.isfile(path / CONFIG) for path in (Path(text), root / text))
 
 
 def free_path(root: Path, name: str | None, otherwise: str) -> Path:
@@ -35,8 +40,11 @@ def free_path(root: Path, name: str | None, otherwise: str) -> Path:
     """
     plain = otherwise if name is None else name
     path = root / plain
-    if plain in ("", ".", "..") or path.name != plain:
-        raise UserError(f"name {plain!r}: must be the plain name of a folder; where it goes is --runs")
+    if plain in ("", ".", "..") or path.name != plain or len(plain.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"name {plain!r}: must be the plain name of a folder, of at most {MAX_NAME_BYTES} bytes; "
+            "where it goes is --runs"
+        )
     if name is not None and (path / CONFIG).exists():
         raise UserError(f"{path}: holds a run already; go on with --resume {path} or choose another name")
     if name is not None or not path.exists():

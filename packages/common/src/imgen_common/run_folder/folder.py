@@ -9,7 +9,6 @@ same everywhere.  A lock, released by the system when its process ends, keeps a 
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -37,13 +36,13 @@ from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.checkpoints import Checkpoint, Tensors
 from imgen_common.run_folder.environment import environment, read_environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
+from imgen_common.run_folder.trackers import Tracker, start_tracker, tracker_module
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
 C = TypeVar("C", bound=Config)
-Tracker = Literal["wandb", "trackio"]
 CHECKPOINTS = "checkpoints"
 
 
@@ -76,7 +75,7 @@ class RunFolder:
         Raises UserError if the folder holds anything, is in use, or a tracker is not installed.
         """
         _refuse_used(path)
-        modules, is_new = [_tracker_module(name) for name in trackers], not path.exists()
+        modules, is_new = [tracker_module(name) for name in trackers], not path.exists()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, is_main=True, lock=_acquire(path))
@@ -115,7 +114,7 @@ class RunFolder:
             _refuse_other_config(path, config, may_differ)
         if not is_main:
             return cls(path, is_main=False)
-        modules = [_tracker_module(name) for name in trackers]
+        modules = [tracker_module(name) for name in trackers]
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
             checkpoints.mend_checkpoints(run._checkpoints)
@@ -238,7 +237,7 @@ class RunFolder:
     def _start_trackers(self, modules: Sequence[Any], config: Config | None) -> None:
         values = config.model_dump(mode="json") if config is not None else None
         for module in modules:
-            module.init(project=self.path.parent.name or "runs", name=self.path.name, config=values, resume="allow")
+            start_tracker(module, self.path, values)
             self._trackers.append(module)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -315,15 +314,6 @@ def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good
 def _print_unless_disk_full(thrown: threading.ExceptHookArgs) -> None:
     if thrown.exc_value is None or not is_disk_full(thrown.exc_value):
         threading.__excepthook__(thrown)
-
-
-def _tracker_module(name: Tracker) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(
-            f"tracker {name!r} is not installed; install it (`uv pip install {name}`) or leave it out"
-        ) from None
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import typer
 
 from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
+from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
+from imgen_common.files import make_folder
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -21,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def sample(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; by default eight prompts of the evaluation.")
-    ] = None,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Prompts, each in quotation marks.")],
     model: Annotated[str | None, typer.Option(metavar="REF", help="Generate with this model.")] = None,
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Generate with the trained model of this run.")] = None,
     base: Annotated[bool, typer.Option("--base", help="With --run: use the model as it was before training.")] = False,
@@ -62,9 +62,9 @@ def sample(
         scale = config.guidance_scale if guidance is None else guidance
         sources.check_guidance_scale(scale)
         source.check()
-        texts = prompts or sources.evaluation_prompts(config)[:8]
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
+        make_folder(out)
         # from here on torch is needed
         from flowbp.data.prompts import describe_cut_prompts
         from flowbp.evaluation import sampling
@@ -75,14 +75,13 @@ def sample(
     print_notes(describe_cut_prompts(texts, config.model, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
-    out.mkdir(parents=True, exist_ok=True)
     with progress_bar() as on_progress:
-        for index, prompt in enumerate(texts):
+        for index, prompt in enumerate(prompts):
             images = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
             for seed, image in zip(seeds, images, strict=True):
                 image.save(out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{seed}.png")
             saved += images
-            on_progress(source.label, index + 1, len(texts))
+            on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
     grid(saved, num, scale=max(1, 128 // saved[0].width), gap=4).save(file)
     print(f"{len(saved)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
@@ -206,6 +205,7 @@ def benchmark(
       torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\
         --out geneval/my-run --score geneval=mask2former-swin-small-coco-instance --color-model clip-vit-large-patch14
     """
+    announce_process()
     with spinner("loading"), report_error_once():
         from flowbp.evaluation.benchmarks import settings
         from flowbp.evaluation.sources import model_source

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
+from imgen_common.devices import launched_process
 from imgen_common.errors import UserError, nearest
 
 Sets = Annotated[
@@ -38,7 +39,7 @@ def report_error_once() -> Iterator[None]:
     try:
         yield
     except UserError:
-        if os.environ.get("RANK", "0") == "0":
+        if launched_process(os.environ).rank == 0:
             raise
         raise typer.Exit(2) from None
 

@@ -1,7 +1,6 @@
 """`flowbp train` and `flowbp estimate`."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import typer
 
 from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
+from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
 from imgen_common.shutdown import message_when_stopped
 
@@ -54,7 +54,7 @@ def train(
       torchrun --nproc_per_node 2 -m flowbp train
       torchrun --nproc_per_node 8 -m flowbp train my.yaml --set distributed.kind=fsdp2
     """
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = announce_process().rank == 0
     with report_error_once():
         _refuse_method_as_file(configs or [])
         with spinner("checking"):

@@ -61,8 +61,9 @@ def next_file_number(folder: Path) -> int:
 
 
 def slug(text: str) -> str:
-    """A prompt as part of a file name."""
-    return "-".join(re.findall(r"\w+", text.lower()))[:60] or "image"
+    """A prompt as part of a file name, which has at most 255 bytes."""
+    words = "-".join(re.findall(r"\w+", text.lower()))[:60]
+    return words.encode()[:180].decode(errors="ignore") or "image"
 
 
 def evaluate_model(

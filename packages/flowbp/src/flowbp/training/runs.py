@@ -11,6 +11,7 @@ from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, check_run
 from imgen_common.config import to_yaml
+from imgen_common.devices import launched_process
 from imgen_common.errors import UserError
 from imgen_common.files import read_text, write_atomic
 from imgen_common.run_folder.data import check_data, record_data
@@ -53,7 +54,7 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
     path = resume or new_run_path(config, root)
     check_launcher(config.distributed.kind, os.environ)
-    job = check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    job = check_run(config, launched_process(os.environ).size)
     check_disk(job, path, resume=resume is not None)
     if resume is not None:
         check_data(resume, job.data)

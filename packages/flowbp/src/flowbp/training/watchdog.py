@@ -59,11 +59,7 @@ def compare_with_base(
     moved by `shift`; where the images have drifted further than `config.drift`.  drift: by `image_drift`; nan
     raises no alert.
     """
-    alerts = [
-        f"{score_title(name)} is not finite on {lost} of {len(now.scores[name])} prompts"
-        for name in (*trained, *heldout)
-        if (lost := int((~np.isfinite(now.scores[name])).sum()))
-    ]
+    alerts = _not_finite({name: now.scores[name] for name in (*trained, *heldout)})
     changes = {name: standardized_change(base.scores[name], now.scores[name]) for name in (*trained, *heldout)}
     risen = [name for name in trained if paired_change(base.scores[name], now.scores[name]).low > 0]
     for name in heldout:
@@ -88,6 +84,16 @@ def compare_with_base(
     if config.drift is not None and drift > config.drift:
         alerts.append(f"the images are {drift:.2f} times as unlike the base's as those are unlike each other")
     return Finding(alerts, changes | shifts | {"drift": drift})
+
+
+def _not_finite(scores: Mapping[str, Sequence[float]]) -> list[str]:
+    """An alert for every score that has no value for a prompt."""
+    lost = {name: int((~np.isfinite(values)).sum()) for name, values in scores.items()}
+    return [
+        f"{score_title(name)} is not finite on {count} of {len(scores[name])} prompts"
+        for name, count in lost.items()
+        if count
+    ]
 
 
 def image_drift(base: Tensor, now: Tensor) -> float:

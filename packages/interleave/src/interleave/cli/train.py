@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
+from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
 from interleave.cli import data
 from interleave.cli.options import Json, MiniatureConfigs, Name, Runs, Sets
@@ -56,6 +57,7 @@ def sft(
       interleave sft critic --resume sft_critic
       interleave sft critic --resume sft_critic --resume-from last-good
     """
+    announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import SftConfig
 
@@ -101,6 +103,7 @@ def grpo(
       interleave grpo --resume grpo_critic
       interleave grpo --resume grpo_critic --resume-from last-good
     """
+    announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import GrpoConfig
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
-from imgen_common.devices import any_process, check_launcher
+from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
 from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
@@ -88,11 +88,11 @@ def num_processes(command: str) -> int:
     Raises UserError if the launcher did not start them, or would shard weights itself.
     """
     check_launcher(os.environ, command, RECIPE_KEYS)
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_process(os.environ).size
 
 
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_process(os.environ).rank == 0
 
 
 def run_on_main_process(work: Callable[[], str]) -> str:

@@ -1,0 +1,44 @@
+"""Trackers beside a run folder: a resumed run goes on as the same run of its tracker."""
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from imgen_common.errors import UserError
+from imgen_common.files import read_text, write_atomic
+
+Tracker = Literal["wandb", "trackio"]
+TRACKERS = "trackers.json"
+"""File of a run folder that says what each tracker calls the run."""
+IDENTITY: Mapping[str, tuple[str, ...]] = {"wandb": ("id", "entity"), "trackio": ("name",)}
+"""What a tracker finds a run by, beside the project: W&B by an id, trackio by the name."""
+
+
+def tracker_module(name: Tracker) -> Any:
+    """The tracker's module.  Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"tracker {name!r} is not installed; install it (`uv pip install {name}`) or leave it out"
+        ) from None
+
+
+def start_tracker(module: Any, run: Path, config: Mapping[str, Any] | None) -> None:
+    """Starts a run of the tracker, or goes on with the one that was started for the folder `run`."""
+    name, file = module.__name__, run / TRACKERS
+    try:
+        known = json.loads(read_text(file)) if file.exists() else {}
+        found: Mapping[str, str] = known.get(name, {})
+    except (ValueError, AttributeError):
+        raise UserError(f"{file}: damaged; remove it to go on as a new run of {name}") from None
+    project = run.resolve().parent.name or "runs"
+    options = {"project": project, "name": run.name, "config": config} | dict(found)
+    started = module.init(**options, resume="allow" if found else "never")
+    if not found:
+        identity = {key: getattr(started, key, None) for key in ("project", *IDENTITY[name])}
+        # trackio changes the name of a new run where another has it
+        known[name] = {key: value for key, value in identity.items() if isinstance(value, str)}
+        write_atomic(file, json.dumps(known, indent=2) + "\n")

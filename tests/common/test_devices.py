@@ -1,0 +1,57 @@
+"""Which process a launcher started, and what is left over from another launch."""
+
+import pytest
+
+from imgen_common.devices import announce_process, launched_process
+from imgen_common.errors import UserError
+
+PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "process"),
+    [
+        ({}, (0, 1)),
+        (PLACE, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        (PLACE | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4)),
+    ],
+)
+def test_processes_of_launchers(environment: dict[str, str], process: tuple[int, int]) -> None:
+    assert launched_process(environment) == process
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        PLACE | {"RANK": "2", "WORLD_SIZE": "2"},
+        PLACE | {"RANK": "1"},
+        PLACE | {"RANK": "first", "WORLD_SIZE": "2"},
+        PLACE | {"RANK": "0", "WORLD_SIZE": "0"},
+        {"RANK": "-1", "WORLD_SIZE": "1"},
+    ],
+)
+def test_what_is_left_over_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"the environment has .*for one process: unset "):
+        launched_process(environment)
+
+
+@pytest.mark.parametrize(("torchrun", "said"), [(False, "process 1 of 2, as RANK and WORLD_SIZE"), (True, "")])
+def test_a_process_that_prints_nothing_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torchrun: bool, said: str
+) -> None:
+    for name, value in (PLACE | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert announce_process().rank == 1
+    assert capsys.readouterr().err.startswith(said)

@@ -1,0 +1,84 @@
+"""Configuration, names and files are checked before torch is imported, which takes seconds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GENERATOR = "builtin:shapes/generator"
+FLOWBP = {
+    "train --set max_train_stepz=3": "did you mean 'max_train_steps'",
+    "train bad.yaml": "max_train_step: unknown key",
+    "train missing.yaml": "missing.yaml: no such file",
+    "train --resume nothing": "nothing: no such run",
+    "train --set model.ref=missing/folder/x": "missing/folder/x",
+    "train --set rewards.0.ref=./empty": "empty: not a model folder",
+    "train --set data.prompts=missing.txt": "missing.txt",
+    "train --set eval.quick_prompts=missing.txt": "missing.txt",
+    "train --set name=a/b": "name 'a/b'",
+    "train --set total_batch_size=7 --set per_device_batch_size=2": "per_device_batch_size 2",
+    "train --set distributed.kind=fsdp2": "needs processes",
+    "estimate --set a=1": "--set a=1",
+    "estimate --set heldout.0.ref=./empty": "empty",
+    "sample": "Missing argument",
+    "sample x --run nothing": "nothing",
+    "sample x --model ./empty": "empty",
+    "sample x --guidance-scale 0": "--guidance-scale 0",
+    "sample x --out bad.yaml": "bad.yaml: cannot be written",
+    "eval nothing/x/y": "nothing/x/y",
+    f"eval {GENERATOR} --set evl.x=1": "did you mean 'eval'",
+    f"eval {GENERATOR} --prompts no.txt": "no.txt",
+    f"benchmark {GENERATOR} --prompts missing.txt --out o": "missing.txt",
+    f"benchmark {GENERATOR} --prompts builtin:shapes/test --out o --score clipp=x": "did you mean 'clip'",
+    "report nothing": "nothing: no such run",
+    f"report {'x' * 300}": "no such run",
+    "export nothing --to diffusers": "nothing: no such run",
+    "export x --to diffuserz": "did you mean 'diffusers'",
+    "convert-reward hpsv9 f o --with x": "did you mean 'hpsv3'",
+    "convert-reward hpsv2 missing.pt o --with x": "missing.pt: no such file",
+    "table missing": "missing: not a run folder",
+    "explain refll": "did you mean 'refl'",
+    "explain refl --figure x.bmp": "must end in .png",
+}
+INTERLEAVE = {
+    "run x --set lop.x=1": "did you mean 'loop'",
+    "run x missing.yaml": "missing.yaml: no such file",
+    "run x --image missing.png": "missing.png",
+    f"run x --name {'n' * 300}": "at most 240 bytes",
+    "batch missing.jsonl": "missing.jsonl: no such file",
+    "batch bad.yaml": "line 1: not a JSON object",
+    "batch --resume nothing": "nothing: no such run",
+    "plan x --set a=1": "--set a=1",
+    "sft critic bad.yaml": "max_train_step",
+    "sft planner --resume nothing": "nothing: no such run",
+    "sft critic sft.yaml": "critic_sft.jsonl: no such file",
+    "grpo bad.yaml": "max_train_step",
+    "grpo sft.yaml": "critic_rl.jsonl: no such file",
+    "data build --out o --set a=1": "--set a=1",
+    "data check missing": "missing",
+    "serve --set a=1": "--set a=1",
+    "demo --set a=1": "--set a=1",
+    "report nothing": "nothing: no such run",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("program", "mistakes"), [("flowbp", FLOWBP), ("interleave", INTERLEAVE)])
+def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: str, mistakes: dict[str, str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.yaml").write_text("max_train_step: 3\n")
+    (tmp_path / "sft.yaml").write_text("model: builtin:shapes/critic\ndata: empty\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    script = Path(__file__).with_name("light.py")
+    given = "\n".join(json.dumps(words.split()) for words in mistakes)
+    done = subprocess.run(
+        [sys.executable, script, program], cwd=tmp_path, input=given, capture_output=True, text=True, timeout=120
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    for (words, said), (code, heavy, text) in zip(mistakes.items(), answers, strict=True):
+        assert (code, heavy) == (2, []), (words, text)
+        assert said in text, (words, text)
+        assert "Traceback" not in text
+    assert {path.name for path in tmp_path.iterdir()} == before  # and nothing is written
