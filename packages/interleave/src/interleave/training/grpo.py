@@ -151,11 +151,9 @@ def train_grpo(
         with run.open_run(
             config, arguments, command, runs=runs, name=name, default_name="grpo_critic", resume=resume
         ) as (run_folder, checkpoint):
-            sets = {"critic_rl": job.rows, "template": job.prompts}
-            run.bind_rows(run_folder, sets, resumed=resume is not None)
+            run.bind_rows(run_folder, {"critic_rl": job.rows, "template": job.prompts}, resume)
             counting = build_scoring_callback(scored, job)
-            # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
-            logging = run.build_run_callback(run_folder, lambda: counting.metrics)
+            logging = run.build_run_callback(run_folder, lambda: counting.metrics)  # after the one that counts them
             trainer = _build_trainer(job, scored, arguments, [counting, logging, *callbacks])
             run.check_trainable(trainer, config)
             trainer.train(resume_from_checkpoint=checkpoint)
