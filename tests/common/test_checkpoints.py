@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_runs import COMMAND, Recorder, Settings, files, new_run, weights
 
@@ -85,6 +87,8 @@ DAMAGES: dict[str, Damage] = {
     "an empty manifest": write(MANIFEST, ""),
     "a cut manifest": write(MANIFEST, '{"files": {"state.json": {"bytes": 1'),
     "another manifest": write(MANIFEST, '{"files": {"../../../nowhere": {"bytes": 1, "sha256": "0"}}}'),
+    "a manifest of nothing": write(MANIFEST, '{"files": {}}'),
+    "a pipe": lambda folder: [(folder / "state.json").unlink(), os.mkfifo(folder / "state.json")],
     "nothing left": lambda folder: [path.unlink() for path in folder.iterdir()],
 }
 
@@ -107,6 +111,25 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
     with RunFolder.open(folder) as run:
         assert run.checkpoints() == [1, 2]
         assert run.load_checkpoint(2).state == {"value": 2}
+
+
+def test_what_is_no_folder_or_file_of_ours_is_one_line(folder: Path, tmp_path: Path) -> None:
+    elsewhere = checkpoint(folder, 3).rename(tmp_path / "elsewhere")
+    checkpoint(folder, 3).symlink_to(elsewhere)
+    flip("model.safetensors")(elsewhere)
+    assert drop_damaged_checkpoints(folder).keys() == {3}
+    assert elsewhere.is_dir()
+    (folder / "metrics.jsonl").mkdir()
+    (folder / "samples").write_text("a file")
+    for act in (lambda run: run.log(1, {"a": 1.0}), lambda run: run.log_image(1, "a", Image.new("RGB", (2, 2)))):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written|samples: File exists"):
+            work_in(folder, act)
+    assert RunFolder.open(folder).metrics() == []
+
+
+def work_in(folder: Path, act: Callable[[RunFolder], object]) -> None:
+    with RunFolder.open(folder) as run:
+        act(run)
 
 
 def test_the_last_whole_one_may_be_further_back_or_none(folder: Path) -> None:
@@ -204,14 +227,13 @@ def test_a_full_disk_in_mid_run_is_one_line_and_leaves_nothing_half(error: Excep
     before = files(folder)
     half = folder / "checkpoints" / "checkpoint-9"
 
-    def work() -> None:
-        with RunFolder.open(folder):
-            half.mkdir()
-            (half / "optimizer.pt").write_bytes(b"half")
-            raise error
+    def work(_: RunFolder) -> None:
+        half.mkdir()
+        (half / "optimizer.pt").write_bytes(b"half")
+        raise error
 
     with pytest.raises(UserError, match=r"the disk is full; the checkpoint of step 3 is kept; .* --resume ") as caught:
-        work()
+        work_in(folder, work)
     assert caught.value.__suppress_context__
     assert files(folder) == before
     RunFolder.open(folder).close()
@@ -253,13 +275,12 @@ def test_a_run_folder_removed_in_mid_run_is_one_line(act: str, folder: Path) -> 
         "read": lambda run: (run.path / "grid.json").read_text(),
     }
 
-    def work() -> None:
-        with RunFolder.open(folder) as run:
-            shutil.rmtree(folder)
-            acts[act](run)
+    def work(run: RunFolder) -> None:
+        shutil.rmtree(folder)
+        acts[act](run)
 
     with pytest.raises(UserError, match="was removed, or its disk is gone, while the run wrote to it"):
-        work()
+        work_in(folder, work)
     assert not folder.exists()
 
 

@@ -419,7 +419,7 @@ def test_a_full_disk_stops_the_run_and_says_how_to_go_on(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="resume"):
+    with pytest.raises(UserError, match="the disk is full; make room"):
         run(tmp_path, parts())
     monkeypatch.setattr(os, "fsync", real)
     (trajectory,) = run(tmp_path, parts())

@@ -209,6 +209,8 @@ def read_json(path: Path, kind: type[Model]) -> Model:
     Raises UserError if it is missing, too large, cut off, nested too deeply, or holds something else.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file; restore or remove it")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, so it is not what was written here")
         return kind.model_validate_json(path.read_bytes())
@@ -227,7 +229,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 def read_json_lines(path: Path, kind: type[Model]) -> Iterator[tuple[Model, bytes]]:
     """Each line of a file that grows line by line, as a value and as it stands; others than `kind` are left out."""
-    for line in whole_lines(path) if path.exists() else ():
+    for line in whole_lines(path) if path.is_file() else ():
         with contextlib.suppress(ValidationError):
             yield kind.model_validate_json(line), line
 

@@ -85,7 +85,11 @@ def find_damage(folder: Path) -> str | None:
         return None
     try:
         files = read_json(folder / MANIFEST, Manifest).files
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, saved in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != saved.bytes:
                 return f"{name} has {size} bytes instead of {saved.bytes}"
         found = _measure([folder / name for name in files])
@@ -147,7 +151,8 @@ def remove_damaged(found: Mapping[int, Path]) -> dict[int, str]:
 
 def remove_checkpoint(folder: Path) -> None:
     """Renamed before it is removed, so that a kill leaves no torn checkpoint."""
-    shutil.rmtree(folder.rename(folder.with_name(f".gone-{folder.name}")))
+    gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
+    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
 
 
 def mend_checkpoints(folder: Path) -> None:

@@ -72,7 +72,7 @@ def sample(
         from imgen_common.devices import device_of
         from imgen_common.images import grid, to_pil
     quiet_libraries()
-    print_notes(describe_cut_prompts(texts, config.model, {}))
+    print_notes(describe_cut_prompts(prompts, config.model, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     with progress_bar() as on_progress:

@@ -151,15 +151,15 @@ def open_run(
         yield run, checkpoint
 
 
-def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], *, resumed: bool) -> None:
-    """Keeps hashes of the rows, by the name of their set, with a new run.
+def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
+    """Keeps hashes of the rows, by the name of their set, with a new run; resume: the folder of one that is resumed.
 
     Raises UserError, on all processes, if those of a resumed run are not what it was started with.
     """
     data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}
 
     def work() -> str:
-        check_data(run.path, data) if resumed else record_data(run.path, data)
+        check_data(run.path, data) if resume else record_data(run.path, data)
         return ""
 
     run_on_main_process(work)

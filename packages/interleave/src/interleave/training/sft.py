@@ -99,7 +99,7 @@ def train_sft(
     opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
     with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
         sets = {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}
-        run.bind_rows(run_folder, sets, resumed=resume is not None)
+        run.bind_rows(run_folder, sets, resume)
         callback = run.build_run_callback(run_folder)
         batch = arguments.per_device_eval_batch_size
         trainer = SFTTrainer(
