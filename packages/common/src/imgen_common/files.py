@@ -29,8 +29,16 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file{nearest(path.name, siblings)}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def local_path(text: str) -> Path:
+    """The path that a user wrote, with its `~` expanded.  Raises UserError where that is nobody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such home folder; write the path in full") from None
 
 
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
