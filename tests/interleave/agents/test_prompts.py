@@ -169,6 +169,9 @@ def test_a_template_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_template("critic_storry")
     with pytest.raises(UserError, match="no such file"):
         load_template(str(tmp_path / "none.txt"))
+    for strange in ("~~/a.txt", "~nobody-here/a.txt", "a\0b.txt", "\ud83d.txt", "x" * 5000 + ".txt"):
+        with pytest.raises(UserError, match=r"no such home folder|cannot be read"):
+            load_template(strange)
     (tmp_path / "latin.txt").write_bytes(b"{text_input} \xe9")
     with pytest.raises(UserError, match="not UTF-8 at byte 13"):
         load_template(str(tmp_path / "latin.txt"))

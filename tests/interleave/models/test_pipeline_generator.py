@@ -201,7 +201,7 @@ def test_settings_that_a_family_does_not_take_are_refused(family: str, folder: P
 def test_other_pipelines_devices_and_adapters_are_refused(klein_folder: Path, place: Path) -> None:
     with pytest.raises(UserError, match="device"):
         PipelineRunner(PipelineConfig(ref=str(klein_folder), device="toaster"))
-    with pytest.raises(UserError, match=r"clip.*allowed: Flux2KleinPipeline|cannot generate with a"):
+    with pytest.raises(UserError, match="not a diffusers pipeline"):
         PipelineConfig(ref="builtin:shapes/reward").build()
     with pytest.raises(UserError, match="no such"):
         PipelineConfig(ref=str(place / "nowhere")).build()

@@ -64,6 +64,14 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
 
 
+def local_path(text: str) -> Path:
+    """The path that a user wrote, with its `~` expanded.  Raises UserError where that is nobody's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: there is no such home folder; write the path in full") from None
+
+
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, stripped, with their numbers; only a line feed ends a line.
 

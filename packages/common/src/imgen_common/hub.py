@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.files import local_path
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -55,12 +56,13 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights, single_file)
     if len(ref) > MAX_REF:
         raise UserError(f"model {ref[:60]!r}...: longer than a path can be ({MAX_REF} characters)")
+    path = local_path(ref)
     try:
-        path = Path(ref).expanduser()
-        if path.exists():
-            return _check_path(path, weights, single_file)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, not readable, `~nobody`, a zero byte
-        raise UserError(f"model {ref!r}: cannot be read as a path ({one_line(str(error))})") from None
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
+    if exists:
+        return _check_path(path, weights, single_file)
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"

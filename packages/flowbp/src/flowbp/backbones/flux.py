@@ -47,7 +47,7 @@ class Flux(pipelines.PipelineBackbone):
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
-                timestep=sigma * pipelines.time_unit(self.pipe.scheduler),
+                timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
                 guidance=guidance,
                 pooled_projections=cond["pooled"],
                 encoder_hidden_states=text,

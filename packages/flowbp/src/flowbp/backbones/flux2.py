@@ -64,7 +64,7 @@ class Flux2(pipelines.PipelineBackbone):
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=x.flatten(2).transpose(1, 2),
-                timestep=sigma * pipelines.time_unit(self.pipe.scheduler),
+                timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
                 encoder_hidden_states=text,
                 txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
                 img_ids=pipelines.positions(x.device, 1, height, width, 1),

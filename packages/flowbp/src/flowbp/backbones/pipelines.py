@@ -219,9 +219,10 @@ def noise_levels(
     return levels
 
 
-def time_unit(scheduler: FlowMatchEulerDiscreteScheduler) -> float:
-    """What FLUX's transformers get for a noise level of 1: their pipelines divide the scheduler's time by 1000."""
-    return scheduler.config.num_train_timesteps / 1000
+def flux_time(scheduler: FlowMatchEulerDiscreteScheduler, sigma: Tensor) -> Tensor:
+    """What FLUX's transformers get for a noise level: their pipelines divide the scheduler's time by 1000."""
+    unit = scheduler.config.num_train_timesteps / 1000
+    return sigma if unit == 1 else sigma * unit
 
 
 def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) -> float:

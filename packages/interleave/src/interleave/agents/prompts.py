@@ -6,16 +6,14 @@ out of it, no template a placeholder, no reader of an answer a tag.  Records kee
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import read_text
+from imgen_common.files import local_path, read_text
 from interleave.protocols import CriticInput, HashedImage, Message
 from interleave.records import Plan, Verdict
 
@@ -66,7 +64,7 @@ def load_template(ref: str) -> Template:
     if ref in BUILTIN:
         text = (resources.files("interleave.agents") / "templates" / f"{ref}.txt").read_text(encoding="utf-8")
         return Template(ref, text.strip())
-    path = Path(os.path.expanduser(ref))
+    path = local_path(ref)
     if path.suffix != ".txt":
         allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
         raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")
