@@ -98,7 +98,7 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
         try:
             fields = json.loads(line)
             record = TYPES[fields.pop("type")].model_validate(fields)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}:{number}: damaged record ({reason}); remove the line and resume") from None
         match record:
