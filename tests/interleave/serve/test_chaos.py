@@ -1,4 +1,4 @@
-"""A service under load, killed workers, images that keep a decoder busy, half-sent requests, clients that leave, nonsense.
+"""A service under load, kills, images that keep a decoder busy, half-sent requests, clients that leave, and nonsense.
 
 Every whole request is answered, each image is its own, and the service counts as its clients do.
 """
