@@ -157,7 +157,7 @@ def test_decode_counts_the_scans_of_a_jpeg_before_it_decodes(
     if progressive:
         assert decode(jpeg_of_scans(5, progressive, fill), max_pixels=64 * 64).size == (64, 64)
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("given to the decoder"))
-    with pytest.raises(UserError, match="scans of 4096 pixels, at most 16 are allowed"):
+    with pytest.raises(UserError, match="scans of 4096 pixels, at most 32 are allowed"):
         decode(jpeg_of_scans(300, progressive, fill), max_pixels=64 * 64)
 
 
@@ -187,6 +187,14 @@ def test_decode_reads_no_metadata_but_the_orientation(monkeypatch: pytest.Monkey
     segment = b"\xff\xe1" + struct.pack(">H", len(bomb) + 8) + b"Exif\0\0" + bomb
     photograph = encoded(noise_image(), "JPEG")
     assert decode(photograph[:2] + segment + photograph[2:]).size == (12, 16)
+
+
+def test_decode_takes_the_scans_that_encoders_write() -> None:
+    buffer = io.BytesIO()
+    Image.new("CMYK", (64, 64)).save(buffer, "JPEG", progressive=True)
+    assert decode(buffer.getvalue(), max_pixels=64 * 64).size == (64, 64)
+    with pytest.raises(UserError, match="64x64 is more than the allowed 100 pixels"):
+        decode(buffer.getvalue(), max_pixels=100)
 
 
 def test_decode_bounds_the_sides() -> None:

@@ -66,6 +66,10 @@ class Clients:
         pool = self._pools[hash(prompt) % len(self._pools)]
         return await pool.post("/v1/generate", json={"prompt": prompt, "seed": seed})
 
+    async def post_body(self, body: bytes) -> httpx.Response:
+        pool = self._pools[hash(body) % len(self._pools)]
+        return await pool.post("/v1/generate", content=body, headers={"content-type": "application/json"})
+
     async def close(self) -> None:
         await asyncio.gather(*(pool.aclose() for pool in self._pools))
 

@@ -223,8 +223,9 @@ def test_the_open_page_answers_to_this_machines_names_only() -> None:
     pytest.importorskip("gradio")
     from starlette.testclient import TestClient
 
-    with TestClient(demo.create_demo_app(demo.build_page(Teller()), None), base_url="http://127.0.0.1") as client:
-        for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
+    app = demo.create_demo_app(demo.build_page(Teller()), None, allowed_hosts=["demo.example"])
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        for host in ("localhost:7860", "127.0.0.1", "[::1]:7860", "demo.example"):
             answer = client.get("/", headers={"host": host})
             assert answer.status_code == 200
             assert answer.headers["content-security-policy"] == demo.POLICY

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PARTS = 2**16
 """Chunks or segments that a file may have."""
-MAX_SCANS = 16
-"""How often each of the allowed pixels may be written by the scans of a JPEG; progressive ones have about ten."""
+MAX_SCANS = 32
+"""How often each of the allowed pixels may be written by the scans of a JPEG; progressive ones have 6 to 20."""
 MAX_SIDE = 2**16 - 1
 """Longest side, that of JPEG; each row costs time of its own."""
 ORIENTATION = 0x0112
@@ -206,7 +206,7 @@ def _bare_jpeg(data: bytes, max_pixels: int) -> tuple[bytes, int]:
             kept.append(data[start:position])
     else:
         raise _Refused(f"more than the allowed {MAX_PARTS} segments; save it again")
-    if num_scans * num_pixels > MAX_SCANS * max_pixels:
+    if num_pixels <= max_pixels and num_scans * num_pixels > MAX_SCANS * max_pixels:
         most = MAX_SCANS * max_pixels // num_pixels
         raise _Refused(f"{num_scans} scans of {num_pixels} pixels, at most {most} are allowed; save it again")
     return b"".join(kept), _orientation(exif, xmp)

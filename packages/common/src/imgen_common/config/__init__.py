@@ -4,7 +4,7 @@ Precedence: class defaults < files, left to right < `--set`.  A file with `exten
 path counted from its own.  Mappings merge key by key; setting `kind` to another value replaces its mapping, so that
 nothing of the old kind is left, and over a default any `kind` begins anew with what that kind has by default; lists are
 replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by the 1.2 core rules: `1e-4` is a number,
-`no` and `on` are words.
+`no` and `on` are words.  A file may have 512 KiB, 64 values inside each other, and integers of 64 bits.
 """
 
 from imgen_common.config.merge import load

@@ -108,6 +108,12 @@ class LimitedConnection(H11Protocol):
         self._stop_timer()
         super().handle_websocket_upgrade(event)
 
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle is not None:  # which would answer too
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
     def _receive(self, data: bytes) -> None:
         self._num_bytes += len(data)
         self._num_lines += data.count(b"\r\n")
