@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowbp.config import ModelConfig
-from flowbp.data.prompts import describe_cut_prompts, load_prompts, prompt_indices
+from flowbp.data.prompts import describe_unread_prompts, load_prompts, prompt_indices
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
 from imgen_common.shapes.scene import parse_caption
@@ -144,14 +144,20 @@ def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
 def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: str) -> None:
     long = ["a red circle " * 9, "ein Käse " * 9][:num_long]
     rewards = {"held": RewardConfig(ref="builtin:shapes/heldout")}
-    said = describe_cut_prompts(["a red circle", *long, *long, "blau"], ModelConfig(), rewards)
+    said = describe_unread_prompts(["a red circle", *long, *long, "blau"], ModelConfig(), rewards)
     total = 2 + num_long
     expected = [
         f"{num_long} of {total} prompts {verb} longer than the {limit} tokens that {reader} reads; the rest of each is "
         "ignored"
         for reader, limit in (("text_encoder", 11), ("reward held", 11))
     ]
-    assert said == expected
+    assert said[:-1] == expected
+    words = ("word 'blau'", "3 words 'ein', 'Käse', 'blau'")[num_long - 1]
+    assert said[-1].endswith(f"it does not know the {words}; images of such prompts mean nothing")
+
+
+def test_prompts_of_its_world_are_read_whole_by_the_miniature() -> None:
+    assert describe_unread_prompts(load_prompts("builtin:shapes/test", "prompt", 50), ModelConfig(), {}) == []
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

@@ -66,13 +66,13 @@ def sample(
         steps = steps or config.eval.num_inference_steps
         make_folder(out)
         # from here on torch is needed
-        from flowbp.data.prompts import describe_cut_prompts
+        from flowbp.data.prompts import describe_unread_prompts
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
         from imgen_common.images import grid, to_pil
     quiet_libraries()
-    print_notes(describe_cut_prompts(prompts, config.model, {}))
+    print_notes(describe_unread_prompts(prompts, config.model, {}))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     with progress_bar() as on_progress:
@@ -136,14 +136,14 @@ def evaluate(
         texts = models.evaluation_prompts(config)
         # from here on torch is needed
         from flowbp.cli import console
-        from flowbp.data.prompts import describe_cut_prompts
+        from flowbp.data.prompts import describe_unread_prompts
         from flowbp.evaluation import compare, sampling
         from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
     quiet_libraries()
     scorers = {scorer.name: scorer for scorer in config.scorers}
-    notes = (note for one in sources for note in describe_cut_prompts(texts, one.config.model, scorers))
+    notes = (note for one in sources for note in describe_unread_prompts(texts, one.config.model, scorers))
     print_notes(dict.fromkeys(notes))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
@@ -231,7 +231,7 @@ def benchmark(
 
         quiet_libraries()
         work = prepare_benchmark(source, request, out, batch_size, judge)
-        print_notes(work.cut_prompts())
+        print_notes(work.unread_prompts())
     with report_error_once():
         _run_benchmark(work, as_json)
 

@@ -88,9 +88,9 @@ def _refuse_method_as_file(files: list[Path]) -> None:
 
 def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
     from flowbp.cli import console
-    from flowbp.training.preflight import cut_prompts, update_arithmetic
+    from flowbp.training.preflight import unread_prompts, update_arithmetic
 
-    numbers, plan, notes = update_arithmetic(job), job.plans[0], cut_prompts(job.config)
+    numbers, plan, notes = update_arithmetic(job), job.plans[0], unread_prompts(job.config)
     if as_json:
         costs = {key: getattr(plan, key) for key in ("num_gradient_forwards", "num_plain_forwards")}
         content = {"run": str(path), "config": job.config.model_dump(mode="json"), "arithmetic": numbers}

@@ -8,6 +8,7 @@ from flowbp.config import ModelConfig
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
+from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
 
 BUILTIN = "builtin:shapes/"
@@ -88,8 +89,9 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
 
 
-def describe_cut_prompts(prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:
-    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts.
+def describe_unread_prompts(prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:
+    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; and one
+    where they have words that the built-in model does not know.
 
     No weights are read; equal prompts count once.
     """
@@ -104,12 +106,14 @@ def describe_cut_prompts(prompts: Sequence[str], model: ModelConfig, rewards: Ma
             limits[f"reward {name}"] = limit
     different = list(dict.fromkeys(prompts))
     found = {reader: limit.num_longer(different) for reader, limit in limits.items()}
-    return [
+    cut = [
         f"{count} of {len(different)} prompts {'is' if count == 1 else 'are'} longer than the "
         f"{limits[reader].max_tokens} tokens that {reader} reads; the rest of each is ignored"
         for reader, count in found.items()
         if count
     ]
+    unknown = describe_unknown_words(model.ref, " ".join(different))
+    return cut if unknown is None else [*cut, f"{unknown}; images of such prompts mean nothing"]
 
 
 def prompt_indices(count: int, seed: int, first: int, number: int) -> list[int]:

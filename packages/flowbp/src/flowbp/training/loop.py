@@ -14,7 +14,7 @@ from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.training import watchdog
 from flowbp.training.loading import load_models, load_rewards
-from flowbp.training.preflight import cut_prompts
+from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.devices import any_process
@@ -40,7 +40,7 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     shutdown = GracefulShutdown("stopping after this update; once more to stop at once" if run.is_main else "")
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter, shutdown)
     loop.resume()
-    loop.report_cut_prompts()
+    loop.report_unread_prompts()
     loop.embed_prompts()
     reporter.stage("loading rewards")  # after the text encoders, which may be larger than the network, were unloaded
     models.rewards = load_rewards(config, accelerator.device)
@@ -83,10 +83,10 @@ class TrainingLoop:
             if update < self.config.max_train_steps:
                 delete_evaluations(self.run.path, "trained")
 
-    def report_cut_prompts(self) -> None:
+    def report_unread_prompts(self) -> None:
         """Says which text encoders and rewards do not read all of the prompts."""
         if self.run.is_main:
-            for text in cut_prompts(self.config):
+            for text in unread_prompts(self.config):
                 self.reporter.alert(text)
 
     def embed_prompts(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import TrainConfig
-from flowbp.data.prompts import describe_cut_prompts, load_prompts
+from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
@@ -96,10 +96,10 @@ def all_prompts(config: TrainConfig) -> Prompts:
     )
 
 
-def cut_prompts(config: TrainConfig) -> list[str]:
+def unread_prompts(config: TrainConfig) -> list[str]:
     """A sentence for each text encoder and reward of a run that does not read all of its prompts."""
     prompts = [prompt for part in all_prompts(config) for prompt in part]
-    return describe_cut_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
+    return describe_unread_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
 
 
 def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = True) -> Prompts:

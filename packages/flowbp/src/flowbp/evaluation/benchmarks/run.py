@@ -24,7 +24,7 @@ from PIL import Image
 
 from flowbp.core.noise import initial_noise
 from flowbp.data.embeddings import PromptEmbeddings
-from flowbp.data.prompts import describe_cut_prompts
+from flowbp.data.prompts import describe_unread_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.settings import (
     GENEVAL,
@@ -114,10 +114,10 @@ class Benchmark:
     rank: int = 0
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None
 
-    def cut_prompts(self) -> list[str]:
+    def unread_prompts(self) -> list[str]:
         """A sentence for each text encoder and reward that does not read all of the prompts."""
         rewards = {s.name: RewardConfig(score=s.kind, ref=s.ref) for s in self.config.scorers if s.kind in REWARDS}
-        return describe_cut_prompts([prompt.text for prompt in self.prompts], self.config.model, rewards)
+        return describe_unread_prompts([prompt.text for prompt in self.prompts], self.config.model, rewards)
 
     @property
     def missing_images(self) -> list[ImageId]:
