@@ -89,7 +89,9 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
 
 
-def describe_unread_prompts(prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:
+def describe_unread_prompts(
+    prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]
+) -> list[str]:
     """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; and one
     where they have words that the built-in model does not know.
 
