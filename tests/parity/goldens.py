@@ -2,6 +2,8 @@
 
 On the machine that recorded them (same processor, Python and torch) every bit must be equal.  Elsewhere kernels round
 differently: digests are left out there, and numbers must agree to 1e-3 of their size.  `PARITY_RECORD=1` records.
+The gradients of the tiny SD3, FLUX.1 and FLUX.2 were recorded again when rewards began to cut off what the filter of a
+resize overshoots: their images have another size than the reward's.
 """
 
 import hashlib

@@ -161,7 +161,7 @@ BAD = {
     "alpha below 0": (["method=flowbp_bridge", "method.coupling.alpha=-0.5"], "greater than or equal to 0"),
     "missing model": (["model.ref=/no/such/folder"], "no such folder"),
     "unknown builtin": (["rewards.0.ref=builtin:shapes/rewrad"], "did you mean 'builtin:shapes/reward'?"),
-    "not a generator": (["model.ref=builtin:shapes/reward"], "cannot train"),
+    "not a generator": (["model.ref=builtin:shapes/reward"], "not a diffusers pipeline"),
     "missing prompts": (["data.prompts=none.txt"], "no such prompt file"),
     "missing prompts to evaluate": (["eval.prompts=none.txt"], "no such prompt file"),
     "batch that does not divide": (["total_batch_size=5", "per_device_batch_size=2"], "choose a divisor"),

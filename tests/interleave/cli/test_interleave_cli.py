@@ -87,6 +87,13 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_models_are_fetched_and_checked(interleave: Call) -> None:
+    code, out, _ = interleave("prefetch", "builtin:shapes/critic", "builtin:shapes/planner")
+    assert code == 0
+    assert [Path(line).name for line in out.split()] == ["critic", "planner"]
+    assert_refused(interleave("prefetch", "org/none"), "`interleave prefetch org/none` with a network")
+
+
 def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = ("run", "Draw a Cat, then a hat!", recipe(tmp_path, critic=(NO, YES)), "--runs", runs)
