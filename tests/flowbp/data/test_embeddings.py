@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,10 +39,10 @@ class Counted:
     """A backbone that counts what it encodes, and forgets how to when its text encoders are gone."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self.net, self.pipe, self._whole, self.encoded = backbone.net, backbone.pipe, backbone, 0
-        self.latent_shape, self.noise, self.sigmas = backbone.latent_shape, backbone.noise, backbone.sigmas
-        self.velocity, self.decode, self.bfloat16 = backbone.velocity, backbone.decode, False
-        self.prompt_limits = backbone.prompt_limits
+        self._whole, self.encoded = backbone, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
 
     def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.encoded += len(prompts)

@@ -276,6 +276,8 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, A
         out.mkdir(parents=True, exist_ok=True)
         info = SetInfo(rows={"planner_sft": {"train": 0}}, source="build")
         (out / "set.json").write_text(info.model_dump_json())
+        for name in ("critic_sft", "planner_sft", "critic_rl"):
+            (out / f"{name}.jsonl").touch()
         return info
 
     def train_sft(agent: str, config: object, *args: object, **options: object) -> Path:
@@ -326,7 +328,9 @@ def test_a_plan_and_several_processes_build_no_set(
     words: tuple[str, ...],
     processes: str,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", processes)
+    launcher = {"WORLD_SIZE": processes, "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
     assert_refused(interleave(*words), "sets/miniature: not there", "make it first", "interleave data build")
     assert called == []
 

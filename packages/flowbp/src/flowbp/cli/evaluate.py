@@ -14,7 +14,6 @@ from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_note
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
 from imgen_common.errors import UserError
-from imgen_common.files import make_folder
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ def sample(
     """
     with spinner("loading"):
         from flowbp.evaluation import sources
+        from imgen_common.files import make_folder
 
         if run and model:
             raise UserError("--run and --model: give one of them")
