@@ -336,6 +336,10 @@ def test_a_plan_and_several_processes_build_no_set(
 
 
 def test_a_set_of_the_users_is_never_built_for_them(interleave: Call, called: list[tuple[str, Any]]) -> None:
+    assert_refused(interleave("sft", "critic", "--set", "data=sets/mine"), "sets/mine/critic_sft.jsonl: no such file")
+    for name in ("mine/critic_sft", "miniature/critic_rl"):
+        Path(f"sets/{name}.jsonl").parent.mkdir(parents=True)
+        Path(f"sets/{name}.jsonl").touch()
     assert interleave("sft", "critic", "--set", "data=sets/mine")[0] == 0
     assert interleave("grpo", CONFIGS / "grpo_critic.yaml")[0] == 0
     assert [name for name, _ in called] == ["sft critic", "grpo"]

@@ -66,13 +66,12 @@ def sample(
         steps = steps or config.eval.num_inference_steps
         make_folder(out)
         # from here on torch is needed
-        from flowbp.data.prompts import describe_unread_prompts
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
         from imgen_common.images import grid, to_pil
     quiet_libraries()
-    print_notes(describe_unread_prompts(prompts, config.model, {}))
+    print_notes(source.unread_prompts(prompts))
     backbone = source.load(device_of("auto"))
     number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
     with progress_bar() as on_progress:
@@ -117,7 +116,6 @@ def evaluate(
     """
     with spinner("loading"):
         from flowbp.evaluation import sources as models
-        from imgen_common import hub
 
         for scale in guidance or []:
             models.check_guidance_scale(scale)
@@ -130,21 +128,16 @@ def evaluate(
             sources.insert(0, models.model_source(target, runs, base=True))
         config, labels = sources[-1].config, [source.label for source in sources]
         for source in sources:
-            source.check()
-        for scorer in config.scorers:
-            hub.resolve(scorer.ref)
+            source.check(scorers=True)
         texts = models.evaluation_prompts(config)
         # from here on torch is needed
         from flowbp.cli import console
-        from flowbp.data.prompts import describe_unread_prompts
         from flowbp.evaluation import compare, sampling
         from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
     quiet_libraries()
-    scorers = {scorer.name: scorer for scorer in config.scorers}
-    notes = (note for one in sources for note in describe_unread_prompts(texts, one.config.model, scorers))
-    print_notes(dict.fromkeys(notes))
+    print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]

@@ -9,7 +9,6 @@ import typer
 
 from flowbp.cli.options import Json, Runs, Sets
 from imgen_common.errors import UserError
-from imgen_common.files import write_atomic
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
@@ -68,6 +67,7 @@ def explain(
     from flowbp.core.plan import draw_plan
     from flowbp.methods import get_method
     from imgen_common.config import load
+    from imgen_common.files import write_atomic
     from imgen_common.streams import numpy_generator
 
     kind = _figure_kind(figure)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowbp.config import TrainConfig
-from flowbp.data.prompts import load_prompts
+from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -26,9 +26,16 @@ class ModelSource:
     config: TrainConfig
     run: Path | None
 
-    def check(self) -> None:
-        """Raises UserError if the model is missing or incomplete."""
-        hub.resolve(self.config.model.ref)
+    def check(self, *, scorers: bool = False) -> None:
+        """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
+        for ref in (self.config.model.ref, *(scorer.ref for scorer in self.config.scorers if scorers)):
+            hub.resolve(ref)
+
+    def unread_prompts(self, prompts: Sequence[str], *, scorers: bool = False) -> list[str]:
+        """As `describe_unread_prompts` says of the model and, with `scorers`, of its rewards."""
+        return describe_unread_prompts(
+            prompts, self.config.model, {scorer.name: scorer for scorer in self.config.scorers if scorers}
+        )
 
     def load(self, device: "torch.device") -> "Backbone":
         """The backbone with its weights."""

@@ -158,7 +158,6 @@ def train_grpo(
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)
             trainer = _build_trainer(job, scored, arguments, [counting, logging, *callbacks])
             run.check_trainable(trainer, config)
-            trainer.add_callback(run.build_gradient_check(trainer.model))
             run.run_training(trainer, logging, checkpoint)
             if counting.stop_reason:
                 raise UserError(f"{counting.stop_reason}; then resume with interleave grpo --resume {run_folder.path}")

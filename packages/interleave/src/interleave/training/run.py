@@ -180,8 +180,11 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
 def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
     """Trains, from `checkpoint` if there is one.  callback: of `build_run_callback`.
 
+    Raises UserError where a trained weight gets no gradient.
+
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
+    trainer.add_callback(build_gradient_check(trainer.model))
     with callback.shutdown:
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:

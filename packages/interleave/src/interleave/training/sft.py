@@ -98,8 +98,7 @@ def train_sft(
     arguments = run.build_arguments(SFTConfig, config, fixed)
     opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
     with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
-        sets = {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}
-        run.bind_rows(run_folder, sets, resume)
+        run.bind_rows(run_folder, {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}, resume)
         callback = run.build_run_callback(run_folder)
         batch = arguments.per_device_eval_batch_size
         trainer = SFTTrainer(
@@ -112,7 +111,6 @@ def train_sft(
             callbacks=[callback, *callbacks],
         )
         run.check_trainable(trainer, config)
-        trainer.add_callback(run.build_gradient_check(trainer.model))
         # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
         # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True
