@@ -126,7 +126,7 @@ def test_the_whole_benchmark_goes_on_from_its_cells(tmp_path: Path, monkeypatch:
 def test_another_configuration_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(two_by_two, "run_jobs", lambda *given: pytest.fail("not to be run") if done else None)
     done: list[str] = []
-    with pytest.raises(UserError, match="captions.json: No such file"):
+    with pytest.raises(UserError, match=r"captions\.json: No such file"):
         run(tmp_path)
     done.append("begun")
     with pytest.raises(UserError, match=r"config\.seed = 0, now 1"):
