@@ -237,9 +237,9 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
     [
         (["report", "nowhere"], "no such run"),
         (["train", "--resume", "nowhere"], "no such run"),
-        (["sample", "--run", "nowhere"], "nowhere"),
-        (["sample", "--base"], "is for --run"),
-        (["sample", "--guidance-scale", "0"], "above 0"),
+        (["sample", "x", "--run", "nowhere"], "nowhere"),
+        (["sample", "x", "--base"], "is for --run"),
+        (["sample", "x", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
@@ -248,8 +248,8 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv3'"),
         (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
         (["convert-reward", "hpsv2", "missing.pt", "out", "--with", "b"], "no such file"),
-        (["convert-reward", "hpsv3", "a.pt", "out", "--with", "b"], "needs --prompt-source FILE"),
-        (["convert-reward", "hpsv2", "a.pt", "out", "--with", "b", "--prompt-source", "c.py"], "is for hpsv3"),
+        (["convert-reward", "hpsv3", __file__, "out", "--with", "b"], "needs --prompt-source FILE"),
+        (["convert-reward", "hpsv2", __file__, "out", "--with", "b", "--prompt-source", "c.py"], "is for hpsv3"),
     ],
 )
 def test_bad_words_to_the_other_commands(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:
