@@ -241,9 +241,9 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
     [
         (["report", "nowhere"], "no such run"),
         (["train", "--resume", "nowhere"], "no such run"),
-        (["sample", "a", "--run", "nowhere"], "nowhere"),
-        (["sample", "a", "--base"], "is for --run"),
-        (["sample", "a", "--guidance-scale", "0"], "above 0"),
+        (["sample", "x", "--run", "nowhere"], "nowhere"),
+        (["sample", "x", "--base"], "is for --run"),
+        (["sample", "x", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -345,6 +346,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_
         assert any(f"rewards/{part}/mean" in line for line in logged)
     assert logged[-1]["scoring/answers"] > 0
     assert logged[-1]["scoring/unscored"] == 0
+
+
+@pytest.mark.exhaustive
+def test_a_signal_stops_between_two_rollouts(root: Path, taught: Path, tmp_path: Path) -> None:
+    trl = QUICK | {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 48}
+    trl |= {"max_steps": 8, "save_steps": 100, "num_iterations": 2, "steps_per_generation": 2}
+    config, make = quick(root, model=str(taught), trl=trl), parts_of(LengthJudge())
+    straight = grpo.train_grpo(config, ["t"], runs=tmp_path, name="straight", build_services=make)
+    callbacks = [at_step(1, lambda: signal.raise_signal(signal.SIGTERM))]
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train_grpo(config, ["t"], runs=tmp_path, name="stopped", build_services=make, callbacks=callbacks)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-4"]
+    again = grpo.train_grpo(config, ["t"], resume=tmp_path / "stopped", build_services=make)
+    assert digest(again) == digest(straight)
 
 
 @pytest.mark.parametrize("reward", tiers(["released", "trajectory"], slow=["trajectory"]))

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +513,32 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_the_chat_loads_them(root: 
         sft.train_sft("critic", config, ["test"], runs=tmp_path, name="other", callbacks=[killer(1)])
     with pytest.raises(UserError, match=r"trl.learning_rate = 0.001, now 0.1"):
         sft.train_sft("critic", quick(root, learning_rate=0.1), ["test"], resume=tmp_path / "other")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGTERM, 2), (signal.SIGHUP, 1), (signal.SIGINT, 3)])
+def test_a_signal_ends_the_update_and_saves_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, moment: int
+) -> None:
+    from transformers import TrainerCallback
+
+    from interleave.training import sft
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == moment - 1:
+                signal.raise_signal(number)
+
+    config = quick(root, save_steps=100)
+    straight = sft.train_sft("critic", config, ["test"], runs=tmp_path, name="straight")
+    with pytest.raises(KeyboardInterrupt):
+        sft.train_sft("critic", config, ["test"], runs=tmp_path, name="stopped", callbacks=[Signal()])
+    run = tmp_path / "stopped"
+    said = f"stopped; saved up to update {moment}; continue with: interleave sft critic --resume {run}"
+    assert said in capsys.readouterr().err
+    assert [path.name for path in (run / "checkpoints").glob("checkpoint-*")] == [f"checkpoint-{moment}"]
+    again = sft.train_sft("critic", config, ["test"], resume=run)
+    assert digest(again) == digest(straight)
 
 
 @pytest.mark.parametrize("role", tiers(["critic", "planner"], slow=["planner"]))

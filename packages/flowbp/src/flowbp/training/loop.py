@@ -67,6 +67,7 @@ class TrainingLoop:
         self.full_prompts = load_prompts(evaluation.prompts, key, evaluation.num_prompts)
         self.quick_prompts = load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts)
         self.watches = config.watchdog.enabled and evaluation.every > 0
+        self.evaluation_due = False
 
     # --- before the first update -------------------------------------------------------------------------------------
 
@@ -75,6 +76,7 @@ class TrainingLoop:
         if (latest := self.run.latest_checkpoint()) is not None:
             checkpoint = load_checkpoint(self.run, latest)
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
+            self.evaluation_due = bool(checkpoint.state.get("evaluation_due"))
         self.trainer.accelerator.wait_for_everyone()
         update = self.trainer.update
         self.run.rewind(update or -1)  # before the first update the base is evaluated again
@@ -134,12 +136,11 @@ class TrainingLoop:
         return self.config.eval.every > 0 and self.trainer.update % self.config.eval.every == 0
 
     def is_evaluation_missing(self) -> bool:
-        """Whether this update, which is saved, should have been evaluated and was not."""
+        """Whether the run was stopped between the checkpoint that it resumed from and the evaluation that follows."""
         update = self.trainer.update
-        if update == 0 or not self.is_evaluated():
-            return False
         done = any(line["step"] == update and any(k.startswith("eval/") for k in line) for line in self.run.metrics())
-        return any_process(self.run.is_main and not done, self.trainer.accelerator.device)
+        due = self.run.is_main and self.evaluation_due and not done
+        return any_process(due, self.trainer.accelerator.device)
 
     def evaluate_update(self) -> bool:
         """Evaluates on prompts that are neither trained on nor reported; whether the watchdog ends the run."""
@@ -165,7 +166,9 @@ class TrainingLoop:
 
     def save_checkpoint(self) -> None:
         """A checkpoint of the state after the updates made so far."""
-        self.run.save_checkpoint(self.trainer.update, self.trainer.state.state_dict(), {})
+        self.run.save_checkpoint(
+            self.trainer.update, self.trainer.state.state_dict(), {"evaluation_due": self.is_evaluated()}
+        )
         self.prune_checkpoints()
 
     def prune_checkpoints(self) -> None:
