@@ -63,8 +63,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
     renamed: commands and options of earlier versions, each with its name now; they are refused with it.
 
     Exit codes: 0 done; 2 usage errors (typer names the nearest command or option) and `UserError` (one line on
-    stderr, no traceback); 130 Ctrl-C; 2 and one line
-    too where the disk is full.  Any other exception keeps its traceback.
+    stderr, no traceback), which a full disk is too; 130 Ctrl-C.  Any other exception keeps its traceback.
     """
     try:
         for place, word in enumerate(sys.argv[1:]):

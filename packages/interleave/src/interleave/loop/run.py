@@ -5,7 +5,6 @@ config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, 
 
 import asyncio
 import re
-import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
@@ -73,14 +72,10 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
 def create_run(
     path: Path, config: RunConfig, command: Sequence[str], ask: Callable[[ImageStore], list[Request]]
 ) -> list[Request]:
-    """Start a run folder with the requests that `ask` makes with its image store; without them none is left."""
+    """Start a run folder with the requests that `ask` makes with its image store."""
     with RunFolder.create(path, config, command):
-        try:
-            requests = ask(ImageStore(path / IMAGES))
-            request_files.save_requests(requests, path)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+        requests = ask(ImageStore(path / IMAGES))
+        request_files.save_requests(requests, path)
     return requests
 
 
