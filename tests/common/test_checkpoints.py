@@ -170,11 +170,12 @@ def test_one_of_an_earlier_version_is_taken_with_a_warning_unless_it_cannot_be_r
         assert run.load_checkpoint(3).state == {"value": 3}
     assert capsys.readouterr().err.count("not checked for damage") == 1
     (place / "state.json").write_text(content)
-    with (
-        RunFolder.open(folder) as run,
-        pytest.raises(UserError, match=r"step-000003: damaged checkpoint \(.*step 2 is"),
-    ):
-        run.load_checkpoint(3)
+    said = r"step-000003: damaged checkpoint \(.*step 2 is"
+    with pytest.raises(UserError, match=said):
+        RunFolder.open(folder)
+    with pytest.raises(UserError, match=said):
+        RunFolder.open(folder, is_main=False).load_checkpoint(3)
+    assert drop_damaged_checkpoints(folder).keys() == {3}
 
 
 def test_checkpoints_of_trl_are_found_checked_and_removed_where_they_were_not_finished(tmp_path: Path) -> None:

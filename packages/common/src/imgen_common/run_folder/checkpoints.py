@@ -74,15 +74,10 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Which file of a checkpoint is not as it was written, in words; None where all are.
 
-    A checkpoint without a manifest, made by an earlier version, passes with a warning.
+    A checkpoint without a manifest, made by an earlier version, passes with a warning if it can be read.
     """
     if not (folder / MANIFEST).exists():
-        if not any(folder.iterdir()):
-            return "the folder is empty"
-        warn_once(
-            f"{folder}: has no {MANIFEST} (made by an earlier version, or copied in part), so not checked for damage"
-        )
-        return None
+        return _find_unreadable(folder)
     try:
         files = read_json(folder / MANIFEST, Manifest).files
         if not files:
@@ -99,6 +94,18 @@ def find_damage(folder: Path) -> str | None:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     changed = (name for name, now in zip(files, found, strict=True) if now != files[name])
     return next((f"the content of {name} has changed" for name in changed), None)
+
+
+def _find_unreadable(folder: Path) -> str | None:
+    if not any(folder.iterdir()):
+        return "the folder is empty"
+    if folder.name.startswith("step-"):
+        try:
+            _read(folder)
+        except UserError as error:
+            return str(error).removeprefix(f"{folder}/")
+    warn_once(f"{folder}: has no {MANIFEST} (made by an earlier version, or copied in part), so not checked for damage")
+    return None
 
 
 def _measure(files: Iterable[Path]) -> list[SavedFile]:
@@ -205,18 +212,24 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: Mapping[st
 
 def load_checkpoint(found: Mapping[int, Path], step: int) -> Checkpoint:
     """What was saved at `step`, of which `check_checkpoint` found no damage.  Raises UserError if it cannot be read."""
+    try:
+        return _read(found[step])
+    except UserError as error:
+        raise damaged_error(found, step, str(error).removeprefix(f"{found[step]}/")) from None
+
+
+def _read(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = found[step]
+    saved = read_json(folder / STATE, SavedState)
+    if folder.name != f"step-{saved.step:06d}":
+        raise UserError(f"{STATE} is of step {saved.step}")
     try:
-        saved = read_json(folder / STATE, SavedState)
-        if saved.step != step:
-            raise UserError(f"{STATE} is of step {saved.step}")
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved.groups}
-    except (OSError, UserError, SafetensorError) as error:
-        raise damaged_error(found, step, str(error).removeprefix(f"{folder}/")) from None
-    return Checkpoint(step, tensors, saved.state)
+    except (OSError, SafetensorError) as error:
+        raise UserError(str(error)) from None
+    return Checkpoint(saved.step, tensors, saved.state)
 
 
 def check_tensors(what: str, found: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"]) -> None:

@@ -157,7 +157,7 @@ class RunFolder:
             kept = "what was recorded before" if latest is None else f"the checkpoint of step {latest}"
             what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
             return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
-        if isinstance(error, OSError) and Path(os.fsdecode(error.filename or "")).is_relative_to(self.path):
+        if isinstance(error, OSError) and Path(str(error.filename or "")).is_relative_to(self.path):
             return UserError(f"{error.filename}: {error.strerror}; mend it and go on with --resume {self.path}")
         return None
 
