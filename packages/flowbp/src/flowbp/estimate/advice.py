@@ -73,7 +73,9 @@ def advise_settings(
         return sum(max(0, size - limit) for size in phases.values())
 
     # each setting is traced alone; what several save is added up, and the answer traced once more
-    expected, chosen, alone = dict(base.phases), [], {}
+    expected = dict(base.phases)
+    chosen: list[str] = []
+    alone: dict[str, int] = {}
     for group in (harmless_settings(plain), DRASTIC):
         if excess(expected) == 0:
             break
