@@ -7,31 +7,36 @@ needed.  None of these runs was carried out at this size.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from transformers import CLIPConfig, CLIPImageProcessor
+from safetensors.torch import save_file
+from transformers import BlipConfig, CLIPConfig, CLIPImageProcessor, Qwen2VLConfig, Qwen2VLImageProcessor
 
 from benchmarks.perf import pipelines
 from flowbp.config import TrainConfig
-from flowbp.estimate import estimate_run
+from flowbp.estimate import Estimate, estimate_run
+from flowbp.rewards.hpsv3 import TEMPLATE_FILE, PromptTemplate
+from flowbp.rewards.loading import HEAD_FILE
 from flowbp.training import preflight
 from imgen_common.config import load
 from imgen_common.console import quiet_libraries
-from scripts.miniature.world.vocabulary import clip_tokenizer
+from scripts.miniature.world.vocabulary import clip_tokenizer, qwen_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "configs" / "flowbp"
 ROWS = (
     ("sd3_5_medium", "lora_24gb", 1, ()),
     ("flux2_klein_base_4b", "lora_24gb", 1, ()),
-    ("sd3_5_medium", "flowbp_lagrange", 8, ()),
-    ("sd3_5_medium", "flowbp_lagrange", 8, ("distributed.kind=fsdp2",)),
-    ("flux2_klein_base_4b", "flowbp_lagrange", 8, ("distributed.kind=fsdp2",)),
-    ("flux2_klein_base_9b", "flowbp_lagrange", 8, ("distributed.kind=fsdp2",)),
-    ("flux1_dev", "flowbp_lagrange", 8, ("distributed.kind=fsdp2",)),
+    *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
+    *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
 )
 """Model, recipe, number of GPUs, and the settings that are changed in the recipe."""
+FOLDERS = {
+    **{("hpsv2", "hpsv2"): "h14", ("clip", "pickscore"): "h14", ("clipscore", "clipscore"): "l14"},
+    **{("imagereward", "imagereward"): "blip", ("hpsv3", "hpsv3"): "qwen2_vl"},
+}
+"""Folder of each reward of the recipes by its score and name."""
 PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd3_5_medium": pipelines.sd3_5_medium,
     "flux1_dev": pipelines.flux1_dev,
@@ -57,25 +62,58 @@ def tower_sizes(width: int, layers: int, heads: int) -> dict[str, int]:
     return sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}
 
 
+def write_blip_config(folder: Path) -> None:
+    """Writes the folder of ImageReward without weights: BLIP with ViT-L/16 and BERT base."""
+    text = {"vocab_size": 30524, "encoder_hidden_size": 1024, **tower_sizes(768, 12, 12)}
+    vision = {"image_size": 224, "patch_size": 16, **tower_sizes(1024, 24, 16)}
+    BlipConfig(text_config=text, vision_config=vision).save_pretrained(folder)
+    pipelines.with_max_length(clip_tokenizer(), 512).save_pretrained(folder)
+    save_file({}, folder / HEAD_FILE)
+
+
+def write_qwen2_vl_config(folder: Path) -> None:
+    """Writes the folder of HPSv3 without weights: Qwen2-VL-7B."""
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 151658}
+    text = sizes | {"num_attention_heads": 28, "num_key_value_heads": 4}
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4}
+    Qwen2VLConfig(text_config=text, vision_config=vision).save_pretrained(folder)
+    qwen_tokenizer().save_pretrained(folder)
+    Qwen2VLImageProcessor().save_pretrained(folder)
+    (folder / TEMPLATE_FILE).write_text(PromptTemplate(before="", after="").model_dump_json())
+    save_file({}, folder / HEAD_FILE)
+
+
+def write_models(root: Path) -> dict[str, int]:
+    """Writes every model of the recipes without weights; returns the numbers of the transformers' parameters."""
+    write_clip_config(root / "h14", tower_sizes(1024, 24, 16), tower_sizes(1280, 32, 16), 1024)
+    write_clip_config(root / "l14", tower_sizes(768, 12, 12), tower_sizes(1024, 24, 16), 768)
+    write_blip_config(root / "blip")
+    write_qwen2_vl_config(root / "qwen2_vl")
+    made = {name: pipelines.write_configs(make, root / name) for name, make in PIPELINES.items()}
+    return {name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, pipeline in made.items()}
+
+
+def estimate_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Sequence[str] = ()) -> Estimate:
+    """The estimate of a recipe, with its models taken from what `write_models` wrote to `root`."""
+    file = RECIPES / model / f"{recipe}.yaml"
+    plain = load(TrainConfig, [file])
+    sets = [f"model.ref={root / model}"]
+    for part in ("rewards", "heldout"):
+        sets += [f"{part}.{i}.ref={root / FOLDERS[one.score, one.name]}" for i, one in enumerate(getattr(plain, part))]
+    sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
+    return estimate_run(preflight.check_run(load(TrainConfig, [file], [*sets, *changes]), gpus, estimate_only=True))
+
+
 def main() -> None:
     """Prints the table."""
     quiet_libraries()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        write_clip_config(root / "h14", tower_sizes(1024, 24, 16), tower_sizes(1280, 32, 16), 1024)
-        write_clip_config(root / "l14", tower_sizes(768, 12, 12), tower_sizes(1024, 24, 16), 768)
-        num_parameters = {}
-        for model, make in PIPELINES.items():
-            pipeline = pipelines.write_configs(make, root / model)
-            num_parameters[model] = sum(p.numel() for p in pipeline.transformer.parameters())
+        num_parameters = write_models(root)
         print("| model | recipe | GPUs | settings | peak GiB a GPU | of which in an update | TFLOP an update and GPU |")
         print("| --- | --- | --: | --- | --: | --: | --: |")
         for model, recipe, gpus, changes in ROWS:
-            sets = [f"model.ref={root / model}", f"rewards.0.ref={root / 'h14'}", f"heldout.0.ref={root / 'h14'}"]
-            sets += [f"heldout.1.ref={root / 'l14'}", *changes]
-            sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
-            config = load(TrainConfig, [RECIPES / model / f"{recipe}.yaml"], sets)
-            estimate = estimate_run(preflight.check_run(config, gpus, estimate_only=True))
+            estimate = estimate_recipe(root, model, recipe, gpus, changes)
             print(
                 f"| {model} ({num_parameters[model] / 1e9:.2f} B) | {recipe} | {gpus} | {' '.join(changes) or '-'} | "
                 f"{estimate.peak / 2**30:.1f} | {estimate.update_peak / 2**30:.1f} | {estimate.flops / 1e12:,.0f} |",

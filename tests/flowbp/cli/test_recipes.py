@@ -40,7 +40,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str, Path]) -> None:
     """With a tiny model of the same family and prompts of the miniature in the place of what is not here."""
     sets = [f"model.ref={tiny[recipe.parent.name]}", "rewards.0.ref=builtin:shapes/reward"]
-    sets += ["heldout.0.ref=builtin:shapes/heldout", "heldout.1.ref=builtin:shapes/heldout"]
+    for i, _ in enumerate(load(TrainConfig, [recipe]).heldout):
+        sets += [f"heldout.{i}.ref=builtin:shapes/heldout", f"heldout.{i}.score=clip"]
     sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
     job = preflight.check_run(load(TrainConfig, [recipe], sets), 8 if recipe.stem != "lora_24gb" else 1)
     cost = preflight.update_arithmetic(job)

@@ -73,8 +73,9 @@ def advise_settings(
         return sum(max(0, size - limit) for size in phases.values())
 
     # each setting is traced alone; what several save is added up, and the answer traced once more
-    expected, chosen = dict(base.phases), list[str]()
-    alone = dict[str, int]()
+    expected = dict(base.phases)
+    chosen: list[str] = []
+    alone: dict[str, int] = {}
     for group in (harmless_settings(plain), DRASTIC):
         if excess(expected) == 0:
             break

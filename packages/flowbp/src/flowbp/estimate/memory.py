@@ -79,9 +79,11 @@ def estimate_run(job: CheckedRun) -> Estimate:
     config = job.config
     batch = batch_sizes(config, job.num_processes)
     models = FakeModels(config)
+    weights = WeightSizes.of(models, config, job.num_processes)
+    if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
+        models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
     with FakeTensorMode(allow_non_fake_inputs=True):
         models.allocate()
-        weights = WeightSizes.of(models, config, job.num_processes)
         stages, untraced = trace_stages(models, job, batch.per_device)
         embedding = trace_stage(partial(models.backbone.encode, ["a picture"] * ENCODE_BATCH_SIZE), models)
 
@@ -144,10 +146,14 @@ class FakeModels:
         """Gives every network its fake tensors, and gradients to what is trained; within a fake mode."""
         for part in self.networks():
             allocate(part, self.device)
-        self.trained = [p for p in self.backbone.net.parameters() if p.requires_grad]
         for p in self.trained:
             p.grad = torch.zeros_like(p)
         self.cond = self.backbone.encode(["a picture"])
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.backbone.net.parameters() if p.requires_grad]
 
     def networks(self) -> list[nn.Module]:
         """Everything that has weights."""

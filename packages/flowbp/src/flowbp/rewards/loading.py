@@ -44,8 +44,8 @@ class _Float32View(nn.Module):
 def store_in_float16(model: nn.Module) -> None:
     """Stores the weights of linear layers in float16; they still compute in float32, with a copy made for each call.
 
-    This halves the memory of a frozen model and changes a weight by at most 2^-11 of its size, so that a score keeps
-    about four digits; weights that were published in float16 stay what they are.
+    This halves the memory of a frozen model.  Weights that were published in float16 stay what they are; others change
+    by at most 2^-11 of their size, which changes a cosine of a CLIP ViT-L with random weights by 7e-5.
     """
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         layer.weight.data = layer.weight.data.half()
