@@ -105,8 +105,8 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
             "missing",
         ),
         (
-            "flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl "
-            "--detector mask2former --out geneval/my-run",
+            "flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl --out geneval/my-run "
+            "--score geneval=mask2former-swin-small-coco-instance --color-model clip-vit-large-patch14",
             "missing",
         ),
         ("flowbp table geneval/base geneval/my-run", "missing"),

@@ -69,34 +69,51 @@ def advise_settings(
         except UserError:  # a change that does not go with the rest
             return None
 
-    def excess(phases: Mapping[str, int]) -> int:
-        return sum(max(0, size - limit) for size in phases.values())
-
     # each setting is traced alone; what several save is added up, and the answer traced once more
-    expected = dict(base.phases)
+    expected: Mapping[str, int] = base.phases
     chosen: list[str] = []
     alone: dict[str, int] = {}
     for group in (harmless_settings(plain), DRASTIC):
-        if excess(expected) == 0:
+        if _excess(expected, limit) == 0:
             break
         found = {change: estimate for change in group if (estimate := estimate_with(change)) is not None}
         alone |= {change: estimate.peak for change, estimate in found.items()}
-        saved = {
-            change: {name: size - estimate.phases.get(name, 0) for name, size in base.phases.items()}
-            for change, estimate in found.items()
-        }
-        while saved and excess(expected) > 0 and len(chosen) < MAX_ADVISED:
-            after = {c: {name: expected[name] - less for name, less in saved[c].items()} for c in saved}
-            best = min(after, key=lambda change: excess(after[change]))
-            if excess(expected) - excess(after[best]) < WORTH * base.peak:
-                break
-            chosen.append(best)
-            expected = after[best]
-            del saved[best]
+        expected = _add_settings(chosen, found, expected, limit, base)
     together = estimate_with(*chosen) if chosen else None
     if together is None or together.peak >= base.peak:
         return None
     return Advice({change: alone[change] for change in chosen}, together.peak)
+
+
+def _excess(phases: Mapping[str, int], limit: int) -> int:
+    return sum(max(0, size - limit) for size in phases.values())
+
+
+def _add_settings(
+    chosen: list[str],
+    found: Mapping[str, Estimate],
+    phases: Mapping[str, int],
+    limit: int,
+    base: Estimate,
+) -> Mapping[str, int]:
+    """Adds to `chosen`, one by one, the setting that saves most, while that is worth it; returns the bytes of the
+    phases with all of them.
+
+    found: the estimate with each setting alone, `base` that with none.
+    """
+    saved = {
+        change: {name: size - estimate.phases.get(name, 0) for name, size in base.phases.items()}
+        for change, estimate in found.items()
+    }
+    while saved and _excess(phases, limit) > 0 and len(chosen) < MAX_ADVISED:
+        after = {c: {name: phases[name] - less for name, less in saved[c].items()} for c in saved}
+        best = min(after, key=lambda change: _excess(after[change], limit))
+        if _excess(phases, limit) - _excess(after[best], limit) < WORTH * base.peak:
+            break
+        chosen.append(best)
+        phases = after[best]
+        del saved[best]
+    return phases
 
 
 def parse_memory_size(text: str) -> int:

@@ -35,7 +35,7 @@ from interleave.training.trl_options import build_lora_config
 from interleave.training.vision import freeze_vision, is_frozen
 
 GIB = 2**30
-UNLOADABLE = "{}: not a vision-language model that can be loaded ({})"
+UNLOADABLE = "{}: not a vision-language model that can be loaded"
 aten = torch.ops.aten
 FACTORIES = (aten.arange, aten.full, aten.linspace, aten.ones, aten.scalar_tensor, aten.zeros)
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put)
@@ -122,7 +122,6 @@ def estimate_memory(
     inputs: of `build_inputs`.  num_cached: tokens of a rollout in the KV cache of a process.
     """
     model = build_meta_model(config)
-    text = model.config.get_text_config()
     zero = int(zero_options(config.trl).get("stage", 0))
     fsdp = config.trl.get("fsdp")
     half = config.trl.get("bf16", bool(zero or fsdp) or torch.cuda.is_available())
@@ -141,14 +140,10 @@ def estimate_memory(
         processes=processes,
     )
     rows, length = inputs["input_ids"].shape
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * (2 if half else size)
     options = read_json_options("trl.fsdp_config", config.trl.get("fsdp_config"))
     checkpointing = config.trl.get("gradient_checkpointing", True) or options.get("activation_checkpointing", False)
     activation = measure_activation(model, inputs, autocast=half and not zero, checkpointing=bool(checkpointing))
-    layers = {}
-    if config.lora is not None:
-        layers = layers_of_targets(model, config.lora.get("target_modules") or "all-linear")
+    targets = None if config.lora is None else config.lora.get("target_modules") or "all-linear"
     reference = found.weights if config.trl.get("beta") and config.lora is None else 0
     return replace(
         found,
@@ -156,9 +151,15 @@ def estimate_memory(
         rows=rows,
         length=length,
         activation=activation,
-        kv_cache=num_cached * token,
-        lora_layers=layers,
+        kv_cache=num_cached * _cached_bytes(model.config.get_text_config(), 2 if half else size),
+        lora_layers={} if targets is None else layers_of_targets(model, targets),
     )
+
+
+def _cached_bytes(text: Any, size: int) -> int:
+    """Bytes of keys and values of one token in all layers of a text model; size: of a number."""
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * size
 
 
 def build_meta_model(config: TrainingConfig) -> Any:
@@ -168,12 +169,9 @@ def build_meta_model(config: TrainingConfig) -> Any:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        try:
-            about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
-            model: Any = AutoModelForImageTextToText.from_config(about)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UserError(UNLOADABLE.format(config.model, one_line(str(error)))) from error
+    with hub.loading(UNLOADABLE.format(config.model)), torch.device("meta"):
+        about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
+        model: Any = AutoModelForImageTextToText.from_config(about)
         if config.lora is None:
             freeze_vision(model, config.vision)
             return model
