@@ -85,7 +85,6 @@ def estimate_run(job: CheckedRun) -> Estimate:
     with FakeTensorMode(allow_non_fake_inputs=True):
         models.allocate()
         stages, untraced = trace_stages(models, job, batch.per_device)
-        embedding = trace_stage(partial(models.backbone.encode, ["a picture"] * ENCODE_BATCH_SIZE), models)
 
     # a rollout holds the state, its velocity, and what the most demanding plan keeps
     state = batch.per_device * FLOAT32_BYTES * math.prod(models.shape)
@@ -104,12 +103,12 @@ def estimate_run(job: CheckedRun) -> Estimate:
     # where embeddings are kept all prompts of the run are embedded first; otherwise those of every batch in its turn
     live = config.data.embeddings == "live"
     if live:
-        activation["embedding prompts"] = embedding.bytes
+        activation["embedding prompts"] = models.embedding_bytes
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
         static=weights.static,
         activation=activation,
-        startup=weights.startup | {"embedding prompts": 0 if live else embedding.bytes},
+        startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=nbytes(models.cond.values()) * (0 if live else trained + config.eval.num_prompts),
         flops=batch.gradient_accumulation_steps * flops,
@@ -143,12 +142,15 @@ class FakeModels:
         self.shape = self.backbone.latent_shape((model.height, model.width))
 
     def allocate(self) -> None:
-        """Gives every network its fake tensors, and gradients to what is trained; within a fake mode."""
+        """Gives every network its fake tensors, and gradients to what is trained, and embeds; within a fake mode."""
         for part in self.networks():
             allocate(part, self.device)
         for p in self.trained:
             p.grad = torch.zeros_like(p)
-        self.cond = self.backbone.encode(["a picture"])
+        with LiveBytes(held(self.networks())) as live:
+            encoded = self.backbone.encode(["a picture"] * ENCODE_BATCH_SIZE)
+        self.embedding_bytes = live.peak
+        self.cond = {name: value[:1].clone() for name, value in encoded.items()}
 
     @property
     def trained(self) -> list[nn.Parameter]:
