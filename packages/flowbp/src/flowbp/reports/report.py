@@ -147,8 +147,8 @@ def _images(run: RunData) -> list[Values]:
 def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int) -> Values:
     scores = ""
     if reward in base.scores and reward in trained.scores:
-        values = [one.scores[reward][i] for one in (base, trained)]
-        before, after = (format_score(reward, value, *values) for value in values)
+        every = base.scores[reward] + trained.scores[reward]  # all images with as many decimals
+        before, after = (format_score(reward, one.scores[reward][i], *every) for one in (base, trained))
         scores = f"{score_title(reward).lower()} {before} → {after}"
     sides = [_image(one, i, when) for one, when in ((base, "before"), (trained, "after"))]
     return {"prompt": base.prompts[i], "scores": scores, "sides": sides}
