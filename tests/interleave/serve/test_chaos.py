@@ -72,7 +72,7 @@ class Crowd:
         for number in range(NUM_LEAVING):
             body = {"prompt": f"slow 60 left {number}"}
             if number % 2:
-                body["images"] = [self._bombs[1]]  # type: ignore[assignment]
+                body["images"] = [self._bombs[0]]  # type: ignore[assignment]
             task = asyncio.create_task(clients.post_body(json.dumps(body).encode()))
             await asyncio.sleep(self._rng.random() * 0.2)
             task.cancel()

@@ -16,7 +16,8 @@ from interleave.models.generators.scripted import ScriptedConfig
 from interleave.serve import ServeConfig
 from interleave.serve.connections import MAX_HEAD_BYTES
 
-CONFIG = ServeConfig(shutdown_timeout=0, head_timeout=0.2, max_connections=4, allowed_hosts=("images.example", "*.lan"))
+LIMITS = {"head_timeout": 0.2, "body_timeout": 0.5, "max_connections": 4}
+CONFIG = ServeConfig(shutdown_timeout=0, **LIMITS, allowed_hosts=("images.example", "*.lan"))
 TOKEN = "a token"
 get = partial(httpx.get, verify=False, timeout=PATIENCE)
 HEAD = b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -114,6 +115,13 @@ def test_a_body_that_nobody_reads_does_not_hold_the_connection(closed_service: s
     with connection(closed_service) as opened:
         opened.sendall(HEAD + announced + b"\r\n" + b"5\r\nabcde\r\n" * 1000)
         assert until_closed(opened).startswith(b"HTTP/1.1 401")
+
+
+@pytest.mark.parametrize("sent", [b"Content-Length: 99\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"])
+def test_a_body_is_bounded_in_time(open_service: str, sent: bytes) -> None:
+    with connection(open_service) as opened:
+        opened.sendall(HEAD + sent)
+        assert until_closed(opened).startswith(b"HTTP/1.1 408")
 
 
 def test_who_still_sends_sees_its_answer(closed_service: str) -> None:

@@ -193,10 +193,14 @@ class GenerationService:
         if declared.isdecimal() and int(declared) > limit:
             raise too_large
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
+        try:
+            async with asyncio.timeout(self._config.body_timeout):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise ErrorAnswer(408, "timeout", "the body did not arrive in time") from None
         return bytes(body)
 
     def _parse_body(self, body: bytes, info: ModelInfo) -> tuple[GenerateBody, dict[str, Any]]:

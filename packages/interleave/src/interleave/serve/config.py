@@ -37,6 +37,8 @@ class ServeConfig(Config):
     """Connections open at once; beyond that, the one that has waited longest for a request is closed."""
     head_timeout: Annotated[float, Gt(0)] = 10.0
     """Seconds in which the head of a request must arrive, whole, and a client must go on reading its answer."""
+    body_timeout: Annotated[float, Gt(0)] = 60.0
+    """Seconds in which the body of a request must arrive, whole."""
     requests_per_worker: Annotated[int, Ge(1), Le(1024)] = 32
     """Requests that a worker holds at once.  Those with equal settings are batched, up to `generator.max_batch`; twice
     that keeps the next batch ready."""

@@ -81,10 +81,8 @@ class LimitedConnection(H11Protocol):
         self._num_bytes = self._num_lines = 0
         if self.transport.is_closing():
             self._start_timer()  # for what the client has not read yet
-        elif (
-            self.conn.their_state is h11.SEND_BODY
-        ):  # closed at once, a client that still sends would not see its answer
-            self._is_draining = True
+        elif self.conn.their_state is h11.SEND_BODY:
+            self._is_draining = True  # closed at once, a client that still sends would not see its answer
             self._start_timer()
             if self.transport.can_write_eof():
                 self.transport.write_eof()
