@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another"),
     errno.ENAMETOOLONG: "shorten the name",
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and run the command again"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "give a folder for a folder, and a file for a file"),
 }
 """What to do about failures of the file system that no command foresees."""
@@ -123,22 +122,26 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
     except UserError as error:
         print(f"{name}: error: {one_line(str(error), None)}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in MENDABLE or error.filename is None:
-            raise
-        print(f"{name}: error: {error.filename}: {error.strerror}; {MENDABLE[error.errno]}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return exit_code()
     except SystemExit as ended:
         # typer ends with 130 on every KeyboardInterrupt, whichever signal it came from
         return exit_code() if ended.code == 130 else ended.code
     except Exception as error:
-        if not is_disk_full(error):
+        if (explained := _explain(error)) is None:
             raise
-        print(f"{name}: error: {DiskFullError(f'the disk is full ({one_line(str(error))})')}", file=sys.stderr)
+        print(f"{name}: error: {explained}", file=sys.stderr)
         return 2
     return 0
+
+
+def _explain(error: Exception) -> str | None:
+    """What the user can do about an error of the operating system; None where that is not known."""
+    if is_disk_full(error):
+        return str(DiskFullError(f"the disk is full ({one_line(str(error))})"))
+    if isinstance(error, OSError) and error.errno in MENDABLE and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {MENDABLE[error.errno]}"
+    return None
 
 
 def _command_of(app: "typer.Typer") -> Callable[..., object]:
