@@ -249,6 +249,7 @@ def scores_in(folder: Path, job: TrainingJob) -> list[object]:
     return [read_json(job.cell_file(folder, stop.budget))["scores"] for stop in job.stops]
 
 
+@pytest.mark.exhaustive
 def test_a_cell_depends_on_nothing_before_it(bench: Bench, tmp_path: Path) -> None:
     for order, jobs in {"first": [JOB], "later": [replace(JOB, method=CONTROL, seed=1), JOB]}.items():
         for job in jobs:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from families import FAMILIES
 from tiers import tiers
 from typer.testing import CliRunner
 
@@ -71,12 +72,13 @@ def estimated(*sets: str, count: int = 1) -> Estimate:
     return estimate_run(preflight.check_run(config_of(*sets), count))
 
 
-@pytest.mark.parametrize("case", tiers(CASES, default=["chunks"], slow=["adapters", "both branches", "checkpointing"]))
+@pytest.mark.parametrize("case", tiers(CASES, default=[], slow=["chunks", "adapters"]))
 def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     taken, _ = measure_run(config_of(*CASES[case]), torch.device("cpu"))
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
 
 
+@pytest.mark.parametrize("folder", tiers(FAMILIES, default=["flux2"]), indirect=True)
 def test_every_family_is_traced(folder: Path) -> None:
     sets = [
         f"model.ref={folder}",

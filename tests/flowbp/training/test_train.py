@@ -73,7 +73,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return ((flat_a - flat_b).norm() / flat_a.norm()).item()
 
 
-@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge", "leapalign", "draft_lv"]))
+@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
 def test_accumulation_changes_nothing(method: str) -> None:
     whole, halves, singles = (gradients(config_of(method, f"per_device_batch_size={n}")) for n in (4, 2, 1))
     assert distance(whole, halves) < TOLERANCE
