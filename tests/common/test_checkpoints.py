@@ -107,7 +107,9 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
     choose_checkpoint(folder, "last")
     assert files(folder) == before
     choose_checkpoint(folder, "last-good")
-    assert capsys.readouterr().err.startswith("removed the damaged checkpoint of step 3 (")
+    said = capsys.readouterr().err
+    assert said.startswith("removed the damaged checkpoint of step 3 (")
+    assert "holds no checkpoint" not in said
     with RunFolder.open(folder) as run:
         assert run.checkpoints() == [1, 2]
         assert run.load_checkpoint(2).state == {"value": 2}
@@ -362,3 +364,14 @@ def test_other_data_is_refused_and_its_lack_is_said(folder: Path, capsys: pytest
     (folder / "data.json").write_text("[]")
     with pytest.raises(UserError, match=r"data\.json: damaged"):
         check_data(folder, of("a", "b"))
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: path.rename(path.with_name("step-last"))])
+def test_a_run_whose_checkpoints_are_gone_says_that_it_begins_again(
+    change: Callable[[Path], object], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        change(checkpoint(folder, step).rename(folder / "checkpoints" / "step-000001"))
+        shutil.rmtree(folder / "checkpoints" / "step-last", ignore_errors=True)
+    choose_checkpoint(folder, "last")
+    assert "holds no checkpoint, so its training begins at the first update" in capsys.readouterr().err

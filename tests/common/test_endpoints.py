@@ -3,7 +3,7 @@ never shown of a key."""
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,9 @@ def test_which_proxy_is_asked(
         ("HTTP_PROXY", "socks5h://proxy", "needs the package socksio"),
         ("HTTP_PROXY", "ftp://me:pass-word@proxy", "must be http, https or socks5"),
         ("ALL_PROXY", "http://", "must be http, https or socks5"),
+        ("HTTP_PROXY", "http://me:pass-word@proxy:99999", "a port up to 65535"),
+        ("HTTP_PROXY", "proxy:80a", "a port up to 65535"),
+        ("HTTP_PROXY", "http://[::1", "must be http, https or socks5"),
         ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE=/not/there.pem: is not there"),
         ("SSL_CERT_DIR", "/not/there", "SSL_CERT_DIR=/not/there: is not there"),
         ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: cannot be read"),
@@ -295,6 +298,17 @@ def test_a_proxy_that_is_not_there_is_blamed_itself(monkeypatch: pytest.MonkeyPa
     assert "http://service.test/v1 through the proxy ...@127.0.0.1:1: cannot be reached" in str(error)
     assert "NO_PROXY" in str(error)
     assert "pass-word" not in str(error)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_an_answer_that_cannot_be_decompressed_is_no_outage(encoding: str) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{} as it is"
+
+    made = client(lambda _: httpx.Response(200, headers={"Content-Encoding": encoding}, content=pieces()))
+    error = failure(made)
+    assert error.kind == "malformed_response"
+    assert "http://host/v1: an answer that cannot be decompressed" in str(error)
 
 
 def test_this_machine_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -454,3 +454,22 @@ def test_a_folder_wins_over_a_repository(fake: FakeHub, tmp_path: Path, monkeypa
     transformers_folder(tmp_path / "org" / "name")
     assert hub.resolve("org/name") == Path("org/name")
     assert fake.calls == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("You set `ignore_mismatched_sizes` to `False`, thus raising an error. For details look above!", "; copy both"),
+        (
+            "Cannot load because a.weight expected shape torch.Size([2, 3]), but got torch.Size([1, 3]). Please pass "
+            "`ignore_mismatched_sizes=True`.",
+            "config.json: a.weight expected shape torch.Size([2, 3]), but got torch.Size([1, 3]); copy both",
+        ),
+    ],
+)
+def test_weights_of_another_shape_are_told_without_the_advice_of_libraries(words: str, said: str) -> None:
+    with pytest.raises(UserError) as caught, hub.loading("m: cannot be loaded"):
+        raise RuntimeError(words)
+    assert str(caught.value).startswith("m: cannot be loaded (weights do not fit its config.json")
+    assert said in str(caught.value)
+    assert "ignore_mismatched" not in str(caught.value)

@@ -244,6 +244,8 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["sample", "x", "--run", "nowhere"], "nowhere"),
         (["sample", "x", "--base"], "is for --run"),
         (["sample", "x", "--guidance-scale", "0"], "above 0"),
+        (["sample", "x", "--seed", str(10**23)], "less than or equal to 9223372036854775807"),
+        (["sample", "x", "--seed", str(-(10**20))], "greater than or equal to -9223372036854775807"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),

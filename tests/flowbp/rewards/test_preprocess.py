@@ -126,6 +126,9 @@ REFUSED: dict[str, dict[str, Any]] = {
     "do_pad True": {"do_pad": True, "pad_size": {"height": 32, "width": 32}},
     "image_mean 0.5": {"image_mean": 0.5},
     "image_std": {"image_std": [0.5]},
+    "image_std.*not 0": {"image_std": [0.5, 0, 0.5]},
+    "image_mean .*nan": {"image_mean": [0.5, float("nan"), 0.5]},
+    "image_mean .*'b'": {"image_mean": ["a", "b", "c"]},
     "CLIPImageProcessor that can be loaded": {"size": {"side": 32}},
 }
 

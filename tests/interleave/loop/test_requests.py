@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from imgen_common.errors import UserError
 from interleave.loop.requests import load_requests, make_request, read_requests, save_requests
@@ -23,6 +24,21 @@ from interleave.storage.images import ImageStore
 def test_requests_are_read_from_rows_of_any_kind(tmp_path: Path, name: str, content: str, texts: list[str]) -> None:
     (tmp_path / name).write_bytes(content.encode())
     assert [request.text for request in read_requests(tmp_path / name, ImageStore(tmp_path))] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.csv", "text,images\na cat,x.png\n"),
+        ("r.tsv", "images\ttext\nx.png\ta cat\n"),
+        ("r.jsonl", '{"text": "a", "images": "x.png"}'),
+    ],
+)
+def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, name: str, content: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    (tmp_path / name).write_text(content)
+    (request,) = read_requests(tmp_path / name, ImageStore(tmp_path))
+    assert len(request.image_ids) == 1
 
 
 @pytest.mark.parametrize(

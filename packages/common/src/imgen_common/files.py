@@ -115,7 +115,8 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def describe_type(value: object) -> str:
     """What JSON, or Python, calls a value: `null`, `a list`, `a number`."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", bytes: "binary data"}
+    names[dict] = "an object"
     return names.get(type(value), f"a {type(value).__name__}")
 
 

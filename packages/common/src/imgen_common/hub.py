@@ -195,7 +195,11 @@ def loading(what: str) -> Iterator[None]:
     except Exception as error:  # what a folder that others made can lead to changes between versions
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise UserError(f"{what} ({one_line(str(error) or type(error).__name__)})") from error
+        reason = one_line(str(error) or type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
+            shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
+            reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
+        raise UserError(f"{what} ({reason})") from error
 
 
 def _builtins() -> list[str]:

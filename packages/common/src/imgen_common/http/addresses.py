@@ -90,11 +90,16 @@ def is_loopback(host: str) -> bool:
 
 def check_proxy(proxy: str) -> None:
     """Raises UserError for a proxy that cannot be used."""
-    parts, shown = urlsplit(proxy), redacted(proxy)
-    if parts.scheme not in ("http", "https", "socks5", "socks5h") or not parts.hostname:
+    shown = redacted(proxy)
+    try:
+        parts = urlsplit(proxy)
+        is_whole = bool(parts.hostname) and parts.port != 0  # a port that is no number, or too large, raises ValueError
+    except ValueError:
+        is_whole = False
+    if not is_whole or parts.scheme not in ("http", "https", "socks5", "socks5h"):
         raise UserError(
-            f"the proxy {shown} of the environment: must be http, https or socks5 with a host; correct HTTP_PROXY, "
-            "HTTPS_PROXY or ALL_PROXY, or name the service in NO_PROXY"
+            f"the proxy {shown} of the environment: must be http, https or socks5 with a host, and a port up to 65535; "
+            "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name the service in NO_PROXY"
         )
     if parts.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
         raise UserError(

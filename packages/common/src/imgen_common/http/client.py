@@ -83,6 +83,8 @@ class HttpClient(RetryingCaller):
                 data = await self._read(answer, base)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise HttpError("timeout", f"{base}{through}: no answer within {seconds:.3g} s") from None
+        except httpx.DecodingError as error:
+            raise self.malformed(base + through, f"an answer that cannot be decompressed ({error})") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise self._unreachable(base + through, error, bool(proxy)) from None
         if with_token and len(self._token) >= MIN_SECRET:

@@ -302,13 +302,18 @@ def drop_damaged_checkpoints(path: Path) -> dict[int, str]:
 
 
 def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good"]) -> None:
-    """What `--resume-from` asks for, before a run is resumed: `last-good` drops damaged checkpoints, and says so."""
-    if resume_from == "last":
-        return
-    if path is None:
+    """What `--resume-from` asks for, before a run is resumed: `last-good` drops damaged checkpoints, and says so.
+
+    It also says where a run has no checkpoint and so begins again.
+    """
+    if resume_from == "last-good" and path is None:
         raise UserError("--resume-from last-good: says where a run is resumed; give the run by --resume")
-    for step, reason in drop_damaged_checkpoints(path).items():
+    if path is None:
+        return
+    for step, reason in drop_damaged_checkpoints(path).items() if resume_from == "last-good" else ():
         print(f"removed the damaged checkpoint of step {step} ({reason})", file=sys.stderr)
+    if not checkpoints.find_checkpoints(path / CHECKPOINTS):
+        print(f"{path}: holds no checkpoint, so its training begins at the first update", file=sys.stderr)
 
 
 def _print_unless_disk_full(thrown: threading.ExceptHookArgs) -> None:

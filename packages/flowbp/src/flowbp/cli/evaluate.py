@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.run import Benchmark
     from flowbp.evaluation.benchmarks.tables import BenchmarkRow
 
+MAX_SEED = 2**63 - 1
+"""Largest seed that a torch generator takes together with its negative."""
+
 
 def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Prompts, each in quotation marks.")],
@@ -30,7 +33,9 @@ def sample(
     guidance: Annotated[
         float | None, typer.Option("--guidance-scale", help="Guidance scale; 1 means no guidance.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first image of every prompt.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first image of every prompt.", min=-MAX_SEED, max=MAX_SEED)
+    ] = 0,
     num: Annotated[
         int, typer.Option("--num-images", help="Images per prompt, from consecutive seeds.", min=1, max=256)
     ] = 4,

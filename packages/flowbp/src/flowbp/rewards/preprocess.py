@@ -104,8 +104,12 @@ class ProcessorSteps:
             field = "crop_size" if crop else "size"
             raise _refused(where, field, crop or size, f"{side}x{side}, which the model reads")
         for field in ("image_mean", "image_std"):
-            if processor.do_normalize and np.shape(getattr(processor, field)) != (3,):
-                raise _refused(where, field, getattr(processor, field), "three numbers")
+            given, allowed = getattr(processor, field), "three numbers" + ", not 0" * (field == "image_std")
+            is_shaped = np.shape(given) == (3,) and all(isinstance(value, int | float) for value in given)
+            if processor.do_normalize and not (
+                is_shaped and np.isfinite(given).all() and (field == "image_mean" or all(given))
+            ):
+                raise _refused(where, field, given, allowed)
         scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
         normalization = (tuple(processor.image_mean), tuple(processor.image_std)) if processor.do_normalize else None
         return cls(size, mode or "bicubic", crop, scale, normalization)

@@ -166,7 +166,9 @@ def plan(
         console.print_plan(record.plan, console.open_console())
     if record.plan is None:
         error = record.planner.error if record.planner else "no plan"
-        raise UserError(f"the planner gave no usable plan ({error}); try --set seed=N or another planner")
+        has_answered = record.planner is None or record.planner.error_kind is None
+        advice = "try --set seed=N or another planner" if has_answered else "correct that, or choose another planner"
+        raise UserError(f"the planner gave no usable plan ({error}); {advice}")
 
 
 def report(

@@ -4,8 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from imgen_common.errors import UserError, check_text, nearest
 from imgen_common.files import numbered_lines, read_table, write_atomic
@@ -26,7 +27,9 @@ class RequestRow(BaseModel):
 
     text: str
     id: str | None = Field(default=None, min_length=1)
-    images: list[str] = Field(default_factory=list)
+    images: Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = Field(
+        default_factory=list
+    )
     category: str = ""
 
 
