@@ -341,3 +341,10 @@ def test_a_certificate_that_cannot_be_verified_has_its_remedy(tmp_path: Path) ->
     error = failure(client(handler))
     assert (error.kind, error.can_retry) == ("unreachable", False)
     assert "set SSL_CERT_FILE" in str(error)
+
+
+@pytest.mark.parametrize("usage", ["lots", 3, [], None, {"prompt_tokens": "9", "completion_tokens": -1}])
+def test_an_odd_count_of_tokens_does_not_spoil_an_answer(usage: object) -> None:
+    body = {"choices": [{"message": {"content": "yes"}}], "usage": usage}
+    read = read_completion(json.dumps(body).encode())
+    assert (read.content, read.num_prompt_tokens, read.num_completion_tokens) == ("yes", 0, 0)

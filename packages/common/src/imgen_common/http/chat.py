@@ -82,15 +82,16 @@ def read_completion(data: bytes) -> Completion:
         choice = answer["choices"][0]
         if (error := error_in_answer(choice)) is not None:
             raise error
-        usage = answer.get("usage") or {}
+        usage = answer.get("usage")
+        counts = usage if isinstance(usage, dict) else {}  # optional: an odd one does not spoil a good answer
         tokens = (choice.get("logprobs") or {}).get("content") or ()
         content, reasoning = _content(choice)
         return Completion(
             content=content,
             reasoning=reasoning,
             finish_reason=_finish_reason(choice),
-            num_prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            num_completion_tokens=int(usage.get("completion_tokens") or 0),
+            num_prompt_tokens=_whole_number(counts.get("prompt_tokens")),
+            num_completion_tokens=_whole_number(counts.get("completion_tokens")),
             token_probabilities=tuple(
                 (str(t["token"]), {str(o["token"]): math.exp(o["logprob"]) for o in t.get("top_logprobs") or ()})
                 for t in tokens
@@ -106,6 +107,10 @@ def read_completion(data: bytes) -> Completion:
 def _finish_reason(choice: Mapping[str, Any]) -> str | None:
     reason = choice.get("finish_reason")
     return reason if isinstance(reason, str) else None
+
+
+def _whole_number(value: object) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0
 
 
 def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
