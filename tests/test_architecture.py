@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ FORBIDDEN = {
 MAX_ENTRIES, MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 12, 400, 40, 7
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of the three packages by its dotted name."""
     return {module_name(path): path for root in ROOTS.values() for path in sorted(root.rglob("*.py"))}
@@ -57,10 +59,7 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
 
 def graph() -> dict[str, set[str]]:
     """What every module imports, in any of its functions too."""
-    return {
-        name: set(imports(ast.parse(path.read_text(encoding="utf-8")), name, path.name == "__init__.py"))
-        for name, path in modules().items()
-    }
+    return {name: set(imports(parsed(path), name, path.name == "__init__.py")) for name, path in modules().items()}
 
 
 def upward(edges: Mapping[str, set[str]], rooms: Mapping[str, str]) -> list[str]:
@@ -99,10 +98,14 @@ def circles(edges: Mapping[str, set[str]]) -> list[str]:
     return sorted(module for module, targets in known.items() if module in targets)
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
+@cache
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -176,9 +179,7 @@ def test_no_room_is_crowded() -> None:
 
 def test_every_room_says_what_is_in_it() -> None:
     silent = [
-        name
-        for name, path in modules().items()
-        if path.name == "__init__.py" and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        name for name, path in modules().items() if path.name == "__init__.py" and not ast.get_docstring(parsed(path))
     ]
     assert silent == []
 
@@ -233,7 +234,7 @@ def unsafe_loads(tree: ast.AST) -> Iterator[str]:
 
 
 def test_nothing_runs_code_that_came_as_data() -> None:
-    found = {name: list(unsafe_loads(ast.parse(path.read_text(encoding="utf-8")))) for name, path in modules().items()}
+    found = {name: list(unsafe_loads(parsed(path))) for name, path in modules().items()}
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 

@@ -111,7 +111,7 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (errno.EACCES, "Permission denied; change its permissions, or choose another"),
         (errno.EROFS, "Read-only file system; change its permissions, or choose another"),
         (errno.ENAMETOOLONG, "File name too long; shorten the name"),
-        (errno.ENOSPC, "No space left on device; make room, and run the command again"),
+        (errno.ENOSPC, "No space left on device; make room and run the command again"),
         (errno.ENOTDIR, "Not a directory; give a folder for a folder, and a file for a file"),
     ],
 )

@@ -82,6 +82,7 @@ def run(folder: Path, config: TwoByTwo = TINY) -> str:
     return two_by_two.run_two_by_two(config, folder / "work", 1, ["two_by_two"], folder / "out.json")
 
 
+@pytest.mark.exhaustive
 def test_the_whole_benchmark_goes_on_from_its_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(two_by_two, "build_cell_components", scripted)
     whole, done = two_by_two.run_job, []

@@ -265,6 +265,7 @@ def test_a_cell_depends_on_nothing_before_it(bench: Bench, tmp_path: Path) -> No
         assert p.grad is None
 
 
+@pytest.mark.exhaustive
 def test_a_run_cut_off_between_budgets_goes_on_to_the_same_end(bench: Bench, tmp_path: Path) -> None:
     miniature_cells.run_job(bench, tmp_path / "whole", JOB)
     for stop in JOB.stops:

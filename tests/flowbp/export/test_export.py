@@ -131,6 +131,7 @@ def random_adapter(outputs: int, inputs: int, seed: int) -> Adapter:
     return Adapter(torch.randn(2, inputs, generator=rng), torch.randn(outputs, 2, generator=rng))
 
 
+@pytest.mark.slow
 def test_flux1_keys_come_back_through_diffusers_converter() -> None:
     """At the real widths, which the converter has written down; key and MLP of the single block have no adapter."""
     single, double = "single_transformer_blocks.7", "transformer_blocks.3"

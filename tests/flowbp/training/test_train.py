@@ -80,6 +80,7 @@ def test_accumulation_changes_nothing(method: str) -> None:
     assert distance(whole, singles) < TOLERANCE
 
 
+@pytest.mark.exhaustive
 def test_one_reward_in_halves_is_the_whole() -> None:
     one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, center: 22.3}, weight: 0.5}"
     halves = config_of("flowbp_bridge", f"rewards=[{one}, {one.replace('name: a', 'name: b')}]")

@@ -137,10 +137,11 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
 
 def _explain(error: Exception) -> str | None:
     """What the user can do about an error of the operating system; None where that is not known."""
+    where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else ""
     if is_disk_full(error):
-        return str(DiskFullError(f"the disk is full ({one_line(str(error))})"))
-    if isinstance(error, OSError) and error.errno in MENDABLE and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; {MENDABLE[error.errno]}"
+        return str(DiskFullError(where or f"the disk is full ({one_line(str(error))})"))
+    if where and isinstance(error, OSError) and error.errno in MENDABLE:
+        return f"{where}; {MENDABLE[error.errno]}"
     return None
 
 
