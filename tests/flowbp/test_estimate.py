@@ -29,7 +29,7 @@ from flowbp.estimate import (
     parse_memory_size,
     speed_of,
 )
-from flowbp.estimate.advice import DRASTIC, SWITCHES
+from flowbp.estimate.advice import DRASTIC, MAX_ADVISED, SWITCHES
 from flowbp.estimate.speed import PEAK_TFLOPS, find_card
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.loading import modules_of
@@ -105,7 +105,7 @@ def test_weights_are_not_needed_to_estimate(tmp_path: Path) -> None:
     refs = [f"{key}={without_weights(hub.WEIGHTS / name, tmp_path)}" for name, key in keys.items()]
     assert not list(tmp_path.rglob("*.safetensors"))
     for name, ref in zip(keys, refs, strict=True):
-        with pytest.raises(UserError, match=rf"{name}: half-downloaded model: no \*\.safetensors"):
+        with pytest.raises(UserError, match=rf"{name}.*: half-downloaded model: no \*\.safetensors"):
             preflight.check_run(config_of(ref), 1)
     assert estimate_run(preflight.check_run(config_of(*refs), 1, estimate_only=True)) == estimated()
 
@@ -203,7 +203,7 @@ def test_the_command_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> No
     assert content["fits"] is False
     assert content["peak"] == estimated().peak > 20e6
     alone = content["advice"]["alone"]
-    assert 1 <= len(alone) <= 3
+    assert 1 <= len(alone) <= MAX_ADVISED
     assert all(size < content["peak"] for size in alone.values())
     assert content["advice"]["together"] <= min(alone.values()) < 0.99 * content["peak"]
     for change, size in alone.items():
