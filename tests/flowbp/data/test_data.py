@@ -46,7 +46,7 @@ def test_a_dataset_folder_gives_its_column(tmp_path: Path) -> None:
         ([{"en": "a cat"}], "row 1: no text under 'prompt' (there is: an object)"),
         ([0.5], "row 1: no text under 'prompt' (there is: a number)"),
         ([True], "row 1: no text under 'prompt' (there is: true or false)"),
-        ([b"a cat"], "row 1: no text under 'prompt' (there is: a bytes)"),
+        ([b"a cat"], "row 1: no text under 'prompt' (there is: binary data)"),
     ],
 )
 def test_a_dataset_folder_with_other_values_than_text(tmp_path: Path, values: list[object], said: str) -> None:
