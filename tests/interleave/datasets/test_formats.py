@@ -570,7 +570,7 @@ def test_a_record_of_the_released_scripts_is_read_wherever_it_lies_now(tmp_path:
     steps = [
         judged(1, 0, "white.png", False, "p1b") | {"target_img": f"{there}/step1_0.png", "seed": 0},
         judged(1, 2, "white.png", True, "") | {"target_img": f"{there}/step1_2.png", "reasoning": None},
-        judged(2, 4, f"/root/{there}/step1_2.png", True, "") | {"target_img": f"/root/{there}/step2_4.png"},
+        judged(2, 4, f"/elsewhere/{there}/step1_2.png", True, "") | {"target_img": f"/elsewhere/{there}/step2_4.png"},
     ]
     folder = tmp_path / "data" / "17_Tell"
     for name, picture in {"step1_0": A, "step1_2": B, "step2_4": C}.items():
