@@ -14,10 +14,18 @@ LONG = "validate_socket_filename failed: AF_UNIX path length cannot exceed 107 b
 @pytest.mark.parametrize(
     ("error", "address", "said"),
     [
-        (OSError(LONG), None, "AF_UNIX .*; set RAY_TMPDIR to a folder with a path of at most 40 characters"),
-        (OSError(errno.EROFS, "Read-only file system", "/home/.ray"), None, "'/home/.ray'; set RAY_TMPDIR and HOME to"),
+        (OSError(LONG), None, "AF_UNIX .*; set RAY_TMPDIR to a folder with a short path"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/home/.ray"),
+            None,
+            "'/home/.ray'; it keeps files in .*; set RAY_TMPDIR to",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/tmp/ray"), None, "Permission denied.*; set RAY_TMPDIR"),
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/ray"), None, "No space left.* and have room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/ray"),
+            None,
+            "No space left.*; it keeps files in .*; set RAY_TMPDIR to",
+        ),
         (
             ConnectionError("Could not find any\nrunning instance"),
             "auto",
