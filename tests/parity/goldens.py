@@ -76,7 +76,7 @@ ADDED = {
     "grpo": {"lora_layers"},
 }
 """Keys that records have gained since the recording, by the first word of a golden's name."""
-CHANGED = {"estimate": {"startup", "tflops"}}
+CHANGED = {"estimate": {"startup", "tflops", "seconds_per_update"}}
 """Keys whose values mean another thing since the recording, by the first word of a golden's name: rewards are loaded
 after the text encoders are gone, and no speed is assumed where no GPU is named."""
 VOLATILE = re.compile(
