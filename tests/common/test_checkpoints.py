@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_runs import COMMAND, Recorder, Settings, files, new_run, weights
 
 from imgen_common.errors import UserError, warn_once
-from imgen_common.run_folder.checkpoints import MANIFEST, check_tensors, write_manifest
+from imgen_common.run_folder.checkpoints import MANIFEST, check_tensors, find_damage, write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder, choose_checkpoint, drop_damaged_checkpoints
@@ -113,6 +113,16 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
     with RunFolder.open(folder) as run:
         assert run.checkpoints() == [1, 2]
         assert run.load_checkpoint(2).state == {"value": 2}
+
+
+def test_a_check_that_takes_long_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find_damage(checkpoint(folder, 3)) is None
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("imgen_common.run_folder.checkpoints.LARGE", 10)
+    assert find_damage(checkpoint(folder, 3)) is None
+    assert "step-000003 for damage: 0 GiB" in capsys.readouterr().err
 
 
 def test_what_is_no_folder_or_file_of_ours_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:
 
 def test_a_git_lfs_pointer_is_no_model(tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path)
-    (folder / "model.safetensors").write_text("version x\noid sha256:123\nsize 12345\n")
-    with pytest.raises(UserError, match="cut short or not a safetensors file"):
+    (folder / "model.safetensors").write_text("version git-lfs.example/spec/v1\noid sha256:123\nsize 12345\n")
+    with pytest.raises(UserError, match=r"model\.safetensors: is a pointer of Git LFS.*run `git lfs pull`"):
         hub.resolve(str(folder))
 
 
@@ -138,6 +138,7 @@ STRANGE = [
     "~~",
     "~nobody-here/x",
     "a\0b",
+    "~a\0b",
     "x" * 5000,
     "\ud83d",
     "a" * 300 + "/b" * 3,

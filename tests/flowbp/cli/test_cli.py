@@ -243,6 +243,8 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["train", "--resume", "nowhere"], "no such run"),
         (["sample", "x", "--run", "nowhere"], "nowhere"),
         (["sample", "x", "--base"], "is for --run"),
+        (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
+        (["sample", " \u200b"], "prompt 1 of 1 is empty"),
         (["sample", "x", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),

@@ -89,6 +89,7 @@ def test_built_in_splits_are_disjoint() -> None:
     [
         ("empty.txt", b"", "holds no prompt"),
         ("blank.txt", b"\n  \n", "holds no prompt"),
+        ("invisible.txt", "\u200b\n\u2060 \u00ad\n".encode(), "holds no prompt"),
         ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),

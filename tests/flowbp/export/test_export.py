@@ -10,6 +10,8 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_flux2_lora_to_diffusers,
 )
 from families import FAMILIES, SIZE, folder_of
+from huggingface_hub import HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from tiers import tiers
 
@@ -18,7 +20,7 @@ from flowbp.backbones.licenses import license_of
 from flowbp.backbones.loading import load_trained_weights, mark_trainable
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
-from flowbp.export import export_run
+from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
 from imgen_common.config import load
@@ -174,3 +176,24 @@ def test_licenses_are_known_or_said_not_to_be() -> None:
     assert license_of("black-forest-labs/FLUX.2-klein-base-4B@main") == "Apache-2.0"
     assert "non-commercial" in license_of("black-forest-labs/FLUX.2-klein-base-9B")
     assert "not known" in license_of("someone/something")
+
+
+@pytest.mark.parametrize(
+    ("repo", "error"),
+    [
+        ("me/model", OfflineModeIsEnabled("offline mode is enabled\nunset HF_HUB_OFFLINE")),
+        ("me/other", ConnectionResetError("connection reset by peer")),
+        ("a b", None),
+    ],
+)
+def test_an_upload_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, error: Exception | None
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error or AssertionError
+
+    if error is not None:
+        monkeypatch.setattr(HfApi, "create_repo", fail)
+    with pytest.raises(UserError, match=rf"--push {repo}: not uploaded \(.*\); check HF_TOKEN and the network") as said:
+        push_to_hub(tmp_path, repo)
+    assert "\n" not in str(said.value)

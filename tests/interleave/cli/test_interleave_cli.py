@@ -205,6 +205,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("run", " "), ("the request is empty",)),
+        (("run", "\u200b\ufeff"), ("the request is empty",)),
         (("run", "x" * 20_001), ("20001 characters", "at most 20000")),
         (("run", "x", "--set", "lop.max_steps=3"), ("did you mean 'loop'",)),
         (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),

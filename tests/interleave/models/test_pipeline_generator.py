@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -221,48 +222,48 @@ def test_defaults_are_the_miniature_and_typos_fail() -> None:
     assert (over.height, over.width, over.strength) == (8, 24, None)
 
 
-def test_memory_that_runs_out_halves_the_batch(klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, limit = [], 2
+@dataclass
+class Memory:
+    """A pipeline whose memory holds `limit` images at once; an image's red is its seed."""
 
-    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
-        sizes.append(len(jobs))
-        if len(jobs) > limit:
+    limit: int
+    sizes: list[int] = field(default_factory=list)
+
+    def call(self, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
+        self.sizes.append(len(jobs))
+        if len(jobs) > self.limit:
             raise torch.OutOfMemoryError("no room")
         return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
 
-    monkeypatch.setattr(PipelineRunner, "_call", call)
+
+def test_memory_that_runs_out_halves_the_batch(klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(2)
+    monkeypatch.setattr(PipelineRunner, "_call", memory.call)
     monkeypatch.setattr(klein._batches, "max_batch", 16)
     jobs = [GenerationRequest("a", (), seed) for seed in range(7)]
     drawn = klein.generate(jobs)
     assert [pixels(picture)[0, 0, 0] for picture in drawn] == list(range(7))
-    sizes.clear()
+    memory.sizes.clear()
     klein.generate(jobs)
-    assert max(sizes) <= 2
-    limit = 0
+    assert max(memory.sizes) <= 2
+    memory.limit = 0
     assert [failure.kind for failure in klein.generate(jobs[:2])] == ["out_of_memory"] * 2  # type: ignore[union-attr]
 
 
 def test_padded_batches_have_one_size_until_memory_runs_out(
     klein: PipelineRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, limit = [], 8
-
-    def call(self: PipelineRunner, jobs: list[GenerationRequest], settings: GenerationSettings) -> list[Image.Image]:
-        sizes.append(len(jobs))
-        if len(jobs) > limit:
-            raise torch.OutOfMemoryError("no room")
-        return [Image.new("RGB", (4, 4), (job.seed, 0, 0)) for job in jobs]
-
-    monkeypatch.setattr(PipelineRunner, "_call", call)
+    memory = Memory(8)
+    monkeypatch.setattr(PipelineRunner, "_call", memory.call)
     monkeypatch.setattr(klein, "_pads_batches", True)
     monkeypatch.setattr(klein._batches, "max_batch", 8)
     for number in (1, 5, 8, 11):
         drawn = klein.generate([GenerationRequest("a", (), seed) for seed in range(number)])
         assert [pixels(picture)[0, 0, 0] for picture in drawn] == list(range(number))
-    assert set(sizes) == {8}
-    limit = 3
+    assert set(memory.sizes) == {8}
+    memory.limit = 3
     assert len(klein.generate([GenerationRequest("a", (), seed) for seed in range(7)])) == 7
-    assert sizes[-1] <= limit
+    assert memory.sizes[-1] <= memory.limit
 
 
 @pytest.mark.exhaustive

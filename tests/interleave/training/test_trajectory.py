@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from backends import FakeGenerator, FakeJudge
 from launching import lines
-from sets import make_set, picture
-from tiny import tiny_folder
+from sets import picture
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -121,15 +120,6 @@ def test_trl_takes_the_processor(real: bool) -> None:
 
 
 # --- trajectories ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in `model`, a set in `set`."""
-    folder = tmp_path_factory.mktemp("trajectory")
-    tiny_folder(folder / "model")
-    make_set(folder / "set")
-    return folder
 
 
 def config_of(root: Path, **settings: Any) -> GrpoConfig:

@@ -5,6 +5,7 @@ import errno
 import functools
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,6 +68,11 @@ def one_line(text: str, limit: int | None = 300) -> str:
     space, and what exceeds `limit` is cut."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if limit is None or len(line) <= limit else line[: limit - 1] + "…"
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: spaces and characters without a shape, such as U+200B, alone."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def check_text(text: str, where: str) -> None:

@@ -68,7 +68,7 @@ def local_path(text: str) -> Path:
     """The path that a user wrote, with its `~` expanded.  Raises UserError where that is nobody's home."""
     try:
         return Path(text).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # a zero byte
         raise UserError(f"{text}: there is no such home folder; write the path in full") from None
 
 

@@ -120,6 +120,10 @@ def check_file(file: Path, folder: Path | None = None) -> None:
         with safe_open(file, "np"):
             return
     except (OSError, SafetensorError) as error:
+        if file.is_file() and b"git-lfs" in file.open("rb").read(64):
+            raise UserError(
+                f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder"
+            ) from None
         reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
         raise _incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,8 @@ Tensors = Mapping[str, Mapping[str, "Tensor"]]
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"(?:step|checkpoint)-([0-9]+)")
 SPARE_BYTES = 16 * 2**20
+LARGE = 2**33
+"""Bytes that take longer to read than a user waits without a word."""
 
 
 class Checkpoint(NamedTuple):
@@ -87,6 +90,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != saved.bytes:
                 return f"{name} has {size} bytes instead of {saved.bytes}"
+        if (total := sum(saved.bytes for saved in files.values())) > LARGE:
+            print(f"checking {folder} for damage: {total / 2**30:.0f} GiB", file=sys.stderr)
         found = _measure([folder / name for name in files])
     except UserError:
         return f"{MANIFEST} cannot be read"

@@ -67,11 +67,12 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, path: Path, config: Config, command: Sequence[str], *, trackers: Sequence[Tracker] = ()
+        cls, path: Path, config: Config, command: Sequence[str] | None = None, *, trackers: Sequence[Tracker] = ()
     ) -> "RunFolder":
         """Start a run in a new or empty folder.
 
-        command: the command line, recorded as given.  trackers: where else numbers go ("wandb", "trackio").
+        command: the command line, recorded as given, with the environment, whose devices torch names; None: `open` will
+        record it.  trackers: where else numbers go ("wandb", "trackio").
         Raises UserError if the folder holds anything, is in use, or a tracker is not installed.
         """
         _refuse_used(path)
@@ -81,7 +82,8 @@ class RunFolder:
         run = cls(path, is_main=True, lock=_acquire(path))
         try:
             _refuse_used(path)
-            run._record_environment(command)
+            if command is not None:
+                run._record_environment(command)
             write_atomic(path / CONFIG, to_yaml(config))
             run._start_trackers(modules, config)
         except BaseException:

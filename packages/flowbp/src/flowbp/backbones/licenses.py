@@ -8,7 +8,6 @@ KNOWN_LICENSES = (
     (r"black-forest-labs/FLUX\.1-dev", "FLUX.1-dev non-commercial"),
     (r"black-forest-labs/FLUX\.1-schnell", "Apache-2.0"),
     (r"stabilityai/stable-diffusion-3(\.5)?-.*", "Stability AI Community"),
-    (r"openai/clip-.*", "MIT"),
     (r"builtin:shapes/.*", "Apache-2.0"),
 )
 

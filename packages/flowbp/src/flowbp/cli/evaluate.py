@@ -13,7 +13,7 @@ import typer
 from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, is_blank
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def sample(
             raise UserError("--run and --model: give one of them")
         if base and not run:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
+        if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
+            raise UserError(f"prompt {blank[0]} of {len(prompts)} is empty; say what to draw")
         source = sources.model_source(run or model or "builtin:shapes/generator", runs, base=base)
         config = source.config
         scale = config.guidance_scale if guidance is None else guidance

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from flowbp.config import ModelConfig
 from flowbp.rewards import RewardConfig
-from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.errors import UserError, is_blank, nearest, one_line
 from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
@@ -67,7 +67,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         found = describe_type(value)
         raise UserError(f"{where}: no text under {key!r} (there is: {found}); write a text, or remove the row")
-    return value.strip()
+    return "" if is_blank(value) else value.strip()
 
 
 def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ import torch
 from imgen_common.errors import UserError, nearest
 
 PEAK_TFLOPS = {
-    **{"RTX 3090": 71, "RTX 3090 Ti": 80, "RTX 4080": 97, "RTX 4090": 165, "RTX 5080": 113, "RTX 5090": 210},
+    **{"RTX 3090": 71, "RTX 3090 Ti": 80, "RTX 4080": 97.5, "RTX 4090": 165, "RTX 5080": 113, "RTX 5090": 210},
     **{"RTX A6000": 155, "RTX 6000 Ada": 364, "A10": 125, "A30": 165, "A40": 150, "A100": 312},
     **{"L4": 121, "L20": 119.5, "L40": 181, "L40S": 362, "H20": 148, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
     **{
@@ -17,13 +17,14 @@ PEAK_TFLOPS = {
         "H200": 989,
         "GH200": 989,
         "B200": 2250,
-        "MI250X": 383,
+        "MI250X": 191.5,
         "MI300X": 1307,
         "MI325X": 1307,
     },
 }
-"""Dense bfloat16 matrix products with float32 sums, without sparsity, in TFLOP/s, as the makers' data sheets and
-architecture whitepapers state them (data sheets print the double, with sparsity)."""
+"""Dense bfloat16 matrix products with float32 sums, without sparsity, in TFLOP/s, of one device of torch: an MI250X is
+two of them.  The figures are those of the makers' data sheets and architecture whitepapers; those of RTX 3090 Ti,
+RTX 6000 Ada, L4 and H800 PCIe were found in tables of other projects only."""
 VARIANTS = {"laptop", "mobile", "super", "max", "q", "d", "ti", "nvl", "mig"}
 """Words that make a name another card."""
 SHARE = 0.5

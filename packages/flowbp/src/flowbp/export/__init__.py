@@ -11,7 +11,7 @@ from flowbp.config import ExportedWeights, ExportFormat
 from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
 from flowbp.export.model_card import model_card
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.run_folder.folder import RunFolder
 
@@ -44,15 +44,16 @@ def export_run(run: Path, to: ExportFormat, out: Path, kept: ExportedWeights = "
 def push_to_hub(folder: Path, repo: str) -> str:
     """Uploads an exported folder to a repository of the hub; returns its address.  A new repository is private.
 
-    The token comes from the environment (HF_TOKEN) or the login of the hub.  Raises UserError if the hub refuses.
+    The token comes from the environment (HF_TOKEN) or the login of the hub.  Raises UserError if the hub refuses, or
+    cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
         api = HfApi()
         address = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder)
-    except (HfHubHTTPError, LocalTokenNotFoundError, ValueError) as error:
-        raise UserError(f"--push {repo}: the hub refused ({str(error).splitlines()[0]}); check HF_TOKEN") from None
+    except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
+        reason = one_line(str(error) or type(error).__name__)
+        raise UserError(f"--push {repo}: not uploaded ({reason}); check HF_TOKEN and the network") from error
     return str(address)

@@ -52,7 +52,7 @@ def run(
         from interleave.loop import run as session
 
         path = free_path(runs, name, session.slug(request))
-        session.create_run(path, config, sys.argv, lambda store: [requests.make_request(request, image or [], store)])
+        session.create_run(path, config, lambda store: [requests.make_request(request, image or [], store)])
     _resume(path, config, as_json, one=True)
 
 
@@ -102,7 +102,7 @@ def batch(
             assert file is not None
             config = load_run_config(configs, sets)
             path = free_path(runs, name, file.stem)
-            session.create_run(path, config, sys.argv, partial(requests.read_requests, file))
+            session.create_run(path, config, partial(requests.read_requests, file))
     _resume(path, config, as_json, one=False, retry=retry)
 
 

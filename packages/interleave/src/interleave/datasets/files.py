@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from imgen_common.errors import UserError
-from imgen_common.files import numbered_lines, read_text, write_atomic, writing
+from imgen_common.files import numbered_lines, parse_json, read_text, write_atomic, writing
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
@@ -149,12 +149,9 @@ def describe_mistake(error: ValidationError) -> str:
 def read_json(file: Path) -> Any:
     """The value in a JSON file.  Raises RowError."""
     try:
-        value = _storable(_parse_json(read_text(file), str(file)), str(file))
+        return parse_json(read_text(file), str(file))
     except UserError as error:
         raise RowError(str(error)) from None
-    if isinstance(value, RowError):
-        raise value
-    return value
 
 
 def read_items(file: Path) -> Iterator[tuple[str, Any]]:
@@ -169,15 +166,14 @@ def read_items(file: Path) -> Iterator[tuple[str, Any]]:
     if not text:
         raise UserError(f"{file}: is empty")
     if text.startswith("["):
-        for number, item in enumerate(_parse_json(text, str(file)), 1):
-            yield f"{file}: item {number}", _storable(item, f"{file}: item {number}")
-        return
-    for number, line in numbered_lines(file):
-        where = f"{file}:{number}"
+        pieces = ((f"{file}: item {number}", item) for number, item in enumerate(_array(text, file), 1))
+    else:
+        pieces = ((f"{file}:{number}", line) for number, line in numbered_lines(file))
+    for where, piece in pieces:
         try:
-            yield where, _storable(_parse_json(line, where), where)
-        except RowError as error:
-            yield where, error
+            yield where, parse_json(piece, where)
+        except UserError as error:
+            yield where, RowError(str(error))
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:
@@ -201,20 +197,12 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file}: not a parquet file that can be read ({error})") from None
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _array(text: str, file: Path) -> list[str]:
+    """The items of a JSON array, each as JSON, so that one that holds no text does not stop the others."""
     try:
-        return json.loads(text)
+        return [json.dumps(item) for item in json.loads(text)]
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{where}: not JSON ({error})") from None
-
-
-def _storable(value: Any, where: str) -> Any:
-    """The value, or a RowError if UTF-8 cannot hold it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return RowError(f"{where}: holds half of a surrogate pair, which is no text")
-    return value
+        raise RowError(f"{file}: not JSON ({error})") from None
 
 
 def write_json(file: Path, value: Mapping[str, Any] | Sequence[Any]) -> Path:

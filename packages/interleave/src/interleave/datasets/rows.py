@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Self, TypeVar
 from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from imgen_common.errors import UserError
+from imgen_common.files import byte_lines
 from interleave.agents.prompts import (
     CONTROL_TOKEN,
     Template,
@@ -127,18 +126,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Raises UserError if the file cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(BOM_UTF8))
-            file.seek(len(BOM_UTF8) if start == BOM_UTF8 else 0)
-            lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            first = next(lines, None)
-            if first is not None and first[1].lstrip().startswith(b"["):
-                yield from ((number, json.dumps(item).encode()) for number, item in enumerate(read_json(path), 1))
-            elif first is not None:
-                yield from itertools.chain([first], lines)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = byte_lines(path)
+    first = next(lines, None)
+    if first is not None and first[1].lstrip().startswith(b"["):
+        yield from ((number, json.dumps(item).encode()) for number, item in enumerate(read_json(path), 1))
+    elif first is not None:
+        yield from itertools.chain([first], lines)
 
 
 def parse_row(line: bytes, kind: type[Row]) -> Row:

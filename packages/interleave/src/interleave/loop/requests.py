@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from imgen_common.errors import UserError, check_text, nearest
+from imgen_common.errors import UserError, check_text, is_blank, nearest
 from imgen_common.files import numbered_lines, read_table, write_atomic
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
@@ -44,7 +44,7 @@ def make_request(
 
     Raises UserError for no words, too many, half a surrogate pair, or a file that is no image.
     """
-    if not text.strip():
+    if is_blank(text):
         raise UserError("the request is empty; say what the story should be")
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the request has {len(text)} characters; at most {MAX_CHARACTERS} are allowed; shorten it")

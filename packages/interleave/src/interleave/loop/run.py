@@ -88,14 +88,12 @@ def check_request(config: RunConfig, request: Request) -> None:
         )
 
 
-def create_run(
-    path: Path, config: RunConfig, command: Sequence[str], ask: Callable[[ImageStore], list[Request]]
-) -> list[Request]:
-    """Start a run folder with the requests that `ask` makes with its image store.
+def create_run(path: Path, config: RunConfig, ask: Callable[[ImageStore], list[Request]]) -> list[Request]:
+    """Start a run folder with the requests that `ask` makes with its image store; `run_requests` records how it is run.
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
-    with RunFolder.create(path, config, command):
+    with RunFolder.create(path, config):
         try:
             requests = ask(ImageStore(path / IMAGES))
             for request in requests:
@@ -158,7 +156,7 @@ class StoryStream:
         """The records of a story as they come, an attempt's with its image.  Raises UserError as `run_requests`."""
         config = self._config.model_copy(update={"seed": seed})
         path = free_path(self._runs, None, slug(text))
-        create_run(path, config, ["demo"], lambda store: [request_files.make_request(text, images, store)])
+        create_run(path, config, lambda store: [request_files.make_request(text, images, store)])
         records: asyncio.Queue[Record | None] = asyncio.Queue()
         running = asyncio.create_task(run_requests(path, self._components, config, ["demo"], records.put_nowait))
         running.add_done_callback(mark_retrieved)

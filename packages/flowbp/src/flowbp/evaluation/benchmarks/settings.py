@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
-from flowbp.backbones.options import apply_model_options
 from flowbp.config import ModelConfig, PositiveInt
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import vlm_judge
@@ -167,6 +166,8 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
             check_detector(spec.ref)
             hub.resolve(cast(str, spec.color_model))
     hub.resolve(config.model.ref)
+    from flowbp.backbones.options import apply_model_options  # imports torch, which what is checked above does not need
+
     backbone = backbones.init_empty_weights(config.model.ref)
     backbones.with_embedded_guidance(backbone, config.model.ref, config.model.embedded_guidance)
     apply_model_options(backbone, config.model)
