@@ -1,13 +1,22 @@
 """Where Ray keeps its files: not in the home folder, and in a folder of temporary files that it can use."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from imgen_common.errors import UserError
 from interleave.serve import ServeConfig, prepare_ray
 
+START = """
+from interleave.serve import ServeConfig, prepare_ray
+prepare_ray(ServeConfig())
+from interleave.serve import ray
+with ray.cluster(ServeConfig()):
+    pass
+"""
 NAMES = ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
 
 
@@ -53,10 +62,9 @@ def test_another_cluster_is_joined_with_its_own_token() -> None:
 def test_a_folder_that_ray_cannot_use_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, variable: str, folder: str, said: str
 ) -> None:
-    from interleave.serve import ray
-
+    """In a process of its own, as Ray reads its variables once."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv(variable, folder)
-    with pytest.raises(UserError, match=f"{said}.*it keeps files in .*; set RAY_TMPDIR"), ray.cluster(ServeConfig()):
-        pass
+    done = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True)
+    assert re.search(f"UserError: .*{said}.*it keeps files in .*; set RAY_TMPDIR", done.stderr.splitlines()[-1])
     assert not Path(folder).is_dir()

@@ -4,6 +4,7 @@ config.yaml  environment.json  requests.jsonl     trace.jsonl (plans, attempts, 
 """
 
 import asyncio
+import contextlib
 import re
 import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -93,6 +94,7 @@ def create_run(path: Path, config: RunConfig, ask: Callable[[ImageStore], list[R
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
+    is_first = not path.parent.exists()
     with RunFolder.create(path, config):
         try:
             requests = ask(ImageStore(path / IMAGES))
@@ -101,6 +103,9 @@ def create_run(path: Path, config: RunConfig, ask: Callable[[ImageStore], list[R
             request_files.save_requests(requests, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
+            if is_first:
+                with contextlib.suppress(OSError):  # another run was started in it meanwhile
+                    path.parent.rmdir()
             raise
     return requests
 
