@@ -1,0 +1,76 @@
+"""What a judge is asked, and what comes back."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+from imgen_common.images import content_hash
+
+Message = tuple[str | Image.Image, ...]
+"""One user turn: texts and RGB images in the order in which the model reads them."""
+
+
+class Unreadable(ValueError):
+    """An answer that is not of the form that was asked for.  The message says what is wrong, on one line."""
+
+
+class JudgeError(Exception):
+    """The judge gave no answer to one question.  The message fits on one line.
+
+    kind: `refused` (its words are the message), `timeout`, `malformed_response`, `server_error`, ... as of
+    `imgen_common.http`.  is_outage: whether it would answer no other question either.
+    """
+
+    def __init__(self, kind: str, message: str, *, is_outage: bool = False) -> None:
+        super().__init__(message)
+        self.kind, self.is_outage = kind, is_outage
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of a judge about an item.
+
+    name: it differs among the questions of an item.  parse: an answer's value, which JSON can hold; raises Unreadable.
+    system: text of the system turn; empty: there is none.  tries: how often it is asked until an answer can be read.
+    """
+
+    name: str
+    message: Message
+    parse: Callable[[str], Any] = field(compare=False)
+    system: str = ""
+    tries: int = 3
+
+    def key(self, judge: str) -> str:
+        """sha256 (hex) of everything that an answer of the judge of that id depends on."""
+        parts = [part if isinstance(part, str) else {"image": content_hash(part)} for part in self.message]
+        return hashlib.sha256(json.dumps([judge, self.system, parts]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class JudgeReply:
+    """The words of one call, and the tokens that it cost, as the server counts them (0: it does not say)."""
+
+    text: str
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+
+
+class JudgeModel(Protocol):
+    """A chat model that answers questions."""
+
+    @property
+    def id(self) -> str:
+        """Name and settings that answers depend on."""
+        ...
+
+    async def ask(self, system: str, message: Message, seed: int) -> JudgeReply:
+        """The answer.  Raises JudgeError."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections and memory."""
+        ...
