@@ -36,6 +36,8 @@ class Question:
 
     name: it differs among the questions of an item.  parse: an answer's value, which JSON can hold; raises Unreadable.
     system: text of the system turn; empty: there is none.  tries: how often it is asked until an answer can be read.
+    answer_tokens: how long an answer is about, for the estimate of costs.  example: a value that an estimate puts in
+    the place of the answer, where a later question depends on it.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Question:
     parse: Callable[[str], Any] = field(compare=False)
     system: str = ""
     tries: int = 3
+    answer_tokens: int = 100
+    example: Any = None
 
     def key(self, judge: str) -> str:
         """sha256 (hex) of everything that an answer of the judge of that id depends on."""

@@ -1,0 +1,104 @@
+"""Answers on disk: one JSON line each, with the judge's own words, appended the moment it is complete.
+
+Processes that share the work write a file each in one folder, and read all of them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from imgen_common.errors import UserError
+from imgen_common.files import append_line, read_json_lines, whole_lines
+
+PATTERN = "answers*.jsonl"
+FINAL = ("refused", "unreadable")
+"""Failures of the question itself; all others are of the moment, and the question is asked again by the next run."""
+
+
+class Answer(BaseModel):
+    """What a judge said to one question of one item.
+
+    key: what it depends on (`Question.key`).  raws: the words of every call, in order.  value: what was read in the
+    last one; None where the question failed: then `error_kind` says how (`unreadable`: none of the answers was of the
+    form that was asked for; others as of `JudgeError`), and `error` in words.  prompts: hash of the words of the
+    benchmark's questions.  date: UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had been answered.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    item: str
+    question: str
+    key: str
+    judge: str
+    prompts: str
+    date: str
+    raws: tuple[str, ...] = ()
+    value: Any = None
+    error: str | None = None
+    error_kind: str | None = None
+    num_calls: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again is of no use."""
+        return self.error_kind is None or self.error_kind in FINAL
+
+
+def read_answers(folder: Path) -> list[Answer]:
+    """All answers in a folder, in the order of the files' names; of an item's question the last.
+
+    Lines that cannot be read, as a kill leaves one, are left out.
+    """
+    found = (answer for file in sorted(folder.glob(PATTERN)) for answer, _ in read_json_lines(file, Answer))
+    return list({(answer.item, answer.question): answer for answer in found}.values())
+
+
+class AnswerLog:
+    """The answers of a folder, and the file to which this process adds its own."""
+
+    def __init__(self, folder: Path, part: str = "") -> None:
+        """part: what tells the files of processes that share the work apart, such as `2-of-8`."""
+        self._file = folder / f"answers{f'.{part}' if part else ''}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._file.exists():  # a kill may have left half a line
+            os.truncate(self._file, sum(map(len, whole_lines(self._file))))
+        self._by_key = {answer.key: answer for answer in read_answers(folder)}
+
+    def find(self, key: str) -> Answer | None:
+        """The answer to an equal question; None where there is none, or it failed for a moment only."""
+        found = self._by_key.get(key)
+        return found if found is not None and found.is_final else None
+
+    def add(self, answer: Answer) -> None:
+        """Keeps an answer.  Raises UserError on a full disk."""
+        self._by_key[answer.key] = answer
+        append_line(self._file, answer.model_dump_json())
+
+
+def by_item(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:
+    """Answers by item and question."""
+    found: dict[str, dict[str, Answer]] = {}
+    for answer in answers:
+        found.setdefault(answer.item, {})[answer.question] = answer
+    return found
+
+
+def values_of(answers: Iterable[Answer]) -> Iterator[tuple[str, Any]]:
+    """Names of questions and the values of their answers, None where they failed."""
+    return ((answer.question, answer.value) for answer in answers)
+
+
+def check_same_prompts(folder: Path, prompts: str, judge: str) -> None:
+    """Raises UserError if a folder holds answers to other words, or of another judge: they cannot be mixed."""
+    for answer in read_answers(folder):
+        for what, given, kept in (("prompts", prompts, answer.prompts), ("judge", judge, answer.judge)):
+            if given != kept:
+                raise UserError(
+                    f"{folder}: holds answers of {what} {kept!r}, this is {given!r}; figures of both cannot be mixed; "
+                    "score into another folder"
+                )

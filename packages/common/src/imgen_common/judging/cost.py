@@ -1,0 +1,77 @@
+"""What it will cost to ask a judge: calls, tokens, money and hours, before the first call."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+from imgen_common.config import Config
+from imgen_common.judging.questions import Question
+from imgen_common.judging.runner import NextQuestions
+
+Price = Annotated[float, Ge(0)]
+
+
+class Prices(Config):
+    """What a judge costs, and how its tokens are counted where nobody has asked it yet."""
+
+    prompt: Price = 0.0
+    """Price of a million tokens that it reads; 0: nothing, as of a model of your own."""
+    completion: Price = 0.0
+    """Price of a million tokens that it writes."""
+    currency: str = "USD"
+    """Of both prices."""
+    characters_per_token: Annotated[float, Gt(0)] = 4.0
+    """Of texts; about 4 in English."""
+    pixels_per_token: Annotated[float, Gt(0)] = 1024.0
+    """Of images; 784 for Qwen2.5-VL, 1024 for Qwen3-VL; hosted models have rules of their own."""
+    seconds_per_call: Annotated[float, Gt(0)] = 5.0
+    """How long a call takes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Calls, tokens read and written, money, and hours at the given concurrency."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    money: float
+    hours: float
+
+
+def all_questions(next_questions: NextQuestions) -> list[Question]:
+    """All questions of an item; one that depends on an answer is made from `Question.example`."""
+    found: dict[str, Question] = {}
+    while fresh := [q for q in next_questions({n: q.example for n, q in found.items()}) if q.name not in found]:
+        found |= {question.name: question for question in fresh}
+    return list(found.values())
+
+
+def estimate_cost(questions: Iterable[Question], prices: Prices, concurrency: int) -> Cost:
+    """The cost of asking each question once; answers that cannot be read, and are asked for again, are not foreseen."""
+    calls = read = written = 0
+    for question in questions:
+        calls += 1
+        written += question.answer_tokens
+        characters = len(question.system) + sum(len(part) for part in question.message if isinstance(part, str))
+        pixels = sum(part.width * part.height for part in question.message if not isinstance(part, str))
+        read += ceil(characters / prices.characters_per_token) + ceil(pixels / prices.pixels_per_token)
+    return Cost(
+        calls=calls,
+        prompt_tokens=read,
+        completion_tokens=written,
+        money=(read * prices.prompt + written * prices.completion) / 1e6,
+        hours=calls * prices.seconds_per_call / concurrency / 3600,
+    )
+
+
+def describe_cost(cost: Cost, prices: Prices) -> str:
+    """The cost in one line."""
+    money = f", {cost.money:.2f} {prices.currency}" if cost.money else ""
+    return (
+        f"{cost.calls} calls of the judge, about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} "
+        f"written{money}, {cost.hours:.1f} hours"
+    )
