@@ -182,9 +182,10 @@ def list_jobs(config: TwoByTwo) -> list[BenchmarkJob]:
 # --- trainings -------------------------------------------------------------------------------------------------------
 
 
-def recipe_arguments(recipe: CommandRecipe, sets: Mapping[str, str]) -> list[str]:
+def recipe_arguments(recipe: CommandRecipe, sets: Mapping[str, str | Config]) -> list[str]:
     """The arguments of a command: the recipe's files and settings, and `sets` over them."""
-    added = [f"{key}={value}" for key, value in sets.items()]
+    texts = {key: value if isinstance(value, str) else value.model_dump_json() for key, value in sets.items()}
+    added = [f"{key}={text}" for key, text in texts.items()]
     return [*recipe.files, *(part for one in (*recipe.sets, *added) for part in ("--set", one))]
 
 
@@ -200,7 +201,7 @@ def train_generator(config: TwoByTwo, folder: Path) -> None:
 def build_data_set(config: TwoByTwo, folder: Path) -> None:
     """Runs `interleave data build`, which leaves `folder/set`."""
     out = folder / "set"
-    sets = {"run.generator": config.generators.base.model_dump_json(), "run.cache": str(folder / "cache")}
+    sets: dict[str, str | Config] = {"run.generator": config.generators.base, "run.cache": str(folder / "cache")}
     fresh = recipe_arguments(config.recipes.data, sets | {"templates.critic": config.agents.sft.template})
     run_command(folder, "data", "interleave", "data", "build", *resume_arguments(out, [*fresh, "--out", str(out)]))
 
@@ -209,8 +210,8 @@ def train_critic(config: TwoByTwo, folder: Path) -> None:
     """Runs `interleave grpo`, which leaves `folder/runs/grpo/model`."""
     run, critic = folder / "runs" / "grpo", config.agents.sft
     assert isinstance(critic.model, LocalChatConfig)
-    sets = {"model": critic.model.ref, "data": str(folder / "set"), "template": critic.template}
-    sets |= {"generator": config.generators.base.model_dump_json(), "cache": str(folder / "grpo-cache")}
+    sets: dict[str, str | Config] = {"model": critic.model.ref, "data": str(folder / "set")}
+    sets |= {"template": critic.template, "generator": config.generators.base, "cache": str(folder / "grpo-cache")}
     fresh = [*recipe_arguments(config.recipes.grpo, sets), "--runs", str(run.parent), "--name", run.name]
     run_command(folder, "grpo", "interleave", "grpo", *resume_arguments(run, fresh))
 

@@ -67,7 +67,7 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """Names that were changed on purpose since the recording, by the first word of a golden's name: keys, and strings that
 are such a name."""
-STORY = {"error_kind", "finish_reason", "revised_prompt"}
+STORY = {"error_kind", "finish_reason", "revised_prompt", "texts"}
 ADDED = {
     "estimate": {"gradient_accumulation_steps", "speed", "embeddings"},
     "story": STORY,

@@ -147,7 +147,7 @@ def test_the_miniature_reads_little_but_the_words() -> None:
     [
         ("plan {text_inputt}", "did you mean 'text_input'?"),
         ("plan", "no placeholder"),
-        ("<image> {text_input}", "remove <image>"),
+        ("<|im_end|> {text_input}", "remove <|im_end|>"),
         ("", "no placeholder"),
     ],
 )

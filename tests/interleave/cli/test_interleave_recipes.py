@@ -21,7 +21,14 @@ def test_there_are_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", RUNS, ids=lambda path: path.stem)
-def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path) -> None:
+def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of the authors' own are stood in for by ours under the names that the recipe gives."""
+    monkeypatch.chdir(tmp_path)
+    checkout = tmp_path / "InterleaveThinker" / "UEval"
+    checkout.mkdir(parents=True)
+    names = {"NARRATIVE_PROMPT_JSON": "{text_input}", "GUIDANCE_GLOBAL_PROMPT_JSON": "{text_input}"}
+    names["Iterative_T2I_PROMPT_QWEN"] = "{original_instruction} {rewritten_prompt}"
+    (checkout / "system.py").write_text("".join(f'{name} = """\n{text}\n"""\n' for name, text in names.items()))
     config = load(RunConfig, [recipe])
     if isinstance(config.planner, ModelPlanner):
         for name in (config.planner.text_template, config.planner.images_template):

@@ -46,8 +46,19 @@ class HashedImage:
         return cls.from_pil(Image.new("RGB", (width, height), "white"))
 
 
+class SystemText(str):
+    """The text of a system turn; it stands first in a message."""
+
+
 Message = tuple[str | HashedImage, ...]
 """One user turn: texts and images in the order in which the model reads them."""
+
+
+def split_system(message: Message) -> tuple[str, Message]:
+    """The text of the system turn, empty where there is none, and the user turn."""
+    if message and isinstance(message[0], SystemText):
+        return str(message[0]), message[1:]
+    return "", message
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,23 @@ class Record(BaseModel):
 
 
 class Request(Record):
-    """What the user asks for: words, and the images given with them.  category: for statistics only."""
+    """What the user asks for: words, and the images given with them.  category: for statistics only.
+
+    texts: where images stand in the middle of the words, the text before, between and after them, one more than there
+    are images; `text` then says `[image 1]` in the place of the first.  Empty: the images stand before the text.
+    """
 
     id: str = Field(min_length=1)
     text: str
     image_ids: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     category: str = ""
+
+    @model_validator(mode="after")
+    def _around_images(self) -> Self:
+        if self.texts and len(self.texts) != len(self.image_ids) + 1:
+            raise ValueError(f"texts has {len(self.texts) - 1} places for {len(self.image_ids)} images")
+        return self
 
 
 class PlanStep(Record):

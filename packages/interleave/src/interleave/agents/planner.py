@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_plan
-from interleave.agents.prompts import Template, render_planner
+from interleave.agents.prompts import Template, expect_planner, render_planner, words_and_images
 from interleave.protocols import ChatModel, HashedImage, PlannerAnswer
 from interleave.records import Request
 
@@ -14,14 +14,14 @@ class ChatPlanner:
     def __init__(self, model: ChatModel, text: Template, images: Template, parse_mode: ParseMode = "strict") -> None:
         """Raises UserError for a template that is not a planner's."""
         for template in (text, images):
-            render_planner(template, "", [])
+            expect_planner(template)
         self.model, self.id = model, model.id
         self._text, self._images, self._parse_mode = text, images, parse_mode
 
     async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer:
         """The plan, or why its answer cannot be read.  Raises BackendError."""
         template = self._images if images else self._text
-        reply = await self.model.chat(render_planner(template, request.text, images), seed)
+        reply = await self.model.chat(render_planner(template, *words_and_images(request, images)), seed)
         read = parse_plan(reply.text, self._parse_mode)
         return PlannerAnswer(
             plan=None if isinstance(read, ParseFailure) else read,

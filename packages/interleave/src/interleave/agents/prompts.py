@@ -7,15 +7,17 @@ out of it, no template a placeholder, no reader of an answer a tag.  Records kee
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path, read_text
-from interleave.protocols import CriticInput, HashedImage, Message
-from interleave.records import Plan, Verdict
+from interleave.agents.sources import read_constants
+from interleave.protocols import BackendError, CriticInput, HashedImage, Message
+from interleave.records import Plan, Request, Verdict
 
 BUILTIN = (
     "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic".split()
@@ -38,12 +40,33 @@ UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
+class TemplateFile(Config):
+    """A template exactly as its file has it, white space at its ends included, as a trained model has seen it."""
+
+    file: str
+    """A .txt file, or FILE.py:NAME, a text constant in a Python file, which is read and never run."""
+    prefix: str = ""
+    """What stands before it, such as `<image><image>` and a line feed."""
+
+
+TemplateRef = str | TemplateFile
+"""A built-in template's name, a .txt file, whose ends are trimmed, or a `TemplateFile`."""
+
+
 @dataclass(frozen=True)
 class Template:
-    """A prompt with placeholders such as `{text_input}`; all other braces mean themselves."""
+    """A prompt with placeholders such as `{text_input}`; all other braces mean themselves.
+
+    Each `<image>` in it is the place of one image; without any, all images stand before the text.
+    """
 
     name: str
     text: str
+
+    @property
+    def num_places(self) -> int:
+        """How many images it has places for."""
+        return self.text.count(IMAGE_MARKER)
 
     @property
     def hash(self) -> str:
@@ -56,19 +79,43 @@ class Template:
         return frozenset(PLACEHOLDER.findall(self.text))
 
 
-def load_template(ref: str) -> Template:
-    """The built-in template of that name, or the one in a text file of the user's; white space at the ends is removed.
+def load_template(ref: TemplateRef) -> Template:
+    """The template of a reference.
 
     Raises UserError if there is none, it is not UTF-8, empty, or holds an unknown placeholder or a control token.
     """
-    if ref in BUILTIN:
+    if isinstance(ref, TemplateFile):
+        found = Template(ref.file, ref.prefix + _exact_text(ref.file))
+    elif ref in BUILTIN:
         text = (resources.files("interleave.agents") / "templates" / f"{ref}.txt").read_text(encoding="utf-8")
         return Template(ref, text.strip())
-    path = local_path(ref)
-    if path.suffix != ".txt":
-        allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
-        raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")
-    found = Template(ref, read_text(path).strip())
+    else:
+        path = local_path(ref)
+        if path.suffix != ".txt":
+            allowed = f"{', '.join(BUILTIN)} or the path of a .txt file"
+            raise UserError(f"template {ref!r}: unknown{nearest(ref, BUILTIN)}; allowed: {allowed}")
+        found = Template(ref, read_text(path).strip())
+    _check(found)
+    return found
+
+
+def _exact_text(ref: str) -> str:
+    file, _, name = ref.rpartition(":") if ".py:" in ref else (ref, "", "")
+    path = local_path(file)
+    if path.suffix not in (".txt", ".py") or bool(name) != (path.suffix == ".py"):
+        raise UserError(f"template {ref!r}: must be the path of a .txt file, or FILE.py:NAME of a text constant")
+    if not name:
+        return read_text(path)
+    constants = read_constants(path)
+    if name not in constants:
+        raise UserError(
+            f"template {ref}: {path} has no text constant {name!r}{nearest(name, constants)}; it has "
+            f"{', '.join(constants) or 'none'}"
+        )
+    return constants[name]
+
+
+def _check(found: Template) -> None:
     for name in sorted(found.placeholders - set(PLACEHOLDERS)):
         allowed = ", ".join(f"{{{known}}}" for known in PLACEHOLDERS)
         raise UserError(
@@ -76,12 +123,11 @@ def load_template(ref: str) -> Template:
         )
     if not found.placeholders:
         raise UserError(f"template {found.name}: no placeholder in it, so every prompt would be the same; add one")
-    if token := CONTROL_TOKEN.search(found.text):
+    if token := CONTROL_TOKEN.search(found.text.replace(IMAGE_MARKER, "")):
         raise UserError(
-            f"template {found.name}: remove {token[0]}; images are put before the text, in the order shown, and turns "
-            "are made by the model's chat template"
+            f"template {found.name}: remove {token[0]}; {IMAGE_MARKER} is the place of an image, and turns are made by "
+            "the model's chat template"
         )
-    return found
 
 
 def escape_control_tokens(text: str) -> str:
@@ -98,21 +144,39 @@ def escape_control_tokens(text: str) -> str:
     return OPENING.sub(lambda match: match[0] + JOINER, text)
 
 
-def render_planner(template: Template, text: str, images: Sequence[HashedImage]) -> Message:
-    """What the planner reads: the request's images in their order, then the template with its text.
-
-    Raises UserError if the template is not a planner's.
-    """
+def expect_planner(template: Template) -> None:
+    """Raises UserError if the template is not a planner's."""
     _expect(template, {"text_input"}, {"text_input"})
-    return (*images, *_fill(template, {"text_input": [text]}))
+
+
+def render_planner(template: Template, text: str | Message, images: Sequence[HashedImage]) -> Message:
+    """What the planner reads: the template with the request's words, and its images before it or in their places.
+
+    text: the words, or words and images in order (`words_and_images`); then `images` is empty.  Raises UserError if
+    the template is not a planner's, and BackendError, `refused`, where it has places for another number of images.
+    """
+    expect_planner(template)
+    return _fill(template, {"text_input": (text,) if isinstance(text, str) else text}, images)
+
+
+def words_and_images(request: Request, images: Sequence[HashedImage]) -> tuple[str | Message, Sequence[HashedImage]]:
+    """What `render_planner` is given of a request: its words with the images in their places, or before them."""
+    if not request.texts:
+        return request.text, images
+    parts: list[str | HashedImage] = [request.texts[0]]
+    for image, text in zip(images, request.texts[1:], strict=True):
+        parts += [image, text]
+    return tuple(part for part in parts if part != ""), ()
 
 
 def render_critic(template: Template, shown: CriticInput) -> Message:
-    """What the critic reads: the image before, the image after, then the template.
+    """What the critic reads: the image before, the image after, then the template, unless it has places for both.
 
     An empty `prompt_used` means the original prompt.  `{story}` becomes the words and images accepted so far, in
-    place.  Raises UserError if the template is not a critic's.
+    place.  Raises UserError if the template is not a critic's, or has a place for one image, or for more than two.
     """
+    if template.num_places not in (0, 2):
+        raise UserError(f"template {template.name}: {template.num_places} places for images; a critic is shown 2")
     _expect(template, {"original_instruction", "rewritten_prompt"}, set(PLACEHOLDERS) - {"text_input"})
     story: list[str | HashedImage] = []
     for words, image in shown.story:
@@ -123,7 +187,7 @@ def render_critic(template: Template, shown: CriticInput) -> Message:
         "request": [shown.request],
         "story": story or ["nothing yet"],
     }
-    return (shown.before, shown.after, *_fill(template, values))
+    return _fill(template, values, (shown.before, shown.after))
 
 
 def render_judge(template: Template, instruction: str, images: Sequence[HashedImage]) -> Message:
@@ -132,7 +196,7 @@ def render_judge(template: Template, instruction: str, images: Sequence[HashedIm
     Raises UserError if the template is not a judge's.
     """
     _expect(template, set(), {"original_instruction"})
-    return (*images, *_fill(template, {"original_instruction": [instruction]}))
+    return _fill(template, {"original_instruction": [instruction]}, images)
 
 
 def _expect(template: Template, needed: set[str], allowed: set[str]) -> None:
@@ -142,19 +206,35 @@ def _expect(template: Template, needed: set[str], allowed: set[str]) -> None:
         raise UserError(f"template {template.name}: {{{name}}} has no value here; it is not a template for this agent")
 
 
-def _fill(template: Template, values: Mapping[str, Sequence[str | HashedImage]]) -> list[str | HashedImage]:
-    """The template with every placeholder replaced, in one pass; neighboring texts are joined."""
-    parts: list[str | HashedImage] = []
+def _fill(
+    template: Template, values: Mapping[str, Sequence[str | HashedImage]], images: Sequence[HashedImage]
+) -> Message:
+    """The template with every placeholder replaced, in one pass, and each image in its place, or all of them first;
+    neighboring texts are joined."""
+    if template.num_places not in (0, len(images)):
+        what = f"template {template.name} has places for {template.num_places} images, and {len(images)} are given"
+        raise BackendError("refused", what)
+    parts: list[str | HashedImage] = [] if template.num_places else [*images]
+    for part in _parts(template, values, iter(images)):
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        elif part != "":
+            parts.append(part)
+    return tuple(parts)
+
+
+def _parts(
+    template: Template, values: Mapping[str, Sequence[str | HashedImage]], images: Iterator[HashedImage]
+) -> Iterator[str | HashedImage]:
     for index, piece in enumerate(PLACEHOLDER.split(template.text)):
-        filled = (
-            [escape_control_tokens(v) if isinstance(v, str) else v for v in values[piece]] if index % 2 else [piece]
-        )
-        for part in filled:
-            if isinstance(part, str) and parts and isinstance(parts[-1], str):
-                parts[-1] += part
-            elif part != "":
-                parts.append(part)
-    return parts
+        if index % 2:
+            yield from (escape_control_tokens(v) if isinstance(v, str) else v for v in values[piece])
+            continue
+        first, *rest = piece.split(IMAGE_MARKER)
+        yield first
+        for text in rest:
+            yield next(images)
+            yield text
 
 
 def render_plan(plan: Plan) -> str:

@@ -21,7 +21,7 @@ from imgen_common.files import atomic_file, write_atomic, writing
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents import scoring
-from interleave.agents.prompts import load_template, render_critic, render_planner
+from interleave.agents.prompts import expect_planner, load_template, render_critic
 from interleave.datasets import requests as prompts
 from interleave.datasets.config import DataConfig, ShapesPrompts, TemplatesConfig
 from interleave.datasets.filters import (
@@ -118,8 +118,8 @@ def has_records(out: Path) -> bool:
 def _check_templates(templates: TemplatesConfig) -> None:
     """Raises UserError if a template does not exist or is one for another agent."""
     white = HashedImage.white(32, 32)
-    render_planner(load_template(templates.planner_text), scoring.PROBE, ())
-    render_planner(load_template(templates.planner_images), scoring.PROBE, (white,))
+    expect_planner(load_template(templates.planner_text))
+    expect_planner(load_template(templates.planner_images))
     render_critic(load_template(templates.critic), CriticInput(white, white, scoring.PROBE, scoring.PROBE))
 
 
@@ -346,7 +346,6 @@ def _describe_set(
         notes.append(f"{waiting} requests have no trajectory yet; continue with --resume, or with a larger budget")
     if judge is None:
         notes.append("no judge: only scores that the trajectories have already were used")
-    templates = config.templates.model_dump()
     return SetInfo(
         rows=rows,
         source="build",
@@ -362,8 +361,8 @@ def _describe_set(
         planners=tuple(sorted({t.planner.model for t in trajectories if t.planner is not None})),
         generators=tuple(sorted({attempt.generator.id for attempt in attempts})),
         folders=config.trajectories,
-        templates=templates,
-        template_hashes={name: load_template(ref).hash for name, ref in templates.items()},
+        templates=dict(config.templates),
+        template_hashes={name: load_template(ref).hash for name, ref in config.templates},
         versions=package_versions(),
     )
 

@@ -6,6 +6,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
 from imgen_common.config import Config
+from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
 from interleave.loop.config import RunConfig
 
@@ -52,11 +53,11 @@ class TemplatesConfig(Config):
 
     renamed: ClassVar = {"planner_pictures": "planner_images"}
 
-    planner_text: str = "shapes_planner"
+    planner_text: TemplateRef = "shapes_planner"
     """For requests without images."""
-    planner_images: str = "planner_images"
+    planner_images: TemplateRef = "planner_images"
     """For requests with images."""
-    critic: str = "shapes_critic"
+    critic: TemplateRef = "shapes_critic"
     """For the critic."""
 
 

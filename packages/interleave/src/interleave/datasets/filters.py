@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from imgen_common.streams import stream_key
+from interleave.agents.prompts import TemplateRef
 from interleave.datasets.config import FiltersConfig
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt, Record
@@ -64,7 +65,7 @@ class SetInfo(Record):
     planners: tuple[str, ...] = ()
     generators: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
-    templates: Mapping[str, str] = Field(default_factory=dict)
+    templates: Mapping[str, TemplateRef] = Field(default_factory=dict)
     template_hashes: Mapping[str, str] = Field(default_factory=dict)
     versions: Mapping[str, str] = Field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
-from interleave.agents.prompts import load_template, render_critic
+from interleave.agents.prompts import TemplateRef, load_template, render_critic
 from interleave.datasets.check import FILES, find_row_files, parse_set_row, read_set_info
 from interleave.datasets.rows import SftRow, placeholder_image, read_lines
 from interleave.protocols import Message
@@ -44,10 +44,10 @@ class ReadableRow:
         return {"prompt": prompt, "answer": self.answer, "known": self.known}
 
 
-def read_row(path: Path, number: int, template_name: str | None = None) -> ReadableRow:
+def read_row(path: Path, number: int, template: TemplateRef | None = None) -> ReadableRow:
     """Row `number`, counted from 1, of a set's file.
 
-    template_name: for a row of critic_rl, which holds no prompt; None: the one that the set was built for.
+    template: for a row of critic_rl, which holds no prompt; None: the one that the set was built for.
     Raises UserError if there is no such row, it cannot be read, or no template is known.
     """
     if path.is_dir():
@@ -65,12 +65,12 @@ def read_row(path: Path, number: int, template_name: str | None = None) -> Reada
     if isinstance(row, SftRow):
         known: dict[str, Any] = {"trajectory_id": row.trajectory_id} if row.trajectory_id else {}
         return ReadableRow(_with_paths(row.message(placeholder_image), store), row.completion, known | dict(row.extra))
-    if template_name is None:
+    if template is None:
         info = read_set_info(path.parent)
         if info is None or "critic" not in info.templates:
             raise UserError(f"{path}: its set.json names no template of the critic; give --template NAME")
-        template_name = info.templates["critic"]
-    message = render_critic(load_template(template_name), row.critic_input(placeholder_image))
+        template = info.templates["critic"]
+    message = render_critic(load_template(template), row.critic_input(placeholder_image))
     generated = "from the prompt alone" if row.is_t2i else "by editing image 1"
     known = {"generated": generated, "evaluation": row.evaluation.model_dump(mode="json"), **row.extra}
     return ReadableRow(_with_paths(message, store), None, known)

@@ -18,6 +18,7 @@ from interleave.agents.prompts import (
     render_plan,
     render_planner,
     render_verdict,
+    words_and_images,
 )
 from interleave.datasets.files import describe_mistake, read_json
 from interleave.protocols import CriticInput, HashedImage, Message
@@ -171,7 +172,7 @@ def make_planner_row(story: FinishedStory, text: Template, images: Template) -> 
     if trajectory.plan is None:
         return None
     given = [placeholder_image(image_id) for image_id in trajectory.request.image_ids]
-    message = render_planner(images if given else text, trajectory.request.text, given)
+    message = render_planner(images if given else text, *words_and_images(trajectory.request, given))
     return SftRow.from_message(message, render_plan(trajectory.plan), trajectory.id)
 
 

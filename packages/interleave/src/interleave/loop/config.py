@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from imgen_common.config import Config
 from interleave.agents.parsing import ParseMode
+from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig
 from interleave.models.chat import ChatConfig
 from interleave.models.chat.local import LocalChatConfig
@@ -60,9 +61,9 @@ class ModelPlanner(Config):
     kind: Literal["model"] = "model"
     model: ChatConfig = LocalChatConfig(ref="builtin:shapes/planner")
     """The model."""
-    text_template: str = "shapes_planner"
-    """Template of a request without images: a built-in name or a text file."""
-    images_template: str = "planner_images"
+    text_template: TemplateRef = "shapes_planner"
+    """Template of a request without images: a built-in name, a .txt file, or a `TemplateFile`."""
+    images_template: TemplateRef = "planner_images"
     """Template of a request with images."""
     parse_mode: ParseMode = "strict"
     """How answers are read: `strict` JSON, or `tolerant` of Python-style objects, as the released checkpoints write."""
@@ -81,8 +82,8 @@ class ModelCritic(Config):
     kind: Literal["model"] = "model"
     model: ChatConfig = LocalChatConfig(ref="builtin:shapes/critic")
     """The model."""
-    template: str = "shapes_critic"
-    """Template: a built-in name or a text file."""
+    template: TemplateRef = "shapes_critic"
+    """Template: a built-in name, a .txt file, or a `TemplateFile`."""
     context: Literal["pair", "story"] = "pair"
     """What it sees: the images before and after, or also the request and the story so far."""
     parse_mode: ParseMode = "strict"
@@ -107,8 +108,8 @@ class SelfCritic(Config):
 
     renamed: ClassVar = {"policy": "parse_mode"}
     kind: Literal["self"] = "self"
-    template: str = "critic"
-    """Template: a built-in name or a text file."""
+    template: TemplateRef = "critic"
+    """Template: a built-in name, a .txt file, or a `TemplateFile`."""
     context: Literal["pair", "story"] = "pair"
     """What it sees, as of `model`."""
     parse_mode: ParseMode = "strict"

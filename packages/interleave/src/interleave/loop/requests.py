@@ -20,12 +20,21 @@ MAX_CHARACTERS = 20_000
 """Longest request."""
 
 
-class RequestRow(BaseModel):
-    """One line of a file of requests."""
+class ImagePart(BaseModel):
+    """An image in the middle of a request's words; its path counts from the file's folder."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    text: str
+    image: str
+
+
+class RequestRow(BaseModel):
+    """One line of a file of requests.  content: words and images in order, in the place of `text` and `images`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str = ""
+    content: list[str | ImagePart] = Field(default_factory=list)
     id: str | None = Field(default=None, min_length=1)
     images: Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = Field(
         default_factory=list
@@ -55,16 +64,35 @@ def make_request(
     return Request(id=request_id or digest, text=text, image_ids=image_ids, category=category)
 
 
+def make_interleaved_request(
+    content: Sequence[str | Path | HashedImage],
+    store: ImageStore,
+    request_id: str | None = None,
+    category: str = "",
+) -> Request:
+    """A request whose images stand between its words.  Raises UserError as `make_request`."""
+    texts, images = [""], list[Path | HashedImage]()
+    for part in content:
+        if isinstance(part, str):
+            texts[-1] += part
+        else:
+            images.append(part)
+            texts.append("")
+    text = texts[0] + "".join(f"[image {number}]{words}" for number, words in enumerate(texts[1:], 1))
+    made = make_request(text, images, store, request_id, category)
+    return made.model_copy(update={"texts": tuple(texts)}) if images else made
+
+
 def read_requests(path: Path, store: ImageStore) -> list[Request]:
-    """The requests of a file (see `read_table`): {"text", "id", "category", "images": [paths from its folder]}.
+    """The requests of a file (see `read_table`): {"text", "id", "category", "images": [paths from its folder]}, or
+    {"content": ["words", {"image": path}, ...]} where images stand between words.
 
     Raises UserError naming the line for another object, an id given twice, or an image that cannot be read.
     """
     requests: dict[str, Request] = {}
     for where, row in _rows(path):
         try:
-            images = [path.parent / image for image in row.images]
-            made = make_request(row.text, images, store, row.id, row.category)
+            made = _make(row, path.parent, store)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if made.id in requests:
@@ -74,6 +102,15 @@ def read_requests(path: Path, store: ImageStore) -> list[Request]:
     if not requests:
         raise UserError(f"{path}: no requests in it; write one a line, or give rows with the key 'text'")
     return list(requests.values())
+
+
+def _make(row: RequestRow, folder: Path, store: ImageStore) -> Request:
+    if not row.content:
+        return make_request(row.text, [folder / image for image in row.images], store, row.id, row.category)
+    if row.text or row.images:
+        raise UserError("has content, and text or images beside it; give all of it in content")
+    content = [part if isinstance(part, str) else folder / part.image for part in row.content]
+    return make_interleaved_request(content, store, row.id, row.category)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, RequestRow]]:

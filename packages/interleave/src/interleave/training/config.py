@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Le
 from imgen_common.config import Config
 from interleave.agents.parsing import ParseMode
 from interleave.agents.partial_parsing import FormatRule
+from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
 from interleave.models.generators import GeneratorConfig
 from interleave.models.generators.pipeline import PipelineConfig
@@ -87,7 +88,7 @@ class PricesConfig(Config):
 class GrpoConfig(TrainingConfig):
     """Reinforcement learning of the critic, on single steps or on trajectories that begin at one."""
 
-    template: str = "shapes_critic"
+    template: TemplateRef = "shapes_critic"
     """Prompt template, the same as at run time: a built-in name or a text file."""
     generator: GeneratorConfig = PipelineConfig()
     """The generator that is given the critic's prompts."""

@@ -13,7 +13,7 @@ import numpy as np
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.streams import numpy_generator
-from interleave.agents.prompts import Template, load_template
+from interleave.agents.prompts import Template, TemplateRef, load_template
 from interleave.datasets.rows import RlRow
 from interleave.protocols import Generator, Judge
 from interleave.storage.images import ImageStore
@@ -78,7 +78,7 @@ def reward_weights(config: GrpoConfig) -> dict[str, float]:
     return weights
 
 
-def load_single_step_template(ref: str) -> Template:
+def load_single_step_template(ref: TemplateRef) -> Template:
     """The template.  Raises UserError if it needs more than a row of a single step holds."""
     template = load_template(ref)
     for name in sorted(template.placeholders & {"story", "request"}):

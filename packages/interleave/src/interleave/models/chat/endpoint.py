@@ -12,7 +12,7 @@ from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete
 from interleave.models.remote import backend_errors, encode_base64_png
-from interleave.protocols import Message, Reply
+from interleave.protocols import Message, Reply, split_system
 
 if TYPE_CHECKING:
     import httpx
@@ -97,15 +97,17 @@ class EndpointChat:
 
     def _body(self, message: Message, seed: int) -> bytes:
         c = self._config
+        system, turn = split_system(message)
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
             else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_base64_png(part)}"}}
-            for part in message
+            for part in turn
         ]
+        before = [{"role": "system", "content": system}] if system else []
         body: dict[str, Any] = {
             "model": c.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [*before, {"role": "user", "content": content}],
             "max_tokens": c.max_new_tokens,
             "temperature": c.temperature,
             "top_p": c.top_p,

@@ -10,18 +10,20 @@ from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from interleave.models.concurrency import Batcher, FittingBatches
-from interleave.protocols import BackendError, Message, Reply
+from interleave.protocols import BackendError, Message, Reply, split_system
 
 Asked = tuple[Message, int]
 
 
 def to_conversation(message: Message) -> list[dict[str, Any]]:
-    """`message` as one user turn of transformers' chat format, with `PIL` images."""
+    """`message` in the chat format of transformers, with `PIL` images: a system turn, if it has one, and a user turn."""
+    system, turn = split_system(message)
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
-        for part in message
+        for part in turn
     ]
-    return [{"role": "user", "content": content}]
+    before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    return [*before, {"role": "user", "content": content}]
 
 
 class LocalChatConfig(Config):
