@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import typer
 
 from imgen_common.errors import run_cli
-from interleave.cli import data, prefetch, run, serve, train
+from interleave.cli import benchmark, data, prefetch, run, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -21,6 +21,7 @@ app = typer.Typer(
 for command in (run.run, run.batch, run.plan, run.report, prefetch.prefetch, serve.serve, serve.demo):
     app.command()(command)
 app.add_typer(data.app, name="data")
+app.add_typer(benchmark.app, name="benchmark")
 app.command()(train.sft)
 app.command()(train.grpo)
 

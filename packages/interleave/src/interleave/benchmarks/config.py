@@ -1,0 +1,33 @@
+"""Configuration of `interleave benchmark`.  The defaults are the miniature, on a CPU."""
+
+from typing import Annotated
+
+from annotated_types import Ge, Le
+from pydantic import Field
+
+from imgen_common.config import Config
+from imgen_common.judging.cost import Price, Prices
+from interleave.benchmarks.shapes_judge import ShapesJudgeConfig
+from interleave.loop.config import RunConfig
+from interleave.models.chat.endpoint import EndpointChatConfig
+from interleave.models.chat.local import LocalChatConfig
+from interleave.models.chat.scripted import ScriptedChatConfig
+
+
+class BenchmarkConfig(Config):
+    """What makes the images, and what judges them."""
+
+    run: RunConfig = RunConfig()
+    """Planner, critic, generator and loop, as of `interleave batch`."""
+    judge: Annotated[
+        EndpointChatConfig | LocalChatConfig | ScriptedChatConfig | ShapesJudgeConfig, Field(discriminator="kind")
+    ] = ShapesJudgeConfig()
+    """The chat model that is asked."""
+    prices: Prices = Prices()
+    """What a judge's tokens cost, for the estimate before the first call."""
+    concurrency: Annotated[int, Ge(1), Le(1000)] = 8
+    """Items that are judged at once."""
+    confirm_calls: Annotated[int, Ge(0)] = 2000
+    """More calls than this need `--yes`."""
+    confirm_money: Price = 1.0
+    """A higher price than this needs `--yes`."""

@@ -1,0 +1,28 @@
+"""A chat model of the loop as a judge of benchmarks."""
+
+from imgen_common.judging.questions import JudgeError, JudgeReply
+from imgen_common.judging.questions import Message as JudgeMessage
+from interleave.protocols import BackendError, ChatModel, HashedImage, SystemText
+
+OUTAGES = ("unreachable", "rate_limited")
+"""Failures after which no other question would be answered either: their requests were repeated for minutes."""
+
+
+class ChatModelJudge:
+    """Asks a chat model."""
+
+    def __init__(self, model: ChatModel) -> None:
+        self.model, self.id = model, model.id
+
+    async def ask(self, system: str, message: JudgeMessage, seed: int) -> JudgeReply:
+        """The answer.  Raises JudgeError."""
+        turn = tuple(part if isinstance(part, str) else HashedImage.from_pil(part) for part in message)
+        try:
+            reply = await self.model.chat((SystemText(system), *turn) if system else turn, seed)
+        except BackendError as failure:
+            raise JudgeError(failure.kind, str(failure), is_outage=failure.kind in OUTAGES) from None
+        return JudgeReply(reply.text, reply.num_prompt_tokens, reply.num_completion_tokens)
+
+    async def close(self) -> None:
+        """Release the model."""
+        await self.model.close()

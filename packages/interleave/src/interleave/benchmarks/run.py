@@ -1,0 +1,229 @@
+"""One runner for all benchmarks: generate, ask the judge, aggregate; each stage alone, in parts, and again after a kill.
+
+benchmark.json            which benchmark, data, words and judge this folder is of
+generation[.2-of-8]/      a run folder of the loop, one for each part
+answers[.2-of-8].jsonl    what the judge said
+outputs/                  what was made, in the layout of the authors' own scorer
+table.md, table.json      the figures
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from imgen_common.errors import UserError
+from imgen_common.files import read_json, write_atomic, writing
+from imgen_common.judging.answers import AnswerLog, by_item, read_answers
+from imgen_common.judging.cost import Cost, all_questions, estimate_cost
+from imgen_common.judging.questions import Question
+from imgen_common.judging.runner import Judging, NextQuestions
+from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
+from interleave.benchmarks.config import BenchmarkConfig
+from interleave.benchmarks.judges import ChatModelJudge
+from interleave.benchmarks.report import BenchmarkReport, as_json, make_report, table_markdown
+from interleave.datasets.rows import FinishedStory, before_and_after
+from interleave.loop import run as session
+from interleave.loop.requests import load_requests, make_interleaved_request, make_request
+from interleave.protocols import ChatModel
+from interleave.records import Record, Request
+from interleave.storage.images import IMAGES, ImageStore
+from interleave.storage.trace import read_trace
+
+FACTS = "benchmark.json"
+Progress = Callable[[int, int], None]
+"""on_progress(done, total)."""
+
+
+class BenchmarkFacts(BaseModel):
+    """What the figures of a folder are of; no two of different facts can be in one folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    benchmark: str
+    items: str
+    num_items: int
+    prompts: str
+    prompts_source: str
+    is_official: bool
+    judge: str
+    outputs: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of `count`: every count-th item."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/8`.  Raises UserError."""
+        number, _, count = text.partition("/")
+        if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()) or len(text) > 11:
+            raise UserError(f"--shard {text}: must be like 2/8, the second of eight parts")
+        if not 1 <= int(number) <= int(count):
+            raise UserError(f"--shard {text}: the parts of {count} are 1 to {count}")
+        return cls(int(number), int(count))
+
+    @property
+    def part(self) -> str:
+        """What its files are named by; empty where it is all."""
+        return f"{self.number}-of-{self.count}" if self.count > 1 else ""
+
+    def of(self, items: Sequence[Item]) -> list[Item]:
+        """Its items."""
+        return list(items[self.number - 1 :: self.count])
+
+
+@dataclass(frozen=True)
+class BenchmarkWork:
+    """A benchmark in a folder, and the part of it that this process does.
+
+    outputs_from: a folder with what others made, in the authors' layout; None: the loop makes it.
+    """
+
+    benchmark: Benchmark
+    config: BenchmarkConfig
+    items: Sequence[Item]
+    prompts: Prompts
+    out: Path
+    shard: Shard = Shard()
+    outputs_from: Path | None = None
+    command: Sequence[str] = field(default_factory=tuple)
+
+    def facts(self, judge: ChatModel) -> BenchmarkFacts:
+        """What the folder is of."""
+        named = json.dumps([[item.id, list(map(str, item.content)), dict(item.row)] for item in self.items], default=str)
+        return BenchmarkFacts(
+            benchmark=self.benchmark.name,
+            items=hashlib.sha256(named.encode()).hexdigest()[:12],
+            num_items=len(self.items),
+            prompts=self.prompts.hash,
+            prompts_source=self.prompts.source,
+            is_official=self.prompts.is_official,
+            judge=judge.id,
+            outputs=str(self.outputs_from or "generated"),
+        )
+
+    def open(self, facts: BenchmarkFacts) -> None:
+        """Creates the folder, or goes on in it.  Raises UserError if it is of something else."""
+        file = self.out / FACTS
+        if not file.exists():
+            with writing(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, facts.model_dump_json(indent=1) + "\n")
+            return
+        kept = read_json(file, BenchmarkFacts)
+        for name, value in kept:
+            if value != getattr(facts, name):
+                raise UserError(
+                    f"{self.out}: its {name} is {value!r}, this is {getattr(facts, name)!r}; figures of both cannot be "
+                    "mixed; give another --out"
+                )
+
+    def generate(self, on_record: Callable[[Record], None]) -> None:
+        """Makes what is missing of this part's items.  Raises UserError as `interleave batch`."""
+        folder = self._generation(self.shard.part)
+        if not (folder / "config.yaml").exists():
+            session.create_run(folder, self.config.run, self._requests)
+        elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
+            raise UserError(f"{folder}: was begun for other items; give another --out")
+        session.run_and_close(folder, self.config.run, list(self.command), on_record)
+
+    def outputs(self) -> dict[str, Output]:
+        """What was made, by item id, of all parts."""
+        if self.outputs_from is not None:
+            return self.benchmark.read_outputs(self.outputs_from, self.items)
+        found: dict[str, Output] = {}
+        for folder in sorted(self.out.glob("generation*")):
+            found |= read_generated(folder)
+        return {item.id: found[item.id] for item in self.items if item.id in found}
+
+    def num_done(self) -> int:
+        """How many stories of this part have ended."""
+        folder = self._generation(self.shard.part)
+        return sum(entry.trajectory is not None for entry in read_trace(folder).values()) if folder.exists() else 0
+
+    def estimate(self, outputs: Mapping[str, Output], judge: ChatModel) -> Cost:
+        """What the questions of this part that are not answered yet will cost; equal ones are asked once."""
+        log, missing = AnswerLog(self.out, self.shard.part), dict[str, Question]()
+        for next_questions in self._questions(outputs).values():
+            for question in all_questions(next_questions):
+                if log.find(key := question.key(judge.id)) is None:
+                    missing[key] = question
+        return estimate_cost(missing.values(), self.config.prices, self.config.concurrency)
+
+    async def score(self, outputs: Mapping[str, Output], judge: ChatModel, on_progress: Progress) -> None:
+        """Asks the judge about this part's items.  Raises UserError once it is not there."""
+        log = AnswerLog(self.out, self.shard.part)
+        judging = Judging(ChatModelJudge(judge), log, self.prompts.hash, self.config.concurrency)
+        await judging.judge_all(self._questions(outputs), on_progress)
+
+    def write_report(self, differences: Sequence[str]) -> BenchmarkReport:
+        """The figures of all answers of the folder, which are written to table.md and table.json, and what was made in
+        the authors' layout to outputs/."""
+        outputs = self.outputs()
+        if self.outputs_from is None:
+            self.benchmark.write_outputs(outputs, self.items, self.out / "outputs")
+        answers = by_item(read_answers(self.out))
+        report = make_report(self.benchmark, self.items, outputs, answers, self.prompts, differences)
+        write_atomic(self.out / "table.json", json.dumps(as_json(report), indent=1) + "\n")
+        write_atomic(self.out / "table.md", table_markdown(report))
+        return report
+
+    def _questions(self, outputs: Mapping[str, Output]) -> dict[str, NextQuestions]:
+        mine = {item.id: item for item in self.shard.of(self.items) if item.id in outputs}
+        return {name: partial(self._ask, item, outputs[name]) for name, item in mine.items()}
+
+    def _ask(self, item: Item, output: Output, values: Mapping[str, Any]) -> Sequence[Any]:
+        return self.benchmark.questions(item, output, self.prompts, values)
+
+    def _generation(self, part: str) -> Path:
+        return self.out / f"generation{f'.{part}' if part else ''}"
+
+    def _requests(self, store: ImageStore) -> list[Request]:
+        return [_request(item, store) for item in self.shard.of(self.items)]
+
+
+def _request(item: Item, store: ImageStore) -> Request:
+    """Images before a text, as the loop takes them; others in their places."""
+    *first, last = item.content
+    if isinstance(last, str) and not any(isinstance(part, str) for part in first):
+        images = [part for part in first if isinstance(part, Path)]
+        return make_request(last, images, store, item.id, item.category)
+    return make_interleaved_request(item.content, store, item.id, item.category)
+
+
+def read_generated(folder: Path) -> dict[str, Output]:
+    """The stories of a run folder that have all their parts: the words of each step, then its image."""
+    store, found = ImageStore(folder / IMAGES), {}
+    for name, entry in read_trace(folder).items():
+        if entry.trajectory is None or not entry.trajectory.is_whole:
+            continue
+        story = FinishedStory(entry.trajectory, tuple(entry.attempts.values()))
+        content: list[str | Path] = []
+        for step, attempt in story.shown_steps():
+            content += [step.words] if step.words else []
+            content += [store.path(before_and_after(attempt)[1])] if attempt is not None else []
+        found[name] = Output(tuple(content))
+    return found
+
+
+def score_now(work: BenchmarkWork, outputs: Mapping[str, Output], judge: ChatModel, on_progress: Progress) -> None:
+    """`BenchmarkWork.score`, from code that is not asynchronous; the judge is closed."""
+
+    async def main() -> None:
+        try:
+            await work.score(outputs, judge, on_progress)
+        finally:
+            await judge.close()
+
+    asyncio.run(main())

@@ -1,0 +1,75 @@
+"""From what a command was given to the work: data, words, judge and folder, checked before anything is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgen_common.errors import UserError
+from imgen_common.files import read_json
+from imgen_common.judging.agreement import Agreement, compare_judges
+from imgen_common.judging.answers import read_answers
+from interleave.benchmarks import miniature
+from interleave.benchmarks.config import BenchmarkConfig
+from interleave.benchmarks.registry import BENCHMARKS
+from interleave.benchmarks.run import FACTS, BenchmarkFacts, BenchmarkWork, Shard
+from interleave.protocols import ChatModel
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What a command was given.
+
+    data: `builtin:shapes`, or the path of the official data.  prompts_from: a copy of the authors' repository.
+    outputs_from: what others made.  limit: first items only.  shard: as `Shard.parse` takes it.
+    """
+
+    name: str
+    data: str
+    out: Path
+    prompts_from: Path | None = None
+    outputs_from: Path | None = None
+    limit: int | None = None
+    shard: str = "1/1"
+
+
+def prepare(
+    request: BenchmarkRequest, config: BenchmarkConfig, command: Sequence[str]
+) -> tuple[BenchmarkWork, ChatModel, list[str]]:
+    """The work, its judge, and why its figures are not those of the official data.
+
+    Raises UserError for what is wrong without a model that makes images.
+    """
+    benchmark, differences = BENCHMARKS[request.name], []
+    shard = Shard.parse(request.shard)
+    prompts = benchmark.read_prompts(request.prompts_from)
+    if request.data == miniature.BUILTIN:
+        differences.append("the data are the miniature's")
+        items = benchmark.load(miniature.write_data(request.name, request.out / "data"))
+    else:
+        items = benchmark.load(Path(request.data))
+    if request.limit is not None and request.limit < len(items):
+        differences.append(f"only the first {request.limit} of {len(items)} items are used")
+        items = items[: request.limit]
+    if shard.count > len(items):
+        raise UserError(f"--shard {request.shard}: there are only {len(items)} items")
+    judge = config.judge.build()
+    work = BenchmarkWork(
+        benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command)
+    )
+    work.open(work.facts(judge))
+    return work, judge, differences
+
+
+def compare_folders(first: Path, second: Path) -> list[Agreement]:
+    """How far the judges of two folders agree.  Raises UserError if they are of other items or outputs."""
+    left, right = (read_json(folder / FACTS, BenchmarkFacts) for folder in (first, second))
+    for name in ("benchmark", "items"):
+        if getattr(left, name) != getattr(right, name):
+            raise UserError(
+                f"{first} and {second}: their {name} differ ({getattr(left, name)!r}, {getattr(right, name)!r}); two "
+                "judges are compared on the same items"
+            )
+    found = compare_judges(read_answers(first), read_answers(second))
+    if not found:
+        raise UserError(f"{first} and {second}: have no question in common that both judges answered")
+    return found

@@ -1,0 +1,169 @@
+"""The commands `interleave benchmark ...`.  Nothing heavy is imported before one runs."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from imgen_common.console import spinner
+from imgen_common.errors import UserError, check_choice
+from imgen_common.shutdown import message_when_stopped
+from interleave.cli.options import Configs, Json, Sets
+
+if TYPE_CHECKING:
+    from interleave.benchmarks.run import BenchmarkWork
+    from interleave.protocols import ChatModel
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Official benchmarks with any generator, agents and judge: UEval, WISE, RISEBench and CoMM.\n\n"
+    "Example: interleave benchmark ueval --out scores/ueval",
+)
+MINIATURE = "builtin:shapes"
+Stage = Literal["all", "generate", "score"]
+TITLES = {
+    "ueval": "UEval: questions that are answered with text and images",
+    "wise": "WISE_Verified: images that need knowledge of the world, judged right or wrong",
+    "wise_legacy": "WISE as published first, with three marks; not the same scale as WISE_Verified",
+    "rise": "RISEBench: edits that need reasoning",
+    "comm": "CoMM: sequences of text and images, tasks 1 to 4",
+}
+EXAMPLE = """Example:
+
+    \b
+      interleave benchmark {name} --out scores/{name}
+      interleave benchmark {name} my.yaml --data data/{name} --prompts-from REPOSITORY --out scores/{name} --yes
+      interleave benchmark {name} my.yaml --data data/{name} --out scores/{name} --stage generate --shard 2/8
+      interleave benchmark {name} my.yaml --data data/{name} --out scores/theirs --outputs-from THEIRS"""
+
+
+def make_command(name: str) -> Callable[..., None]:
+    """The command of a benchmark."""
+
+    def command(
+        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
+        configs: Configs = None,
+        data: Annotated[
+            str, typer.Option(metavar="PATH", help="The official data on disk; default: the miniature's edition.")
+        ] = MINIATURE,
+        prompts_from: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Your copy of the authors' repository, whose questions are asked."),
+        ] = None,
+        outputs_from: Annotated[
+            Path | None,
+            typer.Option(metavar="PATH", help="Score what others made, in the layout of the authors' scorer."),
+        ] = None,
+        limit: Annotated[int | None, typer.Option(help="Use only the first N items.", min=1)] = None,
+        shard: Annotated[str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")] = "1/1",
+        stage: Annotated[str, typer.Option(metavar="STAGE", help="generate, score, or all.")] = "all",
+        yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
+        sets: Sets = None,
+        as_json: Json = False,
+    ) -> None:
+        from interleave.benchmarks.setup import BenchmarkRequest
+
+        request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
+        with spinner("loading"):
+            chosen = check_choice("--stage", stage, Stage)
+            if outputs_from is not None and chosen == "generate":
+                raise UserError("--outputs-from: was made already; leave out --stage generate")
+            work, judge, differences = _prepare(request, configs, sets)
+        with message_when_stopped(lambda: "stopped; the same command continues"):
+            if outputs_from is None and chosen != "score":
+                _generate(work, as_json)
+            if chosen != "generate":
+                _score(work, judge, yes)
+        _print_table(work, differences, as_json)
+
+    command.__doc__ = f"{TITLES[name]}.\n\n    {EXAMPLE.format(name=name)}\n    "
+    command.__name__ = name
+    return command
+
+
+for benchmark_name in TITLES:
+    app.command(benchmark_name)(make_command(benchmark_name))
+
+
+def _prepare(
+    request: "BenchmarkRequest", configs: list[Path] | None, sets: list[str] | None
+) -> tuple["BenchmarkWork", "ChatModel", list[str]]:
+    from imgen_common.config import load
+    from interleave.benchmarks.config import BenchmarkConfig
+    from interleave.benchmarks.setup import prepare
+
+    return prepare(request, load(BenchmarkConfig, configs or [], sets or []), sys.argv)
+
+
+def _generate(work: "BenchmarkWork", as_json: bool) -> None:
+    from interleave.cli import console
+
+    out = console.open_console(stderr=as_json)
+    work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
+
+
+def _score(work: "BenchmarkWork", judge: "ChatModel", yes: bool) -> None:
+    from imgen_common.judging.cost import describe_cost
+    from interleave.benchmarks.run import score_now
+    from interleave.cli import console
+
+    out = console.open_console(stderr=True)
+    outputs = work.outputs()
+    with spinner("counting questions"):
+        cost = work.estimate(outputs, judge)
+    out.print(describe_cost(cost, work.config.prices))
+    limits = work.config
+    if not yes and (cost.calls > limits.confirm_calls or cost.money > limits.confirm_money):
+        raise UserError(
+            f"more than confirm_calls {limits.confirm_calls} or confirm_money {limits.confirm_money:g} allows; nothing "
+            "was asked yet: add --yes, or --limit N to ask less"
+        )
+    every = max(1, len(outputs) // 20)
+
+    def print_progress(done: int, total: int) -> None:
+        if done % every == 0 or done == total:
+            out.print(f"judged {done}/{total} items")
+
+    score_now(work, outputs, judge, print_progress)
+
+
+def _print_table(work: "BenchmarkWork", differences: list[str], as_json: bool) -> None:
+    from interleave.benchmarks import report
+
+    made = work.write_report(differences)
+    print(json.dumps(report.as_json(made), indent=1) if as_json else report.table_markdown(made).rstrip())
+
+
+def agree(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A folder of `interleave benchmark`.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same items with another judge.")],
+    as_json: Json = False,
+) -> None:
+    """How far two judges agree on the same outputs: the share of equal answers, Cohen's kappa, the correlation of ranks,
+    and the items on which they differ.
+
+    Example: interleave benchmark agree scores/ueval scores/ueval_other_judge
+    """
+    from imgen_common.console import markdown_table
+    from interleave.benchmarks.setup import compare_folders
+
+    found = compare_folders(first, second)
+    if as_json:
+        print(json.dumps([vars(one) for one in found], indent=1))
+        return
+    header = ["question", "answers", "same", "kappa", "rank correlation", "difference"]
+    cells = [
+        [one.name, str(one.num), f"{one.same:.1%}", f"{one.kappa:.3f}", f"{one.correlation:.3f}", f"{one.difference:+.3f}"]
+        for one in found
+    ]
+    print(markdown_table(header, cells))
+    for one in found:
+        for where, left, right in one.differing[:5]:
+            print(f"{one.name}: {where}: {left:g} and {right:g}")
+
+
+app.command()(agree)
