@@ -138,17 +138,24 @@ def _texts_in(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]
 
 def _text(node: ast.expr) -> str | None:
     """The text that an expression stands for; None where it is more than literals and places."""
+    try:
+        return _evaluate(node)
+    except RecursionError:  # thousands of pieces
+        return None
+
+
+def _evaluate(node: ast.expr) -> str | None:
     match node:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=parts):
-            return _join([_text(part) for part in parts])
+            return _join([_evaluate(part) for part in parts])
         case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
             return _place(value)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _join([_text(left), _text(right)])
+            return _join([_evaluate(left), _evaluate(right)])
         case ast.Call(func=ast.Attribute(value=inner, attr="strip" | "lstrip" | "rstrip" as method), args=[]):
-            stripped = _text(inner)
+            stripped = _evaluate(inner)
             return None if stripped is None else str(getattr(stripped, method)())
     return None
 

@@ -60,10 +60,7 @@ class Ueval:
     judge = OfficialJudge("gemini-2.5-pro")
 
     def load(self, data: Path) -> list[Item]:
-        """The items of a .json, .jsonl or .parquet file, or of a folder with the shards, or made by `save_to_disk`.
-
-        Raises UserError as the protocol says.
-        """
+        """The items of a .json, .jsonl or .parquet file, or of a folder with the shards, or made by `save_to_disk`."""
         return reading.unique_items(reading.find_files(data, FILES, DATA), _item, f"give {DATA}")
 
     def read_prompts(self, repository: Path | None) -> Prompts:
@@ -119,10 +116,10 @@ class Ueval:
         tasks = {task: _rates([scores for item, scores in rows if item.category == task]) for task in (*TASKS, OTHER)}
         of_tasks = {task: fmean(rates.values()) for task, rates in tasks.items() if rates}
         of_items = [fmean(scores.values()) for _, scores in rows if scores]
-        figures = dict(both)
-        if of_items:
-            figures |= {"mean": fmean(both.values())} | of_tasks
-            figures |= {"macro": fmean(of_tasks.values()), "item_mean": fmean(of_items)}
+        if not of_items:
+            return {}
+        means = {"macro": fmean(of_tasks.values()), "item_mean": fmean(of_items)}
+        figures = both | {"mean": fmean(both.values())} | of_tasks | means
         return {name: 100 * value for name, value in figures.items()}
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
@@ -164,10 +161,7 @@ class Ueval:
 
 
 def parse_met(answer: str) -> bool:
-    """Whether an answer says that a rubric is met; "not sure", a number and none at all mean that it is not.
-
-    Raises Unreadable for an answer without a JSON object.
-    """
+    """Whether an answer says that a rubric is met; "not sure", a number and no value say no.  Raises Unreadable."""
     value = _json_object(answer).get("criteria_met")
     return value.strip().lower() in ("true", "yes", "y", "1") if isinstance(value, str) else value is True
 

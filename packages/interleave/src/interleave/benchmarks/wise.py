@@ -1,7 +1,4 @@
-"""WISE: images whose prompts hint at what one has to know (arXiv 2503.07265), in its two editions.
-
-Both take what is on disk as the authors' repository has it, and an image for each item, `<prompt_id>.png`.
-"""
+"""WISE: images whose prompts hint at what one has to know (arXiv 2503.07265), in its two editions."""
 
 import re
 from bisect import bisect_left
@@ -31,6 +28,7 @@ CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge", "chemistry")
 """What the data calls the categories, in small letters."""
 PARTS = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
+NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 MARK_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
 
 
@@ -70,9 +68,8 @@ class _Wise:
         places = [[data / folder / name for name in names] for folder in self.folders for names in self.files]
         found = [data] if data.is_file() else next((place for place in places if any(map(Path.is_file, place))), None)
         if found is None:
-            names = " or ".join(", ".join(names) for names in self.files)
-            problem = f"has no data of {self.title} ({names})" if data.is_dir() else "no such file or folder"
-            raise UserError(f"{data}: {problem}; {hint}")
+            wanted = " or ".join(", ".join(names) for names in self.files)
+            raise UserError(f"{data}: neither a file nor a folder with {wanted}; {hint}")
         items = reading.unique_items(found, self._item, hint)
         if missing := sorted(set(range(1, NUM_ITEMS + 1)) - {int(item.id) for item in items}):
             raise UserError(f"{data}: {len(missing)} of {NUM_ITEMS} items are missing, first {missing[0]}; {hint}")
@@ -85,19 +82,17 @@ class _Wise:
         file = find_file(repository, self.scripts, REPOSITORY)
         texts = functions(file, BUILDER)[BUILDER]
         if len(texts) != 2:
-            expected = "expected 2, a system text and a user's; is it another version of the authors' repository?"
-            raise UserError(f"{file}: {BUILDER} has {len(texts)} texts, {expected}")
+            raise UserError(f"{file}: {BUILDER} has {len(texts)} texts, not 2; is it another version of {REPOSITORY}?")
         expect_places(texts[1], f"{file}: {BUILDER}", "Prompt", "Explanation")
-        found = {"system": texts[0], "user": texts[1]}
-        return Prompts(found, f"{self.scripts[0]} of {REPOSITORY}", is_official=True)
+        words = {"system": texts[0], "user": texts[1]}
+        return Prompts(words, f"{self.scripts[0]} of {REPOSITORY}", is_official=True)
 
     def questions(self, item: Item, output: Output, prompts: Prompts, answers: Mapping[str, Any]) -> Sequence[Question]:
         """One question: the words, then the last image of the output.  Without an image there is none."""
         if QUESTION in answers or not output.images:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
-        message = (words, decode(output.images[-1]))
-        return [Question(QUESTION, message, self.parse, system=prompts.texts["system"])]
+        return [Question(QUESTION, (words, decode(output.images[-1])), self.parse, prompts.texts["system"])]
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
         """The images `<prompt_id>.png` of a folder, which may be of another format than their suffix says.
@@ -122,11 +117,10 @@ class _Wise:
 
         The authors' scorer refuses a set of which any item has no score.
         """
-        values = {
-            key: [list(scores.values())[-1] for item, scores in rows if item.category == key and scores]
-            for key in CATEGORIES
-        }
-        means = {category: fmean(given) for category, given in values.items() if given}
+        means = {}
+        for category in CATEGORIES:
+            if values := [scores[self.figure] for item, scores in rows if item.category == category and scores]:
+                means[category] = fmean(values)
         if len(means) == len(CATEGORIES):
             means["overall"] = sum(map(mul, self.sizes, means.values())) / NUM_ITEMS
         return means
@@ -145,10 +139,7 @@ class WiseVerified(_Wise):
 
     name = "wise"
     title = "WISE_Verified"
-    judge = OfficialJudge(
-        "Qwen3.5-35B-A3B",
-        {"temperature": 0.0, "max_tokens": 500, "chat_template_kwargs": {"enable_thinking": False}},
-    )
+    judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING})
     other = "wise_legacy"
     sizes = (400, 120, 120, 120, 120, 120)
     folders = ("data_verified", "")
@@ -157,10 +148,7 @@ class WiseVerified(_Wise):
     figure = "score"
 
     def parse(self, answer: str) -> int:
-        """0 or 1: the first after the word, or the only line that is a number alone, outside of what was thought.
-
-        Raises Unreadable.
-        """
+        """The first 0 or 1 after the word, or the only line of one alone; thinking is left out.  Raises Unreadable."""
         answer = re.sub(r"</think>\s*", "", re.sub(r"<think>.*?</think>\s*", "", answer, flags=re.DOTALL))
         if found := re.search(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])\b", answer, re.IGNORECASE):
             return int(found[1])
