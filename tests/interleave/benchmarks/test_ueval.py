@@ -394,8 +394,10 @@ def test_bad_data(tmp_path: Path, rows: list[Any], message: str) -> None:
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.parquet", "data.arrow"])
 def test_damaged_data(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"id": 1, "prompt": ')
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError) as raised:
         UEVAL.load(tmp_path / name)
+    assert f"{name}:" in str(raised.value)
+    assert "; give the split `test` of the data set zlab-princeton/UEval" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["", "missing"])

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -29,27 +29,26 @@ def fill(template: str, **values: str) -> str:
     return places.sub(lambda place: values[place[1]], template)
 
 
-def unique_items(files: Iterable[Path], make: Callable[[str, Any], Item], hint: str) -> list[Item]:
+def unique_items(files: Sequence[Path], make: Callable[[str, Any], Item], hint: str) -> list[Item]:
     """The items of JSON, JSON lines, parquet or arrow files, in their order.
 
     make: an item of its place and its value; raises UserError.  hint: what the user can do about bad data.
     Raises UserError for a file or an item that cannot be read, for an id that is there twice, and without any item.
     """
     items: dict[str, tuple[str, Item]] = {}
-    files = list(files)
-    for file in files:
-        for where, value in read_rows(file):
-            try:
+    try:
+        for file in files:
+            for where, value in read_rows(file):
                 if isinstance(value, RowError):
                     raise value
                 item = make(where, value)
-            except UserError as error:
-                raise UserError(f"{error}; {hint}") from None
-            if item.id in items:
-                raise UserError(f"{where}: the id {item.id!r} is there twice, first in {items[item.id][0]}; {hint}")
-            items[item.id] = where, item
-    if not items:
-        raise UserError(f"{', '.join(map(str, files))}: no item in it; {hint}")
+                if item.id in items:
+                    raise UserError(f"{where}: the id {item.id!r} is there twice, first in {items[item.id][0]}")
+                items[item.id] = where, item
+        if not items:
+            raise UserError(f"{', '.join(map(str, files))}: no item in it")
+    except UserError as error:
+        raise UserError(f"{error}; {hint}") from None
     return [item for _, item in items.values()]
 
 
