@@ -33,7 +33,7 @@ class UevalAnswer(Record):
     extra: Mapping[str, Any] = Field(default_factory=dict)
 
 
-class _UevalItem(BaseModel):
+class UevalPrediction(BaseModel):
     """What the benchmark's scorer takes, which looks at `id`, `image_answer` and `text_answer` alone."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -77,7 +77,7 @@ def read_ueval(file: Path, root: Path, images: ImageStore, left_out: list[str] |
     reader = ImageImporter(root, images)
 
     def make(where: str, value: object) -> UevalAnswer:
-        item = validate(_UevalItem, value, where)
+        item = validate(UevalPrediction, value, where)
         paths = [(where, path) for path in item.image_paths]
         return UevalAnswer(
             id=str(item.id),
