@@ -64,10 +64,7 @@ def copy_image(source: Path, folder: Path, stem: str) -> str:
     An image of the same stem with another suffix is removed, so that a scorer does not prefer it.
     Raises UserError for what is no image, and where nothing can be written.
     """
-    try:
-        data = source.read_bytes()
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror}); generate the item again") from None
+    data = _read(source)
     suffix = "jpg" if data.startswith(b"\xff\xd8\xff") else "png"
     if suffix == "png" and not data.startswith(b"\x89PNG\r\n\x1a\n"):
         buffer = io.BytesIO()
@@ -81,6 +78,21 @@ def copy_image(source: Path, folder: Path, stem: str) -> str:
             if other not in (source, target):
                 other.unlink(missing_ok=True)
     return target.name
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, atomically.  Raises UserError where it cannot be read or written."""
+    data = _read(source)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, data)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it") from None
 
 
 def built_in_prompts(benchmark: str, names: Iterable[str]) -> dict[str, str]:
