@@ -118,10 +118,7 @@ def decode(
         raise UserError(f"{name}: {size}; a side may have {MAX_SIDE} pixels; give a smaller image")
     try:
         image.load()
-        exif = Image.Exif()
-        exif[ORIENTATION] = orientation or _orientation(image.info.get("exif", b""), image.info.pop("xmp", b""))
-        image.info["exif"] = exif.tobytes()
-        return _upright_rgb(image, drop_alpha)
+        return _upright_rgb(image, orientation, drop_alpha)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: damaged or cut short ({error}); save or download it again") from None
 
@@ -233,7 +230,11 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
     return int(found[1]) if found else 1
 
 
-def _upright_rgb(image: Image.Image, drop_alpha: bool) -> Image.Image:
+def _upright_rgb(image: Image.Image, orientation: int, drop_alpha: bool) -> Image.Image:
+    """orientation: 0: the image itself says it."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation or _orientation(image.info.get("exif", b""), image.info.pop("xmp", b""))
+    image.info["exif"] = exif.tobytes()
     image = ImageOps.exif_transpose(image)
     if drop_alpha and image.has_transparency_data:
         image.info.pop("transparency", None)
