@@ -274,6 +274,18 @@ def test_a_transparent_color_of_a_palette_is_on_white() -> None:
     assert torch.equal(from_pil([Image.open(buffer)])[0, :, 0, 1], torch.ones(3))
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparency_can_be_dropped(mode: str) -> None:
+    """As `convert("RGB")` of Pillow's own reader: the color below shows, whatever covers it."""
+    image = Image.new("RGBA", (2, 1), (200, 100, 50, 0)).convert("RGB" if mode == "P" else mode).convert(mode)
+    hidden = image.convert("RGB").getpixel((0, 0))
+    transparent = {"P": image.getpixel((0, 0)), "RGB": (200, 100, 50), "L": image.getpixel((0, 0))}.get(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **({} if transparent is None else {"transparency": transparent}))
+    assert decode(buffer.getvalue()).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(buffer.getvalue(), drop_alpha=True).getpixel((0, 0)) == hidden != (255, 255, 255)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_decode_turns_photographs_upright(form: str, orientation: int) -> None:

@@ -82,9 +82,12 @@ def grid(images: "torch.Tensor | Sequence[Image.Image]", columns: int, scale: in
     return sheet
 
 
-def decode(source: bytes | Path, max_bytes: int = 32 * 2**20, max_pixels: int = 64 * 10**6) -> Image.Image:
+def decode(
+    source: bytes | Path, max_bytes: int = 32 * 2**20, max_pixels: int = 64 * 10**6, *, drop_alpha: bool = False
+) -> Image.Image:
     """An untrusted PNG, JPEG or WEBP image as upright RGB (transparency on white; the first frame of several).
 
+    drop_alpha: what is transparent shows the color that is stored there, as Pillow's `convert("RGB")` has it.
     Work is bounded before any is done: bytes, pixels, chunks, and the scans of a JPEG, each of which visits all pixels.
     Only what pixels are made of reaches the decoder: no profile, text, thumbnail or animation.
     Raises UserError for an image that is too large, of another format, damaged or cut short.
@@ -115,10 +118,7 @@ def decode(source: bytes | Path, max_bytes: int = 32 * 2**20, max_pixels: int = 
         raise UserError(f"{name}: {size}; a side may have {MAX_SIDE} pixels; give a smaller image")
     try:
         image.load()
-        exif = Image.Exif()
-        exif[ORIENTATION] = orientation or _orientation(image.info.get("exif", b""), image.info.pop("xmp", b""))
-        image.info["exif"] = exif.tobytes()
-        return _upright_rgb(image)
+        return _upright_rgb(image, orientation, drop_alpha)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: damaged or cut short ({error}); save or download it again") from None
 
@@ -230,8 +230,16 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
     return int(found[1]) if found else 1
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    return to_rgb(ImageOps.exif_transpose(image))
+def _upright_rgb(image: Image.Image, orientation: int, drop_alpha: bool) -> Image.Image:
+    """orientation: 0: the image itself says it."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation or _orientation(image.info.get("exif", b""), image.info.pop("xmp", b""))
+    image.info["exif"] = exif.tobytes()
+    image = ImageOps.exif_transpose(image)
+    if drop_alpha and image.has_transparency_data:
+        image.info.pop("transparency", None)
+        image = image.convert("RGB") if image.mode in ("RGBA", "LA", "PA", "P") else image
+    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,0 +1,111 @@
+"""Image files of a benchmark, found, checked, shown to a judge, and copied into the layout of the authors' scorer; and
+prompts with their places."""
+
+import io
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from imgen_common.errors import UserError
+from imgen_common.files import write_atomic, writing
+from imgen_common.images import decode
+
+SUFFIXES = ("png", "jpg", "jpeg")
+"""Those that authors' scorers look for, in that order."""
+PLACE = re.compile(r"\{([a-z_]+)\}")
+
+
+def image_path(folder: Path, name: object, where: str) -> Path:
+    """The file of that name below a folder.  Raises UserError naming `where` for no name, and for a path out of it.
+
+    Links are followed, since download caches consist of them.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{where}: {name!r} is not the name of an image; write its path below {folder}")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{where}: {name!r} leads out of the folder; images must lie in {folder}")
+    return folder / path
+
+
+def check_images(files: Iterable[tuple[str, Path]], hint: str) -> None:
+    """Raises UserError for the first file that is missing or is no image, naming its place, with what to do."""
+    with ThreadPoolExecutor() as threads:
+        for problem in threads.map(_problem_of, files):
+            if problem:
+                raise UserError(f"{problem}; {hint}")
+
+
+def _problem_of(file: tuple[str, Path]) -> str:
+    where, path = file
+    if not path.is_file():
+        return f"{where}: {path}: no such image"
+    try:
+        decode(path)
+    except UserError as error:
+        return f"{where}: {error}"
+    return ""
+
+
+def through_jpeg(image: Image.Image) -> Image.Image:
+    """An RGB image as it is after a JPEG of quality 75, Pillow's default, which the authors' scorers leave as it is."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    return Image.open(buffer).convert("RGB")
+
+
+def copy_image(source: Path, folder: Path, stem: str) -> str:
+    """Copies a PNG or JPEG file, and another image as PNG, to `stem` with its suffix; returns the new name.
+
+    An image of the same stem with another suffix is removed, so that a scorer does not prefer it.
+    Raises UserError for what is no image, and where nothing can be written.
+    """
+    data = _read(source)
+    suffix = "jpg" if data.startswith(b"\xff\xd8\xff") else "png"
+    if suffix == "png" and not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        buffer = io.BytesIO()
+        decode(source).save(buffer, "PNG")
+        data = buffer.getvalue()
+    target = folder / f"{stem}.{suffix}"
+    with writing(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, data)
+        for other in (folder / f"{stem}.{suffix}" for suffix in SUFFIXES):
+            if other not in (source, target):
+                other.unlink(missing_ok=True)
+    return target.name
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, atomically.  Raises UserError where it cannot be read or written."""
+    data = _read(source)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, data)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); restore it") from None
+
+
+def built_in_prompts(benchmark: str, names: Iterable[str]) -> dict[str, str]:
+    """Our own prompts of a benchmark by their names."""
+    folder = resources.files("interleave.benchmarks") / "prompts" / benchmark
+    return {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names}
+
+
+def places(prompt: str) -> set[str]:
+    """The names of the places in a prompt, such as `{question}`."""
+    return set(PLACE.findall(prompt))
+
+
+def fill(prompt: str, values: Mapping[str, str]) -> str:
+    """A prompt with a text in each of its places; other braces, and those in the texts, mean themselves."""
+    return PLACE.sub(lambda place: values.get(place[1], place[0]), prompt)
