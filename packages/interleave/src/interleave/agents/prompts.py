@@ -18,9 +18,14 @@ from interleave.protocols import CriticInput, HashedImage, Message
 from interleave.records import Plan, Verdict
 
 BUILTIN = (
-    "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic".split()
+    "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic "
+    "rational_rewards_edit rational_rewards_t2i"
+).split()
+PLACEHOLDERS = (
+    *("text_input", "original_instruction", "rewritten_prompt", "request", "story", "image_before", "image_after"),
 )
-PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "request", "story")
+IMAGE_PLACEHOLDERS = ("image_before", "image_after")
+"""Where a template of RationalRewards shows its images; all others show them before the text."""
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 IMAGE_MARKER = "<image>"
 
@@ -78,8 +83,9 @@ def load_template(ref: str) -> Template:
         raise UserError(f"template {found.name}: no placeholder in it, so every prompt would be the same; add one")
     if token := CONTROL_TOKEN.search(found.text):
         raise UserError(
-            f"template {found.name}: remove {token[0]}; images are put before the text, in the order shown, and turns "
-            "are made by the model's chat template"
+            f"template {found.name}: remove {token[0]}; images are put before the text, in the order shown, or, for "
+            "critic.kind: rational_rewards, where {image_before} and {image_after} stand, and turns are made by the "
+            "model's chat template"
         )
     return found
 
@@ -113,7 +119,8 @@ def render_critic(template: Template, shown: CriticInput) -> Message:
     An empty `prompt_used` means the original prompt.  `{story}` becomes the words and images accepted so far, in
     place.  Raises UserError if the template is not a critic's.
     """
-    _expect(template, {"original_instruction", "rewritten_prompt"}, set(PLACEHOLDERS) - {"text_input"})
+    allowed = set(PLACEHOLDERS) - {"text_input", *IMAGE_PLACEHOLDERS}
+    _expect(template, {"original_instruction", "rewritten_prompt"}, allowed)
     story: list[str | HashedImage] = []
     for words, image in shown.story:
         story += [words, "\n"] if image is None else [words, "\n", image, "\n"]
@@ -124,6 +131,22 @@ def render_critic(template: Template, shown: CriticInput) -> Message:
         "story": story or ["nothing yet"],
     }
     return (shown.before, shown.after, *_fill(template, values))
+
+
+def render_rational_rewards(template: Template, shown: CriticInput) -> Message:
+    """What RationalRewards reads: the template, with each image where its placeholder stands.
+
+    The image before is shown for an edit only.  The instruction is what was asked, as in the scripts of its authors.
+    Raises UserError if the template is not one for this.
+    """
+    values: dict[str, Sequence[str | HashedImage]] = {
+        "original_instruction": [shown.original_prompt],
+        "image_after": [shown.after],
+    }
+    if shown.is_edit:
+        values["image_before"] = [shown.before]
+    _expect(template, set(values), set(values))
+    return tuple(_fill(template, values))
 
 
 def render_judge(template: Template, instruction: str, images: Sequence[HashedImage]) -> Message:

@@ -97,9 +97,7 @@ class Benchmark(Protocol):
         """
         ...
 
-    def questions(
-        self, item: Item, output: Output, prompts: Prompts, answers: Mapping[str, Any]
-    ) -> Sequence[Question]:
+    def questions(self, item: Item, output: Output, prompts: Prompts, answers: Mapping[str, Any]) -> Sequence[Question]:
         """What the judge is asked about an item.
 
         answers: values by the names of questions; called again with them until it asks for nothing that is not there,
