@@ -16,6 +16,7 @@ from imgen_common.http.chat import Completion, read_completion, split_reasoning
 from interleave.agents.judge import parse_scores
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.agents.partial_parsing import PartialAnswer, has_format, parse_partial_answer
+from interleave.agents.rational_rewards import T2I_ASPECTS, Critique, parse_critique
 from interleave.models.remote import decode_base64_image
 from interleave.records import Plan, Verdict
 
@@ -118,6 +119,7 @@ def check_readers(text: str) -> None:
         if isinstance(read, Verdict | Plan):
             read.model_dump_json().encode()  # what is read can be stored
     assert isinstance(has_format(text, "released"), bool)
+    assert isinstance(parse_critique(text, T2I_ASPECTS), Critique | ParseFailure)
     scores = parse_scores(text)
     assert isinstance(scores, ParseFailure) or all(0 <= mark <= 10 for mark in scores)
     assert parse_score(text) is None or 1 <= (parse_score(text) or 0) <= 5
@@ -216,6 +218,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "scores": lambda n: "Final Score: 3 " * (n // 15),
     "a score of digits": lambda n: "Final Score: 3." + "1" * n,
     "spaces in a score": lambda n: "Final Score:" + " *" * (n // 2),
+    "headings": lambda n: "1. Text Faithfulness:\n## Score: 3\n" * (n // 34),
+    "spaces in a heading": lambda n: f"#{' #*' * (n // 3)}Score: 3",
     "a long prompt": lambda n: (
         OPENED + f"<answer>{json.dumps({'previous_step_success': False, 'refine_prompt': 'é' * n})}</answer>"
     ),
@@ -229,6 +233,7 @@ READERS: list[Callable[[str], object]] = [
     lambda text: has_format(text, "released"),
     parse_scores,
     parse_score,
+    lambda text: parse_critique(text, T2I_ASPECTS),
     split_reasoning,
     lambda text: outcome_of(text.encode()),
     lambda text: outcome_of(json.dumps({"choices": [{"message": {"content": text}}]}).encode()),

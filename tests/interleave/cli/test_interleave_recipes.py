@@ -8,9 +8,11 @@ import yaml
 
 from imgen_common.config import Config, load
 from imgen_common.errors import UserError
+from interleave.agents.critic import RubricCritic
 from interleave.agents.prompts import load_template
 from interleave.cli.data import RECIPES as MINIATURE
-from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
+from interleave.loop.config import ModelCritic, ModelPlanner, RationalRewardsCritic, RunConfig, SelfCritic
+from interleave.models.chat.scripted import ScriptedChatConfig
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "interleave").glob("*.yaml"))
 RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve"))]
@@ -37,12 +39,18 @@ def test_a_recipe_is_valid_and_its_templates_fit(recipe: Path, tmp_path: Path, m
         found = load_template(config.critic.template)
         assert {"original_instruction", "rewritten_prompt"} <= found.placeholders
         assert ("story" in found.placeholders) == (config.critic.context == "story")
+    if isinstance(config.critic, RationalRewardsCritic):
+        model = ScriptedChatConfig(answers=("",)).build()
+        edit, t2i = load_template(config.critic.edit_template), load_template(config.critic.t2i_template)
+        assert RubricCritic((model, edit), (model, t2i), config.critic.min_score)
 
 
 @pytest.mark.parametrize("recipe", [r for r in RUNS if "miniature" not in r.stem], ids=lambda path: path.stem)
 def test_a_critic_that_costs_is_asked_once(recipe: Path) -> None:
     critic = load(RunConfig, [recipe]).critic
-    assert isinstance(critic, SelfCritic) or (isinstance(critic, ModelCritic) and critic.num_samples == 1)
+    assert isinstance(critic, SelfCritic | RationalRewardsCritic) or (
+        isinstance(critic, ModelCritic) and critic.num_samples == 1
+    )
 
 
 def test_the_miniatures_recipe_is_the_default() -> None:

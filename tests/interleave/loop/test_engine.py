@@ -97,6 +97,7 @@ def test_a_story_is_drawn_then_edited(tmp_path: Path) -> None:
     assert looks[0].before.image.getpixel((0, 0)) == (255, 255, 255)
     assert looks[0].before.image.size == looks[0].after.image.size
     assert looks[1].before.id == looks[0].after.id
+    assert [look.is_edit for look in looks[:2]] == [False, True]
     assert [words for words, _ in looks[1].story] == ["one", "words 2"]
     assert [a.op for a in attempts(tmp_path)] == ["t2i", "edit"]
 
@@ -109,6 +110,7 @@ def test_a_users_image_is_edited_from_the_first_step(tmp_path: Path) -> None:
     run(tmp_path, made, [Request(id="a", text="x", image_ids=tuple(given))])
     assert [source.id for source in made.generator.jobs[0].sources] == [given[-1]]
     assert made.critic.looks[0].before.id == given[-1]
+    assert made.critic.looks[0].is_edit
 
 
 def test_all_references_up_to_what_the_generator_takes(tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, n
     ("name", "content", "said"),
     [
         ("r.parquet", "PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),
-        ("r.csv", "prompt\na cat\n", "r.csv:2: prompt: Extra inputs are not permitted; allowed keys: text, content, id"),
+        (
+            "r.csv",
+            "prompt\na cat\n",
+            "r.csv:2: prompt: Extra inputs are not permitted; allowed keys: text, content",
+        ),
         ("r.csv", "text,imagse\na,b\n", "did you mean 'images'"),
         ("r.json", "[3]", "r.json: item 1: must be an object or a text, got a number"),
         ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),

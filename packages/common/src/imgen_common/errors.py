@@ -7,7 +7,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from imgen_common.shutdown import exit_code, interrupted_by_signals
 from imgen_common.terminal import safe_streams
@@ -85,6 +85,14 @@ def check_text(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
+
+
+def check_choice(option: str, given: str, choices: Any) -> Any:
+    """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
+    allowed = get_args(choices)
+    if given not in allowed:
+        raise UserError(f"{option} {given!r}: unknown{nearest(given, allowed)}; allowed: {', '.join(allowed)}")
+    return given
 
 
 def check_gradients(without: Sequence[str]) -> None:

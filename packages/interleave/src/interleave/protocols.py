@@ -154,6 +154,7 @@ class CriticInput:
     """What the critic is shown of one attempt.
 
     before: the latest accepted image, or a white one of the same size before the first; after: the candidate.
+    is_edit: False where the story has no image yet, so that the candidate was made from words alone.
     `request` and `story` (the words and accepted images so far) are shown only by `critic.context: story`.
     """
 
@@ -163,6 +164,7 @@ class CriticInput:
     prompt_used: str
     request: str = ""
     story: tuple[tuple[str, HashedImage | None], ...] = ()
+    is_edit: bool = True
 
 
 @dataclass(frozen=True)

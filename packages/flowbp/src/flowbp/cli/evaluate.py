@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, Steps, check_choice, print_notes, progress_bar, report_error_once
+from flowbp.cli.options import Json, Runs, Sets, Steps, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError, is_blank
+from imgen_common.errors import UserError, check_choice, is_blank
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:

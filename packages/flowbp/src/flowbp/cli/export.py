@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from flowbp.cli.options import Runs, check_choice
+from flowbp.cli.options import Runs
 from imgen_common.console import spinner
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, check_choice
 
 
 def prefetch(

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import typer
 
 from imgen_common.devices import launched_process
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError
 
 Sets = Annotated[
     list[str] | None,
@@ -23,14 +23,6 @@ ResumeFrom = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps.", min=1, max=1000)]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
-
-
-def check_choice(option: str, given: str, choices: Any) -> Any:
-    """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
-    allowed = get_args(choices)
-    if given not in allowed:
-        raise UserError(f"{option} {given!r}: unknown{nearest(given, allowed)}; allowed: {', '.join(allowed)}")
-    return given
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The critic over any chat model, and one that decides by chance, as a control."""
+"""The critic over any chat model, RationalRewards as a critic, and one that decides by chance, as a control."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ import numpy as np
 from imgen_common.errors import UserError
 from imgen_common.streams import stream_seed
 from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_verdict
-from interleave.agents.prompts import Template, render_critic
+from interleave.agents.prompts import Template, render_critic, render_rational_rewards
+from interleave.agents.rational_rewards import EDIT_ASPECTS, T2I_ASPECTS, parse_critique
 from interleave.models.concurrency import map_concurrently
 from interleave.protocols import ChatModel, CriticAnswer, CriticInput, HashedImage, Reply
 from interleave.records import Verdict
@@ -97,6 +98,45 @@ def _mass(alternatives: Mapping[str, float], word: str) -> float:
     """Of the tokens that are the word or begin it."""
     tokens = ((token.strip(NOT_OF_A_WORD).lower(), p) for token, p in alternatives.items())
     return sum(p for token, p in tokens if token and (word.startswith(token) or token.startswith(word)))
+
+
+class RubricCritic:
+    """RationalRewards (arXiv 2604.11626) scores several aspects of an image from 1 to 4 and rewrites the prompt.
+
+    One chat model judges edits, another one images made from words alone; both may be the same.  An image is accepted
+    where no score is below `min_score`.
+    """
+
+    def __init__(
+        self, edit: tuple[ChatModel, Template], t2i: tuple[ChatModel, Template], min_score: float = 3.0
+    ) -> None:
+        """min_score: in [1, 4].  Raises UserError for a template that is not one for this."""
+        white = HashedImage.white(1, 1)
+        for (_, template), is_edit in ((edit, True), (t2i, False)):
+            render_rational_rewards(template, CriticInput(white, white, "", "", is_edit=is_edit))
+        self._edit, self._t2i, self._min_score = edit, t2i, min_score
+        self.models = (edit[0],) if edit[0] is t2i[0] else (edit[0], t2i[0])
+        self.id = f"rational_rewards({' | '.join(model.id for model in self.models)}, {min_score:g})"
+
+    async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
+        """The verdict, or why its answer cannot be read.  Raises BackendError."""
+        model, template = self._edit if shown.is_edit else self._t2i
+        reply = await model.chat(render_rational_rewards(template, shown), seed)
+        critique = parse_critique(reply.text, EDIT_ASPECTS if shown.is_edit else T2I_ASPECTS)
+        # Nothing ends the refined request, so that of an answer that was cut off may be half of one
+        if reply.truncated and not isinstance(critique, ParseFailure):
+            critique = ParseFailure("its last words may be missing")
+        if not isinstance(critique, ParseFailure):
+            verdict = critique.verdict(self._min_score, shown.prompt_used or shown.original_prompt)
+            if not isinstance(verdict, ParseFailure):
+                return CriticAnswer(verdict, reply.text, finish_reason=reply.finish_reason)
+            critique = verdict
+        return CriticAnswer(None, reply.text, describe_failure(reply, critique), finish_reason=reply.finish_reason)
+
+    async def close(self) -> None:
+        """Release the models."""
+        for model in self.models:
+            await model.close()
 
 
 class RandomRewrite:

@@ -20,8 +20,9 @@ from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Plan, Request, Verdict
 
 BUILTIN = (
-    "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic".split()
-)
+    "planner_text planner_images critic critic_story judge_semantics judge_quality shapes_planner shapes_critic "
+    "rational_rewards_edit rational_rewards_t2i"
+).split()
 PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "request", "story")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 IMAGE_MARKER = "<image>"
@@ -188,6 +189,20 @@ def render_critic(template: Template, shown: CriticInput) -> Message:
         "story": story or ["nothing yet"],
     }
     return _fill(template, values, (shown.before, shown.after))
+
+
+def render_rational_rewards(template: Template, shown: CriticInput) -> Message:
+    """What RationalRewards reads: the template, with the images in their places.
+
+    The image before is shown for an edit only.  The instruction is what was asked, as in the scripts of its authors.
+    Raises UserError if the template is not one for this.
+    """
+    images = (shown.before, shown.after) if shown.is_edit else (shown.after,)
+    if template.num_places != len(images):
+        what = f"{template.num_places} {IMAGE_MARKER}, and is shown {len(images)} images"
+        raise UserError(f"template {template.name}: has {what}; put the marker where each belongs")
+    _expect(template, {"original_instruction"}, {"original_instruction"})
+    return _fill(template, {"original_instruction": [shown.original_prompt]}, images)
 
 
 def render_judge(template: Template, instruction: str, images: Sequence[HashedImage]) -> Message:

@@ -11,6 +11,7 @@ from imgen_common.judging.answers import Answer
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts, Scores
 
 NUM_RESAMPLINGS, SEED = 1000, 0
+NO_BOUNDS: tuple[float | None, float | None] = (None, None)
 Answers = Mapping[str, Mapping[str, Answer]]
 """By item and question."""
 Rows = Sequence[tuple[Item, Scores]]
@@ -76,16 +77,14 @@ def make_report(
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in every),
         num_completion_tokens=sum(answer.num_completion_tokens for answer in every),
         figures=[
-            Figure(name, values.get(name), *bounds.get(name, (None, None)), zeros.get(name))
+            Figure(name, values.get(name), *bounds.get(name, NO_BOUNDS), as_zero=zeros.get(name))
             for name in dict.fromkeys((*values, *zeros))
         ],
         differences=[*differences, *_differences(benchmark, prompts, judges)],
     )
 
 
-def _rows(
-    benchmark: Benchmark, items: Sequence[Item], answers: Answers, *, as_zero: bool
-) -> list[tuple[Item, Scores]]:
+def _rows(benchmark: Benchmark, items: Sequence[Item], answers: Answers, *, as_zero: bool) -> list[tuple[Item, Scores]]:
     rows = []
     for item in items:
         values = {name: answer.value for name, answer in answers[item.id].items()}
@@ -96,15 +95,15 @@ def _rows(
 def _differences(benchmark: Benchmark, prompts: Prompts, judges: Sequence[str]) -> list[str]:
     found = []
     if not prompts.is_official:
-        found.append("the judge's questions are in our own words; give --prompts-from a copy of the authors' repository")
+        found.append(
+            "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
+        )
     if any(benchmark.judge.model not in judge for judge in judges):
         found.append(f"the judge is {', '.join(judges)}, published figures are of {benchmark.judge.model}")
     return found
 
 
-def bootstrap_bounds(
-    figures: Callable[[Rows], Mapping[str, float]], rows: Rows
-) -> dict[str, tuple[float, float]]:
+def bootstrap_bounds(figures: Callable[[Rows], Mapping[str, float]], rows: Rows) -> dict[str, tuple[float, float]]:
     """95 % percentile bootstrap intervals of figures over items, resampled within their categories."""
     rng = np.random.default_rng(SEED)
     strata: dict[str, list[int]] = {}
@@ -125,7 +124,12 @@ def bootstrap_bounds(
 def table_markdown(report: BenchmarkReport) -> str:
     """The table, and under it what a reader must know of it."""
     cells = [
-        [figure.name, _number(figure.value), f"{_number(figure.low)} to {_number(figure.high)}", _number(figure.as_zero)]
+        [
+            figure.name,
+            _number(figure.value),
+            f"{_number(figure.low)} to {_number(figure.high)}",
+            _number(figure.as_zero),
+        ]
         for figure in report.figures
     ]
     header = [report.title, "value", "95 % interval", "failures as worst"]

@@ -1,4 +1,4 @@
-"""One runner for all benchmarks: generate, ask the judge, aggregate; each stage alone, in parts, and again after a kill.
+"""One runner for all benchmarks: generate, ask the judge, aggregate; each stage alone, in parts, again after a kill.
 
 benchmark.json            which benchmark, data, words and judge this folder is of
 generation[.2-of-8]/      a run folder of the loop, one for each part
@@ -101,7 +101,9 @@ class BenchmarkWork:
 
     def facts(self, judge: ChatModel) -> BenchmarkFacts:
         """What the folder is of."""
-        named = json.dumps([[item.id, list(map(str, item.content)), dict(item.row)] for item in self.items], default=str)
+        named = json.dumps(
+            [[item.id, list(map(str, item.content)), dict(item.row)] for item in self.items], default=str
+        )
         return BenchmarkFacts(
             benchmark=self.benchmark.name,
             items=hashlib.sha256(named.encode()).hexdigest()[:12],

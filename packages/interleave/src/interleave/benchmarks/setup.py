@@ -9,6 +9,7 @@ from imgen_common.files import read_json
 from imgen_common.judging.agreement import Agreement, compare_judges
 from imgen_common.judging.answers import read_answers
 from interleave.benchmarks import miniature
+from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import FACTS, BenchmarkFacts, BenchmarkWork, Shard
@@ -45,19 +46,23 @@ def prepare(
     if request.data == miniature.BUILTIN:
         differences.append("the data are the miniature's")
         items = benchmark.load(miniature.write_data(request.name, request.out / "data"))
+        items = spread(items, min(request.limit or miniature.COUNT, len(items)))
     else:
         items = benchmark.load(Path(request.data))
-    if request.limit is not None and request.limit < len(items):
-        differences.append(f"only the first {request.limit} of {len(items)} items are used")
-        items = items[: request.limit]
+        if request.limit is not None and request.limit < len(items):
+            differences.append(f"only {request.limit} of {len(items)} items are used")
+            items = spread(items, request.limit)
     if shard.count > len(items):
         raise UserError(f"--shard {request.shard}: there are only {len(items)} items")
     judge = config.judge.build()
-    work = BenchmarkWork(
-        benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command)
-    )
+    work = BenchmarkWork(benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command))
     work.open(work.facts(judge))
     return work, judge, differences
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` items at equal distances, so that all categories have theirs, whose items stand together."""
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def compare_folders(first: Path, second: Path) -> list[Agreement]:

@@ -15,6 +15,7 @@ from interleave.cli.options import Configs, Json, Sets
 
 if TYPE_CHECKING:
     from interleave.benchmarks.run import BenchmarkWork
+    from interleave.benchmarks.setup import BenchmarkRequest
     from interleave.protocols import ChatModel
 
 app = typer.Typer(
@@ -58,8 +59,10 @@ def make_command(name: str) -> Callable[..., None]:
             Path | None,
             typer.Option(metavar="PATH", help="Score what others made, in the layout of the authors' scorer."),
         ] = None,
-        limit: Annotated[int | None, typer.Option(help="Use only the first N items.", min=1)] = None,
-        shard: Annotated[str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")] = "1/1",
+        limit: Annotated[int | None, typer.Option(help="Use only N items, at equal distances.", min=1)] = None,
+        shard: Annotated[
+            str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")
+        ] = "1/1",
         stage: Annotated[str, typer.Option(metavar="STAGE", help="generate, score, or all.")] = "all",
         yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
         sets: Sets = None,
@@ -143,8 +146,8 @@ def agree(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same items with another judge.")],
     as_json: Json = False,
 ) -> None:
-    """How far two judges agree on the same outputs: the share of equal answers, Cohen's kappa, the correlation of ranks,
-    and the items on which they differ.
+    """How far two judges agree on the same outputs: the share of equal answers, Cohen's kappa, the correlation of
+    ranks, and the items on which they differ.
 
     Example: interleave benchmark agree scores/ueval scores/ueval_other_judge
     """
@@ -157,7 +160,14 @@ def agree(
         return
     header = ["question", "answers", "same", "kappa", "rank correlation", "difference"]
     cells = [
-        [one.name, str(one.num), f"{one.same:.1%}", f"{one.kappa:.3f}", f"{one.correlation:.3f}", f"{one.difference:+.3f}"]
+        [
+            one.name,
+            str(one.num),
+            f"{one.same:.1%}",
+            f"{one.kappa:.3f}",
+            f"{one.correlation:.3f}",
+            f"{one.difference:+.3f}",
+        ]
         for one in found
     ]
     print(markdown_table(header, cells))

@@ -110,7 +110,8 @@ class AttemptRunner:
             await asyncio.to_thread(self._images.put, before)
         outcome.image_id, outcome.before_id, outcome.revised_prompt = after.id, before.id, after.revised_prompt
         drawn = after.revised_prompt or start.prompt
-        shown = CriticInput(before, after, start.step.prompt or "", drawn, start.request.text, start.story)
+        asked = start.step.prompt or "", drawn, start.request.text, start.story
+        shown = CriticInput(before, after, *asked, is_edit=bool(start.images))
         await self._judge(start, shown, outcome)
         await self._score(shown, outcome)
 

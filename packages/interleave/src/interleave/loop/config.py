@@ -116,6 +116,23 @@ class SelfCritic(Config):
     """How answers are read."""
 
 
+class RationalRewardsCritic(Config):
+    """RationalRewards (arXiv 2604.11626) scores several aspects of each image from 1 to 4 and rewrites the prompt."""
+
+    kind: Literal["rational_rewards"] = "rational_rewards"
+    edit_model: ChatConfig = LocalChatConfig(ref="TIGER-Lab/RationalRewards-8B-Edit", temperature=0.1)
+    """The model that judges edits."""
+    t2i_model: ChatConfig | None = None
+    """The model that judges images made from words alone, the first of most stories; null: `edit_model`."""
+    edit_template: str = "rational_rewards_edit"
+    """Template of an edit: a built-in name or a text file.  The built-in ones are in our own words; the model was
+    trained on other words, which its authors publish."""
+    t2i_template: str = "rational_rewards_t2i"
+    """Template of an image made from words alone."""
+    min_score: Annotated[float, Ge(1), Le(4)] = 3.0
+    """Lowest score, of 4, with which an image is accepted: an aspect below it rejects the image."""
+
+
 class RandomCritic(Config):
     """Accepts by chance and rewrites by chance: a control for what looking adds."""
 
@@ -133,7 +150,9 @@ class RunConfig(Config):
     """Seed of everything that is sampled."""
     planner: Annotated[NoPlanner | ModelPlanner, Field(discriminator="kind")] = ModelPlanner()
     """Who writes the steps."""
-    critic: Annotated[NoCritic | ModelCritic | SelfCritic | RandomCritic, Field(discriminator="kind")] = ModelCritic(
+    critic: Annotated[
+        NoCritic | ModelCritic | SelfCritic | RationalRewardsCritic | RandomCritic, Field(discriminator="kind")
+    ] = ModelCritic(
         model=LocalChatConfig(ref="builtin:shapes/critic", temperature=1.0), num_samples=8, acceptance_threshold=0.75
     )
     """Who judges the images."""

@@ -16,12 +16,21 @@ from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.vocabulary import describe_unknown_words
-from interleave.agents.critic import ChatCritic, RandomRewrite
+from interleave.agents.critic import ChatCritic, RandomRewrite, RubricCritic
 from interleave.agents.judge import ChatJudge
 from interleave.agents.planner import ChatPlanner
 from interleave.agents.prompts import load_template
 from interleave.loop import requests as request_files
-from interleave.loop.config import ModelCritic, ModelPlanner, NoCritic, NoPlanner, RandomCritic, RunConfig, SelfCritic
+from interleave.loop.config import (
+    ModelCritic,
+    ModelPlanner,
+    NoCritic,
+    NoPlanner,
+    RandomCritic,
+    RationalRewardsCritic,
+    RunConfig,
+    SelfCritic,
+)
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
 from interleave.models.concurrency import mark_retrieved
@@ -63,6 +72,11 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
             return None
         case RandomCritic():
             return RandomRewrite(critic.accept, critic.phrases)
+        case RationalRewardsCritic():
+            edit = critic.edit_model.build()
+            t2i = edit if critic.t2i_model in (None, critic.edit_model) else critic.t2i_model.build()
+            templates = load_template(critic.edit_template), load_template(critic.t2i_template)
+            return RubricCritic((edit, templates[0]), (t2i, templates[1]), critic.min_score)
         case SelfCritic():
             if planner is None:
                 raise UserError("critic.kind: self needs a planner's model; set planner.kind=model or choose another")
@@ -114,8 +128,10 @@ async def check_endpoints(components: Components) -> None:
     """Raises UserError if an endpoint that the components need does not answer, or refuses the key."""
     white = HashedImage.white(32, 32)
     for part in (components.planner, components.critic, components.judge):
-        if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) and isinstance(part.model, EndpointChat):
-            await part.model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, "Say yes."))
+        models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
+        for model in part.models if isinstance(part, RubricCritic) else models:
+            if isinstance(model, EndpointChat):
+                await model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, "Say yes."))
 
 
 async def run_requests(

@@ -16,7 +16,7 @@ Asked = tuple[Message, int]
 
 
 def to_conversation(message: Message) -> list[dict[str, Any]]:
-    """A message in the chat format of transformers, with `PIL` images: a system turn, if it has one, and a user turn."""
+    """A message in the chat format of transformers, with `PIL` images: perhaps a system turn, and a user turn."""
     system, turn = split_system(message)
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part.image}
