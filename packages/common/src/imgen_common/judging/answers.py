@@ -67,16 +67,20 @@ class AnswerLog:
         folder.mkdir(parents=True, exist_ok=True)
         if self._file.exists():  # a kill may have left half a line
             os.truncate(self._file, sum(map(len, whole_lines(self._file))))
-        self._by_key = {answer.key: answer for answer in read_answers(folder)}
+        kept = [answer for answer in read_answers(folder) if answer.is_final]
+        self._by_key = {answer.key: answer for answer in kept}
+        self._own = {(answer.item, answer.question): answer for answer in kept}
 
-    def find(self, key: str) -> Answer | None:
-        """The answer to an equal question; None where there is none, or it failed for a moment only."""
-        found = self._by_key.get(key)
-        return found if found is not None and found.is_final else None
+    def find(self, key: str, item: str = "", question: str = "") -> Answer | None:
+        """The answer to an equal question, that of the item's own if there is one; None where there is none, or it
+        failed for a moment only."""
+        own = self._own.get((item, question))
+        return own if own is not None and own.key == key else self._by_key.get(key)
 
     def add(self, answer: Answer) -> None:
         """Keeps an answer.  Raises UserError on a full disk."""
-        self._by_key[answer.key] = answer
+        if answer.is_final:
+            self._by_key[answer.key] = self._own[answer.item, answer.question] = answer
         append_line(self._file, answer.model_dump_json())
 
 

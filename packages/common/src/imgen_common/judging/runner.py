@@ -66,7 +66,7 @@ class Judging:
 
     async def _answer(self, item: str, question: Question) -> Answer:
         key = await asyncio.to_thread(question.key, self.judge.id)
-        kept = self.log.find(key)
+        kept = self.log.find(key, item, question.name)
         if kept is not None and (kept.item, kept.question) == (item, question.name):
             return kept
         answer = await self._ask(item, key, question) if kept is None else _reuse(kept, item, question)
