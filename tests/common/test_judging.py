@@ -224,17 +224,10 @@ def test_agreement_by_hand() -> None:
 
 def test_marks_are_compared_by_their_names_and_failures_are_left_out() -> None:
     """a: 5,3 and 5,1; b: 2,2 and 4,2; c has failed with one judge, d is of one judge only."""
-    left = [
-        answer("a", "m", {"style": 5, "trend": 3}),
-        answer("b", "m", {"style": 2, "trend": 2}),
-        answer("c", "m", None),
-    ]
-    right = [
-        answer("a", "m", {"style": 5, "trend": 1}),
-        answer("b", "m", {"style": 4, "trend": 2}),
-        answer("d", "m", 1),
-    ]
-    right.append(answer("c", "m", {"style": 1, "trend": 1}))
+    left = [answer("a", "m", {"style": 5, "trend": 3}), answer("b", "m", {"style": 2, "trend": 2})]
+    left.append(answer("c", "m", None))
+    right = [answer("a", "m", {"style": 5, "trend": 1}), answer("b", "m", {"style": 4, "trend": 2})]
+    right += [answer("c", "m", {"style": 1, "trend": 1}), answer("d", "m", 1)]
     found = {one.name: one for one in compare_judges(left, right)}
     assert {name: (one.num, one.same, one.difference) for name, one in found.items()} == {
         "m style": (2, 0.5, 1.0),
