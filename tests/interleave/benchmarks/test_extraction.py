@@ -31,6 +31,7 @@ GONE = "text"
 GONE = 5
 NUMBER = 5
 CALLED = "x".join(["a"])
+PERCENT = "%s" % "x"
 FORMATTED = f"{PLAIN!r}"
 PLAIN.attribute = "no name"
 DECLARED: str
@@ -85,7 +86,9 @@ def test_constants_of_a_module(module: Path, tmp_path: Path, monkeypatch: pytest
     assert not Path("written").exists()  # nothing was run
 
 
-@pytest.mark.parametrize("name", ["GONE", "NUMBER", "CALLED", "FORMATTED", "DECLARED", "INSIDE", "prompt_a", "MISSING"])
+@pytest.mark.parametrize(
+    "name", ["GONE", "NUMBER", "CALLED", "PERCENT", "FORMATTED", "DECLARED", "INSIDE", "prompt_a", "MISSING"]
+)
 def test_constants_that_are_no_texts(module: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"prompts\.py: has no text named '{name}'"):
         constants(module, "PLAIN", name)

@@ -59,12 +59,15 @@ def one_item(tmp_path: Path, **fields: Any) -> Item:
         ("{}", False),
         (f"```json\n{TRUE}\n``` but {FALSE}", True),  # the block before what comes after it,
         (f"{FALSE}\n```json\n{TRUE}\n```", True),  # and before what comes first
+        (f'{FALSE}\n```json\n{{\n"criteria_met": true\n}}\n```', True),
         (f"```json\n{{damaged}}\n``` {TRUE}", True),  # a block that cannot be read is passed over
         (f"A set {{x}} of things. {TRUE} or {FALSE}", True),  # an object with a known key before all braces
         (f"{TRUE} {FALSE} {{", True),  # the first of them, whatever follows
         ('{"explanation": "a } b", "criteria_met": true}', True),  # whose text ends it too early: all braces are read
         ('{"reason": "r", "criteria_met": true}', True),  # no known key is the first one
-        ('{"explanation": "50\\% done", "criteria_met": "yes"}', True),  # \% is repaired
+        ('{"explanation": "50\\% done", "criteria_met": "yes"}', True),  # \% is repaired,
+        # and a backslash that is written as two stays
+        ('{"explanation": "a\\\\d 50\\%", "criteria_met": "yes"}', True),
     ],
 )
 def test_value_of_an_answer(answer: str, met: bool) -> None:
@@ -227,7 +230,8 @@ def test_questions_are_one_a_rubric(tmp_path: Path) -> None:
     assert [len(question.message) for question in questions] == [1, 1, 3]  # words first, then all images
     assert [image.getpixel((0, 0)) for image in questions[2].message[1:]] == [(255, 0, 0), (0, 0, 255)]  # type: ignore[union-attr]
     assert {question.system for question in questions} == {""}
-    assert questions[0].parse(TRUE) is True
+    assert [question.parse(TRUE) for question in questions] == [True, True, True]
+    assert {question.tries for question in questions} == {10}
 
 
 @pytest.mark.parametrize("task", ["art", "life", "tech", "exercise", "music", "", None])
@@ -272,6 +276,7 @@ def test_our_own_prompts_ask_for_the_official_answers(tmp_path: Path) -> None:
         for question in UEVAL.questions(one_item(tmp_path, task=task), Output(("Once upon",)), prompts, {}):
             text = str(question.message[0])
             assert "Question 1?" in text
+            assert text == text.strip()
             assert ("Once upon" in text) == (task == "art" or question.name.startswith("text"))
             examples = [line for line in text.splitlines() if line.startswith("{")]
             assert [parse_met(line) for line in examples] == [True, False, False]
@@ -355,8 +360,8 @@ def test_items_are_the_same_whatever_the_file(tmp_path: Path) -> None:
     whole.to_parquet(tmp_path / "data.parquet")
     for name in ("shards", "snapshot/data"):
         (tmp_path / name).mkdir(parents=True)
-    whole.select([0, 1]).to_parquet(tmp_path / "shards" / "test-00000-of-00002.parquet")
-    whole.select([2]).to_parquet(tmp_path / "shards" / "test-00001-of-00002.parquet")
+    for number in (1, 2, 0):
+        whole.select([number]).to_parquet(tmp_path / "shards" / f"test-0000{number}-of-00003.parquet")
     whole.select([0]).to_parquet(tmp_path / "shards" / "train-00000-of-00001.parquet")
     whole.to_parquet(tmp_path / "snapshot" / "data" / "test-00000-of-00001.parquet")
     whole.save_to_disk(tmp_path / "saved", num_shards=2)
@@ -469,16 +474,16 @@ def test_predictions_that_are_not_there(tmp_path: Path, items: list[Item]) -> No
 
 
 def test_outputs_can_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = UEVAL.load(write(tmp_path / "items.json", [row("../up"), row(2), row(3)]))
+    items = UEVAL.load(write(tmp_path / "items.json", [row("../../up"), row(2), row(3)]))
     jpeg = tmp_path / "a.jpg"
     Image.new("RGB", (3, 2), "green").save(jpeg)
     red, blue = paint(tmp_path / "r.png"), paint(tmp_path / "b.png", "blue")
-    outputs = {"../up": Output(("Step 1. ", red, "Step 2.", blue, jpeg)), "3": Output(())}
+    outputs = {"../../up": Output(("Step 1. ", red, "Step 2.", blue, jpeg)), "3": Output(())}
     folder = tmp_path / "written"
     UEVAL.write_outputs(outputs, items, folder)
     written = json.loads((folder / "predictions.json").read_text())
     assert [(given["id"], given["task"], given["text_answer"]) for given in written] == [
-        ("../up", "art", "Step 1. Step 2."),
+        ("../../up", "art", "Step 1. Step 2."),
         ("3", "art", ""),
     ]
     names = written[0]["image_answer"]
@@ -489,6 +494,6 @@ def test_outputs_can_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [Image.open(name).format for name in names] == ["PNG"] * 3
     monkeypatch.chdir(tmp_path)
     again = UEVAL.read_outputs(folder, items)
-    assert again["../up"].texts == ("Step 1. Step 2.",)
-    assert [Image.open(image).getpixel((0, 0)) for image in again["../up"].images[:2]] == [(255, 0, 0), (0, 0, 255)]
+    assert again["../../up"].texts == ("Step 1. Step 2.",)
+    assert [Image.open(image).getpixel((0, 0)) for image in again["../../up"].images[:2]] == [(255, 0, 0), (0, 0, 255)]
     assert again["2"] == again["3"] == Output(())

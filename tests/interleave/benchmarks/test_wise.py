@@ -19,6 +19,7 @@ FAILED = None
 NAMES = ("Cultural knowledge", "time", "Space", "Biology", "Physical Knowledge", "Chemistry")
 """The categories as the data has them."""
 LAST = {"wise": (400, 520, 640, 760, 880, 1000), "wise_legacy": (400, 567, 700, 800, 900, 1000)}
+MARKS = ("consistency", "realism", "aesthetic_quality")
 FILES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 
 
@@ -80,7 +81,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Item]]:
         ("Score = 1\n1", 1),
         ("<think>Score: 0</think>\nScore: 1", 1),
         ("<think>0\n</think>1", 1),
-        ("Score: 0 is too strict</think>", 0),  # without an opening mark only the closing one goes
+        ("1</think>", 1),  # without an opening mark only the closing one goes
     ],
 )
 def test_verified_answers(answer: str, score: int) -> None:
@@ -122,7 +123,7 @@ def test_verified_answers_that_cannot_be_read(answer: str) -> None:
     ],
 )
 def test_legacy_answers(answer: str, marks: tuple[int, int, int]) -> None:
-    assert LEGACY.parse(answer) == dict(zip(("consistency", "realism", "aesthetic_quality"), marks, strict=True))
+    assert LEGACY.parse(answer) == dict(zip(MARKS, marks, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,8 @@ def test_one_question_an_image(tmp_path: Path, items: dict[str, list[Item]], ben
     assert text == 'P "Prompt 7" E "Because 7" {x}'
     assert image.getpixel((0, 0)) == (0, 0, 255)  # type: ignore[union-attr]
     assert (question.name, question.system, question.tries) == ("score", "Be strict.", 3)
-    assert question.parse("2\n2\n2" if benchmark is LEGACY else "1")
+    answer, value = ("1", 1) if benchmark is VERIFIED else ("2\n1\n0", dict(zip(MARKS, (2, 1, 0), strict=True)))
+    assert question.parse(answer) == value
     assert benchmark.questions(item, Output((first,)), PROMPTS, {"score": None}) == []
     assert benchmark.questions(item, Output(("words",)), PROMPTS, {}) == []  # without an image there is nothing to ask
 

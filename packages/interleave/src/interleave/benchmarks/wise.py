@@ -22,8 +22,7 @@ from interleave.datasets.files import RowError, validate
 REPOSITORY = "PKU-YuanGroup/WISE"
 NUM_ITEMS = 1000
 QUESTION = "score"
-BUILDER = "build_evaluation_messages"
-"""The function of the authors' scripts that has their words."""
+BUILDER = "build_evaluation_messages"  # the function of the authors' scripts that has their words
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge", "chemistry")
 """What the data calls the categories, in small letters."""
