@@ -16,7 +16,7 @@ from imgen_common.judging.questions import Message, Question
 from interleave.benchmarks import comm_rules as rules
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.extraction import text_file
-from interleave.benchmarks.files import built_in_prompts, check_images, copy_file, copy_image, image_path
+from interleave.benchmarks.files import builtin_prompts, check_images, copy_file, copy_image, image_path
 from interleave.datasets.files import read_json, write_json
 
 FOLDER = re.compile(r".+_task([1-4])")
@@ -64,7 +64,7 @@ class Comm:
     def read_prompts(self, repository: Path | None) -> Prompts:
         """The authors' prompts are files of their own.  Raises UserError for one that is missing, or another one."""
         if repository is None:
-            return Prompts(built_in_prompts(self.name, rules.MENTIONED))
+            return builtin_prompts(self.name)
         texts = {}
         for name, key in rules.MENTIONED.items():
             file = repository / "eval" / "tot_metric" / "machine_evaluation_prompts" / f"{name}.json"
