@@ -111,7 +111,7 @@ def test_an_answer_without_a_number_cannot_be_read(answer: str) -> None:
 
 # --- what an item is worth -------------------------------------------------------------------------------------------
 
-FREE = {"consistency_free": True}
+FREE: dict[str, Any] = {"consistency_free": True}
 COLUMN = ("consistency_free",)
 
 

@@ -16,7 +16,7 @@ from imgen_common.judging.questions import Message, Question
 from interleave.benchmarks import comm_rules as rules
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.extraction import text_file
-from interleave.benchmarks.files import built_in_prompts, check_images, copy_file, copy_image, image_path
+from interleave.benchmarks.files import builtin_prompts, check_images, copy_file, copy_image, image_path
 from interleave.datasets.files import read_json, write_json
 
 FOLDER = re.compile(r".+_task([1-4])")
@@ -64,7 +64,7 @@ class Comm:
     def read_prompts(self, repository: Path | None) -> Prompts:
         """The authors' prompts are files of their own.  Raises UserError for one that is missing, or another one."""
         if repository is None:
-            return Prompts(built_in_prompts(self.name, rules.MENTIONED))
+            return builtin_prompts(self.name)
         texts = {}
         for name, key in rules.MENTIONED.items():
             file = repository / "eval" / "tot_metric" / "machine_evaluation_prompts" / f"{name}.json"
@@ -184,10 +184,15 @@ def _item_folders(data: Path) -> list[Path]:
 def _read_row(file: Path, keys: tuple[str, str]) -> dict[str, Any]:
     """The object in a file, with a text and a list of names under these keys.  Raises UserError."""
     row = read_json(file)
-    kinds = {**dict.fromkeys(keys[:1], str), **dict.fromkeys((keys[1], "output_gt_image_list"), list)}
-    for key, kind in kinds.items():
-        value = row.get(key, [] if key not in keys else None) if isinstance(row, dict) else None
-        if not isinstance(value, kind) or not all(isinstance(name, str) for name in value):
-            wanted = "a text" if kind is str else "a list of file names"
-            raise UserError(f"{file}: {key} must be {wanted}, got {describe_type(value)}; {SOURCE}")
-    return dict(row)
+    if not isinstance(row, dict):
+        raise UserError(f"{file}: must be an object with {' and '.join(keys)}, got {describe_type(row)}; {SOURCE}")
+    if not isinstance(row.get(keys[0]), str):
+        raise UserError(f"{file}: {keys[0]} must be a text, got {_describe(row, keys[0])}; {SOURCE}")
+    for key in (keys[1], *({"output_gt_image_list"} & row.keys())):
+        if not isinstance(row.get(key), list) or not all(isinstance(name, str) for name in row[key]):
+            raise UserError(f"{file}: {key} must be a list of file names, got {_describe(row, key)}; {SOURCE}")
+    return row
+
+
+def _describe(row: Mapping[str, Any], key: str) -> str:
+    return describe_type(row[key]) if key in row else "nothing"

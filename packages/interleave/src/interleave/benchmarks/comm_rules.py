@@ -61,8 +61,8 @@ def step_texts(text: str) -> Iterator[str]:
     As re.findall(r"\\(\\d+\\)\\s(.*?)\\s*(?=\\(\\d+\\)|$)", text, re.DOTALL), whose time is quadratic.
     """
     numbers = list(NUMBER.finditer(text))
-    ends = [*(number.start() for number in numbers[1:]), len(text)]
-    for number, end in zip(numbers, ends, strict=True):
+    for place, number in enumerate(numbers, 1):
+        end = numbers[place].start() if place < len(numbers) else len(text)
         if text[number.end() : end][:1].isspace():
             yield text[number.end() + 1 : end].rstrip()
 
@@ -101,10 +101,14 @@ def input_steps(item: Item) -> tuple[Steps, int]:
 def _pieces(step: str) -> Iterator[str | None]:
     """Its texts; None for an image."""
     for piece in PIECE.findall(step):
-        if piece == MARK or piece.startswith("/IMGB"):
+        if _is_mark(piece):
             yield None
         elif piece.strip() and not piece.startswith(LEFT_OUT):
             yield piece.strip()
+
+
+def _is_mark(piece: str) -> bool:
+    return piece == MARK or piece.startswith("/IMGB")
 
 
 def write_story(content: Content) -> str:
@@ -130,12 +134,12 @@ def write_story(content: Content) -> str:
 
 
 def read_story(text: str, images: Sequence[Path]) -> Content:
-    """The texts and images of that one text from its first number on; nothing where it has no number.
+    """The texts and images of that one text, with the numbers of its steps; nothing where it has no steps.
 
-    Images without a mark are left out; a mark without an image stays in the text.
+    What is in no step is left out, and so are images without a mark; a mark without an image stays in the text.
     """
-    first = FIRST_NUMBER.search(text)
-    return place_images(text[first.start() :], images) if first else ()
+    steps = (PIECE.sub(lambda piece: MARK if _is_mark(piece[0]) else piece[0], step) for step in step_texts(text))
+    return place_images(" ".join(f"({number}) {step}" for number, step in enumerate(steps, 1)), images)
 
 
 def place_images(text: str, images: Sequence[Path]) -> Content:

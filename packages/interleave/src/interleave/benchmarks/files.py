@@ -3,7 +3,7 @@ prompts with their places."""
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -13,6 +13,7 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
 from imgen_common.images import decode
+from interleave.benchmarks.base import Prompts
 
 SUFFIXES = ("png", "jpg", "jpeg")
 """Those that authors' scorers look for, in that order."""
@@ -95,10 +96,11 @@ def _read(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read ({error.strerror}); restore it") from None
 
 
-def built_in_prompts(benchmark: str, names: Iterable[str]) -> dict[str, str]:
-    """Our own prompts of a benchmark by their names."""
+def builtin_prompts(benchmark: str) -> Prompts:
+    """Our own words for a benchmark, by the names of their files, without white space at the ends."""
     folder = resources.files("interleave.benchmarks") / "prompts" / benchmark
-    return {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names}
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return Prompts({file.name.removesuffix(".txt"): file.read_text(encoding="utf-8").strip() for file in files})
 
 
 def places(prompt: str) -> set[str]:
@@ -106,6 +108,6 @@ def places(prompt: str) -> set[str]:
     return set(PLACE.findall(prompt))
 
 
-def fill(prompt: str, values: Mapping[str, str]) -> str:
+def fill(prompt: str, **values: str) -> str:
     """A prompt with a text in each of its places; other braces, and those in the texts, mean themselves."""
     return PLACE.sub(lambda place: values.get(place[1], place[0]), prompt)

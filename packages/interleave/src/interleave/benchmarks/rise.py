@@ -19,7 +19,7 @@ from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Sco
 from interleave.benchmarks.extraction import constants
 from interleave.benchmarks.files import (
     SUFFIXES,
-    built_in_prompts,
+    builtin_prompts,
     check_images,
     copy_image,
     fill,
@@ -89,7 +89,7 @@ class Rise:
     def read_prompts(self, repository: Path | None) -> Prompts:
         """The authors' prompts are constants of their `utils.py`.  Raises UserError for one that is not there."""
         if repository is None:
-            return Prompts(built_in_prompts(self.name, PROMPTS))
+            return builtin_prompts(self.name)
         file = repository / "utils.py"
         found = constants(file)
         for name, needed in PROMPTS.items():
@@ -116,7 +116,7 @@ class Rise:
         for dimension, prompt, key in plan(item):
             if dimension in dimensions(item):
                 first = () if key is None else (_shown(image_path(item.root, item.row[key], item.id)),)
-                message = (fill(prompts.texts[prompt], values), *first, result)
+                message = (fill(prompts.texts[prompt], **values), *first, result)
                 asked.append(Question(dimension, message, parse_scores, tries=1))
         return asked
 

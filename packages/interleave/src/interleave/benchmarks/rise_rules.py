@@ -24,7 +24,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 FINAL_SCORES = tuple(
     re.compile(rf"\*?\*?{words}\*?\*?:?\s*([\d*\s,\n]*)", re.IGNORECASE) for words in ("Final Score", "Final Scores")
 )
-MAX_DIGITS = 9
+MAX_DIGITS = 100
 WEIGHTS = {"consistency": 0.3, "reasoning": 0.5, "plausibility": 0.2}
 WEIGHTS_WITHOUT_CONSISTENCY = {"reasoning": 0.8, "plausibility": 0.2}
 LOGICAL_WEIGHTS = {"consistency": 0.3, "reasoning": 0.7}
