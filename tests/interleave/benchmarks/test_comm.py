@@ -14,8 +14,8 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.benchmarks.base import Content, Item, Output, Prompts
-from interleave.benchmarks.comm import Comm
-from interleave.benchmarks.comm_rules import (
+from interleave.benchmarks.official.comm import Comm
+from interleave.benchmarks.official.comm_rules import (
     MENTIONED,
     item_scores,
     parse_descriptions,

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from imgen_common.errors import UserError
-from interleave.benchmarks.extraction import (
+from interleave.benchmarks.official.extraction import (
     MAX_BYTES,
     constants,
     expect_places,
@@ -12,7 +12,7 @@ from interleave.benchmarks.extraction import (
     functions,
     text_file,
 )
-from interleave.benchmarks.reading import fill
+from interleave.benchmarks.official.reading import fill
 
 MODULE = '''
 """A module of prompts."""

@@ -8,7 +8,7 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Unreadable
 from interleave.benchmarks.base import Item, Output, Prompts
-from interleave.benchmarks.ueval import Ueval, parse_met
+from interleave.benchmarks.official.ueval import Ueval, parse_met
 
 UEVAL = Ueval()
 TRUE, FALSE, UNSURE = '{"criteria_met": true}', '{"criteria_met": false}', '{"criteria_met": "not sure"}'

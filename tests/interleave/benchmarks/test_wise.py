@@ -9,7 +9,7 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Unreadable
 from interleave.benchmarks.base import Item, Output, Prompts, Scores
-from interleave.benchmarks.wise import WiseLegacy, WiseVerified
+from interleave.benchmarks.official.wise import WiseLegacy, WiseVerified
 
 VERIFIED, LEGACY = WiseVerified(), WiseLegacy()
 BOTH = [VERIFIED, LEGACY]

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from imgen_common.config import Config
 from imgen_common.judging.cost import Price, Prices
-from interleave.benchmarks.shapes_judge import ShapesJudgeConfig
+from interleave.benchmarks.shapes.judge import ShapesJudgeConfig
 from interleave.loop.config import RunConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.chat.local import LocalChatConfig

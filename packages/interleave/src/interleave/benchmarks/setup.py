@@ -8,11 +8,11 @@ from imgen_common.errors import UserError
 from imgen_common.files import read_json
 from imgen_common.judging.agreement import Agreement, compare_judges
 from imgen_common.judging.answers import read_answers
-from interleave.benchmarks import miniature
 from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import FACTS, BenchmarkFacts, BenchmarkWork, Shard
+from interleave.benchmarks.shapes import data as miniature
 from interleave.protocols import ChatModel
 
 

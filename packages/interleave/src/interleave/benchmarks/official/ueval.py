@@ -12,9 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
-from interleave.benchmarks import reading
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.extraction import constants, expect_places, find_file
+from interleave.benchmarks.official import reading
+from interleave.benchmarks.official.extraction import constants, expect_places, find_file
 from interleave.datasets.files import read_each, read_items, validate, write_json
 from interleave.datasets.formats.execution import folder_name
 from interleave.datasets.formats.ueval import UevalPrediction
@@ -90,7 +90,7 @@ class Ueval:
             images = [decode(file) for file in output.images] if asked and kind == "image" else []
             for name, rubric in asked.items():
                 text = reading.fill(prompts.texts[words[kind]], rubric_item=rubric, **values)
-                questions.append(Question(name, (text, *images), parse_met, tries=TRIES))
+                questions.append(Question(name, (text, *images), parse_met, tries=TRIES, answer_tokens=10))
         return questions
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:

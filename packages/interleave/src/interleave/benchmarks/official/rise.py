@@ -16,18 +16,16 @@ from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.extraction import constants
-from interleave.benchmarks.files import (
+from interleave.benchmarks.official.extraction import constants, expect_places
+from interleave.benchmarks.official.files import (
     SUFFIXES,
-    builtin_prompts,
     check_images,
     copy_image,
-    fill,
     image_path,
-    places,
     through_jpeg,
 )
-from interleave.benchmarks.rise_rules import (
+from interleave.benchmarks.official.reading import builtin_prompts, fill
+from interleave.benchmarks.official.rise_rules import (
     CATEGORIES,
     COLUMNS,
     PROMPTS,
@@ -46,6 +44,7 @@ KEYS = ("index", "category", "instruction", "image")
 ANSWERS = {"spatial_reasoning": ("reference", "reference_img"), "logical_reasoning": ("reference_txt", "reference_img")}
 """Keys of which an item needs one; others need `reference`."""
 MAX_SIDE = 768
+ANSWER_TOKENS = 150
 SOURCE = (
     f"get RISEBench: its 64 items are the folder `data` of PhoenixZ810/RISEBench with {DATA_FILES[0]}, its 360 are "
     f"PhoenixZ/RISEBench on the Hugging Face Hub: {DATA_FILES[1]} with data.zip unpacked beside it; give that folder"
@@ -95,10 +94,7 @@ class Rise:
         for name, needed in PROMPTS.items():
             if (text := found.get(f"prompt_{name}")) is None:
                 raise UserError(f"{file}: no text prompt_{name} in it; give a copy of PhoenixZ810/RISEBench")
-            if missing := sorted(set(needed) - places(text)):
-                raise UserError(
-                    f"{file}: no place {{{missing[0]}}} in prompt_{name}; give a fresh copy of PhoenixZ810/RISEBench"
-                )
+            expect_places(text, f"{file}: prompt_{name}", *needed)
         return Prompts({name: found[f"prompt_{name}"] for name in PROMPTS}, "utils.py of PhoenixZ810/RISEBench", True)
 
     def questions(self, item: Item, output: Output, prompts: Prompts, answers: Mapping[str, Any]) -> Sequence[Question]:
@@ -117,7 +113,7 @@ class Rise:
             if dimension in dimensions(item):
                 first = () if key is None else (_shown(image_path(item.root, item.row[key], item.id)),)
                 message = (fill(prompts.texts[prompt], **values), *first, result)
-                asked.append(Question(dimension, message, parse_scores, tries=1))
+                asked.append(Question(dimension, message, parse_scores, tries=1, answer_tokens=ANSWER_TOKENS))
         return asked
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:

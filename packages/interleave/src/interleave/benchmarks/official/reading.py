@@ -18,7 +18,7 @@ from interleave.datasets.files import RowError, read_items
 
 def builtin_prompts(benchmark: str) -> Prompts:
     """Our own words for a benchmark, by the names of their files, without white space at the ends."""
-    folder = resources.files("interleave.benchmarks") / "prompts" / benchmark
+    folder = resources.files("interleave.benchmarks.official") / "prompts" / benchmark
     files = sorted(folder.iterdir(), key=lambda file: file.name)
     return Prompts({file.name.removesuffix(".txt"): file.read_text(encoding="utf-8").strip() for file in files})
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
-from interleave.benchmarks import reading
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.extraction import expect_places, find_file, functions
+from interleave.benchmarks.official import reading
+from interleave.benchmarks.official.extraction import expect_places, find_file, functions
 from interleave.datasets.files import RowError, validate
 
 REPOSITORY = "PKU-YuanGroup/WISE"
@@ -91,7 +91,8 @@ class _Wise:
         if QUESTION in answers or not output.images:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
-        return [Question(QUESTION, (words, decode(output.images[-1])), self.parse, prompts.texts["system"])]
+        message = (words, decode(output.images[-1]))
+        return [Question(QUESTION, message, self.parse, prompts.texts["system"], answer_tokens=20)]
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
         """The images `<prompt_id>.png` of a folder, which may be of another format than their suffix says.

@@ -1,11 +1,8 @@
-"""Image files of a benchmark, found, checked, shown to a judge, and copied into the layout of the authors' scorer; and
-prompts with their places."""
+"""Image files of a benchmark: found, checked, shown to a judge, copied into the layout of the authors' scorer."""
 
 import io
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -13,11 +10,9 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
 from imgen_common.images import decode
-from interleave.benchmarks.base import Prompts
 
 SUFFIXES = ("png", "jpg", "jpeg")
 """Those that authors' scorers look for, in that order."""
-PLACE = re.compile(r"\{([a-z_]+)\}")
 
 
 def image_path(folder: Path, name: object, where: str) -> Path:
@@ -94,20 +89,3 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); restore it") from None
-
-
-def builtin_prompts(benchmark: str) -> Prompts:
-    """Our own words for a benchmark, by the names of their files, without white space at the ends."""
-    folder = resources.files("interleave.benchmarks") / "prompts" / benchmark
-    files = sorted(folder.iterdir(), key=lambda file: file.name)
-    return Prompts({file.name.removesuffix(".txt"): file.read_text(encoding="utf-8").strip() for file in files})
-
-
-def places(prompt: str) -> set[str]:
-    """The names of the places in a prompt, such as `{question}`."""
-    return set(PLACE.findall(prompt))
-
-
-def fill(prompt: str, **values: str) -> str:
-    """A prompt with a text in each of its places; other braces, and those in the texts, mean themselves."""
-    return PLACE.sub(lambda place: values.get(place[1], place[0]), prompt)

@@ -15,7 +15,7 @@ from PIL import Image
 from imgen_common.images import decode
 from imgen_common.judging.questions import Message, Unreadable
 from interleave.benchmarks.base import Content, Item, Scores
-from interleave.benchmarks.files import through_jpeg
+from interleave.benchmarks.official.files import through_jpeg
 
 MARK = "<IMAGE>"
 MAX_IMAGES = 10

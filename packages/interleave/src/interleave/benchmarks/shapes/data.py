@@ -16,24 +16,25 @@ from imgen_common.shapes.scene import Spec, specs
 from imgen_common.shapes.steps import Change, Draw, Story
 from imgen_common.shapes.stories import sample_change, sample_story
 from imgen_common.streams import numpy_generator
-from interleave.benchmarks.rise_rules import CATEGORIES
-from interleave.benchmarks.ueval import TASKS
-from interleave.benchmarks.wise import NAMES, PARTS, WiseLegacy, WiseVerified
+from interleave.benchmarks.official.rise_rules import CATEGORIES
+from interleave.benchmarks.official.ueval import TASKS
+from interleave.benchmarks.official.wise import NAMES, PARTS, WiseLegacy, WiseVerified
 
 BUILTIN = "builtin:shapes"
+UEVAL = "items.json"
 COUNT = 24
 """Items of an edition; of WISE, whose official sets have 1,000, as many are used."""
 
 
 def write_data(name: str, folder: Path) -> Path:
-    """Writes the edition of a benchmark, the same one every time, unless it is there; returns `folder`.
+    """Writes the edition of a benchmark, the same one every time, unless it is there; returns its path.
 
     Raises UserError if it cannot be written.
     """
     if not folder.exists():
         with atomic_folder(folder) as fresh:
             WRITERS[name](fresh, numpy_generator(0, f"benchmark-{name}"))
-    return folder
+    return folder / UEVAL if name == "ueval" else folder
 
 
 def _write_json(file: Path, value: object) -> None:
@@ -53,7 +54,7 @@ def _ueval(folder: Path, rng: np.random.Generator) -> None:
         ]
         item = {"id": f"shapes{number:02d}", "prompt": story.request, "task": TASKS[number % len(TASKS)]}
         items.append(item | {"text_rubrics": _told(story), "image_rubrics": images})
-    _write_json(folder / "ueval.json", items)
+    _write_json(folder / UEVAL, items)
 
 
 def _told(story: Story) -> list[str]:

@@ -13,15 +13,17 @@ from typing import Any
 from imgen_common.errors import UserError
 from imgen_common.files import describe_type
 from imgen_common.judging.questions import Message, Question
-from interleave.benchmarks import comm_rules as rules
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.extraction import text_file
-from interleave.benchmarks.files import builtin_prompts, check_images, copy_file, copy_image, image_path
+from interleave.benchmarks.official import comm_rules as rules
+from interleave.benchmarks.official.extraction import text_file
+from interleave.benchmarks.official.files import check_images, copy_file, copy_image, image_path
+from interleave.benchmarks.official.reading import builtin_prompts
 from interleave.datasets.files import read_json, write_json
 
 FOLDER = re.compile(r".+_task([1-4])")
 RESULTS, ORIGIN = "results.json", "origin"
 PICKLES = (".pth", ".pt", ".pkl")
+ANSWER_TOKENS = 250
 SOURCE = (
     "CoMM's test set is weisuxi/CoMM on the Hugging Face Hub; make a folder of it that holds a folder of each item, "
     f"named <data_id>_task<N> with N from 1 to 4, with {RESULTS} (model_input, input_image_list) and the images in "
@@ -98,7 +100,14 @@ class Comm:
         describe = partial(rules.parse_descriptions, first_image=first, num_images=len(files))
         asked = [
             _ask("coherence", shown, fields, prompts.texts[rules.COHERENCE + ending]),
-            Question("descriptions", hidden, describe, prompts.texts[rules.DESCRIPTIONS + ending]),
+            Question(
+                "descriptions",
+                hidden,
+                describe,
+                prompts.texts[rules.DESCRIPTIONS + ending],
+                answer_tokens=40 * len(files),
+                example=["x" * 160] * len(files),
+            ),
         ]
         if descriptions := answers.get("descriptions"):
             said = descriptions if ending else [f"Description:{text}" for text in descriptions]
@@ -164,7 +173,7 @@ class Comm:
 
 
 def _ask(name: str, message: Message, fields: Mapping[str, tuple[str, ...]], prompt: str) -> Question:
-    return Question(name, message, partial(rules.parse_numbers, fields=fields), prompt)
+    return Question(name, message, partial(rules.parse_numbers, fields=fields), prompt, answer_tokens=ANSWER_TOKENS)
 
 
 def _item_folders(data: Path) -> list[Path]:

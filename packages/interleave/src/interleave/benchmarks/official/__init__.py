@@ -1,0 +1,1 @@
+"""The official benchmarks, one small file each: their items, questions, parsers, figures and layouts of files."""
