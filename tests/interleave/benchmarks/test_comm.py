@@ -228,6 +228,17 @@ def test_the_topic_of_a_story_is_shown_as_it_is(tmp_path: Path) -> None:
     }
 
 
+def test_images_of_a_topic_are_not_counted(tmp_path: Path) -> None:
+    """Its text is shown as it is, marks and all, so that the output's first image has the number 0."""
+    (made,) = COMM.load(write(tmp_path / "data", "c_task4", "Tell: (1) <IMAGE>", 1))
+    assert [part if isinstance(part, str) else Path for part in made.content] == ["Tell: (1) ", Path]
+    first, second = COMM.questions(made, Output(("Once.", *images(tmp_path, 1))), ECHO, {})
+    assert [part for part in first.message if isinstance(part, str)] == [
+        *("INPUT:", "Tell: (1) <IMAGE>", "OUTPUT:", "(1)", "Once.", " <Img_0>", "</Img_0>")
+    ]
+    assert second.parse(described({"Content of Image 0": "x"})) == ["x"]
+
+
 def test_a_story_without_a_number_is_judged_as_empty(tmp_path: Path) -> None:
     data = write(tmp_path / "data", "c_task4", "Tell.")
     predict(tmp_path / "made", "c_task4", "No numbers <IMAGE>", 1)
