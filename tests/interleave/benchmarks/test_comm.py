@@ -32,7 +32,7 @@ ECHO = Prompts({name: f"words of {name}" for name in MENTIONED})
 P = [Path(f"{number}.png") for number in range(12)]
 
 
-def save(file: Path, seed: int = 0, size: tuple[int, int] = (24, 16), mode: str = "RGB") -> Path:
+def save(file: Path, seed: int = 0, size: tuple[int, int] = (48, 32), mode: str = "RGB") -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     shape = (size[1], size[0], len(mode))
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8), mode).save(file)

@@ -1,9 +1,9 @@
 """What it will cost to ask a judge: calls, tokens, money and hours, before the first call."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
@@ -42,10 +42,12 @@ class Cost:
     hours: float
 
 
-def all_questions(next_questions: NextQuestions) -> list[Question]:
-    """All questions of an item; one that depends on an answer is made from `Question.example`."""
+def all_questions(
+    next_questions: NextQuestions, value_of: Callable[[Question], Any] = lambda question: question.example
+) -> list[Question]:
+    """All questions of an item.  value_of: what stands for the answer where a later question depends on it."""
     found: dict[str, Question] = {}
-    while fresh := [q for q in next_questions({n: q.example for n, q in found.items()}) if q.name not in found]:
+    while fresh := [q for q in next_questions({n: value_of(q) for n, q in found.items()}) if q.name not in found]:
         found |= {question.name: question for question in fresh}
     return list(found.values())
 

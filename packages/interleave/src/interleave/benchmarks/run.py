@@ -56,6 +56,11 @@ class BenchmarkFacts(BaseModel):
     outputs: str
 
 
+def read_facts(out: Path) -> BenchmarkFacts | None:
+    """What a folder is of; None where it is of nothing yet.  Raises UserError if its file is damaged."""
+    return read_json(out / FACTS, BenchmarkFacts) if (out / FACTS).exists() else None
+
+
 @dataclass(frozen=True)
 class Shard:
     """Part `number` of `count`: every count-th item."""
@@ -117,13 +122,12 @@ class BenchmarkWork:
 
     def open(self, facts: BenchmarkFacts) -> None:
         """Creates the folder, or goes on in it.  Raises UserError if it is of something else."""
-        file = self.out / FACTS
-        if not file.exists():
+        kept = read_facts(self.out)
+        if kept is None:
             with writing(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, facts.model_dump_json(indent=1) + "\n")
+            write_atomic(self.out / FACTS, facts.model_dump_json(indent=1) + "\n")
             return
-        kept = read_json(file, BenchmarkFacts)
         for name, value in kept:
             if value != getattr(facts, name):
                 raise UserError(
@@ -157,8 +161,13 @@ class BenchmarkWork:
     def estimate(self, outputs: Mapping[str, Output], judge: ChatModel) -> Cost:
         """What the questions of this part that are not answered yet will cost; equal ones are asked once."""
         log, missing = AnswerLog(self.out, self.shard.part), dict[str, Question]()
+
+        def value_of(question: Question) -> Any:
+            kept = log.find(question.key(judge.id))
+            return question.example if kept is None else kept.value
+
         for next_questions in self._questions(outputs).values():
-            for question in all_questions(next_questions):
+            for question in all_questions(next_questions, value_of):
                 if log.find(key := question.key(judge.id)) is None:
                     missing[key] = question
         return estimate_cost(missing.values(), self.config.prices, self.config.concurrency)

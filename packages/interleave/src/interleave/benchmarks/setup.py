@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgen_common.errors import UserError
-from imgen_common.files import read_json
 from imgen_common.judging.agreement import Agreement, compare_judges
 from imgen_common.judging.answers import read_answers
 from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
-from interleave.benchmarks.run import FACTS, BenchmarkFacts, BenchmarkWork, Shard
+from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
 from interleave.benchmarks.shapes import data as miniature
 from interleave.protocols import ChatModel
 
@@ -41,6 +40,8 @@ def prepare(
     Raises UserError for what is wrong without a model that makes images.
     """
     benchmark, differences = BENCHMARKS[request.name], []
+    if (kept := read_facts(request.out)) is not None and kept.benchmark != benchmark.name:
+        raise UserError(f"{request.out}: is of the benchmark {kept.benchmark}; give another --out")
     shard = Shard.parse(request.shard)
     prompts = benchmark.read_prompts(request.prompts_from)
     if request.data == miniature.BUILTIN:
@@ -67,7 +68,9 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 def compare_folders(first: Path, second: Path) -> list[Agreement]:
     """How far the judges of two folders agree.  Raises UserError if they are of other items or outputs."""
-    left, right = (read_json(folder / FACTS, BenchmarkFacts) for folder in (first, second))
+    left, right = read_facts(first), read_facts(second)
+    if left is None or right is None:
+        raise UserError(f"{first if left is None else second}: not a folder of `interleave benchmark`; give one")
     for name in ("benchmark", "items"):
         if getattr(left, name) != getattr(right, name):
             raise UserError(

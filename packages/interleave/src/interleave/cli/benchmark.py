@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,7 +14,6 @@ from interleave.cli.options import Configs, Json, Sets
 
 if TYPE_CHECKING:
     from interleave.benchmarks.run import BenchmarkWork
-    from interleave.benchmarks.setup import BenchmarkRequest
     from interleave.protocols import ChatModel
 
 app = typer.Typer(
@@ -24,7 +22,6 @@ app = typer.Typer(
     help="Official benchmarks with any generator, agents and judge: UEval, WISE, RISEBench and CoMM.\n\n"
     "Example: interleave benchmark ueval --out scores/ueval",
 )
-MINIATURE = "builtin:shapes"
 Stage = Literal["all", "generate", "score"]
 TITLES = {
     "ueval": "UEval: questions that are answered with text and images",
@@ -35,71 +32,61 @@ TITLES = {
 }
 EXAMPLE = """Example:
 
-    \b
-      interleave benchmark {name} --out scores/{name}
-      interleave benchmark {name} my.yaml --data data/{name} --prompts-from REPOSITORY --out scores/{name} --yes
-      interleave benchmark {name} my.yaml --data data/{name} --out scores/{name} --stage generate --shard 2/8
-      interleave benchmark {name} my.yaml --data data/{name} --out scores/theirs --outputs-from THEIRS"""
+\b
+  interleave benchmark {name} --out scores/{name}
+  interleave benchmark {name} my.yaml --data data/{name} --prompts-from REPOSITORY --out scores/{name} --yes
+  interleave benchmark {name} my.yaml --data data/{name} --out scores/{name} --stage generate --shard 2/8
+  interleave benchmark {name} my.yaml --data data/{name} --out scores/theirs --outputs-from THEIRS
+"""
 
 
-def make_command(name: str) -> Callable[..., None]:
-    """The command of a benchmark."""
+def run(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
+    configs: Configs = None,
+    data: Annotated[
+        str, typer.Option(metavar="PATH", help="The official data on disk; default: the miniature's edition.")
+    ] = "builtin:shapes",
+    prompts_from: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Your copy of the authors' repository, whose questions are asked."),
+    ] = None,
+    outputs_from: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Score what others made, in the layout of the authors' scorer."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only N items, at equal distances.", min=1)] = None,
+    shard: Annotated[str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")] = "1/1",
+    stage: Annotated[str, typer.Option(metavar="STAGE", help="generate, score, or all.")] = "all",
+    yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Generate a benchmark's items, ask the judge about them, and print its figures.
 
-    def command(
-        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
-        configs: Configs = None,
-        data: Annotated[
-            str, typer.Option(metavar="PATH", help="The official data on disk; default: the miniature's edition.")
-        ] = MINIATURE,
-        prompts_from: Annotated[
-            Path | None,
-            typer.Option(metavar="DIR", help="Your copy of the authors' repository, whose questions are asked."),
-        ] = None,
-        outputs_from: Annotated[
-            Path | None,
-            typer.Option(metavar="PATH", help="Score what others made, in the layout of the authors' scorer."),
-        ] = None,
-        limit: Annotated[int | None, typer.Option(help="Use only N items, at equal distances.", min=1)] = None,
-        shard: Annotated[
-            str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")
-        ] = "1/1",
-        stage: Annotated[str, typer.Option(metavar="STAGE", help="generate, score, or all.")] = "all",
-        yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
-        sets: Sets = None,
-        as_json: Json = False,
-    ) -> None:
-        from interleave.benchmarks.setup import BenchmarkRequest
+    Example: interleave benchmark ueval --out scores/ueval
+    """
+    with spinner("loading"):
+        chosen = check_choice("--stage", stage, Stage)
+        if outputs_from is not None and chosen == "generate":
+            raise UserError("--outputs-from: was made already; leave out --stage generate")
+        from imgen_common.config import load
+        from interleave.benchmarks.config import BenchmarkConfig
+        from interleave.benchmarks.setup import BenchmarkRequest, prepare
 
+        name = context.command.name or ""
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
-        with spinner("loading"):
-            chosen = check_choice("--stage", stage, Stage)
-            if outputs_from is not None and chosen == "generate":
-                raise UserError("--outputs-from: was made already; leave out --stage generate")
-            work, judge, differences = _prepare(request, configs, sets)
-        with message_when_stopped(lambda: "stopped; the same command continues"):
-            if outputs_from is None and chosen != "score":
-                _generate(work, as_json)
-            if chosen != "generate":
-                _score(work, judge, yes)
-        _print_table(work, differences, as_json)
-
-    command.__doc__ = f"{TITLES[name]}.\n\n    {EXAMPLE.format(name=name)}\n    "
-    command.__name__ = name
-    return command
+        work, judge, differences = prepare(request, load(BenchmarkConfig, configs or [], sets or []), sys.argv)
+    with message_when_stopped(lambda: "stopped; the same command continues"):
+        if outputs_from is None and chosen != "score":
+            _generate(work, as_json)
+        if chosen != "generate":
+            _score(work, judge, yes)
+    _print_table(work, differences, as_json)
 
 
-for benchmark_name in TITLES:
-    app.command(benchmark_name)(make_command(benchmark_name))
-
-
-def _prepare(
-    request: "BenchmarkRequest", configs: list[Path] | None, sets: list[str] | None
-) -> tuple["BenchmarkWork", "ChatModel", list[str]]:
-    from imgen_common.config import load
-    from interleave.benchmarks.config import BenchmarkConfig
-    from interleave.benchmarks.setup import prepare
-
-    return prepare(request, load(BenchmarkConfig, configs or [], sets or []), sys.argv)
+for benchmark, title in TITLES.items():
+    app.command(benchmark, help=f"{title}.\n\n{EXAMPLE.format(name=benchmark)}")(run)
 
 
 def _generate(work: "BenchmarkWork", as_json: bool) -> None:

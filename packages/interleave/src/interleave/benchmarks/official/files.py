@@ -13,6 +13,8 @@ from imgen_common.images import decode
 
 SUFFIXES = ("png", "jpg", "jpeg")
 """Those that authors' scorers look for, in that order."""
+TINY = 32
+"""Longest side of the miniature's images, in pixels."""
 
 
 def image_path(folder: Path, name: object, where: str) -> Path:
@@ -48,7 +50,12 @@ def _problem_of(file: tuple[str, Path]) -> str:
 
 
 def through_jpeg(image: Image.Image) -> Image.Image:
-    """An RGB image as it is after a JPEG of quality 75, Pillow's default, which the authors' scorers leave as it is."""
+    """An RGB image as it is after a JPEG of quality 75, Pillow's default, which the authors' scorers leave as it is.
+
+    Those of the miniature, which are smaller than any official one and would lose their colors, are left alone.
+    """
+    if max(image.size) <= TINY:
+        return image
     buffer = io.BytesIO()
     image.save(buffer, "JPEG")
     return Image.open(buffer).convert("RGB")

@@ -19,6 +19,7 @@ from interleave.agents.miniature import detect_things
 from interleave.protocols import BackendError, HashedImage, Message, Reply, split_system
 
 THING = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
+TURNS = re.compile(rf"(?:{'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) turns ({'|'.join(COLOURS)})")
 SHAPE = re.compile(rf"\b({'|'.join(SHAPES)})")
 Images = Sequence[HashedImage]
 
@@ -128,11 +129,14 @@ def _answer_rise(text: str, images: Images) -> str:
 
 
 def _consistency(text: str, images: Images) -> int:
-    """Whether what the instruction leaves alone is still there: 1 or 5, of logical items 0 or 1."""
+    """Whether what the instruction leaves alone is still there: 1 or 5, of logical items 0 or 1.
+
+    Where the instruction says nothing of the first image, as when that is the answer already, all of it must be there.
+    """
     before, after = (_shown(image) for image in (images[0], images[-1]))
     steps = (read_prompt(line.strip(), before) for line in text.splitlines())
     step = next((found for found in steps if found is not None), None)
-    kept = step is not None and set(getattr(step, "untouched", ())) <= set(after)
+    kept = set(before if step is None else getattr(step, "untouched", ())) <= set(after)
     is_logical = "1 if" in text
     return int(kept) if is_logical else 5 if kept else 1
 
@@ -162,7 +166,8 @@ def _answer_coherence(turn: Message) -> str:
     story = _output(turn)
     shown = [set(_shown(image)) for _, image in story]
     style = _share([_is_clean(detect_things(image)) for _, image in story])
-    entity = _share([bool(a & b) for a, b in pairwise(shown)] or [bool(shown and shown[0])])
+    shapes = [{thing.shape for thing in things} for things in shown]
+    entity = _share([bool(a & b) for a, b in pairwise(shapes)] or [bool(shapes and shapes[0])])
     trend = _share([_fits(words, image) for words, image in story])
     scores = {"style_consistency": style, "entity_consistency": entity, "trend_consistency": trend}
     overall = scores | {"overall_consistency": round(sum(scores.values()) / 3)}
@@ -172,10 +177,12 @@ def _answer_coherence(turn: Message) -> str:
 
 
 def _fits(words: str, image: HashedImage) -> bool:
-    """Whether an image shows a shape, and every one of the colored shapes that its words name."""
-    shown = _shown(image)
-    wanted = set(_things(words))
-    return wanted <= set(shown) if wanted else bool({thing.shape for thing in shown} & set(SHAPE.findall(words)))
+    """Whether an image shows the colored shapes that its words name, or else a shape that they name; what they say is
+    gone must not be there."""
+    shown, wanted = set(_shown(image)), set(_things(TURNS.sub(r"\2 \1", words)))
+    if "gone" in words:
+        return bool(shown) and not wanted & shown
+    return wanted <= shown if wanted else bool({thing.shape for thing in shown} & set(SHAPE.findall(words)))
 
 
 def _answer_descriptions(turn: Message) -> str:
