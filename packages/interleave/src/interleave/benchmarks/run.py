@@ -139,7 +139,7 @@ class BenchmarkWork:
         """Makes what is missing of this part's items.  Raises UserError as `interleave batch`."""
         folder = self._generation(self.shard.part)
         if not (folder / "config.yaml").exists():
-            session.create_run(folder, self.config.run, self._requests)
+            session.create_run(folder, self.config.run, self._requests, any_words=True)
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
         session.run_and_close(folder, self.config.run, list(self.command), on_record)

@@ -88,13 +88,13 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
     return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode, *samples)
 
 
-def check_request(config: RunConfig, request: Request) -> None:
-    """Raises UserError for a request that the built-in models cannot answer: of another world, or with images for the
-    planner, which takes none."""
+def check_request(config: RunConfig, request: Request, *, any_words: bool = False) -> None:
+    """Raises UserError for a request that the built-in models cannot answer: of another world, unless `any_words`, or
+    with images for the planner, which takes none."""
     planner, generator = config.planner, config.generator
     reader = generator if isinstance(planner, NoPlanner) else planner.model
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
-    if unknown := describe_unknown_words(ref, request.text):
+    if not any_words and (unknown := describe_unknown_words(ref, request.text)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
         raise UserError(
@@ -103,8 +103,12 @@ def check_request(config: RunConfig, request: Request) -> None:
         )
 
 
-def create_run(path: Path, config: RunConfig, ask: Callable[[ImageStore], list[Request]]) -> list[Request]:
+def create_run(
+    path: Path, config: RunConfig, ask: Callable[[ImageStore], list[Request]], *, any_words: bool = False
+) -> list[Request]:
     """Start a run folder with the requests that `ask` makes with its image store; `run_requests` records how it is run.
+
+    any_words: the requests are a benchmark's, and words that the built-in models do not know are part of it.
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
@@ -113,7 +117,7 @@ def create_run(path: Path, config: RunConfig, ask: Callable[[ImageStore], list[R
         try:
             requests = ask(ImageStore(path / IMAGES))
             for request in requests:
-                check_request(config, request)
+                check_request(config, request, any_words=any_words)
             request_files.save_requests(requests, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""The papers' benchmarks in their miniature editions: the generator alone, with the planner, and with the critic too.
+
+`interleave benchmark NAME` makes and judges the images of each cell, in a folder of its own below `--work`; what is
+done there is found again, so that the same command resumes.  The built-in planner reads no images, so that RISEBench,
+whose items are edits of an image, has no cells with it.
+
+    python -m benchmarks.quality.official_miniature
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.common import describe_run, format_versions, read_json, result_file, write_json
+from imgen_common.config import load
+from imgen_common.console import markdown_table
+from imgen_common.errors import run_cli
+from imgen_common.files import write_atomic
+from interleave.benchmarks.config import BenchmarkConfig
+from interleave.benchmarks.report import Figure
+from interleave.benchmarks.run import score_now
+from interleave.benchmarks.setup import BenchmarkRequest, prepare
+
+MODULE = "benchmarks.quality.official_miniature"
+NO_PLANNER, NO_CRITIC = "run.planner.kind=none", "run.critic.kind=none"
+SYSTEMS: dict[str, tuple[str, ...]] = {
+    "single shot": (NO_PLANNER, NO_CRITIC),
+    "planner": (NO_CRITIC,),
+    "planner + critic": (),
+}
+FIGURES = {
+    "ueval": ("UEval, macro mean", "macro"),
+    "wise": ("WISE_Verified, overall", "overall"),
+    "wise_legacy": ("WISE (legacy), overall", "overall"),
+    "rise": ("RISEBench, accuracy", "accuracy"),
+    "comm": ("CoMM task 4, IRS", "irs"),
+}
+"""Title of a column, and its figure."""
+WITHOUT_PLANNER = ("rise",)
+
+app = typer.Typer(add_completion=False)
+
+
+def measure(name: str, system: str, work: Path) -> dict[str, Any]:
+    """A cell: the benchmark's report, and the seconds that this call took."""
+    folder = work / f"{name}-{system.replace(' ', '_')}"
+    sets = [*SYSTEMS[system], f"run.cache={work / 'images'}"]
+    start = time.perf_counter()
+    made, judge, differences = prepare(
+        BenchmarkRequest(name, "builtin:shapes", folder), load(BenchmarkConfig, [], sets), [MODULE]
+    )
+    made.generate(lambda record: None)
+    score_now(made, made.outputs(), judge, lambda done, total: None)
+    report = made.write_report(differences)
+    return {**asdict(report), "seconds": time.perf_counter() - start}
+
+
+def format_cell(report: Mapping[str, Any] | None, figure: str) -> str:
+    """A figure and its interval; `-` for a cell that cannot be."""
+    if report is None:
+        return "-"
+    found = next((Figure(**one) for one in report["figures"] if one["name"] == figure), None)
+    if found is None or found.value is None:
+        return "no value"
+    return f"{found.value:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def format_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """The systems by the benchmarks."""
+    rows = [
+        [system, *(format_cell(cells.get(f"{name} {system}"), figure) for name, (_, figure) in FIGURES.items())]
+        for system in SYSTEMS
+    ]
+    return markdown_table(["", *(title for title, _ in FIGURES.values())], rows)
+
+
+@app.command()
+def main(
+    work: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("runs/official_miniature"),
+) -> None:
+    """Measure all cells and write the results."""
+    device = torch.device("cpu")
+    cells: dict[str, dict[str, Any]] = {}
+    for name in FIGURES:
+        for system in SYSTEMS:
+            if system != "single shot" and name in WITHOUT_PLANNER:
+                continue
+            kept = work / f"{name}-{system.replace(' ', '_')}.json"
+            if not kept.exists():
+                write_json(kept, measure(name, system, work))
+            cells[f"{name} {system}"] = read_json(kept)
+            print(f"{name} {system}: {cells[f'{name} {system}']['seconds']:.0f} s", flush=True)
+    environment = describe_run(MODULE, sys.argv[1:], device)
+    write_json(result_file("official_miniature", device, "json"), {"environment": environment, "cells": cells})
+    write_atomic(result_file("official_miniature", device, "md"), write_page(cells, environment))
+
+
+def write_page(cells: Mapping[str, Mapping[str, Any]], environment: dict[str, Any]) -> str:
+    """The table and what must be known of it."""
+    items = max(cell["num_items"] for cell in cells.values())
+    lines: Sequence[str] = [
+        "# The papers' benchmarks in their miniature editions",
+        "",
+        format_table(cells),
+        "",
+        f"{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the shapes "
+        "world, the questions are in our own words, and the data are the miniature's: no number here can be compared "
+        "with a published one. The built-in planner reads no images, so that RISEBench has no cells with it.",
+        "",
+        f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes.",
+        "",
+        format_versions(environment),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run_cli(app, MODULE)
