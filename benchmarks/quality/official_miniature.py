@@ -109,8 +109,8 @@ def write_page(cells: Mapping[str, Mapping[str, Any]], environment: dict[str, An
         "",
         format_table(cells),
         "",
-        f"{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the shapes "
-        "world, the questions are in our own words, and the data are the miniature's: no number here can be compared "
+        f"{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the "
+        "shapes world, the questions are in our own words, and the data are the miniature's: no number here can be compared "
         "with a published one. The built-in planner reads no images, so that RISEBench has no cells with it.",
         "",
         f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes.",

@@ -176,6 +176,20 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave grpo --resume grpo_critic --resume-from last-good", "missing"),
     ],
 }
+for benchmark in ("ueval", "wise", "wise_legacy", "rise", "comm"):
+    planner = " --set run.planner.kind=none" if benchmark == "rise" else ""
+    judge = f"interleave benchmark {benchmark} configs/interleave/benchmark_{benchmark}.yaml --data data/{benchmark}"
+    loop = f"--run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{benchmark}"
+    SCENARIOS["stories"] += [
+        (f"interleave benchmark {benchmark} --out scores/{benchmark}{planner}", "--limit 2"),
+        (f"{judge} --prompts-from repository {loop} --yes", "missing"),
+        (f"{judge} {loop} --stage generate --shard 2/8", "missing"),
+        (f"{judge} --outputs-from theirs --out scores/theirs-{benchmark}", "missing"),
+    ]
+SCENARIOS["stories"] += [
+    ("interleave benchmark ueval --out scores/ueval", "--limit 2"),
+    ("interleave benchmark agree scores/ueval scores/ueval_other_judge", "missing"),
+]
 """Examples in an order in which each finds what it needs, with what makes it small; "missing": what it names is not
 there (published weights, files of others), is finished, or is there already, and it must say so in one line."""
 NOT_RUN = ("interleave serve", "interleave demo")

@@ -15,7 +15,7 @@ from interleave.loop.config import ModelCritic, ModelPlanner, RationalRewardsCri
 from interleave.models.chat.scripted import ScriptedChatConfig
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "interleave").glob("*.yaml"))
-RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve"))]
+RUNS = [recipe for recipe in RECIPES if not recipe.stem.startswith(("sft", "grpo", "data", "serve", "benchmark"))]
 
 
 def test_there_are_recipes() -> None:

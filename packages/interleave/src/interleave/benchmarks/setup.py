@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.judging.agreement import Agreement, compare_judges
 from imgen_common.judging.answers import read_answers
@@ -12,7 +13,11 @@ from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
 from interleave.benchmarks.shapes import data as miniature
+from interleave.loop.config import RunConfig
 from interleave.protocols import ChatModel
+
+RUN = "run."
+"""How a setting of the loop begins in a benchmark's configuration."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,18 @@ class BenchmarkRequest:
     outputs_from: Path | None = None
     limit: int | None = None
     shard: str = "1/1"
+
+
+def load_config(configs: Sequence[Path], run_configs: Sequence[Path], sets: Sequence[str]) -> BenchmarkConfig:
+    """The configuration of files and `KEY=VALUE`; run_configs: recipes of `interleave batch` for its key `run`.
+
+    Raises UserError as `imgen_common.config.load`.
+    """
+    if not run_configs:
+        return load(BenchmarkConfig, configs, sets)
+    of_run = [text.removeprefix(RUN) for text in sets if text.startswith(RUN)]
+    config = load(BenchmarkConfig, configs, [text for text in sets if not text.startswith(RUN)])
+    return config.model_copy(update={"run": load(RunConfig, run_configs, of_run)})
 
 
 def prepare(

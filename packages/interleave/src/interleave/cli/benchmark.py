@@ -33,10 +33,13 @@ TITLES = {
 EXAMPLE = """Example:
 
 \b
-  interleave benchmark {name} --out scores/{name}
-  interleave benchmark {name} my.yaml --data data/{name} --prompts-from REPOSITORY --out scores/{name} --yes
-  interleave benchmark {name} my.yaml --data data/{name} --out scores/{name} --stage generate --shard 2/8
-  interleave benchmark {name} my.yaml --data data/{name} --out scores/theirs --outputs-from THEIRS
+  interleave benchmark {name} --out scores/{name}{more}
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} --prompts-from repository \
+    --run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{name} --yes
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \
+    --run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{name} --stage generate --shard 2/8
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \
+    --outputs-from theirs --out scores/theirs-{name}
 """
 
 
@@ -44,6 +47,10 @@ def run(
     context: typer.Context,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
     configs: Configs = None,
+    run_configs: Annotated[
+        list[Path] | None,
+        typer.Option("--run-config", metavar="FILE", help="A recipe of `interleave batch`; may be repeated."),
+    ] = None,
     data: Annotated[
         str, typer.Option(metavar="PATH", help="The official data on disk; default: the miniature's edition.")
     ] = "builtin:shapes",
@@ -70,13 +77,12 @@ def run(
         chosen = check_choice("--stage", stage, Stage)
         if outputs_from is not None and chosen == "generate":
             raise UserError("--outputs-from: was made already; leave out --stage generate")
-        from imgen_common.config import load
-        from interleave.benchmarks.config import BenchmarkConfig
-        from interleave.benchmarks.setup import BenchmarkRequest, prepare
+        from interleave.benchmarks.setup import BenchmarkRequest, load_config, prepare
 
         name = context.command.name or ""
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
-        work, judge, differences = prepare(request, load(BenchmarkConfig, configs or [], sets or []), sys.argv)
+        config = load_config(configs or [], run_configs or [], sets or [])
+        work, judge, differences = prepare(request, config, sys.argv)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if outputs_from is None and chosen != "score":
             _generate(work, as_json)
@@ -86,7 +92,9 @@ def run(
 
 
 for benchmark, title in TITLES.items():
-    app.command(benchmark, help=f"{title}.\n\n{EXAMPLE.format(name=benchmark)}")(run)
+    # the built-in planner reads no images, as the items of RISEBench have them
+    without = " --set run.planner.kind=none" if benchmark == "rise" else ""
+    app.command(benchmark, help=f"{title}.\n\n{EXAMPLE.format(name=benchmark, more=without)}")(run)
 
 
 def _generate(work: "BenchmarkWork", as_json: bool) -> None:

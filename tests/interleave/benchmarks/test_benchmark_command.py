@@ -1,0 +1,169 @@
+"""The command: end to end, in parts, killed at any moment, and what it says of mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgen_common.config import load
+from interleave.benchmarks.registry import BENCHMARKS
+from interleave.benchmarks.setup import load_config
+from interleave.cli import main
+from interleave.cli.benchmark import TITLES
+from interleave.loop.config import RunConfig
+from interleave.models.chat.endpoint import EndpointChatConfig
+
+RECIPES = Path(__file__).parents[3] / "configs" / "interleave"
+FAST = ("run.planner.kind=none", "run.critic.kind=none", "run.generator.num_inference_steps=2", "run.cache=null")
+JUDGE = 'judge={"kind": "scripted", "answers": ["{\\"criteria_met\\": true}"], "latency": 0.2}'
+
+
+def words(name: str, out: Path, *options: str, sets: tuple[str, ...] = FAST) -> list[str]:
+    return ["benchmark", name, "--out", str(out), *options, *(word for text in sets for word in ("--set", text))]
+
+
+def interleave(*arguments: str) -> int:
+    before, sys.argv = sys.argv, ["interleave", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+    return int(ended.value.code or 0)
+
+
+def table(out: Path) -> dict[str, Any]:
+    return json.loads((out / "table.json").read_text())
+
+
+def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert interleave(*words("wise", tmp_path / "both", "--limit", "3")) == 0
+    shown = capsys.readouterr()
+    assert "3 items: 3 generated, 3 judged whole." in shown.out
+    assert "3 calls of the judge, about " in shown.err
+    assert interleave(*words("wise", tmp_path / "apart", "--limit", "3", "--stage", "generate")) == 0
+    assert table(tmp_path / "apart")["num_judged"] == 0
+    assert interleave(*words("wise", tmp_path / "apart", "--limit", "3", "--stage", "score", "--json")) == 0
+    assert table(tmp_path / "apart") == table(tmp_path / "both")
+    assert len(list((tmp_path / "apart" / "outputs").glob("*.png"))) == 3
+    layout = ("--outputs-from", str(tmp_path / "both" / "outputs"), "--limit", "3")
+    assert interleave(*words("wise", tmp_path / "theirs", *layout)) == 0
+    assert table(tmp_path / "theirs")["figures"] == table(tmp_path / "both")["figures"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sets", "said"),
+    [
+        ("wise", ["--data", "none"], (), "none: neither a file nor a folder with merge.json"),
+        ("ueval", ["--data", "none"], (), "zlab-princeton/UEval on the Hugging Face Hub"),
+        ("comm", ["--data", "none"], (), "weisuxi/CoMM on the Hugging Face Hub"),
+        ("rise", ["--data", "none"], (), "PhoenixZ/RISEBench on the Hugging Face Hub"),
+        ("rise", [], (), "builtin:shapes/planner takes no images; --set planner.kind=none"),
+        ("wise", ["--stage", "judge"], (), "--stage 'judge': unknown; allowed: all, generate, score"),
+        ("wise", ["--shard", "9/8"], (), "--shard 9/8: the parts of 8 are 1 to 8"),
+        ("wise", ["--shard", "1/100"], (), "there are only 24 items"),
+        ("wise", ["--prompts-from", "none"], (), "vllm_eval.py; give the folder of a copy of PKU-YuanGroup/WISE"),
+        ("wise", ["--outputs-from", "none"], (), "none: has no image of an item"),
+        ("wise", ["--outputs-from", "none", "--stage", "generate"], (), "was made already"),
+        ("wise", [], ("judge.kind=gpt",), "judge"),
+        ("wise", [], ("jugde.kind=shapes",), "did you mean 'judge'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    name: str, options: list[str], sets: tuple[str, ...], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert interleave(*words(name, Path("out"), *options, sets=sets)) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert said in shown[-1]
+    assert len([line for line in shown if line.startswith("interleave: error:")]) == 1
+
+
+def test_a_price_above_the_limit_waits_for_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    limited = (*FAST, "confirm_calls=2")
+    assert interleave(*words("wise", tmp_path / "out", "--limit", "3", sets=limited)) == 2
+    assert "add --yes" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+    assert interleave(*words("wise", tmp_path / "out", "--limit", "3", "--yes", sets=limited)) == 0
+    priced = (*FAST, "prices.prompt=1000000", "confirm_money=5")
+    assert interleave(*words("wise_legacy", tmp_path / "priced", "--limit", "3", sets=priced)) == 2
+    assert "USD" in capsys.readouterr().err
+
+
+def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert interleave(*words("wise", tmp_path / "a", "--limit", "3")) == 0
+    other = ("judge.kind=scripted", 'judge.answers=["Score: 0"]')
+    layout = ("--outputs-from", str(tmp_path / "a" / "outputs"), "--limit", "3")
+    assert interleave(*words("wise", tmp_path / "b", *layout, sets=other)) == 0
+    capsys.readouterr()
+    assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b")) == 0
+    assert "| score " in capsys.readouterr().out
+    assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "none")) == 2
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_recipe_of_a_judge_is_that_of_the_published_figures(name: str) -> None:
+    config = load_config([RECIPES / f"benchmark_{name}.yaml"], [RECIPES / "klein_qwen3vl.yaml"], ["run.seed=3"])
+    official = BENCHMARKS[name].judge
+    assert isinstance(config.judge, EndpointChatConfig)
+    assert config.judge.model == official.model
+    assert config.judge.temperature == official.settings.get("temperature", config.judge.temperature)
+    assert config.judge.max_new_tokens == official.settings.get("max_tokens", config.judge.max_new_tokens)
+    assert config.run.seed == 3
+    assert config.run.planner == load(RunConfig, [RECIPES / "klein_qwen3vl.yaml"]).planner
+
+
+def test_every_benchmark_has_its_command() -> None:
+    assert list(TITLES) == list(BENCHMARKS)
+
+
+# --- kills and parts -------------------------------------------------------------------------------------------------
+
+
+def lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def kill_when(command: list[str], reached: Callable[[], bool]) -> None:
+    """Starts a command and kills it once something is reached; the wait ends as a guard only."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interleave", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 180
+    while process.poll() is None and not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert process.poll() is None, "ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing(tmp_path: Path) -> None:
+    sets = (*FAST, JUDGE)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert interleave(*words("ueval", whole, "--limit", "4", sets=sets)) == 0
+    command = words("ueval", killed, "--limit", "4", sets=sets)
+    kill_when(command, lambda: lines(killed / "generation" / "trace.jsonl") >= 4)
+    assert lines(killed / "answers.jsonl") == 0
+    kill_when(command, lambda: lines(killed / "answers.jsonl") >= 3)
+    assert interleave(*command) == 0
+    assert table(killed) == table(whole)
+    for file in (whole / "outputs").rglob("*.png"):
+        assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes()
+
+
+@pytest.mark.slow
+def test_parts_that_generate_have_the_table_of_one(tmp_path: Path) -> None:
+    assert interleave(*words("ueval", tmp_path / "whole", "--limit", "6")) == 0
+    for number in (1, 2, 3):
+        assert interleave(*words("ueval", tmp_path / "parts", "--limit", "6", "--shard", f"{number}/3")) == 0
+    assert table(tmp_path / "parts") == table(tmp_path / "whole")
