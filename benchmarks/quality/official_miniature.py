@@ -43,6 +43,13 @@ FIGURES = {
 }
 """Title of a column, and its figure."""
 WITHOUT_PLANNER = ("rise",)
+NOTE = (
+    "{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the shapes "
+    "world, the questions are in our own words, and the data are the miniature's: no number here can be compared with "
+    "a published one. A single shot is one image from the request as it stands, most of whose words the built-in "
+    "generator does not know, and no text. The built-in planner reads no images, so that RISEBench has no cells with it."
+)
+
 
 app = typer.Typer(add_completion=False)
 
@@ -109,9 +116,7 @@ def write_page(cells: Mapping[str, Mapping[str, Any]], environment: dict[str, An
         "",
         format_table(cells),
         "",
-        f"{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the "
-        "shapes world, the questions are in our own words, and the data are the miniature's: no number here can be compared "
-        "with a published one. The built-in planner reads no images, so that RISEBench has no cells with it.",
+        NOTE.format(items=items),
         "",
         f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes.",
         "",

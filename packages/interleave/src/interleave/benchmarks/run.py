@@ -214,7 +214,10 @@ def _request(item: Item, store: ImageStore) -> Request:
 
 
 def read_generated(folder: Path) -> dict[str, Output]:
-    """The stories of a run folder that have all their parts: the words of each step, then its image."""
+    """The stories of a run folder that have all their parts: the words of each step, then its image.
+
+    Without a planner nobody wrote words: the only step repeats the request.
+    """
     store, found = ImageStore(folder / IMAGES), {}
     for name, entry in read_trace(folder).items():
         if entry.trajectory is None or not entry.trajectory.is_whole:
@@ -222,7 +225,7 @@ def read_generated(folder: Path) -> dict[str, Output]:
         story = FinishedStory(entry.trajectory, tuple(entry.attempts.values()))
         content: list[str | Path] = []
         for step, attempt in story.shown_steps():
-            content += [step.words] if step.words else []
+            content += [step.words] if step.words and entry.trajectory.planner is not None else []
             content += [store.path(before_and_after(attempt)[1])] if attempt is not None else []
         found[name] = Output(tuple(content))
     return found
