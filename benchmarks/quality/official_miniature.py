@@ -47,7 +47,7 @@ NOTE = (
     "{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the shapes "
     "world, the questions are in our own words, and the data are the miniature's: no number here can be compared with "
     "a published one. A single shot is one image from the request as it stands, most of whose words the built-in "
-    "generator does not know, and no text. The built-in planner reads no images, so that RISEBench has no cells with it."
+    "generator does not know, and no text. The built-in planner reads no images: RISEBench has no cells with it."
 )
 
 
