@@ -20,9 +20,11 @@ TOYS = {
     "generator": "plain",
     "chat model": "echo",
     "judge": "size",
+    "benchmark": "single_caption",
 }
 SUITES = ["flowbp/core", "flowbp/backbones"]
 SUITES += ["flowbp/rewards/test_rewards.py", "interleave/models/test_contracts.py"]
+SUITES += ["interleave/benchmarks/test_contracts.py"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(source, copy)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files, lines = NEW_FILE.findall(text), NEW_LINES.findall(text)
-    assert (len(files), len(lines)) == (6, 15)
+    assert (len(files), len(lines)) == (7, 20)
     for path, content in files:
         assert not (copy / path).exists()
         (copy / path).write_text(content, encoding="utf-8")

@@ -14,6 +14,8 @@ import pytest
 import typer.main
 from PIL import Image
 
+from interleave.cli.benchmark import TITLES
+
 PROGRAMS = ("flowbp", "interleave")
 
 
@@ -176,7 +178,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave grpo --resume grpo_critic --resume-from last-good", "missing"),
     ],
 }
-for benchmark in ("ueval", "wise", "wise_legacy", "rise", "comm"):
+for benchmark in TITLES:
     planner = " --set run.planner.kind=none" if benchmark == "rise" else ""
     judge = f"interleave benchmark {benchmark} configs/interleave/benchmark_{benchmark}.yaml --data data/{benchmark}"
     loop = f"--run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{benchmark}"

@@ -109,7 +109,7 @@ def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "none")) == 2
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", ["ueval", "wise", "wise_legacy", "rise", "comm"])
 def test_the_recipe_of_a_judge_is_that_of_the_published_figures(name: str) -> None:
     config = load_config([RECIPES / f"benchmark_{name}.yaml"], [RECIPES / "klein_qwen3vl.yaml"], ["run.seed=3"])
     official = BENCHMARKS[name].judge

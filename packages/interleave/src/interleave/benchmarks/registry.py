@@ -7,5 +7,12 @@ from interleave.benchmarks.official.ueval import Ueval
 from interleave.benchmarks.official.wise import WiseLegacy, WiseVerified
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (Ueval(), WiseVerified(), WiseLegacy(), Rise(), Comm())
+    benchmark.name: benchmark
+    for benchmark in (
+        Ueval(),
+        WiseVerified(),
+        WiseLegacy(),
+        Rise(),
+        Comm(),
+    )
 }

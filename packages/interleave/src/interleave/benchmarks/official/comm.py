@@ -97,17 +97,11 @@ class Comm:
         ending = "_task2" if item.category == "task 2" else ""
         files = rules.image_files(made)
         fields = {name: rules.FIELDS[name] for name in rules.numbers_of(item.category) if name != "irs"}
-        describe = partial(rules.parse_descriptions, first_image=first, num_images=len(files))
+        num, describing = len(files), prompts.texts[rules.DESCRIPTIONS + ending]
+        describe = partial(rules.parse_descriptions, first_image=first, num_images=num)
         asked = [
             _ask("coherence", shown, fields, prompts.texts[rules.COHERENCE + ending]),
-            Question(
-                "descriptions",
-                hidden,
-                describe,
-                prompts.texts[rules.DESCRIPTIONS + ending],
-                answer_tokens=40 * len(files),
-                example=["x" * 160] * len(files),
-            ),
+            Question("descriptions", hidden, describe, describing, answer_tokens=40 * num, example=["x" * 160] * num),
         ]
         if descriptions := answers.get("descriptions"):
             said = descriptions if ending else [f"Description:{text}" for text in descriptions]
@@ -163,9 +157,8 @@ class Comm:
                 copy_file(image_path(origin, name, item.id), place / ORIGIN / name)
             images = [copy_image(image, place, f"predict_{number}") for number, image in enumerate(output.images, 1)]
             row = {
-                "model_input": item.row["model_input"],
+                **{key: item.row[key] for key in ("model_input", "input_image_list")},
                 "model_output": rules.write_story(output.content),
-                "input_image_list": item.row["input_image_list"],
                 "output_gt_image_list": truth,
                 "prediction_image_list": images,
             }

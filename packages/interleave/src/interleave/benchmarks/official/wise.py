@@ -70,7 +70,7 @@ class _Wise:
             wanted = " or ".join(", ".join(names) for names in self.files)
             raise UserError(f"{data}: neither a file nor a folder with {wanted}; {hint}")
         items = reading.unique_items(found, self._item, hint)
-        if missing := sorted(set(range(1, NUM_ITEMS + 1)) - {int(item.id) for item in items}):
+        if missing := sorted({*range(1, NUM_ITEMS + 1)} - {int(item.id) for item in items}):
             raise UserError(f"{data}: {len(missing)} of {NUM_ITEMS} items are missing, first {missing[0]}; {hint}")
         return sorted(items, key=lambda item: int(item.id))
 
@@ -91,8 +91,7 @@ class _Wise:
         if QUESTION in answers or not output.images:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
-        message = (words, decode(output.images[-1]))
-        return [Question(QUESTION, message, self.parse, prompts.texts["system"], answer_tokens=20)]
+        return [Question(QUESTION, (words, decode(output.images[-1])), self.parse, prompts.texts["system"], 3, 20)]
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
         """The images `<prompt_id>.png` of a folder, which may be of another format than their suffix says.
