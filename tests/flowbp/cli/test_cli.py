@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +454,9 @@ def test_signals_save_and_tell_how_to_go_on(
     tmp_path: Path, number: signal.Signals, settings: tuple[str, ...], moment: str, saved: range | None
 ) -> None:
     command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # where the tests run in the background, its signals are ignored, which processes inherit
+    obey = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=obey)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith(moment))
     process.send_signal(number)
