@@ -368,6 +368,28 @@ def test_the_miniature_draws_what_it_is_reported() -> None:
     assert accuracy(verify(images, specs), specs)["all"] >= 0.5
 
 
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("two red circles", None),
+        ("a lighthouse", "word 'lighthouse'"),
+        ("un cercle bleu", "3 words 'un', 'cercle', 'bleu'"),
+    ],
+)
+def test_words_that_the_miniature_does_not_know_are_said(
+    prompt: str, unknown: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def generate() -> None:
+        generator = PipelineConfig(num_inference_steps=1).build()
+        await generator.generate(GenerationRequest(prompt, (), 0))
+        await generator.close()
+
+    asyncio.run(generate())
+    assert [f"does not know the {unknown}, and what it generates" in said for said in caplog.messages] == (
+        [True] if unknown else []
+    )
+
+
 @pytest.mark.parametrize("variant", ["fp16", pytest.param("ema", marks=pytest.mark.exhaustive)])
 def test_weights_of_a_variant_are_loaded(klein_folder: Path, tmp_path: Path, variant: str) -> None:
     changed = Path(shutil.copytree(klein_folder, tmp_path / "changed"))

@@ -39,6 +39,7 @@ from interleave.training.rows import (
     read_rows,
     select_by_length,
 )
+from interleave.training.run import load_model
 from interleave.training.trl_options import RESERVED_GRPO, RESERVED_LORA, RESERVED_SFT, check_keys, check_reserved
 from interleave.training.vision import freeze_vision, is_frozen
 from scripts.miniature.agents import models
@@ -346,6 +347,16 @@ def test_a_model_without_a_vision_tower_is_refused() -> None:
 
     with pytest.raises(UserError, match="no vision tower found in Linear"):
         freeze_vision(torch.nn.Linear(2, 2), "frozen")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_of_a_variant_are_loaded(root: Path, variant: str, tmp_path: Path) -> None:
+    changed = shutil.copytree(root / "model", tmp_path / "model")
+    (changed / "model.safetensors").rename(changed / f"model.{variant}.safetensors")
+    found, expected = (
+        load_model(SftConfig(model=str(folder), data="none")).state_dict() for folder in (changed, root / "model")
+    )
+    assert all((found[name] == value).all() for name, value in expected.items())
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
