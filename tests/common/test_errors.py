@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -135,6 +136,19 @@ def test_failures_of_the_file_system_are_one_line(
     with pytest.raises(SystemExit) as stop:
         run_cli(app, "prog")
     assert (stop.value.code, capsys.readouterr().err) == (2, f"prog: error: images/a.png: {advice}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_working_directory_that_was_removed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, said = run(monkeypatch, capsys, command)
+    assert code == 2
+    assert said.startswith("prog: error: the working directory is gone")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [errno.EFBIG, errno.ESTALE])

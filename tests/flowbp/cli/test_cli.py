@@ -171,6 +171,9 @@ BAD = {
         ["lora.target_modules=[nothing]"],
         "no linear layer has a name that ends with 'nothing'",
     ),
+    "no guidance scale to evaluate": (["eval.guidance_scale=[]"], "eval.guidance_scale"),
+    "one guidance scale twice": (["eval.guidance_scale=[2, 1, 2.0]"], "names 2.0 more than once; write each once"),
+    "one tracker twice": (["trackers=[wandb, wandb]"], "names wandb more than once; write each once"),
     "name with a folder": (["name=../elsewhere"], "must be the plain name"),
 }
 

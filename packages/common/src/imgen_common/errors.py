@@ -134,6 +134,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
 def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str | None:
     """The exit code of the program."""
     try:
+        _check_working_directory()
         for place, word in enumerate(sys.argv[1:]):
             check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
             option = word.partition("=")[0]
@@ -154,6 +155,16 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         print(f"{name}: error: {explained}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_working_directory() -> None:
+    """Raises UserError where the working directory was removed, which torch answers with a failure of its own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory is gone or cannot be read ({error.strerror}); cd to a folder that exists"
+        ) from None
 
 
 def _explain(error: Exception) -> str | None:
