@@ -163,9 +163,23 @@ def test_what_a_reference_costs_is_bounded(klein_folder: Path) -> None:
     assert isinstance(failure, BackendError)
     assert failure.kind == "refused"
     assert "too large" in str(failure)
-    (failure,) = painter.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", (8, 800))),), 1)])
+
+
+@pytest.mark.parametrize("size", [(300, 1), (8, 65), (8, 800)])
+def test_a_reference_that_is_too_long_for_the_pipeline_is_refused(klein: PipelineRunner, size: tuple[int, int]) -> None:
+    (failure,) = klein.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", size)),), 1)])
     assert isinstance(failure, BackendError)
-    assert failure.kind == "model_error"
+    assert failure.kind == "refused"
+    assert f"a reference of {size[0]}x{size[1]} pixels: one side may be at most 8 times the other" in str(failure)
+
+
+def test_sides_that_a_family_would_round_are_refused(family: str, folder: Path, painter: PipelineRunner) -> None:
+    for name, side in (("width", 33), ("height", 47)):
+        with pytest.raises(UserError, match=rf"{name} {side}: .* generates multiples of \d+ pixels; give \d+ or \d+"):
+            painter.check(GenerationSettings(**{name: side}))
+        with pytest.raises(UserError, match=rf"{name} {side}: "):
+            PipelineRunner(PipelineConfig(ref=str(folder), **{name: side}))
+    painter.check(GenerationSettings(**SIZE))
 
 
 def test_settings_reach_the_pipeline(family: str, folder: Path, painter: PipelineRunner) -> None:
