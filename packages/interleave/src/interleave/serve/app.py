@@ -86,7 +86,9 @@ class GenerationService:
         except ErrorAnswer as error:
             status = error.status
             raise
-        except asyncio.CancelledError:  # by the server, whose shutdown_timeout is over
+        except asyncio.CancelledError as canceled:
+            if "shutdown" not in str(canceled):  # uvicorn's words once shutdown_timeout is over; Ray: the client left
+                raise
             status = HTTPStatus.SERVICE_UNAVAILABLE
             raise ErrorAnswer(status, "not_ready", "the service is stopping; ask again later") from None
         except Exception:
