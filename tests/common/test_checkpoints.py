@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_runs import COMMAND, Recorder, Settings, files, new_run, weights
 
@@ -64,6 +65,15 @@ def write(name: str, text: str) -> Damage:
     return lambda folder: (folder / name).write_text(text)
 
 
+def forget(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / MANIFEST).read_text())
+        del content["files"][name]
+        (folder / MANIFEST).write_text(json.dumps(content))
+
+    return damage
+
+
 def save(tensors: dict[str, torch.Tensor]) -> Damage:
     return lambda folder: save_file(tensors, folder / "model.safetensors")
 
@@ -81,6 +91,12 @@ DAMAGES: dict[str, Damage] = {
     "a missing tensor": save({"a.b": torch.ones(2, 3)}),
     "another step": write("state.json", '{"step": 2, "groups": ["ema", "model"], "state": {"value": 3}}'),
     "a list": write("state.json", "[1, 2]"),
+    "a copy of an earlier one": lambda folder: [
+        shutil.rmtree(folder),
+        shutil.copytree(checkpoint(folder.parents[1], 2), folder),
+    ],
+    "a manifest without a group": forget("ema.safetensors"),
+    "a manifest without the state": forget("state.json"),
     "a file of another step": lambda folder: shutil.copy(
         checkpoint(folder.parents[1], 2) / "model.safetensors", folder
     ),
@@ -113,6 +129,18 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
     with RunFolder.open(folder) as run:
         assert run.checkpoints() == [1, 2]
         assert run.load_checkpoint(2).state == {"value": 2}
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_a_copy_under_another_name_is_removed_and_the_run_goes_on(step: int, folder: Path) -> None:
+    shutil.copytree(checkpoint(folder, 3), checkpoint(folder, step))
+    said = r"state\.json is of step 3\); that of step 3 is whole: go on with --resume-from last-good"
+    with pytest.raises(UserError, match=said):
+        RunFolder.open(folder)
+    choose_checkpoint(folder, "last-good")
+    with RunFolder.open(folder) as run:
+        assert run.checkpoints() == [1, 2, 3]
+        assert run.load_checkpoint(3).state == {"value": 3}
 
 
 def test_a_check_that_takes_long_is_said(
@@ -250,6 +278,20 @@ def test_a_full_disk_in_mid_run_is_one_line_and_leaves_nothing_half(error: Excep
     assert caught.value.__suppress_context__
     assert files(folder) == before
     RunFolder.open(folder).close()
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EIO, errno.EROFS])
+def test_a_file_system_that_refuses_a_file_is_one_line(
+    number: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    before = files(folder)
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    with pytest.raises(UserError, match=rf"\.safetensors: {os.strerror(number)}; mend it and go on with --resume "):
+        work_in(folder, lambda run: run.save_checkpoint(4, weights(4), {}))
+    assert files(folder) == before
 
 
 def test_what_waits_to_be_written_may_find_the_disk_full_too(folder: Path) -> None:

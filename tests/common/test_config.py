@@ -244,6 +244,8 @@ MISTAKES = [
     ),
     ("method: rfl", "0.yaml: method: unknown method 'rfl'; did you mean 'refl'?; allowed: refl, sparse"),
     ("method: {preset: 3}", "0.yaml: method: unknown method 3; allowed: refl, sparse"),
+    ("method: {preset: [1]}", "0.yaml: method: unknown method [1]; allowed: refl, sparse"),
+    ("method: {preset: {a: 1}}", "0.yaml: method: unknown method {'a': 1}; allowed: refl, sparse"),
     ("rewards: [{kind: leap}, {kind: leap, reach: x}]", "0.yaml: rewards.1.reach: must be a valid number, got 'x'"),
     ("rewards: [{reach: 1}]", "0.yaml: rewards.0.kind: missing; allowed: leap, euler"),
     ("more: {a: {stps: 1}}", "0.yaml: more.a.stps: unknown key; did you mean 'steps'?"),

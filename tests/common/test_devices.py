@@ -1,8 +1,9 @@
 """Which process a launcher started, and what is left over from another launch."""
 
 import pytest
+import torch
 
-from imgen_common.devices import announce_process, launched_process
+from imgen_common.devices import announce_process, any_process, launched_process
 from imgen_common.errors import UserError
 
 PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -55,3 +56,22 @@ def test_a_process_that_prints_nothing_says_so(
         monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert announce_process().rank == 1
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "found"),
+    [(False, 0, False), (False, 1, True), (False, 7, True), (True, 0, True), (True, 7, True)],
+)
+def test_a_signal_that_one_process_got_stops_all(
+    own: bool, others: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """others: of seven other processes, how many have the flag up."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags: flags.add_(others))
+    assert any_process(own, torch.device("cpu")) == found
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_process_alone_asks_nobody(flag: bool) -> None:
+    assert any_process(flag, torch.device("cpu")) == flag

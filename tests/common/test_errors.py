@@ -2,12 +2,14 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import typer
+from safetensors import SafetensorError
 
-from imgen_common.errors import UserError, nearest, run_cli
+from imgen_common.errors import MENDABLE, UserError, nearest, run_cli
 
 LIGHT_IMPORT = """
 import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.run_folder.folder
@@ -112,6 +114,12 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (errno.EROFS, "Read-only file system; change its permissions, or choose another"),
         (errno.ENAMETOOLONG, "File name too long; shorten the name"),
         (errno.ENOSPC, "No space left on device; make room and run the command again"),
+        (
+            errno.EFBIG,
+            "File too large; lift the limit on the size of files (ulimit -f), or choose a folder on another "
+            "file system",
+        ),
+        (errno.EIO, "Input/output error; check the disk or its mount, then run the command again"),
         (errno.ENOTDIR, "Not a directory; give a folder for a folder, and a file for a file"),
     ],
 )
@@ -128,6 +136,36 @@ def test_failures_of_the_file_system_are_one_line(
     with pytest.raises(SystemExit) as stop:
         run_cli(app, "prog")
     assert (stop.value.code, capsys.readouterr().err) == (2, f"prog: error: images/a.png: {advice}\n")
+
+
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_working_directory_that_was_removed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, said = run(monkeypatch, capsys, command)
+    assert code == 2
+    assert said.startswith("prog: error: the working directory is gone")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.ESTALE])
+def test_a_failure_that_safetensors_words_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command()
+    def sample() -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(app, "prog")
+    said = f"prog: error: a file of weights: {os.strerror(number)}; {MENDABLE[number]}\n"
+    assert (stop.value.code, capsys.readouterr().err) == (2, said)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full, run_cli, warn_once
-from imgen_common.files import append, append_line, lock, read_json, read_json_lines, sync, write_atomic
+from imgen_common.files import append, append_line, lock, make_folder, read_json, read_json_lines, sync, write_atomic
 
 
 class Numbers(BaseModel):
@@ -71,6 +72,22 @@ def test_a_folder_that_cannot_be_synced_does_not_end_a_run(
         write_atomic(tmp_path / name, name)
     assert [path.read_text() for path in sorted(tmp_path.iterdir())] == ["a", "b"]
     assert capsys.readouterr().err.count("warning: the file system does not say") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EROFS, WriteError), (errno.EACCES, WriteError), (errno.EPERM, WriteError), (errno.EDQUOT, DiskFullError)],
+)
+def test_a_folder_into_which_nothing_can_be_written_is_refused_at_once(
+    number: int, kind: type[UserError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is there already, and that may be read."""
+    make_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **given: failing(number)(given))
+    for name in ("a/b", "new"):
+        with pytest.raises(kind, match=f"{name}: (cannot be written|the disk is full)"):
+            make_folder(tmp_path / name)
 
 
 @pytest.mark.parametrize(

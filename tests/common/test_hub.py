@@ -51,6 +51,7 @@ def diffusers_folder(folder: Path) -> Path:
     write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler" / "scheduler_config.json", {})
     write_json(folder / "tokenizer" / "tokenizer_config.json", {})
+    (folder / "tokenizer" / "spiece.model").touch()
     write_json(folder / "transformer" / "config.json", {})
     write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder
@@ -96,6 +97,33 @@ def test_any_file_missing_or_cut_is_noticed(make: Callable[[Path], Path], tmp_pa
                 hub.resolve(str(folder))
         file.write_bytes(content)
     hub.check_folder(folder)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "."])
+@pytest.mark.parametrize("names", [[], ["vocab.json"], ["merges.txt", "chat_template.jinja"]])
+def test_a_tokenizer_without_a_vocabulary_is_noticed(place: str, names: list[str], tmp_path: Path) -> None:
+    folder = diffusers_folder(tmp_path) if place == "tokenizer" else transformers_folder(tmp_path)
+    write_json(folder / place / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+    (folder / place / "spiece.model").unlink(missing_ok=True)
+    for name in names:
+        write_json(folder / place / name, {})
+    with pytest.raises(UserError, match=r"has no vocabulary \(tokenizer\.json or vocab\.json and merges\.txt or"):
+        hub.resolve(str(folder), weights=False)
+    write_json(folder / place / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer"})
+    hub.resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["vocab.json", "merges.txt"], ["spiece.model", "tokenizer.json"], ["tokenizer.json"], ["vocab.txt"]],
+)
+def test_vocabularies_of_published_folders_pass(names: list[str], tmp_path: Path) -> None:
+    for folder, place in ((diffusers_folder(tmp_path / "a"), "tokenizer"), (transformers_folder(tmp_path / "b"), ".")):
+        write_json(folder / place / "tokenizer_config.json", {})
+        (folder / place / "spiece.model").unlink(missing_ok=True)
+        for name in names:
+            write_json(folder / place / name, {})
+        hub.check_folder(folder)
 
 
 def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:
@@ -297,6 +325,17 @@ def test_an_index_that_names_no_components_is_refused(name: str, tmp_path: Path)
     (diffusers_folder(tmp_path) / "model_index.json").write_text(text)
     with pytest.raises(UserError, match=r"is not a JSON object|names must be plain|allowed: diffusers, transformers"):
         hub.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["transformer", "vae", "tokenizer", "text_encoder_2"])
+@pytest.mark.parametrize("entry", [[None, None], None, ["diffusers", None], ["diffusers"], "diffusers"])
+def test_a_required_part_is_not_null(name: str, entry: object, tmp_path: Path) -> None:
+    index = diffusers_folder(tmp_path) / "model_index.json"
+    write_json(index, json.loads(index.read_text()) | {"text_encoder_3": [None, None]})
+    hub.pipeline_index("org/model", tmp_path)
+    write_json(index, json.loads(index.read_text()) | {name: entry})
+    with pytest.raises(UserError, match=rf"org/model: model_index\.json {name}: is .*; must be the library and the"):
+        hub.pipeline_index("org/model", tmp_path)
 
 
 def test_values_of_a_pipeline_are_no_components(tmp_path: Path) -> None:

@@ -114,6 +114,30 @@ def test_decode_of_noise_is_a_user_error(noise: bytes, start: bytes) -> None:
         decode(start + noise)
 
 
+def png_of(depth: int, color: int, pixels: bytes, palette: bytes = b"") -> bytes:
+    """A PNG of 20x30 pixels."""
+    head = struct.pack(">IIBBBBB", 20, 30, depth, color, 0, 0, 0)
+    colors = [(b"PLTE", palette)] if palette else []
+    return png_file((b"IHDR", head), *colors, (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+
+
+@pytest.mark.parametrize(
+    ("depth", "color", "row"), [(8, 2, 61), (1, 0, 4), (4, 3, 11), (16, 6, 161), (8, 4, 41)], ids=str
+)
+def test_decode_makes_up_no_rows_that_a_png_lacks(depth: int, color: int, row: int) -> None:
+    palette = bytes(48) if color == 3 else b""
+    assert decode(png_of(depth, color, bytes(30 * row), palette)).size == (20, 30)
+    for num_bytes in (0, row, 30 * row - 1):
+        with pytest.raises(UserError, match=rf"cut short \({num_bytes} of {30 * row} bytes of pixels\); save or"):
+            decode(png_of(depth, color, bytes(num_bytes), palette))
+
+
+@pytest.mark.parametrize("depth", [1, 8])
+def test_decode_makes_up_no_palette(depth: int) -> None:
+    with pytest.raises(UserError, match="a palette that it lacks; save it again"):
+        decode(png_of(depth, 3, bytes(700)))
+
+
 def test_decode_bounds_bytes_before_reading_all(tmp_path: Path) -> None:
     with (tmp_path / "big").open("wb") as file:
         file.truncate(2**40)
@@ -134,7 +158,10 @@ def png(*chunks: tuple[bytes, bytes], width: int = 8, height: int = 8) -> bytes:
     """A black image with more chunks before its pixels."""
     rows = zlib.compress(bytes((width + 1) * height))
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = (b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b"")
+    return png_file((b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b""))
+
+
+def png_file(*parts: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
     )

@@ -29,7 +29,7 @@ from flowbp.estimate import (
     parse_memory_size,
     speed_of,
 )
-from flowbp.estimate.advice import DRASTIC, MAX_ADVISED, SWITCHES
+from flowbp.estimate.advice import DRASTIC, MAX_ADVISED, SWITCHES, harmless_settings
 from flowbp.estimate.speed import PEAK_TFLOPS, find_card
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.loading import modules_of
@@ -189,6 +189,24 @@ def test_all_that_is_advised_are_settings() -> None:
     )
 
 
+TWO = "[{name: a, ref: builtin:shapes/heldout}, {name: b, ref: builtin:shapes/heldout}]"
+
+
+@pytest.mark.parametrize(
+    ("sets", "rewards"),
+    [
+        ([], ["heldout.0", "rewards.0"]),
+        (["heldout=[]"], ["rewards.0"]),
+        ([f"heldout={TWO}"], ["heldout.0", "heldout.1", "rewards.0"]),
+    ],
+)
+def test_the_precision_of_every_reward_is_tried(sets: list[str], rewards: list[str]) -> None:
+    plain = config_of(*sets)
+    changes = [change for change in harmless_settings(plain) if change not in SWITCHES]
+    assert changes == [f"{name}.storage_dtype=float16" for name in rewards]
+    assert all(config_of(*sets, change) != plain for change in changes)
+
+
 @pytest.mark.slow
 def test_the_command_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three settings, the last of which needs processes."""
@@ -273,6 +291,32 @@ def test_settings_are_advised_that_lower_the_peak_together(
     assert found.together == together
     assert said[0] == "trying model.gradient_checkpointing=true ..."
     assert len(said) <= len(PEAKS)  # each once, and all together
+
+
+@pytest.mark.parametrize(
+    ("alone", "together"),
+    [
+        ({"eval.batch_size=1": 0, "data.embeddings=disk": 0}, 0),
+        ({"eval.batch_size=1": 4, "data.embeddings=disk": -40}, 4),  # less than a hundredth of the peak
+        ({"eval.batch_size=1": 200, "data.embeddings=disk": 100}, 0),  # the two exclude each other
+        ({"eval.batch_size=1": 30, "data.embeddings=disk": 30}, -5),
+    ],
+)
+def test_settings_that_lower_nothing_are_not_advised(
+    monkeypatch: pytest.MonkeyPatch, alone: dict[str, int], together: int
+) -> None:
+    """alone, together: bytes that they save of each phase."""
+
+    def estimate(changes: list[str]) -> Estimate:
+        saved = alone[changes[0]] if len(changes) == 1 else together
+        return estimate_of({"startup": 1000 - saved, "rollout": 500 - saved})
+
+    monkeypatch.setattr("flowbp.estimate.advice.check_run", lambda config, count, estimate_only: config)
+    monkeypatch.setattr("flowbp.estimate.advice.estimate_run", estimate)
+    monkeypatch.setattr("flowbp.estimate.advice.harmless_settings", lambda config: list(alone))
+    monkeypatch.setattr("flowbp.estimate.advice.DRASTIC", ())
+    base = estimate_of({"startup": 1000, "rollout": 500})
+    assert advise_settings(lambda changes: list(changes), 1, 100, base) is None  # type: ignore[arg-type,return-value]
 
 
 def test_rewards_are_loaded_after_the_text_encoders_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import runpy
 import shlex
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,11 @@ from flowbp import cli
 from flowbp.cli import app, console
 from flowbp.config import Hinge, TrainConfig
 from flowbp.core.plan import draw_plan
-from flowbp.evaluation.compare import Change
+from flowbp.evaluation.compare import Change, MeanScore
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
-from flowbp.training.progress import TextReporter, format_duration, format_memory, sparkline
+from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
 from flowbp.training.trainer import Trainer, reward_losses
 from imgen_common import hub
@@ -170,6 +172,9 @@ BAD = {
         ["lora.target_modules=[nothing]"],
         "no linear layer has a name that ends with 'nothing'",
     ),
+    "no guidance scale to evaluate": (["eval.guidance_scale=[]"], "eval.guidance_scale"),
+    "one guidance scale twice": (["eval.guidance_scale=[2, 1, 2.0]"], "names 2.0 more than once; write each once"),
+    "one tracker twice": (["trackers=[wandb, wandb]"], "names wandb more than once; write each once"),
     "name with a folder": (["name=../elsewhere"], "must be the plain name"),
 }
 
@@ -242,6 +247,14 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["report", "nowhere"], "no such run"),
         (["train", "--resume", "nowhere"], "no such run"),
         (["sample", "x", "--run", "nowhere"], "nowhere"),
+        (["train", "--resume", ""], "run '': the name is empty"),
+        (["sample", "x", "--run", ""], "model '': no such folder"),
+        (["sample", "x", "--model", ""], "model '': no such folder"),
+        (["sample", "x", "--run", "", "--model", "y"], "give one of them"),
+        (["eval", "builtin:shapes/generator", "--against", ""], "model '': no such folder"),
+        (["eval", "builtin:shapes/generator", "--prompts", ""], "not a dataset folder"),
+        (["estimate", "--memory", ""], "--memory '': give a number"),
+        (["estimate", "--gpu", ""], "--gpu : not known"),
         (["sample", "x", "--base"], "is for --run"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
@@ -427,7 +440,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     assert log.read_text().count("flowbp: error: ") == 1
 
 
-LONG = (*SMALL, "max_train_steps=500", "checkpoint.every=500")
+LONG = (*SMALL, "max_train_steps=500", "checkpoint.every=500", "eval.every=0")  # an evaluation would stop too
 LONG_EVALUATION = (*LONG, "eval.num_inference_steps=8", "eval.batch_size=4", "eval.num_prompts=600")
 LONG_QUICK_EVALUATION = (*LONG, "eval.every=10", "eval.num_inference_steps=8", "eval.batch_size=4")
 LONG_QUICK_EVALUATION += ("eval.quick_num_prompts=80",)
@@ -453,7 +466,9 @@ def test_signals_save_and_tell_how_to_go_on(
     tmp_path: Path, number: signal.Signals, settings: tuple[str, ...], moment: str, saved: range | None
 ) -> None:
     command = [sys.executable, "-m", "flowbp", "train", "--runs", str(tmp_path), *sets(*settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # where the tests run in the background, its signals are ignored, which processes inherit
+    obey = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=obey)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith(moment))
     process.send_signal(number)
@@ -624,6 +639,32 @@ def test_plain_progress_speaks_now_and_then() -> None:
     assert [line.split()[1] for line in said[1:]] == ["1/25", "10/25", "20/25", "25/25"]
     assert "gaps 0.100" in said[-1]
     assert "1.50 GiB" in said[-1]
+
+
+SHOWN = [(22.3141, "22.31"), (0.27314, "0.2731"), (-0.05123, "\N{MINUS SIGN}0.05123"), (1.0444, "1.044")]
+"""Scores of several sizes, and how many of their digits are shown."""
+
+
+@pytest.mark.parametrize(("score", "shown"), SHOWN)
+def test_progress_and_tables_show_the_digits_of_a_score(
+    score: float, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    metrics = {"held": score, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_gib": 1.5}
+    TextReporter(1, ["held"], said.append).update(1, metrics)
+    assert f"held {shown} " in said[0]
+    out = io.StringIO()
+    monkeypatch.setattr(console, "standard_output", lambda: Console(file=out, width=120, highlight=False))
+    console.print_mean_scores({1.0: {"held": MeanScore(score, score, score, 40)}}, {}, "a model")
+    console.print_comparison({1.0: {"held": Change(score, score, 0.0, 0.0, 0.0, 40)}}, 1.0, "base", "trained")
+    assert out.getvalue().count(f" {shown} ") + out.getvalue().count(f" {shown}\n") == 5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_events_hold_no_number_that_json_has_not(value: float) -> None:
+    said: list[str] = []
+    JsonLinesReporter(said.append).update(3, {"reward": value, "loss": -0.5})
+    assert json.loads(said[0]) == {"event": "update", "update": 3, "reward": None, "loss": -0.5}
 
 
 def test_numbers_for_people() -> None:

@@ -49,13 +49,31 @@ def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str
     assert cost["updates"] == 300
 
 
+PAPER = ("refl", "draft_lv", "drtune", "leapalign", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange")
+"""The runs of the paper, for each model."""
+WITHOUT_HPSV3 = {("flux1_dev", "flowbp_bridge"), ("flux1_dev", "flowbp_lagrange")}
+"""Runs in whose evaluations the paper's code leaves HPSv3 out."""
+
+
 def test_the_papers_runs_are_all_there() -> None:
-    paper = {"refl", "draft_lv", "drtune", "leapalign", "flowbp_sparse", "flowbp_bridge", "flowbp_lagrange"}
     for name in FAMILY_OF:
         found = {recipe.stem for recipe in RECIPES if recipe.parent.name == name}
-        assert paper <= found
-        for recipe in (r for r in RECIPES if r.parent.name == name and r.stem in paper):
+        assert set(PAPER) <= found
+        for recipe in (r for r in RECIPES if r.parent.name == name and r.stem in PAPER):
             assert load(TrainConfig, [recipe]).method.name == recipe.stem
+
+
+@pytest.mark.parametrize("model", FAMILY_OF)
+@pytest.mark.parametrize("run", PAPER)
+def test_the_papers_runs_have_its_noise_levels_lengths_and_rewards(model: str, run: str) -> None:
+    config = load(TrainConfig, [next(r for r in RECIPES if (r.parent.name, r.stem) == (model, run))])
+    own_length = 256 if FAMILY_OF[model] == "sd3" else 512  # of the pipelines
+    assert (config.model.max_sequence_length or own_length) == 512
+    assert (config.train_sigmas, config.num_inference_steps) == ("linear", 25)
+    assert config.eval.every > 0
+    assert [reward.score for reward in config.rewards] == ["hpsv2"]
+    hpsv3 = [] if (model, run) in WITHOUT_HPSV3 else ["hpsv3"]
+    assert [reward.score for reward in config.heldout] == ["clip", "clipscore", "imagereward", *hpsv3]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -58,12 +58,13 @@ def test_a_dataset_folder_with_other_values_than_text(tmp_path: Path, values: li
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b'"a"'])
 @pytest.mark.parametrize("broken", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
-def test_a_damaged_dataset_folder(tmp_path: Path, broken: str) -> None:
+def test_a_damaged_dataset_folder(tmp_path: Path, broken: str, content: bytes) -> None:
     from datasets import Dataset
 
     Dataset.from_dict({"prompt": ["a cat"]}).save_to_disk(str(tmp_path / "data"))
-    (tmp_path / "data" / broken).write_bytes(b"{")
+    (tmp_path / "data" / broken).write_bytes(content)
     with pytest.raises(UserError, match="dataset folder"):
         load(tmp_path / "data")
 

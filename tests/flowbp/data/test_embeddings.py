@@ -1,6 +1,7 @@
 """Prompt embeddings: once, exactly, in memory or on disk; text encoders are let go."""
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_a_fingerprint_is_that_of_the_text_encoders(folder: Path, backbone: Back
     assert mark() != before
     file.write_bytes(whole)
     assert mark() == before
+
+
+def test_a_fingerprint_has_the_length_of_prompts_and_the_libraries(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [ModelConfig(max_sequence_length=length) for length in (None, 77, 300)]
+    marks = {fingerprint(tmp_path, backbone, model) for model in lengths}
+    assert len(marks) == 3
+    for name in ("torch", "transformers", "diffusers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                embeddings, "version", lambda library, name=name: "9.9" if library == name else version(library)
+            )
+            marks.add(fingerprint(tmp_path, backbone, lengths[0]))
+    assert len(marks) == 6
 
 
 @pytest.mark.parametrize("place", [0, 6000, 9999])

@@ -1,6 +1,7 @@
 """The papers' protocols on the miniature: going on, shares of several processes, settings, tables, the commands."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -145,6 +146,28 @@ def test_scores_without_a_number_stay_so(copied: Benchmark, monkeypatch: pytest.
     row = tables.read_row(copied.out)
     assert (row.means["ur_iq"].mean, row.means["ur_iq"].num, row.unscored) == (4.0, 1, {"clip": 0, "ur_iq": 3})
     assert "ur_iq gave 3 of 4 images no score" in tables.table_markdown([row])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "what"),
+    [("velocity", math.nan, "the network's latents"), ("decode", -math.inf, "the VAE's images")],
+)
+def test_images_that_are_not_finite_are_not_saved_as_black_ones(
+    part: str, value: float, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = sampling.ModelSource.load
+
+    def load_spoiled(source: sampling.ModelSource, device: Any) -> Any:
+        backbone = load(source, device)
+        whole = getattr(backbone, part)
+        monkeypatch.setattr(backbone, part, lambda *given: whole(*given) + value)
+        return backbone
+
+    monkeypatch.setattr(sampling.ModelSource, "load", load_spoiled)
+    given = work(tmp_path / "spoiled")
+    with pytest.raises(UserError, match=f"^not finite: {what}"):
+        done(given)
+    assert given.missing_images == given.config.image_ids
 
 
 def test_a_torn_row_is_reported(copied: Benchmark) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,18 @@ def test_prompts_without_a_verifier_have_rewards_only(run: Path) -> None:
     _, page = read(run)
     assert "Categories" not in page.text
     assert "higher" in page.text
+
+
+@pytest.mark.parametrize(("size", "offset", "decimals"), [(0.01, 0.27, 4), (1.0, 22.0, 2), (0.002, 0.05, 5)])
+def test_images_have_scores_with_the_digits_of_their_size(run: Path, size: float, offset: float, decimals: int) -> None:
+    for name, shift in (("base", 0.0), ("trained", 0.2)):
+        one = evaluation([f"p{i}" for i in range(20)], 0.5, shift)
+        one.scores["reward"] = [offset + size * value for value in one.scores["reward"]]
+        save_evaluation(run, name, 1.0, one)
+    shown = re.findall(r"reward (\d+\.\d+) → (\d+\.\d+)", read(run)[1].text)
+    lengths = {len(number.partition(".")[2]) for pair in shown for number in pair}
+    assert len(shown) >= 20
+    assert decimals in lengths
 
 
 def test_large_images_are_made_small(run: Path) -> None:

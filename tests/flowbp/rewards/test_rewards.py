@@ -12,11 +12,12 @@ from golden.inputs import TOKENS, weights
 from golden.inputs import pictures as waves
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import center_crop
 from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.benchmarks.settings import parse_scorer
-from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward
+from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward, preprocess
 from flowbp.rewards.clip import AestheticReward, ClipReward
 from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
@@ -101,6 +102,14 @@ def test_weights_that_do_not_fit_are_refused(how: str, tmp_path: Path) -> None:
         UserError, match=r"1 weights are missing, the first is .*layer_norm1|no CLIPModel that can be loaded"
     ):
         RewardConfig(ref=str(folder)).load()
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_of_a_variant_are_loaded(reward: ClipReward, variant: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(hub.resolve(REF), tmp_path / "reward"))
+    (folder / "model.safetensors").rename(folder / f"model.{variant}.safetensors")
+    found, expected = (one.model.state_dict() for one in (RewardConfig(ref=str(folder)).load(), reward))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("names", [{}, {"0.weight": torch.zeros(2, 2)}, {"x": torch.zeros(1)}])
@@ -200,6 +209,21 @@ def test_scores_are_those_of_the_original_package(name: str, size: tuple[int, in
     scores = reward(torch.from_numpy(waves(*size)), ["", ""])
     assert scores.tolist() == pytest.approx(GOLDEN[GOLDEN_NAMES[name]]["scores"][f"{size[0]}x{size[1]}"], abs=1e-4)
     assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize("size", [(33, 49), (35, 32), (122, 83)])
+@pytest.mark.parametrize("name", ["imagereward", "aesthetic"])
+def test_the_center_is_cut_out_where_the_original_packages_do(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """By torchvision, which rounds half a line where transformers leaves it out."""
+    reward, images = MAKERS[name](tmp_path / name), pictures(*size)
+    vision = reward.vision if isinstance(reward, ImageReward) else reward.clip.model.vision_model
+    seen: list[torch.Tensor] = []
+    vision.register_forward_pre_hook(lambda module, given, named: seen.append(named["pixel_values"]), with_kwargs=True)
+    reward(images, ["", ""])
+    side = seen[0].shape[-1]
+    resized = preprocess.resize_shorter(images, side)
+    assert (max(resized.shape[-2:]) - side) % 4 == 3  # the first line is a half that is rounded up
+    assert torch.equal(seen[0], preprocess.normalize_channels(center_crop(resized, [side, side])))
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -1,6 +1,7 @@
 """The watchdog: what it sees in images, when it alerts, and that a run keeps its last healthy checkpoint."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_when_it_barks(now: Evaluation, words: list[str]) -> None:
     assert len(found.alerts) == len(words)
     for alert, word in zip(found.alerts, words, strict=True):
         assert word in alert
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "number"), [(0.27, 0.003, r"0\.2\d{3}"), (21.0, 0.1, r"2\d\.\d\d"), (0.0, 0.01, r".?0\.00\d{4}")]
+)
+def test_an_alert_has_the_digits_of_its_score(offset: float, size: float, number: str) -> None:
+    base, now = evaluation(0, 0), evaluation(0.5, -0.3)
+    for one in (base, now):
+        for name, values in one.scores.items():
+            one.scores[name] = [offset + size * value for value in values]
+    found = compare_with_base(WatchdogConfig(), base, now, ["reward"], ["heldout"], drift=0.1)
+    assert re.fullmatch(f"Held-out reward fell from {number} to {number} while Reward rose", found.alerts[0])
 
 
 @pytest.mark.parametrize(("value", "lost"), [(math.nan, 60), (math.inf, 60), (-math.inf, 1), (math.nan, 7)])

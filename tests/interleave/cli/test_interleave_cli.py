@@ -1,5 +1,6 @@
 """The commands as a person meets them, with scripted models: help, stories, going on, and every mistake in one line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from imgen_common.config import load
 from interleave.agents.prompts import render_plan, render_verdict
-from interleave.cli import main
+from interleave.cli import console, main
 from interleave.datasets.config import DataConfig
 from interleave.datasets.filters import SetInfo
-from interleave.records import Plan, PlanStep, Verdict
+from interleave.records import Plan, PlanStep, Request, Spent, Trajectory, Verdict
 from interleave.storage.trace import read_trace
 from interleave.training.config import GrpoConfig, SftConfig
 
@@ -112,6 +114,39 @@ def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
     again = interleave(*words)
     assert again[0] == 0
     assert (runs / "draw_a_cat_then_a_hat-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("critic", "attempts", "steps"),
+    [((NO,), 3, "steps 1, 2"), ((NO, NO, YES), 2, "step 1"), ((YES, NO), 1, "step 2")],
+)
+def test_a_story_with_steps_that_were_never_accepted_is_not_plainly_complete(
+    interleave: Call, tmp_path: Path, critic: tuple[str, ...], attempts: int, steps: str
+) -> None:
+    words = (recipe(tmp_path, critic=critic), "--set", f"loop.max_attempts={attempts}", "--runs", tmp_path)
+    code, out, _ = interleave("run", "a cat", *words)
+    assert code == 1
+    assert "1 request: 1 steps_not_accepted; " in out
+    assert f": steps_not_accepted the critic accepted no image of {steps}\n" in out
+    assert "--retry" not in out  # nothing failed
+    (tmp_path / "some.txt").write_text("a cat\n")
+    code, out, _ = interleave("batch", tmp_path / "some.txt", *words)
+    assert code == 1
+    assert f"1/1 steps_not_accepted (the critic accepted no image of {steps})" in out
+    assert interleave("batch", "--resume", "some", "--runs", tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "color"), [("complete", 32), ("steps_not_accepted", 33), ("critic_failed", 31), ("planner_failed", 31)]
+)
+def test_the_end_of_a_story_has_its_color(status: Any, color: int, tmp_path: Path) -> None:
+    text = io.StringIO()
+    out = Console(file=text, force_terminal=True, color_system="standard", no_color=False, width=200, highlight=False)
+    request = Request(id="x", text="a cat")
+    story = Trajectory(id="x", request=request, planner=None, plan=None, selected={}, status=status, spent=Spent())
+    console.BatchProgressPrinter(out, 1)(story)
+    console.print_summary([story], [], tmp_path, out)
+    assert text.getvalue().count(f"\x1b[{color}m{status}") == 1 + (status != "complete")
 
 
 def test_json_for_machines(interleave: Call, tmp_path: Path) -> None:

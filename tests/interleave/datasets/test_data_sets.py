@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -650,6 +650,32 @@ def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) ->
     info = import_set("sharegpt", file, tmp_path / "out", role="critic")
     assert info.rows == {"critic_sft": {"train": 2}}
     assert "2 <image> markers for 0 images" in info.notes[1]
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "rl"])
+@pytest.mark.parametrize("odd", [b"\xff\xfe", "deep"], ids=["bytes", "deep"])
+def test_a_row_that_no_line_of_json_can_hold_is_left_out_and_named(
+    tmp_path: Path, form: Literal["sharegpt", "rl"], odd: object
+) -> None:
+    A.image.save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>look"}, {"role": "assistant", "content": NO}]
+    row: dict[str, Any] = {"messages": turns, "images": ["a.png"]}
+    if form == "rl":
+        row = {
+            "origin_prompt": "a",
+            "rewritten_prompt": "",
+            "evaluation": {"success": True, "semantics": 3, "quality": 4},
+        }
+        row |= {"origin_image_path": "a.png", "edited_image_path": "a.png"}
+    file = tmp_path / "rows"
+    if isinstance(odd, bytes):
+        pq.write_table(pa.Table.from_pylist([row | {"thumbnail": odd}, row, row]), file)
+    else:
+        deep = json.loads("[" * 400 + "]" * 400)
+        file.write_text("\n".join(json.dumps(one) for one in (row | {"note": deep}, row, row)))
+    info = import_set(form, file, tmp_path / "out", role="critic" if form == "sharegpt" else None)
+    assert {count for splits in info.rows.values() for count in splits.values()} == {2}
+    assert re.search(r"rows(: row |:)1: cannot be kept as JSON \(.+\); correct or remove the key", info.notes[1])
 
 
 # --- check and show --------------------------------------------------------------------------------------------------

@@ -175,6 +175,13 @@ def test_what_is_no_such_model_is_said(tmp_path: Path) -> None:
         LocalChatConfig(ref="builtin:shapes/reward", device="cpu").build()
 
 
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_of_a_variant_are_loaded(folder: Path, variant: str, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    (changed / "model.safetensors").rename(changed / f"model.{variant}.safetensors")
+    assert answers(model(changed), MESSAGES[:1], [0]) == answers(model(folder), MESSAGES[:1], [0])
+
+
 def test_a_typo_in_a_setting_is_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         load(LocalChatConfig, [], ["ref=x", "temprature=1"])

@@ -163,9 +163,23 @@ def test_what_a_reference_costs_is_bounded(klein_folder: Path) -> None:
     assert isinstance(failure, BackendError)
     assert failure.kind == "refused"
     assert "too large" in str(failure)
-    (failure,) = painter.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", (8, 800))),), 1)])
+
+
+@pytest.mark.parametrize("size", [(300, 1), (8, 65), (8, 800)])
+def test_a_reference_that_is_too_long_for_the_pipeline_is_refused(klein: PipelineRunner, size: tuple[int, int]) -> None:
+    (failure,) = klein.generate([GenerationRequest("a", (HashedImage.from_pil(Image.new("RGB", size)),), 1)])
     assert isinstance(failure, BackendError)
-    assert failure.kind == "model_error"
+    assert failure.kind == "refused"
+    assert f"a reference of {size[0]}x{size[1]} pixels: one side may be at most 8 times the other" in str(failure)
+
+
+def test_sides_that_a_family_would_round_are_refused(family: str, folder: Path, painter: PipelineRunner) -> None:
+    for name, side in (("width", 33), ("height", 47)):
+        with pytest.raises(UserError, match=rf"{name} {side}: .* generates multiples of \d+ pixels; give \d+ or \d+"):
+            painter.check(GenerationSettings(**{name: side}))
+        with pytest.raises(UserError, match=rf"{name} {side}: "):
+            PipelineRunner(PipelineConfig(ref=str(folder), **{name: side}))
+    painter.check(GenerationSettings(**SIZE))
 
 
 def test_settings_reach_the_pipeline(family: str, folder: Path, painter: PipelineRunner) -> None:
@@ -366,6 +380,28 @@ def test_the_miniature_draws_what_it_is_reported() -> None:
     )
     images = from_pil([one.image for one in drawn if isinstance(one, HashedImage)])
     assert accuracy(verify(images, specs), specs)["all"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("two red circles", None),
+        ("a lighthouse", "word 'lighthouse'"),
+        ("un cercle bleu", "3 words 'un', 'cercle', 'bleu'"),
+    ],
+)
+def test_words_that_the_miniature_does_not_know_are_said(
+    prompt: str, unknown: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def generate() -> None:
+        generator = PipelineConfig(num_inference_steps=1).build()
+        await generator.generate(GenerationRequest(prompt, (), 0))
+        await generator.close()
+
+    asyncio.run(generate())
+    assert [f"does not know the {unknown}, and what it generates" in said for said in caplog.messages] == (
+        [True] if unknown else []
+    )
 
 
 @pytest.mark.parametrize("variant", ["fp16", pytest.param("ema", marks=pytest.mark.exhaustive)])

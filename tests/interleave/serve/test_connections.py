@@ -1,16 +1,17 @@
 """What holds before anything is authorized: host names, heads without end, bodies that nobody asked for, crowds."""
 
 import json
+import select
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import httpx
 import pytest
 from hosting import InProcess, hosted
 from pydantic import ValidationError
-from serving import PATIENCE
+from serving import PATIENCE, eventually
 
 from interleave.models.generators.scripted import ScriptedConfig
 from interleave.serve import ServeConfig
@@ -153,6 +154,30 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(closed_service: str) -> None
     finally:
         for one in crowd:
             one.close()
+
+
+def is_closed(opened: socket.socket) -> bool:
+    if not select.select([opened], [], [], 0)[0]:
+        return False
+    with suppress(ConnectionError):
+        return opened.recv(1) == b""
+    return True
+
+
+@pytest.mark.parametrize("num", [5, 12])
+def test_there_are_no_more_connections_than_allowed(num: int) -> None:
+    """Further ones take the places of those that say nothing, and wait for none that is served."""
+    config = CONFIG.model_copy(update={"head_timeout": 9999, "body_timeout": 9999})
+    with hosted(InProcess(ScriptedConfig().build()), config=config) as url, ExitStack() as opened:
+        crowd = [opened.enter_context(connection(url)) for _ in range(num)]
+        eventually(lambda: sum(map(is_closed, crowd)) == num - 4)
+        for _ in range(4):
+            served = opened.enter_context(connection(url))
+            served.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: 99\r\n\r\n")
+            assert served.recv(100).startswith(b"HTTP/1.1 100")
+        assert all(map(is_closed, crowd))
+        with connection(url) as refused:
+            assert until_closed(refused).startswith(b"HTTP/1.1 503")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import serving
+from hosting import InProcess, hosted
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import PATIENCE, eventually, gathered, http_get, http_post, image_of, status_of
@@ -75,6 +76,23 @@ def test_a_worker_answers_with_the_image_or_why_there_is_none() -> None:
         == color_bands(GenerationRequest("p", (), 7), 20, 10).resize((40, 10), 0).tobytes()
     )
     assert failed.kind == "refused"
+    assert failed.message != "the generator failed (refused)"
+
+
+@pytest.mark.parametrize("num_requests", [1, 3])
+def test_a_service_that_stops_before_an_image_is_ready_says_so(
+    num_requests: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backend = InProcess(ScriptedConfig(latency=600).build())
+    with ThreadPoolExecutor(num_requests) as pool:
+        with hosted(backend) as url:
+            ask = partial(http_post, f"{url}/v1/generate", json={"prompt": "p"})
+            answers = [pool.submit(ask) for _ in range(num_requests)]
+            eventually(lambda: len(backend.begun) == num_requests)
+        for answer in answers:
+            assert answer.result().status_code == 503
+            assert answer.result().json()["error"]["kind"] == "not_ready"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

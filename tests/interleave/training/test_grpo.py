@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from backends import FakeGenerator
 from killed_training import assert_kills_change_nothing
 from launching import SHARDS, forked, lines
@@ -19,6 +21,7 @@ from tiers import tiers
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
+from imgen_common.run_folder.folder import RunFolder
 from interleave.agents.prompts import load_template, render_critic
 from interleave.datasets.rows import RlRow
 from interleave.models.chat.local import to_conversation
@@ -31,6 +34,7 @@ from interleave.training.batch_plan import GrpoBatchPlan, plan_grpo_batches
 from interleave.training.config import GrpoConfig, PricesConfig, ScorerConfig
 from interleave.training.reward import PAPER_WEIGHTS, RecordedAttempt, RewardFunction, RewardParts, paper_parts
 from interleave.training.rows import GrpoJob, critic_prompt, image_store, read_rows
+from interleave.training.run import build_run_callback
 from interleave.training.scoring import (
     check_image_tokens,
     concurrency_per_process,
@@ -346,6 +350,25 @@ def test_a_killed_run_goes_on_to_the_same_weights(root: Path, taught: Path, tmp_
         assert any(f"rewards/{part}/mean" in line for line in logged)
     assert logged[-1]["scoring/answers"] > 0
     assert logged[-1]["scoring/unscored"] == 0
+
+
+@pytest.mark.parametrize(
+    ("updates_per_rollout", "stops"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (3, [3, 6]), (7, [])]
+)
+def test_a_run_that_is_to_stop_ends_its_rollout_first(
+    updates_per_rollout: int, stops: list[int], tmp_path: Path
+) -> None:
+    callback = build_run_callback(RunFolder(tmp_path, is_main=False), updates_per_rollout=updates_per_rollout)
+    arguments, found = SimpleNamespace(device=torch.device("cpu")), list[int]()
+    for requested in (False, True):
+        callback.shutdown.requested = requested
+        for step in range(1, 8):
+            control = SimpleNamespace(should_save=False, should_training_stop=False)
+            callback.on_step_end(arguments, SimpleNamespace(global_step=step, max_steps=7), control)
+            assert control.should_save == control.should_training_stop
+            found += [step] if control.should_save else []
+    assert found == stops
+    assert callback.stopped == bool(stops)
 
 
 @pytest.mark.exhaustive

@@ -1,10 +1,14 @@
 """`interleave sft`: which weights and tokens learn, which rows come when, what is refused; and that a run goes on."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 import signal
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.batch_plan import plan_sft_batches
 from interleave.training.config import GrpoConfig, SftConfig
+from interleave.training.grpo import check_grpo
 from interleave.training.memory import (
     build_meta_model,
     check_adapters,
@@ -39,7 +44,16 @@ from interleave.training.rows import (
     read_rows,
     select_by_length,
 )
-from interleave.training.trl_options import RESERVED_GRPO, RESERVED_LORA, RESERVED_SFT, check_keys, check_reserved
+from interleave.training.run import load_model
+from interleave.training.sft import check_sft
+from interleave.training.trl_options import (
+    RESERVED_GRPO,
+    RESERVED_LORA,
+    RESERVED_SFT,
+    check_keys,
+    check_reserved,
+    check_values,
+)
 from interleave.training.vision import freeze_vision, is_frozen
 from scripts.miniature.agents import models
 
@@ -60,6 +74,58 @@ def rows(root: Path) -> list[SftRow]:
 def test_a_typo_in_the_mappings_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match=r"trl.learing_rate: unknown option of X; did you mean 'learning_rate'"):
         check_keys("trl", {"learing_rate": 1}, {"learning_rate", "save_steps"}, "X")
+
+
+class Speed(Enum):
+    SLOW, FAST = "slow", "fast"
+
+
+@dataclasses.dataclass
+class Options:
+    """As TRL's options are typed."""
+
+    learning_rate: float = 1e-5
+    save_steps: int | None = None
+    bf16: bool | None = None
+    speed: Speed | str = "slow"
+    report_to: str | list[str] | None = None
+    fsdp: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"learning_rate": math.nan}, "learning_rate: must be a finite number, got nan"),
+        ({"learning_rate": "high"}, "learning_rate: must be a finite number, got 'high'"),
+        ({"learning_rate": True}, "learning_rate: must be a finite number, got True"),
+        ({"learning_rate": -1}, "learning_rate: must be at least 0, got -1"),
+        ({"save_steps": 1.5}, "save_steps: must be a whole number or null, got 1.5"),
+        ({"bf16": "maybe"}, "bf16: must be true or false or null, got 'maybe'"),
+        ({"bf16": 1}, "bf16: must be true or false or null, got 1"),
+        ({"speed": "fst"}, r"speed: is 'fst'; did you mean 'fast'\?; allowed: slow, fast"),
+        ({"speed": ["slow"]}, r"speed: is \['slow'\].*; allowed: slow, fast"),
+        *(
+            pytest.param({"report_to": given}, f"report_to: is {said}.*; allowed: none, all, ", marks=pytest.mark.slow)
+            for given, said in ((["nope"], "'nope'"), (3, "3"))
+        ),
+    ],
+)
+def test_a_value_that_an_option_of_trl_cannot_have_is_refused(given: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=f"^trl.{said}"):
+        check_values(given, Options)
+    whole = {"learning_rate": 1, "save_steps": 3, "bf16": None, "speed": "fast", "fsdp": True}
+    check_values(whole, Options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["learning_rate", "bf16", "optim", "lr_scheduler_type", "save_strategy", "report_to"])
+@pytest.mark.parametrize("trains", [check_sft, check_grpo])
+def test_values_of_trl_are_checked_before_anything_is_read(trains: Callable[..., object], key: str) -> None:
+    roles = ("critic",) if trains is check_sft else ()
+    kind = SftConfig if trains is check_sft else GrpoConfig
+    config = kind(model="none", data="none", trl={key: "zigzag"})
+    with pytest.raises(UserError, match=rf"^trl\.{key}: .*'zigzag'"):
+        trains(*roles, config, 1)
 
 
 @pytest.mark.parametrize("owned", [RESERVED_SFT, RESERVED_GRPO, RESERVED_LORA])
@@ -87,6 +153,7 @@ def test_recipes_name_options_that_trl_and_peft_have(recipe: Path) -> None:
     from interleave.training.trl_options import build_lora_config, check_options
 
     config = load(SftConfig if recipe in SFT_RECIPES else GrpoConfig, [recipe])
+    check_values(config.trl, SFTConfig if recipe in SFT_RECIPES else GRPOConfig)
     if recipe in SFT_RECIPES:
         check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
     else:
@@ -346,6 +413,16 @@ def test_a_model_without_a_vision_tower_is_refused() -> None:
 
     with pytest.raises(UserError, match="no vision tower found in Linear"):
         freeze_vision(torch.nn.Linear(2, 2), "frozen")
+
+
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_weights_of_a_variant_are_loaded(root: Path, variant: str, tmp_path: Path) -> None:
+    changed = shutil.copytree(root / "model", tmp_path / "model")
+    (changed / "model.safetensors").rename(changed / f"model.{variant}.safetensors")
+    found, expected = (
+        load_model(SftConfig(model=str(folder), data="none")).state_dict() for folder in (changed, root / "model")
+    )
+    assert all((found[name] == value).all() for name, value in expected.items())
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import difflib
 import errno
 import functools
+import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from imgen_common.shutdown import exit_code, interrupted_by_signals
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 MENDABLE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another"),
     errno.ENAMETOOLONG: "shorten the name",
+    errno.EFBIG: "lift the limit on the size of files (ulimit -f), or choose a folder on another file system",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or its mount, then run the command again"),
     **dict.fromkeys((errno.ENOTDIR, errno.EISDIR), "give a folder for a folder, and a file for a file"),
 }
 """What to do about failures of the file system that no command foresees."""
@@ -49,6 +53,17 @@ def is_disk_full(error: BaseException) -> bool:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     text = str(error)
     return full or any(word in text for word in words[:2]) or all(word in text for word in words[2:])
+
+
+def system_error(error: BaseException, path: Path | str = "a file of weights") -> OSError | None:
+    """The failure of the operating system that an error is; safetensors says its number in words only.
+
+    path: the file, for an error that does not name it.
+    """
+    if isinstance(error, OSError):
+        return error
+    match = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return OSError(int(match[1]), os.strerror(int(match[1])), str(path)) if match else None
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
@@ -127,6 +142,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
 def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str | None:
     """The exit code of the program."""
     try:
+        _check_working_directory()
         for place, word in enumerate(sys.argv[1:]):
             check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
             option = word.partition("=")[0]
@@ -149,13 +165,24 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
     return 0
 
 
+def _check_working_directory() -> None:
+    """Raises UserError where the working directory was removed, which torch answers with a failure of its own."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory is gone or cannot be read ({error.strerror}); cd to a folder that exists"
+        ) from None
+
+
 def _explain(error: Exception) -> str | None:
     """What the user can do about an error of the operating system; None where that is not known."""
-    where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename is not None else ""
+    failure = system_error(error)
+    where = f"{failure.filename}: {failure.strerror}" if failure is not None and failure.filename is not None else ""
     if is_disk_full(error):
         return str(DiskFullError(where or f"the disk is full ({one_line(str(error))})"))
-    if where and isinstance(error, OSError) and error.errno in MENDABLE:
-        return f"{where}; {MENDABLE[error.errno]}"
+    if where and failure is not None and failure.errno in MENDABLE:
+        return f"{where}; {MENDABLE[failure.errno]}"
     return None
 
 

@@ -21,7 +21,16 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from imgen_common.errors import DiskFullError, UserError, WriteError, check_text, is_disk_full, nearest, warn_once
+from imgen_common.errors import (
+    DiskFullError,
+    UserError,
+    WriteError,
+    check_text,
+    is_disk_full,
+    nearest,
+    system_error,
+    warn_once,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_LINE_BYTES = 64 * 2**20
@@ -370,6 +379,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise DiskFullError(f"{path}: the disk is full") from None
-        if isinstance(error, OSError):
-            raise WriteError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
+        if (failure := system_error(error)) is not None:
+            reason = failure.strerror or failure
+            raise WriteError(f"{path}: cannot be written ({reason}); choose another folder") from None
         raise

@@ -28,6 +28,12 @@ WEIGHT_FILE = re.compile(
     r"(diffusion_pytorch_)?model(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
 )
 """A whole model's weights or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+REQUIRED_PARTS = (*("scheduler", "transformer", "vae"), *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+"""Components of a pipeline that it has, where its model_index.json names them at all; others may be null there."""
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
+"""Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
+NO_VOCABULARY = "ByT5"
+"""Tokenizers of bytes, which need no such file."""
 MAX_REF = 4096
 MAX_JSON = 10**8
 """Bytes of the largest JSON file that is read; tokenizers have 30 million."""
@@ -58,7 +64,7 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {ref[:60]!r}...: longer than a path can be ({MAX_REF} characters)")
     path = local_path(ref)
     try:
-        exists = path.exists()
+        exists = ref != "" and path.exists()
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
     if exists:
@@ -87,8 +93,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Raise UserError unless `folder` is a whole diffusers, transformers or LoRA folder.
 
     diffusers: every component that model_index.json names has its configuration and weights; transformers: config.json
-    and weights.  Weights are safetensors files with a valid header and the length that it promises, and every shard of
-    an index; with weights=False they are not looked at.
+    and weights.  A tokenizer has its vocabulary.  Weights are safetensors files with a valid header and the length that
+    it promises, and every shard of an index; with weights=False they are not looked at.
     """
     index = folder / "model_index.json"
     if not any((folder / name).exists() for name in (index.name, "config.json", *LORA_FILES)):
@@ -105,6 +111,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
             _check_component(folder, name, class_name, weights)
     else:
         _check_files(folder, folder, weights)
+        if (folder / "config.json").exists():
+            _check_vocabulary(folder, folder, "")
 
 
 def check_file(file: Path, folder: Path | None = None) -> None:
@@ -143,11 +151,20 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
 
 
 def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
-    """The model_index.json of a diffusers folder.  Raises UserError for another folder."""
+    """The model_index.json of a diffusers folder.  Raises UserError for another folder, or without a required part."""
     index = folder / "model_index.json"
     if not index.exists():
         raise UserError(f"{ref}: not a diffusers pipeline: the folder has no {index.name}")
-    return read_json(index)
+    content = read_json(index)
+    for name in REQUIRED_PARTS:
+        entry = content.get(name, ["", ""])
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
+            given = json.dumps(entry)[:60]
+            raise UserError(
+                f"{ref}: model_index.json {name}: is {given}; must be the library and the class of a component; copy "
+                "the folder again"
+            )
+    return content
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -327,6 +344,20 @@ def _check_component(folder: Path, name: str, class_name: str, weights: bool) ->
         if not (part / "config.json").exists():
             raise _incomplete(folder, f"{name}/config.json is missing")
         _check_files(folder, part, weights)
+    _check_vocabulary(folder, part, class_name)
+
+
+def _check_vocabulary(folder: Path, part: Path, class_name: str) -> None:
+    """Raises UserError for a tokenizer without its words: one of that class, or what a tokenizer_config.json is of."""
+    config = part / "tokenizer_config.json"
+    if config.exists():
+        class_name = f"{class_name} Tokenizer {read_json(config, folder).get('tokenizer_class')}"
+    if "Tokenizer" not in class_name or NO_VOCABULARY in class_name:
+        return
+    if not any(all(any(part.glob(name)) for name in names) for names in VOCABULARIES):
+        where = "the tokenizer" if part == folder else f"{part.name}/"
+        allowed = " or ".join(" and ".join(names) for names in VOCABULARIES)
+        raise _incomplete(folder, f"{where} has no vocabulary ({allowed})")
 
 
 def _check_files(folder: Path, part: Path, weights: bool) -> None:

@@ -133,13 +133,13 @@ def _without_metadata(data: bytes, max_pixels: int) -> tuple[bytes, int]:
     Raises _Refused.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _bare_png(data)
+        return _bare_png(data, max_pixels)
     if data.startswith(b"\xff\xd8\xff"):
         return _bare_jpeg(data, max_pixels)
     return data, 0
 
 
-def _bare_png(data: bytes) -> tuple[bytes, int]:
+def _bare_png(data: bytes, max_pixels: int) -> tuple[bytes, int]:
     kept: dict[bytes, bytearray] = {kind: bytearray() for kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT")}
     exif = xmp = b""
     position = 8
@@ -160,12 +160,37 @@ def _bare_png(data: bytes) -> tuple[bytes, int]:
             xmp = content
     else:
         raise _Refused(f"more than the allowed {MAX_PARTS} chunks; save it again")
+    _check_png(kept[b"IHDR"], kept[b"PLTE"], kept[b"IDAT"], max_pixels)
     chunks = [(kind, bytes(content)) for kind, content in kept.items() if content] + [(b"IEND", b"")]
     parts = [
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
         for kind, content in chunks
     ]
     return data[:8] + b"".join(parts), _orientation(exif, xmp)
+
+
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Numbers of a pixel by a PNG's color type, of which 3 is that of a palette."""
+PIECE = 2**14
+"""Compressed bytes that are inflated at once, to 17 MB at most."""
+
+
+def _check_png(head: bytearray, palette: bytearray, compressed: bytearray, max_pixels: int) -> None:
+    """Raises _Refused for pixels or a palette that are missing, which Pillow would make up."""
+    if len(head) != 13:
+        return  # the decoder says so
+    width, height, depth, color, *_, interlaced = struct.unpack(">IIBBBBB", head)
+    if color == 3 and not palette:
+        raise _Refused("damaged: its colors are those of a palette that it lacks; save it again")
+    if interlaced or color not in PNG_CHANNELS or width * height > max_pixels:
+        return
+    expected, found, inflate = height * (1 + -(-width * PNG_CHANNELS[color] * depth // 8)), 0, zlib.decompressobj()
+    with contextlib.suppress(zlib.error):  # the decoder says so
+        for start in range(0, len(compressed), PIECE):
+            found += len(inflate.decompress(compressed[start : start + PIECE]))
+            if found >= expected:
+                return
+        raise _Refused(f"damaged or cut short ({found} of {expected} bytes of pixels); save or download it again")
 
 
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")

@@ -3,7 +3,7 @@
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
 from flowbp.methods import METHODS, Method
@@ -30,6 +30,13 @@ class WatchdogConfig(Config):
     """Whether an alert ends the training."""
 
 
+def _check_different(values: tuple[float | str, ...]) -> tuple[float | str, ...]:
+    if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+        raise ValueError(f"names {', '.join(twice)} more than once; write each once")
+    return values
+
+
+Different = AfterValidator(_check_different)
 PositiveInt = Annotated[int, Ge(1)]
 Attention = Literal[
     "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
@@ -187,7 +194,7 @@ class EvalConfig(Config):
     """Prompts of the evaluation before and after, as `data.prompts`."""
     num_prompts: PositiveInt = 504
     """How many of them."""
-    guidance_scale: tuple[Annotated[float, Gt(0), Le(100)], ...] = (1.0, 2.0)
+    guidance_scale: Annotated[tuple[Annotated[float, Gt(0), Le(100)], ...], MinLen(1), Different] = (1.0, 2.0)
     """Guidance scales of the evaluation before and after."""
     num_inference_steps: PositiveInt = 25
     """Denoising steps."""
@@ -291,7 +298,7 @@ class TrainConfig(Config):
     """Watches for reward hacking."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
-    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], Different] = ()
     """Where metrics go beside `metrics.jsonl` and TensorBoard."""
 
     @model_validator(mode="after")

@@ -135,9 +135,9 @@ class _Merge:
         if not presets or not (isinstance(new, str) or (isinstance(new, dict) and PRESET in new)):
             return None, new
         name = new if isinstance(new, str) else new[PRESET]
-        if name not in presets:
+        if not isinstance(name, str) or name not in presets:
             known = f"{nearest(str(name), presets)}; allowed: {', '.join(presets)}"
-            raise UserError(f"{label(source, keys)}: unknown {keys[-1] if keys else PRESET} {name!r}{known}")
+            raise UserError(f"{label(source, keys)}: unknown {keys[-1] if keys else PRESET} {shortened(name)}{known}")
         rest = {} if isinstance(new, str) else {key: value for key, value in new.items() if key != PRESET}
         return presets[name].model_dump(mode="json"), rest
 

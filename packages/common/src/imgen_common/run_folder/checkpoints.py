@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 from pydantic import BaseModel, StringConstraints
 
-from imgen_common.errors import DiskFullError, UserError, is_disk_full, warn_once
+from imgen_common.errors import DiskFullError, UserError, is_disk_full, system_error, warn_once
 from imgen_common.files import read_json, sync, write_atomic
 
 if TYPE_CHECKING:
@@ -98,7 +98,18 @@ def find_damage(folder: Path) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     changed = (name for name, now in zip(files, found, strict=True) if now != files[name])
-    return next((f"the content of {name} has changed" for name in changed), None)
+    reason = next((f"the content of {name} has changed" for name in changed), None)
+    return _find_mismatch(folder, files) if reason is None and folder.name.startswith("step-") else reason
+
+
+def _find_mismatch(folder: Path, names: Collection[str]) -> str | None:
+    """What the state of a checkpoint says that its folder, of whole files, is not: one that was copied or renamed."""
+    try:
+        saved = _read_state(folder)
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}/")
+    needed = (STATE, *(f"{group}.safetensors" for group in saved.groups))
+    return next((f"{name} is not in {MANIFEST}" for name in needed if name not in names), None)
 
 
 def _find_unreadable(folder: Path) -> str | None:
@@ -223,13 +234,18 @@ def load_checkpoint(found: Mapping[int, Path], step: int) -> Checkpoint:
         raise damaged_error(found, step, str(error).removeprefix(f"{found[step]}/")) from None
 
 
+def _read_state(folder: Path) -> SavedState:
+    saved = read_json(folder / STATE, SavedState)
+    if folder.name != f"step-{saved.step:06d}":
+        raise UserError(f"{STATE} is of step {saved.step}")
+    return saved
+
+
 def _read(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    saved = read_json(folder / STATE, SavedState)
-    if folder.name != f"step-{saved.step:06d}":
-        raise UserError(f"{STATE} is of step {saved.step}")
+    saved = _read_state(folder)
     try:
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved.groups}
     except (OSError, SafetensorError) as error:
@@ -261,6 +277,7 @@ def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
 
 def _save_group(path: Path, group: Mapping[str, "Tensor"]) -> None:
     """One safetensors file; tensors that share memory (tied weights, views) are stored each in full."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain: dict[str, Tensor] = {}
@@ -270,4 +287,7 @@ def _save_group(path: Path, group: Mapping[str, "Tensor"]) -> None:
         storage = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    save_file(plain, path)
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        raise (system_error(error, path) or error) from None

@@ -18,6 +18,8 @@ def find_run(text: str, root: Path) -> Path:
 
     Raises UserError with the nearest name if there is none.
     """
+    if not text:  # of a variable of the shell that is not set; as a path it would mean this folder
+        raise UserError("run '': the name is empty; give the name of a run, or its folder")
     for path in (Path(text), root / text):
         if os.path.isfile(path / CONFIG):  # False, too, for a name that is too long
             return path
@@ -30,7 +32,7 @@ def find_run(text: str, root: Path) -> Path:
 
 def is_run(text: str, root: Path) -> bool:
     """Whether `text` names a run folder rather than a model."""
-    return any(os.path.isfile(path / CONFIG) for path in (Path(text), root / text))
+    return text != "" and any(os.path.isfile(path / CONFIG) for path in (Path(text), root / text))
 
 
 def free_path(root: Path, name: str | None, otherwise: str) -> Path:

@@ -58,13 +58,14 @@ def sample(
         from flowbp.evaluation import sources
         from imgen_common.files import make_folder
 
-        if run and model:
+        if run is not None and model is not None:
             raise UserError("--run and --model: give one of them")
-        if base and not run:
+        if base and run is None:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
         if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
             raise UserError(f"prompt {blank[0]} of {len(prompts)} is empty; say what to draw")
-        source = sources.model_source(run or model or "builtin:shapes/generator", runs, base=base)
+        chosen = model if run is None else run
+        source = sources.model_source("builtin:shapes/generator" if chosen is None else chosen, runs, base=base)
         config = source.config
         scale = config.guidance_scale if guidance is None else guidance
         sources.check_guidance_scale(scale)
@@ -127,9 +128,9 @@ def evaluate(
         for scale in guidance or []:
             models.check_guidance_scale(scale)
         extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance_scale", guidance))
-        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value]
+        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, [])]
         sources = [models.model_source(target, runs, [*(sets or []), *given])]
-        if against:
+        if against is not None:
             sources.insert(0, models.model_source(against, runs))
         elif sources[0].run is not None:
             sources.insert(0, models.model_source(target, runs, base=True))

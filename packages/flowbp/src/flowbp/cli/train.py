@@ -65,7 +65,7 @@ def train(
             from imgen_common.run_folder.find import CONFIG, find_run
             from imgen_common.run_folder.folder import choose_checkpoint
 
-            run_path = find_run(resume, runs) if resume else None
+            run_path = find_run(resume, runs) if resume is not None else None
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
             job, path = check_training(config, runs, run_path)
@@ -197,7 +197,7 @@ def estimate(
         from flowbp import estimate as estimates
         from imgen_common.devices import device_of
 
-        limit = estimates.parse_memory_size(memory) if memory else None
+        limit = estimates.parse_memory_size(memory) if memory is not None else None
         speed = estimates.speed_of(gpu, tflops)
         job = preflight.check_run(config_of(), gpus, estimate_only=not calibrate)
         say("tracing embedding, a rollout, a swept step, rewards and an evaluation ...")

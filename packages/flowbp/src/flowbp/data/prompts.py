@@ -77,7 +77,7 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         dataset: Dataset | DatasetDict = load_from_disk(str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
-    except (OSError, ValueError, TypeError, LookupError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
     if isinstance(dataset, DatasetDict):
         raise UserError(f"{path}: holds several splits ({', '.join(dataset)}); give the folder of one of them")

@@ -47,7 +47,7 @@ def speed_of(gpu: str | None, tflops: float | None) -> Speed | str:
     """
     if tflops is not None:
         return Speed(tflops, "as given")
-    given = gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    given = torch.cuda.get_device_name() if gpu is None and torch.cuda.is_available() else gpu
     if given is None:
         return "not estimated: torch sees no GPU; name one with --gpu, or give --tflops"
     found = find_card(given)

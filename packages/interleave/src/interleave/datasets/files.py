@@ -8,8 +8,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from imgen_common.files import numbered_lines, parse_json, read_text, write_atomic, writing
 from imgen_common.images import decode
 from interleave.protocols import HashedImage
@@ -137,6 +138,16 @@ def validate(model: type[Model], value: object, where: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         raise RowError(f"{where}: {describe_mistake(error)}") from None
+
+
+def check_json(row: Model, where: str) -> Model:
+    """`row`, if a line of JSON can hold it.  Raises RowError for text that is not Unicode, or keys nested too deep."""
+    try:
+        type(row).model_validate_json(row.model_dump_json().encode())
+    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        reason = one_line(str(error), 120)
+        raise RowError(f"{where}: cannot be kept as JSON ({reason}); correct or remove the key that holds it") from None
+    return row
 
 
 def describe_mistake(error: ValidationError) -> str:

@@ -77,7 +77,7 @@ class GenerationService:
     async def generate(self, request: Request) -> Response:
         """POST /v1/generate."""
         started = time.monotonic()
-        status = CLIENT_LEFT
+        status: int = CLIENT_LEFT
         try:
             response = await self._generate(request)
             status = response.status_code
@@ -86,6 +86,11 @@ class GenerationService:
         except ErrorAnswer as error:
             status = error.status
             raise
+        except asyncio.CancelledError as canceled:
+            if "shutdown" not in str(canceled):  # uvicorn's words once shutdown_timeout is over; Ray: the client left
+                raise
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            raise ErrorAnswer(status, "not_ready", "the service is stopping; ask again later") from None
         except Exception:
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             raise

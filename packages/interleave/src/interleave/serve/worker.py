@@ -137,6 +137,8 @@ class Worker:
         except UserError as error:
             return GenerationFailure("refused", str(error))
         except BackendError as error:
+            if error.kind == "refused":
+                return GenerationFailure("refused", str(error))
             log.warning("an image failed (%s): %s", error.kind, error)
             return GenerationFailure(error.kind, f"the generator failed ({error.kind})")
         except Exception:

@@ -31,7 +31,7 @@ from interleave.training.scoring import (
     check_image_tokens,
     start_scoring,
 )
-from interleave.training.trl_options import RESERVED_GRPO, build_lora_config, check_keys, check_options
+from interleave.training.trl_options import RESERVED_GRPO, build_lora_config, check_keys, check_options, check_values
 
 REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "released": WEIGHTS,
@@ -49,6 +49,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     from trl import GRPOConfig
 
     check_options("trl", config.trl, GRPOConfig, RESERVED_GRPO)
+    check_values(config.trl, GRPOConfig)
     reward_weights(config)
     build_lora_config(config)
     check_sharding(config, processes)

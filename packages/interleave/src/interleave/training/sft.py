@@ -23,7 +23,7 @@ from interleave.training.rows import (
     select_by_length,
     sft_example,
 )
-from interleave.training.trl_options import RESERVED_SFT, build_lora_config, check_options
+from interleave.training.trl_options import RESERVED_SFT, build_lora_config, check_options, check_values
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     from trl import SFTConfig
 
     check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
+    check_values(config.trl, SFTConfig)
     build_lora_config(config)
     TrlBatchOptions.from_trl(config.trl)
     hub.resolve(config.model, weights=needs_weights)

@@ -2,8 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from imgen_common.config.messages import shortened
+from imgen_common.config.schema import union_members
 from imgen_common.errors import UserError, nearest
 from interleave.training.config import TrainingConfig
 
@@ -46,6 +51,11 @@ RESERVED_LORA: Mapping[str, str] = {
     "base_model_name_or_path": "use the key model",
 }
 
+PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
+"""Kinds of values that an option is checked for, in words."""
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
+"""Options that optimizers refuse below 0, after the run has begun."""
+
 
 def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
     """Raises UserError for a key that `owner` does not have."""
@@ -66,6 +76,42 @@ def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned:
     check_reserved(section, given, owned)
     names = {field.name for field in dataclasses.fields(cls) if field.init}
     check_keys(section, given, names - set(owned), cls.__name__)
+
+
+def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
+    """Raises UserError for a number, a truth value or a choice that an option of TRL's `cls` cannot have.
+
+    The class itself takes anything; texts, lists and mappings are left to it.
+    """
+    hints = get_type_hints(cls)
+    for key, value in given.items():
+        parts = set(union_members(hints[key]))
+        choices = [one.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for one in part]
+        if key == "report_to":
+            _check_trackers(value)
+        elif choices and value not in choices:
+            hint = nearest(str(value), choices)
+            raise UserError(f"trl.{key}: is {shortened(value)}{hint}; allowed: {', '.join(choices)}")
+        elif parts <= PLAIN.keys():
+            allowed = " or ".join(words for kind, words in PLAIN.items() if kind in parts)
+            try:
+                TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+            except ValidationError:
+                raise UserError(f"trl.{key}: must be {allowed}, got {shortened(value)}") from None
+            if key in NOT_NEGATIVE and value is not None and value < 0:
+                raise UserError(f"trl.{key}: must be at least 0, got {value}")
+
+
+def _check_trackers(given: object) -> None:
+    """Raises UserError for a tracker that transformers does not know."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = ("none", "all", *INTEGRATION_TO_CALLBACK)
+    for name in given if isinstance(given, list) else [given]:
+        if name is not None and name not in known:
+            raise UserError(
+                f"trl.report_to: is {shortened(name)}{nearest(str(name), known)}; allowed: {', '.join(known)}"
+            )
 
 
 def build_lora_config(config: TrainingConfig) -> Any:

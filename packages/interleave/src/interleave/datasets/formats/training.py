@@ -11,6 +11,7 @@ from interleave.agents.prompts import IMAGE_MARKER
 from interleave.datasets.files import (
     ImageImporter,
     RowError,
+    check_json,
     copy_image,
     read_each,
     read_items,
@@ -56,13 +57,14 @@ def read_sft(file: Path, root: Path, images: ImageStore, left_out: list[str] | N
         texts = tuple(user.content.split(IMAGE_MARKER))
         if len(texts) != len(item.images) + 1:
             raise RowError(f"{where}: {len(texts) - 1} {IMAGE_MARKER} markers for {len(item.images)} images")
-        return SftRow(
+        row = SftRow(
             texts=texts,
             image_ids=tuple(reader.import_image(path, where) for path in item.images),
             completion=assistant.content,
             trajectory_id=item.trajectory_id,
             extra=item.model_extra or {},
         )
+        return check_json(row, where)
 
     return read_each(read_items(file), make, left_out)
 
@@ -107,7 +109,7 @@ def read_rl(file: Path, root: Path, images: ImageStore, left_out: list[str] | No
         line = validate(_RlLine, value, where)
         is_t2i = WHITE_PATH in line.origin_image_path
         after = reader.import_image(line.edited_image_path, where)
-        return RlRow(
+        row = RlRow(
             original_prompt=line.origin_prompt,
             prompt_used=line.rewritten_prompt,
             before_id=reader.import_source(line.origin_image_path, after, is_t2i, where),
@@ -116,6 +118,7 @@ def read_rl(file: Path, root: Path, images: ImageStore, left_out: list[str] | No
             evaluation=line.evaluation,
             extra=line.model_extra or {},
         )
+        return check_json(row, where)
 
     return read_each(read_items(file), make, left_out)
 

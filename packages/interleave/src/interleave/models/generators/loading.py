@@ -67,6 +67,11 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
     return pipe
 
 
+def size_multiple(pipe: "DiffusionPipeline") -> int:
+    """Of how many pixels the sides of an image are multiples: patches of the autoencoder's factor, 2x2 by default."""
+    return pipe.vae_scale_factor * getattr(pipe, "patch_size", 2)
+
+
 def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline":
     """The pipeline of class `name` over the networks of `pipe`."""
     import diffusers

@@ -24,6 +24,7 @@ from interleave.models.generators.loading import (
     klein_text_options,
     load_lora,
     load_pipeline,
+    size_multiple,
     split_references,
 )
 from interleave.protocols import BackendError, GenerationRequest, HashedImage, check_sources
@@ -33,6 +34,8 @@ Item = tuple[GenerationRequest, "GenerationSettings"]
 MINIATURE = "builtin:shapes/generator"
 SMALLEST_REFERENCE = 64
 """Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
+MAX_REFERENCE_RATIO = 8
+"""Of the longer side of a reference to the shorter one, which the FLUX.2 pipelines accept."""
 MAX_REFERENCE_PIXELS = 64 * 10**6
 """Of one reference, once enlarged."""
 
@@ -102,10 +105,13 @@ class PipelineRunner:
             raise UserError(f"generator.max_references {config.max_references}: {self.name} takes {most} at most")
         defaults = GenerationSettings(num_inference_steps=12, guidance_scale=2.0, height=32, width=32)
         self.settings = config.with_defaults(defaults if config.ref == MINIATURE else GenerationSettings())
+        self._multiple = 1  # until the model is loaded
         self.check(self.settings)
         self._device = device_of(config.device)
         self._dtype = dtype_of(config.dtype, self._device)
         self._pipe = self._editor = load_pipeline(self.name, folder, self._dtype, self._device)
+        self._multiple = size_multiple(self._pipe)
+        self.check(self.settings)
         files = [folder]
         if config.lora is not None:
             files.append(load_lora(self._pipe, config.lora, config.lora_weight))
@@ -130,6 +136,13 @@ class PipelineRunner:
             raise UserError(f"negative_prompt: {self.name} takes none; leave it null")
         if settings.strength is not None and self.family.edit != "image":
             raise UserError(f"strength: {self.name} edits by reference and takes none; leave it null")
+        for name, side in (("height", settings.height), ("width", settings.width)):
+            if side is not None and side % self._multiple:
+                below = side // self._multiple * self._multiple
+                raise UserError(
+                    f"{name} {side}: {self.name} generates multiples of {self._multiple} pixels; give "
+                    + " or ".join(str(near) for near in (below, below + self._multiple) if near)
+                )
 
     def generate(
         self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None
@@ -204,6 +217,12 @@ class PipelineRunner:
         if image.width * image.height * scale**2 > MAX_REFERENCE_PIXELS:
             size = f"{image.width}x{image.height}"
             raise BackendError("refused", f"a reference of {size} pixels, enlarged {scale} times, is too large")
+        if self.family.edit == "references" and max(image.size) > MAX_REFERENCE_RATIO * min(image.size):
+            message = (
+                f"a reference of {image.width}x{image.height} pixels: one side may be at most {MAX_REFERENCE_RATIO} "
+                "times the other; cut it, or add a margin"
+            )
+            raise BackendError("refused", message)
         return enlarge(image, scale)
 
     def _free_memory(self) -> None:
