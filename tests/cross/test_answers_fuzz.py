@@ -6,6 +6,8 @@ import json
 import random
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +15,14 @@ import pytest
 from flowbp.evaluation.vlm_judge import parse_score
 from imgen_common.http import HttpError
 from imgen_common.http.chat import Completion, read_completion, split_reasoning
+from imgen_common.judging.questions import Unreadable
 from interleave.agents.judge import parse_scores
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.agents.partial_parsing import PartialAnswer, has_format, parse_partial_answer
 from interleave.agents.rational_rewards import T2I_ASPECTS, Critique, parse_critique
+from interleave.benchmarks.official import comm_rules, rise_rules
+from interleave.benchmarks.official.ueval import parse_met
+from interleave.benchmarks.official.wise import WiseLegacy, WiseVerified
 from interleave.models.remote import decode_base64_image
 from interleave.records import Plan, Verdict
 
@@ -209,6 +215,15 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "apostrophes": lambda n: f"{OPENED}<answer>{{'a': '{APOSTROPHE * (n // 2)}}}</answer>",
     "white space": lambda n: f"{OPENED}<answer>{{'a': 'x'{' ' * n}z}}</answer>",
     "white space in fences": lambda n: f"{OPENED}<answer>```\n{{{' ' * n}```</answer>",
+    "fences of JSON": lambda n: "```json {" * (n // 9),
+    "ends of objects": lambda n: "```json {" + "} " * (n // 2),
+    "objects with a known key": lambda n: '{"criteria_met" ' * (n // 16),
+    "stars of scores": lambda n: "*" * n + "Score",
+    "final scores without numbers": lambda n: "Final Score " * (n // 12),
+    "names of marks": lambda n: "Consistency **" * (n // 14),
+    "spaces after a mark": lambda n: "Realism" + " " * n + "x",
+    "lines": lambda n: "1\n" * (n // 2),
+    "blank lines": lambda n: "\n" * n + "x",
     "fences": lambda n: f"{OPENED}<answer>{'```' * (n // 3)}</answer>",
     "backslashes": lambda n: f"{OPENED}<answer>{{'a': '{BACKSLASH * n}'}}</answer>",
     "digits": lambda n: f"{OPENED}<answer>{{'a': {'1' * n}}}</answer>",
@@ -225,7 +240,23 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     ),
 }
 QUOTED_KEY, OPEN_STRING, APOSTROPHE, BACKSLASH = "'a':[", "'a': '", "x'", "\\"
+
+
+def of_benchmarks() -> list[Callable[[str], object]]:
+    """The readers of the benchmarks' answers, which refuse by Unreadable."""
+
+    def quietly(read: Callable[[str], object], text: str) -> None:
+        with suppress(Unreadable):
+            read(text)
+
+    numbers = partial(comm_rules.parse_numbers, fields=comm_rules.FIELDS)
+    described = partial(comm_rules.parse_descriptions, first_image=0, num_images=2)
+    parsers = [parse_met, WiseVerified().parse, WiseLegacy().parse, rise_rules.parse_scores, numbers, described]
+    return [partial(quietly, read) for read in parsers]
+
+
 READERS: list[Callable[[str], object]] = [
+    *of_benchmarks(),
     parse_verdict,
     lambda text: parse_verdict(text, "tolerant"),
     lambda text: parse_plan(text, "tolerant"),

@@ -14,6 +14,7 @@ from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.official import reading
+from interleave.benchmarks.official.answers import from_to
 from interleave.benchmarks.official.extraction import constants, expect_places, find_file
 from interleave.datasets.files import read_each, read_items, validate, write_json
 from interleave.datasets.formats.execution import folder_name
@@ -168,11 +169,14 @@ def parse_met(answer: str) -> bool:
 
 def _json_object(answer: str) -> dict[str, Any]:
     """The first that can be read of: a block of JSON; an object that begins with a known key; all from the first
-    brace to the last; the same with single backslashes doubled."""
-    block = re.search(r"```json\s*(\{.*?\})\s*```", answer, re.DOTALL)
-    known = re.search(r'\{\s*"(?:criteria_met|explanation)"[^}]*\}', answer)
-    whole = re.search(r"\{.*\}", answer, re.DOTALL)
-    texts = [block[1] if block else "", known[0] if known else "", whole[0] if whole else ""]
+    brace to the last; the same with single backslashes doubled.
+
+    As the authors' expressions, whose time is quadratic: ```json\\s*({.*?})\\s*```, {\\s*"(known)"[^}]*} and {.*}.
+    """
+    block = from_to(answer, r"```json\s*(?=\{)", r"\}(?=\s*```)")
+    known = from_to(answer, r'(?=\{\s*"(?:criteria_met|explanation)")', r"\}")
+    whole = answer[answer.find("{") : answer.rfind("}") + 1] if "{" in answer else ""
+    texts = [block, known, whole]
     texts.append(re.sub(r'(?<!\\)\\(?!["\\/bfnrtu])', r"\\\\", texts[-1]))
     for text in texts:
         try:

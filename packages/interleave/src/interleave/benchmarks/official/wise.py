@@ -16,6 +16,7 @@ from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.official import reading
+from interleave.benchmarks.official.answers import lone_digits, without_thinking
 from interleave.benchmarks.official.extraction import expect_places, find_file, functions
 from interleave.datasets.files import RowError, validate
 
@@ -28,6 +29,7 @@ NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge",
 """What the data calls the categories, in small letters."""
 PARTS = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+MARKS = "Consistency|Realism|Aesthetic Quality"
 MARK_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
 
 
@@ -148,10 +150,10 @@ class WiseVerified(_Wise):
 
     def parse(self, answer: str) -> int:
         """The first 0 or 1 after the word, or the only line of one alone; thinking is left out.  Raises Unreadable."""
-        answer = re.sub(r"</think>\s*", "", re.sub(r"<think>.*?</think>\s*", "", answer, flags=re.DOTALL))
-        if found := re.search(r"\*{0,2}Score\*{0,2}\s*:?\s*([01])\b", answer, re.IGNORECASE):
+        answer = re.sub(r"</think>\s*", "", without_thinking(answer))
+        if found := re.search(r"\*{0,2}Score\*{0,2}\s*(?::\s*)?([01])\b", answer, re.IGNORECASE):
             return int(found[1])
-        lines = re.findall(r"(?m)^\s*([01])\s*$", answer)
+        lines = lone_digits(answer, "01")
         if len(lines) != 1:
             raise Unreadable("no `Score: 0` or `Score: 1` in the answer")
         return int(lines[0])
@@ -179,9 +181,11 @@ class WiseLegacy(_Wise):
         """The three marks: the last digit after each name, also one above 2, as the authors' scorer takes it; without
         any name, the first three lines that are a mark alone.  Raises Unreadable if one is not there.
         """
-        named = re.findall(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", answer, re.IGNORECASE)
+        named = re.findall(
+            r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*(?::\s*)?(\d)", answer, re.IGNORECASE
+        )
         marks = {name.lower().replace(" ", "_"): int(digit) for name, digit in named}
-        lines = re.findall(r"(?m)^\s*([0-2])\s*$", answer)
+        lines = lone_digits(answer, "012")
         if not marks and len(lines) >= 3:
             marks = dict(zip(MARK_WEIGHTS, map(int, lines), strict=False))
         if missing := [name for name in MARK_WEIGHTS if name not in marks]:
