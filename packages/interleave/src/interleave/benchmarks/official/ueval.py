@@ -56,8 +56,7 @@ class Ueval:
     Figures are percentages, as on the authors' leaderboard.
     """
 
-    name = "ueval"
-    title = "UEval"
+    name, title = "ueval", "UEval"
     judge = OfficialJudge("gemini-2.5-pro")
 
     def load(self, data: Path) -> list[Item]:

@@ -20,9 +20,7 @@ from interleave.benchmarks.official.answers import lone_digits, without_thinking
 from interleave.benchmarks.official.extraction import expect_places, find_file, functions
 from interleave.datasets.files import RowError, validate
 
-REPOSITORY = "PKU-YuanGroup/WISE"
-NUM_ITEMS = 1000
-QUESTION = "score"
+REPOSITORY, NUM_ITEMS, QUESTION = "PKU-YuanGroup/WISE", 1000, "score"
 BUILDER = "build_evaluation_messages"  # the function of the authors' scripts that has their words
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge", "chemistry")
@@ -138,8 +136,7 @@ class _Wise:
 class WiseVerified(_Wise):
     """WISE_Verified, the edition of April 2026: an image is right or not.  Scores and figures are in [0, 1]."""
 
-    name = "wise"
-    title = "WISE_Verified"
+    name, title = "wise", "WISE_Verified"
     judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING})
     other = "wise_legacy"
     sizes = (400, 120, 120, 120, 120, 120)
@@ -167,8 +164,7 @@ class WiseVerified(_Wise):
 class WiseLegacy(_Wise):
     """WISE as first published: three marks of 0 to 2 make a WiScore in [0, 1], of which figures are means."""
 
-    name = "wise_legacy"
-    title = "WISE (legacy)"
+    name, title = "wise_legacy", "WISE (legacy)"
     judge = OfficialJudge("gpt-4o-2024-05-13", {"temperature": 0.0, "max_tokens": 2000})
     other = "wise"
     sizes = (400, 167, 133, 100, 100, 100)
