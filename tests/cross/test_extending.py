@@ -24,7 +24,7 @@ TOYS = {
 }
 SUITES = ["flowbp/core", "flowbp/backbones"]
 SUITES += ["flowbp/rewards/test_rewards.py", "interleave/models/test_contracts.py"]
-SUITES += ["interleave/benchmarks/test_contracts.py"]
+SUITES += ["interleave/benchmarks/test_benchmark_contracts.py"]
 
 
 @pytest.fixture(scope="module")
