@@ -102,7 +102,7 @@ def test_stories_of_the_controls(recipe: str, tmp_path: Path) -> None:
 
 def test_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request of the recording names an orange square, which the built-in planner no longer takes."""
-    monkeypatch.setattr("interleave.loop.run.check_request", lambda *_: None)
+    monkeypatch.setattr("interleave.loop.run.check_request", lambda *_, **__: None)
     file = tmp_path / "requests.jsonl"
     file.write_text("".join(json.dumps({"text": text, "id": f"r{i}"}) + "\n" for i, text in enumerate(REQUESTS)))
     interleave("batch", file, "--name", "many", "--runs", tmp_path, "--set", "loop.concurrency=1")

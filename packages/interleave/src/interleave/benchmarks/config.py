@@ -1,17 +1,31 @@
 """Configuration of `interleave benchmark`.  The defaults are the miniature, on a CPU."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le
 from pydantic import Field
 
 from imgen_common.config import Config
 from imgen_common.judging.cost import Price, Prices
-from interleave.benchmarks.shapes.judge import ShapesJudgeConfig
 from interleave.loop.config import RunConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.chat.local import LocalChatConfig
 from interleave.models.chat.scripted import ScriptedChatConfig
+
+if TYPE_CHECKING:
+    from interleave.benchmarks.shapes.judge import ShapesJudge
+
+
+class ShapesJudgeConfig(Config):
+    """The verifier answers; it knows images of the shapes world, and the built-in questions about them."""
+
+    kind: Literal["shapes"] = "shapes"
+
+    def build(self) -> "ShapesJudge":
+        """The judge."""
+        from interleave.benchmarks.shapes.judge import ShapesJudge  # imports torch
+
+        return ShapesJudge()
 
 
 class BenchmarkConfig(Config):

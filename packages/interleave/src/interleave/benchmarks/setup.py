@@ -12,10 +12,10 @@ from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
-from interleave.benchmarks.shapes import data as miniature
 from interleave.loop.config import RunConfig
 from interleave.protocols import ChatModel
 
+BUILTIN = "builtin:shapes"
 RUN = "run."
 """How a setting of the loop begins in a benchmark's configuration."""
 
@@ -61,7 +61,9 @@ def prepare(
         raise UserError(f"{request.out}: is of the benchmark {kept.benchmark}; give another --out")
     shard = Shard.parse(request.shard)
     prompts = benchmark.read_prompts(request.prompts_from)
-    if request.data == miniature.BUILTIN:
+    if request.data == BUILTIN:
+        from interleave.benchmarks.shapes import data as miniature  # imports torch
+
         differences.append("the data are the miniature's")
         items = benchmark.load(miniature.write_data(request.name, request.out / "data"))
         items = spread(items, min(request.limit or miniature.COUNT, len(items)))

@@ -20,7 +20,6 @@ from interleave.benchmarks.official.rise_rules import CATEGORIES
 from interleave.benchmarks.official.ueval import TASKS
 from interleave.benchmarks.official.wise import NAMES, PARTS, WiseLegacy, WiseVerified
 
-BUILTIN = "builtin:shapes"
 UEVAL = "items.json"
 COUNT = 24
 """Items of an edition; of WISE, whose official sets have 1,000, as many are used."""

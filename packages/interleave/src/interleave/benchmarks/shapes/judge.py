@@ -8,9 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil
-from typing import Literal
 
-from imgen_common.config import Config
 from imgen_common.judging.cost import Prices
 from imgen_common.shapes.scene import COLOURS, SHAPES, Thing, parse_caption
 from imgen_common.shapes.stories import read_prompt
@@ -22,16 +20,6 @@ THING = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 TURNS = re.compile(rf"(?:{'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) turns ({'|'.join(COLOURS)})")
 SHAPE = re.compile(rf"\b({'|'.join(SHAPES)})")
 Images = Sequence[HashedImage]
-
-
-class ShapesJudgeConfig(Config):
-    """The verifier answers; it knows images of the shapes world, and the built-in questions about them."""
-
-    kind: Literal["shapes"] = "shapes"
-
-    def build(self) -> "ShapesJudge":
-        """The judge."""
-        return ShapesJudge()
 
 
 class ShapesJudge:
