@@ -98,6 +98,16 @@ def test_a_price_above_the_limit_waits_for_yes(tmp_path: Path, capsys: pytest.Ca
     assert "USD" in capsys.readouterr().err
 
 
+def test_a_judge_that_is_down_is_refused_before_anything_is_generated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    down = (*FAST, "judge.kind=endpoint", "judge.url=http" + "://127.0.0.1:9/v1")
+    assert interleave(*words("wise", tmp_path / "out", "--limit", "2", sets=down)) == 2
+    assert "chat endpoint http" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out" / "generation").exists()
+    assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=down)) == 0
+
+
 def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert interleave(*words("wise", tmp_path / "a", "--limit", "3")) == 0
     other = ("judge.kind=scripted", 'judge.answers=["Score: 0"]')

@@ -223,7 +223,7 @@ def test_other_items_words_or_judges_need_another_folder(tmp_path: Path) -> None
     with pytest.raises(UserError, match="is of the benchmark wise; give another"):
         work_on("wise_legacy", tmp_path / "out", layout)
     other = load(BenchmarkConfig, [], ['judge={"kind": "scripted", "answers": ["Score: 1"]}'])
-    with pytest.raises(UserError, match="its judge is 'shapes verifier', this is 'scripted'"):
+    with pytest.raises(UserError, match=r"its judge differs \('shapes verifier' there, 'scripted' now\)"):
         prepare(BenchmarkRequest("wise", "builtin:shapes", tmp_path / "out", outputs_from=layout), other, [])
     assert work.items
 

@@ -1,7 +1,11 @@
 """A chat model of the loop as a judge of benchmarks."""
 
+import asyncio
+
+from imgen_common.config import Config
 from imgen_common.judging.questions import JudgeError, JudgeReply
 from imgen_common.judging.questions import Message as JudgeMessage
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.protocols import BackendError, ChatModel, HashedImage, SystemText
 
 OUTAGES = ("unreachable", "rate_limited")
@@ -26,3 +30,17 @@ class ChatModelJudge:
     async def close(self) -> None:
         """Release the model."""
         await self.model.close()
+
+
+def check_judge(config: Config) -> None:
+    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer."""
+    if not isinstance(config, EndpointChatConfig):
+        return
+
+    async def check(judge: EndpointChat) -> None:
+        try:
+            await judge.check()
+        finally:
+            await judge.close()
+
+    asyncio.run(check(config.build()))

@@ -131,8 +131,8 @@ class BenchmarkWork:
         for name, value in kept:
             if value != getattr(facts, name):
                 raise UserError(
-                    f"{self.out}: its {name} is {value!r}, this is {getattr(facts, name)!r}; figures of both cannot be "
-                    "mixed; give another --out"
+                    f"{self.out}: its {name} differs ({value!r} there, {getattr(facts, name)!r} now); figures of both "
+                    "cannot be mixed; give another --out"
                 )
 
     def generate(self, on_record: Callable[[Record], None]) -> None:

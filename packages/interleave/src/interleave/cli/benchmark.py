@@ -77,12 +77,15 @@ def run(
         chosen = check_choice("--stage", stage, Stage)
         if outputs_from is not None and chosen == "generate":
             raise UserError("--outputs-from: was made already; leave out --stage generate")
+        from interleave.benchmarks.judges import check_judge
         from interleave.benchmarks.setup import BenchmarkRequest, load_config, prepare
 
         name = context.command.name or ""
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
         config = load_config(configs or [], run_configs or [], sets or [])
         work, judge, differences = prepare(request, config, sys.argv)
+        if chosen != "generate":
+            check_judge(config.judge)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if outputs_from is None and chosen != "score":
             _generate(work, as_json)
