@@ -51,7 +51,7 @@ def diffusers_folder(folder: Path) -> Path:
     write_json(folder / "model_index.json", index)
     write_json(folder / "scheduler" / "scheduler_config.json", {})
     write_json(folder / "tokenizer" / "tokenizer_config.json", {})
-    (folder / "tokenizer" / "spiece.model").touch()
+    (folder / "tokenizer" / "spiece.model").write_bytes(bytes(32))
     write_json(folder / "transformer" / "config.json", {})
     write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder
@@ -122,8 +122,35 @@ def test_vocabularies_of_published_folders_pass(names: list[str], tmp_path: Path
         write_json(folder / place / "tokenizer_config.json", {})
         (folder / place / "spiece.model").unlink(missing_ok=True)
         for name in names:
-            write_json(folder / place / name, {})
+            write_json(folder / place / name, {"<unk>": 0, "a": 1})
         hub.check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{}"},
+        {"vocab.json": "{}", "merges.txt": "#version: 0.2\n"},
+        {"vocab.json": json.dumps({"a": 0, "b": 1, "ab": 2}), "merges.txt": ""},
+        {"vocab.txt": ""},
+        {"spiece.model": ""},
+    ],
+)
+def test_a_vocabulary_without_words_is_none(files: dict[str, str], tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path)
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer"})
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match="has no vocabulary"):
+        hub.resolve(str(folder))
+
+
+@pytest.mark.parametrize("name", ["._model.safetensors", "._config.json", "._model.safetensors.index.json"])
+def test_files_that_other_systems_leave_are_left_alone(name: str, tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path)
+    (folder / name).write_bytes(b"\0\5\26\7Mac OS X")
+    assert hub.resolve(str(folder)) == folder
+    assert [file.name for file in hub.weight_files(folder).files] == ["model.safetensors"]
 
 
 def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:

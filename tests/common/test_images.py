@@ -351,3 +351,17 @@ def test_data_uri_holds_the_image() -> None:
 
 def test_to_pil_gives_a_image_each() -> None:
     assert [image.size for image in to_pil(torch.zeros(2, 3, 4, 5))] == [(5, 4)] * 2
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("WEBP", 14), ("WEBP", 20), ("PNG", 10), ("JPEG", 3)])
+def test_an_image_that_is_cut_in_its_header_is_damaged_not_of_another_format(kind: str, kept: int) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, kind)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        decode(buffer.getvalue()[:kept])
+
+
+@pytest.mark.parametrize("data", [b"GIF89a", b"RIFF....WAVE", b"\x89PN", b"BM"])
+def test_other_files_are_of_another_format(data: bytes) -> None:
+    with pytest.raises(UserError, match="not an image of an allowed format"):
+        decode(data)

@@ -58,6 +58,25 @@ def test_a_dataset_folder_with_other_values_than_text(tmp_path: Path, values: li
     assert said in str(error.value)
 
 
+def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a cat\n")
+    assert load_prompts("~/p.txt") == ["a cat"]
+    with pytest.raises(UserError, match="no such prompt file"):
+        load_prompts("~/q.txt")
+
+
+@pytest.mark.parametrize("bad", [b"\xff\xfe", b"\xc3("])
+def test_a_column_that_is_no_text_is_refused(bad: bytes, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"prompt": ["x" * len(bad) + " cat"]}).save_to_disk(str(tmp_path / "data"))
+    (file,) = (tmp_path / "data").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"x" * len(bad) + b" cat", bad + b" cat"))
+    with pytest.raises(UserError, match="damaged column 'prompt'"):
+        load(tmp_path / "data")
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b"3", b'"a"'])
 @pytest.mark.parametrize("broken", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 def test_a_damaged_dataset_folder(tmp_path: Path, broken: str, content: bytes) -> None:

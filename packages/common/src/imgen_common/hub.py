@@ -129,9 +129,7 @@ def check_file(file: Path, folder: Path | None = None) -> None:
             return
     except (OSError, SafetensorError) as error:
         if file.is_file() and b"git-lfs" in file.open("rb").read(64):
-            raise UserError(
-                f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder"
-            ) from None
+            raise UserError(f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` there") from None
         reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
         raise _incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
 
@@ -173,7 +171,7 @@ def weight_files(folder: Path) -> WeightFiles:
     Raises UserError where there are none, or where shards are missing.
     """
     found: dict[str | None, Path] = {}
-    for file in sorted(folder.glob("*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
+    for file in sorted(folder.glob("[!.]*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
         match = WEIGHT_FILE.fullmatch(file.name)
         if match is not None:
             found.setdefault(match["file"] or match["index"], file)
@@ -309,7 +307,7 @@ def _incomplete(folder: Path, what: str) -> UserError:
 def _no_weights(folder: Path) -> UserError:
     if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*")):
         return UserError(f"{folder}: only pickled weights; convert them to safetensors")
-    other = next(folder.glob("*.safetensors"), None)
+    other = next(folder.glob("[!.]*.safetensors"), None)
     found = f" (there is {other.name}, which is not loaded)" if other else ""
     return _incomplete(folder, f"no *.safetensors weights: no model or diffusion_pytorch_model{found}")
 
@@ -338,7 +336,7 @@ def _has_weights(class_name: str) -> bool:
 
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
-    if not any(part.glob("*.json")):
+    if not any(part.glob("[!.]*.json")):
         raise _incomplete(folder, f"{name}/ has no configuration")
     if _has_weights(class_name):
         if not (part / "config.json").exists():
@@ -354,17 +352,22 @@ def _check_vocabulary(folder: Path, part: Path, class_name: str) -> None:
         class_name = f"{class_name} Tokenizer {read_json(config, folder).get('tokenizer_class')}"
     if "Tokenizer" not in class_name or NO_VOCABULARY in class_name:
         return
-    if not any(all(any(part.glob(name)) for name in names) for names in VOCABULARIES):
+    if not any(all(_is_filled(part, name) for name in names) for names in VOCABULARIES):
         where = "the tokenizer" if part == folder else f"{part.name}/"
         allowed = " or ".join(" and ".join(names) for names in VOCABULARIES)
         raise _incomplete(folder, f"{where} has no vocabulary ({allowed})")
 
 
+def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty files
+    least = 1 if pattern == "merges.txt" else len('{"a": 0, "b": 1}')
+    return any(file.stat().st_size >= least for file in part.glob(pattern))
+
+
 def _check_files(folder: Path, part: Path, weights: bool) -> None:
-    for path in part.glob("*.json"):
+    for path in part.glob("[!.]*.json"):
         read_json(path, folder)
     if weights:
-        files = sorted(part.glob("*.safetensors"))
+        files = sorted(part.glob("[!.]*.safetensors"))
         if not files or not any((part / name).exists() for name in LORA_FILES):
             weight_files(part)
         for file in files:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+BEGINNING = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 MAX_PARTS = 2**16
 """Chunks or segments that a file may have."""
 MAX_SCANS = 32
@@ -101,15 +102,17 @@ def decode(
     if len(data) > max_bytes:
         raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
     try:
-        data, orientation = _without_metadata(data, max_pixels)
+        bare, orientation = _without_metadata(data, max_pixels)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(bare), formats=FORMATS)
     except _Refused as error:
         raise UserError(f"{name}: {error}") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more than the allowed {max_pixels} pixels; give a smaller image") from None
     except (OSError, ValueError, SyntaxError):
+        if BEGINNING.match(data):
+            raise UserError(f"{name}: damaged or cut short (its header); save or download it again") from None
         raise UserError(f"{name}: not an image of an allowed format ({', '.join(FORMATS)})") from None
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from flowbp.config import ModelConfig
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest, one_line
-from imgen_common.files import TABLE_SUFFIXES, describe_type, read_table
+from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
 
@@ -30,7 +30,7 @@ def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> 
     if source.startswith("builtin:"):
         prompts = _builtin(source, limit or BUILTIN_COUNT)
     else:
-        path = Path(source)
+        path = local_path(source)
         if not _exists(path):
             raise UserError(
                 f"{source}: no such prompt file or dataset folder; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
@@ -86,7 +86,11 @@ def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path}: no column {key!r}{nearest(key, dataset.column_names)}; there are: "
             f"{', '.join(dataset.column_names)}; set data.key"
         )
-    return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(dataset[key], 1))
+    try:
+        values = list(dataset[key])
+    except (OSError, ValueError) as error:  # a text that is not UTF-8
+        raise UserError(f"{path}: damaged column {key!r} ({one_line(str(error))}); save the dataset again") from None
+    return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(values, 1))
 
 
 def describe_unread_prompts(
