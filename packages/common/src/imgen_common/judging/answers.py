@@ -4,13 +4,12 @@ Processes that share the work write a file each in one folder, and read all of t
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.errors import UserError
 from imgen_common.files import append_line, read_json_lines, whole_lines
 
 PATTERN = "answers*.jsonl"
@@ -90,19 +89,3 @@ def by_item(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:
     for answer in answers:
         found.setdefault(answer.item, {})[answer.question] = answer
     return found
-
-
-def values_of(answers: Iterable[Answer]) -> Iterator[tuple[str, Any]]:
-    """Names of questions and the values of their answers, None where they failed."""
-    return ((answer.question, answer.value) for answer in answers)
-
-
-def check_same_prompts(folder: Path, prompts: str, judge: str) -> None:
-    """Raises UserError if a folder holds answers to other words, or of another judge: they cannot be mixed."""
-    for answer in read_answers(folder):
-        for what, given, kept in (("prompts", prompts, answer.prompts), ("judge", judge, answer.judge)):
-            if given != kept:
-                raise UserError(
-                    f"{folder}: holds answers of {what} {kept!r}, this is {given!r}; figures of both cannot be mixed; "
-                    "score into another folder"
-                )

@@ -5,6 +5,7 @@ import asyncio
 from imgen_common.config import Config
 from imgen_common.judging.questions import JudgeError, JudgeReply
 from imgen_common.judging.questions import Message as JudgeMessage
+from interleave.agents.prompts import CONTROL_TOKEN, JOINER
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.protocols import BackendError, ChatModel, HashedImage, SystemText
 
@@ -20,7 +21,7 @@ class ChatModelJudge:
 
     async def ask(self, system: str, message: JudgeMessage, seed: int) -> JudgeReply:
         """The answer.  Raises JudgeError."""
-        turn = tuple(part if isinstance(part, str) else HashedImage.from_pil(part) for part in message)
+        turn = tuple(_spell(part) if isinstance(part, str) else HashedImage.from_pil(part) for part in message)
         try:
             reply = await self.model.chat((SystemText(system), *turn) if system else turn, seed)
         except BackendError as failure:
@@ -30,6 +31,12 @@ class ChatModelJudge:
     async def close(self) -> None:
         """Release the model."""
         await self.model.close()
+
+
+def _spell(text: str) -> str:
+    """The text, with a control token that the model under test wrote, such as `<|im_end|>`, spelled out; nothing else
+    changes, so that the authors' questions reach the judge as they are."""
+    return CONTROL_TOKEN.sub(lambda token: token[0][0] + JOINER + token[0][1:], text)
 
 
 def check_judge(config: Config) -> None:
