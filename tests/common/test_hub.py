@@ -164,9 +164,7 @@ def test_integers_are_no_weights_unless_config_json_says_how_to_decode_them(
     part = folder / ("transformer" if make is diffusers_folder else ".")
     weights = {"norm.weight": torch.zeros(3), "a.weight": torch.zeros(3, dtype=numbers)}
     save_file(weights, next(part.glob("*.safetensors")))
-    with pytest.raises(
-        UserError, match=r"1 weights are integers \(\w+\), the first is a\.weight, and config\.json has no"
-    ):
+    with pytest.raises(UserError, match=r"1 weights are integers \(\w+\), the first is a\.weight, and config"):
         hub.resolve(str(folder))
     for config in ({"quantization_config": {"a": 1}}, {"text_config": {"quantization_config": {"a": 1}}}):
         write_json(part / "config.json", config)

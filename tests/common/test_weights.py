@@ -1,4 +1,4 @@
-"""Networks load whole or not at all, and folders as they are published load: tied weights, old buffers, larger models."""
+"""Networks load whole or not at all; published folders load, with tied weights, old buffers, parts of larger models."""
 
 from pathlib import Path
 from typing import Any
@@ -55,15 +55,9 @@ def test_tied_weights_may_be_there_once_or_twice(tmp_path: Path) -> None:
 
 def test_a_t5_may_name_its_embeddings_twice_and_have_a_decoder(tmp_path: Path) -> None:
     encoder = T5EncoderModel(t5())
-    twice = saved(
-        encoder, tmp_path / "twice", **{"encoder.embed_tokens.weight": encoder.shared.weight.detach().clone()}
-    )
-    other = saved(
-        encoder,
-        tmp_path / "other",
-        "shared.weight",
-        **{"encoder.embed_tokens.weight": encoder.shared.weight.detach().clone()},
-    )
+    again = {"encoder.embed_tokens.weight": encoder.shared.weight.detach().clone()}
+    twice = saved(encoder, tmp_path / "twice", **again)
+    other = saved(encoder, tmp_path / "other", "shared.weight", **again)
     for folder in (twice, other):
         assert torch.equal(load_whole(T5EncoderModel, folder).shared.weight, encoder.shared.weight)
     load_whole(T5EncoderModel, saved(T5ForConditionalGeneration(t5()), tmp_path / "both"))
@@ -92,7 +86,5 @@ def test_old_buffers_and_parts_of_larger_models_load(tmp_path: Path) -> None:
 )
 def test_a_missing_weight_is_named(model: PreTrainedModel, name: str, tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "m", name)
-    with pytest.raises(
-        UserError, match=r"m: \d weights are missing, the first is \S+; copy weights and config.json from"
-    ):
+    with pytest.raises(UserError, match=r"m: \d weights are missing, the first is \S+; copy weights and config"):
         load_whole(type(model), folder)

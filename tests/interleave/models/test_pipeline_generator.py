@@ -434,9 +434,7 @@ def test_a_network_smaller_than_its_weights_is_refused(
     folder = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changed))
-    with pytest.raises(
-        UserError, match=r"changed/transformer: \d+ weights have no place in the network of config.json"
-    ):
+    with pytest.raises(UserError, match=r"changed/transformer: \d+ weights have no place in the network of"):
         PipelineRunner(PipelineConfig(ref=str(folder)))
 
 
