@@ -182,6 +182,29 @@ def test_a_folder_without_a_model_says_so(tmp_path: Path) -> None:
         hub.resolve(str(tmp_path))
 
 
+@pytest.mark.parametrize("numbers", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("make", [transformers_folder, diffusers_folder])
+def test_integers_are_no_weights_unless_config_json_says_how_to_decode_them(
+    make: Callable[[Path], Path], numbers: torch.dtype, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "m")
+    part = folder / ("transformer" if make is diffusers_folder else ".")
+    weights = {"norm.weight": torch.zeros(3), "a.weight": torch.zeros(3, dtype=numbers)}
+    save_file(weights, next(part.glob("*.safetensors")))
+    with pytest.raises(UserError, match=r"1 weights are integers \(\w+\), the first is a\.weight, and config"):
+        hub.resolve(str(folder))
+    for config in ({"quantization_config": {"a": 1}}, {"text_config": {"quantization_config": {"a": 1}}}):
+        write_json(part / "config.json", config)
+        assert hub.resolve(str(folder)) == folder
+
+
+def test_buffers_of_published_models_may_be_integers(tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path / "m")
+    names = ("embeddings.position_ids", "bn.num_batches_tracked", "attn.bias")
+    save_file({name: torch.arange(3) for name in names}, folder / "model.safetensors")
+    assert hub.resolve(str(folder)) == folder
+
+
 def test_a_lora_file_resolves(tmp_path: Path) -> None:
     write_weights(tmp_path / "lora.safetensors")
     assert hub.resolve(str(tmp_path / "lora.safetensors"), single_file=True) == tmp_path / "lora.safetensors"

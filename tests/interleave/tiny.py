@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from imgen_common import hub
 from scripts.miniature.agents import models
@@ -18,3 +19,10 @@ def tiny_folder(folder: Path, seed: int = 0) -> Path:
     models.build_model(size, processor.tokenizer).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def drop_weight(file: Path, part: str) -> None:
+    """Removes the first weight whose name has `part` in it."""
+    weights = load_file(file)
+    name = next(key for key in sorted(weights) if part in key)
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})

@@ -230,7 +230,28 @@ def test_weights_that_do_not_fit_are_refused(sd3_folder: Path, how: str) -> None
     changed = {"missing": {}, "other names": {"x": torch.zeros(1)}, "other shape": {name: torch.zeros(3)}}[how]
     kept = {} if how == "other names" else {key: value for key, value in weights.items() if key != name}
     save_file(kept | changed, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"weights of transformer are missing|weights do not fit its config.json: "):
+    said = r"transformer: \d+ weights are missing, the first is |weights do not fit its config.json: "
+    with pytest.raises(UserError, match=said):
+        backbones.load(str(sd3_folder))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3", "vae"])
+def test_a_weight_that_no_file_holds_is_not_made_up(sd3_folder: Path, part: str) -> None:
+    file = next((sd3_folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    name = next(key for key in sorted(weights) if weights[key].ndim > 1)
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"/{part}: 1 weights are missing, the first is .*; copy weights and config"):
+        backbones.load(str(sd3_folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"), [("transformer", {"qk_norm": None}), ("vae", {"mid_block_add_attention": False})]
+)
+def test_a_network_smaller_than_its_weights_is_refused(sd3_folder: Path, part: str, changed: dict[str, Any]) -> None:
+    file = sd3_folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(UserError, match=rf"/{part}: \d+ weights have no place in the network of config.json, the"):
         backbones.load(str(sd3_folder))
 
 

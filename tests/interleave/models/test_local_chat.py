@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_folder
+from tiny import drop_weight, tiny_folder
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -180,6 +180,14 @@ def test_weights_of_a_variant_are_loaded(folder: Path, variant: str, tmp_path: P
     changed = Path(shutil.copytree(folder, tmp_path / "changed"))
     (changed / "model.safetensors").rename(changed / f"model.{variant}.safetensors")
     assert answers(model(changed), MESSAGES[:1], [0]) == answers(model(folder), MESSAGES[:1], [0])
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "mlp"])
+def test_a_weight_that_no_file_holds_is_not_made_up(folder: Path, name: str, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    drop_weight(changed / "model.safetensors", name)
+    with pytest.raises(UserError, match=rf"changed: \d weights are missing, the first is .*({name}|lm_head)"):
+        model(changed)
 
 
 def test_a_typo_in_a_setting_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, StableDiffusion3Im
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
+from tiny import drop_weight
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -415,6 +417,25 @@ def test_weights_of_a_variant_are_loaded(klein_folder: Path, tmp_path: Path, var
     for part in ("transformer", "text_encoder"):
         found, expected = (getattr(pipe, part).state_dict() for pipe in (other, plain))
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("part", "name"), [("text_encoder", "mlp"), ("text_encoder", "embed_tokens"), ("vae", "conv")])
+def test_a_weight_that_no_file_holds_is_not_made_up(klein_folder: Path, tmp_path: Path, part: str, name: str) -> None:
+    changed = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    drop_weight(next((changed / part).glob("*.safetensors")), name)
+    with pytest.raises(UserError, match=rf"changed/{part}: \d weights are missing, the first is "):
+        PipelineRunner(PipelineConfig(ref=str(changed)))
+
+
+@pytest.mark.parametrize("changed", [{"num_layers": 0}, {"num_single_layers": 0}])
+def test_a_network_smaller_than_its_weights_is_refused(
+    klein_folder: Path, tmp_path: Path, changed: dict[str, int]
+) -> None:
+    folder = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    with pytest.raises(UserError, match=r"changed/transformer: \d+ weights have no place in the network of"):
+        PipelineRunner(PipelineConfig(ref=str(folder)))
 
 
 def test_a_folder_that_does_not_hold_what_it_says_is_refused(klein_folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from killed_training import assert_kills_change_nothing
 from launching import ACCELERATE, SHARDS, forked, launched, lines, losses
 from sets import WHITE, critic_row, planner_row, write
 from tiers import tiers
+from tiny import drop_weight
 
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
@@ -413,6 +414,14 @@ def test_a_model_without_a_vision_tower_is_refused() -> None:
 
     with pytest.raises(UserError, match="no vision tower found in Linear"):
         freeze_vision(torch.nn.Linear(2, 2), "frozen")
+
+
+@pytest.mark.parametrize("name", ["visual", "mlp"])
+def test_a_weight_that_no_file_holds_is_not_made_up(root: Path, name: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(root / "model", tmp_path / "changed"))
+    drop_weight(folder / "model.safetensors", name)
+    with pytest.raises(UserError, match=rf"changed: 1 weights are missing, the first is .*{name}"):
+        load_model(SftConfig(model=str(folder), data="none"))
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])

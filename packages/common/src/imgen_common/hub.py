@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import local_path
+from imgen_common.weights import check_numbers, load_whole
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -185,21 +186,17 @@ def weight_files(folder: Path) -> WeightFiles:
     return WeightFiles(variant, files)
 
 
-def load_variants(folder: Path, *, skip: Collection[str] = (), **options: Any) -> dict[str, Any]:
-    """Those components of a diffusers folder whose weights are of a variant only, loaded, by name.
+def load_networks(folder: Path, *, skip: Collection[str] = (), **options: Any) -> dict[str, Any]:
+    """The components of a diffusers folder that have weights, loaded, by name.
 
-    `from_pretrained` of a pipeline would look for one variant in all components, and prefer it to the plain weights.
+    `from_pretrained` of a pipeline would not say what weights are missing, and would look for one variant in all.
     skip: components that are not wanted.  options: further arguments of the components' own `from_pretrained`.
     """
     given = {}
     for name, (library, class_name) in _components(folder).items():
         if _has_weights(class_name) and name not in skip:
-            variant = weight_files(folder / name).variant
-            if variant is not None:
-                kind = getattr(importlib.import_module(library), class_name)
-                given[name] = kind.from_pretrained(
-                    folder / name, variant=variant, local_files_only=True, use_safetensors=True, **options
-                )
+            kind = getattr(importlib.import_module(library), class_name)
+            given[name] = load_whole(kind, folder / name, variant=weight_files(folder / name).variant, **options)
     return given
 
 
@@ -370,8 +367,10 @@ def _check_files(folder: Path, part: Path, weights: bool) -> None:
         files = sorted(part.glob("[!.]*.safetensors"))
         if not files or not any((part / name).exists() for name in LORA_FILES):
             weight_files(part)
+        config = read_json(part / "config.json", folder) if (part / "config.json").exists() else {}
         for file in files:
             check_file(file, folder)
+            check_numbers(file, config)
 
 
 def _shards(file: Path) -> tuple[Path, ...]:

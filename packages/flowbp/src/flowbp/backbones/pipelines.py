@@ -46,14 +46,11 @@ def load_pipeline(
         empty = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"])
         given["transformer"] = empty.to(dtype)
     with hub.loading(f"{folder}: not a {kind.__name__} that can be loaded"):
-        given |= hub.load_variants(folder, skip=tuple(given), dtype=dtype)
+        given |= hub.load_networks(folder, skip=tuple(given), dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             where = device if net_device is None or name != "transformer" else net_device
-            missing = next((weight for weight, value in part.named_parameters() if value.is_meta), None)
-            if missing is not None and where != "meta":
-                raise UserError(f"{folder}: weights of {name} are missing, {missing} among them; copy it again")
             part.to(where).eval().requires_grad_(False)
     return pipe
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.weights import load_whole
 
 HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -82,8 +83,6 @@ def load_frozen(
         with torch.device("meta"), hub.loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
             model = model_class(load_part(AutoConfig, folder)).to(dtype)
     else:
-        options = {"use_safetensors": True, "variant": hub.weight_files(folder).variant, "output_loading_info": True}
-        model, found = load_part(model_class, folder, dtype=dtype, **options)
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; copy it again")
+        with hub.loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
+            model = load_whole(model_class, folder, dtype=dtype, variant=hub.weight_files(folder).variant)
     return model.to(device).eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
+from imgen_common.weights import load_whole
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.vision import freeze_vision, is_frozen
@@ -250,10 +251,9 @@ def load_model(config: TrainingConfig) -> Any:
 
     with hub.loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = load_whole(
+            AutoModelForImageTextToText,
             folder,
-            local_files_only=True,
-            use_safetensors=True,
             variant=hub.weight_files(folder).variant,
             dtype=config.dtype,
             attn_implementation=config.attention,

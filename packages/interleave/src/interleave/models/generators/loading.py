@@ -60,7 +60,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
     kind = getattr(diffusers, name)
     absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
     with hub.loading(f"{folder}: not a {name} that can be loaded"):
-        given = absent | hub.load_variants(folder, dtype=dtype)
+        given = absent | hub.load_networks(folder, dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
