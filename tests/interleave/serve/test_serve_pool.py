@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -213,6 +214,25 @@ def test_a_stopped_service_ends_what_runs_first(served: tuple[subprocess.Popen[s
         assert answer.result().status_code == 200
     process.wait(PATIENCE)
     assert status_of(f"{url}/healthz") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.02, 0.15])
+def test_a_second_interrupt_ends_an_idle_service_without_a_traceback(pause: float) -> None:
+    code = "import sys; from interleave.cli import main; sys.argv[0] = 'interleave'; main()"
+    options = ["serve", "--set", "generator.kind=scripted", "--set", "port=0"]
+    environment = {name: value for name, value in os.environ.items() if name != TOKEN}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, *options], stdout=pipe, stderr=pipe, env=environment) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().decode().strip()
+        eventually(lambda: status_of(f"{url}/readyz") == 200)
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE)[1].decode()
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if "worker is ready" not in line] == []
 
 
 @pytest.mark.slow

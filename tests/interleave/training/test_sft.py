@@ -48,10 +48,14 @@ from interleave.training.rows import (
 from interleave.training.run import load_model
 from interleave.training.sft import check_sft
 from interleave.training.trl_options import (
+    BOUNDS,
+    CHOICES,
     RESERVED_GRPO,
     RESERVED_LORA,
     RESERVED_SFT,
+    check_arguments,
     check_keys,
+    check_options,
     check_reserved,
     check_values,
 )
@@ -91,6 +95,14 @@ class Options:
     speed: Speed | str = "slow"
     report_to: str | list[str] | None = None
     fsdp: str | None = None
+    adam_beta1: float = 0.9
+    dataloader_num_workers: int = 0
+    top_p: float = 1.0
+    loss_type: str = dataclasses.field(default="nll", metadata={"choices": ["nll", "dft"]})
+    scale_rewards: str = "group"
+    gradient_checkpointing_kwargs: dict[str, Any] | str | None = None
+    deepspeed: dict | str | None = None  # type: ignore[type-arg]
+    run_name: str | None = None
 
 
 @pytest.mark.parametrize(
@@ -104,6 +116,15 @@ class Options:
         ({"bf16": "maybe"}, "bf16: must be true or false or null, got 'maybe'"),
         ({"bf16": 1}, "bf16: must be true or false or null, got 1"),
         ({"speed": "fst"}, r"speed: is 'fst'; did you mean 'fast'\?; allowed: slow, fast"),
+        ({"adam_beta1": 2.0}, r"adam_beta1: must be at least 0 and below 1, got 2.0"),
+        ({"adam_beta1": 1}, r"adam_beta1: must be at least 0 and below 1, got 1"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers: must be at least 0, got -1"),
+        ({"top_p": 0}, "top_p: must be above 0 and at most 1, got 0"),
+        ({"loss_type": "zzz"}, "loss_type: is 'zzz'; allowed: nll, dft"),
+        ({"scale_rewards": "grup"}, r"scale_rewards: is 'grup'; did you mean 'group'\?; allowed: .*, true, false"),
+        ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs: must be a mapping, got 'x'"),
+        ({"deepspeed": ["x"]}, r"deepspeed: must be a mapping, got \['x'\]"),
+        ({"run_name": 3}, "run_name: must be a text, got 3"),
         ({"speed": ["slow"]}, r"speed: is \['slow'\].*; allowed: slow, fast"),
         *(
             pytest.param({"report_to": given}, f"report_to: is {said}.*; allowed: none, all, ", marks=pytest.mark.slow)
@@ -116,6 +137,70 @@ def test_a_value_that_an_option_of_trl_cannot_have_is_refused(given: dict[str, o
         check_values(given, Options)
     whole = {"learning_rate": 1, "save_steps": 3, "bf16": None, "speed": "fast", "fsdp": True}
     check_values(whole, Options)
+    check_values({"deepspeed": "a.json", "gradient_checkpointing_kwargs": {}, "scale_rewards": False}, Options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trl", "said"),
+    [
+        ({"dataloader_prefetch_factor": 2}, "dataloader_num_workers > 0"),
+        ({"dataloader_persistent_workers": True}, "dataloader_persistent_workers: needs"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end requires"),
+        ({"debug": "zigzag"}, "zigzag is not a valid DebugOption"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, "lr_scheduler_kwargs: TRL"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 1}}, "lr_scheduler_kwargs: TRL refuses"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"optim": "adamw_torch", "loss_type": "zzz"}, "loss_type: is 'zzz'"),
+        ({"save_total_limit": -1}, "save_total_limit: must be at least 0"),
+        ({"label_smoothing_factor": 5}, "label_smoothing_factor: must be from 0 to 1"),
+        ({"logging_steps": -5}, "logging_steps: must be above 0"),
+        ({"warmup_steps": -3}, "warmup_steps: must be at least 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["SFTConfig", "GRPOConfig"])
+def test_options_that_trl_refuses_are_found_before_anything_is_started(
+    kind: str, trl: dict[str, Any], said: str
+) -> None:
+    import trl as library
+
+    def check(cls: Any) -> None:
+        check_values(trl, cls)
+        check_arguments(trl, cls, 2)
+
+    with pytest.raises(UserError, match=f"^trl.*{said}"):
+        check(getattr(library, kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFTConfig", "GRPOConfig"])
+def test_our_choices_and_bounds_allow_the_defaults_of_trl(kind: str) -> None:
+    import trl as library
+
+    cls = getattr(library, kind)
+    known = {field.name: field.default for field in dataclasses.fields(cls)}
+    check_values({name: known[name] for name in {*BOUNDS, *CHOICES} & known.keys()}, cls)
+    gpu = {"bf16": True, "tf32": True, "deepspeed": "none.json", "torch_compile": True}
+    check_arguments(gpu | ({"use_vllm": True} if kind == "GRPOConfig" else {}), cls, 8)
+
+
+@pytest.mark.parametrize("section", ["trl", "lora"])
+@pytest.mark.parametrize("kind", [SftConfig, GrpoConfig])
+@pytest.mark.parametrize(
+    "given", [{"hub_token": "pass-word"}, {"run_name": "hf_pass-word"}, {"a": {"api_key": "pass-word"}}]
+)
+def test_secrets_in_the_mappings_are_refused_and_not_shown(kind: Any, section: str, given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"^{section}\.{next(iter(given))}.*environment, such as HF_TOKEN") as caught:
+        kind(**{section: given})
+    assert "pass-word" not in str(caught.value)
+    assert kind(trl={"eos_token": "<end>", "pad_token": "<pad>", "hub_token": None})
+
+
+@pytest.mark.parametrize("key", ["push_to_hub", "hub_model_id", "hub_strategy"])
+@pytest.mark.parametrize("owned", [RESERVED_SFT, RESERVED_GRPO])
+def test_uploads_are_refused_with_what_to_do(owned: dict[str, str], key: str) -> None:
+    with pytest.raises(UserError, match=rf"^trl\.{key}: cannot be set, nothing is uploaded .*model/.*HF_TOKEN"):
+        check_options("trl", {key: "x"}, Options, owned)
 
 
 @pytest.mark.slow
@@ -696,6 +781,49 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
     with pytest.raises(UserError, match="did you mean 'lora_alpha'"):
         sft.train_sft("critic", quick(root, lora={"lora_alfa": 1}), ["t"], runs=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("__init__", ValueError("no such\nloss")),
+        ("create_optimizer", TypeError("betas")),
+        ("get_train_dataloader", KeyError("x")),
+    ],
+)
+def test_a_trainer_that_refuses_its_options_leaves_one_line_and_no_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    from transformers import Trainer
+
+    from interleave.training import sft
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, place, refuse)
+    with pytest.raises(UserError, match=r"^trl: TRL refuses these options: ") as caught:
+        sft.train_sft("critic", quick(root), ["t"], runs=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_error_of_an_update_keeps_its_traceback_and_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    from interleave.training import sft
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    with pytest.raises(ValueError, match="a mistake"):
+        sft.train_sft("critic", quick(root), ["t"], runs=tmp_path, name="run")
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 @pytest.fixture(scope="module")

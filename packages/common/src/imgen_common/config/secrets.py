@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 from imgen_common.errors import UserError
 
 SECRET_NAME = re.compile(
-    r"(api|access|secret|private|subscription|auth)key$|(^|access|auth|api|bearer|refresh|session|hf)token$|secret|"
+    r"(api|access|secret|private|subscription|auth)key$|(^|access|auth|api|bearer|refresh|session|hf|hub)token$|secret|"
     r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
 )
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
@@ -32,14 +32,15 @@ def _secrets(value: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def _refuse_secrets(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    if name := next(_secrets(value, "extra"), None):
+def _refuse_secrets(value: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+    if name := next(_secrets(value, info.field_name or "value"), None):
+        variable = "in the variable that key_env names" if info.field_name == "extra" else "such as HF_TOKEN"
         raise UserError(
-            f"{name}: keys and passwords belong into the environment, in the variable that key_env names; what stands "
-            "in a configuration is printed and written into the run's folder"
+            f"{name}: keys and passwords belong into the environment, {variable}; what stands in a configuration is "
+            "printed and written into the run's folder"
         )
     return value
 
 
 NO_SECRETS = AfterValidator(_refuse_secrets)
-"""Of a field with further keys of a request: a key or a password in it is refused with a UserError without it."""
+"""Of a mapping of further options: a key or a password in it is refused with a UserError that does not show it."""

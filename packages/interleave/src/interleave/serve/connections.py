@@ -3,6 +3,9 @@ client may leave unread or go on sending.
 """
 
 import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,24 @@ def build_limited_server(app: "ASGIApp", max_connections: int, seconds: float, *
     """
     protocol: Any = partial(LimitedConnection, max_connections, seconds)
     config = uvicorn.Config(app, http=protocol, h11_max_incomplete_event_size=MAX_HEAD_BYTES, **settings)
-    return uvicorn.Server(config)
+    return LimitedServer(config)
+
+
+class LimitedServer(uvicorn.Server):
+    """uvicorn's server, which a second Ctrl-C ends without waiting for requests, and without tracebacks."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn would leave the application to be cancelled, which it logs as a failure
+            await self.lifespan.shutdown()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            try:
+                yield
+            finally:
+                del self._captured_signals[1:]  # the others would interrupt the event loop while it is closed
 
 
 class LimitedConnection(H11Protocol):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import Config
+from imgen_common.config import NO_SECRETS, Config
 from interleave.agents.parsing import ParseMode
 from interleave.agents.partial_parsing import FormatRule
 from interleave.agents.prompts import TemplateRef
@@ -40,10 +40,10 @@ class TrainingConfig(Config):
     """Data type of the weights; auto: that of the model's files.  `trl.bf16` sets that of the computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention implementation; the flash ones need their packages."""
-    lora: Mapping[str, Any] | None = None
+    lora: Annotated[Mapping[str, Any], NO_SECRETS] | None = None
     """Options of peft's LoraConfig; null: full fine-tuning of the weights that are not frozen.  Every entry of a list
     `target_modules` must match a layer.  On the vision tower (`vision: train`) not with re-entrant checkpointing."""
-    trl: Mapping[str, Any] = {}
+    trl: Annotated[Mapping[str, Any], NO_SECRETS] = {}
     """Options of TRL's SFTConfig or GRPOConfig under their own names."""
 
 

@@ -31,7 +31,15 @@ from interleave.training.scoring import (
     check_image_tokens,
     start_scoring,
 )
-from interleave.training.trl_options import RESERVED_GRPO, build_lora_config, check_keys, check_options, check_values
+from interleave.training.trl_options import (
+    RESERVED_GRPO,
+    build_lora_config,
+    check_arguments,
+    check_keys,
+    check_options,
+    check_values,
+    refusals_of_trl,
+)
 
 REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
     "released": WEIGHTS,
@@ -66,6 +74,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
         check_image_sizes(rows, store, config.max_pixels)
     failed = sum(not rows[i].evaluation.success for i in kept)
     batch_plan = plan_grpo_batches(config, len(kept), failed, len(rows) - len(kept), processes)
+    check_arguments(config.trl, GRPOConfig, processes)  # its words about batches are worse than the plan's
     return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan)
 
 
@@ -165,6 +174,7 @@ def train_grpo(
             return run.export_model(trainer, run_folder.path, config)
 
 
+@refusals_of_trl()
 def _build_trainer(job: GrpoJob, scored: ScoringThread, arguments: Any, callbacks: Sequence[Any]) -> Any:
     """TRL's trainer; with `reward: trajectory` it runs the critic in its loop."""
     from trl import GRPOTrainer

@@ -28,6 +28,7 @@ from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
+from interleave.training.trl_options import OptionsRefusedError, refusals_of_trl
 from interleave.training.vision import freeze_vision, is_frozen
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
@@ -69,8 +70,9 @@ def build_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, 
     if options.get("use_vllm") and importlib.util.find_spec("vllm") is None:
         raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
     try:
-        arguments = cls(**options)
-    except (TypeError, ValueError, ImportError, OSError) as error:
+        with refusals_of_trl():
+            arguments = cls(**options)
+    except OSError as error:
         raise UserError(f"trl: {' '.join(str(error).split())}") from error
     if arguments.fsdp and arguments.distributed_state.distributed_type in ("NO", "MULTI_CPU"):
         raise UserError(
@@ -126,7 +128,8 @@ def open_run(
 ) -> Iterator[tuple[RunFolder, str | None]]:
     """Opens the run folder, new or resumed, on every process; with it, the checkpoint from which to resume.
 
-    default_name: of a new run where no `name` is given.  Raises UserError if it cannot be opened or is finished.
+    default_name: of a new run where no `name` is given.  Raises UserError if it cannot be opened or is finished.  A new
+    one is removed again where TRL refuses the options.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -149,7 +152,19 @@ def open_run(
         arguments.output_dir = str(path / CHECKPOINTS)
         checkpoint = get_last_checkpoint(arguments.output_dir) if (path / CHECKPOINTS).is_dir() else None
         run.rewind(int(checkpoint.rpartition("-")[2]) if checkpoint else -1)
+        if resume is None and run.is_main:
+            stack.enter_context(_removed_if_refused(path))
         yield run, checkpoint
+
+
+@contextlib.contextmanager
+def _removed_if_refused(run: Path) -> Iterator[None]:
+    """Removes a new run within which TRL refuses the options, which is before there is anything to resume."""
+    try:
+        yield
+    except OptionsRefusedError:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
 
 
 def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
@@ -181,12 +196,12 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
 def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
     """Trains, from `checkpoint` if there is one.  callback: of `build_run_callback`.
 
-    Raises UserError where a trained weight gets no gradient.
+    Raises UserError where a trained weight gets no gradient, or TRL cannot build what the options ask for.
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
     trainer.add_callback(build_gradient_check(trainer.model))
-    with callback.shutdown:
+    with callback.shutdown, refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
@@ -197,7 +212,8 @@ def build_run_callback(
 ) -> Any:
     """A callback that marks complete checkpoints and writes logged metrics and those of `extra_metrics` to the run.
 
-    Attributes: `shutdown`, which training runs in; `stopped`, whether it ended training early, with a checkpoint.
+    Attributes: `shutdown`, which training runs in; `stopped`, whether it ended training early, with a checkpoint;
+    `began`, whether there is an optimizer and training has begun.
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
@@ -205,7 +221,10 @@ def build_run_callback(
     class RunCallback(TrainerCallback):
         def __init__(self) -> None:
             self.shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
-            self.stopped = False
+            self.stopped = self.began = False
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.began = True
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:

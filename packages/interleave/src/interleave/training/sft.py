@@ -23,7 +23,14 @@ from interleave.training.rows import (
     select_by_length,
     sft_example,
 )
-from interleave.training.trl_options import RESERVED_SFT, build_lora_config, check_options, check_values
+from interleave.training.trl_options import (
+    RESERVED_SFT,
+    build_lora_config,
+    check_arguments,
+    check_options,
+    check_values,
+    refusals_of_trl,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     check_values(config.trl, SFTConfig)
     build_lora_config(config)
     TrlBatchOptions.from_trl(config.trl)
+    check_arguments(config.trl, SFTConfig, processes)
     hub.resolve(config.model, weights=needs_weights)
     name = f"{role}_sft"
     folder = Path(config.data)
@@ -89,7 +97,7 @@ def train_sft(
 ) -> Path:
     """Trains, or resumes the run in `resume`; returns the folder of the trained model.  Raises UserError."""
     run.prepare_environment()
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     job = check_sft(role, config, run.num_processes(f"interleave sft {role}"))
     # rows that are too long were dropped, so TRL must not truncate; mixed rows come in an order that TRL must keep
@@ -101,22 +109,29 @@ def train_sft(
     with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
         run.bind_rows(run_folder, {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}, resume)
         callback = run.build_run_callback(run_folder)
-        batch = arguments.per_device_eval_batch_size
-        trainer = SFTTrainer(
-            model=run.load_model(config),
-            args=arguments,
-            train_dataset=build_train_dataset(job),
-            eval_dataset=_build_dataset(job, job.val_rows, batch) if job.val_rows else None,
-            processing_class=run.load_processor(config),
-            peft_config=build_lora_config(config),
-            callbacks=[callback, *callbacks],
-        )
+        trainer = _build_trainer(job, arguments, [callback, *callbacks])
         run.check_trainable(trainer, config)
         # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
         # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True
         run.run_training(trainer, callback, checkpoint)
         return run.export_model(trainer, run_folder.path, config)
+
+
+@refusals_of_trl()
+def _build_trainer(job: SftJob, arguments: Any, callbacks: Sequence[Any]) -> Any:
+    from trl import SFTTrainer
+
+    batch = arguments.per_device_eval_batch_size
+    return SFTTrainer(
+        model=run.load_model(job.config),
+        args=arguments,
+        train_dataset=build_train_dataset(job),
+        eval_dataset=_build_dataset(job, job.val_rows, batch) if job.val_rows else None,
+        processing_class=run.load_processor(job.config),
+        peft_config=build_lora_config(job.config),
+        callbacks=list(callbacks),
+    )
 
 
 def build_train_dataset(job: SftJob) -> Any:

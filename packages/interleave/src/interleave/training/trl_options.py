@@ -1,17 +1,24 @@
 """The `trl:` and `lora:` mappings: every option of theirs is open under its own name, but for those listed here."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from imgen_common.config.messages import shortened
 from imgen_common.config.schema import union_members
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, nearest, one_line
 from interleave.training.config import TrainingConfig
 
+UPLOADS = (
+    "nothing is uploaded while a run trains; upload the exported folder model/ afterwards, with HF_TOKEN in the "
+    "environment"
+)
 ANSWER_ONLY = "interleave trains on prompt and answer rows, and on the answer alone"
 RESERVED: Mapping[str, str] = {
     "output_dir": "checkpoints go into the run folder; use --runs and --name",
@@ -23,6 +30,8 @@ RESERVED: Mapping[str, str] = {
     "save_only_model": "a run could not be resumed",
     "save_on_each_node": "checkpoints need one shared folder to be resumed",
     "overwrite_output_dir": "a run never overwrites another",
+    **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_revision"), UPLOADS),
+    **dict.fromkeys(("hub_private_repo", "hub_always_push"), UPLOADS),
 }
 RESERVED_SFT: Mapping[str, str] = {
     **RESERVED,
@@ -44,6 +53,7 @@ RESERVED_GRPO: Mapping[str, str] = {
     **RESERVED,
     "reward_weights": "use the key reward_weights, which has their names",
     "max_tool_calling_iterations": "use the key max_attempts",
+    "log_completions_hub_repo": UPLOADS,
 }
 RESERVED_LORA: Mapping[str, str] = {
     "task_type": "it is CAUSAL_LM",
@@ -53,8 +63,75 @@ RESERVED_LORA: Mapping[str, str] = {
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
 """Kinds of values that an option is checked for, in words."""
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
-"""Options that optimizers refuse below 0, after the run has begun."""
+BOUNDS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(
+        (
+            *("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_steps"),
+            *("eval_delay", "save_total_limit", "dataloader_num_workers", "data_seed", "neftune_noise_alpha"),
+            *("beta", "epsilon", "epsilon_high", "top_k"),
+        ),
+        ("at least 0", lambda number: number >= 0),
+    ),
+    **dict.fromkeys(
+        (
+            *("dataloader_prefetch_factor", "per_device_eval_batch_size", "eval_accumulation_steps", "ddp_timeout"),
+            *("torch_empty_cache_steps", "ddp_bucket_cap_mb", "num_generations_eval", "ref_model_sync_steps"),
+            *("vllm_tensor_parallel_size", "vllm_max_model_length"),
+        ),
+        ("at least 1", lambda number: number >= 1),
+    ),
+    **dict.fromkeys(
+        ("logging_steps", "temperature", "repetition_penalty", "delta", "vllm_server_timeout"),
+        ("above 0", lambda number: number > 0),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), ("at least 0 and below 1", lambda number: 0 <= number < 1)),
+    **dict.fromkeys(
+        ("label_smoothing_factor", "min_p", "top_entropy_quantile", "ref_model_mixup_alpha"),
+        ("from 0 to 1", lambda number: 0 <= number <= 1),
+    ),
+    **dict.fromkeys(
+        ("top_p", "vllm_gpu_memory_utilization"), ("above 0 and at most 1", lambda number: 0 < number <= 1)
+    ),
+    **dict.fromkeys(("vllm_server_port", "vllm_group_port"), ("from 1 to 65535", lambda number: 1 <= number <= 65535)),
+}
+"""Bounds of numbers that the classes of options take and what they configure refuses, after the run has begun."""
+CHOICES: Mapping[str, Sequence[str | bool]] = {
+    "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no", True, False),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+"""Choices that TRL and transformers list in their documentation alone."""
+FILES = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Options that are a mapping or the path of a file that holds it."""
+NO_HARDWARE: Mapping[str, Any] = {
+    **{"use_cpu": True, "bf16": False, "fp16": False, "bf16_full_eval": False, "fp16_full_eval": False, "tf32": None},
+    **{"deepspeed": None, "fsdp": None, "fsdp_config": None, "torch_compile": False, "torch_compile_backend": None},
+    **{"torch_compile_mode": None, "report_to": "none"},
+}
+"""What a machine without a GPU, and one process of many, can check the other options with."""
+
+
+class OptionsRefusedError(UserError):
+    """TRL does not take the options, before anything is trained."""
+
+
+@contextlib.contextmanager
+def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """What TRL raises for options within it becomes an OptionsRefusedError; not once `has_begun` says that it trains.
+
+    where: the option, where it is known.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        if has_begun():
+            raise
+        said = one_line(str(error)) or type(error).__name__
+        raise OptionsRefusedError(f"{where}: TRL refuses these options: {said}") from error
 
 
 def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
@@ -79,27 +156,70 @@ def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned:
 
 
 def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
-    """Raises UserError for a number, a truth value or a choice that an option of TRL's `cls` cannot have.
+    """Raises UserError for a value that an option of TRL's `cls`, which itself takes anything, cannot have.
 
-    The class itself takes anything; texts, lists and mappings are left to it.
+    Lists, and what stands in mappings, are left to TRL.
     """
     hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in given.items():
         parts = set(union_members(hints[key]))
-        choices = [one.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for one in part]
+        choices = _choices(fields[key], parts)
+        if value is None and NoneType in parts:
+            continue
         if key == "report_to":
             _check_trackers(value)
-        elif choices and value not in choices:
-            hint = nearest(str(value), choices)
-            raise UserError(f"trl.{key}: is {shortened(value)}{hint}; allowed: {', '.join(choices)}")
+        elif choices:
+            if value not in choices:
+                words = [str(one).lower() if isinstance(one, bool) else one for one in choices]
+                hint = nearest(str(value), words)
+                raise UserError(f"trl.{key}: is {shortened(value)}{hint}; allowed: {', '.join(words)}")
         elif parts <= PLAIN.keys():
             allowed = " or ".join(words for kind, words in PLAIN.items() if kind in parts)
             try:
                 TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
             except ValidationError:
                 raise UserError(f"trl.{key}: must be {allowed}, got {shortened(value)}") from None
-            if key in NOT_NEGATIVE and value is not None and value < 0:
-                raise UserError(f"trl.{key}: must be at least 0, got {value}")
+            bound, holds = BOUNDS.get(key, ("", bool))
+            if bound and not holds(value):
+                raise UserError(f"trl.{key}: must be {bound}, got {value}")
+        elif any((get_origin(part) or part) is dict for part in parts):
+            if not isinstance(value, Mapping) and not (key in FILES and isinstance(value, str)):
+                raise UserError(f"trl.{key}: must be a mapping, got {shortened(value)}")
+        elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
+            raise UserError(f"trl.{key}: must be a text, got {shortened(value)}")
+
+
+def _choices(field: "dataclasses.Field[Any]", parts: set[Any]) -> list[str | bool]:
+    """The values that an option may have: those of its enum, those it declares, or those of `CHOICES`."""
+    of_enum = [one.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for one in part]
+    return of_enum or list(field.metadata.get("choices", CHOICES.get(field.name, ())))
+
+
+def check_arguments(given: Mapping[str, Any], cls: type[Any], processes: int) -> None:
+    """Raises UserError for options that TRL's `cls` refuses together, and for those of a schedule that cannot be built.
+
+    Those of GPUs, vLLM and sharding are left out, so that a recipe for them can be planned anywhere, and no process
+    group is joined.
+    """
+    import torch
+    from transformers.optimization import get_scheduler
+
+    class Arguments(cls):  # type: ignore[misc]
+        device = torch.device("cpu")
+        world_size = processes
+
+    if given.get("dataloader_persistent_workers") and not given.get("dataloader_num_workers"):
+        raise UserError("trl.dataloader_persistent_workers: needs trl.dataloader_num_workers of at least 1")
+    options = {key: value for key, value in given.items() if not key.startswith("vllm_") and key != "use_vllm"}
+    with warnings.catch_warnings(), refusals_of_trl():
+        warnings.simplefilter("ignore")
+        arguments = Arguments(**options | NO_HARDWARE)
+    with warnings.catch_warnings(), refusals_of_trl("trl.lr_scheduler_kwargs"):
+        warnings.simplefilter("ignore")
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = dict(arguments.lr_scheduler_kwargs or {})
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 10**6, scheduler_specific_kwargs=schedule)
 
 
 def _check_trackers(given: object) -> None:
