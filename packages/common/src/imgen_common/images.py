@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+OTHER_FORMAT = f"not an image of an allowed format ({', '.join(FORMATS)})"
+CUT = "damaged or cut short (its header); save or download it again"
 BEGINNING = re.compile(rb"\x89PNG|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 MAX_PARTS = 2**16
 """Chunks or segments that a file may have."""
@@ -111,9 +113,7 @@ def decode(
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more than the allowed {max_pixels} pixels; give a smaller image") from None
     except (OSError, ValueError, SyntaxError):
-        if BEGINNING.match(data):
-            raise UserError(f"{name}: damaged or cut short (its header); save or download it again") from None
-        raise UserError(f"{name}: not an image of an allowed format ({', '.join(FORMATS)})") from None
+        raise UserError(f"{name}: {CUT if BEGINNING.match(data) else OTHER_FORMAT}") from None
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
         raise UserError(f"{name}: {size} is more than the allowed {max_pixels} pixels; give a smaller image")

@@ -205,7 +205,7 @@ def check_arguments(given: Mapping[str, Any], cls: type[Any], processes: int) ->
     import torch
     from transformers.optimization import get_scheduler
 
-    class Arguments(cls):  # type: ignore[misc]
+    class Arguments(cls):
         device = torch.device("cpu")
         world_size = processes
 
@@ -214,7 +214,7 @@ def check_arguments(given: Mapping[str, Any], cls: type[Any], processes: int) ->
     options = {key: value for key, value in given.items() if not key.startswith("vllm_") and key != "use_vllm"}
     with warnings.catch_warnings(), refusals_of_trl():
         warnings.simplefilter("ignore")
-        arguments = Arguments(**options | NO_HARDWARE)
+        arguments = Arguments(**{**options, **NO_HARDWARE})
     with warnings.catch_warnings(), refusals_of_trl("trl.lr_scheduler_kwargs"):
         warnings.simplefilter("ignore")
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
