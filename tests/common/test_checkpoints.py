@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_runs import COMMAND, Recorder, Settings, files, new_run, weights
 
 from imgen_common.errors import UserError, warn_once
-from imgen_common.run_folder.checkpoints import MANIFEST, check_tensors, find_damage, write_manifest
+from imgen_common.run_folder.checkpoints import MANIFEST, check_tensors, find_checkpoints, find_damage, write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder, choose_checkpoint, drop_damaged_checkpoints
@@ -151,6 +151,12 @@ def test_a_check_that_takes_long_is_said(
     monkeypatch.setattr("imgen_common.run_folder.checkpoints.LARGE", 10)
     assert find_damage(checkpoint(folder, 3)) is None
     assert "step-000003 for damage: 0 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step-3", "step-03"])
+def test_a_folder_of_another_name_does_not_hide_a_checkpoint(name: str, folder: Path) -> None:
+    (folder / "checkpoints" / name).mkdir()
+    assert find_checkpoints(folder / "checkpoints")[3] == checkpoint(folder, 3)
 
 
 def test_what_is_no_folder_or_file_of_ours_is_one_line(folder: Path, tmp_path: Path) -> None:

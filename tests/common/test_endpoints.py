@@ -145,6 +145,17 @@ def test_an_error_under_status_200_is_read_with_its_words(body: Any, kind: str, 
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("code", ["insufficient_quota", "rate_limit_exceeded"])
+def test_a_quota_that_is_used_up_is_not_waited_for(code: str) -> None:
+    body = {"error": {"message": "You exceeded it", "type": code, "code": code}}
+    made = client(lambda request: httpx.Response(429, json=body, headers={"Retry-After": "86400"}))
+    with pytest.raises(HttpError) as caught:
+        asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+    is_used_up = code == "insufficient_quota"
+    assert (caught.value.kind, caught.value.can_retry) == (("refused", False) if is_used_up else ("rate_limited", True))
+    assert "You exceeded it" in str(caught.value)
+
+
 def test_refusals_never_open_the_breaker() -> None:
     made = client(lambda request: httpx.Response(200, content=answer({"content": None, "refusal": "No."})))
     asked = 0

@@ -62,6 +62,15 @@ def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, cont
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("address", ["https" + "://a.b/c.png?token=SECRET", "s3" + "://bucket/SECRET.png"])
+@pytest.mark.parametrize("row", ['{"text": "a", "images": ["%s"]}', '{"content": ["a", {"image": "%s"}]}'])
+def test_an_address_is_no_image_and_is_not_shown(tmp_path: Path, row: str, address: str) -> None:
+    (tmp_path / "r.jsonl").write_text(row % address)
+    with pytest.raises(UserError, match=r"r\.jsonl:1: an image is a file, not an address; download it") as error:
+        read_requests(tmp_path / "r.jsonl", ImageStore(tmp_path))
+    assert "SECRET" not in str(error.value)
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e", "\r", "\n", "\ufeff", "\0"])
 def test_a_request_survives_its_run(tmp_path: Path, separator: str) -> None:
     store = ImageStore(tmp_path)

@@ -28,6 +28,9 @@ T = TypeVar("T")
 MIN_SECRET = 6
 """Characters of the shortest token that is taken out of answers; a shorter one is a placeholder, such as EMPTY."""
 
+USED_UP = b"insufficient_quota"
+"""What OpenAI and its likes call a quota or credit that is used up, under the status of a busy server (429)."""
+
 
 class HttpClient(RetryingCaller):
     """Requests to one service, under a RetryPolicy: `call` sends one, made by `request`, until it is answered.
@@ -159,6 +162,8 @@ class HttpClient(RetryingCaller):
     def _status_error(self, base: str, path: str, through: str, answer: "httpx.Response", data: bytes) -> HttpError:
         status = answer.status_code
         kind, can_retry = failure_of_status(status)
+        if USED_UP in data:  # waiting brings none back
+            kind, can_retry = "refused", False
         message = f"{base}{through}: status {status}: {self.clean(error_message(data))}"
         if status < 400:
             target = redacted(self.clean(answer.headers.get("location", "nowhere")))

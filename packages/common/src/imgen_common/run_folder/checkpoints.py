@@ -141,8 +141,9 @@ def _measure(files: Iterable[Path]) -> list[SavedFile]:
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints of a folder by their step, ascending."""
+    """The whole checkpoints of a folder by their step, ascending; `step-000002` goes before `step-2`."""
     entries = [entry for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    entries.sort(key=lambda entry: len(entry.name))
     found = {int(match[1]): entry for entry in entries if (match := NAME.fullmatch(entry.name))}
     return dict(sorted(found.items()))
 

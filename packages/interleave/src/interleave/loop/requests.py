@@ -104,12 +104,19 @@ def read_requests(path: Path, store: ImageStore) -> list[Request]:
     return list(requests.values())
 
 
+def _image_file(folder: Path, name: str) -> Path:
+    """Its path.  Raises UserError for an address, which may hold a token, so that it is not shown."""
+    if "://" in name:
+        raise UserError("an image is a file, not an address; download it, and give its path")
+    return folder / name
+
+
 def _make(row: RequestRow, folder: Path, store: ImageStore) -> Request:
     if not row.content:
-        return make_request(row.text, [folder / image for image in row.images], store, row.id, row.category)
+        return make_request(row.text, [_image_file(folder, image) for image in row.images], store, row.id, row.category)
     if row.text or row.images:
         raise UserError("has content, and text or images beside it; give all of it in content")
-    content = [part if isinstance(part, str) else folder / part.image for part in row.content]
+    content = [part if isinstance(part, str) else _image_file(folder, part.image) for part in row.content]
     return make_interleaved_request(content, store, row.id, row.category)
 
 
