@@ -59,12 +59,13 @@ def measure(name: str, system: str, work: Path) -> dict[str, Any]:
     folder = work / f"{name}-{system.replace(' ', '_')}"
     sets = [*SYSTEMS[system], f"run.cache={work / 'images'}"]
     start = time.perf_counter()
-    made, judge, differences = prepare(
+    made, differences = prepare(
         BenchmarkRequest(name, "builtin:shapes", folder), load(BenchmarkConfig, [], sets), [MODULE]
     )
     made.generate(lambda record: None)
-    score_now(made, made.outputs(), judge, lambda done, total: None)
-    report = made.write_report(differences)
+    outputs = made.outputs()
+    score_now(made, outputs, made.config.judge.build(), lambda done, total: None)
+    report = made.write_report(outputs, differences)
     return {**asdict(report), "seconds": time.perf_counter() - start}
 
 

@@ -16,7 +16,6 @@ from interleave.agents.prompts import (
     render_planner,
     words_and_images,
 )
-from interleave.agents.sources import read_constants
 from interleave.datasets.rows import SftRow
 from interleave.loop.requests import make_interleaved_request, read_requests
 from interleave.models.chat.local import to_conversation
@@ -135,10 +134,10 @@ def test_a_system_turn_stands_before_the_users(processor: Any) -> None:
     [
         ("none.py:PLANNER", "no such file"),
         ("system.py", r"must be the path of a \.txt file, or FILE\.py:NAME"),
-        ("system.py:PLANER", "has no text constant 'PLANER'; did you mean 'PLANNER'"),
-        ("system.py:MADE", "it has PLANNER, CRITIC"),
-        ("system.py:NUMBER", "it has PLANNER, CRITIC"),
-        ("broken.py:A", "cannot be read as Python"),
+        ("system.py:PLANER", "has no text named 'PLANER'; did you mean 'PLANNER'"),
+        ("system.py:MADES", "has no text named 'MADES'"),
+        ("system.py:NUMBER", "has no text named 'NUMBER'"),
+        ("broken.py:A", "not Python that can be read"),
         ("zero.py:A", "holds a zero byte"),
         ("other.txt:A", r"must be the path of a \.txt file"),
     ],
@@ -149,10 +148,6 @@ def test_a_file_without_such_a_text_is_named(source: Path, ref: str, said: str) 
     source.with_name("other.txt").write_text("{text_input}")
     with pytest.raises(UserError, match=said):
         load_template(TemplateFile(file=f"{source.parent}/{ref}"))
-
-
-def test_constants_are_read_and_nothing_is_run(source: Path) -> None:
-    assert list(read_constants(source)) == ["PLANNER", "CRITIC"]
 
 
 def test_a_row_of_a_file_places_its_images(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import asyncio
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_agents import Heard
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -25,9 +25,8 @@ from interleave.loop.config import LoopConfig, NoPlanner, RationalRewardsCritic,
 from interleave.loop.engine import Engine
 from interleave.loop.functions import FixedPlanner
 from interleave.loop.run import build_components, check_endpoints
-from interleave.models.chat.scripted import ScriptedChat
 from interleave.models.generators.scripted import ScriptedConfig
-from interleave.protocols import BackendError, CriticInput, HashedImage, Message, Reply
+from interleave.protocols import BackendError, CriticInput, HashedImage, Reply
 from interleave.records import Request, Verdict
 from interleave.storage.images import ImageStore
 from interleave.storage.trace import Trace
@@ -219,17 +218,6 @@ def test_long_answers_are_read_in_linear_time(long: str) -> None:
 
 
 # --- the critic ------------------------------------------------------------------------------------------------------
-
-
-class Heard:
-    def __init__(self, answer: Any) -> None:
-        self.messages: list[Message] = []
-        self.answer = answer
-        self.model = ScriptedChat(self.say)
-
-    def say(self, message: Message, seed: int) -> Any:
-        self.messages.append(message)
-        return self.answer
 
 
 def critic(edit: Heard, t2i: Heard, min_score: float = 3.0) -> RubricCritic:

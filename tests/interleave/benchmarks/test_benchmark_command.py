@@ -14,7 +14,7 @@ import pytest
 
 from imgen_common.config import load
 from interleave.benchmarks.registry import BENCHMARKS
-from interleave.benchmarks.setup import load_config
+from interleave.benchmarks.setup import judge_differences, load_config
 from interleave.cli import main
 from interleave.cli.benchmark import TITLES
 from interleave.loop.config import RunConfig
@@ -129,6 +129,35 @@ def test_the_recipe_of_a_judge_is_that_of_the_published_figures(name: str) -> No
     assert config.judge.max_new_tokens == official.settings.get("max_tokens", config.judge.max_new_tokens)
     assert config.run.seed == 3
     assert config.run.planner == load(RunConfig, [RECIPES / "klein_qwen3vl.yaml"]).planner
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "said"),
+    [
+        ("wise", [], []),
+        ("wise", ["judge.model=Qwen/Qwen3.5-35B-A3B"], []),
+        ("wise", ["judge.model=Qwen3.5-35B-A3B-FP8"], ["the judge is Qwen3.5-35B-A3B-FP8, published figures are of"]),
+        ("comm", ["judge.model=gpt-4o-mini"], ["the judge is gpt-4o-mini, published figures are of gpt-4o"]),
+        ("rise", ["judge.temperature=0.7"], ["the judge's temperature is 0.7, that of published figures 0"]),
+        ("wise_legacy", ["judge.max_new_tokens=500"], ["max_tokens is 500, that of published figures 2000"]),
+        (
+            "wise",
+            ["judge.extra.chat_template_kwargs=null"],
+            ["chat_template_kwargs is None, that of"],
+        ),
+        (
+            "ueval",
+            ["judge={kind: shapes}"],
+            ["the judge is of the kind shapes, published figures are of"],
+        ),
+    ],
+)
+def test_a_judge_that_is_not_the_published_one_is_said(name: str, sets: list[str], said: list[str]) -> None:
+    config = load_config([RECIPES / f"benchmark_{name}.yaml"], [], sets)
+    found = judge_differences(config.judge, BENCHMARKS[name].judge)
+    assert len(found) == len(said)
+    for part, sentence in zip(said, found, strict=True):
+        assert part in sentence
 
 
 def test_every_benchmark_has_its_command() -> None:

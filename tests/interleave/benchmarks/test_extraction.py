@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from imgen_common.errors import UserError
-from interleave.benchmarks.official.extraction import (
+from interleave.agents.sources import (
     MAX_BYTES,
     constants,
     expect_places,

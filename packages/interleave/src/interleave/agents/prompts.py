@@ -15,7 +15,7 @@ from typing import Any
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path, read_text
-from interleave.agents.sources import read_constants
+from interleave.agents.sources import constants
 from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Plan, Request, Verdict
 
@@ -107,13 +107,7 @@ def _exact_text(ref: str) -> str:
         raise UserError(f"template {ref!r}: must be the path of a .txt file, or FILE.py:NAME of a text constant")
     if not name:
         return read_text(path)
-    constants = read_constants(path)
-    if name not in constants:
-        raise UserError(
-            f"template {ref}: {path} has no text constant {name!r}{nearest(name, constants)}; it has "
-            f"{', '.join(constants) or 'none'}"
-        )
-    return constants[name]
+    return constants(path, name)[name]
 
 
 def _check(found: Template) -> None:

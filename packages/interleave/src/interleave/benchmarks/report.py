@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,8 +32,8 @@ class Figure:
 class BenchmarkReport:
     """All that a table says.
 
-    failures: of questions, by kind.  differences: why the figures cannot be compared with published ones; empty: the
-    data, words and judge are those of the authors.
+    failures: of questions, by kind.  differences: why the figures cannot be compared with published ones; empty: words
+    and judge are those of the authors, and all of the given data was used.
     """
 
     benchmark: str
@@ -56,17 +56,16 @@ def make_report(
     benchmark: Benchmark, items: Sequence[Item], outputs: Mapping[str, Output], answers: Answers, prompts: Prompts,
     differences: Sequence[str],
 ) -> BenchmarkReport:  # fmt: skip
-    """The report on the items' answers.  differences: see `BenchmarkReport`; more are found here."""
+    """The report on the items' answers.  differences: see `BenchmarkReport`."""
     shown = {item.id: answers.get(item.id, {}) for item in items}
     every = [answer for found in shown.values() for answer in found.values()]
     left_out, worst = (_rows(benchmark, items, shown, as_zero=zero) for zero in (False, True))
     values, zeros = benchmark.figures(left_out), benchmark.figures(worst)
     bounds = bootstrap_bounds(benchmark.figures, left_out)
-    judges = sorted({answer.judge for answer in every})
     return BenchmarkReport(
         benchmark=benchmark.name,
         title=benchmark.title,
-        judge=", ".join(judges),
+        judge=", ".join(sorted({answer.judge for answer in every})),
         prompts=f"{prompts.source} ({prompts.hash})",
         num_items=len(items),
         num_generated=sum(item.id in outputs for item in items),
@@ -80,7 +79,7 @@ def make_report(
             Figure(name, values.get(name), *bounds.get(name, NO_BOUNDS), as_zero=zeros.get(name))
             for name in dict.fromkeys((*values, *zeros))
         ],
-        differences=[*differences, *_differences(benchmark, prompts, judges)],
+        differences=differences,
     )
 
 
@@ -90,17 +89,6 @@ def _rows(benchmark: Benchmark, items: Sequence[Item], answers: Answers, *, as_z
         values = {name: answer.value for name, answer in answers[item.id].items()}
         rows.append((item, benchmark.score(item, values, as_zero=as_zero)))
     return [(item, scores) for item, scores in rows if scores]
-
-
-def _differences(benchmark: Benchmark, prompts: Prompts, judges: Sequence[str]) -> list[str]:
-    found = []
-    if not prompts.is_official:
-        found.append(
-            "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
-        )
-    if any(benchmark.judge.model not in judge for judge in judges):
-        found.append(f"the judge is {', '.join(judges)}, published figures are of {benchmark.judge.model}")
-    return found
 
 
 def bootstrap_bounds(figures: Callable[[Rows], Mapping[str, float]], rows: Rows) -> dict[str, tuple[float, float]]:
@@ -148,13 +136,8 @@ def notes(report: BenchmarkReport) -> list[str]:
     ]
     if report.differences:
         return [*lines, f"Not comparable with published figures: {'; '.join(report.differences)}."]
-    return [*lines, "Data, questions and judge are those of the authors."]
+    return [*lines, "Questions and judge are those of published figures; whether the data are, was not checked."]
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def as_json(report: BenchmarkReport) -> dict[str, object]:
-    """The report as plain data."""
-    return asdict(report)

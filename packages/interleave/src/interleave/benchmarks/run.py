@@ -1,6 +1,6 @@
 """One runner for all benchmarks: generate, ask the judge, aggregate; each stage alone, in parts, again after a kill.
 
-benchmark.json            which benchmark, data, words and judge this folder is of
+benchmark.json            which benchmark, data, words and outputs this folder is of
 generation[.2-of-8]/      a run folder of the loop, one for each part
 answers[.2-of-8].jsonl    what the judge said
 outputs/                  what was made, in the layout of the authors' own scorer
@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from imgen_common.judging.runner import Judging, NextQuestions
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.judges import ChatModelJudge
-from interleave.benchmarks.report import BenchmarkReport, as_json, make_report, table_markdown
+from interleave.benchmarks.report import BenchmarkReport, make_report, table_markdown
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.loop import run as session
 from interleave.loop.requests import load_requests, make_interleaved_request, make_request
@@ -52,7 +52,6 @@ class BenchmarkFacts(BaseModel):
     prompts: str
     prompts_source: str
     is_official: bool
-    judge: str
     outputs: str
 
 
@@ -104,11 +103,9 @@ class BenchmarkWork:
     outputs_from: Path | None = None
     command: Sequence[str] = field(default_factory=tuple)
 
-    def facts(self, judge: ChatModel) -> BenchmarkFacts:
+    def facts(self) -> BenchmarkFacts:
         """What the folder is of."""
-        named = json.dumps(
-            [[item.id, list(map(str, item.content)), dict(item.row)] for item in self.items], default=str
-        )
+        named = json.dumps([[item.id, dict(item.row)] for item in self.items], default=str)
         return BenchmarkFacts(
             benchmark=self.benchmark.name,
             items=hashlib.sha256(named.encode()).hexdigest()[:12],
@@ -116,13 +113,12 @@ class BenchmarkWork:
             prompts=self.prompts.hash,
             prompts_source=self.prompts.source,
             is_official=self.prompts.is_official,
-            judge=judge.id,
             outputs=str(self.outputs_from or "generated"),
         )
 
-    def open(self, facts: BenchmarkFacts) -> None:
+    def open(self) -> None:
         """Creates the folder, or goes on in it.  Raises UserError if it is of something else."""
-        kept = read_facts(self.out)
+        kept, facts = read_facts(self.out), self.facts()
         if kept is None:
             with writing(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +156,7 @@ class BenchmarkWork:
 
     def estimate(self, outputs: Mapping[str, Output], judge: ChatModel) -> Cost:
         """What the questions of this part that are not answered yet will cost; equal ones are asked once."""
-        log, missing = AnswerLog(self.out, self.shard.part), dict[str, Question]()
+        log, missing = self._log(judge), dict[str, Question]()
 
         def value_of(question: Question) -> Any:
             kept = log.find(question.key(judge.id))
@@ -174,21 +170,29 @@ class BenchmarkWork:
 
     async def score(self, outputs: Mapping[str, Output], judge: ChatModel, on_progress: Progress) -> None:
         """Asks the judge about this part's items.  Raises UserError once it is not there."""
-        log = AnswerLog(self.out, self.shard.part)
-        judging = Judging(ChatModelJudge(judge), log, self.prompts.hash, self.config.concurrency)
+        judging = Judging(ChatModelJudge(judge), self._log(judge), self.prompts.hash, self.config.concurrency)
         await judging.judge_all(self._questions(outputs), on_progress)
 
-    def write_report(self, differences: Sequence[str]) -> BenchmarkReport:
+    def write_report(self, outputs: Mapping[str, Output], differences: Sequence[str]) -> BenchmarkReport:
         """The figures of all answers of the folder, which are written to table.md and table.json, and what was made in
         the authors' layout to outputs/."""
-        outputs = self.outputs()
         if self.outputs_from is None:
             self.benchmark.write_outputs(outputs, self.items, self.out / "outputs")
         answers = by_item(read_answers(self.out))
         report = make_report(self.benchmark, self.items, outputs, answers, self.prompts, differences)
-        write_atomic(self.out / "table.json", json.dumps(as_json(report), indent=1) + "\n")
+        write_atomic(self.out / "table.json", json.dumps(asdict(report), indent=1) + "\n")
         write_atomic(self.out / "table.md", table_markdown(report))
         return report
+
+    def _log(self, judge: ChatModel) -> AnswerLog:
+        """Raises UserError if the folder holds answers of another judge."""
+        others = {answer.judge for answer in read_answers(self.out)} - {judge.id}
+        if others:
+            raise UserError(
+                f"{self.out}: holds answers of the judge {min(others)!r}, this is {judge.id!r}; figures of both "
+                "cannot be mixed; give another --out"
+            )
+        return AnswerLog(self.out, self.shard.part)
 
     def _questions(self, outputs: Mapping[str, Output]) -> dict[str, NextQuestions]:
         mine = {item.id: item for item in self.shard.of(self.items) if item.id in outputs}

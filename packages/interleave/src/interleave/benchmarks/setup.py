@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgen_common.config import load
+from imgen_common.config import Config, load
 from imgen_common.errors import UserError
 from imgen_common.judging.agreement import Agreement, compare_judges
 from imgen_common.judging.answers import read_answers
-from interleave.benchmarks.base import Item
+from interleave.benchmarks.base import Item, OfficialJudge
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
 from interleave.loop.config import RunConfig
-from interleave.protocols import ChatModel
+from interleave.models.chat.endpoint import EndpointChatConfig
 
 BUILTIN = "builtin:shapes"
 RUN = "run."
@@ -51,8 +51,8 @@ def load_config(configs: Sequence[Path], run_configs: Sequence[Path], sets: Sequ
 
 def prepare(
     request: BenchmarkRequest, config: BenchmarkConfig, command: Sequence[str]
-) -> tuple[BenchmarkWork, ChatModel, list[str]]:
-    """The work, its judge, and why its figures are not those of the official data.
+) -> tuple[BenchmarkWork, list[str]]:
+    """The work, and why its figures cannot be compared with published ones.
 
     Raises UserError for what is wrong without a model that makes images.
     """
@@ -74,10 +74,26 @@ def prepare(
             items = spread(items, request.limit)
     if shard.count > len(items):
         raise UserError(f"--shard {request.shard}: there are only {len(items)} items")
-    judge = config.judge.build()
+    if not prompts.is_official:
+        words = "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
+        differences.append(words)
+    differences += judge_differences(config.judge, benchmark.judge)
     work = BenchmarkWork(benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command))
-    work.open(work.facts(judge))
-    return work, judge, differences
+    work.open()
+    return work, differences
+
+
+def judge_differences(config: Config, official: OfficialJudge) -> list[str]:
+    """How a judge differs from that of published figures: its model, or the settings of its requests."""
+    if not isinstance(config, EndpointChatConfig) or config.model.rpartition("/")[2] != official.model:
+        given = config.model if isinstance(config, EndpointChatConfig) else f"of the kind {getattr(config, 'kind', '')}"
+        return [f"the judge is {given}, published figures are of {official.model}"]
+    sent = {"temperature": config.temperature, "max_tokens": config.max_new_tokens, **config.extra}
+    return [
+        f"the judge's {name} is {sent.get(name)}, that of published figures {value}"
+        for name, value in official.settings.items()
+        if sent.get(name) != value
+    ]
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,8 +15,8 @@ from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Sets
 
 if TYPE_CHECKING:
+    from interleave.benchmarks.base import Output
     from interleave.benchmarks.run import BenchmarkWork
-    from interleave.protocols import ChatModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,20 +80,23 @@ def run(
         if outputs_from is not None and chosen == "generate":
             raise UserError("--outputs-from: was made already; leave out --stage generate")
         from interleave.benchmarks.judges import check_judge
+        from interleave.benchmarks.report import table_markdown
         from interleave.benchmarks.setup import BenchmarkRequest, load_config, prepare
 
         name = context.command.name or ""
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
         config = load_config(configs or [], run_configs or [], sets or [])
-        work, judge, differences = prepare(request, config, sys.argv)
+        work, differences = prepare(request, config, sys.argv)
         if chosen != "generate":
             check_judge(config.judge)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if outputs_from is None and chosen != "score":
             _generate(work, as_json)
+        outputs = work.outputs()
         if chosen != "generate":
-            _score(work, judge, yes)
-    _print_table(work, differences, as_json)
+            _score(work, outputs, yes)
+    report = work.write_report(outputs, differences)
+    print(json.dumps(asdict(report), indent=1) if as_json else table_markdown(report).rstrip())
 
 
 for benchmark, title in TITLES.items():
@@ -107,14 +112,14 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
     work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
 
 
-def _score(work: "BenchmarkWork", judge: "ChatModel", yes: bool) -> None:
+def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) -> None:
     from imgen_common.judging.cost import describe_cost
     from interleave.benchmarks.run import score_now
     from interleave.cli import console
 
     out = console.open_console(stderr=True)
-    outputs = work.outputs()
     with spinner("counting questions"):
+        judge = work.config.judge.build()
         cost = work.estimate(outputs, judge)
     out.print(describe_cost(cost, work.config.prices))
     limits = work.config
@@ -130,13 +135,6 @@ def _score(work: "BenchmarkWork", judge: "ChatModel", yes: bool) -> None:
             out.print(f"judged {done}/{total} items")
 
     score_now(work, outputs, judge, print_progress)
-
-
-def _print_table(work: "BenchmarkWork", differences: list[str], as_json: bool) -> None:
-    from interleave.benchmarks import report
-
-    made = work.write_report(differences)
-    print(json.dumps(report.as_json(made), indent=1) if as_json else report.table_markdown(made).rstrip())
 
 
 def agree(

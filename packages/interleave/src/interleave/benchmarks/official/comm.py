@@ -13,9 +13,9 @@ from typing import Any
 from imgen_common.errors import UserError
 from imgen_common.files import describe_type
 from imgen_common.judging.questions import Message, Question
+from interleave.agents.sources import text_file
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.official import comm_rules as rules
-from interleave.benchmarks.official.extraction import text_file
 from interleave.benchmarks.official.files import check_images, copy_file, copy_image, image_path
 from interleave.benchmarks.official.reading import builtin_prompts
 from interleave.datasets.files import read_json, write_json

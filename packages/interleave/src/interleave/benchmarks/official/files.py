@@ -1,7 +1,8 @@
 """Image files of a benchmark: found, checked, shown to a judge, copied into the layout of the authors' scorer."""
 
+import contextlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +29,16 @@ def image_path(folder: Path, name: object, where: str) -> Path:
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: {name!r} leads out of the folder; images must lie in {folder}")
     return folder / path
+
+
+def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
+    """The image of that name in the first folder that has it.  Raises UserError naming `where` if none has."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):  # no name of a file
+            if (file := folder / name).is_file():
+                return file
+    places = " nor ".join(str(folder.absolute()) for folder in folders)
+    raise UserError(f"{where}: no image {name[:200]!r} in {places}; put it there, or correct the path")
 
 
 def check_images(files: Iterable[tuple[str, Path]], hint: str) -> None:
@@ -59,6 +70,15 @@ def through_jpeg(image: Image.Image) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG")
     return Image.open(buffer).convert("RGB")
+
+
+def write_png(source: Path, target: Path) -> None:
+    """Writes an image file of any allowed format as PNG.  Raises UserError if it cannot be read or written."""
+    buffer = io.BytesIO()
+    decode(source).save(buffer, "PNG")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, buffer.getvalue())
 
 
 def copy_image(source: Path, folder: Path, stem: str) -> str:

@@ -1,17 +1,12 @@
-"""What all benchmarks read and write in one way: items of data files, our own judge prompts, images of outputs."""
+"""What all benchmarks read in one way: items of data files, and our own judge prompts."""
 
-import contextlib
-import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
-from imgen_common.files import write_atomic, writing
-from imgen_common.images import decode
 from interleave.benchmarks.base import Item, Prompts
 from interleave.datasets.files import RowError, read_items
 
@@ -84,29 +79,3 @@ def find_files(data: Path, patterns: Sequence[str], source: str) -> list[Path]:
     if found is None:
         raise UserError(f"{data}: has none of {', '.join(patterns)}; get {source} and give the folder that it is in")
     return found
-
-
-def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
-    """The image of that name in the first folder that has it.  Raises UserError naming `where` if none has."""
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError):  # no name of a file
-            if (file := folder / name).is_file():
-                return file
-    places = " nor ".join(str(folder.absolute()) for folder in folders)
-    raise UserError(f"{where}: no image {name[:200]!r} in {places}; put it there, or correct the path")
-
-
-def check_images(files: Sequence[Path]) -> None:
-    """Decodes each image, so that no judge is paid before a bad one is found.  Raises UserError for the first."""
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(lambda file: decode(file).size, files):
-            pass
-
-
-def write_png(source: Path, target: Path) -> None:
-    """Writes an image file of any allowed format as PNG.  Raises UserError if it cannot be read or written."""
-    buffer = io.BytesIO()
-    decode(source).save(buffer, "PNG")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, buffer.getvalue())

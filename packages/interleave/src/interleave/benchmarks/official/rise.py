@@ -15,8 +15,8 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question
+from interleave.agents.sources import constants, expect_places
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.official.extraction import constants, expect_places
 from interleave.benchmarks.official.files import (
     SUFFIXES,
     check_images,

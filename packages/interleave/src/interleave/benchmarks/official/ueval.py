@@ -12,10 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
+from interleave.agents.sources import constants, expect_places, find_file
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.official import reading
+from interleave.benchmarks.official import files, reading
 from interleave.benchmarks.official.answers import from_to
-from interleave.benchmarks.official.extraction import constants, expect_places, find_file
 from interleave.datasets.files import read_each, read_items, validate, write_json
 from interleave.datasets.formats.execution import folder_name
 from interleave.datasets.formats.ueval import UevalPrediction
@@ -34,8 +34,7 @@ PARTS = {
     "image_closed": ("IMAGE_TEMPLATE_CLOSED", "IMAGE_RUBRIC_TEMPLATE"),
 }
 """Our prompts, each with the authors' two texts of which it is made."""
-PREDICTIONS = "predictions.json"
-TRIES = 10
+PREDICTIONS, TRIES = "predictions.json", 10
 """The authors ask up to 500 times for an answer that can be read."""
 
 Rubric = Annotated[str, BeforeValidator(lambda given: given.get("criterion") if isinstance(given, dict) else given)]
@@ -138,9 +137,10 @@ class Ueval:
         for item_id in outputs:
             if item_id in given:
                 where, prediction = given[item_id]
-                images = [reading.find_image(path, (Path(), file.parent), where) for path in prediction.image_paths]
+                images = [files.find_image(path, (Path(), file.parent), where) for path in prediction.image_paths]
                 outputs[item_id] = Output((*filter(None, [prediction.text_answer]), *images))
-        reading.check_images([image for output in outputs.values() for image in output.images])
+        images_of = [(key, image) for key, output in outputs.items() for image in output.images]
+        files.check_images(images_of, "remove it from the predictions, or generate it again")
         return outputs
 
     def write_outputs(self, outputs: Mapping[str, Output], items: Sequence[Item], folder: Path) -> None:
@@ -154,7 +154,7 @@ class Ueval:
                 continue
             names = [f"images/{folder_name(item.id)}/{n}.png" for n, _ in enumerate(output.images, 1)]
             for image, name in zip(output.images, names, strict=True):
-                reading.write_png(image, folder / name)
+                files.write_png(image, folder / name)
             answer = {"image_answer": names, "text_answer": "".join(output.texts)}
             predictions.append({"id": item.id, "prompt": item.row["prompt"], "task": item.row["task"], **answer})
         write_json(folder / PREDICTIONS, predictions)

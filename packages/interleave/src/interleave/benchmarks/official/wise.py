@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from imgen_common.errors import UserError
 from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
+from interleave.agents.sources import expect_places, find_file, functions
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
-from interleave.benchmarks.official import reading
+from interleave.benchmarks.official import files, reading
 from interleave.benchmarks.official.answers import lone_digits, without_thinking
-from interleave.benchmarks.official.extraction import expect_places, find_file, functions
 from interleave.datasets.files import RowError, validate
 
 REPOSITORY, NUM_ITEMS, QUESTION = "PKU-YuanGroup/WISE", 1000, "score"
@@ -91,25 +91,25 @@ class _Wise:
         if QUESTION in answers or not output.images:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
-        return [Question(QUESTION, (words, decode(output.images[-1])), self.parse, prompts.texts["system"], 3, 20)]
+        message, system = (words, decode(output.images[-1])), prompts.texts["system"]
+        return [Question(QUESTION, message, self.parse, system, answer_tokens=20)]
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
         """The images `<prompt_id>.png` of a folder, which may be of another format than their suffix says.
 
         Raises UserError as the protocol says, and if there is none.
         """
-        files = {item.id: folder / f"{item.id}.png" for item in items}
-        found = {item_id: file for item_id, file in files.items() if file.is_file()}
+        found = {item.id: file for item in items if (file := folder / f"{item.id}.png").is_file()}
         if not found:
             raise UserError(f"{folder}: has no image of an item; name them by prompt_id, 1.png to {NUM_ITEMS}.png")
-        reading.check_images(list(found.values()))
+        files.check_images(found.items(), "remove it, or generate it again")
         return {item_id: Output((file,)) for item_id, file in found.items()}
 
     def write_outputs(self, outputs: Mapping[str, Output], items: Sequence[Item], folder: Path) -> None:
         """Writes the last image of each output as `<prompt_id>.png`; an output without one is left out."""
         for item in items:
             if item.id in outputs and (images := outputs[item.id].images):
-                reading.write_png(images[-1], folder / f"{item.id}.png")
+                files.write_png(images[-1], folder / f"{item.id}.png")
 
     def figures(self, rows: Sequence[tuple[Item, Scores]]) -> Mapping[str, float]:
         """Each category's mean, and `overall`, their sum by numbers of items, where every category has a mean.
