@@ -228,7 +228,7 @@ MISTAKES = [
     ("last: true", "0.yaml: last: must be a number, got true"),
     ("optim: {steps: 0}", "0.yaml: optim.steps: must be greater than or equal to 1, got 0"),
     ("optim: 3", "0.yaml: optim: must be a mapping with the keys learning_rate, steps, got 3"),
-    ("optim:", "0.yaml: optim: must be a mapping with the keys learning_rate, steps, got None"),
+    ("optim:", "0.yaml: optim: must be a mapping with the keys learning_rate, steps, got null"),
     (
         "method: {weights: {kind: leep}}",
         "method.weights.kind: unknown kind 'leep'; did you mean 'leap'?; allowed: leap, euler",
@@ -248,6 +248,7 @@ MISTAKES = [
     ("method: {preset: {a: 1}}", "0.yaml: method: unknown method {'a': 1}; allowed: refl, sparse"),
     ("rewards: [{kind: leap}, {kind: leap, reach: x}]", "0.yaml: rewards.1.reach: must be a valid number, got 'x'"),
     ("rewards: [{reach: 1}]", "0.yaml: rewards.0.kind: missing; allowed: leap, euler"),
+    ("rewards[0]: {reach: 1}", "0.yaml: rewards[0]: unknown key; write rewards.0 for an element of a list"),
     ("more: {a: {stps: 1}}", "0.yaml: more.a.stps: unknown key; did you mean 'steps'?"),
     (
         "precision: float16",

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.weights import loading, weight_files
 
 
 def write_json(path: Path, content: object) -> None:
@@ -52,7 +53,7 @@ def diffusers_folder(folder: Path) -> Path:
     write_json(folder / "scheduler" / "scheduler_config.json", {})
     write_json(folder / "tokenizer" / "tokenizer_config.json", {})
     (folder / "tokenizer" / "spiece.model").write_bytes(bytes(32))
-    write_json(folder / "transformer" / "config.json", {})
+    write_json(folder / "transformer" / "config.json", {"_class_name": "Flux2Transformer2DModel"})
     write_weights(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     return folder
 
@@ -150,7 +151,7 @@ def test_files_that_other_systems_leave_are_left_alone(name: str, tmp_path: Path
     folder = transformers_folder(tmp_path)
     (folder / name).write_bytes(b"\0\5\26\7Mac OS X")
     assert hub.resolve(str(folder)) == folder
-    assert [file.name for file in hub.weight_files(folder).files] == ["model.safetensors"]
+    assert [file.name for file in weight_files(folder).files] == ["model.safetensors"]
 
 
 def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:
@@ -193,8 +194,9 @@ def test_integers_are_no_weights_unless_config_json_says_how_to_decode_them(
     save_file(weights, next(part.glob("*.safetensors")))
     with pytest.raises(UserError, match=r"1 weights are integers \(\w+\), the first is a\.weight, and config"):
         hub.resolve(str(folder))
+    about = json.loads((part / "config.json").read_text())
     for config in ({"quantization_config": {"a": 1}}, {"text_config": {"quantization_config": {"a": 1}}}):
-        write_json(part / "config.json", config)
+        write_json(part / "config.json", about | config)
         assert hub.resolve(str(folder)) == folder
 
 
@@ -225,6 +227,11 @@ STRANGE = [
     "http" + "://x/y",
 ]
 """References that are no paths, or too long for one."""
+
+
+def test_the_address_of_a_page_says_which_name_to_give() -> None:
+    with pytest.raises(UserError, match=r"is an address; give org/name\[@revision\], here org/name$"):
+        hub.resolve("https" + "://hub.example/org/name/tree/main")
 
 
 @pytest.mark.parametrize("ref", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "org/name@", "", *STRANGE])
@@ -271,15 +278,31 @@ def test_weights_of_a_variant_are_taken_where_there_are_no_plain_ones(
 ) -> None:
     folder = make(tmp_path / "model")
     assert hub.resolve(str(folder)) == folder
-    assert hub.weight_files(folder) == (variant, tuple(folder / name for name in names))
+    assert weight_files(folder) == (variant, tuple(folder / name for name in names))
 
 
 @pytest.mark.parametrize("name", ["flux1-dev.safetensors", "consolidated.safetensors", "Model.safetensors"])
 def test_weights_that_are_not_loaded_are_no_weights(name: str, tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(UserError, match=f"no model.*there is {name}, which is not loaded"):
+    with pytest.raises(UserError, match=f"no model.*there is {name}, which transformers does not load"):
         hub.resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "before", "after"),
+    [
+        (diffusers_folder, "transformer", "diffusion_pytorch_model", "model"),
+        (transformers_folder, ".", "model", "diffusion_pytorch_model"),
+    ],
+)
+def test_weights_under_the_other_library_s_name_are_no_weights(
+    make: Callable[[Path], Path], part: str, before: str, after: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "m") / part
+    (folder / f"{before}.safetensors").rename(folder / f"{after}.safetensors")
+    with pytest.raises(UserError, match=f"no {before}.safetensors .there is {after}.safetensors, which"):
+        hub.resolve(str(tmp_path / "m"))
 
 
 def entry(start: int, end: int, shape: tuple[int, ...] = (1,), dtype: str = "F32") -> dict[str, object]:
@@ -311,10 +334,10 @@ def test_what_libraries_raise_is_one_line() -> None:
         RecursionError(),
         type("Strict", (Exception,), {})("x"),
     ):
-        with pytest.raises(UserError, match=r"^folder \(.+\)$"), hub.loading("folder"):
+        with pytest.raises(UserError, match=r"^folder \(.+\)$"), loading("folder"):
             raise error
     for kind in (MemoryError, torch.OutOfMemoryError, KeyboardInterrupt):
-        with pytest.raises(kind), hub.loading("folder"):
+        with pytest.raises(kind), loading("folder"):
             raise kind
 
 
@@ -405,7 +428,6 @@ def test_builtin_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "WEIGHTS", tmp_path)
     folder = diffusers_folder(tmp_path / "generator")
     assert hub.resolve("builtin:shapes/generator") == folder
-    assert hub.prefetch("builtin:shapes/generator") == folder
     with pytest.raises(UserError, match="did you mean 'builtin:shapes/generator'"):
         hub.resolve("builtin:shapes/genrator")
     with pytest.raises(UserError, match="unknown model"):
@@ -530,7 +552,7 @@ def test_a_complete_cached_repository_resolves_offline(tmp_path: Path, monkeypat
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert hub.prefetch("org/name") == root / "snapshots" / ("a" * 40)
+    assert hub.resolve("org/name") == root / "snapshots" / ("a" * 40)
 
 
 def test_half_a_snapshot_says_what_to_run(fake: FakeHub) -> None:
@@ -558,7 +580,7 @@ def test_a_folder_wins_over_a_repository(fake: FakeHub, tmp_path: Path, monkeypa
     ],
 )
 def test_weights_of_another_shape_are_told_without_the_advice_of_libraries(words: str, said: str) -> None:
-    with pytest.raises(UserError) as caught, hub.loading("m: cannot be loaded"):
+    with pytest.raises(UserError) as caught, loading("m: cannot be loaded"):
         raise RuntimeError(words)
     assert str(caught.value).startswith("m: cannot be loaded (weights do not fit its config.json")
     assert said in str(caught.value)

@@ -35,6 +35,7 @@ from flowbp.methods import METHODS
 from flowbp.training import preflight
 from flowbp.training.loading import load_models
 from flowbp.training.trainer import Trainer
+from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
@@ -67,6 +68,28 @@ def theirs(
     options = {"num_inference_steps": steps, "output_type": output, "height": SIZE[0], "width": SIZE[1]}
     options |= FAMILIES[folder.name].guided(guidance) | changed
     return pipe, pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(seed), **options).images
+
+
+@pytest.mark.parametrize("how", ["deeper", "prefixed", "other shape"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_weights_that_do_not_fit_are_found_before_a_run(how: str, part: str, sd3_folder: Path) -> None:
+    about, file = sd3_folder / part / "config.json", next((sd3_folder / part).glob("*.safetensors"))
+    if how == "deeper":
+        key = "num_layers" if part == "transformer" else "num_hidden_layers"
+        config = json.loads(about.read_text())
+        about.write_text(json.dumps(config | {key: config[key] + 1}))
+    else:
+        weights = load_file(file)
+        if how == "prefixed":
+            weights = {f"module.{name}": value for name, value in weights.items()}
+        else:
+            name = next(name for name, value in weights.items() if value.ndim == 1)
+            weights[name] = torch.zeros(len(weights[name]) + 1)
+        save_file(weights, file, {"format": "pt"})
+    for check in (hub.prefetch, lambda ref: preflight.check_run(load(TrainConfig, [], small(Path(ref))), 1)):
+        with pytest.raises(UserError, match=f"{part}: .*weights are missing, the first is|shape|do not fit"):
+            check(str(sd3_folder))
+    preflight.check_run(load(TrainConfig, [], small(sd3_folder)), 1, estimate_only=True)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -87,8 +87,9 @@ def test_other_models_are_refused() -> None:
         RewardConfig(score="aesthetic", ref=REF).load()
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("how", ["missing", "other shape"])
-def test_weights_that_do_not_fit_are_refused(how: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(how: str, device: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(hub.resolve(REF), tmp_path / "reward"))
     weights = load_file(folder / "model.safetensors")
     name = next(key for key in weights if key.endswith("layer_norm1.weight"))
@@ -101,7 +102,7 @@ def test_weights_that_do_not_fit_are_refused(how: str, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"1 weights are missing, the first is .*layer_norm1|no CLIPModel that can be loaded"
     ):
-        RewardConfig(ref=str(folder)).load()
+        RewardConfig(ref=str(folder)).load(device)
 
 
 @pytest.mark.parametrize("variant", ["fp16", "non_ema"])

@@ -255,6 +255,13 @@ def test_files_of_supervised_rows_lose_nothing(tmp_path: Path, store: ImageStore
     assert list(read_sft(again, again.parent, store)) == rows
 
 
+def test_the_older_form_of_sharegpt_is_read(tmp_path: Path, store: ImageStore) -> None:
+    turns = [{"from": "human", "value": "x<image>y"}, {"from": "gpt", "value": "z"}]
+    (tmp_path / "f.json").write_text(json.dumps([{"conversations": turns, "images": [save(A, tmp_path / "a.png")]}]))
+    (row,) = read_sft(tmp_path / "f.json", tmp_path, store)
+    assert (row.texts, row.image_ids, row.completion) == (("x", "y"), (A.id,), "z")
+
+
 @settings(max_examples=25)
 @given(
     st.lists(plain, min_size=1, max_size=3), texts, st.none() | texts, st.dictionaries(st.sampled_from("xyz"), values)

@@ -26,6 +26,13 @@ def test_requests_are_read_from_rows_of_any_kind(tmp_path: Path, name: str, cont
     assert [request.text for request in read_requests(tmp_path / name, ImageStore(tmp_path))] == texts
 
 
+@pytest.mark.parametrize(("given", "made"), [("7", "7"), ('"a"', "a"), ("null", None)])
+def test_an_id_may_be_a_whole_number_or_left_open(tmp_path: Path, given: str, made: str | None) -> None:
+    (tmp_path / "r.jsonl").write_text(f'{{"text": "a cat", "id": {given}}}')
+    (request,) = read_requests(tmp_path / "r.jsonl", ImageStore(tmp_path))
+    assert request.id == (made or make_request("a cat", [], ImageStore(tmp_path)).id)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -214,6 +214,18 @@ def test_values_of_trl_are_checked_before_anything_is_read(trains: Callable[...,
         trains(*roles, config, 1)
 
 
+def test_weights_that_do_not_fit_are_found_before_a_run(root: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(root / "model", tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] += 1
+    config["text_config"].pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    given = quick(root).model_copy(update={"model": str(model)})
+    with pytest.raises(UserError, match=r"\d+ weights are missing, the first is .*layers"):
+        check_sft("critic", given, 1)
+    check_sft("critic", given, 1, needs_weights=False)
+
+
 @pytest.mark.parametrize("owned", [RESERVED_SFT, RESERVED_GRPO, RESERVED_LORA])
 def test_what_interleave_sets_itself_is_refused_with_the_reason(owned: dict[str, str]) -> None:
     for key, reason in owned.items():

@@ -142,7 +142,8 @@ def parse_json(text: str, where: str) -> Any:
         if "\\ud" in text.lower():
             check_text(json.dumps(value, ensure_ascii=False), where)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        whole = "; write each object on one line, or a list of them in a .json" if text.strip() in ("{", "[") else ""
+        raise UserError(f"{where}: not JSON ({error}){whole}") from None
     return value
 
 

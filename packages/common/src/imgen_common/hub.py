@@ -1,17 +1,17 @@
 """Model references: `builtin:shapes/generator`, a local folder or file, or `org/name@revision`, each to a path."""
 
-import contextlib
 import importlib
 import json
 import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import local_path
-from imgen_common.weights import check_numbers, load_whole
+from imgen_common.weights import check_numbers, incomplete, is_plain_name, load_whole, loading, read_json, weight_files
 
 if TYPE_CHECKING:
     from transformers import Qwen3Config
@@ -25,10 +25,6 @@ LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
-WEIGHT_FILE = re.compile(
-    r"(diffusion_pytorch_)?model(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
-)
-"""A whole model's weights or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
 REQUIRED_PARTS = (*("scheduler", "transformer", "vae"), *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
 """Components of a pipeline that it has, where its model_index.json names them at all; others may be null there."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
@@ -36,15 +32,6 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",
 NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
 MAX_REF = 4096
-MAX_JSON = 10**8
-"""Bytes of the largest JSON file that is read; tokenizers have 30 million."""
-
-
-class WeightFiles(NamedTuple):
-    """The weights of a model that `from_pretrained` reads; variant: its argument, None for the plain weights."""
-
-    variant: str | None
-    files: tuple[Path, ...]
 
 
 def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Path:
@@ -70,6 +57,8 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
     if exists:
         return _check_path(path, weights, single_file)
+    if address := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", ref):
+        raise UserError(f"model {one_line(ref, 80)!r}: is an address; give org/name[@revision], here {address[1]}")
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
@@ -85,9 +74,12 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
 def prefetch(ref: str) -> Path:
     """Download what `ref` names, so that it resolves offline; offline, only check that it does.
 
-    Raises UserError when that cannot be done.
+    The weights of a diffusers pipeline are checked to fit its networks.  Raises UserError when that cannot be done.
     """
-    return resolve(ref, single_file=True)
+    path = resolve(ref, single_file=True)
+    if (path / "model_index.json").exists():
+        check_networks(path)
+    return path
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
@@ -104,7 +96,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         )
     unfinished = next(folder.rglob("*.incomplete"), None)
     if weights and unfinished is not None:
-        raise _incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
+        raise incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
     if index.exists():
         for name, (library, class_name) in _components(folder).items():
             if library not in LIBRARIES:
@@ -132,21 +124,7 @@ def check_file(file: Path, folder: Path | None = None) -> None:
         if file.is_file() and b"git-lfs" in file.open("rb").read(64):
             raise UserError(f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` there") from None
         reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
-        raise _incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
-
-
-def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
-    """The JSON object in a file of a model.  Raises UserError where there is none."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        folder = folder or path.parent
-        raise _incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
-    return content
+        raise incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
 
 
 def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
@@ -166,26 +144,6 @@ def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> WeightFiles:
-    """The weights of a transformers folder or of a diffusers component: the plain ones, or else those of a variant.
-
-    Raises UserError where there are none, or where shards are missing.
-    """
-    found: dict[str | None, Path] = {}
-    for file in sorted(folder.glob("[!.]*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
-        match = WEIGHT_FILE.fullmatch(file.name)
-        if match is not None:
-            found.setdefault(match["file"] or match["index"], file)
-    if not found:
-        raise _no_weights(folder)
-    choices = [(variant, _shards(found[variant])) for variant in sorted(found, key=lambda name: name or "")]
-    variant, files = next((choice for choice in choices if any(file.exists() for file in choice[1])), choices[0])
-    missing = next((file for file in files if not file.exists()), None)
-    if missing is not None:
-        raise _incomplete(folder, f"{missing.name} is missing")
-    return WeightFiles(variant, files)
-
-
 def load_networks(folder: Path, *, skip: Collection[str] = (), **options: Any) -> dict[str, Any]:
     """The components of a diffusers folder that have weights, loaded, by name.
 
@@ -196,26 +154,15 @@ def load_networks(folder: Path, *, skip: Collection[str] = (), **options: Any) -
     for name, (library, class_name) in _components(folder).items():
         if _has_weights(class_name) and name not in skip:
             kind = getattr(importlib.import_module(library), class_name)
-            given[name] = load_whole(kind, folder / name, variant=weight_files(folder / name).variant, **options)
+            given[name] = load_whole(kind, folder / name, **options)
     return given
 
 
-@contextlib.contextmanager
-def loading(what: str) -> Iterator[None]:
-    """Turns what diffusers and transformers raise for files that do not hold what they say into a UserError: `what`,
-    and their words."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # what a folder that others made can lead to changes between versions
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        reason = one_line(str(error) or type(error).__name__)
-        if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
-            shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
-            reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
-        raise UserError(f"{what} ({reason})") from error
+def check_networks(folder: Path) -> None:
+    """Raises UserError unless the weights of a diffusers folder fit its networks; only headers of files are read."""
+    quiet_libraries()
+    with loading(f"{folder}: cannot be loaded"):
+        load_networks(folder, device_map="meta")
 
 
 def _builtins() -> list[str]:
@@ -297,22 +244,6 @@ def _remedy(ref: str) -> str:
     return "check the name and the network, then run this command again: a download continues where it stopped"
 
 
-def _incomplete(folder: Path, what: str) -> UserError:
-    return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
-
-
-def _no_weights(folder: Path) -> UserError:
-    if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*")):
-        return UserError(f"{folder}: only pickled weights; convert them to safetensors")
-    other = next(folder.glob("[!.]*.safetensors"), None)
-    found = f" (there is {other.name}, which is not loaded)" if other else ""
-    return _incomplete(folder, f"no *.safetensors weights: no model or diffusion_pytorch_model{found}")
-
-
-def _plain_name(name: object) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
-
-
 def _components(folder: Path) -> dict[str, tuple[str, str]]:
     """Component name to library and class name, from model_index.json; components that are null there are left out."""
     entries = read_json(folder / "model_index.json").items()
@@ -321,7 +252,7 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
         if all(isinstance(part, str) for part in entry):
-            if not all(map(_plain_name, (name, *entry))):
+            if not all(map(is_plain_name, (name, *entry))):
                 raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
             found[name] = (entry[0], entry[1])
     return found
@@ -334,10 +265,10 @@ def _has_weights(class_name: str) -> bool:
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
     if not any(part.glob("[!.]*.json")):
-        raise _incomplete(folder, f"{name}/ has no configuration")
+        raise incomplete(folder, f"{name}/ has no configuration")
     if _has_weights(class_name):
         if not (part / "config.json").exists():
-            raise _incomplete(folder, f"{name}/config.json is missing")
+            raise incomplete(folder, f"{name}/config.json is missing")
         _check_files(folder, part, weights)
     _check_vocabulary(folder, part, class_name)
 
@@ -352,7 +283,7 @@ def _check_vocabulary(folder: Path, part: Path, class_name: str) -> None:
     if not any(all(_is_filled(part, name) for name in names) for names in VOCABULARIES):
         where = "the tokenizer" if part == folder else f"{part.name}/"
         allowed = " or ".join(" and ".join(names) for names in VOCABULARIES)
-        raise _incomplete(folder, f"{where} has no vocabulary ({allowed})")
+        raise incomplete(folder, f"{where} has no vocabulary ({allowed})")
 
 
 def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty files
@@ -371,16 +302,6 @@ def _check_files(folder: Path, part: Path, weights: bool) -> None:
         for file in files:
             check_file(file, folder)
             check_numbers(file, config)
-
-
-def _shards(file: Path) -> tuple[Path, ...]:
-    """The files of an index, or the file itself."""
-    if file.suffix != ".json":
-        return (file,)
-    names = read_json(file).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(map(_plain_name, names.values())):
-        raise _incomplete(file.parent, f"{file.name} has no weight_map of file names")
-    return tuple(file.with_name(name) for name in sorted(set(names.values())))
 
 
 def text_layers(config: "Qwen3Config", joint_dim: int) -> tuple[int, ...]:

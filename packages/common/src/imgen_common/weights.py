@@ -1,15 +1,32 @@
 """Networks from folders whose weights and config.json fit each other: no weight missing, unused or of coded numbers."""
 
+import contextlib
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 
 INTEGERS = frozenset(sign + bits for sign in "IU" for bits in ("8", "16", "32", "64"))
 """Numbers, by safetensors' names, that a plain weight never has; buffers, such as position_ids, may have them."""
 QUANTIZED = ("quantization_config", "compression_config")
 """What config.json calls the way in which weights are coded; libraries decode those that it describes."""
 REMEDY = "copy weights and config.json from one place"
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""How each library names the file of a whole model's weights."""
+WEIGHT_FILE = r"{stem}(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
+"""That file or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+MAX_JSON = 10**8
+"""Bytes of the largest JSON file that is read; tokenizers have 30 million."""
+
+
+class WeightFiles(NamedTuple):
+    """The weights of a model that `from_pretrained` reads; variant: its argument, None for the plain weights."""
+
+    variant: str | None
+    files: tuple[Path, ...]
 
 
 def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
@@ -17,10 +34,16 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
 
     transformers draws a weight that the files lack at random, and both libraries drop one that config.json has no layer
     for.  What diffusers drops is an error here; transformers' classes read parts of larger published models.
-    options: further arguments of its `from_pretrained`.  Raises UserError for such weights, else what the library does.
+    options: further arguments of its `from_pretrained`; with device_map="meta" only the headers of files are read.
+    Raises UserError for such weights, else what the library does.
     """
     model, found = kind.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=weight_files(folder).variant,
+        **options,
     )
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}; {REMEDY}")
@@ -30,6 +53,24 @@ def load_whole(kind: Any, folder: Path, **options: Any) -> Any:
             f"{REMEDY}"
         )
     return model
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns what diffusers and transformers raise for files that do not hold what they say into a UserError: `what`,
+    and their words."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # what a folder that others made can lead to changes between versions
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = one_line(str(error) or type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
+            shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
+            reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
+        raise UserError(f"{what} ({reason})") from error
 
 
 def check_numbers(file: Path, config: dict[str, Any]) -> None:
@@ -52,3 +93,66 @@ def check_numbers(file: Path, config: dict[str, Any]) -> None:
             f"{file}: {len(coded)} weights are integers ({kind}), the first is {name}, and config.json has no "
             f"{QUANTIZED[0]}; {REMEDY}"
         )
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The weights of a transformers folder or of a diffusers component: the plain ones, or else those of a variant.
+
+    Raises UserError where there are none of a name that the library of its config.json loads, or shards are missing.
+    """
+    config = folder / "config.json"
+    library = "diffusers" if config.exists() and "_class_name" in read_json(config) else "transformers"
+    pattern = re.compile(WEIGHT_FILE.format(stem=STEMS[library]))
+    found: dict[str | None, Path] = {}
+    for file in sorted(folder.glob("[!.]*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
+        match = pattern.fullmatch(file.name)
+        if match is not None:
+            found.setdefault(match["file"] or match["index"], file)
+    if not found:
+        raise _no_weights(folder, library)
+    choices = [(variant, _shards(found[variant])) for variant in sorted(found, key=lambda name: name or "")]
+    variant, files = next((choice for choice in choices if any(file.exists() for file in choice[1])), choices[0])
+    missing = next((file for file in files if not file.exists()), None)
+    if missing is not None:
+        raise incomplete(folder, f"{missing.name} is missing")
+    return WeightFiles(variant, files)
+
+
+def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
+    """The JSON object in a file of a model.  Raises UserError where there is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        folder = folder or path.parent
+        raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
+    return content
+
+
+def incomplete(folder: Path, what: str) -> UserError:
+    return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
+
+
+def is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
+def _shards(file: Path) -> tuple[Path, ...]:
+    """The files of an index, or the file itself."""
+    if file.suffix != ".json":
+        return (file,)
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(map(is_plain_name, names.values())):
+        raise incomplete(file.parent, f"{file.name} has no weight_map of file names")
+    return tuple(file.with_name(name) for name in sorted(set(names.values())))
+
+
+def _no_weights(folder: Path, library: str) -> UserError:
+    if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*")):
+        return UserError(f"{folder}: only pickled weights; convert them to safetensors")
+    other = next(folder.glob("[!.]*.safetensors"), None)
+    found = f" (there is {other.name}, which {library} does not load)" if other else ""
+    return incomplete(folder, f"no {STEMS[library]}.safetensors{found}")

@@ -86,6 +86,8 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
         case "extra_forbidden" if owner is not None and key in owner.renamed:
             return f"renamed; write {owner.renamed[key]}"
         case "extra_forbidden":
+            if element := re.fullmatch(r"(\w+)\[(\d+)\]", key):
+                return f"unknown key; write {element[1]}.{element[2]} for an element of a list"
             return f"unknown key{nearest(key, fields) or '; allowed: ' + ', '.join(fields)}"
         case "missing":
             return "missing; give it a value"
@@ -102,5 +104,5 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
 
 
 def shortened(value: object) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -18,6 +18,7 @@ from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import NoiseLevels
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.weights import loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
 """By how much rounding may lift a noise level above 1."""
@@ -45,7 +46,7 @@ def load_pipeline(
     if net_device == "meta":
         empty = _empty_component(folder / "transformer", *kind.load_config(folder)["transformer"])
         given["transformer"] = empty.to(dtype)
-    with hub.loading(f"{folder}: not a {kind.__name__} that can be loaded"):
+    with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         given |= hub.load_networks(folder, skip=tuple(given), dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
     for name, part in pipe.components.items():
@@ -66,7 +67,7 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
             f"{ref}: scheduler {name}: only {EULER} is sampled exactly; name that one in model_index.json and in "
             "scheduler/scheduler_config.json if the model was trained with it"
         )
-    settings = hub.read_json(folder / "scheduler" / "scheduler_config.json", folder)
+    settings = read_json(folder / "scheduler" / "scheduler_config.json", folder)
     for field in NOT_SAMPLED:
         if settings.get(field):
             raise UserError(
@@ -78,7 +79,7 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
 
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:
     """The pipeline of a folder with every weight on the meta device; only its JSON files are read."""
-    with hub.loading(f"{folder}: not a {kind.__name__} that can be loaded"):
+    with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         parts = {
             name: _empty_component(folder / name, *value)
             if isinstance(value, list | tuple) and len(value) == 2
@@ -97,12 +98,13 @@ def _empty_component(folder: Path, library: str | None, name: str | None) -> Any
         raise UserError(
             f"{folder}: the installed {library} has no {name}; install the release the folder was made with"
         )
-    with torch.device("meta"):
-        if issubclass(kind, ModelMixin):
-            return kind.from_config(kind.load_config(folder))
-        if issubclass(kind, PreTrainedModel):
-            return kind(AutoConfig.from_pretrained(folder))
-    return kind.from_pretrained(folder)
+    with loading(f"{folder}: not a {name} that can be loaded"):
+        with torch.device("meta"):
+            if issubclass(kind, ModelMixin):
+                return kind.from_config(kind.load_config(folder))
+            if issubclass(kind, PreTrainedModel):
+                return kind(AutoConfig.from_pretrained(folder))
+        return kind.from_pretrained(folder)
 
 
 def autocast(x: Tensor, bfloat16: bool) -> torch.autocast:
@@ -205,7 +207,7 @@ def noise_levels(
     Raises UserError unless they fall from at most 1 to 0.
     """
     scheduler = copy.deepcopy(scheduler)
-    with hub.loading("scheduler/scheduler_config.json: cannot be used"), np.errstate(all="ignore"):
+    with loading("scheduler/scheduler_config.json: cannot be used"), np.errstate(all="ignore"):
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         levels = scheduler.sigmas.float().cpu()
     if not (levels.isfinite().all() and levels[0] <= 1 + LEVEL_TOLERANCE and (levels.diff() < 0).all()):
@@ -229,7 +231,7 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
     known = scheduler.config
     points = (known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift)
     names = "base_image_seq_len, max_image_seq_len, base_shift, max_shift"
-    with hub.loading(f"scheduler/scheduler_config.json: {names} cannot be {points}"):
+    with loading(f"scheduler/scheduler_config.json: {names} cannot be {points}"):
         return float(calculate_shift(tokens, *points))
 
 

@@ -62,7 +62,8 @@ def _exists(path: Path) -> bool:
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
-        raise UserError(f"{where}: no text under {key!r} (there is: {', '.join(row)}){nearest(key, row)}; set data.key")
+        found = ", ".join(name or "a column without a name" for name in row) or "nothing"
+        raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key")
     value = row[key]
     if not isinstance(value, str):
         found = describe_type(value)

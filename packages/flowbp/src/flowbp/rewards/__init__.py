@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
+from imgen_common.weights import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
     kind = REWARDS[config.score]
     folder = hub.resolve(config.ref, weights=weights)
     about = folder / "config.json"
-    model_type = hub.read_json(about).get("model_type") if about.exists() else None
+    model_type = read_json(about).get("model_type") if about.exists() else None
     if model_type != kind.model_type:
         raise UserError(
             f"{config.ref}: the score {config.score!r} needs a {kind.model_type!r} model, this is a {model_type!r}; "
@@ -105,7 +106,10 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
 
 
 def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":
-    """The frozen reward; on "meta" no weights are read.  Raises UserError for a model of another type."""
+    """The frozen reward; on "meta" only headers of its weights are read, if they are there.
+
+    Raises UserError for a model of another type, or whose weights do not fit it.
+    """
     kind = REWARDS[config.score]
     folder = resolve_reward(config, weights=str(device) != "meta")
     reward_class = getattr(import_module(kind.module), kind.class_name)

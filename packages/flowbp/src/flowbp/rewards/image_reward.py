@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionMod
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_head, load_part, load_weights, scoring_head
-from imgen_common import hub
+from flowbp.rewards.loading import are_weights_missing, load_head, load_part, load_weights, scoring_head
+from imgen_common.weights import weight_files
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
 """Mean and standard deviation of the raw score over the annotated images; the published score is standardized."""
@@ -33,13 +33,13 @@ class ImageReward:
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "ImageReward":
         """The frozen float32 reward of a folder made by `flowbp convert-reward imagereward`."""
         vision, text = build_towers(load_part(BlipConfig, folder))
-        files = hub.weight_files(folder).files if str(device) != "meta" else ()
-        weights = {name: value for file in files for name, value in load_file(file).items()}
+        files = () if are_weights_missing(folder, device) else weight_files(folder).files
+        weights = {name: value for file in files for name, value in load_file(file, str(device)).items()}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
+            tower.to(device, torch.float32).eval().requires_grad_(False)
             if files:
                 own = {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
                 load_weights(tower, folder, own)
-            tower.to(device, torch.float32).eval().requires_grad_(False)
         head = load_head(folder, scoring_head(text.config.hidden_size), device)
         return cls(vision, text, head, load_part(AutoTokenizer, folder))
 

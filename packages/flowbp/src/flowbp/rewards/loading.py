@@ -1,4 +1,4 @@
-"""Frozen models from transformers folders, and heads beside them; on the meta device no weights are read."""
+"""Frozen models from transformers folders, and heads beside them; on the meta device only headers are read."""
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoConfig, PreTrainedModel
 
-from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import load_whole
+from imgen_common.weights import load_whole, loading
 
 HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -58,20 +57,24 @@ def load_head(folder: Path, head: nn.Sequential, device: torch.device | str) -> 
     file = folder / HEAD_FILE
     if not file.exists():
         raise UserError(f"{folder}: no {HEAD_FILE} in it; make the folder with `flowbp convert-reward`")
-    if str(device) != "meta":
-        load_weights(head, folder, load_file(file))
-    return head.to(device).eval().requires_grad_(False)
+    load_weights(head.to(device), folder, load_file(file, str(device)))
+    return head.eval().requires_grad_(False)
 
 
 def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
     """Puts the weights of a folder into a module.  Raises UserError where their names or shapes are others."""
-    with hub.loading(f"{folder}: its weights do not fit {type(module).__name__}"):
+    with loading(f"{folder}: its weights do not fit {type(module).__name__}"):
         module.load_state_dict(weights)
+
+
+def are_weights_missing(folder: Path, device: torch.device | str) -> bool:
+    """Whether a model is loaded without its weights: on the meta device, from a folder that has none."""
+    return str(device) == "meta" and not any(folder.glob("[!.]*.safetensors"))
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     """The model, processor, tokenizer or configuration of class `kind` in a folder.  Raises UserError without it."""
-    with hub.loading(f"{folder}: has no {kind.__name__} that can be loaded"):
+    with loading(f"{folder}: has no {kind.__name__} that can be loaded"):
         return kind.from_pretrained(folder, local_files_only=True, **options)
 
 
@@ -79,10 +82,11 @@ def load_frozen(
     model_class: type[PreTrainedModel], folder: Path, device: torch.device | str, dtype: torch.dtype
 ) -> Any:
     """The model of a folder in eval mode, none of its parameters requiring a gradient."""
-    if str(device) == "meta":
-        with torch.device("meta"), hub.loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
-            model = model_class(load_part(AutoConfig, folder)).to(dtype)
-    else:
-        with hub.loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
-            model = load_whole(model_class, folder, dtype=dtype, variant=hub.weight_files(folder).variant)
+    with loading(f"{folder}: has no {model_class.__name__} that can be loaded"):
+        if are_weights_missing(folder, device):
+            with torch.device("meta"):
+                model = model_class(load_part(AutoConfig, folder)).to(dtype)
+        else:
+            on_meta = {"device_map": "meta"} if str(device) == "meta" else {}
+            model = load_whole(model_class, folder, dtype=dtype, **on_meta)
     return model.to(device).eval().requires_grad_(False)

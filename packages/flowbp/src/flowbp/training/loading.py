@@ -63,8 +63,8 @@ def load_models(
     return LoadedModels(backbone, rewards, prompts, embeddings, parameters)
 
 
-def load_rewards(config: TrainConfig, device: torch.device) -> dict[str, Reward]:
-    """All rewards by name, the trained ones first."""
+def load_rewards(config: TrainConfig, device: torch.device | str) -> dict[str, Reward]:
+    """All rewards by name, the trained ones first; on "meta" only the headers of their weights are read."""
     return {scorer.name: scorer.load(device) for scorer in config.scorers}
 
 

@@ -65,6 +65,7 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     from flowbp.backbones.loading import layers_of_targets, mark_trainable
     from flowbp.backbones.options import apply_model_options, check_machine
     from flowbp.core.plan import draw_plan
+    from flowbp.training.loading import load_rewards
 
     quiet_libraries()
     model = config.model
@@ -72,6 +73,8 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
     if not estimate_only:
         check_machine(model)
+        hub.check_networks(hub.resolve(model.ref))
+        load_rewards(config, "meta")
     apply_model_options(backbone, model)
     size = (model.height, model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))

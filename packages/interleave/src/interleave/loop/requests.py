@@ -35,7 +35,9 @@ class RequestRow(BaseModel):
 
     text: str = ""
     content: list[str | ImagePart] = Field(default_factory=list)
-    id: str | None = Field(default=None, min_length=1)
+    id: Annotated[str | None, BeforeValidator(lambda given: str(given) if type(given) is int else given)] = Field(
+        default=None, min_length=1
+    )
     images: Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)] = Field(
         default_factory=list
     )

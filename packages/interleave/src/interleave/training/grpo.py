@@ -62,6 +62,8 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     build_lora_config(config)
     check_sharding(config, processes)
     hub.resolve(config.model, weights=needs_weights)
+    if needs_weights:
+        run.load_model(config, device_map="meta")
     template = load_single_step_template(config.template)
     rows = read_rows(Path(config.data), "critic_rl", RlRow)
     prompts = [critic_prompt(row, template) for row in rows]

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from imgen_common import hub
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.memory import LiveBytes, allocate, held
+from imgen_common.weights import loading
 from interleave.datasets.rows import SftRow
 from interleave.models.chat.local import to_conversation
 from interleave.storage.images import ImageStore
@@ -169,7 +170,7 @@ def build_meta_model(config: TrainingConfig) -> Any:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    with hub.loading(UNLOADABLE.format(config.model)), torch.device("meta"):
+    with loading(UNLOADABLE.format(config.model)), torch.device("meta"):
         about = AutoConfig.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
         model: Any = AutoModelForImageTextToText.from_config(about)
         if config.lora is None:

@@ -25,7 +25,7 @@ from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
-from imgen_common.weights import load_whole
+from imgen_common.weights import load_whole, loading
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import OptionsRefusedError, refusals_of_trl
@@ -257,25 +257,28 @@ def load_processor(config: TrainingConfig) -> Any:
     """The model's processor, with images limited as at run time.  Raises UserError where it cannot be loaded."""
     from transformers import AutoProcessor
 
-    with hub.loading(UNLOADABLE.format(config.model)):
+    with loading(UNLOADABLE.format(config.model)):
         processor = AutoProcessor.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
     if config.max_pixels is not None:  # as `LocalChat` does
         processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
     return processor
 
 
-def load_model(config: TrainingConfig) -> Any:
-    """The model to train, its vision tower frozen as configured.  Raises UserError where it cannot be loaded."""
+def load_model(config: TrainingConfig, **options: Any) -> Any:
+    """The model to train, its vision tower frozen as configured.  Raises UserError where it cannot be loaded.
+
+    options: of `load_whole`; with device_map="meta" it is only checked.
+    """
     from transformers import AutoModelForImageTextToText
 
-    with hub.loading(UNLOADABLE.format(config.model)):
+    with loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
         model = load_whole(
             AutoModelForImageTextToText,
             folder,
-            variant=hub.weight_files(folder).variant,
             dtype=config.dtype,
             attn_implementation=config.attention,
+            **options,
         )
     if config.lora is None:
         freeze_vision(model, config.vision)

@@ -56,6 +56,8 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     TrlBatchOptions.from_trl(config.trl)
     check_arguments(config.trl, SFTConfig, processes)
     hub.resolve(config.model, weights=needs_weights)
+    if needs_weights:
+        run.load_model(config, device_map="meta")
     name = f"{role}_sft"
     folder = Path(config.data)
     rows = read_rows(folder, name, SftRow)

@@ -30,6 +30,7 @@ from flowbp.rewards.preprocess import normalize_channels
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.images import from_pil
+from imgen_common.weights import read_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MULTIPLE = 32
@@ -151,7 +152,7 @@ class GenEval:
 
 def check_detector(ref: str) -> None:
     """Raises UserError unless `ref` is a Mask2Former of COCO's 80 classes of things."""
-    config = hub.read_json(hub.resolve(ref) / "config.json")
+    config = read_json(hub.resolve(ref) / "config.json")
     kind, number = config.get("model_type"), len(config.get("id2label", {}))
     if kind != "mask2former" or number != len(CLASSES):
         raise UserError(

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from imgen_common.files import write_atomic, writing
 from interleave.agents.prompts import IMAGE_MARKER
@@ -29,15 +29,21 @@ WHITE_PATH = "data/interleave/white.png"
 # --- supervised rows -------------------------------------------------------------------------------------------------
 
 
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles of the older form {conversations: [{from, value}]}, as they are called in {messages: [{role, content}]}."""
+
+
 class _Turn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    role: Literal["user", "assistant"]
-    content: str
+    role: Annotated[Literal["user", "assistant"], BeforeValidator(lambda role: ROLES.get(str(role), role))] = Field(
+        validation_alias=AliasChoices("role", "from")
+    )
+    content: str = Field(validation_alias=AliasChoices("content", "value"))
 
 
 class _SharegptItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    messages: list[_Turn]
+    messages: list[_Turn] = Field(validation_alias=AliasChoices("messages", "conversations"))
     images: list[str | dict[str, Any]] = []
     trajectory_id: str | None = None
 

@@ -9,7 +9,7 @@ from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
-from imgen_common.weights import load_whole
+from imgen_common.weights import load_whole, loading
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
 
@@ -71,13 +71,12 @@ class LocalChat:
         self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
         self._device = device_of(config.device)
         folder = hub.resolve(config.ref)
-        with hub.loading(f"{config.ref}: not a vision-language model that can be loaded"):
+        with loading(f"{config.ref}: not a vision-language model that can be loaded"):
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self._model = load_whole(
                 AutoModelForImageTextToText,
                 folder,
                 trust_remote_code=False,
-                variant=hub.weight_files(folder).variant,
                 dtype=dtype_of(config.dtype, self._device),
                 attn_implementation=config.attention,
             )

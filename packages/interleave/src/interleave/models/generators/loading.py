@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.weights import loading
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
 
     kind = getattr(diffusers, name)
     absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
-    with hub.loading(f"{folder}: not a {name} that can be loaded"):
+    with loading(f"{folder}: not a {name} that can be loaded"):
         given = absent | hub.load_networks(folder, dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
