@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from imgen_common.shapes.edits import sample_edit, verify_edits
 from imgen_common.shapes.render import AREA, CENTROID, coverage, draw, render
 from imgen_common.shapes.scene import (
     CATEGORIES,
@@ -25,7 +26,6 @@ from imgen_common.shapes.scene import (
 )
 from imgen_common.shapes.steps import EDIT_KINDS, MAX_DRIFT
 from imgen_common.shapes.verify import accuracy, detect, verify
-from scripts.miniature.world.edits import sample_edit, verify_edits
 from scripts.miniature.world.negatives import hard_negative, turned
 from scripts.miniature.world.vocabulary import MAX_TOKENS, WORDS, clip_tokenizer, qwen_tokenizer
 

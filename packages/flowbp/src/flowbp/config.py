@@ -174,10 +174,16 @@ class DataConfig(Config):
     """The prompts to train on."""
 
     prompts: str = "builtin:shapes/train"
-    """`builtin:shapes/SPLIT`; a file: .txt (one prompt a line), .jsonl, .json (an array), .csv or .tsv (with names of
-    columns); or a folder of `datasets.save_to_disk`."""
+    """`builtin:shapes/SPLIT` or, for edits, `builtin:shapes/edits/SPLIT`; a file: .txt (one prompt a line), .jsonl,
+    .json (an array), .csv or .tsv (with names of columns); or a folder of `datasets.save_to_disk`."""
     key: str = "prompt"
     """Name of the prompt's column in .jsonl, .json, .csv and .tsv files and dataset folders."""
+    images: str = "images"
+    """Name of the column of source images, where prompts are edits: a path, counted from the file's folder, or a list;
+    in dataset folders images too."""
+    caption: str = "caption"
+    """Name of the column with what the result of an edit should show, for rewards that do not see its sources; where
+    rows have none, these read the instruction."""
     embeddings: Literal["memory", "disk", "live"] = "memory"
     """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
     `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
+    "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -122,6 +123,8 @@ class PipelineBackbone(ABC):
 
     max_tokens = 512
     """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
+    max_sources = 0
+    """Source images that an edit may have; 0: the family cannot edit."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -140,6 +143,14 @@ class PipelineBackbone(ABC):
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
+
+    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
+        raise UserError(f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can")
+
+    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place.  Raises UserError as `source_pixels`."""
+        raise UserError(f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can")
 
     @abstractmethod
     def shift(self, steps: int, size: tuple[int, int]) -> float | None:

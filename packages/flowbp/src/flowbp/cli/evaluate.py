@@ -224,7 +224,7 @@ def benchmark(
             guidance_scale=guidance,
             seed=seed,
         )
-        settings.read_prompts(request, source.config.data.key)
+        settings.read_prompts(request, source.config.data)
         source.check()
         # from here on torch is needed
         from flowbp.evaluation.benchmarks.run import prepare_benchmark

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.core.prompt_limits import PromptLimit
@@ -75,6 +76,15 @@ class Backbone(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
+    max_sources: int
+    """Source images that an edit may have; 0: the family cannot edit."""
+
+    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
+
+    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place.  Raises UserError as `source_pixels`."""
+
     def prompt_limits(self) -> Mapping[str, PromptLimit]:
         """How much of a prompt each text encoder reads, by its name; before they are unloaded."""
 
@@ -102,7 +112,11 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`."""
+    """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`.
+
+    One with `sees_sources = True` is called with a third argument: for each prompt, a tuple of the images that it
+    edits, tensors (3, h, w) in [0, 1]; its prompts are instructions, while others get captions of the wanted images.
+    """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""

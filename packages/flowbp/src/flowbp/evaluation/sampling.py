@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowbp.backbones.sources import pack_sources
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
+from flowbp.data.edits import check_edits, sources_of
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import is_shapes_source
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
@@ -25,14 +27,16 @@ def generate_images(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Images (b, 3, h, w) of one prompt, one per seed.
+    """Images (b, 3, h, w) of one prompt, or edits of its sources, one per seed.
 
     A seed gives the image that the diffusers pipeline of the family generates with
-    `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the model's images are not finite.
+    `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the family does not take the sources, or
+    the model's images are not finite.
     """
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
-    cond = repeat_batch(backbone.encode([prompt]), len(seeds))
-    negative = backbone.encode([""])
+    sources = pack_sources([[backbone.encode_source(source.load()) for source in sources_of(prompt)]])
+    cond = repeat_batch({**backbone.encode([prompt]), **sources}, len(seeds))
+    negative = {**backbone.encode([""]), **sources}
     latents = generate_latents(backbone, cond, negative, noise, size, num_inference_steps, guidance_scale)
     return decode_finite(backbone, latents)
 
@@ -49,6 +53,7 @@ def sample(
         check_text(text, "prompts")
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
+    check_edits(prompts, backbone)
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
     images = [generate_images(backbone, text, seeds, size, steps, config.guidance_scale) for text in prompts]
     return torch.cat(images)

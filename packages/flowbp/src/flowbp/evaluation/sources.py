@@ -63,7 +63,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:
     """The prompts of the evaluation that `config.eval` describes."""
-    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
+    return load_prompts(config.eval.prompts, config.data, config.eval.num_prompts)
 
 
 def check_guidance_scale(scale: float) -> None:

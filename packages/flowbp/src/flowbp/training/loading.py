@@ -45,7 +45,7 @@ def load_models(
     backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
     net = backbone.net
     assert isinstance(net, ModelMixin)
-    prompts = load_prompts(config.data.prompts, config.data.key)
+    prompts = load_prompts(config.data.prompts, config.data)
 
     # what is trained is float32 from here on; under adapters of a bfloat16 network the frozen weights are bfloat16
     parameters = mark_trainable(net, config)

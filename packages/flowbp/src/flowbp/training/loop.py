@@ -63,9 +63,9 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         config = self.config = self.trainer.config
-        evaluation, key = config.eval, config.data.key
-        self.full_prompts = load_prompts(evaluation.prompts, key, evaluation.num_prompts)
-        self.quick_prompts = load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts)
+        evaluation, data = config.eval, config.data
+        self.full_prompts = load_prompts(evaluation.prompts, data, evaluation.num_prompts)
+        self.quick_prompts = load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts)
         self.watches = config.watchdog.enabled and evaluation.every > 0
         self.evaluation_due = False
 

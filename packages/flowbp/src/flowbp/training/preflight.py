@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import TrainConfig
+from flowbp.data.edits import check_edits, describe_row
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -76,6 +77,8 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         hub.check_networks(hub.resolve(model.ref))
         load_rewards(config, "meta")
     apply_model_options(backbone, model)
+    sharded = config.distributed.kind in ("fsdp2", "zero3")
+    check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
     size = (model.height, model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
@@ -85,17 +88,18 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
     lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
-    data = {"data.prompts": hash_rows(prompts.data), "eval.prompts": hash_rows(prompts.eval)}
+    parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
+    data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
     return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers)
 
 
 def all_prompts(config: TrainConfig) -> Prompts:
     """The prompts of a run."""
-    key, evaluation = config.data.key, config.eval
+    data, evaluation = config.data, config.eval
     return Prompts(
-        load_prompts(config.data.prompts, key),
-        load_prompts(evaluation.prompts, key, evaluation.num_prompts),
-        load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts),
+        load_prompts(config.data.prompts, data),
+        load_prompts(evaluation.prompts, data, evaluation.num_prompts),
+        load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts),
     )
 
 

@@ -20,6 +20,7 @@ from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, RolloutSpec, draw_plan
 from flowbp.core.types import ScoredLosses, Velocity
+from flowbp.data.edits import score_images
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
 from flowbp.training.loading import LoadedModels, make_train_state
@@ -117,7 +118,7 @@ class Trainer:
                 found = found or (NotFiniteError(error.what, LOWER) if is_diverged else error)
                 continue
             for name, reward in self.models.rewards.items():
-                if not reward(images, prompts).isfinite().all():
+                if not score_images(reward, images, prompts).isfinite().all():
                     found = found or NotFiniteError(f"the scores of {name}", "check its weights, or leave it out")
         gather = gather_object if self.accelerator.num_processes > 1 else list
         every = [(one.what, one.advice) for one in gather([found]) if one is not None]
@@ -159,10 +160,10 @@ class Trainer:
         """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
         config, rewards = self.config, self.models.rewards
         images, texts = self.models.backbone.decode(x), prompts[rows]
-        scores = {reward.name: rewards[reward.name](images, texts) for reward in config.rewards}
+        scores = {reward.name: score_images(rewards[reward.name], images, texts) for reward in config.rewards}
         losses = torch.stack([reward_losses(reward.loss, scores[reward.name]) for reward in config.rewards])
         with torch.no_grad():
-            scores |= {held.name: rewards[held.name](images, texts) for held in config.heldout}
+            scores |= {held.name: score_images(rewards[held.name], images, texts) for held in config.heldout}
         return ScoredLosses(losses, {name: found.detach() for name, found in scores.items()})
 
     def _metric_sums(self, outcome: Outcome) -> dict[str, float]:

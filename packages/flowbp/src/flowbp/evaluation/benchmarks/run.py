@@ -176,7 +176,7 @@ def prepare_benchmark(
     source: ModelSource, request: BenchmarkRequest, out: Path, batch_size: int, judge_url: str | None = None
 ) -> Benchmark:
     """The benchmark of a request; nothing is written.  Raises UserError for what is wrong without loading weights."""
-    prompts = read_prompts(request, source.config.data.key)
+    prompts = read_prompts(request, source.config.data)
     config = benchmark_config(source, request, prompts)
     check_benchmark(config, judge_url)
     return Benchmark(source, config, prompts, out, batch_size, judge_url)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
-from flowbp.config import ModelConfig, PositiveInt
+from flowbp.config import DataConfig, ModelConfig, PositiveInt
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
@@ -101,11 +101,11 @@ class Prompt:
         return self.task.model_dump_json(by_alias=True, exclude_defaults=True)
 
 
-def read_prompts(request: BenchmarkRequest, key: str) -> list[Prompt]:
+def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
     """The prompts of the file.  Raises UserError as `load_prompts` and `read_tasks` do."""
     if request.protocol == "geneval":
         return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
-    return [Prompt(text) for text in load_prompts(request.prompts, key, request.num_prompts)]
+    return [Prompt(text) for text in load_prompts(request.prompts, data, request.num_prompts)]
 
 
 def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
