@@ -95,10 +95,9 @@ def test_large_and_long_sources_are_prepared_as_the_pipeline_does(
     monkeypatch.setattr(pipe, "prepare_image_latents", lambda images, **given: seen.extend(images) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pipe(image=[image], prompt=INSTRUCTION, num_inference_steps=1, **FAMILIES["flux2"].guided(1.0))
-    monkeypatch.setattr(pipe, "_encode_vae_image", lambda image, generator: seen.append(image) or torch.zeros(1, 1, 1, 1))
-    backbone.encode_source(image)
-    assert torch.equal(*seen)
-    assert seen[0].shape[2:] == backbone.source_pixels((image.height, image.width))
+    ours = backbone.prepare_source(image)
+    assert torch.equal(seen[0], ours)
+    assert ours.shape[2:] == backbone.source_size((image.height, image.width))
 
 
 @pytest.mark.parametrize("folder", EDITORS, indirect=True)
@@ -194,10 +193,10 @@ def test_packing_pads_and_remembers_sizes() -> None:
 def test_what_a_family_does_not_take_is_refused(backbone: Backbone) -> None:
     one: Sequence[str] = [edit(picture(64, 64))]
     if backbone.max_sources == 0:
-        with pytest.raises(UserError, match="StableDiffusion3Pipeline cannot edit; take out images, or train"):
+        with pytest.raises(UserError, match="StableDiffusion3Pipeline cannot edit; take out the images, or train"):
             check_edits(one, backbone)
         with pytest.raises(UserError, match="cannot edit"):
-            backbone.encode_source(picture(64, 64))
+            backbone.prepare_source(picture(64, 64))
     else:
         with pytest.raises(UserError, match="has 11 images, and Flux2KleinPipeline takes 10 at most"):
             check_edits([edit(*[picture(64, 64)] * 11)], backbone)

@@ -75,18 +75,23 @@ class FluxKontext(Flux):
 
     max_sources = 1
 
-    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """As the pipeline: of the resolutions that Kontext was trained on, the one with the nearest ratio of sides."""
         ratio, multiple = size[1] / size[0], 2 * self.pipe.vae_scale_factor
         known = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
         _, width, height = min((abs(ratio - width / height), width, height) for width, height in known)
         return height // multiple * multiple, width // multiple * multiple
 
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """Pixels in [-1, 1], as the pipeline prepares them."""
+        processor = self.pipe.image_processor
+        height, width = self.source_size(processor.get_default_height_width(image))
+        pixels: Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
+        return pixels
+
     @torch.no_grad()
-    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
-        """2x2 patches of the latents of a source image, prepared as the pipeline prepares it."""
-        vae, processor = self.pipe.vae, self.pipe.image_processor
-        height, width = self.source_pixels(processor.get_default_height_width(image))
-        resized = processor.resize(image, height, width)
-        pixels = processor.preprocess(resized, height, width).to(vae.device, vae.dtype)
-        return nn.functional.pixel_unshuffle(self.pipe._encode_vae_image(pixels, generator=None), 2)[0]
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """2x2 patches of the latents of a prepared source image."""
+        vae = self.pipe.vae
+        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return nn.functional.pixel_unshuffle(latents, 2)[0]

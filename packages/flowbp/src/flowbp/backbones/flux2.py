@@ -92,8 +92,11 @@ class Flux2(pipelines.PipelineBackbone):
             )[0]
         return tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
-    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
-        """As the pipeline: of at most 1024 x 1024 pixels, cut to whole patches; small ones enlarged to 64 pixels."""
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """As the pipeline: of at most 1024 x 1024 pixels, cut to whole patches; small ones enlarged to 64 pixels.
+
+        Raises UserError for one that is too long.
+        """
         height, width = (side * -(-SMALLEST_SOURCE // min(size)) for side in size)
         if max(size) > LONGEST_SOURCE * min(size):
             raise UserError(
@@ -104,15 +107,21 @@ class Flux2(pipelines.PipelineBackbone):
             height, width = int(height * scale), int(width * scale)
         return height // self.patch * self.patch, width // self.patch * self.patch
 
-    @torch.no_grad()
-    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
-        """Normalized latents of a source image, prepared as the pipeline prepares it."""
-        vae, processor = self.pipe.vae, self.pipe.image_processor
-        height, width = self.source_pixels((image.height, image.width))
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """Pixels in [-1, 1], as the pipeline prepares them."""
+        height, width = self.source_size((image.height, image.width))
         image = enlarge(image, -(-SMALLEST_SOURCE // min(image.size)))
+        processor = self.pipe.image_processor
         image = processor._resize_if_exceeds_area(image, LARGEST_SOURCE)
-        pixels = processor.preprocess(image, height=height, width=width, resize_mode="crop").to(vae.device, vae.dtype)
-        return self.pipe._encode_vae_image(pixels, generator=None)[0]
+        pixels: Tensor = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        return pixels
+
+    @torch.no_grad()
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Normalized latents of a prepared source image."""
+        vae = self.pipe.vae
+        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return latents[0]
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], differentiable (but for the clamp)."""

@@ -144,13 +144,22 @@ class PipelineBackbone(ABC):
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
 
-    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
-        raise UserError(f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can")
+        raise self._cannot_edit()
 
-    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
-        """Latents of a source image, one token in each place.  Raises UserError as `source_pixels`."""
-        raise UserError(f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can")
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """What `encode_source` takes.  Raises UserError as `source_size`."""
+        raise self._cannot_edit()
+
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place."""
+        raise self._cannot_edit()
+
+    def _cannot_edit(self) -> UserError:
+        return UserError(
+            f"{type(self.pipe).__name__} cannot edit; take out the images, or train FLUX.2-klein-base or FLUX.1-Kontext"
+        )
 
     @abstractmethod
     def shift(self, steps: int, size: tuple[int, int]) -> float | None:

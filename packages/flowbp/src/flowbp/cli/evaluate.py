@@ -13,7 +13,7 @@ import typer
 from flowbp.cli.options import Json, Runs, Sets, Steps, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError, check_choice, is_blank
+from imgen_common.errors import UserError, check_choice
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -40,12 +40,16 @@ def sample(
         int, typer.Option("--num-images", help="Images per prompt, from consecutive seeds.", min=1, max=256)
     ] = 4,
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image to edit; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")] = Path("images"),
     runs: Runs = Path("runs"),
 ) -> None:
     """Generate images with a model or a run. Saves each image, and a grid of all of them. A seed gives the same image
     as the diffusers pipeline of the model with generator=torch.Generator().manual_seed(seed). Existing files are kept;
-    new files get higher numbers.
+    new files get higher numbers. With --image the prompts are instructions to edit, and each row of the grid begins
+    with the image.
 
     Example:
 
@@ -53,8 +57,10 @@ def sample(
       flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge
       flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge --base
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7
+      flowbp sample "make the circle green" --image circle.png --guidance-scale 2
     """
     with spinner("loading"):
+        from flowbp.data.sources import edits_of_files
         from flowbp.evaluation import sources
         from imgen_common.files import make_folder
 
@@ -62,8 +68,7 @@ def sample(
             raise UserError("--run and --model: give one of them")
         if base and run is None:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
-        if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
-            raise UserError(f"prompt {blank[0]} of {len(prompts)} is empty; say what to draw")
+        prompts = edits_of_files(prompts, images or [])
         chosen = model if run is None else run
         source = sources.model_source("builtin:shapes/generator" if chosen is None else chosen, runs, base=base)
         config = source.config
@@ -74,6 +79,7 @@ def sample(
         steps = steps or config.eval.num_inference_steps
         make_folder(out)
         # from here on torch is needed
+        from flowbp.data.edits import source_thumbnails
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
@@ -81,17 +87,17 @@ def sample(
     quiet_libraries()
     print_notes(source.unread_prompts(prompts))
     backbone = source.load(device_of("auto"))
-    number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
+    number, seeds, cells = sampling.next_file_number(out), range(seed, seed + num), []
     with progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
-            images = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
-            for seed, image in zip(seeds, images, strict=True):
-                image.save(out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{seed}.png")
-            saved += images
+            made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
+            for which, image in zip(seeds, made, strict=True):
+                image.save(out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
+            cells += [*source_thumbnails(prompt, made[0].size), *made]
             on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
-    grid(saved, num, scale=max(1, 128 // saved[0].width), gap=4).save(file)
-    print(f"{len(saved)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
+    grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4).save(file)
+    print(f"{num * len(prompts)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 
 def evaluate(

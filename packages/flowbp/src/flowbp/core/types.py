@@ -79,11 +79,14 @@ class Backbone(Protocol):
     max_sources: int
     """Source images that an edit may have; 0: the family cannot edit."""
 
-    def source_pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
 
-    def encode_source(self, image: Image.Image) -> Float[Tensor, "c rows columns"]:
-        """Latents of a source image, one token in each place.  Raises UserError as `source_pixels`."""
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """What `encode_source` takes.  Raises UserError as `source_size`."""
+
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place."""
 
     def prompt_limits(self) -> Mapping[str, PromptLimit]:
         """How much of a prompt each text encoder reads, by its name; before they are unloaded."""

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any, cast
 from PIL import Image
 
 from imgen_common.errors import UserError, one_line
+from imgen_common.images import from_pil, thumbnail
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowbp.core.types import Backbone, Reward
     from imgen_common.shapes.edits import Edit as ShapesEdit
+
+
+Layout = tuple[tuple[int, int], ...]
+"""(height, width) of each source image of an edit, as the family prepares it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Edit(str):
         edit.sources, edit.caption, edit.shapes = tuple(sources), caption or instruction, shapes
         return edit
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.sources, self.caption, self.shapes
+
 
 def sources_of(prompt: str) -> tuple[Source, ...]:
     """The source images of a prompt; none where it is no edit."""
@@ -59,31 +67,36 @@ def caption_of(prompt: str) -> str:
     return prompt.caption if isinstance(prompt, Edit) else prompt
 
 
+def source_thumbnails(prompt: str, size: tuple[int, int]) -> list[Image.Image]:
+    """The source images of a prompt within (width, height) `size`, to be shown beside its image."""
+    return [thumbnail(source.load(), size) for source in sources_of(prompt)]
+
+
 def describe_row(prompt: str) -> str:
     """All that a prompt is made of, as one text, to compare data by."""
     found = sources_of(prompt)
     return "\0".join([prompt, caption_of(prompt), *(source.digest for source in found)]) if found else str(prompt)
 
 
-def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> None:
-    """Raises UserError unless the family takes the sources of all prompts.
+def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> list[Layout]:
+    """The layouts of the prompts' sources, from the fewest to the most pixels.
+
+    Raises UserError unless the family takes the sources of all prompts.
 
     one_layout: whether all must have sources of the same number and sizes, as processes that share the weights of a
     network need, which have to evaluate it equally often.
     """
-    layouts: dict[tuple[tuple[int, int], ...], str] = {}
+    layouts: dict[Layout, str] = {}
     for prompt in prompts:
         found = sources_of(prompt)
         place = f"the prompt {one_line(prompt, 60)!r}"
-        if len(found) > backbone.max_sources:
-            allowed = f"takes {backbone.max_sources} at most" if backbone.max_sources else "cannot edit"
-            pipeline = type(backbone.pipe).__name__
+        if len(found) > backbone.max_sources > 0:
             raise UserError(
-                f"{place} has {len(found)} images, and {pipeline} {allowed}; take out images, or train "
-                "FLUX.2-klein-base (10) or FLUX.1-Kontext (1)"
+                f"{place} has {len(found)} images, and {type(backbone.pipe).__name__} takes {backbone.max_sources} at "
+                "most; take out images"
             )
         try:
-            layouts.setdefault(tuple(backbone.source_pixels(source.size) for source in found), place)
+            layouts.setdefault(tuple(backbone.source_size(source.size) for source in found), place)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
     if one_layout and len(layouts) > 1:
@@ -92,9 +105,10 @@ def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: boo
             f"{one} has images of {_sizes(first)}, {other} of {_sizes(second)}; under distributed.kind fsdp2 or zero3 "
             "all must have the same: bring them to one size, or set distributed.kind to ddp"
         )
+    return sorted(layouts, key=lambda layout: sum(height * width for height, width in layout))
 
 
-def _sizes(layout: tuple[tuple[int, int], ...]) -> str:
+def _sizes(layout: Layout) -> str:
     return ", ".join(f"{width}x{height}" for height, width in layout) or "none"
 
 
@@ -106,8 +120,6 @@ def score_images(reward: "Reward", images: "Tensor", prompts: Sequence[str]) -> 
     """
     if not getattr(reward, "sees_sources", False):
         return reward(images, [caption_of(prompt) for prompt in prompts])
-    from imgen_common.images import from_pil
-
     loaded = [tuple(from_pil([source.load()])[0].to(images.device) for source in sources_of(p)) for p in prompts]
     scores: Tensor = cast(Any, reward)(images, list(prompts), loaded)
     return scores

@@ -83,7 +83,7 @@ class SourceLatents:
         if source.digest in self._kept:
             self._kept.move_to_end(source.digest)
             return self._kept[source.digest]
-        latents = self._backbone.encode_source(source.load()).cpu()
+        latents = self._backbone.encode_source(self._backbone.prepare_source(source.load())).cpu()
         self._kept[source.digest] = latents
         self._bytes += latents.nbytes
         while self._bytes > self._max_bytes and len(self._kept) > 1:

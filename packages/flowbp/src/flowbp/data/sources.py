@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,17 @@ def _load(value: object, folder: Path) -> Image.Image:
     if "://" in path:
         raise UserError("an image is a file, not an address; download it, and give its path")
     return decode(folder / path)
+
+
+def edits_of_files(instructions: Sequence[str], images: Sequence[Path]) -> list[str]:
+    """Edits of the same image files; the instructions themselves where there are none.
+
+    Raises UserError for an empty instruction, and for a file that is no image.
+    """
+    if blank := [number for number, text in enumerate(instructions, 1) if is_blank(text)]:
+        raise UserError(f"prompt {blank[0]} of {len(instructions)} is empty; say what to draw")
+    sources = [_source(partial(decode, image)) for image in images]
+    return [Edit(text, sources) if sources else text for text in instructions]
 
 
 def _source(load: Callable[[], Image.Image]) -> Source:
@@ -123,14 +134,15 @@ def _read_images(dataset: "Dataset", path: Path, name: str, row: int) -> Any:
         raise UserError(f"{path}: damaged column {name!r} ({one_line(str(error))}); save the dataset again") from None
 
 
-def shapes_edits(split: "Split", count: int) -> list[Edit]:
+@cache
+def shapes_edits(split: "Split", count: int) -> tuple[Edit, ...]:
     """Edits of the shapes world, whose results belong to the split, their kinds in turn."""
     from imgen_common.shapes.edits import sample_edit
     from imgen_common.shapes.steps import EDIT_KINDS
 
     rng = numpy_generator(0, f"edits-{split}")
     found = (sample_edit(rng, split, kind) for kind in islice(cycle(EDIT_KINDS), count))
-    return [Edit(one.instruction, [_source(partial(_draw_before, one))], one.caption, one) for one in found]
+    return tuple(Edit(one.instruction, [_source(partial(_draw_before, one))], one.caption, one) for one in found)
 
 
 def _draw_before(edit: "ShapesEdit") -> Image.Image:

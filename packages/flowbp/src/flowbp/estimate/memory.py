@@ -5,7 +5,7 @@ torch's fake tensors, which have shapes and no content, and the storages that ar
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +22,7 @@ from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
+from flowbp.backbones.sources import pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
@@ -78,7 +79,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     """What each of the run's processes needs."""
     config = job.config
     batch = batch_sizes(config, job.num_processes)
-    models = FakeModels(config)
+    models = FakeModels(config, job.sources)
     weights = WeightSizes.of(models, config, job.num_processes)
     if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
         models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
@@ -97,33 +98,41 @@ def estimate_run(job: CheckedRun) -> Estimate:
     for name in ("swept step", "optimizer step", *(("rollout", "reward") if accumulates else ())):
         activation[name] += weights.gradients
 
-    num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
-    step_flops = stages["swept step"].flops / config.active_steps_per_forward
-    flops = config.num_inference_steps * stages["rollout"].flops + num_swept * step_flops + stages["reward"].flops
     # where embeddings are kept all prompts of the run are embedded first; otherwise those of every batch in its turn
     live = config.data.embeddings == "live"
-    if live:
-        activation["embedding prompts"] = models.embedding_bytes
+    activation |= {"embedding prompts": models.embedding_bytes} if live else {}
+    activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
         static=weights.static,
         activation=activation,
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
-        embeddings=nbytes(models.cond.values()) * (0 if live else trained + config.eval.num_prompts),
-        flops=batch.gradient_accumulation_steps * flops,
+        embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
+        flops=batch.gradient_accumulation_steps * count_flops(job, stages),
         untraced=untraced,
     )
+
+
+def count_flops(job: CheckedRun, stages: "Mapping[str, StageCost]") -> float:
+    """Floating-point operations of an update of one micro-batch, averaged over the plans."""
+    config = job.config
+    num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
+    step = stages["swept step"].flops / config.active_steps_per_forward
+    return config.num_inference_steps * stages["rollout"].flops + num_swept * step + stages["reward"].flops
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
 
 
 class FakeModels:
-    """The networks of a run without content, on the device that is planned for."""
+    """The networks of a run without content, on the device that is planned for.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, model = config, config.model
+    sources: (height, width) of the source images of every sample.
+    """
+
+    def __init__(self, config: TrainConfig, sources: Sequence[tuple[int, int]] = ()) -> None:
+        self.config, self.sources, model = config, sources, config.model
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         empty = backbones.init_empty_weights(model.ref)
         self.backbone: Backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -151,6 +160,11 @@ class FakeModels:
             encoded = self.backbone.encode(["a picture"] * ENCODE_BATCH_SIZE)
         self.embedding_bytes = live.peak
         self.cond = {name: value[:1].clone() for name, value in encoded.items()}
+        self.text_bytes = nbytes(self.cond.values())
+        with LiveBytes(held(self.networks())) as live:
+            latents = [self.backbone.encode_source(torch.empty(1, 3, *size)) for size in self.sources]
+        self.source_bytes = live.peak
+        self.cond |= pack_sources([latents])
 
     @property
     def trained(self) -> list[nn.Parameter]:

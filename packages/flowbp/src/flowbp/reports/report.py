@@ -150,17 +150,20 @@ def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int
         every = base.scores[reward] + trained.scores[reward]  # all images with as many decimals
         before, after = (format_score(reward, one.scores[reward][i], *every) for one in (base, trained))
         scores = f"{score_title(reward).lower()} {before} → {after}"
-    sides = [_image(one, i, when) for one, when in ((base, "before"), (trained, "after"))]
-    return {"prompt": base.prompts[i], "scores": scores, "sides": sides}
+    prompt = base.prompts[i]
+    sides = [_image(file, f"source of: {prompt}", None) for file in base.source_files.get(i, [])]
+    for one, when in ((base, "before"), (trained, "after")):
+        passes = one.scores["verifier"][i] > 0.5 if "verifier" in one.scores else None
+        sides.append(_image(one.image_files[i], f"{when}: {prompt}", passes))
+    return {"prompt": prompt, "scores": scores, "sides": sides}
 
 
-def _image(one: SavedEvaluation, i: int, when: str) -> Values:
-    with Image.open(one.image_files[i]) as opened:
+def _image(file: Path, alt: str, passes: bool | None) -> Values:
+    with Image.open(file) as opened:
         image = to_rgb(opened)
     small = max(image.size) <= 128
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    passes = one.scores["verifier"][i] > 0.5 if "verifier" in one.scores else None
-    return {"uri": data_uri(image), "alt": f"{when}: {one.prompts[i]}", "small": small, "passes": passes}
+    return {"uri": data_uri(image), "alt": alt, "small": small, "passes": passes}
 
 
 def _categories(run: RunData) -> list[Values]:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
+from flowbp.data.edits import source_thumbnails
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.evaluate import Evaluation, NotFiniteError
 from flowbp.evaluation.image_statistics import rms_distance
@@ -19,7 +20,7 @@ from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.devices import any_process
 from imgen_common.errors import UserError
-from imgen_common.images import grid
+from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown
 
@@ -195,8 +196,10 @@ class TrainingLoop:
         quick = self._evaluate(self.quick_prompts, source, scale, "quick")
         self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
-            images = quick.images[:24]
-            self.run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
+            cells = []
+            for prompt, image in zip(quick.prompts, to_pil(quick.images[:24]), strict=False):
+                cells += [*source_thumbnails(prompt, image.size)[:1], image]
+            self.run.log_image(update, "quick", grid(cells, columns=8, scale=max(1, 96 // quick.images.shape[-1])))
         return quick
 
     def _evaluate(self, prompts: Sequence[str], source: str, scale: float, label: str) -> Evaluation:

@@ -41,7 +41,8 @@ class CheckedRun:
     """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
     its prompts.
 
-    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.
+    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.  sources: (height,
+    width) of the source images, as the family prepares them, of the edit that has most of them; empty without edits.
     """
 
     config: TrainConfig
@@ -52,6 +53,7 @@ class CheckedRun:
     num_prompts: int
     data: Mapping[str, DataHash]
     lora_layers: Mapping[str, int]
+    sources: tuple[tuple[int, int], ...] = ()
 
 
 def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
@@ -78,7 +80,7 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
         load_rewards(config, "meta")
     apply_model_options(backbone, model)
     sharded = config.distributed.kind in ("fsdp2", "zero3")
-    check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
+    layouts = check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
     size = (model.height, model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
@@ -90,7 +92,9 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers)
+    return CheckedRun(
+        config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers, layouts[-1]
+    )
 
 
 def all_prompts(config: TrainConfig) -> Prompts:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
+from flowbp.data.edits import sources_of
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
@@ -105,7 +106,10 @@ def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
     """The prompts of the file.  Raises UserError as `load_prompts` and `read_tasks` do."""
     if request.protocol == "geneval":
         return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
-    return [Prompt(text) for text in load_prompts(request.prompts, data, request.num_prompts)]
+    found = load_prompts(request.prompts, data, request.num_prompts)
+    if any(sources_of(prompt) for prompt in found):
+        raise UserError(f"{request.prompts}: holds edits, which no protocol has; evaluate them with `flowbp eval`")
+    return [Prompt(text) for text in found]
 
 
 def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
