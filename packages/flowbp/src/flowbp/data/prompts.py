@@ -32,8 +32,9 @@ def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> 
     else:
         path = local_path(source)
         if not _exists(path):
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"{source}: no such prompt file or dataset folder; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
+                f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
                 "by datasets' save_to_disk"
             )
         rows = _dataset(path, key) if path.is_dir() else read_table(path, key)
