@@ -34,8 +34,8 @@ def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> 
         if not _exists(path):
             place = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
-                "by datasets' save_to_disk"
+                f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a "
+                "folder made by datasets' save_to_disk"
             )
         rows = _dataset(path, key) if path.is_dir() else read_table(path, key)
         prompts = [text for where, row in rows if (text := _text(row, key, where))]
