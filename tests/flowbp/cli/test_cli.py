@@ -26,6 +26,7 @@ from flowbp import cli
 from flowbp.cli import app, console
 from flowbp.config import Hinge, TrainConfig
 from flowbp.core.plan import draw_plan
+from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.compare import Change, MeanScore
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
@@ -153,6 +154,9 @@ BAD = {
     "unknown key": (["optim.learing_rate=1"], "unknown key"),
     "wrong type": (["max_train_steps=many"], "must be a valid integer, got 'many'"),
     "out of range": (["optim.learning_rate=2"], "must be less than or equal to 1"),
+    "batch that is no batch": (["total_batch_size=1000000000000"], "total_batch_size"),
+    "prompts without end": (["eval.num_prompts=1000000000000"], "less than or equal to 1000000"),
+    "rank without end": (["lora.rank=1000000000"], "less than or equal to 4096"),
     "unknown method": (["method=flowbp_spars"], f"did you mean 'flowbp_sparse'?; allowed: {', '.join(METHODS)}"),
     "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
     "more active steps than steps": (
@@ -226,6 +230,15 @@ def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Pa
     for pair, said in (("seed=33", "now 33 was given"), ("eval.seed=99", "now 99 was given")):
         assert_refused(flowbp("train", "--resume", trained, *sets(pair)), said)
     assert tree(trained) == before
+
+
+def test_a_run_is_resumed_where_its_prompts_lie_elsewhere(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    prompts, source = tmp_path / "prompts.txt", RunFolder.open(trained, is_main=False).config(TrainConfig).data.prompts
+    prompts.write_text("\n".join(load_prompts(source)))
+    resumed = ("train", "--dry-run", "--resume", trained, *sets(f"data.prompts={prompts}"))
+    assert flowbp(*resumed)[0] == 0
+    prompts.write_text("a red circle")
+    assert_refused(flowbp(*resumed), "data.prompts has changed since the run was started")
 
 
 def test_a_second_process_stays_out(flowbp: Call, trained: Path) -> None:

@@ -38,6 +38,8 @@ def _check_different(values: tuple[float | str, ...]) -> tuple[float | str, ...]
 
 Different = AfterValidator(_check_different)
 PositiveInt = Annotated[int, Ge(1)]
+NumImages = Annotated[int, Ge(1), Le(10**6)]
+"""Of one update or evaluation; far more are a slip, and would fill the memory before anything is trained."""
 Attention = Literal[
     "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
 ]
@@ -105,7 +107,7 @@ class LoraConfig(Config):
 
     renamed: ClassVar = {"targets": "target_modules"}
 
-    rank: PositiveInt = 16
+    rank: Annotated[int, Ge(1), Le(4096)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Gt(0)] = 16.0
     """The update is scaled by alpha / rank."""
@@ -198,11 +200,11 @@ class EvalConfig(Config):
 
     prompts: str = "builtin:shapes/test"
     """Prompts of the evaluation before and after, as `data.prompts`."""
-    num_prompts: PositiveInt = 504
+    num_prompts: NumImages = 504
     """How many of them."""
     guidance_scale: Annotated[tuple[Annotated[float, Gt(0), Le(100)], ...], MinLen(1), Different] = (1.0, 2.0)
     """Guidance scales of the evaluation before and after."""
-    num_inference_steps: PositiveInt = 25
+    num_inference_steps: Annotated[int, Ge(1), Le(1000)] = 25
     """Denoising steps."""
     seed: int = 1
     """Seed of the noise; prompt i has its own stream whatever the batch."""
@@ -212,7 +214,7 @@ class EvalConfig(Config):
     """Updates between quick evaluations; 0: none."""
     quick_prompts: str = "builtin:shapes/tune"
     """Prompts of the quick evaluations, as `data.prompts`."""
-    quick_num_prompts: PositiveInt = 60
+    quick_num_prompts: NumImages = 60
     """How many of them."""
 
 
@@ -277,7 +279,7 @@ class TrainConfig(Config):
     the last level of SD3.5 at 25 steps is 0.0089 or 0.111.  Evaluations always sample at those of the pipeline."""
     max_train_steps: PositiveInt = 105
     """Optimizer updates."""
-    total_batch_size: PositiveInt = 16
+    total_batch_size: NumImages = 16
     """Images per update, over all processes and micro-batches."""
     per_device_batch_size: PositiveInt | None = None
     """Images per process at a time; null: all of the process's share at once."""

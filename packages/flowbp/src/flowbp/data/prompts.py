@@ -37,9 +37,10 @@ def load_prompts(source: str, data: DataConfig | None = None, limit: int | None 
     else:
         path = local_path(source)
         if not _exists(path):
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"{source}: no such prompt file or dataset folder; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
-                "by datasets' save_to_disk"
+                f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a "
+                "folder made by datasets' save_to_disk"
             )
         rows = read_dataset(path, data) if path.is_dir() else read_table(path, data.key)
         filled = [(where, row) for where, row in rows if _text(row, data.key, where)]

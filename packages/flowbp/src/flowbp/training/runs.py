@@ -25,6 +25,7 @@ MAY_DIFFER = (
     *("name", "max_train_steps", "checkpoint", "trackers", "per_device_batch_size", "active_steps_per_forward"),
     *("optim.learning_rate", "optim.max_grad_norm"),
     *("reward_batch_size", "offload_trajectory", "watchdog", "distributed"),
+    *("data.prompts", "data.key", "eval.prompts"),  # other places of equal prompts: `check_data` compares hashes
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
