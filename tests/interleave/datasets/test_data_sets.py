@@ -401,7 +401,7 @@ def test_a_judge_that_is_down_from_the_start_is_refused(tmp_path: Path, asked: P
 def test_a_judge_that_goes_down_stops_the_build_and_nothing_is_lost(tmp_path: Path, asked: Path) -> None:
     build(tmp_path / "whole", asked)
     out, down = tmp_path / "set", failing("rate_limited", lambda shown: shown.before.id != shown.after.id)
-    with pytest.raises(UserError, match=r"failed on \d+ images \(\d+ rate_limited; .*--resume"):
+    with pytest.raises(UserError, match=r"judge does not answer \(rate_limited: no luck\); .* is kept: .*--resume"):
         build(out, asked, judge=down)
     assert not (out / "set.json").exists()
     assert len([recorded for recorded in read_trace(out).values() if recorded.trajectory]) == 12
@@ -434,7 +434,7 @@ def other(score_of: Callable[[CriticInput], float]) -> FakeJudge:
 
 
 def agreeing(path: Path, judge: FakeJudge, **changes: Any) -> JudgeComparison:
-    return compare_judges(path, DataConfig(**changes), judge, lambda done, total: None)
+    return compare_judges(path, DataConfig(**changes), judge, BuildProgress())
 
 
 def test_two_judges_are_compared_on_the_images_of_a_set(tmp_path: Path, asked: Path) -> None:
@@ -472,7 +472,7 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
         ("no rows of critic_rl", out / "planner_sft.jsonl", other(mark)),
         ("does not answer", out, replace(failing("unreachable", lambda shown: True), id="other judge")),
         (
-            r"failed on \d+ images .* run the same command again",
+            r"failed on \d+ of \d+ items \(\d+ malformed_response; .* run the same command again",
             out,
             replace(failing("malformed_response", lambda shown: shown.after.id[0] in "0123456"), id="other judge"),
         ),
