@@ -891,9 +891,19 @@ def test_the_commands(
         "filters": {"rl_share": None, "balance": None},
     }
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-    code, told = interleave("data", "build", recipe, "--out", out)
+    code, told = interleave("data", "build", recipe, "--out", out, "--set", "confirm_calls=3")
+    assert code == 2
+    assert re.search(r"\d\d calls of the judge, about ", told)
+    assert f"nothing was asked yet: add --yes to interleave data build --resume {out}" in told
+    assert not (out / "scores").exists()
+    code, told = interleave("data", "build", "--resume", out, "--yes", "--set", "prices.completion=8")
     assert code == 0, told
+    assert "USD" in told
     assert "planner_sft: " in told
+    (answers,) = out.glob("scores/*/answers.jsonl")
+    said = [json.loads(line)["raws"] for line in answers.read_text().splitlines()]
+    assert {raw for raws in said for raw in raws} == {'{"score": [7, 8]}', '{"score": [3, 10]}'}
+    assert re.search(r"scores: \d\d images by scripted .*, failed: none", told)
     assert f"statistics: {out / 'statistics.html'}" in told
     code, told = interleave("data", "check", out)
     assert (code, told.splitlines()[-1]) == (0, "no problems")
@@ -905,7 +915,7 @@ def test_the_commands(
     assert (code, "--- answer" in told) == (0, True)
     code, told = interleave("data", "show", out / "critic_rl.jsonl", 1, "--json")
     assert set(json.loads(told)) == {"prompt", "answer", "known"}
-    code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1)
+    code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1, "--yes")
     assert code == 0, told
     assert "scored by both" in told
     shutil.copytree(out, alone := tmp_path / "alone")

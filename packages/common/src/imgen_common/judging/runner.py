@@ -18,6 +18,11 @@ NextQuestions = Callable[[Mapping[str, Any]], Sequence[Question]]
 for one that failed."""
 
 
+def all_at_once(questions: Callable[[], Sequence[Question]]) -> NextQuestions:
+    """Of an item whose questions need no answers; it is called once, so that images are read once."""
+    return lambda values: [] if values else questions()
+
+
 @dataclass(frozen=True)
 class Judging:
     """A judge, where its answers are kept, and how many items it is asked about at once.

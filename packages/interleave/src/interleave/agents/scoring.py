@@ -17,7 +17,7 @@ from imgen_common.files import write_atomic, writing
 from imgen_common.judging.answers import Answer, AnswerLog, by_item, count_failures, read_answers
 from imgen_common.judging.questions import JudgeReply, Question
 from imgen_common.judging.questions import Message as JudgeMessage
-from imgen_common.judging.runner import Judging
+from imgen_common.judging.runner import Judging, all_at_once
 from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_error
 from interleave.models.chat.endpoint import EndpointChat
 from interleave.models.concurrency import SingleFlight
@@ -174,9 +174,7 @@ class ImageScoring:
         kept = by_item(answer for answer in read_answers(own) if answer.is_final)
         earlier = CachedJudge(self.judge, kept_in)  # scores without words, as builds kept them once
 
-        def questions(look: Look, image_of: Callable[[str], HashedImage], values: Mapping[str, Any]) -> list[Question]:
-            if values:  # all were asked at once, and the images are read only once
-                return []
+        def questions(look: Look, image_of: Callable[[str], HashedImage]) -> list[Question]:
             return asked.questions(CriticInput(image_of(look[0]), image_of(look[1]), look[2], look[2]))
 
         def scores(answers: Mapping[str, Answer]) -> Scores | None:
@@ -186,11 +184,11 @@ class ImageScoring:
         found = {look: earlier.find(look) or scores(kept.get(" ".join(look), {})) for look in looks}
         left = {" ".join(look): look for look, one in found.items() if one is None}
         if left and isinstance(asked, ChatJudge):
-            every = ((name, q) for name, look in left.items() for q in questions(look, images.blank, {}))
+            every = ((name, q) for name, look in left.items() for q in questions(look, images.blank))
             self.on_questions(q for name, q in every if q.name not in kept.get(name, {}))
         limit = self.max_failed_share * len(found)
         judging = Judging(asked, AnswerLog(own), asked.prompts, self.concurrency, limit, self.how_to_resume)
-        items = {name: partial(questions, look, images.get) for name, look in left.items()}
+        items = {name: all_at_once(partial(questions, look, images.get)) for name, look in left.items()}
         answers = await judging.judge_all(items, self.on_progress)
         found |= {left[name]: scores(one) for name, one in answers.items()}
         return [found[look] for look in looks], count_failures(answers)
