@@ -53,7 +53,7 @@ def done(given: Benchmark) -> Benchmark:
 
 
 class FakeJudge:
-    """Says what it is given, one after the other; it is there."""
+    """Says what it is given, one after the other."""
 
     id = "fake"
 
@@ -66,17 +66,19 @@ class FakeJudge:
             raise said
         return JudgeReply(said)
 
-    async def check(self) -> None:
-        pass
-
     async def close(self) -> None:
         pass
+
+
+async def there(url: str, model: str) -> None:
+    pass
 
 
 def with_judge(given: Benchmark, said: list[Any], monkeypatch: pytest.MonkeyPatch) -> Benchmark:
     """The benchmark with a judge as its only scorer, which says what it is given."""
     spec = ScorerSpec(name="ur_iq", kind="ur_iq", ref="served")
     monkeypatch.setattr(vlm_judge, "EndpointJudge", lambda *ignored: FakeJudge(said))
+    monkeypatch.setattr(vlm_judge, "check_judge", there)
     config = given.config.model_copy(update={"scorers": (spec,)})
     return replace(given, config=config, judge=settings.JudgeConfig(url="http" + "://127.0.0.1:9/v1"))
 

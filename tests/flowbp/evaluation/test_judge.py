@@ -18,6 +18,7 @@ from flowbp.evaluation.vlm_judge import (
     QUESTIONS,
     Criterion,
     EndpointJudge,
+    check_judge,
     check_url,
     make_question,
     parse_score,
@@ -200,12 +201,12 @@ def test_nobody_answers(server: Server) -> None:
     with pytest.raises(JudgeError, match=r"http://127\.0\.0\.1:1/v1: cannot be reached") as failure:
         ask("http://127.0.0.1:1/v1", max_tries=2)
     assert failure.value.is_outage
-    for url in ("http://127.0.0.1:1/v1", server.url):
-        server.reply = lambda number, body: (401, "")
+    for url, status in (("http://127.0.0.1:1/v1", 200), (server.url, 401), (server.url, 400), (server.url, 500)):
+        server.reply = lambda number, body, status=status: (status, "")
         with pytest.raises(UserError, match=r"^judge 'm': .*check --judge, the model's name and FLOWBP_JUDGE_KEY"):
-            asyncio.run(EndpointJudge(url, "m").check())
+            asyncio.run(check_judge(url, "m"))
     server.reply = lambda number, body: (200, "Hm.")
-    asyncio.run(EndpointJudge(server.url, "m").check())
+    asyncio.run(check_judge(server.url, "m"))
 
 
 def test_the_key_is_sent_and_nowhere_shown(

@@ -10,7 +10,7 @@ from typing import Any
 
 from imgen_common.errors import UserError, one_line
 from imgen_common.judging.answers import Answer, AnswerLog, count_failures
-from imgen_common.judging.questions import JudgeError, JudgeModel, Question, Unreadable
+from imgen_common.judging.questions import JudgeError, JudgeModel, JudgeReply, Question, Unreadable
 from imgen_common.streams import stream_seed
 
 NextQuestions = Callable[[Mapping[str, Any]], Sequence[Question]]
@@ -107,20 +107,16 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
     item, prompts: recorded with the answer.
     """
     key = await asyncio.to_thread(question.key, judge.id)
-    raws: list[str] = []
-    tokens = [0, 0]
+    replies: list[JudgeReply] = []
     value, error, kind = None, None, None
     for attempt in range(question.tries):
-        ending = ""
+        seed = stream_seed(0, f"judge {key}", attempt)
         try:
-            reply = await judge.ask(question.system, question.message, stream_seed(0, f"judge {key}", attempt))
-            tokens = [tokens[0] + reply.num_prompt_tokens, tokens[1] + reply.num_completion_tokens]
-            raws.append(reply.text)
-            ending = f"{reply.ending}: " if reply.ending else ""
-            value, error, kind = question.parse(reply.text), None, None
+            replies.append(await judge.ask(question.system, question.message, seed))
+            value, error, kind = question.parse(replies[-1].text), None, None
             break
         except Unreadable as reason:
-            error, kind = one_line(f"{ending}{reason}"), "unreadable"
+            error, kind = one_line(": ".join(filter(None, (replies[-1].ending, str(reason))))), "unreadable"
         except JudgeError as failure:
             if failure.is_outage:
                 raise
@@ -134,13 +130,13 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         judge=judge.id,
         prompts=prompts,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        raws=tuple(raws),
+        raws=tuple(reply.text for reply in replies),
         value=value,
         error=error,
         error_kind=kind,
         num_calls=attempt + 1,
-        num_prompt_tokens=tokens[0],
-        num_completion_tokens=tokens[1],
+        num_prompt_tokens=sum(reply.num_prompt_tokens for reply in replies),
+        num_completion_tokens=sum(reply.num_completion_tokens for reply in replies),
     )
 
 

@@ -75,7 +75,7 @@ class EndpointJudge:
     def __init__(self, url: str, model: str, concurrency: int = 8, policy: RetryPolicy = POLICY) -> None:
         """Raises UserError for a key that no header can carry."""
         self._url, self._model, self.id = url.rstrip("/"), model, f"{model} t=0 n={MAX_TOKENS}"
-        self._client, self._timeout = HttpClient(url, KEY_VARIABLE, policy, concurrency), policy.timeout
+        self._client = HttpClient(url, KEY_VARIABLE, policy, concurrency)
 
     async def ask(self, system: str, message: Message, seed: int) -> JudgeReply:
         """The answer.  Raises JudgeError."""
@@ -83,19 +83,8 @@ class EndpointJudge:
         try:
             answer = await self._client.call(lambda seconds: complete(self._client, self._url, body, seconds))
         except HttpError as error:
-            raise JudgeError.of_http(error) from None
+            raise JudgeError.of_http(error) from error
         return JudgeReply(answer.text, answer.num_prompt_tokens, answer.num_completion_tokens)
-
-    async def check(self) -> None:
-        """Asks once about a white image.  Raises UserError if the endpoint does not answer."""
-        question = make_question("ur_iq", Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), "white"), "a white wall")
-        try:
-            await complete(self._client, self._url, self._body(question.message), self._timeout)
-        except HttpError as error:
-            if not isinstance(error, Refusal) and error.kind != "rate_limited":
-                raise UserError(
-                    f"judge {self._model!r}: {error}; check --judge, the model's name and {KEY_VARIABLE}"
-                ) from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -111,6 +100,19 @@ class EndpointJudge:
         messages = [{"role": "user", "content": content}]
         body = {"model": self._model, "temperature": 0, "max_tokens": MAX_TOKENS, "messages": messages}
         return json.dumps(body).encode()
+
+
+async def check_judge(url: str, model: str) -> None:
+    """Asks the judge once about a white image.  Raises UserError if it does not answer."""
+    judge = EndpointJudge(url, model, policy=RetryPolicy(max_tries=1))
+    question = make_question("ur_iq", Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), "white"), "a white wall")
+    try:
+        await judge.ask("", question.message, 0)
+    except JudgeError as failure:
+        if not isinstance(failure.__cause__, Refusal) and failure.kind != "rate_limited":
+            raise UserError(f"judge {model!r}: {failure}; check --judge, the model's name and {KEY_VARIABLE}") from None
+    finally:
+        await judge.close()
 
 
 def check_url(url: str | None) -> str:

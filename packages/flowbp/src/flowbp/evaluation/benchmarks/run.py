@@ -174,19 +174,11 @@ class Benchmark:
         specs = [spec for spec in self.config.scorers if spec.kind in JUDGED]
         todo = [(spec, i) for spec in specs for i, _ in self.unscored_images(spec.name)]
 
-        async def check(model: str) -> None:
-            judge = vlm_judge.EndpointJudge(vlm_judge.check_url(self.judge.url), model)
-            try:
-                await judge.check()
-            finally:
-                await judge.close()
-
         for model in dict.fromkeys(spec.ref for spec, _ in todo):
-            asyncio.run(check(model))
+            asyncio.run(vlm_judge.check_judge(vlm_judge.check_url(self.judge.url), model))
         white = Image.new("RGB", (1, 1), "white")
-        return estimate_cost(
-            (_question(spec, white, self.prompts[i]) for spec, i in todo), self.judge.prices, self.judge.concurrency
-        )
+        questions = (_question(spec, white, self.prompts[i]) for spec, i in todo)
+        return estimate_cost(questions, self.judge.prices, self.judge.concurrency)
 
     async def _judge_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
         """Asks the judge about images on disk.  Raises UserError once it is not there; its answers are kept."""
