@@ -48,7 +48,8 @@ def build(
     """Build training sets: run the loop with teachers as planner and critic, score the images with a judge, and make
     planner_sft, critic_sft and critic_rl from them, filtered, balanced and split, with a page of statistics. Without
     CONFIG it builds the miniature's sets on the CPU, by default in sets/miniature. --resume continues a killed build,
-    which ends with the same sets; with other filters it makes the sets again without calling a model.
+    which ends with the same sets; with other filters it makes the sets again without calling a model. What a chat model
+    as judge will cost is printed before it is asked, and needs --yes above confirm_calls or confirm_money.
 
     Example:
 
@@ -228,7 +229,7 @@ def agreement(
 ) -> None:
     """Score the images of critic_rl with another judge and compare it with the scores of the set: differences,
     correlations, the share of pairs of images that both judges order alike, and the rows on which they disagree most.
-    The scores are cached in the set's folder.
+    Its answers are kept in the set's folder; what they cost needs --yes above confirm_calls or confirm_money.
 
     Example:
 
