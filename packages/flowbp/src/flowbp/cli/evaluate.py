@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -192,6 +193,7 @@ def benchmark(
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time; affects results only by rounding.", min=1)] = 4,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
     sets: Sets = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -200,7 +202,8 @@ def benchmark(
     intervals, and keeps images, scores, table.md and table.json in --out. The same command continues where it stopped;
     scores can be added to existing images. Under torchrun the processes share the work. Kinds of scores: rewards (clip,
     clipscore, hpsv2, ...), ur_align and ur_iq (REF is the name under which --judge serves UnifiedReward), and geneval
-    (REF is a Mask2Former for COCO instance segmentation).
+    (REF is a Mask2Former for COCO instance segmentation). What the judge will cost is printed first, and must be
+    confirmed with --yes above --set judge.confirm_calls or judge.confirm_money (judge.prices.prompt and .completion).
 
     Example:
 
@@ -216,10 +219,15 @@ def benchmark(
     with spinner("loading"), report_error_once():
         from flowbp.evaluation.benchmarks import settings
         from flowbp.evaluation.sources import model_source
+        from imgen_common.config import load
 
         chosen = check_choice("--protocol", protocol, settings.BenchmarkProtocol)
+        of_judge = [text for text in sets or [] if text.startswith("judge.")]
+        asking = load(settings.JudgeConfig, [], [text.removeprefix("judge.") for text in of_judge])
+        asking = asking.model_copy(update={"url": judge or asking.url})
+        sets = [text for text in sets or [] if text not in of_judge]
         shape = [f"model.height={size}", f"model.width={size}"] if size else []
-        source = model_source(target, runs, [*(sets or []), *shape], base=base)
+        source = model_source(target, runs, [*sets, *shape], base=base)
         request = settings.BenchmarkRequest(
             protocol=chosen,
             prompts=prompts,
@@ -237,26 +245,32 @@ def benchmark(
         from imgen_common.console import quiet_libraries
 
         quiet_libraries()
-        work = prepare_benchmark(source, request, out, batch_size, judge)
+        work = prepare_benchmark(source, request, out, batch_size, asking)
         print_notes(work.unread_prompts())
     with report_error_once():
-        _run_benchmark(work, as_json)
+        _run_benchmark(work, as_json, yes)
 
 
-def _run_benchmark(work: "Benchmark", as_json: bool) -> None:
+def _run_benchmark(work: "Benchmark", as_json: bool, yes: bool) -> None:
     """Makes what is missing, and prints the table on the main process."""
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    from flowbp.evaluation.benchmarks.run import run_benchmark
+    from flowbp.evaluation.benchmarks.run import run_benchmark, run_on_all_processes
     from flowbp.evaluation.benchmarks.tables import write_table
+    from imgen_common.judging.cost import confirm_cost
+
+    def check_judge() -> None:
+        if state.is_main_process and (cost := own.check_judge()).calls:
+            confirm_cost(cost, own.judge, partial(print, file=sys.stderr), yes, "add --yes")
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     own = replace(work, device=state.device, rank=state.process_index)
     says = message_when_stopped(lambda: "stopped; the same command continues")
     try:
+        run_on_all_processes(check_judge)
         with (
             says if state.is_main_process else nullcontext(),
             progress_bar() if state.is_main_process else nullcontext(own.on_progress) as on_progress,

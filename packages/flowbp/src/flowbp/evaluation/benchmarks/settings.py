@@ -19,6 +19,8 @@ from imgen_common import hub
 from imgen_common.config import Config, to_yaml
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.judging.answers import read_answers
+from imgen_common.judging.cost import CostLimits
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
@@ -43,6 +45,15 @@ class ScorerSpec(Config):
     """Folder of the reward or of GenEval's detector, or the name under which the judge is served."""
     color_model: str | None = None
     """The CLIP with which GenEval classifies colors."""
+
+
+class JudgeConfig(CostLimits):
+    """How the judge is asked, `judge.KEY` for `--set`; nothing that an image or a score depends on."""
+
+    url: str | None = None
+    """Base URL of its endpoint; `--judge` sets it, too."""
+    concurrency: PositiveInt = 8
+    """Images that it is asked about at once."""
 
 
 class BenchmarkConfig(Config):
@@ -201,7 +212,10 @@ def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[
 
 
 def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
-    """All rows of one scorer, whichever process wrote them.  Raises UserError naming a line that is not a row."""
+    """All rows of one scorer, whichever process wrote them: its lines, or the final answers of a judge.
+
+    Raises UserError naming a line that is not a row.
+    """
     found = {}
     for file in sorted((folder / "scores").glob(f"{name}.rank*.jsonl")):
         for number, line in numbered_lines(file):
@@ -210,4 +224,8 @@ def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
                 found[int(row["prompt"]), int(row["image"])] = row
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
+    for answer in read_answers(folder / "scores" / name):
+        if answer.is_final:
+            prompt, image = map(int, answer.item.split("/"))
+            found[prompt, image] = {"prompt": prompt, "image": image, "score": answer.value}
     return found
