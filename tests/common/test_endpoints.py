@@ -161,7 +161,7 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
     with pytest.raises(Refusal, match="calls a tool instead of answering; serve it without tools"):
         read_completion(answer({"content": None, "tool_calls": calls}))
     assert read_completion(answer({"content": "a", "tool_calls": calls})).text == "a"
-    with pytest.raises(HttpError, match="streams its answers .*remove `stream` from `extra`") as error:
+    with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
         read_completion(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
     assert not error.value.can_retry
 
