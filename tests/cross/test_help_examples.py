@@ -102,6 +102,11 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
             "--num-prompts 2",
         ),
         (
+            "flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test "
+            "--out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier",
+            "--num-prompts 2 --images 1",
+        ),
+        (
             "flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 "
             "--score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL",
             "missing",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import ModelConfig
 from flowbp.rewards import RewardConfig
@@ -10,6 +10,9 @@ from imgen_common.errors import UserError, is_blank, nearest, one_line
 from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
+
+if TYPE_CHECKING:
+    from imgen_common.shapes.scene import Split
 
 BUILTIN = "builtin:shapes/"
 BUILTIN_COUNT = 3000
@@ -43,13 +46,20 @@ def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> 
     return prompts[:limit]
 
 
-def _builtin(source: str, count: int) -> list[str]:
-    from imgen_common.shapes.scene import Split, balanced_specs
+def shapes_split(source: str) -> "Split":
+    """The split that `builtin:shapes/SPLIT` names.  Raises UserError for another source."""
+    from imgen_common.shapes.scene import Split
 
     splits: dict[str, Split] = {BUILTIN + split: split for split in get_args(Split)}
     if source not in splits:
         raise UserError(f"{source}: unknown prompts{nearest(source, splits)}; allowed: {', '.join(splits)}")
-    split = splits[source]
+    return splits[source]
+
+
+def _builtin(source: str, count: int) -> list[str]:
+    from imgen_common.shapes.scene import balanced_specs
+
+    split = shapes_split(source)
     return [spec.caption for spec in balanced_specs(count, numpy_generator(0, f"prompts-{split}"), split)]
 
 
