@@ -59,10 +59,10 @@ NOTE = (
     "{items} items each; brackets are 95 % bootstrap intervals over items. The judge is the verifier of the shapes "
     "world, the questions are in our own words, and the data are the miniature's: no number here can be compared with "
     "a published one. A single shot is one image from the request as it stands, most of whose words the built-in "
-    "generator does not know, and no text. The built-in planner reads no images: RISEBench has no cells with it. GenEval "
-    "(shapes) has GenEval's rules, {prompts} captions and {images} images, intervals over captions; it is of text to "
-    "image, so that a single shot is all of it. The aligned generator is that of one `flowbp train` with its defaults, "
-    "one seed; the other benchmarks were not run with it."
+    "generator does not know, and no text. The built-in planner reads no images: RISEBench has no cells with it. "
+    "GenEval (shapes) has GenEval's rules, {prompts} captions and {images} images, and intervals over captions; it is "
+    "of text to image, so that a single shot is all of it. The aligned generator is that of one `flowbp train` with "
+    "its defaults, one seed; the other benchmarks were not run with it."
 )
 
 
@@ -87,16 +87,9 @@ def measure(name: str, system: str, work: Path) -> dict[str, Any]:
 def measure_geneval(name: str, model: str, work: Path) -> dict[str, Any]:
     """A cell of GenEval (shapes), at the generator's settings of the other cells; `name`: of its folder in `work`."""
     start = time.perf_counter()
-    source = [
-        "--protocol",
-        GENEVAL,
-        "--prompts",
-        "builtin:shapes/test",
-        "--score",
-        f"{GENEVAL}=builtin:shapes/verifier",
-    ]
-    settings = ["--num-inference-steps", "12", "--guidance-scale", "2", "--batch-size", "32"]
-    run_command(work, name, "flowbp", "benchmark", model, *source, *settings, "--out", str(work / name))
+    words = f"--protocol {GENEVAL} --prompts builtin:shapes/test --score {GENEVAL}=builtin:shapes/verifier"
+    words += " --num-inference-steps 12 --guidance-scale 2 --batch-size 32"
+    run_command(work, name, "flowbp", "benchmark", model, *words.split(), "--out", str(work / name))
     (row,) = json.loads((work / name / "table.json").read_text(encoding="utf-8"))
     figures = [
         asdict(Figure(key, one["mean"], one["low"], one["high"], one["mean"])) for key, one in row["means"].items()

@@ -165,6 +165,11 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave data import rl critic_rl.jsonl --root . --out sets/released_rl", "missing"),
         ("interleave data import execution_record trajectories/ --out sets/released", "missing"),
         ("interleave data check sets/miniature", ""),
+        (
+            "interleave data check sets/released_critic --run-config configs/interleave/klein_interleavethinker.yaml",
+            "missing",
+        ),
+        ("interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant", "missing"),
         ("interleave data show sets/miniature/critic_sft.jsonl 3", ""),
         (
             "interleave data agreement sets/mine --set judge.kind=model "

@@ -13,7 +13,10 @@ from torch.nn.functional import interpolate, pad
 from imgen_common.shapes.render import AREA, CENTROID, coverage, draw, render
 from imgen_common.shapes.scene import (
     CATEGORIES,
+    SHAPES,
     SIZE,
+    Placed,
+    Scene,
     Spec,
     Thing,
     balanced_specs,
