@@ -82,8 +82,8 @@ class PromptCounts:
         return (
             f"{self.different} of {self.same + self.different} prompts are not what {what}: line {number} has {has} "
             f"where run time has {expected}; sft trains on the text of the rows, which run time then does not show; "
-            f"mend them, or name the template that they were made with in a recipe ({self.key}: {{file: PATH.txt}}) and "
-            "give it as --run-config"
+            f"mend them, or name the template that they were made with in a recipe ({self.key}: {{file: PATH.txt}}) "
+            "and give it as --run-config"
         )
 
     def as_json(self) -> dict[str, Any]:
