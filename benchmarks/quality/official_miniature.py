@@ -166,7 +166,7 @@ def write_page(cells: Mapping[str, Mapping[str, Any]], environment: dict[str, An
         "",
         NOTE.format(items=items, prompts=prompts, images=geneval["images"]),
         "",
-        f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes.",
+        f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes, without training.",
         "",
         format_versions(environment),
     ]
