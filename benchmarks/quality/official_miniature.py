@@ -94,7 +94,8 @@ def measure_geneval(name: str, model: str, work: Path) -> dict[str, Any]:
     figures = [
         asdict(Figure(key, one["mean"], one["low"], one["high"], one["mean"])) for key, one in row["means"].items()
     ]
-    return {**row, "figures": figures, "seconds": time.perf_counter() - start}
+    counts = {"num_prompts": row["means"]["shapes_overall"]["num"], "num_images": row["images"]}
+    return {**counts, "figures": figures, "seconds": time.perf_counter() - start}
 
 
 def align(work: Path) -> str:
@@ -158,13 +159,12 @@ def write_page(cells: Mapping[str, Mapping[str, Any]], environment: dict[str, An
     """The table and what must be known of it."""
     items = max(cell["num_items"] for cell in cells.values() if "num_items" in cell)
     geneval = cells[f"{GENEVAL} single shot"]
-    prompts = geneval["means"]["shapes_overall"]["num"]
     lines: Sequence[str] = [
         "# The papers' benchmarks in their miniature editions",
         "",
         format_table(cells),
         "",
-        NOTE.format(items=items, prompts=prompts, images=geneval["images"]),
+        NOTE.format(items=items, prompts=geneval["num_prompts"], images=geneval["num_images"]),
         "",
         f"All cells together: {sum(cell['seconds'] for cell in cells.values()) / 60:.1f} minutes, without training.",
         "",
