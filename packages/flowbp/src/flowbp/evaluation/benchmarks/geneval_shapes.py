@@ -49,14 +49,12 @@ def shapes_tasks(source: str, limit: int | None = None) -> list[ShapesTask]:
 
 def _tasks(tag: Tag, split: Split) -> Iterator[ShapesTask]:
     """Tasks about objects of different classes, since the rules tell objects apart by their class."""
-    options = [s for s in specs(CATEGORY[tag], split) if tag == "counting" or len({*_classes(s)}) == len(s.things)]
+    options = specs(CATEGORY[tag], split)
+    if tag != "counting":
+        options = tuple(spec for spec in options if len({thing.shape for thing in spec.things}) == len(spec.things))
     order = numpy_generator(0, f"geneval-{tag}-{split}").permutation(len(options))
     for index in order[:TASKS_PER_TAG]:
         yield _task(tag, options[index])
-
-
-def _classes(spec: Spec) -> list[str]:
-    return [thing.shape for thing in spec.things]
 
 
 def _task(tag: Tag, spec: Spec) -> ShapesTask:
