@@ -102,6 +102,11 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
             "--num-prompts 2",
         ),
         (
+            "flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test "
+            "--out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier",
+            "--num-prompts 2 --images 1",
+        ),
+        (
             "flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 "
             "--score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL",
             "missing",
@@ -160,6 +165,11 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave data import rl critic_rl.jsonl --root . --out sets/released_rl", "missing"),
         ("interleave data import execution_record trajectories/ --out sets/released", "missing"),
         ("interleave data check sets/miniature", ""),
+        (
+            "interleave data check sets/released_critic --run-config configs/interleave/klein_interleavethinker.yaml",
+            "missing",
+        ),
+        ("interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant", "missing"),
         ("interleave data show sets/miniature/critic_sft.jsonl 3", ""),
         (
             "interleave data agreement sets/mine --set judge.kind=model "

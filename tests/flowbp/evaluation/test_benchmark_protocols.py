@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from forking import command, exit_codes, forked
 from PIL import Image
 from test_judge import serving
 
-from flowbp import cli
 from flowbp.evaluation import sampling, vlm_judge
 from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
@@ -286,6 +284,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ("aesthetc=x", "unknown kind 'aesthetc'; did you mean 'aesthetic'?"),
         ("Pick Score:clip=x", "lower-case letters"),
         ("geneval=x", "give --color-model"),
+        ("geneval_shapes=x", "give geneval_shapes=builtin:shapes/verifier"),
     ],
 )
 def test_scorers_are_parsed(text: str, said: str) -> None:
@@ -346,19 +345,6 @@ def test_the_table_of_geneval(tmp_path: Path) -> None:
 
 
 # --- the commands ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowbp", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return call
 
 
 def hpdv2(out: Path, *more: object) -> list[object]:
@@ -477,7 +463,10 @@ def assert_refused(answer: tuple[int, str, str], said: str) -> None:
         (["--guidance-scale", "0"], "--guidance-scale 0"),
         (["--size", "33"], "multiples of"),
         (["--prompts", "none.txt"], "no such prompt file"),
-        (["--protocol", "geneval"], "no such file"),
+        (["--protocol", "geneval"], "give --protocol geneval_shapes"),
+        (["--protocol", "geneval", "--prompts", "none.jsonl"], "no such file"),
+        (["--protocol", "geneval_shapes", "--prompts", "metadata.jsonl"], "allowed: builtin:shapes/train"),
+        (["--score", "geneval_shapes=builtin:shapes/verifier"], "give --protocol geneval_shapes"),
     ],
 )
 def test_mistakes_are_reported_before_a_file_is_made(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:

@@ -172,7 +172,7 @@ def benchmark(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
     prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts as for data.prompts, or GenEval's metadata.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
-    protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards) or geneval.")] = "hpdv2",
+    protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards), geneval or geneval_shapes.")] = "hpdv2",
     scores: Annotated[
         list[str] | None,
         typer.Option("--score", metavar="[NAME:]KIND=REF", help="What scores the images; may be repeated."),
@@ -182,9 +182,7 @@ def benchmark(
     ] = None,
     color_model: Annotated[str | None, typer.Option(metavar="REF", help="GenEval's CLIP ViT-L/14.")] = None,
     base: Annotated[bool, typer.Option("--base", help="For a run: use the model as it was before training.")] = False,
-    images: Annotated[
-        int | None, typer.Option(help="Images per prompt; default: 1 for hpdv2, 4 for geneval.", min=1)
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="Images per prompt; default: 1 for hpdv2, else 4.", min=1)] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Use only the first N prompts.", min=1)] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance-scale", help="Guidance scale; 1 means no guidance.")
@@ -201,15 +199,18 @@ def benchmark(
     """Generate and score the images of a whole prompt file as the papers do. Prints a table like theirs with 95 %
     intervals, and keeps images, scores, table.md and table.json in --out. The same command continues where it stopped;
     scores can be added to existing images. Under torchrun the processes share the work. Kinds of scores: rewards (clip,
-    clipscore, hpsv2, ...), ur_align and ur_iq (REF is the name under which --judge serves UnifiedReward), and geneval
-    (REF is a Mask2Former for COCO instance segmentation). What the judge will cost is printed first, and must be
-    confirmed with --yes above --set judge.confirm_calls or judge.confirm_money (judge.prices.prompt and .completion).
+    clipscore, hpsv2, ...), ur_align and ur_iq (REF is the name under which --judge serves UnifiedReward), geneval (REF
+    is a Mask2Former for COCO instance segmentation), and geneval_shapes: the rules of GenEval on prompts of the
+    miniature, judged by its verifier, not comparable with GenEval. What the judge will cost is printed first, and must
+    be confirmed with --yes above --set judge.confirm_calls or judge.confirm_money (judge.prices.prompt, .completion).
 
     Example:
 
     \b
       flowbp benchmark builtin:shapes/generator --prompts builtin:shapes/test --num-prompts 100 --out scores/base \\
         --score clip=builtin:shapes/reward
+      flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test \\
+        --out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier
       flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 \\
         --score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL
       torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import DataConfig, ModelConfig
 from flowbp.data.sources import read_dataset, read_prompts, shapes_edits
@@ -11,6 +11,9 @@ from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
+
+if TYPE_CHECKING:
+    from imgen_common.shapes.scene import Split
 
 BUILTIN = "builtin:shapes/"
 EDITS = BUILTIN + "edits"
@@ -50,17 +53,27 @@ def load_prompts(source: str, data: DataConfig | None = None, limit: int | None 
     return prompts[:limit]
 
 
-def _builtin(source: str, count: int) -> list[str]:
-    from imgen_common.shapes.scene import Split, balanced_specs
+def shapes_split(source: str, *, edits: bool = False) -> "Split":
+    """The split that `builtin:shapes/SPLIT` or, with `edits`, `builtin:shapes/edits/SPLIT` names.
+
+    Raises UserError for another source.
+    """
+    from imgen_common.shapes.scene import Split
 
     splits: dict[str, Split] = {BUILTIN + split: split for split in get_args(Split)}
-    edits: dict[str, Split] = {EDITS: "train", **{f"{EDITS}/{split}": split for split in get_args(Split)}}
-    if source in edits:
-        return list(shapes_edits(edits[source], count))
+    if edits:
+        splits |= {EDITS: "train"} | {f"{EDITS}/{split}": split for split in get_args(Split)}
     if source not in splits:
-        allowed = (*splits, *edits)
-        raise UserError(f"{source}: unknown prompts{nearest(source, allowed)}; allowed: {', '.join(allowed)}")
-    split = splits[source]
+        raise UserError(f"{source}: unknown prompts{nearest(source, splits)}; allowed: {', '.join(splits)}")
+    return splits[source]
+
+
+def _builtin(source: str, count: int) -> list[str]:
+    from imgen_common.shapes.scene import balanced_specs
+
+    split = shapes_split(source, edits=True)
+    if source.startswith(EDITS):
+        return list(shapes_edits(split, count))
     return [spec.caption for spec in balanced_specs(count, numpy_generator(0, f"prompts-{split}"), split)]
 
 

@@ -161,28 +161,49 @@ def check(
         Literal["strict", "tolerant"], typer.Option(help="How answers are parsed: as JSON, or also Python-style.")
     ] = "strict",
     most: Annotated[int, typer.Option(min=1, metavar="N", help="Print at most N problems; all are counted.")] = 100,
+    run_configs: Annotated[
+        list[Path] | None,
+        typer.Option("--run-config", metavar="FILE", help="The recipe that the trained agents will run with."),
+    ] = None,
+    sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Read every row and every image of a set and print which rows are wrong and why. The exit code is 1 if any is.
+    Rows from sharegpt files train on the text that they have: a warning says how many of their prompts are not what
+    run time shows with the templates of --run-config (by default, those of `interleave run`), and where they differ.
+    With --run-config or --set, the prompts of all supervised rows are compared.
 
-    Example: interleave data check sets/miniature
+    Example:
+
+    \b
+      interleave data check sets/miniature
+      interleave data check sets/released_critic --run-config configs/interleave/klein_interleavethinker.yaml
+      interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant
     """
+    from imgen_common.config import load
     from interleave.cli import console as show
     from interleave.datasets.check import SetChecker
+    from interleave.loop.config import RunConfig
 
-    checker, console, count = SetChecker(path, parse_mode), show.open_console(), 0
+    run = load(RunConfig, run_configs or [], sets or []) if run_configs or sets else None
+    checker, console, count = SetChecker(path, parse_mode, run), show.open_console(), 0
     for count, problem in enumerate(checker.problems(), 1):
         if as_json:
             print(json.dumps({"file": str(problem.file), "line": problem.line, "why": problem.why}))
         elif count <= most:
             console.print(show.sanitize(str(problem)))
     if as_json:
-        print(json.dumps({"problems": count, "files": {name: vars(one) for name, one in checker.counts.items()}}))
+        files = {name: vars(one) for name, one in checker.counts.items()}
+        compared = {name: one.as_json() for name, one in checker.prompts.items()}
+        print(json.dumps({"problems": count, "files": files, "prompts": compared}))
     else:
         if count > most:
             console.print(f"... and {count - most} more problems")
         for name, one in checker.counts.items():
             console.print(f"{name}: {one.rows} rows, {one.wrong} wrong")
+        for name, prompts in checker.prompts.items():
+            warning = "warning: " if prompts.different else ""
+            console.print(show.sanitize(f"{warning}{name}: {prompts.describe()}"), soft_wrap=True)
         console.print("no problems" if not count else f"{count} problem{'s' * (count != 1)}")
     if count:
         raise typer.Exit(1)

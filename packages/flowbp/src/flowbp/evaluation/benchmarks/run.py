@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -28,8 +28,10 @@ from flowbp.core.noise import initial_noise
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import describe_unread_prompts
 from flowbp.evaluation import vlm_judge
+from flowbp.evaluation.benchmarks.geneval_shapes import find_mistakes_by_verifier
 from flowbp.evaluation.benchmarks.settings import (
-    GENEVAL,
+    GENEVAL_KINDS,
+    GENEVAL_SHAPES,
     JUDGED,
     BenchmarkConfig,
     BenchmarkRequest,
@@ -55,6 +57,9 @@ from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, all_at_once
 
+if TYPE_CHECKING:
+    from flowbp.evaluation.benchmarks.detector import GenEval
+
 T = TypeVar("T")
 ScoreRows = list[dict[str, Any]]
 ScoreImages = Callable[[Sequence[Image.Image], Sequence[Prompt]], ScoreRows]
@@ -68,7 +73,7 @@ def image_file(folder: Path, image_id: ImageId) -> Path:
 
 def load_scorer(spec: ScorerSpec, device: torch.device) -> ScoreImages:
     """The scorer with its weights."""
-    if spec.kind == GENEVAL:
+    if spec.kind in GENEVAL_KINDS:
         return _geneval(spec, device)
     reward = load_reward(RewardConfig(score=spec.kind, ref=spec.ref), device)
 
@@ -81,11 +86,7 @@ def load_scorer(spec: ScorerSpec, device: torch.device) -> ScoreImages:
 
 
 def _geneval(spec: ScorerSpec, device: torch.device) -> ScoreImages:
-    from flowbp.evaluation.benchmarks.detector import Detector, GenEval
-    from flowbp.rewards.clip import ClipReward
-
-    clip = ClipReward.load(hub.resolve(cast(str, spec.color_model)), device=device)
-    rules = GenEval(Detector.load(spec.ref, device), clip)
+    rules = find_mistakes_by_verifier if spec.kind == GENEVAL_SHAPES else _load_geneval(spec, device)
 
     def score(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> ScoreRows:
         tasks = [prompt.task for prompt in prompts if prompt.task]
@@ -93,6 +94,14 @@ def _geneval(spec: ScorerSpec, device: torch.device) -> ScoreImages:
         return [{"tag": task.tag, "score": float(not wrong), "mistakes": wrong} for task, wrong in found]
 
     return score
+
+
+def _load_geneval(spec: ScorerSpec, device: torch.device) -> "GenEval":
+    from flowbp.evaluation.benchmarks.detector import Detector, GenEval
+    from flowbp.rewards.clip import ClipReward
+
+    clip = ClipReward.load(hub.resolve(cast(str, spec.color_model)), device=device)
+    return GenEval(Detector.load(spec.ref, device), clip)
 
 
 @dataclass(frozen=True)

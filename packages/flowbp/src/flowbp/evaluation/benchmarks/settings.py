@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal, cast, get_args
 from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
 from flowbp.data.edits import sources_of
-from flowbp.data.prompts import load_prompts
+from flowbp.data.prompts import is_shapes_source, load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
+from flowbp.evaluation.benchmarks.geneval_shapes import VERIFIER, shapes_tasks
 from flowbp.evaluation.sources import ModelSource, check_guidance_scale
 from flowbp.rewards import REWARDS
 from imgen_common import hub
@@ -24,10 +25,11 @@ from imgen_common.judging.cost import CostLimits
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
-BenchmarkProtocol = Literal["hpdv2", "geneval"]
-IMAGES_PER_PROMPT: dict[BenchmarkProtocol, int] = {"hpdv2": 1, "geneval": 4}
+BenchmarkProtocol = Literal["hpdv2", "geneval", "geneval_shapes"]
+IMAGES_PER_PROMPT: dict[BenchmarkProtocol, int] = {"hpdv2": 1, "geneval": 4, "geneval_shapes": 4}
 """As in the papers."""
-GENEVAL = "geneval"
+GENEVAL, GENEVAL_SHAPES = GENEVAL_KINDS = ("geneval", "geneval_shapes")
+"""Kinds of scorers that have a protocol of their own, which has their name."""
 JUDGED = get_args(vlm_judge.Criterion)
 SCORER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 ImageId = tuple[int, int]
@@ -42,7 +44,7 @@ class ScorerSpec(Config):
     name: str
     kind: str
     ref: str
-    """Folder of the reward or of GenEval's detector, or the name under which the judge is served."""
+    """Folder of the reward or of GenEval's detector, the name under which the judge is served, or the verifier."""
     color_model: str | None = None
     """The CLIP with which GenEval classifies colors."""
 
@@ -89,7 +91,7 @@ class BenchmarkRequest:
 
     protocol: BenchmarkProtocol
     prompts: str
-    """File with prompts, or with the metadata of GenEval."""
+    """File with prompts, or with the metadata of GenEval; `builtin:shapes/SPLIT`."""
     scorers: tuple[ScorerSpec, ...] = ()
     num_prompts: int | None = None
     """Only the first prompts; None: all of them."""
@@ -114,7 +116,14 @@ class Prompt:
 
 
 def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
-    """The prompts of the file.  Raises UserError as `load_prompts` and `read_tasks` do."""
+    """The prompts of the file.  Raises UserError as `load_prompts`, `read_tasks` and `shapes_tasks` do."""
+    if request.protocol == GENEVAL_SHAPES:
+        return [Prompt(task.prompt, task) for task in shapes_tasks(request.prompts, request.num_prompts)]
+    if request.protocol == "geneval" and is_shapes_source(request.prompts):
+        raise UserError(
+            f"{request.prompts}: GenEval reads its own metadata, a .jsonl or .json; for GenEval's rules on images of "
+            f"shapes give --protocol {GENEVAL_SHAPES}"
+        )
     if request.protocol == "geneval":
         return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
     found = load_prompts(request.prompts, data, request.num_prompts)
@@ -124,8 +133,8 @@ def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
 
 
 def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
-    """The scorer that `[NAME:]KIND=REF` describes; a kind is a reward, a criterion of the judge, or `geneval`."""
-    kinds = (*REWARDS, *JUDGED, GENEVAL)
+    """The scorer that `[NAME:]KIND=REF` describes; a kind is a reward, a criterion of the judge or a GenEval."""
+    kinds = (*REWARDS, *JUDGED, *GENEVAL_KINDS)
     left, _, ref = text.partition("=")
     name, _, kind = left.rpartition(":")
     name = name or kind
@@ -135,6 +144,8 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
         raise UserError(f"--score {text}: unknown kind {kind!r}{nearest(kind, kinds)}; allowed: {', '.join(kinds)}")
     if not SCORER_NAME.fullmatch(name):
         raise UserError(f"--score {text}: a name has lower-case letters, digits and underscores only, this is {name!r}")
+    if kind == GENEVAL_SHAPES and ref != VERIFIER:
+        raise UserError(f"--score {text}: its judge is the verifier of the shapes world; give {kind}={VERIFIER}")
     if kind == GENEVAL and color_model is None:
         raise UserError(f"--score {text}: GenEval classifies colors with a CLIP ViT-L/14; give --color-model REF")
     return ScorerSpec(name=name, kind=kind, ref=ref, color_model=color_model if kind == GENEVAL else None)
@@ -171,11 +182,11 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     for spec in config.scorers:
         if spec.kind in JUDGED:
             vlm_judge.check_url(judge_url)
-        elif spec.kind != GENEVAL:
+        elif spec.kind in GENEVAL_KINDS and spec.kind != config.protocol:
+            raise UserError(f"--score {spec.name}: needs what images must show; give --protocol {spec.kind}")
+        elif spec.kind not in GENEVAL_KINDS:
             hub.resolve(spec.ref)
-        elif config.protocol != "geneval":
-            raise UserError(f"--score {spec.name}: needs GenEval's metadata; give --protocol geneval")
-        else:
+        elif spec.kind == GENEVAL:
             from flowbp.evaluation.benchmarks.detector import check_detector
 
             check_detector(spec.ref)
