@@ -149,7 +149,7 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
         reporter.event("done", run=str(run), report=str(page), seconds=seconds, results=results)
         return
     print()
-    console.print_comparison(found, config.guidance_scale, "base", "trained")
+    console.print_comparison(found, config.eval_guidance_scales[0], "base", "trained")
     print(f"\n{progress.format_duration(seconds)}\nrun folder: {run}\nreport:     {page}")
 
 

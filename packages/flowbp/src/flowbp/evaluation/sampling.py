@@ -50,7 +50,7 @@ def sample(
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
-    images = [generate_images(backbone, text, seeds, size, steps, config.guidance_scale) for text in prompts]
+    images = [generate_images(backbone, text, seeds, size, steps, config.eval_guidance_scales[0]) for text in prompts]
     return torch.cat(images)
 
 
