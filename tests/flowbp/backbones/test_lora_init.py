@@ -62,12 +62,13 @@ def as_peft(run: Path, out: Path, family: str) -> Path:
 def as_kohya(run: Path, out: Path, family: str) -> Path:
     """The layers of the original model, stacked at one rank, with their alphas."""
     adapters, keys = adapters_of(run), {}
-    widths = {layer: len(one.up) for layer, one in adapters.items()}
+    net = init_empty_weights(RunFolder.open(run, is_main=False).config(TrainConfig).model.ref).net
+    widths = {name: module.out_features for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     for name, layers in original_layers(adapters, PIPELINES[family]).items():
-        if all(layer in adapters for layer in layers):
-            one, flat = fuse_adapters([adapters[layer] for layer in layers], [widths[n] for n in layers]), name
+        if any(layer in adapters for layer in layers):
+            one = fuse_adapters([adapters.get(layer) for layer in layers], [widths[layer] for layer in layers])
             rank = len(one.down)
-            key = "lora_unet_" + flat.replace(".", "_")
+            key = "lora_unet_" + name.replace(".", "_")
             keys[f"{key}.lora_down.weight"], keys[f"{key}.lora_up.weight"] = one.down, one.up * 2
             keys[f"{key}.alpha"] = torch.tensor(rank / 2)
     save_file(keys, out / "kohya.safetensors")
@@ -88,16 +89,17 @@ FORMS: tuple[Callable[[Path, Path, str], Path], ...] = (as_diffusers, as_comfyui
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
-    targets = TARGETS.replace("[to_q", "[proj_mlp, to_q") if family == "flux" else TARGETS
-    run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", targets)
+    run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", TARGETS)
     expected, base = ours(run, model), ours(run, model, base=True)
     assert (expected - base).abs().max() > 5e-3
     for form in FORMS:
         place = tmp_path / form.__name__
         place.mkdir()
         config = config_of(model, form(run, place, family))
-        lora = check_run(config, 1).config.lora
+        job = check_run(config, 1)
+        lora = job.config.lora
         assert lora is not None
+        assert sum(job.lora_layers.values()) == len(adapters_of(run))
         assert (lora.rank, lora.rank_pattern, lora.alpha_pattern) == (RANK, {}, {}), form.__name__
         assert lora.alpha == {as_peft: ALPHA, as_kohya: RANK / 2}.get(form, RANK)
         assert (drawn(config) - expected).abs().max() < 1e-5, form.__name__
@@ -171,10 +173,12 @@ def test_what_is_stacked_at_one_rank_is_shared() -> None:
     rng = torch.Generator().manual_seed(0)
     whole = LayerAdapter(torch.randn(4, 5, generator=rng), torch.randn(6, 4, generator=rng), alpha=2.0)
     parts = take_apart(whole, [2, 3, 1])
-    assert [one.rank for one in parts] == [4, 4, 4]
-    assert torch.equal(torch.cat([one.up for one in parts]), whole.up)
+    assert [one and one.rank for one in parts] == [4, 4, 4]
+    assert torch.equal(torch.cat([one.up for one in parts if one]), whole.up)
     untrained = take_apart(LayerAdapter(whole.down, torch.zeros(6, 4), alpha=2.0), [2, 3, 1])
-    assert [one.rank for one in untrained] == [4, 4, 4]
+    assert [one and one.rank for one in untrained] == [4, 4, 4]
+    whole.up[2:5] = 0
+    assert [one and one.rank for one in take_apart(whole, [2, 3, 1])] == [4, None, 4]
 
 
 DOWN, UP = (
@@ -250,10 +254,13 @@ def test_settings_beside_the_adapter_that_are_not_its_own_are_refused(flux2: Pat
     for setting, message in {
         "lora.rank=8": "lora.rank 8: the adapter .* has 2; leave lora.rank out",
         "lora.alpha=1": "lora.alpha 1.0: .* has 2.0",
+        "lora.rank_pattern={to_q: 4}": "lora.rank_pattern {'to_q': 4}: .* has {}",
         "lora.target_modules=[to_q, to_k]": "the first that differs is .*to_k; leave lora.target_modules out",
     }.items():
         with pytest.raises(UserError, match=message):
             check_run(config_of(flux2, tmp_path / "a.safetensors", setting), 1)
+    with pytest.raises(UserError, match=r"lora\.rank_pattern: no layer with an adapter .* ends with 'to_y'"):
+        check_run(load(TrainConfig, [], [f"model.ref={flux2}", "lora.rank_pattern={to_q: 4, to_y: 4}"]), 1)
     own = ("lora.rank=2", "lora.alpha=2", "lora.target_modules=[attn.to_q]")
     assert check_run(config_of(flux2, tmp_path / "a.safetensors", *own), 1).lora_layers == {"attn.to_q": 1}
 

@@ -163,6 +163,10 @@ def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
             f"lora.target_modules: no linear layer has a name that ends with {', '.join(missed) or 'any of them: []'}; "
             f"frequent are {', '.join(end for end, _ in ends.most_common(8))}"
         )
+    for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for end in pattern:
+            if not any(f".{name}".endswith(f".{end}") for names in found.values() for name in names):
+                raise UserError(f"lora.{key}: no layer with an adapter has a name that ends with {end!r}")
     return found
 
 

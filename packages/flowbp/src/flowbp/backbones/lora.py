@@ -106,26 +106,31 @@ def read_adapter(ref: str, net: nn.Module, pipeline: str) -> dict[str, LayerAdap
         _check_shapes(ref, name, whole, linear[target.layers[0]].in_features, widths, target.layers)
         if target.is_original and _is_swapped(net, target.layers[0]):
             whole = LayerAdapter(whole.down, torch.cat(whole.up.chunk(2)[::-1]), whole.alpha)
-        found |= dict(zip(target.layers, take_apart(whole, widths), strict=True))
+        parts_of = zip(target.layers, take_apart(whole, widths), strict=True)
+        found |= {layer: one for layer, one in parts_of if one is not None}
     return found
 
 
-def take_apart(whole: LayerAdapter, widths: list[int]) -> list[LayerAdapter]:
+def take_apart(whole: LayerAdapter, widths: list[int]) -> list[LayerAdapter | None]:
     """The adapters of layers with the same input whose outputs, of these widths, are stacked; their updates are exact.
 
-    Each has the rank of the whole, unless every part that is not zero has columns of its own, as `flowbp export` writes
-    them: then each has its own ones.
+    Each has the rank of the whole, unless every part has columns of its own, as `flowbp export` writes them: then each
+    has its own ones.  None for a part that is zero, where another is not.
     """
     ups = list(whole.up.split(widths))
-    present = [i for i, up in enumerate(ups) if up.any()]
-    size, rest = divmod(whole.rank, max(1, len(present)))
-    if len(present) > 1 and not rest:
-        blocks = {i: slice(k * size, (k + 1) * size) for k, i in enumerate(present)}
-        if all(ups[i].count_nonzero() == ups[i][:, own].count_nonzero() for i, own in blocks.items()):
-            own_columns = [blocks.get(i, slice(0, size)) for i in range(len(ups))]
-            alpha = whole.alpha * size / whole.rank
-            return [LayerAdapter(whole.down[c], up[:, c], alpha) for up, c in zip(ups, own_columns, strict=True)]
-    return [LayerAdapter(whole.down, up, whole.alpha) for up in ups]
+    present = [i for i, up in enumerate(ups) if up.any()] or list(range(len(ups)))
+    found: list[LayerAdapter | None] = [LayerAdapter(whole.down, up, whole.alpha) for up in ups]
+    size, rest = divmod(whole.rank, len(present))
+    blocks = {i: slice(k * size, (k + 1) * size) for k, i in enumerate(present)}
+    if not rest and whole.up.any() and all(_is_within(ups[i], own) for i, own in blocks.items()):
+        alpha = whole.alpha * size / whole.rank
+        for i, own in blocks.items():
+            found[i] = LayerAdapter(whole.down[own], ups[i][:, own], alpha)
+    return [one if i in blocks else None for i, one in enumerate(found)]
+
+
+def _is_within(up: Tensor, columns: slice) -> bool:
+    return bool(up.count_nonzero() == up[:, columns].count_nonzero())
 
 
 def adopt_adapter(lora: LoraConfig, net: nn.Module, pipeline: str) -> LoraConfig:

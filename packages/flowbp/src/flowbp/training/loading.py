@@ -69,7 +69,8 @@ def load_models(
         shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
         parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if config.model.compile:
-        compile_blocks(net)
+        for one in (net,) if base is None else (net, base.net):
+            compile_blocks(one)
 
     # embeddings on disk are shared by all runs, so their keys contain all that they depend on
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None

@@ -111,8 +111,8 @@ def _change_config(run: RunFolder, config: TrainConfig) -> None:
 
 
 def compare_base_and_trained(run: Path) -> dict[float, dict[str, Change]]:
-    """Base against trained by guidance scale, the training's own first; scales with both evaluations only."""
+    """Base against trained by guidance scale, the run's own first; scales with both evaluations only."""
     from flowbp.evaluation.results import load_evaluations, pair_evaluations
 
-    own = RunFolder.open(run, is_main=False).config(TrainConfig).guidance_scale
+    own = RunFolder.open(run, is_main=False).config(TrainConfig).eval_guidance_scales[0]
     return {scale: paired_changes(*pair) for scale, pair in pair_evaluations(load_evaluations(run), own).items()}
