@@ -123,6 +123,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("flowbp export miniature-lora --to diffusers", ""),
         ("flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150", "missing"),
         ("flowbp export flowbp_bridge --to merged --push me/my-model", "missing"),
+        ("flowbp export klein-lora --to merged --model black-forest-labs/FLUX.2-klein-4B", "missing"),
         (
             "flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14",
             "missing",

@@ -15,6 +15,7 @@ from forking import command, exit_codes, forked
 from PIL import Image
 from test_judge import serving
 
+from flowbp.config import DataConfig
 from flowbp.evaluation import sampling, vlm_judge
 from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
@@ -36,7 +37,7 @@ def work(out: Path, scorers: Sequence[ScorerSpec] = (CLIP,), batch_size: int = 2
     one = sampling.model_source(GENERATOR, Path("runs"))
     changed = {"num_prompts": 2, "images": 2, "num_inference_steps": 3, "guidance_scale": 2.0} | changed
     request = BenchmarkRequest("hpdv2", PROMPTS, tuple(scorers), **changed)
-    prompts = settings.read_prompts(request, "prompt")
+    prompts = settings.read_prompts(request, DataConfig())
     config = settings.benchmark_config(one, request, prompts)
     return Benchmark(one, config, prompts, out, batch_size)
 

@@ -20,6 +20,7 @@ from flowbp.reports import report
 from flowbp.reports.charts import Series, line_chart, moving_average, ticks
 from flowbp.reports.explain import linear_sigmas
 from flowbp.reports.figure import plan_svg
+from flowbp.reports.run_data import read_run
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
@@ -62,6 +63,16 @@ def run(tmp_path: Path) -> Path:
 def read(path: Path) -> tuple[str, Page]:
     text = report.write_report(path).read_text(encoding="utf-8")
     return text, Page(text)
+
+
+def test_a_regulariser_has_a_chart(run: Path) -> None:
+    assert report._distance_charts(read_run(run)) == []
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("regularise: null", "regularise: {kind: velocity, weight: 2.0}"))
+    with RunFolder.open(run) as folder:
+        folder.log(30, {"train/regularise": 0.5})
+    (chart,) = report._distance_charts(read_run(run))
+    assert "Distance to the base" in chart
 
 
 def test_the_page_stands_alone(run: Path) -> None:

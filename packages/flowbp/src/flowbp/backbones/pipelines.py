@@ -57,6 +57,14 @@ def load_pipeline(
     return pipe
 
 
+def load_transformer(kind: type[P], folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The transformer of a folder alone, frozen."""
+    skip = [name for name in kind.load_config(folder) if name != "transformer"]
+    with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
+        net = hub.load_networks(folder, skip=skip, dtype=dtype)["transformer"]
+    return net.to(device).eval().requires_grad_(False)
+
+
 def check_scheduler(ref: str, folder: Path, entry: object) -> None:
     """Raises UserError unless the steps of a pipeline's scheduler are those that are taken here.
 

@@ -73,7 +73,7 @@ def sample(
         chosen = model if run is None else run
         source = sources.model_source("builtin:shapes/generator" if chosen is None else chosen, runs, base=base)
         config = source.config
-        scale = config.guidance_scale if guidance is None else guidance
+        scale = config.eval_guidance_scales[0] if guidance is None else guidance
         sources.check_guidance_scale(scale)
         source.check()
         shape = (size, size) if size else (config.model.height, config.model.width)

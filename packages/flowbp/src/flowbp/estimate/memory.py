@@ -109,17 +109,21 @@ def estimate_run(job: CheckedRun) -> Estimate:
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
-        flops=batch.gradient_accumulation_steps * count_flops(job, stages),
+        flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job),
         untraced=untraced,
     )
 
 
-def count_flops(job: CheckedRun, stages: "Mapping[str, StageCost]") -> float:
-    """Floating-point operations of an update of one micro-batch, averaged over the plans."""
+def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> float:
+    """Operations of one micro-batch, averaged over the run's plans."""
     config = job.config
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
-    step = stages["swept step"].flops / config.active_steps_per_forward
-    return config.num_inference_steps * stages["rollout"].flops + num_swept * step + stages["reward"].flops
+    step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
+    swept = num_swept * step
+    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no base
+        coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
+        swept += coupled * (step - stages["rollout"].flops)
+    return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
@@ -214,6 +218,8 @@ class WeightSizes:
         static = {
             "frozen weights": frozen // weight_shards,
             "trained weights": trained // weight_shards,
+            "base copy": trained if config.regularise is not None and config.lora is None else 0,
+            "eval.model": 0 if config.eval.model is None else frozen,
             "AdamW": 2 * trained // optimizer_shards,
             "EMA": trained // (1 if kind == "zero2" else optimizer_shards),
             "autoencoder": others,
@@ -221,7 +227,8 @@ class WeightSizes:
             "text encoders": text_encoders if config.data.embeddings == "live" else 0,
         }
         startup = {"weights": static["frozen weights"] + static["trained weights"], "autoencoder": others}
-        startup |= {name: static[name] for name in ("EMA", "AdamW")} | {"text encoders": text_encoders}
+        startup |= {name: static[name] for name in ("EMA", "AdamW", "eval.model", "base copy")}
+        startup["text encoders"] = text_encoders
         largest_block = max(nbytes(block.parameters()) for block in blocks_of(net))
         return cls(
             static=static,
@@ -281,10 +288,11 @@ def rollout_stage(models: FakeModels, batch: int) -> Tensor:
 
 
 def sweep_stage(models: FakeModels, batch: int, coupled: bool) -> None:
-    """One step with gradient."""
+    """One step with gradient, of a regulariser's base too."""
+    base = rollout_stage(models, batch) if models.config.regularise is not None else None
     x = models.latents(batch, requires_grad=coupled)
     v = models.velocity(batch)(x, torch.empty(batch, device=models.device))
-    torch.autograd.backward(v, torch.empty_like(v))
+    torch.autograd.backward(v, torch.empty_like(v) if base is None else v.detach() - base)
 
 
 def reward_stage(models: FakeModels, reward: TrainedReward, batch: int) -> None:

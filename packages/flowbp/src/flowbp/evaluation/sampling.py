@@ -62,7 +62,8 @@ def sample(
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
-    return torch.cat([generate_images(backbone, one, seeds, size, steps, config.guidance_scale) for one in prompts])
+    scale = config.eval_guidance_scales[0]
+    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in prompts])
 
 
 def next_file_number(folder: Path) -> int:

@@ -36,7 +36,13 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             "no held-out reward: what is gained may be reward hacking, and nothing would show it; set `heldout`"
         )
     reporter.stage("loading models")
-    models = load_models(config, accelerator.device, is_main=accelerator.is_main_process, with_rewards=False)
+    models = load_models(
+        config,
+        accelerator.device,
+        is_main=accelerator.is_main_process,
+        with_rewards=False,
+        with_adapter=run.latest_checkpoint() is None,
+    )
     # until here there is nothing to save, and a signal stops at once
     shutdown = GracefulShutdown("stopping after this update; once more to stop at once" if run.is_main else "")
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter, shutdown)
@@ -109,7 +115,7 @@ class TrainingLoop:
         if self.watches:
             base = self.run_quick_evaluation()
             if self.run.is_main:
-                save_evaluation(self.run.path / watchdog.FOLDER, "base", self.config.guidance_scale, base)
+                save_evaluation(self.run.path / watchdog.FOLDER, "base", self.config.eval_guidance_scales[0], base)
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class TrainingLoop:
     def run_full_evaluation(self, name: str) -> None:
         """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows."""
         config = self.config
-        for scale in dict.fromkeys((config.guidance_scale, *config.eval.guidance_scale)):
+        for scale in config.eval_guidance_scales:
             label = f"{name}, guidance {scale:g}"
             self.reporter.stage(f"evaluating {label}")
             result = self._evaluate(self.full_prompts, config.eval.prompts, scale, label)
@@ -192,7 +198,7 @@ class TrainingLoop:
     def run_quick_evaluation(self) -> Evaluation:
         """The network as it is now on the quick prompts, logged with a grid of the first images."""
         config, update = self.config, self.trainer.update
-        source, scale = config.eval.quick_prompts, config.guidance_scale
+        source, scale = config.eval.quick_prompts, config.eval_guidance_scales[0]
         quick = self._evaluate(self.quick_prompts, source, scale, "quick")
         self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
@@ -223,7 +229,7 @@ class TrainingLoop:
         adapters = {} if config.lora is None else self.trainer.state.gather_ema()
         if not self.run.is_main:
             return False
-        base = load_evaluations(path / watchdog.FOLDER).get(("base", config.guidance_scale))
+        base = load_evaluations(path / watchdog.FOLDER).get(("base", config.eval_guidance_scales[0]))
         if base is None or base.prompts != quick.prompts:
             self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on these quick prompts")
             return False
@@ -234,7 +240,7 @@ class TrainingLoop:
         measures = {f"watch/{name}": value for name, value in finding.measures.items()}
         measures["watch/distance"] = rms_distance(base.images(), quick.images).mean().item()
         if config.lora is not None:
-            measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora.alpha / config.lora.rank)
+            measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora)
         self.run.log(update, measures)
         for alert in finding.alerts:
             self.reporter.alert(f"update {update}: {alert}")

@@ -56,22 +56,27 @@ class CheckedRun:
     sources: tuple[tuple[int, int], ...] = ()
 
 
-def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
+def check_run(
+    config: TrainConfig, num_processes: int, *, estimate_only: bool = False, with_adapter: bool = True
+) -> CheckedRun:
     """Checks everything that can be checked without loading weights, before anything is written.
 
+    The configuration of the result has the rank, alpha and layers of the adapter that `lora.init` names.
     estimate_only: the run is not to be started here; weights, a GPU and optional packages may be missing.
+    with_adapter=False: that adapter is not read, since the run goes on from a checkpoint.
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
     image sizes, adapters or switches that do not fit the model.
     """
     prompts = check_inputs(config, num_processes, weights=not estimate_only)
     from flowbp import backbones
-    from flowbp.backbones.loading import layers_of_targets, mark_trainable
+    from flowbp.backbones.loading import check_same_shapes, layers_of_targets, mark_trainable
+    from flowbp.backbones.lora import adopt_adapter
     from flowbp.backbones.options import apply_model_options, check_machine
     from flowbp.core.plan import draw_plan
     from flowbp.training.loading import load_rewards
 
     quiet_libraries()
-    model = config.model
+    model, size = config.model, (config.model.height, config.model.width)
     empty = backbones.init_empty_weights(model.ref)
     backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
     if not estimate_only:
@@ -81,19 +86,23 @@ def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = 
     apply_model_options(backbone, model)
     sharded = config.distributed.kind in ("fsdp2", "zero3")
     layouts = check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
-    size = (model.height, model.width)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
     )
+    if config.lora is not None and with_adapter:
+        lora = adopt_adapter(config.lora, backbone.net, type(backbone.pipe).__name__)
+        config = config.model_copy(update={"lora": lora})
+    if config.eval.model is not None:
+        check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
-    lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
+    num_layers = {target: len(names) for target, names in layers.items()}
     return CheckedRun(
-        config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers, layouts[-1]
+        config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
     )
 
 
@@ -119,7 +128,9 @@ def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = Tru
     weights: whether those of the models must be there.  Raises UserError.
     """
     batch_sizes(config, num_processes)
-    hub.resolve(config.model.ref, weights=weights)
+    for ref in (config.model.ref, config.eval.model):
+        if ref is not None:
+            hub.resolve(ref, weights=weights)
     for scorer in config.scorers:
         resolve_reward(scorer, weights=weights)
     return all_prompts(config)
@@ -189,8 +200,11 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
     active = sum(p.num_gradient_forwards for p in job.plans) / len(job.plans)
     plain = sum(p.num_plain_forwards for p in job.plans) / len(job.plans)
     jacobians = sum(term.coupling > 0 for p in job.plans for term in p.terms) / len(job.plans)
+    regularised, branches = config.regularise is not None, 2 if guided else 1
+    of_base = active * branches if regularised else 0
+    active += jacobians if regularised else 0  # a coupled step has a pass of its own for the regulariser
     with_gradient = active * (2 if guided and not detached else 1)
-    without = plain * (2 if guided else 1) + (active if guided and detached else 0)
+    without = plain * branches + (active if guided and detached else 0) + of_base
     return {
         "processes": job.num_processes,
         "images_per_update": config.total_batch_size,

@@ -64,6 +64,8 @@ class BenchmarkConfig(Config):
     label: str
     protocol: BenchmarkProtocol
     model: ModelConfig
+    eval_model: str | None = None
+    """The model whose transformer draws instead (`eval.model`)."""
     run: str | None = None
     """The run whose trained weights are used; null: the published model."""
     update: int | None = None
@@ -153,7 +155,7 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
 
 def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Sequence[Prompt]) -> BenchmarkConfig:
     """The configuration of the folder.  Raises UserError for a guidance scale out of range."""
-    scale = source.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scale = source.config.eval_guidance_scales[0] if request.guidance_scale is None else request.guidance_scale
     check_guidance_scale(scale)
     from flowbp.data.embeddings import digest
 
@@ -161,6 +163,7 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
         label=source.label,
         protocol=request.protocol,
         model=source.config.model,
+        eval_model=source.config.eval.model,
         run=source.run.name if source.run else None,
         update=RunFolder.open(source.run, is_main=False).latest_checkpoint() if source.run else None,
         prompts=request.prompts,
