@@ -38,11 +38,13 @@ SD3_JOINT = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+FLUX: Mapping[str, tuple[str, Inner]] = {
+    "transformer_blocks": ("double_blocks", _flux_double("net.0.proj", "net.2")),
+    "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
+}
 ORIGINAL: Mapping[str, Mapping[str, tuple[str, Inner]]] = {
-    "FluxPipeline": {
-        "transformer_blocks": ("double_blocks", _flux_double("net.0.proj", "net.2")),
-        "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
-    },
+    "FluxPipeline": FLUX,
+    "FluxKontextPipeline": FLUX,
     "Flux2KleinPipeline": {
         "transformer_blocks": ("double_blocks", _flux_double("linear_in", "linear_out")),
         "single_transformer_blocks": (

@@ -21,6 +21,7 @@ from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
     from flowbp.core.plan import Plan
+    from flowbp.core.types import Backbone
 
 TENSORS_PER_WEIGHT = 4
 """Tensors of a checkpoint per trained weight: itself, its average (EMA) and two moments."""
@@ -68,22 +69,13 @@ def check_run(
     image sizes, adapters or switches that do not fit the model.
     """
     prompts = check_inputs(config, num_processes, weights=not estimate_only)
-    from flowbp import backbones
     from flowbp.backbones.loading import check_same_shapes, layers_of_targets, mark_trainable
     from flowbp.backbones.lora import adopt_adapter
-    from flowbp.backbones.options import apply_model_options, check_machine
     from flowbp.core.plan import draw_plan
-    from flowbp.training.loading import load_rewards
 
     quiet_libraries()
-    model, size = config.model, (config.model.height, config.model.width)
-    empty = backbones.init_empty_weights(model.ref)
-    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
-    if not estimate_only:
-        check_machine(model)
-        hub.check_networks(hub.resolve(model.ref))
-        load_rewards(config, "meta")
-    apply_model_options(backbone, model)
+    size = (config.model.height, config.model.width)
+    backbone = _check_models(config, weights=not estimate_only)
     sharded = config.distributed.kind in ("fsdp2", "zero3")
     layouts = check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
@@ -104,6 +96,26 @@ def check_run(
     return CheckedRun(
         config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
     )
+
+
+def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
+    """The generator on the meta device, with its options; with `weights`, those of it and of the rewards are checked.
+
+    Only headers of files are read.
+    """
+    from flowbp import backbones
+    from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.training.loading import load_rewards
+
+    model = config.model
+    empty = backbones.init_empty_weights(model.ref)
+    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+    if weights:
+        check_machine(model)
+        hub.check_networks(hub.resolve(model.ref))
+        load_rewards(config, "meta")
+    apply_model_options(backbone, model)
+    return backbone
 
 
 def all_prompts(config: TrainConfig) -> Prompts:
