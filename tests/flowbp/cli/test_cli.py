@@ -24,16 +24,17 @@ from rich.console import Console
 
 from flowbp import cli
 from flowbp.cli import app, console
-from flowbp.config import Hinge, TrainConfig
+from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.compare import Change, MeanScore
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
+from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
 from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
-from flowbp.training.trainer import Trainer, reward_losses
+from flowbp.training.trainer import Trainer
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.run_folder.folder import RunFolder
@@ -641,6 +642,15 @@ def test_without_a_ceiling_the_loss_is_the_negative_score() -> None:
     scores = torch.tensor([-2.0, 0.5, 3.0])
     assert torch.equal(reward_losses(Hinge(), scores), -scores)
     assert reward_losses(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
+
+
+def test_the_sigmoid_of_a_score_counts_images_near_its_center_most() -> None:
+    scores = torch.tensor([-40.0, 1.0, 2.0, 40.0], requires_grad=True)
+    losses = reward_losses(Sigmoid(center=1.0, width=2.0), scores)
+    assert losses.tolist() == pytest.approx([0.0, -0.5, -1 / (1 + math.exp(-0.5)), -1.0], abs=1e-6)
+    losses.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == pytest.approx([0.0, -0.125, -0.11750, 0.0], abs=1e-5)
 
 
 def test_plain_progress_speaks_now_and_then() -> None:

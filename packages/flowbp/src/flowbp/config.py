@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
+from flowbp.rewards.losses import Hinge, LogSigmoid, Sigmoid
 from imgen_common.config import Config, Presets
 
 ExportFormat = Literal["diffusers", "comfyui", "merged"]
@@ -162,26 +163,6 @@ class OptimConfig(Config):
     """How the rate falls from the warm-up to the last update (linear and cosine: to zero)."""
 
 
-class Hinge(Config):
-    """loss = max(0, ceiling - score): the papers' loss; without a ceiling loss = -score."""
-
-    kind: Literal["hinge"] = "hinge"
-    ceiling: float | None = None
-    """Score from which an image no longer contributes, in the reward's units; null: none."""
-
-
-class LogSigmoid(Config):
-    """loss = -log sigmoid((score - center) / width): an image's share fades as its score passes the center."""
-
-    renamed: ClassVar = {"centre": "center"}
-
-    kind: Literal["log_sigmoid"] = "log_sigmoid"
-    center: float
-    """Score at which the gradient has fallen to a half, in the reward's units."""
-    width: Annotated[float, Gt(0)] = 1.0
-    """How gradually it fades, in the reward's units."""
-
-
 class VelocityRegulariser(Config):
     """loss + weight * mean over active steps of (v - v_base)^2: holds the model near its base."""
 
@@ -202,7 +183,7 @@ class TrainedReward(Scorer):
 
     weight: Annotated[float, Gt(0)] = 1.0
     """Its part in the gradient, as `combine` says."""
-    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = Hinge()
+    loss: Annotated[Hinge | LogSigmoid | Sigmoid, Field(discriminator="kind")] = Hinge()
     """From score to loss."""
 
 

@@ -44,11 +44,11 @@ class Edit:
 
     @property
     def caption(self) -> str:
-        """What the image after it shows, in the generator's language for two things or fewer."""
-        change, names = self.change, [f"a {thing}" for thing in self.after.things]
-        if change.kind == "add" and len(names) == 2 and change.anchor is not None:
+        """What the image after it shows, as captions of the world say it: of three things the first and the new one."""
+        change, things = self.change, self.after.things
+        if change.kind == "add" and change.anchor is not None and len(things) == 2:
             return f"a {change.target} {change.place} a {change.anchor}"
-        return " and ".join(names)
+        return " and ".join(f"a {thing}" for thing in dict.fromkeys((things[0], things[-1])))
 
 
 def sample_edit(rng: np.random.Generator, split: Split = "train", kind: EditKind | None = None) -> Edit:

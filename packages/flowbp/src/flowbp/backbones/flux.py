@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.backbones.sources import Layout, by_layout, with_sources
-from flowbp.core.types import Cond
+from flowbp.backbones.sources import by_layout, with_sources
+from flowbp.core.types import Cond, Layout
 
 DEFAULT_EMBEDDED_GUIDANCE = 3.5
 """Guidance input of a guidance-distilled model unless another is set: the pipeline's own default."""
@@ -44,9 +44,10 @@ class Flux(pipelines.PipelineBackbone):
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
-        return by_layout(self._velocity, x, sigma, cond)
+        return by_layout(self.velocity_of_layout, x, sigma, cond)
 
-    def _velocity(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
 
         def of_source(k: int, rows: int, columns: int) -> Tensor:

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.backbones.sources import Layout, by_layout, with_sources
+from flowbp.backbones.sources import by_layout, with_sources
 from flowbp.core.prompt_limits import PromptLimit
-from flowbp.core.types import Cond
+from flowbp.core.types import Cond, Layout
 from imgen_common.errors import UserError
 from imgen_common.hub import text_layers
 from imgen_common.images import enlarge
@@ -69,9 +69,10 @@ class Flux2(pipelines.PipelineBackbone):
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
-        return by_layout(self._velocity, x, sigma, cond)
+        return by_layout(self.velocity_of_layout, x, sigma, cond)
 
-    def _velocity(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
         _, _, height, width = x.shape
         text = cond["text"]
 

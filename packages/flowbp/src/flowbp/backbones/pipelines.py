@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import NoiseLevels
+from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.weights import loading, read_json
@@ -162,6 +163,10 @@ class PipelineBackbone(ABC):
 
     def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
         """Latents of a source image, one token in each place."""
+        raise self._cannot_edit()
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
         raise self._cannot_edit()
 
     def _cannot_edit(self) -> UserError:

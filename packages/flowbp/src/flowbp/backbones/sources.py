@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flowbp.core.types import Cond
+from flowbp.core.types import Cond, Layout
 
 TOKENS, SIZES = "sources", "source_sizes"
 """Keys of a conditioning: tokens of a sample's sources, one after the other, padded with zeros to the longest sample,
 (b, tokens, c); and rows and columns of each source's tokens, zeros where there is none, (b, sources, 2), on the CPU."""
-Layout = tuple[tuple[int, int], ...]
-"""Rows and columns of the tokens of each source of a sample."""
 
 
 def pack_sources(latents: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:

@@ -44,6 +44,10 @@ Cond = Mapping[str, Tensor]
 """What a backbone's `encode` returns: opaque, every value batch-first."""
 
 
+Layout = tuple[tuple[int, int], ...]
+"""Rows and columns of the tokens of each source image of a sample."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What a no-grad rollout leaves behind.
@@ -87,6 +91,9 @@ class Backbone(Protocol):
 
     def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
         """Latents of a source image, one token in each place."""
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
 
     def prompt_limits(self) -> Mapping[str, PromptLimit]:
         """How much of a prompt each text encoder reads, by its name; before they are unloaded."""

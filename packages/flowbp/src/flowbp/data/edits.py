@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from imgen_common.shapes.edits import Edit as ShapesEdit
 
 
-Layout = tuple[tuple[int, int], ...]
+Sizes = tuple[tuple[int, int], ...]
 """(height, width) of each source image of an edit, as the family prepares it."""
 
 
@@ -78,7 +78,7 @@ def describe_row(prompt: str) -> str:
     return "\0".join([prompt, caption_of(prompt), *(source.digest for source in found)]) if found else str(prompt)
 
 
-def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> list[Layout]:
+def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> list[Sizes]:
     """The layouts of the prompts' sources, from the fewest to the most pixels.
 
     Raises UserError unless the family takes the sources of all prompts.
@@ -86,7 +86,7 @@ def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: boo
     one_layout: whether all must have sources of the same number and sizes, as processes that share the weights of a
     network need, which have to evaluate it equally often.
     """
-    layouts: dict[Layout, str] = {}
+    layouts: dict[Sizes, str] = {}
     for prompt in prompts:
         found = sources_of(prompt)
         place = f"the prompt {one_line(prompt, 60)!r}"
@@ -108,7 +108,7 @@ def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: boo
     return sorted(layouts, key=lambda layout: sum(height * width for height, width in layout))
 
 
-def _sizes(layout: Layout) -> str:
+def _sizes(layout: Sizes) -> str:
     return ", ".join(f"{width}x{height}" for height, width in layout) or "none"
 
 

@@ -22,14 +22,14 @@ from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
-from flowbp.backbones.sources import pack_sources
+from flowbp.backbones.sources import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.rewards.loading import modules_of
+from flowbp.rewards.losses import reward_losses
 from flowbp.training.preflight import CheckedRun, batch_sizes
-from flowbp.training.trainer import reward_losses
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4
@@ -167,8 +167,8 @@ class FakeModels:
         self.text_bytes = nbytes(self.cond.values())
         with LiveBytes(held(self.networks())) as live:
             latents = [self.backbone.encode_source(torch.empty(1, 3, *size)) for size in self.sources]
-        self.source_bytes = live.peak
-        self.cond |= pack_sources([latents])
+        self.source_bytes, self.layout = live.peak, tuple((one.shape[1], one.shape[2]) for one in latents)
+        self.cond |= {name: value for name, value in pack_sources([latents]).items() if name == TOKENS}
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -182,7 +182,9 @@ class FakeModels:
     def velocity(self, batch: int) -> Velocity:
         """The guided velocity of so many samples."""
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
-        return guided_velocity(self.backbone.velocity, cond, self.cond, guidance)
+        # fake tensors have no content from which the layout could be read
+        alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
+        return guided_velocity(alike if self.layout else self.backbone.velocity, cond, self.cond, guidance)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""

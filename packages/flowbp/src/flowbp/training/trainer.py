@@ -11,10 +11,10 @@ from itertools import combinations
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowbp.backbones.loading import without_adapters
-from flowbp.config import Hinge, LogSigmoid, TrainConfig
+from flowbp.config import TrainConfig
 from flowbp.core.engine import BackwardOptions, Outcome, Regulariser, backpropagate, num_backward_passes, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.multi_reward import combine_gradients
@@ -24,6 +24,7 @@ from flowbp.core.types import ScoredLosses, Velocity
 from flowbp.data.edits import score_images
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
+from flowbp.rewards.losses import reward_losses
 from flowbp.training.loading import LoadedModels, make_train_state
 from flowbp.training.preflight import batch_sizes
 from flowbp.training.state import TorchTrainState
@@ -257,13 +258,6 @@ class Trainer:
             ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
             lambda done: on_progress(done * accelerator.num_processes),
         )
-
-
-def reward_losses(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
-    """Per-sample losses of scores; both (b,)."""
-    if isinstance(loss, Hinge):
-        return -scores if loss.ceiling is None else (loss.ceiling - scores).clamp(min=0)
-    return nn.functional.softplus((loss.center - scores) / loss.width)
 
 
 def learning_rate_at(config: TrainConfig, update: int) -> float:

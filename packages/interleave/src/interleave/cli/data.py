@@ -155,6 +155,29 @@ def import_(
 
 
 @app.command()
+def export_edits(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a set that `data build` made.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for edits.jsonl and its images.")],
+    as_json: Json = False,
+) -> None:
+    """Write the edits that stories asked for as rows of a prompt and its source images, on which `flowbp train` aligns
+    the generator (`data.prompts`). Each step of a plan that edits an image is a row, with the images that its first
+    attempt was given.
+
+    Example:
+
+    \b
+      interleave data export-edits runs/requests --out sets/edits
+      flowbp train --set data.prompts=sets/edits/edits.jsonl
+    """
+    from interleave.datasets.formats import edits
+
+    count = edits.export_edits(run, out)
+    file = out / edits.FILE
+    print(json.dumps({"type": "Edits", "path": str(file), "rows": count}) if as_json else f"{file}: {count} edits")
+
+
+@app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A set's folder, or one of its files.")],
     parse_mode: Annotated[
