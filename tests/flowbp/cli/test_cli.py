@@ -20,6 +20,7 @@ import forking
 import pytest
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 
 from flowbp import cli
@@ -331,6 +332,26 @@ def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: 
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
     assert [line["step"] for line in lines if "watch/distance" in line] == [2, 4]
+
+
+def test_a_finished_run_is_not_evaluated_again(flowbp: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda *given: pytest.fail("evaluated"))
+    code, output, _ = flowbp("train", "--resume", trained, "--json")
+    assert code == 0
+    assert json.loads(output.splitlines()[-1])["event"] == "done"
+
+
+def test_sampling_edits_images(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 48), "red").save(tmp_path / "source.png")
+    out = tmp_path / "images"
+    words = ("sample", "make it green", "--run", trained, "--num-inference-steps", 2, "--num-images", 2, "--out", out)
+    assert flowbp(*words)[0] == 0
+    assert flowbp(*words, "--image", tmp_path / "source.png")[0] == 0
+    plain, edited = (Image.open(out / f"{number}-make-it-green-seed0.png") for number in ("000", "001"))
+    assert plain.tobytes() != edited.tobytes()
+    plain, edited = (Image.open(out / f"{number}-grid.png") for number in ("000", "001"))
+    assert edited.width > plain.width  # the source stands first
+    assert_refused(flowbp(*words, "--image", tmp_path / "none.png"), "none.png: cannot be read")
 
 
 def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, tmp_path: Path) -> None:

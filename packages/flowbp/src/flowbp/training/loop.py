@@ -186,9 +186,15 @@ class TrainingLoop:
     # --- evaluations -------------------------------------------------------------------------------------------------
 
     def run_full_evaluation(self, name: str) -> None:
-        """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows."""
+        """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows.
+
+        Those of the trained model that a stopped process had made are not made again.
+        """
         config = self.config
+        done = load_evaluations(self.run.path) if self.run.is_main and name == "trained" else {}
         for scale in config.eval_guidance_scales:
+            if any_process((name, scale) in done, self.trainer.accelerator.device):
+                continue
             label = f"{name}, guidance {scale:g}"
             self.reporter.stage(f"evaluating {label}")
             result = self._evaluate(self.full_prompts, config.eval.prompts, scale, label)
