@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from pages import Page
+from PIL import Image
 
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
+from flowbp.data.edits import sources_of
+from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import compare
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
@@ -117,6 +120,19 @@ def test_a_reward_that_rises_while_the_verifier_falls_is_named(run: Path) -> Non
     save_evaluation(run, "base", 1.0, evaluation(prompts, 0.7, 0.0))
     save_evaluation(run, "trained", 1.0, evaluation(prompts, 0.3, 1.0))
     assert "exploits the reward" in read(run)[1].text
+
+
+def test_the_source_of_an_edit_stands_before_its_images(run: Path) -> None:
+    edits = list(load_prompts("builtin:shapes/edits/test", limit=12))
+    for name in ("base", "trained"):
+        save_evaluation(run, name, 1.0, evaluation(edits, 0.7, 0.0))
+    saved = load_evaluations(run)["base", 1.0]
+    assert [len(saved.source_files[i]) for i in range(12)] == [1] * 12
+    with Image.open(saved.source_files[3][0]) as image:
+        assert image.tobytes() == sources_of(edits[3])[0].load().tobytes()
+    markup, _ = read(run)
+    for prompt in edits:
+        assert markup.index(f'alt="source of: {prompt}"') < markup.index(f'alt="before: {prompt}"')
 
 
 def test_a_run_that_is_not_finished_says_so(run: Path) -> None:
