@@ -16,7 +16,7 @@ from oracle import backpropagate_jointly, roll
 from PIL import Image
 
 from flowbp import backbones
-from flowbp.backbones.sources import SIZES, TOKENS, pack_sources
+from flowbp.backbones.source_tokens import SIZES, TOKENS, pack_sources
 from flowbp.config import TrainConfig
 from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.backbones.sources import by_layout, with_sources
+from flowbp.backbones.source_tokens import by_layout, with_sources
 from flowbp.core.types import Cond, Layout
 
 DEFAULT_EMBEDDED_GUIDANCE = 3.5

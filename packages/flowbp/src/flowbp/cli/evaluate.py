@@ -61,7 +61,7 @@ def sample(
       flowbp sample "make the circle green" --image circle.png --guidance-scale 2
     """
     with spinner("loading"):
-        from flowbp.data.sources import edits_of_files
+        from flowbp.data.rows import edits_of_files
         from flowbp.evaluation import sources
         from imgen_common.files import make_folder
 

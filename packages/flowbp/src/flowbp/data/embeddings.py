@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowbp.backbones.pipelines import text_encoder_names
-from flowbp.backbones.sources import TOKENS, pack_sources
+from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone, Cond, repeat_batch
 from flowbp.data.edits import Source, sources_of

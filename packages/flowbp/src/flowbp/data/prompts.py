@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import DataConfig, ModelConfig
-from flowbp.data.sources import read_dataset, read_prompts, shapes_edits
+from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table

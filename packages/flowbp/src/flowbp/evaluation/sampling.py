@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowbp.backbones.sources import pack_sources
+from flowbp.backbones.source_tokens import pack_sources
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
 from flowbp.data.edits import check_edits, sources_of
 from flowbp.data.embeddings import PromptEmbeddings, SourceLatents
 from flowbp.data.prompts import is_shapes_source
-from flowbp.data.sources import edits_of_files
+from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
