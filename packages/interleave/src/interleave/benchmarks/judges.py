@@ -3,9 +3,10 @@
 import asyncio
 
 from imgen_common.config import Config
+from imgen_common.judging.escaping import JOINER
 from imgen_common.judging.questions import JudgeError, JudgeReply
 from imgen_common.judging.questions import Message as JudgeMessage
-from interleave.agents.prompts import CONTROL_TOKEN, JOINER
+from interleave.agents.prompts import CONTROL_TOKEN
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.protocols import BackendError, ChatModel, HashedImage, SystemText
 

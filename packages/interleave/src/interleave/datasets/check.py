@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgen_common.errors import UserError, nearest
-from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
 from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, shape_problem, text_problems
 from interleave.storage.images import IMAGES, ImageStore
