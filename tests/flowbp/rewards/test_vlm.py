@@ -410,6 +410,8 @@ def test_answers_end_with_the_models_positions(folders: dict[str, Path]) -> None
         assert prompts.ids.shape[1] == length
         said = reward.vlm.sample(prompts, torch.rand(2, 1000, dtype=torch.float64), 1.0)
     assert said.mask.sum(1).tolist() == [512 - length] * 2
+    with pytest.raises(UserError, match=r"a prompt has \d+ tokens with its images, and the model reads 512"):
+        reward(pictures(16, 16, count=1), ["p" * 600])
 
 
 def test_a_prompt_may_bring_its_answer(folders: dict[str, Path]) -> None:

@@ -102,7 +102,12 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`."""
+    """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`.
+
+    A reward with `sees_sources = True` judges edits: it is called with a third argument, the source images of each
+    sample, (3, h_i, w_i) in [0, 1], perhaps none and of different sizes, and its prompts are the instructions.  To all
+    others an edit is a prompt that describes the wanted image.
+    """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""

@@ -37,36 +37,12 @@ def export_reward(ref: str, config: RunConfig, out: Path) -> Path:
     Raises UserError for a critic that is no chat model or sees the story so far, a model that flowbp does not
     differentiate, and if `out` exists.
     """
-    critic = config.critic
-    if not isinstance(critic, ModelCritic | SelfCritic):
-        raise UserError(f"critic.kind: {critic.kind}: is not a chat model that judges by a template; set it to model")
-    if critic.context == "story":
-        raise UserError("critic.context: story: a reward is shown single steps; choose a critic with context pair")
-    chat = _chat_config(config)
-    folder = hub.resolve(ref)
+    settings = reward_settings(config)
+    chat, folder = _chat_config(config), hub.resolve(ref)
     about = folder / "config.json"
     model_type = read_json(about).get("model_type") if about.exists() else None
     if model_type not in MODEL_TYPES:
         raise UserError(f"{ref}: a {model_type!r} model cannot be a reward; allowed: {', '.join(MODEL_TYPES)}")
-    num_samples = critic.num_samples if isinstance(critic, ModelCritic) else 1
-    settings = {
-        "template": reward_template(load_template(critic.template)),
-        "max_sources": 1,
-        "blank_source": True,
-        "answer": {
-            "kind": "sampled",
-            "num_answers": num_samples if num_samples > 1 else NUM_ANSWERS,
-            "max_new_tokens": chat.max_new_tokens,
-            "temperature": chat.temperature or 1.0,
-            "accept": {
-                "kind": "object",
-                "key": "previous_step_success",
-                "equals": True,
-                "texts": ["refine_prompt"],
-                "parse_mode": critic.parse_mode,
-            },
-        },
-    }
     with atomic_folder(out) as fresh:
         for file in folder.iterdir():
             if file.suffix in COPIED and not file.name.startswith("."):
@@ -76,6 +52,36 @@ def export_reward(ref: str, config: RunConfig, out: Path) -> Path:
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         (fresh / REWARD_FILE).write_text(text, encoding="utf-8")
     return out
+
+
+def reward_settings(config: RunConfig) -> dict[str, Any]:
+    """The content of `reward.json` for the critic of a run's configuration.  Raises UserError as `export_reward`."""
+    critic = config.critic
+    if not isinstance(critic, ModelCritic | SelfCritic):
+        raise UserError(f"critic.kind: {critic.kind}: is not a chat model that judges by a template; set it to model")
+    if critic.context == "story":
+        raise UserError("critic.context: story: a reward is shown single steps; choose a critic with context pair")
+    chat = _chat_config(config)
+    num_samples = critic.num_samples if isinstance(critic, ModelCritic) else 1
+    return {
+        "template": reward_template(load_template(critic.template)),
+        "max_sources": 1,
+        "blank_source": True,
+        "answer": {
+            "kind": "sampled",
+            "num_answers": num_samples if num_samples > 1 else NUM_ANSWERS,
+            "max_new_tokens": chat.max_new_tokens,
+            "temperature": chat.temperature or 1.0,
+            # what `parsing.parse_verdict` takes for a verdict that accepts
+            "accept": {
+                "kind": "object",
+                "key": "previous_step_success",
+                "equals": True,
+                "texts": ["refine_prompt"],
+                "parse_mode": critic.parse_mode,
+            },
+        },
+    }
 
 
 def reward_template(template: Template) -> str:

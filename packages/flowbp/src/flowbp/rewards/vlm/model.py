@@ -163,36 +163,56 @@ class VisionLanguageModel:
         Token t is the inverse of the distribution function at its number in [0, 1), so that an answer depends on its
         numbers alone, not on the batch.
         """
-        steps = uniforms.shape[1]
-        num_answers, rest = divmod(len(uniforms), len(prompts.ids))
-        assert rest == 0
-        rows = [row for row in range(len(prompts.ids)) for _ in range(num_answers)]
+        num_answers = len(uniforms) // len(prompts.ids)
+        room = self._room(prompts).repeat_interleave(num_answers)
         # the prompt is read once, and its keys and values are shared by its answers
         out = self._prefill(prompts, use_cache=True)
-        out.past_key_values.batch_repeat_interleave(num_answers)
-        logits, mask, position = out.logits[rows, -1], prompts.mask[rows], prompts.next_positions[rows]
-        context = self.model.config.get_text_config().max_position_embeddings
-        alive = torch.ones_like(position, dtype=torch.bool)
-        room, ends = context - mask.sum(-1), torch.tensor(self.ends, device=mask.device)
-        tokens, masks = [], []
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(num_answers)
+        logits, mask, position = (
+            one.repeat_interleave(num_answers, 0) for one in (out.logits[:, -1], prompts.mask, prompts.next_positions)
+        )
+        steps, ends = min(uniforms.shape[1], int(room.max())), torch.tensor(self.ends, device=mask.device)
+        ids = torch.zeros(len(uniforms), steps, dtype=mask.dtype, device=mask.device)
+        said = torch.zeros_like(ids, dtype=torch.bool)
+        going = torch.arange(len(uniforms), device=mask.device)  # answers that have not ended
         for step in range(steps):
-            alive = alive & (room > step)
-            below = (self._without_images(logits.double()) / temperature).softmax(-1).cumsum(-1)
-            token = torch.searchsorted(below, uniforms[:, step : step + 1] * below[:, -1:], right=True)[:, 0]
-            tokens.append(token.clamp(max=logits.shape[-1] - 1))
-            masks.append(alive)
-            alive = alive & ~torch.isin(token, ends)
-            if step + 1 == steps or not alive.any():
+            token = self._draw(logits, uniforms[going, step], temperature)
+            ids[going, step], said[going, step] = token, True
+            left = (~torch.isin(token, ends) & (room[going] > step + 1)).nonzero()[:, 0]
+            if step + 1 == steps or not len(left):
                 break
+            if len(left) < len(going):
+                cache.batch_select_indices(left)
+                going, mask, token = going[left], mask[left], token[left]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             logits = self.model(
-                input_ids=tokens[-1][:, None],
+                input_ids=token[:, None],
                 attention_mask=mask,
-                position_ids=(position + step).expand(3, -1)[..., None],
-                past_key_values=out.past_key_values,
-                use_cache=True,
+                position_ids=(position[going] + step).expand(3, -1)[..., None],
+                past_key_values=cache,
             ).logits[:, -1]
-        return AnswerBatch(torch.stack(tokens, 1), torch.stack(masks, 1))
+        length = int(said.sum(-1).max())
+        return AnswerBatch(ids[:, :length], said[:, :length])
+
+    def _draw(
+        self, logits: Float[Tensor, "b vocabulary"], uniforms: Float[Tensor, " b"], temperature: float
+    ) -> Int[Tensor, " b"]:
+        """Tokens by the inverse of their distribution function."""
+        below = (self._without_images(logits.double()) / temperature).softmax(-1).cumsum(-1)
+        token = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)[:, 0]
+        return token.clamp(max=below.shape[-1] - 1)
+
+    def _room(self, prompts: PromptBatch) -> Int[Tensor, " b"]:
+        """Tokens that an answer may have.  Raises UserError where there are none."""
+        context = self.model.config.get_text_config().max_position_embeddings
+        lengths = prompts.mask.sum(-1)
+        if (longest := int(lengths.max())) >= context:
+            raise UserError(
+                f"{self.model.name_or_path}: a prompt has {longest} tokens with its images, and the model reads "
+                f"{context}; give shorter prompts or smaller images"
+            )
+        return context - lengths
 
     def decode(self, answers: AnswerBatch) -> list[str]:
         """The words of each answer, up to its end of turn."""
