@@ -107,8 +107,8 @@ def test_of_a_vision_language_model_the_weights_are_counted(tmp_path: Path) -> N
     sets = ["rewards.0.score=vlm", f"rewards.0.ref={folder}"]
     found = estimated(*sets)
     assert found.untraced == ("reward",)
-    rewards = [scorer.load() for scorer in config_of(*sets).scorers]
-    assert found.static["rewards"] == pytest.approx(nbytes(held(modules_of(rewards))), rel=0.01)
+    vlm, heldout = (nbytes(held(modules_of([scorer.load()]))) for scorer in config_of(*sets).scorers)
+    assert found.static["rewards"] == pytest.approx(vlm / 2 + heldout, rel=0.01)  # in bfloat16, as on a GPU
 
 
 @pytest.mark.slow
