@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoProcessor,
     PreTrainedModel,
@@ -30,6 +31,10 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen3_vl": Qwen3VLForConditionalGeneration,
 }
 """Classes of models by the `model_type` of their config.json."""
+TOKENS_AT_ONCE = 512
+"""Tokens of answers whose probabilities are computed at once."""
+ONCE_MORE: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""How what is not kept is computed again in the backward pass."""
 Content = Sequence[str | None]
 """A user's turn: its texts, and None for each image."""
 
@@ -134,7 +139,7 @@ class VisionLanguageModel:
 
     def next_logits(self, prompts: PromptBatch) -> Float[Tensor, "b vocabulary"]:
         """Of the token after each prompt, in float32 or more."""
-        return precise(self._prefill(prompts, use_cache=False).logits[:, -1])
+        return precise(self.model.lm_head(self._read(prompts).last_hidden_state[:, -1]))
 
     def log_likelihoods(
         self, prompts: PromptBatch, answers: AnswerBatch, temperature: float = 1.0
@@ -151,10 +156,18 @@ class VisionLanguageModel:
             mask=torch.cat([prompts.mask, answers.mask.to(prompts.mask.dtype)], 1),
             positions=torch.cat([prompts.positions, followed.expand(3, -1, -1)], 2),
         )
-        logits = self._prefill(whole, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        scaled = self._without_images(precise(logits)) / temperature
-        found = scaled.log_softmax(-1).gather(-1, answers.ids[..., None])[..., 0]
-        return found.where(answers.mask, 0).sum(-1)
+        states = self._read(whole).last_hidden_state[:, -length - 1 : -1][answers.mask]
+        # of a large vocabulary the probabilities of all tokens at once would be most of the memory
+        parts = zip(states.split(TOKENS_AT_ONCE), answers.ids[answers.mask].split(TOKENS_AT_ONCE), strict=True)
+        found = torch.cat([checkpoint(self._token_log_likelihoods, *part, temperature, **ONCE_MORE) for part in parts])
+        return found.new_zeros(answers.ids.shape).masked_scatter(answers.mask, found).sum(-1)
+
+    def _token_log_likelihoods(
+        self, states: Float[Tensor, "tokens width"], ids: Int[Tensor, " tokens"], temperature: float
+    ) -> Float[Tensor, " tokens"]:
+        """Of the token that follows each state."""
+        scaled = self._without_images(precise(self.model.lm_head(states))) / temperature
+        return scaled.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
     @torch.no_grad()
     def sample(self, prompts: PromptBatch, uniforms: Float[Tensor, "answers steps"], temperature: float) -> AnswerBatch:
@@ -166,11 +179,11 @@ class VisionLanguageModel:
         num_answers = len(uniforms) // len(prompts.ids)
         room = self._room(prompts).repeat_interleave(num_answers)
         # the prompt is read once, and its keys and values are shared by its answers
-        out = self._prefill(prompts, use_cache=True)
-        cache = out.past_key_values
+        out = self._read(prompts, use_cache=True)
+        cache, logits = out.past_key_values, self.model.lm_head(out.last_hidden_state[:, -1])
         cache.batch_repeat_interleave(num_answers)
         logits, mask, position = (
-            one.repeat_interleave(num_answers, 0) for one in (out.logits[:, -1], prompts.mask, prompts.next_positions)
+            one.repeat_interleave(num_answers, 0) for one in (logits, prompts.mask, prompts.next_positions)
         )
         steps, ends = min(uniforms.shape[1], int(room.max())), torch.tensor(self.ends, device=mask.device)
         ids = torch.zeros(len(uniforms), steps, dtype=mask.dtype, device=mask.device)
@@ -231,16 +244,16 @@ class VisionLanguageModel:
         banned = torch.tensor([config.image_token_id, config.video_token_id], device=logits.device)
         return logits.index_fill(-1, banned, -torch.inf)
 
-    def _prefill(self, prompts: PromptBatch, *, use_cache: bool, logits_to_keep: int = 1) -> Any:
+    def _read(self, prompts: PromptBatch, *, use_cache: bool = False) -> Any:
+        """The last hidden states of prompts, and their keys and values."""
         images = [image.states for shown in prompts.images for image in shown]
         first, *layers = zip(*images, strict=True)
-        return self.model(
+        return self.model.model(
             input_ids=prompts.ids,
             attention_mask=prompts.mask,
             position_ids=prompts.positions,
             mm_encoder_outputs={"image": SimpleNamespace(pooler_output=first, deepstack_features=layers)},
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
         )
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +49,7 @@ class VlmReward:
         where = f"{vlm.model.name_or_path}: {FILE}"
         if token := vlm.special.search(settings.template):
             raise UserError(f"{where}: template: remove {token[0]}; turns are made by the model's chat template")
-        if isinstance(settings.answer, TokenAnswer):
-            self._read_token = partial(self._score_token, self._answer_tokens(where, settings.answer))
+        self._ids = self._answer_tokens(where, settings.answer) if isinstance(settings.answer, TokenAnswer) else {}
 
     @classmethod
     def load(cls, folder: Path, *, device: torch.device | str = "cpu") -> "VlmReward":
@@ -74,8 +72,8 @@ class VlmReward:
         before = [[next(encoded) for _ in each] for each in shown]
         texts = [self._render(prompt, len(each)) for prompt, each in zip(prompts, shown, strict=True)]
         match self.settings.answer:
-            case TokenAnswer(prefix=prefix):
-                return self._read_token(self._batch([text + prefix for text in texts], before, edited))
+            case TokenAnswer() as answer:
+                return self._score_token(self._batch([text + answer.prefix for text in texts], before, edited), answer)
             case GivenAnswer() as answer:
                 return self._score_given(self._batch(texts, before, edited), answer, prompts)
             case SampledAnswer() as answer:
@@ -129,15 +127,16 @@ class VlmReward:
                 )
         return {name: found[0] for name, found in ids.items()}
 
-    def _score_token(self, ids: dict[str, int], prompts: PromptBatch) -> Float[Tensor, " b"]:
-        answer, logits = self.settings.answer, self.vlm.next_logits(prompts)
-        assert isinstance(answer, TokenAnswer)
+    def _score_token(self, prompts: PromptBatch, answer: TokenAnswer) -> Float[Tensor, " b"]:
+        logits = self.vlm.next_logits(prompts)
         if answer.token is None:
-            chosen = logits[:, [ids[name] for name in answer.scale]].softmax(-1)
+            chosen = logits[:, [self._ids[name] for name in answer.scale]].softmax(-1)
             return chosen @ logits.new_tensor([*answer.scale.values()])
-        wanted = ids[answer.token]
-        others = [ids[name] for name in answer.against] or [i for i in range(logits.shape[-1]) if i != wanted]
-        return logits[:, wanted] - logits[:, others].logsumexp(-1)
+        wanted = logits[:, self._ids[answer.token]]
+        if answer.against:
+            return wanted - logits[:, [self._ids[name] for name in answer.against]].logsumexp(-1)
+        others = torch.arange(logits.shape[-1], device=logits.device) != self._ids[answer.token]
+        return wanted - logits.where(others, -torch.inf).logsumexp(-1)
 
     # --- an answer that is given --------------------------------------------------------------------------------------
 
