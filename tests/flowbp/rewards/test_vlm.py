@@ -374,6 +374,8 @@ def test_equal_images_are_judged_alike_and_others_anew(folders: dict[str, Path])
     first(1 - images, PROMPTS[:1])
     first(images, PROMPTS[1:])
     assert torch.equal(drawn[0].ids, drawn[1].ids)
+    first(images + 1e-7 * torch.randn_like(images), PROMPTS[:1])  # the rounding of another micro-batch
+    assert torch.equal(drawn[0].ids, drawn[-1].ids)
     assert drawn[0].ids.shape != drawn[2].ids.shape or not torch.equal(drawn[0].ids, drawn[2].ids)
     assert drawn[0].ids.shape != drawn[3].ids.shape or not torch.equal(drawn[0].ids, drawn[3].ids)
 
