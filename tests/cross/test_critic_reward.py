@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowbp.rewards import RewardConfig
+from flowbp.rewards import REWARDS, RewardConfig
 from flowbp.rewards.preprocess import extract_patches
+from flowbp.rewards.vlm.model import FAMILIES
 from flowbp.rewards.vlm.reward import VlmReward
 from flowbp.rewards.vlm.settings import SampledAnswer
 from imgen_common import hub
@@ -22,7 +23,7 @@ from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import load_template, render_critic
 from interleave.cli import app
 from interleave.loop.config import ModelCritic, RunConfig
-from interleave.loop.reward_folder import export_reward
+from interleave.loop.reward_folder import MODEL_TYPES, export_reward
 from interleave.models.chat.local import to_conversation
 from interleave.protocols import CriticInput, HashedImage
 from interleave.training.config import GrpoConfig, SftConfig
@@ -115,6 +116,10 @@ def test_its_rate_is_that_of_the_critics_answers(reward: VlmReward) -> None:
     is_mixed = (rates > 0) & (rates < 1)
     assert is_mixed.any()
     assert torch.equal(gradient.abs().amax((1, 2, 3)) > 0, is_mixed)
+
+
+def test_both_name_the_same_models() -> None:
+    assert tuple(FAMILIES) == REWARDS["vlm"].model_type == MODEL_TYPES
 
 
 def test_its_settings_are_those_of_the_critic(tmp_path: Path) -> None:

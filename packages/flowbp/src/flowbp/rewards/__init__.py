@@ -48,6 +48,7 @@ class RewardType(NamedTuple):
 
 
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""The models of `vlm`, as in `flowbp.rewards.vlm.model`."""
 REWARDS: dict[str, RewardType] = {
     "clip": RewardType("flowbp.rewards.clip", "ClipReward", "clip"),
     "clipscore": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True}),

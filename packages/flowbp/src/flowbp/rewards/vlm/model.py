@@ -83,8 +83,8 @@ class VisionLanguageModel:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, special)))
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self.special = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}))))
         ends = model.generation_config.eos_token_id
         self.ends: list[int] = [ends] if isinstance(ends, int) else [*(ends or [self.tokenizer.eos_token_id])]
 
