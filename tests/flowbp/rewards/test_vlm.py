@@ -380,6 +380,17 @@ def test_equal_images_are_judged_alike_and_others_anew(folders: dict[str, Path])
     assert drawn[0].ids.shape != drawn[3].ids.shape or not torch.equal(drawn[0].ids, drawn[3].ids)
 
 
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_what_the_chat_template_opens_belongs_to_the_answer(opened: str, folders: dict[str, Path]) -> None:
+    reward, said = load_vlm(with_settings(folders["qwen3_vl"], SAMPLED)), []
+    reward.vlm.processor.chat_template += opened
+    accept_where(reward, lambda answer: bool(said.append(answer)))
+    with torch.no_grad():
+        assert reward(pictures(16, 16), PROMPTS).tolist() == [0, 0]
+    assert len(said) == 12
+    assert all(answer.startswith("<think>") == bool(opened) for answer in said)
+
+
 def test_answers_end_with_the_models_positions(folders: dict[str, Path]) -> None:
     reward = load_vlm(with_settings(folders["qwen3_vl"], SAMPLED | {"num_answers": 2, "max_new_tokens": 1000}))
     reward.vlm.ends = []
