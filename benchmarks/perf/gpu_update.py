@@ -58,9 +58,10 @@ from flowbp.core.plan import Plan, draw_plan
 from flowbp.core.types import Velocity
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.estimate import FakeModels, estimate_run, measure_updates, network_tensors, trace_stages
+from flowbp.rewards.losses import reward_losses
 from flowbp.training import preflight
 from flowbp.training.loading import LoadedModels, load_rewards
-from flowbp.training.trainer import Trainer, reward_losses
+from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.console import markdown_table, quiet_libraries
 from imgen_common.errors import UserError, run_cli

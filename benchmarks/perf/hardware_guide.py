@@ -6,11 +6,13 @@ needed.  None of these runs was carried out at this size.
     python -m benchmarks.perf.hardware_guide
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import BlipConfig, CLIPConfig, CLIPImageProcessor, Qwen2VLConfig, Qwen2VLImageProcessor
 
@@ -28,6 +30,7 @@ RECIPES = Path(__file__).parents[2] / "configs" / "flowbp"
 ROWS = (
     ("sd3_5_medium", "lora_24gb", 1, ()),
     ("flux2_klein_base_4b", "lora_24gb", 1, ()),
+    ("flux2_klein_base_4b", "edits_lora_24gb", 1, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
 )
@@ -100,8 +103,16 @@ def estimate_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Seq
     sets = [f"model.ref={root / model}"]
     for part in ("rewards", "heldout"):
         sets += [f"{part}.{i}.ref={root / FOLDERS[one.score, one.name]}" for i, one in enumerate(getattr(plain, part))]
-    sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
+    prompts = _write_edit(root) if recipe.startswith("edits") else "builtin:shapes/test"
+    sets += [f"{key}={prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
     return estimate_run(preflight.check_run(load(TrainConfig, [file], [*sets, *changes]), gpus, estimate_only=True))
+
+
+def _write_edit(root: Path) -> Path:
+    """A file with one edit of an image of 512x512."""
+    Image.new("RGB", (512, 512), "white").save(root / "source.png")
+    (root / "edits.jsonl").write_text(json.dumps({"prompt": "make it red", "images": "source.png"}) + "\n")
+    return root / "edits.jsonl"
 
 
 def main() -> None:

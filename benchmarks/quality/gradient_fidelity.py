@@ -46,8 +46,8 @@ from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, RolloutSpec, draw_plan
 from flowbp.core.types import Trajectory
 from flowbp.methods import METHODS, Method
+from flowbp.rewards.losses import reward_losses
 from flowbp.training.loading import LoadedModels, load_models
-from flowbp.training.trainer import reward_losses
 from imgen_common.config import load
 from imgen_common.console import markdown_table, quiet_libraries
 from imgen_common.errors import UserError, run_cli

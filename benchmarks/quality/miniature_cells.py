@@ -188,7 +188,7 @@ class Bench:
             (config.eval.quick_prompts, config.eval.quick_num_prompts),
         )
         self.prompts = {
-            phase: (source, load_prompts(source, config.data.key, number))
+            phase: (source, load_prompts(source, config.data, number))
             for phase, (source, number) in zip(("final", "search"), sources, strict=True)
         }
 

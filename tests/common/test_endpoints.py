@@ -156,6 +156,16 @@ def test_a_quota_that_is_used_up_is_not_waited_for(code: str) -> None:
     assert "You exceeded it" in str(caught.value)
 
 
+def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    with pytest.raises(Refusal, match="calls a tool instead of answering; serve it without tools"):
+        read_completion(answer({"content": None, "tool_calls": calls}))
+    assert read_completion(answer({"content": "a", "tool_calls": calls})).text == "a"
+    with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
+        read_completion(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
+    assert not error.value.can_retry
+
+
 def test_refusals_never_open_the_breaker() -> None:
     made = client(lambda request: httpx.Response(200, content=answer({"content": None, "refusal": "No."})))
     asked = 0

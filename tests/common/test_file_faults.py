@@ -13,7 +13,17 @@ import typer
 from pydantic import BaseModel
 
 from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full, run_cli, warn_once
-from imgen_common.files import append, append_line, lock, make_folder, read_json, read_json_lines, sync, write_atomic
+from imgen_common.files import (
+    append,
+    append_line,
+    atomic_folder,
+    lock,
+    make_folder,
+    read_json,
+    read_json_lines,
+    sync,
+    write_atomic,
+)
 
 
 class Numbers(BaseModel):
@@ -180,3 +190,13 @@ def test_lines_that_are_torn_or_damaged_are_left_out(tmp_path: Path) -> None:
     with file.open("ab") as stream:
         stream.write(b'{"values": [2\n\xff\xfe\n' + b"[" * 9999 + b'\n{"values": []}\n{"values": [3]')
     assert [line.values for line, _ in read_json_lines(file, Numbers)] == [[1.0], []]
+
+
+def test_a_folder_beside_the_new_one_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model.new").mkdir()
+    (tmp_path / "model.new" / "mine").write_text("kept")
+    with atomic_folder(tmp_path / "model") as fresh:
+        (fresh / "a").write_text("1")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["a"]
+    assert (tmp_path / "model.new" / "mine").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flowbp import backbones
 from flowbp.backbones.loading import load_trained_weights, mark_trainable
@@ -82,3 +83,30 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (out / "second.safetensors").write_bytes((out / "pytorch_lora_weights.safetensors").read_bytes())
     with pytest.raises(UserError, match="has 2"):
         drawn_by_interleave("flux2", model, out)
+
+
+T5_LAYER = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+
+
+@pytest.mark.parametrize(
+    ("factor", "layer", "said"),
+    [
+        ("lora_A", None, "has one of two factors"),
+        ("lora_B", None, "has one of two factors"),
+        (None, "text_encoder.text_model.encoder.layers.7.self_attn.q_proj", "does not fit StableDiffusion3Pipeline"),
+        (None, T5_LAYER, "which has no"),  # diffusers loads it without a word
+    ],
+)
+def test_an_adapter_that_would_be_loaded_in_part_is_refused(
+    factor: str | None, layer: str | None, said: str, tmp_path: Path
+) -> None:
+    model = folder_of("sd3", tmp_path)
+    file = export_run(trained(tmp_path, model), "diffusers", tmp_path / "out") / "pytorch_lora_weights.safetensors"
+    weights = load_file(file)
+    if factor is not None:
+        del weights[next(name for name in weights if factor in name)]
+    if layer is not None:
+        weights |= {f"{layer}.lora_A.weight": torch.ones(4, 16), f"{layer}.lora_B.weight": torch.ones(16, 4)}
+    save_file(weights, file)
+    with pytest.raises(UserError, match=said):
+        drawn_by_interleave("sd3", model, file.parent)

@@ -131,9 +131,10 @@ def check_readers(text: str) -> None:
             read.model_dump_json().encode()  # what is read can be stored
     assert isinstance(has_format(text, "released"), bool)
     assert isinstance(parse_critique(text, T2I_ASPECTS), Critique | ParseFailure)
-    scores = parse_scores(text)
-    assert isinstance(scores, ParseFailure) or all(0 <= mark <= 10 for mark in scores)
-    assert parse_score(text) is None or 1 <= (parse_score(text) or 0) <= 5
+    with suppress(Unreadable):
+        assert all(0 <= mark <= 10 for mark in parse_scores(text))
+    with suppress(Unreadable):
+        assert 1 <= parse_score(text) <= 5
     reasoning, answer = split_reasoning(text)
     assert len(reasoning) + len(answer) <= len(text)
 
@@ -247,8 +248,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
 QUOTED_KEY, OPEN_STRING, APOSTROPHE, BACKSLASH = "'a':[", "'a': '", "x'", "\\"
 
 
-def of_benchmarks() -> list[Callable[[str], object]]:
-    """The readers of the benchmarks' answers, which refuse by Unreadable."""
+def of_judges() -> list[Callable[[str], object]]:
+    """The readers of judges' answers, which refuse by Unreadable."""
 
     def quietly(read: Callable[[str], object], text: str) -> None:
         with suppress(Unreadable):
@@ -257,18 +258,17 @@ def of_benchmarks() -> list[Callable[[str], object]]:
     numbers = partial(comm_rules.parse_numbers, fields=comm_rules.FIELDS)
     described = partial(comm_rules.parse_descriptions, first_image=0, num_images=2)
     parsers = [parse_met, WiseVerified().parse, WiseLegacy().parse, rise_rules.parse_scores, numbers, described]
+    parsers += [parse_scores, parse_score]
     return [partial(quietly, read) for read in parsers]
 
 
 READERS: list[Callable[[str], object]] = [
-    *of_benchmarks(),
+    *of_judges(),
     parse_verdict,
     lambda text: parse_verdict(text, "tolerant"),
     lambda text: parse_plan(text, "tolerant"),
     parse_partial_answer,
     lambda text: has_format(text, "released"),
-    parse_scores,
-    parse_score,
     lambda text: parse_critique(text, T2I_ASPECTS),
     split_reasoning,
     lambda text: outcome_of(text.encode()),

@@ -19,6 +19,7 @@ from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.images import to_pil
+from imgen_common.shapes.edits import sample_edit, verify_edits
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import load_template, render_critic
 from interleave.cli import app
@@ -27,7 +28,6 @@ from interleave.loop.reward_folder import MODEL_TYPES, export_reward
 from interleave.models.chat.local import to_conversation
 from interleave.protocols import CriticInput, HashedImage
 from interleave.training.config import GrpoConfig, SftConfig
-from scripts.miniature.world.edits import sample_edit, verify_edits
 from scripts.miniature.world.generator import render_edits
 
 CRITIC = "builtin:shapes/critic"

@@ -93,6 +93,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ('flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge', "--num-images 1"),
         ('flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge --base', "--num-images 1"),
         ('flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7', ""),
+        ('flowbp sample "make the circle green" --image circle.png --guidance-scale 2', ""),
         ("flowbp eval runs/flowbp_bridge", ""),
         ("flowbp eval runs/flowbp_bridge --against runs/refl --guidance-scale 1 --guidance-scale 2", ""),
         ("flowbp eval builtin:shapes/generator --num-prompts 120 --json", "--num-prompts 6"),
@@ -100,6 +101,11 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
             "flowbp benchmark builtin:shapes/generator --prompts builtin:shapes/test --num-prompts 100 "
             "--out scores/base --score clip=builtin:shapes/reward",
             "--num-prompts 2",
+        ),
+        (
+            "flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test "
+            "--out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier",
+            "--num-prompts 2 --images 1",
         ),
         (
             "flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 "
@@ -118,6 +124,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("flowbp export miniature-lora --to diffusers", ""),
         ("flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150", "missing"),
         ("flowbp export flowbp_bridge --to merged --push me/my-model", "missing"),
+        ("flowbp export klein-lora --to merged --model black-forest-labs/FLUX.2-klein-4B", "missing"),
         (
             "flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14",
             "missing",
@@ -156,10 +163,17 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave data build configs/interleave/data_miniature.yaml --out sets/miniature", "missing"),
         ("interleave data build --resume sets/miniature", ""),
         ("interleave data build --resume sets/miniature --set filters.rl_share=0.5 --set filters.val=0.1", ""),
+        ("interleave data export-edits runs/requests --out sets/edits", "missing"),
+        ("flowbp train --set data.prompts=sets/edits/edits.jsonl", "missing"),
         ("interleave data import sharegpt critic_sft.json --role critic --out sets/released_critic", "missing"),
         ("interleave data import rl critic_rl.jsonl --root . --out sets/released_rl", "missing"),
         ("interleave data import execution_record trajectories/ --out sets/released", "missing"),
         ("interleave data check sets/miniature", ""),
+        (
+            "interleave data check sets/released_critic --run-config configs/interleave/klein_interleavethinker.yaml",
+            "missing",
+        ),
+        ("interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant", "missing"),
         ("interleave data show sets/miniature/critic_sft.jsonl 3", ""),
         (
             "interleave data agreement sets/mine --set judge.kind=model "

@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -115,6 +116,11 @@ def flux() -> FluxPipeline:
     )
 
 
+def flux_kontext() -> FluxKontextPipeline:
+    """As FLUX.1-Kontext: the networks of FLUX.1-dev, and a source image."""
+    return FluxKontextPipeline(**flux().components)
+
+
 def flux2() -> Flux2KleinPipeline:
     """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
     tokenizer = qwen_tokenizer()
@@ -171,12 +177,14 @@ class Family(NamedTuple):
 
     make: Callable[[], diffusers.DiffusionPipeline]
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
+    max_sources: int = 0
 
 
 FAMILIES = {
     "sd3": Family(sd3),
     "flux": Family(flux, true_guidance),
-    "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}),
+    "flux_kontext": Family(flux_kontext, lambda scale: {"max_area": SIZE[0] * SIZE[1], **true_guidance(scale)}, 1),
+    "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
 

@@ -13,6 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from flowbp.core.engine import Regulariser
 from flowbp.core.plan import Plan
 from flowbp.core.types import Loss, Velocity
 from flowbp.methods import Method
@@ -237,14 +238,36 @@ SURROGATES: dict[str, Callable[[Rollout, Method, Plan, Tensor | None], Surrogate
 }
 
 
+def distance_to_base(run: Rollout, plan: Plan, base: Velocity, noise: Tensor | None) -> Tensor:
+    """R of each sample, (b,), in one graph: a mean over active states, then over the sample and its renoised copies."""
+
+    def distance(i: int, x: Tensor) -> Tensor:
+        difference = run.at(i, x) - base(x, run.sigmas[i].expand(len(x))).detach()
+        return difference.square().flatten(1).mean(1)
+
+    last, sigma = run.num_steps - 1, run.sigmas[-2]
+    found = [torch.stack([distance(term.step, run.x[term.step].detach()) for term in plan.terms]).mean(0)]
+    found += [distance(last, (1 - sigma) * run.x[-1].detach() + sigma * noise[copy]) for copy in range(plan.copies)]
+    return torch.stack(found).mean(0)
+
+
 def backpropagate_jointly(
-    method: Method, plan: Plan, run: Rollout, loss: Loss, noise: Tensor | None = None, scale: float = 1.0
+    method: Method,
+    plan: Plan,
+    run: Rollout,
+    loss: Loss,
+    noise: Tensor | None = None,
+    scale: float = 1.0,
+    regulariser: Regulariser | None = None,
 ) -> Surrogate:
-    """Accumulates the gradient of  scale * mean of w loss  into `.grad`, through one graph."""
+    """Accumulates the gradient of  scale * mean of w loss, + weight R,  into `.grad`, through one graph."""
     surrogate = SURROGATES.get(method.name, of_plan)(run, method, plan, noise)
     weight = torch.ones(len(run.x[0]), dtype=torch.float64)
     if method.gap_floor is not None:
         weight = 1 / sum(d.clamp(min=method.gap_floor) for d in surrogate.gaps)
     losses = torch.stack([loss(y, slice(0, len(y))) for y in surrogate.ys])
-    (scale * (weight * losses).mean()).backward()
+    total = (weight * losses).mean()
+    if regulariser is not None:
+        total = total + regulariser.weight * distance_to_base(run, plan, regulariser.base, noise).mean()
+    (scale * total).backward()
     return surrogate

@@ -79,6 +79,14 @@ def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
 
 
+def test_source_images_are_counted() -> None:
+    plain, edits = estimated(), estimated("data.prompts=builtin:shapes/edits")
+    assert edits.activation["encoding sources"] > 0
+    assert "encoding sources" not in plain.activation
+    assert edits.activation["rollout"] > plain.activation["rollout"]
+    assert edits.flops > 1.2 * plain.flops  # 64 tokens of a source beside 16 of the image
+
+
 @pytest.mark.parametrize("folder", tiers(FAMILIES, default=["flux2"]), indirect=True)
 def test_every_family_is_traced(folder: Path) -> None:
     sets = [

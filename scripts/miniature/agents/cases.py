@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imgen_common.shapes.edits import Edit, sample_edit
 from imgen_common.shapes.render import CENTROID, render
 from imgen_common.shapes.scene import (
     ALL_THINGS,
@@ -29,7 +30,6 @@ from imgen_common.shapes.verify import Detection
 from interleave.datasets.teachers import wordings
 from scripts.miniature.agents.data import Case, read_cases
 from scripts.miniature.agents.pool import WHITE, GeneratedImages, to_bytes
-from scripts.miniature.world.edits import Edit, sample_edit
 from scripts.miniature.world.negatives import hard_negative
 
 OTHER_SIDE = {"left": "right", "right": "left"}

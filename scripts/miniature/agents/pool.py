@@ -13,13 +13,13 @@ from torch import Tensor
 
 from imgen_common.config import Config
 from imgen_common.hub import resolve
+from imgen_common.shapes.edits import sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import SIZE, Split, sample_spec, split_of
 from imgen_common.shapes.steps import EditKind
 from imgen_common.shapes.stories import sample_change
 from imgen_common.shapes.verify import detect
 from imgen_common.streams import normal, numpy_generator
-from scripts.miniature.world.edits import sample_edit
 from scripts.miniature.world.generator import encode, enlarge, sample
 
 CHUNK = 60

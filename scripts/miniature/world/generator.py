@@ -22,12 +22,12 @@ from torch.nn.functional import interpolate, mse_loss
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from imgen_common.config import Config
+from imgen_common.shapes.edits import Edit, sample_edit, verify_edits
 from imgen_common.shapes.render import draw, render
 from imgen_common.shapes.scene import Spec, balanced_specs, sample_spec
 from imgen_common.shapes.steps import EDIT_KINDS
 from imgen_common.shapes.verify import accuracy, verify
 from imgen_common.streams import normal, numpy_generator, torch_generator
-from scripts.miniature.world.edits import Edit, sample_edit, verify_edits
 from scripts.miniature.world.session import Schedule, Session
 from scripts.miniature.world.vocabulary import MAX_TOKENS, qwen_tokenizer
 

@@ -12,11 +12,11 @@ from transformers import CLIPModel, CLIPProcessor
 from imgen_common.hub import WEIGHTS
 from imgen_common.images import grid
 from imgen_common.run_folder.environment import environment
+from imgen_common.shapes.edits import sample_edit
 from imgen_common.shapes.scene import balanced_specs
 from imgen_common.shapes.verify import accuracy, verify
 from imgen_common.streams import normal, numpy_generator
 from scripts.miniature.world import generator, rewards, vae
-from scripts.miniature.world.edits import sample_edit
 
 EVALUATION_SEED = 7
 NUM_EVALUATED = {"captions": 504, "edits": 252, "reconstructions": 1000}

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from imgen_common.shapes.edits import sample_edit, verify_edits
 from imgen_common.shapes.render import AREA, CENTROID, coverage, draw, render
 from imgen_common.shapes.scene import (
     CATEGORIES,
+    SHAPES,
     SIZE,
+    Placed,
+    Scene,
     Spec,
     Thing,
     balanced_specs,
@@ -25,7 +29,6 @@ from imgen_common.shapes.scene import (
 )
 from imgen_common.shapes.steps import EDIT_KINDS, MAX_DRIFT
 from imgen_common.shapes.verify import accuracy, detect, verify
-from scripts.miniature.world.edits import sample_edit, verify_edits
 from scripts.miniature.world.negatives import hard_negative, turned
 from scripts.miniature.world.vocabulary import MAX_TOKENS, WORDS, clip_tokenizer, qwen_tokenizer
 
@@ -97,6 +100,19 @@ def test_the_verifier_is_strict() -> None:
     assert not alone
     swapped = verify(both, [Spec("binding", (Thing("blue", "circle"), Thing("red", "square")))])[0]
     assert not swapped
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_verifier_says_where_a_thing_is(shape: str) -> None:
+    """A square's half side is 0.88 of its radius, a triangle ends 0.85 of it below its center; see `coverage`."""
+    x, y, radius = 10.0, 20.0, 6.0
+    placed = Placed(Thing("red", shape), x, y, radius, (0.88, 0.16, 0.16))
+    ((found,),) = detect(torch.from_numpy(render(Scene(0.1, (placed,))))[None])
+    side, bottom = {"square": (5.28, 5.28), "triangle": (5.55, 5.1)}.get(shape, (6.0, 6.0))
+    top = 5.28 if shape == "square" else 6.0
+    # pixels are of width 1 around whole numbers
+    edges = (x - side, y - top, x + side + 1, y + bottom + 1)
+    assert found.box == pytest.approx(edges, abs=1.5)
 
 
 def test_the_verifier_reads_batches_of_color_images() -> None:

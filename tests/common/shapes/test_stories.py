@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imgen_common.shapes.edits import sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import ALL_THINGS, COLOURS, SHAPES, Placed, Scene, Spec, Thing, compose, shade, split_of
 from imgen_common.shapes.steps import EDIT_KINDS, MAX_DRIFT, Change, Draw, Step, Story
@@ -21,7 +22,6 @@ from imgen_common.shapes.stories import (
 )
 from imgen_common.shapes.verify import detect
 from imgen_common.shapes.wording import COLOUR_FACTS, SHAPE_FACTS, colour_facts, shape_facts, tell
-from scripts.miniature.world.edits import sample_edit
 
 SPLITS = ("train", "tune", "test")
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"

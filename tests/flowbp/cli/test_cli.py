@@ -20,19 +20,22 @@ import forking
 import pytest
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 
 from flowbp import cli
 from flowbp.cli import app, console
-from flowbp.config import Hinge, TrainConfig
+from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
+from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.compare import Change, MeanScore
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
+from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
 from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
-from flowbp.training.trainer import Trainer, reward_losses
+from flowbp.training.trainer import Trainer
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.run_folder.folder import RunFolder
@@ -153,6 +156,9 @@ BAD = {
     "unknown key": (["optim.learing_rate=1"], "unknown key"),
     "wrong type": (["max_train_steps=many"], "must be a valid integer, got 'many'"),
     "out of range": (["optim.learning_rate=2"], "must be less than or equal to 1"),
+    "batch that is no batch": (["total_batch_size=1000000000000"], "total_batch_size"),
+    "prompts without end": (["eval.num_prompts=1000000000000"], "less than or equal to 1000000"),
+    "rank without end": (["lora.rank=1000000000"], "less than or equal to 4096"),
     "unknown method": (["method=flowbp_spars"], f"did you mean 'flowbp_sparse'?; allowed: {', '.join(METHODS)}"),
     "unknown kind": (["rewards.0.loss.kind=hing"], "did you mean 'hinge'?"),
     "more active steps than steps": (
@@ -226,6 +232,15 @@ def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Pa
     for pair, said in (("seed=33", "now 33 was given"), ("eval.seed=99", "now 99 was given")):
         assert_refused(flowbp("train", "--resume", trained, *sets(pair)), said)
     assert tree(trained) == before
+
+
+def test_a_run_is_resumed_where_its_prompts_lie_elsewhere(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    prompts, source = tmp_path / "prompts.txt", RunFolder.open(trained, is_main=False).config(TrainConfig).data.prompts
+    prompts.write_text("\n".join(load_prompts(source)))
+    resumed = ("train", "--dry-run", "--resume", trained, *sets(f"data.prompts={prompts}"))
+    assert flowbp(*resumed)[0] == 0
+    prompts.write_text("a red circle")
+    assert_refused(flowbp(*resumed), "data.prompts has changed since the run was started")
 
 
 def test_a_second_process_stays_out(flowbp: Call, trained: Path) -> None:
@@ -317,6 +332,26 @@ def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: 
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
     assert [line["step"] for line in lines if "watch/distance" in line] == [2, 4]
+
+
+def test_a_finished_run_is_not_evaluated_again(flowbp: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "evaluate", lambda *given: pytest.fail("evaluated"))
+    code, output, _ = flowbp("train", "--resume", trained, "--json")
+    assert code == 0
+    assert json.loads(output.splitlines()[-1])["event"] == "done"
+
+
+def test_sampling_edits_images(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 48), "red").save(tmp_path / "source.png")
+    out = tmp_path / "images"
+    words = ("sample", "make it green", "--run", trained, "--num-inference-steps", 2, "--num-images", 2, "--out", out)
+    assert flowbp(*words)[0] == 0
+    assert flowbp(*words, "--image", tmp_path / "source.png")[0] == 0
+    plain, edited = (Image.open(out / f"{number}-make-it-green-seed0.png") for number in ("000", "001"))
+    assert plain.tobytes() != edited.tobytes()
+    plain, edited = (Image.open(out / f"{number}-grid.png") for number in ("000", "001"))
+    assert edited.width > plain.width  # the source stands first
+    assert_refused(flowbp(*words, "--image", tmp_path / "none.png"), "none.png: cannot be read")
 
 
 def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, tmp_path: Path) -> None:
@@ -628,6 +663,15 @@ def test_without_a_ceiling_the_loss_is_the_negative_score() -> None:
     scores = torch.tensor([-2.0, 0.5, 3.0])
     assert torch.equal(reward_losses(Hinge(), scores), -scores)
     assert reward_losses(Hinge(ceiling=1.0), scores).tolist() == [3.0, 0.5, 0.0]
+
+
+def test_the_sigmoid_of_a_score_counts_images_near_its_center_most() -> None:
+    scores = torch.tensor([-40.0, 1.0, 2.0, 40.0], requires_grad=True)
+    losses = reward_losses(Sigmoid(center=1.0, width=2.0), scores)
+    assert losses.tolist() == pytest.approx([0.0, -0.5, -1 / (1 + math.exp(-0.5)), -1.0], abs=1e-6)
+    losses.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == pytest.approx([0.0, -0.125, -0.11750, 0.0], abs=1e-5)
 
 
 def test_plain_progress_speaks_now_and_then() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flowbp.core.axes.grid import Leg
-from flowbp.core.engine import BackwardOptions, backpropagate, leg_gaps, rollout, sample_weights, sweep
+from flowbp.core.engine import BackwardOptions, Regulariser, backpropagate, leg_gaps, rollout, sample_weights, sweep
 from flowbp.core.plan import Plan, RolloutSpec, Term, draw_plan
 from flowbp.core.types import Trajectory
 from flowbp.methods import METHODS, get_method
@@ -59,6 +59,29 @@ def test_every_method_is_a_product_of_matrices(name, num_steps, seed, chunk):
     assert relative(field.b.grad, by_matrices(drawn, field, cotangent)) <= 1e-12
     assert num_passes == len(coupled) <= len(drawn.terms)
     assert sum(coupled) == sum(term.coupling > 0 for term in drawn.terms)
+
+
+@given(st.sampled_from(sorted(METHODS)), st.integers(0, 2**32), st.integers(1, 4), st.floats(1e-3, 1e3))
+def test_a_regulariser_of_a_linear_field_is_a_quadratic(name, seed, chunk, weight):
+    """v - v_base = (1 + sigma) (b - b_base), whatever the state."""
+    field, base, rng = Linear(), Linear(), np.random.default_rng(seed)
+    apart = noise(DIM, seed=seed)
+    base.b.data = field.b.data - apart
+    sigmas = random_sigmas(12, rng)
+    drawn = draw_plan(get_method(name), sigmas, rng)
+    trajectory = rollout(field, noise(2, DIM), sigmas, drawn.rollout_spec)
+    gradients = []
+    for regulariser in (None, Regulariser(weight, base)):
+        field.b.grad = None
+        options = BackwardOptions(scale=0.5, steps_per_forward=chunk, regulariser=regulariser)
+        eps = noise(max(1, drawn.copies), 2, DIM, seed=3)
+        outcome = backpropagate(drawn, trajectory, field, mean_square, noise=eps, options=options)
+        gradients.append(field.b.grad)
+    squares = [np.mean([(1 + sigmas[term.step].item()) ** 2 for term in drawn.terms])]
+    squares += [(1 + sigmas[-2].item()) ** 2] * drawn.copies
+    added = weight * 0.5 * 2 / DIM * np.mean(squares) * apart
+    torch.testing.assert_close(gradients[1], gradients[0] + added, rtol=1e-10, atol=1e-10 * weight)
+    assert outcome.regularise.tolist() == pytest.approx([np.mean(squares) * apart.square().mean().item()] * 2)
 
 
 def test_chunks_share_forwards():

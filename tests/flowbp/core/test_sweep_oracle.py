@@ -15,10 +15,18 @@ from fields import (
     relative,
     tiny_flux2,
 )
-from oracle import SURROGATES, backpropagate_jointly, of_plan, roll
+from oracle import SURROGATES, backpropagate_jointly, distance_to_base, of_plan, roll
+from torch import nn
 
 from flowbp.core.axes.active import Dirichlet, Midpoint, MidpointJ, Uniform
-from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, rollout
+from flowbp.core.engine import (
+    BackwardOptions,
+    Outcome,
+    Regulariser,
+    backpropagate,
+    num_backward_passes,
+    rollout,
+)
 from flowbp.core.plan import Plan, Term, draw_plan
 from flowbp.methods import METHODS, Method, get_method
 
@@ -119,6 +127,67 @@ def test_sweep_equals_joint_graph(name, seeds, net):
         if surrogate.gaps:
             torch.testing.assert_close(outcome.gaps, torch.stack(surrogate.gaps), rtol=1e-9, atol=1e-12)
     assert worst <= 1e-10
+
+
+class Perceptron(nn.Module):
+    """In float64 throughout: the transformer's rotary embeddings are float32, which rounds sums of cotangents."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(NUM_CHANNELS + 1, 16), nn.Tanh(), nn.Linear(16, NUM_CHANNELS)).double()
+
+    def forward(self, x, sigma):
+        return self.net(torch.cat([x, sigma.view(-1, 1, 1).expand_as(x[..., :1])], dim=-1))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sweep_with_a_regulariser_equals_joint_graph(name):
+    """Whatever is coupled, renoised or shares a forward; the value of R too."""
+    net, base = Perceptron(0), Perceptron(3)
+    regulariser, rng = Regulariser(0.3, base), np.random.default_rng(7)
+    for seed in range(2):
+        sigmas = random_sigmas(6, rng)
+        method = vary(get_method(name), 6, rng)
+        drawn = draw_plan(method, sigmas, rng)
+        x_0, eps = noise(*SHAPE, seed=seed), noise(max(drawn.copies, 1), *SHAPE, seed=1000 + seed)
+        options = {"scale": 0.7, "steps_per_forward": 1 + 2 * seed}
+        plain, outcome = swept(net, drawn, net, x_0, sigmas, noise=eps, **options)
+        assert outcome.regularise is None
+        got, outcome = swept(net, drawn, net, x_0, sigmas, noise=eps, regulariser=regulariser, **options)
+        run = roll(net, x_0, sigmas)
+        net.zero_grad()
+        backpropagate_jointly(method, drawn, run, LOSS, eps, scale=0.7, regulariser=regulariser)
+        assert relative(got, gradient(net)) <= 1e-10
+        assert relative(got, plain) > 1e-5
+        expected = distance_to_base(run, drawn, base, eps).detach()
+        torch.testing.assert_close(outcome.regularise, expected, rtol=1e-10, atol=0)
+        # at the base itself nothing is added, bit for bit
+        itself = Regulariser(0.3, net)
+        got, outcome = swept(net, drawn, net, x_0, sigmas, noise=eps, regulariser=itself, **options)
+        assert not outcome.regularise.any()
+        if options["steps_per_forward"] == 1:  # else forwards are shared otherwise, and rounded otherwise
+            assert torch.equal(got, plain)
+
+
+def test_a_regulariser_costs_one_pass_more_at_coupled_steps_alone(net):
+    base, calls = flux2_velocity(net), []
+
+    def velocity(x, sigma):
+        calls.append((len(x) // NUM_SAMPLES, torch.is_grad_enabled()))
+        return base(x, sigma)
+
+    sigmas = random_sigmas(6, np.random.default_rng(0))
+    terms = tuple(Term(i, -0.1, 0.5 * (i == 4)) for i in (5, 4, 2, 1))
+    drawn = Plan(tuple(sigmas.tolist()), terms, 6)
+    trajectory = rollout(base, noise(*SHAPE, seed=0), sigmas, drawn.rollout_spec)
+    for size, expected in ((1, [(1, True)] * 5), (3, [(1, True), (1, True), (3, True)])):
+        calls.clear()
+        options = BackwardOptions(steps_per_forward=size, regulariser=Regulariser(1.0, velocity))
+        backpropagate(drawn, trajectory, velocity, LOSS, options=options)
+        assert [call for call in calls if call[1]] == expected
+        assert sum(copies for copies, with_grad in calls if not with_grad) == len(terms)
+        assert num_backward_passes(drawn, size, regularised=True) == len(expected)
 
 
 def test_bridge_without_coupling_is_sparse_on_the_same_steps(net):

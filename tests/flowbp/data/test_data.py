@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowbp.config import ModelConfig
+from flowbp.config import DataConfig, ModelConfig
 from flowbp.data.prompts import describe_unread_prompts, load_prompts, prompt_indices
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
@@ -13,7 +13,7 @@ from imgen_common.shapes.scene import parse_caption
 
 
 def load(source: object, key: str = "prompt", limit: int | None = None) -> list[str]:
-    return load_prompts(str(source), key, limit)
+    return load_prompts(str(source), DataConfig(key=key), limit)
 
 
 def test_a_text_file_gives_its_lines(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: st
 
 
 def test_prompts_of_its_world_are_read_whole_by_the_miniature() -> None:
-    assert describe_unread_prompts(load_prompts("builtin:shapes/test", "prompt", 50), ModelConfig(), {}) == []
+    assert describe_unread_prompts(load_prompts("builtin:shapes/test", limit=50), ModelConfig(), {}) == []
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,17 @@ import pytest
 from detectors import saved_mask2former
 from forking import command, exit_codes, forked
 from PIL import Image
+from test_judge import serving
 
-from flowbp import cli
-from flowbp.evaluation import sampling
+from flowbp.config import DataConfig
+from flowbp.evaluation import sampling, vlm_judge
 from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
 from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec, read_scores
 from flowbp.evaluation.compare import mean_score
 from imgen_common.errors import UserError
+from imgen_common.judging.answers import read_answers
+from imgen_common.judging.questions import JudgeError, JudgeReply, Message
 from imgen_common.statistics import bootstrap_interval
 
 GENERATOR, PROMPTS = "builtin:shapes/generator", "builtin:shapes/test"
@@ -35,7 +37,7 @@ def work(out: Path, scorers: Sequence[ScorerSpec] = (CLIP,), batch_size: int = 2
     one = sampling.model_source(GENERATOR, Path("runs"))
     changed = {"num_prompts": 2, "images": 2, "num_inference_steps": 3, "guidance_scale": 2.0} | changed
     request = BenchmarkRequest("hpdv2", PROMPTS, tuple(scorers), **changed)
-    prompts = settings.read_prompts(request, "prompt")
+    prompts = settings.read_prompts(request, DataConfig())
     config = settings.benchmark_config(one, request, prompts)
     return Benchmark(one, config, prompts, out, batch_size)
 
@@ -47,6 +49,37 @@ def done(given: Benchmark) -> Benchmark:
         for spec in given.config.scorers:
             given.score_images(spec, given.unscored_images(spec.name))
     return given
+
+
+class FakeJudge:
+    """Says what it is given, one after the other."""
+
+    id = "fake"
+
+    def __init__(self, said: list[Any]) -> None:
+        self.said = said
+
+    async def ask(self, system: str, message: Message, seed: int) -> JudgeReply:
+        said = self.said.pop(0)
+        if isinstance(said, JudgeError):
+            raise said
+        return JudgeReply(said)
+
+    async def close(self) -> None:
+        pass
+
+
+async def there(url: str, model: str) -> None:
+    pass
+
+
+def with_judge(given: Benchmark, said: list[Any], monkeypatch: pytest.MonkeyPatch) -> Benchmark:
+    """The benchmark with a judge as its only scorer, which says what it is given."""
+    spec = ScorerSpec(name="ur_iq", kind="ur_iq", ref="served")
+    monkeypatch.setattr(vlm_judge, "EndpointJudge", lambda *ignored: FakeJudge(said))
+    monkeypatch.setattr(vlm_judge, "check_judge", there)
+    config = given.config.model_copy(update={"scorers": (spec,)})
+    return replace(given, config=config, judge=settings.JudgeConfig(url="http" + "://127.0.0.1:9/v1"))
 
 
 def scores(out: Path, name: str = "clip") -> dict[ImageId, float]:
@@ -138,14 +171,43 @@ def test_two_processes_share_the_images_without_overlap(finished: Benchmark, tmp
 
 
 def test_scores_without_a_number_stay_so(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ScorerSpec(name="ur_iq", kind="ur_iq", ref="served")
-    marks: list[dict[str, Any]] = [{"score": 4.0}, {"score": None, "answer": "no"}, {"score": None}, {"score": None}]
-    monkeypatch.setattr(run, "load_scorer", lambda *ignored: lambda pictures, prompts: marks)
-    done(replace(copied, config=copied.config.model_copy(update={"scorers": (spec,)})))
+    said = ["Final Score: 4", "no", JudgeError("refused", "no"), JudgeError("timeout", "slow")]
+    judged = with_judge(copied, said, monkeypatch)
+    assert [judged.check_judge().calls, judged.unscored_images("ur_iq")] == [4, judged.config.image_ids]
+    done(judged)
+    assert len(judged.unscored_images("ur_iq")) == 1  # what failed for a moment only is asked again
+    assert "ur_iq has 3 of 4 images" in tables.table_markdown([tables.read_row(copied.out)])
+    said.append("Final Score: 7")
+    done(judged)
+    assert judged.check_judge().calls == 0
     assert copied.unscored_images("ur_iq") == []
+    answers = read_answers(copied.out / "scores" / "ur_iq")
+    assert {answer.raws for answer in answers} == {("Final Score: 4",), ("no",), (), ("Final Score: 7",)}
+    assert {(answer.judge, answer.prompts) for answer in answers} == {("fake", vlm_judge.PROMPTS)}
     row = tables.read_row(copied.out)
     assert (row.means["ur_iq"].mean, row.means["ur_iq"].num, row.unscored) == (4.0, 1, {"clip": 0, "ur_iq": 3})
     assert "ur_iq gave 3 of 4 images no score" in tables.table_markdown([row])
+
+
+def test_scores_that_an_earlier_version_kept_are_used(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of `scores/`, two of them; the others are asked for."""
+    rows = [{"prompt": 0, "image": 0, "text": "", "score": 3.0}]
+    rows += [{"prompt": 0, "image": 1, "text": "", "score": None, "answer": "no"}]
+    (copied.out / "scores" / "ur_iq.rank0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    done(with_judge(copied, ["Final Score: 2", "Final Score: 2"], monkeypatch))
+    assert scores(copied.out, "ur_iq") == {(0, 0): 3.0, (0, 1): None, (1, 0): 2.0, (1, 1): 2.0}
+
+
+def test_a_judge_that_goes_down_in_the_middle_goes_on(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    down = JudgeError("unreachable", "gone", is_outage=True)
+    judged = with_judge(copied, ["Final Score: 2", down, down, *["Final Score: 5"] * 3], monkeypatch)
+    judged = replace(judged, judge=judged.judge.model_copy(update={"concurrency": 1}))
+    with pytest.raises(UserError, match=r"the judge fake does not answer \(unreachable: gone\).* run the same command"):
+        done(judged)
+    assert list(scores(copied.out, "ur_iq").values()) == [2.0]
+    with pytest.raises(UserError, match="does not answer"):
+        done(judged)
+    assert sorted(scores(done(judged).out, "ur_iq").values()) == [2.0, 5.0, 5.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +285,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ("aesthetc=x", "unknown kind 'aesthetc'; did you mean 'aesthetic'?"),
         ("Pick Score:clip=x", "lower-case letters"),
         ("geneval=x", "give --color-model"),
+        ("geneval_shapes=x", "give geneval_shapes=builtin:shapes/verifier"),
     ],
 )
 def test_scorers_are_parsed(text: str, said: str) -> None:
@@ -285,19 +348,6 @@ def test_the_table_of_geneval(tmp_path: Path) -> None:
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowbp", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        output = capsys.readouterr()
-        return int(stop.value.code or 0), output.out, output.err
-
-    return call
-
-
 def hpdv2(out: Path, *more: object) -> list[object]:
     words = [
         "benchmark",
@@ -328,6 +378,32 @@ def test_hpdv2_as_a_command(flowbp: Call, finished: Benchmark, tmp_path: Path) -
     assert code == 0
     assert f"| {GENERATOR} (a) " in output
     assert f"| {GENERATOR} (finished) " in output
+
+
+def test_a_judge_is_asked_after_its_cost_is_confirmed(
+    flowbp: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third question has no score; a second run with another price asks nothing."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serving() as server:
+        server.reply = lambda number, body: (200, "no idea" if number == 3 else "Good.\nFinal Score: 4")
+        words = ["--score", "ur_iq=m", "--judge", server.url, "--set", "judge.confirm_calls=3"]
+        answer = flowbp(*hpdv2(tmp_path / "out", *words))
+        assert answer[0] == 2
+        assert "4 calls of the judge, about " in answer[2]
+        assert "more than confirm_calls 3 or confirm_money 1 allows; nothing was asked yet: add --yes" in answer[2]
+        assert (len(server.bodies), (tmp_path / "out").exists()) == (1, False)  # one asked whether it is there
+        code, output, errors = flowbp(*hpdv2(tmp_path / "out", *words, "--yes", "--set", "judge.prices.prompt=2"))
+        assert code == 0, errors
+        assert " USD, 0.0 hours" in errors
+        assert "ur_iq gave 1 of 4 images no score" in output
+        answers = (tmp_path / "out" / "scores" / "ur_iq" / "answers.rank0.jsonl").read_text().splitlines()
+        assert sorted(json.loads(answer)["raws"] for answer in answers) == [["Good.\nFinal Score: 4"]] * 3 + [
+            ["no idea"]
+        ]
+        assert len(server.bodies) == 6
+        code, _, errors = flowbp(*hpdv2(tmp_path / "out", *words))
+        assert (code, len(server.bodies), "calls of the judge" in errors) == (0, 6, False)
 
 
 METADATA = [
@@ -382,11 +458,16 @@ def assert_refused(answer: tuple[int, str, str], said: str) -> None:
         (["--score", "heldout:clip=builtin:shapes/none"], "unknown model"),
         (["--score", "clip=builtin:shapes/heldout"], "--score: clip given twice"),
         (["--score", "ur_iq=m"], "must be the base URL"),
+        (["--score", "ur_iq=m", "--judge", "http" + "://127.0.0.1:9/v1"], "judge 'm': http"),
+        (["--set", "judge.confirm_cals=1"], "did you mean 'confirm_calls'?"),
         (["--score", "geneval=x", "--color-model", "y"], "give --protocol geneval"),
         (["--guidance-scale", "0"], "--guidance-scale 0"),
         (["--size", "33"], "multiples of"),
         (["--prompts", "none.txt"], "no such prompt file"),
-        (["--protocol", "geneval"], "no such file"),
+        (["--protocol", "geneval"], "give --protocol geneval_shapes"),
+        (["--protocol", "geneval", "--prompts", "none.jsonl"], "no such file"),
+        (["--protocol", "geneval_shapes", "--prompts", "metadata.jsonl"], "allowed: builtin:shapes/train"),
+        (["--score", "geneval_shapes=builtin:shapes/verifier"], "give --protocol geneval_shapes"),
     ],
 )
 def test_mistakes_are_reported_before_a_file_is_made(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:

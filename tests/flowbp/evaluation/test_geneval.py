@@ -179,7 +179,7 @@ GOOD = {"tag": "colors", "prompt": "a red cat", "include": [RED_CAT]}
         ({"exlude": []}, "exlude: Extra inputs are not permitted"),
         ({"include": [CAT | {"class": "caat"}]}, "unknown class 'caat'; did you mean 'cat'?"),
         ({"include": [CAT | {"count": 0}]}, "include.0.count: must be greater than or equal to 1, got 0"),
-        ({"include": [CAT | {"color": "teal"}]}, "include.0.color: must be 'red', 'orange'"),
+        ({"include": [CAT | {"color": "teal"}]}, "unknown color 'teal'; allowed: red, orange"),
         ({"include": [CAT | {"position": ["left of", 0]}]}, "must refer to an earlier clause"),
         ({"include": [{"count": 1}]}, "include.0.class: Field required"),
     ],

@@ -1,18 +1,33 @@
 """The judge against a server on this machine: its questions, what is made of answers, and what is never shown."""
 
+import asyncio
 import base64
 import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from flowbp.evaluation.vlm_judge import KEY_VARIABLE, QUESTIONS, Judge, Judgment, check_url, parse_score
+from flowbp.evaluation.vlm_judge import (
+    KEY_VARIABLE,
+    QUESTIONS,
+    Criterion,
+    EndpointJudge,
+    check_judge,
+    check_url,
+    make_question,
+    parse_score,
+)
 from imgen_common.errors import UserError
+from imgen_common.http import RetryPolicy
+from imgen_common.judging.answers import Answer
+from imgen_common.judging.questions import JudgeError, Unreadable
+from imgen_common.judging.runner import ask_question
 
 RED = Image.new("RGB", (64, 32), (255, 0, 0))
 SECRET = "sk-very-secret"
@@ -55,17 +70,34 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with serving() as one:
+        yield one
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
     one = Server()
     thread = threading.Thread(target=one.http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield one
-    one.http.shutdown()
-    one.http.server_close()
-    thread.join()
+    try:
+        yield one
+    finally:
+        one.http.shutdown()
+        one.http.server_close()
+        thread.join()
 
 
-def judge(server: Server, **more: Any) -> Judge:
-    return Judge("ur_align", server.url, "UnifiedReward", initial_backoff=0.01, **more)
+def ask(url: str, prompt: str = "a wall", criterion: Criterion = "ur_align", max_tries: int = 16) -> Answer:
+    """The answer of the judge at an address to the question about a red image."""
+
+    async def main() -> Answer:
+        judge = EndpointJudge(url, "UnifiedReward", policy=RetryPolicy(max_tries=max_tries, initial_backoff=0.01))
+        try:
+            return await ask_question(judge, make_question(criterion, RED, prompt))
+        finally:
+            await judge.close()
+
+    return asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -88,11 +120,15 @@ def judge(server: Server, **more: Any) -> Judge:
     ],
 )
 def test_scores_are_read_strictly(answer: str, score: float | None) -> None:
-    assert parse_score(answer) == score
+    if score is None:
+        with pytest.raises(Unreadable):
+            parse_score(answer)
+    else:
+        assert parse_score(answer) == score
 
 
 def test_the_question(server: Server) -> None:
-    assert judge(server)([RED], ["a red wall"]) == [Judgment(4.0)]
+    assert ask(server.url, "a red wall").value == 4.0
     (body,) = server.bodies
     assert server.paths == ["/v1/chat/completions"]
     assert (body["model"], body["temperature"]) == ("UnifiedReward", 0)
@@ -107,49 +143,47 @@ def test_the_question(server: Server) -> None:
 
 
 def test_the_two_aspects_ask_for_different_things(server: Server) -> None:
-    Judge("ur_iq", server.url, "m")([RED], ["{curly} braces"])
+    ask(server.url, "{curly} braces", "ur_iq")
     assert "{curly} braces" in server.bodies[0]["messages"][0]["content"][1]["text"]
     assert len(set(QUESTIONS.values())) == 2
 
 
-def test_scores_keep_the_order_of_the_images(server: Server) -> None:
-    server.reply = lambda number, body: (
-        200,
-        body["messages"][0]["content"][1]["text"].split("mark: ")[1].split("\n")[0],
-    )
-    prompts = [f"mark: Final Score: {1 + i / 10}" for i in range(12)]
-    assert [one.score for one in judge(server, max_concurrency=3)([RED] * 12, prompts)] == [
-        1 + i / 10 for i in range(12)
-    ]
-
-
 def test_an_answer_without_a_score_is_kept_and_is_no_number(server: Server) -> None:
-    server.reply = lambda number, body: (200, "I would rather not say. " * 40)
-    (found,) = judge(server)([RED], ["a wall"])
-    assert found.score is None
-    assert found.answer.endswith("I would rather not say. ")
-    assert len(found.answer) <= 400
+    said = "I would rather not say. " * 40
+    server.reply = lambda number, body: (200, said)
+    found = ask(server.url)
+    assert (found.value, found.error_kind, found.raws) == (None, "unreadable", (said,))
     assert len(server.bodies) == 1
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server: Server, status: int) -> None:
     server.reply = lambda number, body: (status, "") if number < 2 else (200, "Final Score: 2")
-    assert judge(server)([RED], ["a wall"]) == [Judgment(2.0)]
+    assert ask(server.url).value == 2.0
     assert len(server.bodies) == 3
 
 
 def test_tries_have_an_end(server: Server) -> None:
     server.reply = lambda number, body: (500, "")
-    with pytest.raises(UserError, match=r"status 500.*\(tried 3 times\); check --judge"):
-        judge(server, max_tries=3)([RED], ["a wall"])
+    found = ask(server.url, max_tries=3)
+    assert (found.value, found.error_kind, found.is_final) == (None, "server_error", False)
+    assert "status 500" in (found.error or "")
     assert len(server.bodies) == 3
 
 
-def test_a_refusal_is_not_repeated(server: Server) -> None:
-    server.reply = lambda number, body: (401, "")
-    with pytest.raises(UserError, match="401"):
-        judge(server)([RED], ["a wall"])
+@pytest.mark.parametrize(("status", "text"), [(401, ""), (404, ""), (429, "insufficient_quota")])
+def test_a_key_a_name_or_a_quota_that_is_not_accepted_ends_all(server: Server, status: int, text: str) -> None:
+    server.reply = lambda number, body: (status, text)
+    with pytest.raises(JudgeError, match=str(status)) as failure:
+        ask(server.url)
+    assert failure.value.is_outage
+    assert len(server.bodies) == 1
+
+
+def test_a_refusal_of_one_question_is_kept_and_not_repeated(server: Server) -> None:
+    server.raw = json.dumps({"choices": [{"message": {"content": None, "refusal": "no"}}]}).encode()
+    found = ask(server.url)
+    assert (found.error_kind, found.is_final, "no" in (found.error or "")) == ("refused", True, True)
     assert len(server.bodies) == 1
 
 
@@ -158,13 +192,21 @@ def test_a_refusal_is_not_repeated(server: Server) -> None:
 )
 def test_what_is_no_chat_completion(server: Server, raw: bytes) -> None:
     server.raw = raw
-    with pytest.raises(UserError, match="not a chat completion"):
-        judge(server)([RED], ["a wall"])
+    found = ask(server.url, max_tries=2)
+    assert (found.error_kind, found.is_final) == ("malformed_response", False)
+    assert "not a chat completion" in (found.error or "")
 
 
-def test_nobody_answers() -> None:
-    with pytest.raises(UserError, match=r"judge 'm': http://127\.0\.0\.1:1/v1: cannot be reached"):
-        Judge("ur_iq", "http://127.0.0.1:1/v1", "m", max_tries=2, initial_backoff=0.01)([RED], ["a wall"])
+def test_nobody_answers(server: Server) -> None:
+    with pytest.raises(JudgeError, match=r"http://127\.0\.0\.1:1/v1: cannot be reached") as failure:
+        ask("http://127.0.0.1:1/v1", max_tries=2)
+    assert failure.value.is_outage
+    for url, status in (("http://127.0.0.1:1/v1", 200), (server.url, 401), (server.url, 400), (server.url, 500)):
+        server.reply = lambda number, body, status=status: (status, "")
+        with pytest.raises(UserError, match=r"^judge 'm': .*check --judge, the model's name and FLOWBP_JUDGE_KEY"):
+            asyncio.run(check_judge(url, "m"))
+    server.reply = lambda number, body: (200, "Hm.")
+    asyncio.run(check_judge(server.url, "m"))
 
 
 def test_the_key_is_sent_and_nowhere_shown(
@@ -172,12 +214,11 @@ def test_the_key_is_sent_and_nowhere_shown(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
     server.reply = lambda number, body: (403, SECRET)
-    one = judge(server)
-    with pytest.raises(UserError) as error:
-        one([RED], ["a wall"])
+    with pytest.raises(JudgeError) as error:
+        ask(server.url)
     assert server.keys == [f"Bearer {SECRET}"]
     output = capfd.readouterr()
-    assert SECRET not in f"{error.value} {one} {output.out} {output.err}"
+    assert SECRET not in f"{error.value} {output.out} {output.err}"
 
 
 def test_addresses() -> None:

@@ -9,54 +9,20 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_kohya_flux_lora_to_diffusers,
     _convert_non_diffusers_flux2_lora_to_diffusers,
 )
-from families import FAMILIES, SIZE, folder_of
+from families import FAMILIES, folder_of
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from tiers import tiers
+from trained_runs import TARGETS, ours, theirs, trained
 
-from flowbp import backbones
 from flowbp.backbones.licenses import license_of
-from flowbp.backbones.loading import load_trained_weights, mark_trainable
 from flowbp.config import TrainConfig
-from flowbp.evaluation import sampling
 from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
-from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
-
-TARGETS = (
-    "lora.target_modules=[to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_qkv_mlp_proj, to_out]"
-)
-
-
-def trained(place: Path, model: Path, *sets: str) -> Path:
-    """A run folder whose weights are random but not nothing, as if it had been trained."""
-    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", *sets])
-    parameters = mark_trainable(backbones.load(str(model)).net, config)
-    rng = torch.Generator().manual_seed(1)
-    average = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
-    last = {name: p.detach() for name, p in parameters.items()}
-    with RunFolder.create(place / "run", config, ["flowbp"]) as run:
-        run.save_checkpoint(1, {"weights": last, "ema": average, "optimizer": {}}, {})
-    return place / "run"
-
-
-def theirs(pipe: DiffusionPipeline, family: str) -> torch.Tensor:
-    """What the unmodified pipeline generates."""
-    pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "output_type": "pt", "height": SIZE[0], "width": SIZE[1]}
-    options |= FAMILIES[family].guided(1.0)
-    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(3), **options).images
-
-
-def ours(run: Path, model: Path, *, base: bool = False) -> torch.Tensor:
-    backbone = backbones.load(str(model))
-    if not base:
-        load_trained_weights(backbone, run)
-    return sampling.generate_images(backbone, "a red circle", [3], SIZE, 3, 1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

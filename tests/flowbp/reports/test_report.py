@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from pages import Page
+from PIL import Image
 
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
+from flowbp.data.edits import sources_of
+from flowbp.data.prompts import load_prompts
 from flowbp.evaluation import compare
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
@@ -20,6 +23,7 @@ from flowbp.reports import report
 from flowbp.reports.charts import Series, line_chart, moving_average, ticks
 from flowbp.reports.explain import linear_sigmas
 from flowbp.reports.figure import plan_svg
+from flowbp.reports.run_data import read_run
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
@@ -64,6 +68,16 @@ def read(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+def test_a_regulariser_has_a_chart(run: Path) -> None:
+    assert report._distance_charts(read_run(run)) == []
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("regularise: null", "regularise: {kind: velocity, weight: 2.0}"))
+    with RunFolder.open(run) as folder:
+        folder.log(30, {"train/regularise": 0.5})
+    (chart,) = report._distance_charts(read_run(run))
+    assert "Distance to the base" in chart
+
+
 def test_the_page_stands_alone(run: Path) -> None:
     text, page = read(run)
     assert len(page.images) == 2 * 2 * 30
@@ -106,6 +120,19 @@ def test_a_reward_that_rises_while_the_verifier_falls_is_named(run: Path) -> Non
     save_evaluation(run, "base", 1.0, evaluation(prompts, 0.7, 0.0))
     save_evaluation(run, "trained", 1.0, evaluation(prompts, 0.3, 1.0))
     assert "exploits the reward" in read(run)[1].text
+
+
+def test_the_source_of_an_edit_stands_before_its_images(run: Path) -> None:
+    edits = list(load_prompts("builtin:shapes/edits/test", limit=12))
+    for name in ("base", "trained"):
+        save_evaluation(run, name, 1.0, evaluation(edits, 0.7, 0.0))
+    saved = load_evaluations(run)["base", 1.0]
+    assert [len(saved.source_files[i]) for i in range(12)] == [1] * 12
+    with Image.open(saved.source_files[3][0]) as image:
+        assert image.tobytes() == sources_of(edits[3])[0].load().tobytes()
+    markup, _ = read(run)
+    for prompt in edits:
+        assert markup.index(f'alt="source of: {prompt}"') < markup.index(f'alt="before: {prompt}"')
 
 
 def test_a_run_that_is_not_finished_says_so(run: Path) -> None:

@@ -30,7 +30,7 @@ SETS = [
         "eval.quick_num_prompts=4",
     ),
 ]
-ADAPTERS = {"full": [], "lora": ["lora.rank=4"]}
+ADAPTERS = {"full": [], "lora": ["lora.rank=4"], "edits": ["lora.rank=4", "data.prompts=builtin:shapes/edits"]}
 
 
 def start(folder: Path, *arguments: str) -> BaseProcess:

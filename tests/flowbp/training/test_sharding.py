@@ -28,24 +28,40 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 TOLERANCE = 1e-5
+ANCHOR = "regularise.weight=20"
+"""Its base is evaluated between the forwards that a sharded network counts."""
 CASES = {
     "fsdp2": {
         "full": ["distributed.kind=fsdp2"],
         "each-step": ["distributed.kind=fsdp2", "distributed.sync=step", "per_device_batch_size=1"],
-        "lora": ["distributed.kind=fsdp2", "lora.rank=4", "active_steps_per_forward=2"],
+        "lora": ["distributed.kind=fsdp2", "lora.rank=4", "active_steps_per_forward=2", ANCHOR],
         "checkpointing": ["distributed.kind=fsdp2", "model.gradient_checkpointing=true"],
+        "edits": ["distributed.kind=fsdp2", "data.prompts=builtin:shapes/edits"],
     },
     "zero": {
         "zero2": ["distributed.kind=zero2"],
         "zero3": ["distributed.kind=zero3"],
-        "zero2-lora": ["distributed.kind=zero2", "distributed.sync=step", "lora.rank=4", "per_device_batch_size=1"],
-        "zero3-lora": ["distributed.kind=zero3", "distributed.sync=step", "lora.rank=4", "active_steps_per_forward=2"],
+        "zero2-lora": [
+            "distributed.kind=zero2",
+            "distributed.sync=step",
+            "lora.rank=4",
+            "per_device_batch_size=1",
+            ANCHOR,
+        ],
+        "zero3-lora": [
+            "distributed.kind=zero3",
+            "distributed.sync=step",
+            "lora.rank=4",
+            "active_steps_per_forward=2",
+            ANCHOR,
+        ],
     },
 }
 ALL_CASES = "sd3"  # the family that runs every case and resumes; the others run those below
 OTHERS = ("checkpointing", "each-step", "zero3", "zero2-lora")
 SLOW = ("full", "lora", "zero3", "zero2-lora")
-"""Cases of the first family that run in the slow tier; all others are exhaustive."""
+"""Cases of the first family that run in the slow tier; all others but that of edits are exhaustive."""
+EDITS = ("flux2", "edits")
 PROMPTS = ["a red circle", "two blue crosses", "a green square"]
 SMALL = [
     "method=refl",
@@ -102,12 +118,13 @@ def change(state: dict[str, Tensor], base: dict[str, Tensor], group: str) -> Ten
 
 
 def is_slow(family: str, case: str) -> bool:
-    return family == ALL_CASES and case in SLOW
+    return (family == ALL_CASES and case in SLOW) or (family, case) == EDITS
 
 
 def cases(library: str) -> list[tuple[str, str]]:
     """Families, and what each runs of a library."""
-    return [(f, case) for f in FAMILIES for case in CASES[library] if f == ALL_CASES or case in OTHERS]
+    found = [(f, case) for f in FAMILIES for case in CASES[library] if f == ALL_CASES or case in OTHERS]
+    return [one for one in found if one[1] != EDITS[1]] + [EDITS] * (EDITS[1] in CASES[library])
 
 
 def by_tier(library: str) -> list[Any]:

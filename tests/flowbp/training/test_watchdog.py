@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowbp.config import TrainConfig, WatchdogConfig
+from flowbp.config import LoraConfig, TrainConfig, WatchdogConfig
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity, image_statistics, rms_distance
 from flowbp.training import watchdog
@@ -163,8 +163,9 @@ def test_the_last_healthy_update_is_the_one_before_the_first_alert(tmp_path: Pat
 def test_adapters_have_the_norm_of_what_they_add() -> None:
     a, b = torch.randn(2, 8), torch.randn(6, 2)
     parameters = {"x.lora_A.default.weight": a, "x.lora_B.default.weight": b, "other": torch.ones(3)}
-    assert watchdog.adapter_norm(parameters, 0.5) == pytest.approx((0.5 * b @ a).norm().item(), rel=1e-5)
-    assert watchdog.adapter_norm({"other": torch.ones(3)}, 0.5) == 0
+    lora = LoraConfig(rank=4, alpha=2)
+    assert watchdog.adapter_norm(parameters, lora) == pytest.approx((0.5 * b @ a).norm().item(), rel=1e-5)
+    assert watchdog.adapter_norm({"other": torch.ones(3)}, lora) == 0
 
 
 def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import hashlib
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgen_common.errors import UserError
-from imgen_common.streams import stream_seed
+from imgen_common.judging.answers import read_answers
+from imgen_common.judging.questions import Question, Unreadable
 from interleave.agents import scoring
 from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_agreement, parse_scores
 from interleave.agents.miniature import VerifierJudge
-from interleave.agents.parsing import ParseFailure
 from interleave.agents.prompts import load_template
-from interleave.agents.scoring import CachedJudge, check_judge, score_all
+from interleave.agents.scoring import CachedJudge, ImageScoring, Look, check_judge
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.models.chat.scripted import ScriptedChat, ScriptedChatConfig
 from interleave.protocols import BackendError, CriticInput, HashedImage, Message, Reply
 from interleave.records import Scores
+from interleave.storage.images import ImageStore
 
 RED, BLUE, WIDE = (
     HashedImage.from_pil(Image.new("RGB", size, colour))
@@ -94,9 +98,8 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
     ],
 )
 def test_marks_that_cannot_be_read_are_never_guessed(answer: str, reason: str) -> None:
-    read = parse_scores(answer)
-    assert isinstance(read, ParseFailure)
-    assert reason in read.reason
+    with pytest.raises(Unreadable, match=re.escape(reason)):
+        parse_scores(answer)
 
 
 values = st.recursive(
@@ -107,9 +110,9 @@ values = st.recursive(
 
 
 @given(st.text(max_size=60) | values.map(json.dumps) | st.lists(values, max_size=3).map(lambda v: score(*v)))
-def test_reading_marks_never_raises_and_keeps_the_range(answer: str) -> None:
-    read = parse_scores(answer)
-    assert isinstance(read, ParseFailure) or all(0 <= mark <= 10 for mark in read)
+def test_reading_marks_keeps_the_range_or_refuses(answer: str) -> None:
+    with suppress(Unreadable):
+        assert all(0 <= mark <= 10 for mark in parse_scores(answer))
 
 
 # --- a chat model as judge -------------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ def test_an_unreadable_answer_is_asked_for_again_with_another_seed() -> None:
 
 
 def test_a_judge_that_stays_out_of_range_fails_by_name() -> None:
-    with pytest.raises(BackendError, match=r"2 answers of the judge could not be read.*not 40") as failure:
+    with pytest.raises(BackendError, match=r"(semantics|quality) 1: .*not 40") as failure:
         asyncio.run(judge_of(lambda m, s: score(4, 40), tries=2).score(LOOK))
     assert failure.value.kind == "malformed_response"
     down = judge_of(lambda m, s: BackendError("unreachable", "nobody there"))
@@ -219,6 +222,97 @@ def test_judges_by_configuration() -> None:
     made = ModelJudgeConfig(model=ScriptedChatConfig(answers=(score(6, 7),)), num_samples=2).build()
     assert asyncio.run(made.score(LOOK)) == Scores(semantics=6, quality=6, judge_id=made.id, num_samples=2)
     assert isinstance(scoring.VerifierJudgeConfig().build(), VerifierJudge)
+
+
+# --- many images ------------------------------------------------------------------------------------------------------
+
+
+def looks_in(folder: Path, num: int) -> list[Look]:
+    """A red image before, and images of `num` shades of blue after."""
+    images = ImageStore(folder / "images")
+    shades = [HashedImage.from_pil(Image.new("RGB", (8, 8), (0, 0, n))) for n in range(num)]
+    return [(images.put(RED), images.put(shade), f"shade {n}") for n, shade in enumerate(shades)]
+
+
+def score_all(folder: Path, judge: Any, looks: list[Look], share: float = 1.0, **more: Any) -> Any:
+    return asyncio.run(ImageScoring(judge, folder, 1, share, "resume it", **more).score_all(looks))
+
+
+def test_many_images_are_scored_as_one_by_one_and_the_words_are_kept(tmp_path: Path) -> None:
+    """Answers depend on the seed alone, so that both ways must ask with the same ones."""
+    judge, looks = judge_of(lambda m, seed: score(seed % 11, seed % 7), num_samples=2), looks_in(tmp_path, 3)
+    asked: list[Question] = []
+    found, failed = score_all(tmp_path, judge, [*looks, looks[0]], on_questions=asked.extend)
+    images = ImageStore(tmp_path / "images")
+    shown = [CriticInput(images.get(before), images.get(after), text, "") for before, after, text in looks]
+    alone = [asyncio.run(judge.score(one)) for one in shown]
+    assert found == [*alone, alone[0]]
+    assert (len(asked), failed) == (12, {})
+    (folder,) = (tmp_path / "scores").iterdir()
+    answers = read_answers(folder)
+    assert len(answers) == 12
+    assert {(answer.judge, answer.prompts) for answer in answers} == {(judge.id, judge.prompts)}
+    for answer in answers:
+        assert json.loads(answer.raws[-1])["score"] == answer.value
+    never = judge_of(lambda m, seed: pytest.fail("asked again"), num_samples=2)
+    assert score_all(tmp_path, never, looks, on_questions=lambda questions: pytest.fail("costs")) == (alone, {})
+
+
+def test_a_judge_that_goes_down_in_the_middle_is_asked_only_what_is_left(tmp_path: Path) -> None:
+    """Of three images, two questions each, five questions are answered before the outage."""
+    calls: list[Message] = []
+
+    def say(message: Message, seed: int) -> str | BackendError:
+        calls.append(message)
+        return BackendError("unreachable", "gone") if len(calls) == 6 else score(6, 7)
+
+    looks = looks_in(tmp_path, 3)
+    with pytest.raises(UserError, match=r"does not answer \(unreachable: gone\); what it answered is kept: resume it"):
+        score_all(tmp_path, judge_of(say), looks)
+    counts: list[int] = []
+
+    def count(questions: Iterable[Question]) -> None:
+        counts.append(len(list(questions)))
+
+    found, _ = score_all(tmp_path, judge_of(say), looks, on_questions=count)
+    assert [one and one.semantics for one in found] == [6, 6, 6]
+    assert (counts, len(calls)) == ([1], 7)
+
+
+def test_what_cannot_be_read_or_is_refused_is_counted_by_image(tmp_path: Path) -> None:
+    def say(message: Message, seed: int) -> str | BackendError:
+        blue = max(p.image.getpixel((0, 0))[2] for p in pictures(message))  # type: ignore[index]
+        return BackendError("refused", "no") if blue == 1 else score(6, 70 if blue == 2 else 7)
+
+    looks = looks_in(tmp_path, 4)
+    found, failed = score_all(tmp_path, judge_of(say), looks, 0.5)
+    assert [one is None for one in found] == [False, True, True, False]
+    assert failed == {"refused": 1, "unreadable": 1}
+    with pytest.raises(UserError, match=r"failed on 1 of 2 items \(1 refused; the last: no\), at most 0\.8 may fail"):
+        score_all(tmp_path, judge_of(say), looks, 0.2)
+    assert score_all(tmp_path, judge_of(say), looks, 0.5) == (found, failed)
+
+
+def test_scores_that_an_earlier_version_kept_are_used(tmp_path: Path) -> None:
+    judge, looks = judge_of(lambda m, seed: pytest.fail("asked again")), looks_in(tmp_path, 1)
+    kept = Scores(semantics=3, quality=4, judge_id=judge.id)
+    # name and content as they were: sha256 of [judge, before, after, what was asked]
+    key = hashlib.sha256(json.dumps([judge.id, *looks[0]]).encode()).hexdigest()
+    file = tmp_path / "scores" / key[:2] / f"{key}.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(kept.model_dump_json())
+    assert score_all(tmp_path, judge, looks) == ([kept], {})
+
+
+def test_a_key_that_is_no_longer_accepted_stops_the_scoring(tmp_path: Path) -> None:
+    """It is no refusal of the image, which would be kept as an answer."""
+    model = EndpointChat(
+        EndpointChatConfig(url="http://example.test/v1"), httpx.MockTransport(lambda request: httpx.Response(401))
+    )
+    judge = ChatJudge(model, load_template("judge_semantics"), load_template("judge_quality"))
+    with pytest.raises(UserError, match=r"does not answer \(refused: .*status 401"):
+        score_all(tmp_path, judge, looks_in(tmp_path, 2))
+    assert list(tmp_path.glob("scores/*/*")) == []
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------
@@ -373,12 +467,13 @@ def test_a_judge_that_fails_too_often_leaves_no_error_behind(num: int, tmp_path:
         async def close(self) -> None:
             pass
 
-    looks = [lambda i=i: CriticInput(LOOK.before, LOOK.after, str(i), "") for i in range(num)]
+    images = ImageStore(tmp_path / "images")
+    looks = [(images.put(LOOK.before), images.put(LOOK.after), str(i)) for i in range(num)]
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: unhandled.append(context))
-        with pytest.raises(UserError, match="the judge failed on 1 images"):
-            await score_all(CachedJudge(Failing(), tmp_path), looks, num, 0.0, lambda done, total: None, "again")
+        with pytest.raises(UserError, match="the judge failing failed on 1 of"):
+            await ImageScoring(Failing(), tmp_path, num, 0.0, "again").score_all(looks)
         await asyncio.sleep(0.02)
         gc.collect(1)
 
@@ -387,13 +482,15 @@ def test_a_judge_that_fails_too_often_leaves_no_error_behind(num: int, tmp_path:
 
 
 def test_a_question_that_fails_ends_the_others() -> None:
+    begun: list[int] = []
     ended: list[int] = []
 
     class Model:
         id = "m"
 
         async def chat(self, message: Message, seed: int) -> Reply:
-            if seed == seeds[0]:
+            begun.append(seed)
+            if len(begun) == 4:
                 raise BackendError("refused", "no")
             try:
                 await asyncio.sleep(60)
@@ -404,7 +501,6 @@ def test_a_question_that_fails_ends_the_others() -> None:
         async def close(self) -> None:
             pass
 
-    seeds = [stream_seed(0, "judge", sample, 0) for sample in (1, 0)]
     judge = ChatJudge(Model(), load_template("judge_semantics"), load_template("judge_quality"), 2)
 
     async def main() -> list[int]:
@@ -412,7 +508,7 @@ def test_a_question_that_fails_ends_the_others() -> None:
             await judge.score(LOOK)
         return list(ended)
 
-    assert seeds[1] in asyncio.run(main())
+    assert sorted(asyncio.run(main())) == sorted(begun[:3])
 
 
 def test_a_judge_behind_an_endpoint_is_checked_at_once_and_as_it_will_be_asked() -> None:

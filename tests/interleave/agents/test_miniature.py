@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from imgen_common.hub import WEIGHTS, resolve
 from imgen_common.images import from_pil
+from imgen_common.shapes.edits import Edit, sample_edit
 from imgen_common.shapes.render import render
 from imgen_common.shapes.scene import compose, sample_spec
 from imgen_common.shapes.steps import Step, Story
@@ -32,7 +33,6 @@ from scripts.miniature.agents.cases import CaseSampler, _mirror, _rotate_colors,
 from scripts.miniature.agents.data import Case, critic_message, critic_row, planner_row, read_cases
 from scripts.miniature.agents.pool import GeneratedImages, to_bytes
 from scripts.miniature.agents.vision import COLOR_NAMES, SHAPE_NAMES, label_cells
-from scripts.miniature.world.edits import Edit, sample_edit
 
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
 PROMPTS = ["a red circle", "add a blue square right of the circle", "make the circle green"]

@@ -13,8 +13,8 @@ import pytest
 
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
+from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.config import BenchmarkConfig
-from interleave.benchmarks.judges import ChatModelJudge
 from interleave.benchmarks.report import BenchmarkReport
 from interleave.benchmarks.run import BenchmarkWork, Shard, score_now
 from interleave.benchmarks.setup import BenchmarkRequest, compare_folders, prepare, spread

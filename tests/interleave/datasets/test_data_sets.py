@@ -401,7 +401,7 @@ def test_a_judge_that_is_down_from_the_start_is_refused(tmp_path: Path, asked: P
 def test_a_judge_that_goes_down_stops_the_build_and_nothing_is_lost(tmp_path: Path, asked: Path) -> None:
     build(tmp_path / "whole", asked)
     out, down = tmp_path / "set", failing("rate_limited", lambda shown: shown.before.id != shown.after.id)
-    with pytest.raises(UserError, match=r"failed on \d+ images \(\d+ rate_limited; .*--resume"):
+    with pytest.raises(UserError, match=r"judge does not answer \(rate_limited: no luck\); .* is kept: .*--resume"):
         build(out, asked, judge=down)
     assert not (out / "set.json").exists()
     assert len([recorded for recorded in read_trace(out).values() if recorded.trajectory]) == 12
@@ -434,7 +434,7 @@ def other(score_of: Callable[[CriticInput], float]) -> FakeJudge:
 
 
 def agreeing(path: Path, judge: FakeJudge, **changes: Any) -> JudgeComparison:
-    return compare_judges(path, DataConfig(**changes), judge, lambda done, total: None)
+    return compare_judges(path, DataConfig(**changes), judge, BuildProgress())
 
 
 def test_two_judges_are_compared_on_the_images_of_a_set(tmp_path: Path, asked: Path) -> None:
@@ -472,7 +472,7 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
         ("no rows of critic_rl", out / "planner_sft.jsonl", other(mark)),
         ("does not answer", out, replace(failing("unreachable", lambda shown: True), id="other judge")),
         (
-            r"failed on \d+ images .* run the same command again",
+            r"failed on \d+ of \d+ items \(\d+ malformed_response; .* run the same command again",
             out,
             replace(failing("malformed_response", lambda shown: shown.after.id[0] in "0123456"), id="other judge"),
         ),
@@ -891,9 +891,19 @@ def test_the_commands(
         "filters": {"rl_share": None, "balance": None},
     }
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-    code, told = interleave("data", "build", recipe, "--out", out)
+    code, told = interleave("data", "build", recipe, "--out", out, "--set", "confirm_calls=3")
+    assert code == 2
+    assert re.search(r"\d\d calls of the judge, about ", told)
+    assert f"nothing was asked yet: add --yes to interleave data build --resume {out}" in told
+    assert not (out / "scores").exists()
+    code, told = interleave("data", "build", "--resume", out, "--yes", "--set", "prices.completion=8")
     assert code == 0, told
+    assert "USD" in told
     assert "planner_sft: " in told
+    (answers,) = out.glob("scores/*/answers.jsonl")
+    said = [json.loads(line)["raws"] for line in answers.read_text().splitlines()]
+    assert {raw for raws in said for raw in raws} == {'{"score": [7, 8]}', '{"score": [3, 10]}'}
+    assert re.search(r"scores: \d\d images by scripted .*, failed: none", told)
     assert f"statistics: {out / 'statistics.html'}" in told
     code, told = interleave("data", "check", out)
     assert (code, told.splitlines()[-1]) == (0, "no problems")
@@ -905,7 +915,7 @@ def test_the_commands(
     assert (code, "--- answer" in told) == (0, True)
     code, told = interleave("data", "show", out / "critic_rl.jsonl", 1, "--json")
     assert set(json.loads(told)) == {"prompt", "answer", "known"}
-    code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1)
+    code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1, "--yes")
     assert code == 0, told
     assert "scored by both" in told
     shutil.copytree(out, alone := tmp_path / "alone")

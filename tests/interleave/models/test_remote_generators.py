@@ -409,6 +409,8 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
     image = HashedImage.from_pil(Image.effect_noise((17, 9), 50).convert("RGB"))
     encoded = written(base64_of(png(image.image)))
     assert drawn(endpoint(answering(json={"data": [{"b64_json": encoded}]}))) == image
+    uri = f"data:image/png;base64,{base64_of(png(image.image))}"
+    assert drawn(endpoint(answering(json={"data": [{"b64_json": "", "url": uri}]}))) == image
     assert drawn(pool(answering(json={"model": "m", "image": encoded}))) == image
     if encoded.startswith("data:"):
         assert drawn(endpoint(answering(json={"data": [{"url": encoded}]}))) == image

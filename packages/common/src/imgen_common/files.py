@@ -314,8 +314,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise UserError(f"{out}: exists already; give another folder, or remove it")
-    fresh = out.with_name(out.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = out.with_name(f".{out.name[:32]}-{secrets.token_hex(8)}.tmp")
     with writing(out):
         try:
             fresh.mkdir(parents=True)

@@ -65,6 +65,16 @@ def enlarge(image: Image.Image, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
+def thumbnail(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image within (width, height) `size`: smaller, or with whole pixels as squares, its ratio of sides kept."""
+    factor = min(size[0] // image.width, size[1] // image.height)
+    if factor >= 1:
+        return enlarge(image, factor)
+    found = to_rgb(image)
+    found.thumbnail(size)
+    return found
+
+
 def grid(images: "torch.Tensor | Sequence[Image.Image]", columns: int, scale: int = 1, gap: int = 2) -> Image.Image:
     """Images in rows of `columns`, row by row, each enlarged `scale` times, `gap` white pixels between them.
 

@@ -1,6 +1,7 @@
 """What `flowbp train` is asked to do.  The defaults are the miniature: minutes on a CPU."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
+from flowbp.rewards.losses import Hinge, LogSigmoid, Sigmoid
 from imgen_common.config import Config, Presets
 
 ExportFormat = Literal["diffusers", "comfyui", "merged"]
@@ -38,6 +40,9 @@ def _check_different(values: tuple[float | str, ...]) -> tuple[float | str, ...]
 
 Different = AfterValidator(_check_different)
 PositiveInt = Annotated[int, Ge(1)]
+NumImages = Annotated[int, Ge(1), Le(10**6)]
+"""Of one update or evaluation; far more are a slip, and would fill the memory before anything is trained."""
+N = TypeVar("N", int, float)
 Attention = Literal[
     "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
 ]
@@ -105,12 +110,36 @@ class LoraConfig(Config):
 
     renamed: ClassVar = {"targets": "target_modules"}
 
-    rank: PositiveInt = 16
+    init: str | None = None
+    """Adapter to begin with: a safetensors file or folder of diffusers, PEFT, kohya or ComfyUI, or `org/name@revision`.
+    All other keys here are then those of the adapter; leave them out.  A resumed run takes its own checkpoint instead.
+    null: an update of zero."""
+    rank: Annotated[int, Ge(1), Le(4096)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Gt(0)] = 16.0
     """The update is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
     """Ends of the names of the linear layers that get an adapter."""
+    rank_pattern: Mapping[str, PositiveInt] = Field(default={})
+    """Other ranks than `rank`, by the end of a layer's name."""
+    alpha_pattern: Mapping[str, Annotated[float, Gt(0)]] = Field(default={})
+    """Other alphas than `alpha`, by the end of a layer's name."""
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer's update."""
+        return _by_end(self.rank_pattern, layer, self.rank)
+
+    def alpha_of(self, layer: str) -> float:
+        """The alpha of a layer's update."""
+        return _by_end(self.alpha_pattern, layer, self.alpha)
+
+    def scale_of(self, layer: str) -> float:
+        """alpha / rank of a layer's update."""
+        return self.alpha_of(layer) / self.rank_of(layer)
+
+
+def _by_end(pattern: Mapping[str, N], layer: str, default: N) -> N:
+    return next((value for end, value in pattern.items() if f".{layer}".endswith(f".{end}")), default)
 
 
 class OptimConfig(Config):
@@ -134,24 +163,12 @@ class OptimConfig(Config):
     """How the rate falls from the warm-up to the last update (linear and cosine: to zero)."""
 
 
-class Hinge(Config):
-    """loss = max(0, ceiling - score): the papers' loss; without a ceiling loss = -score."""
+class VelocityRegulariser(Config):
+    """loss + weight * mean over active steps of (v - v_base)^2: holds the model near its base."""
 
-    kind: Literal["hinge"] = "hinge"
-    ceiling: float | None = None
-    """Score from which an image no longer contributes, in the reward's units; null: none."""
-
-
-class LogSigmoid(Config):
-    """loss = -log sigmoid((score - center) / width): an image's share fades as its score passes the center."""
-
-    renamed: ClassVar = {"centre": "center"}
-
-    kind: Literal["log_sigmoid"] = "log_sigmoid"
-    center: float
-    """Score at which the gradient has fallen to a half, in the reward's units."""
-    width: Annotated[float, Gt(0)] = 1.0
-    """How gradually it fades, in the reward's units."""
+    kind: Literal["velocity"] = "velocity"
+    weight: Annotated[float, Gt(0)]
+    """Its part in the loss, beside that of the rewards."""
 
 
 class Scorer(RewardConfig):
@@ -166,7 +183,7 @@ class TrainedReward(Scorer):
 
     weight: Annotated[float, Gt(0)] = 1.0
     """Its part in the gradient, as `combine` says."""
-    loss: Annotated[Hinge | LogSigmoid, Field(discriminator="kind")] = Hinge()
+    loss: Annotated[Hinge | LogSigmoid | Sigmoid, Field(discriminator="kind")] = Hinge()
     """From score to loss."""
 
 
@@ -174,10 +191,16 @@ class DataConfig(Config):
     """The prompts to train on."""
 
     prompts: str = "builtin:shapes/train"
-    """`builtin:shapes/SPLIT`; a file: .txt (one prompt a line), .jsonl, .json (an array), .csv or .tsv (with names of
-    columns); or a folder of `datasets.save_to_disk`."""
+    """`builtin:shapes/SPLIT` or, for edits, `builtin:shapes/edits/SPLIT`; a file: .txt (one prompt a line), .jsonl,
+    .json (an array), .csv or .tsv (with names of columns); or a folder of `datasets.save_to_disk`."""
     key: str = "prompt"
     """Name of the prompt's column in .jsonl, .json, .csv and .tsv files and dataset folders."""
+    images: str = "images"
+    """Name of the column of source images, where prompts are edits: a path, counted from the file's folder, or a list;
+    in dataset folders images too."""
+    caption: str = "caption"
+    """Name of the column with what the result of an edit should show, for rewards that do not see its sources; where
+    rows have none, these read the instruction."""
     embeddings: Literal["memory", "disk", "live"] = "memory"
     """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
     `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""
@@ -190,13 +213,18 @@ class EvalConfig(Config):
 
     renamed: ClassVar = {"guidance": "guidance_scale", "steps": "num_inference_steps"}
 
+    model: str | None = None
+    """Model whose transformer and noise levels draw the images of evaluations, with the trained adapter on it, as
+    `model.ref`: a distilled sibling of the same family and shapes.  It takes the memory of a second transformer.  Set
+    `guidance_scale` and `num_inference_steps` to its own.  null: the trained one."""
     prompts: str = "builtin:shapes/test"
     """Prompts of the evaluation before and after, as `data.prompts`."""
-    num_prompts: PositiveInt = 504
+    num_prompts: NumImages = 504
     """How many of them."""
     guidance_scale: Annotated[tuple[Annotated[float, Gt(0), Le(100)], ...], MinLen(1), Different] = (1.0, 2.0)
-    """Guidance scales of the evaluation before and after."""
-    num_inference_steps: PositiveInt = 25
+    """Guidance scales of the evaluation before and after, which is also made at the training's; with `model` at these
+    alone, and quick evaluations at the first."""
+    num_inference_steps: Annotated[int, Ge(1), Le(1000)] = 25
     """Denoising steps."""
     seed: int = 1
     """Seed of the noise; prompt i has its own stream whatever the batch."""
@@ -206,7 +234,7 @@ class EvalConfig(Config):
     """Updates between quick evaluations; 0: none."""
     quick_prompts: str = "builtin:shapes/tune"
     """Prompts of the quick evaluations, as `data.prompts`."""
-    quick_num_prompts: PositiveInt = 60
+    quick_num_prompts: NumImages = 60
     """How many of them."""
 
 
@@ -240,6 +268,7 @@ class TrainConfig(Config):
         "micro_batch_size": "per_device_batch_size",
         "reward_chunk": "reward_batch_size",
         "chunk": "active_steps_per_forward",
+        "regularize": "regularise",
     }
 
     name: str = "{method}"
@@ -259,6 +288,10 @@ class TrainConfig(Config):
     first; `pcgrad`, without the parts that point against each other."""
     heldout: tuple[Scorer, ...] = (Scorer(name="heldout", ref="builtin:shapes/heldout"),)
     """Rewards that are only watched, as a check against reward hacking."""
+    regularise: VelocityRegulariser | None = None
+    """An anchor to the base model (as a KL penalty): the mean squared difference, in units of velocity, between the
+    guided velocities of the trained network and of the base at the active steps.  The base is the network without
+    adapters, or a copy of it in float32 where all weights are trained (with `ddp` only).  null: none."""
     guidance_scale: GuidanceScale = 1.0
     """Scale of classifier-free guidance in the training rollouts; 1 runs the positive branch alone."""
     guidance: GuidanceOptions = GuidanceOptions()
@@ -271,7 +304,7 @@ class TrainConfig(Config):
     the last level of SD3.5 at 25 steps is 0.0089 or 0.111.  Evaluations always sample at those of the pipeline."""
     max_train_steps: PositiveInt = 105
     """Optimizer updates."""
-    total_batch_size: PositiveInt = 16
+    total_batch_size: NumImages = 16
     """Images per update, over all processes and micro-batches."""
     per_device_batch_size: PositiveInt | None = None
     """Images per process at a time; null: all of the process's share at once."""
@@ -316,6 +349,13 @@ class TrainConfig(Config):
                 f"model.quantization {quantization} goes with adapters and whole weights only: set lora, and "
                 "distributed.kind to ddp"
             )
+        if self.eval.model is not None and (self.lora is None or kind != "ddp"):
+            raise ValueError("eval.model takes adapters and whole weights only: set lora, and distributed.kind to ddp")
+        if self.regularise is not None and self.lora is None and kind != "ddp":
+            raise ValueError(
+                f"regularise: its base would be a second whole network on each process of distributed.kind {kind}; "
+                "set lora, whose base is the network without adapters, or distributed.kind to ddp"
+            )
         if self.model.compile and kind != "ddp":
             raise ValueError(f"model.compile: not under distributed.kind {kind}; set it to false, or the kind to ddp")
         return self
@@ -326,10 +366,16 @@ class TrainConfig(Config):
         return Guidance(scale=self.guidance_scale, **dict(self.guidance))
 
     @property
+    def eval_guidance_scales(self) -> tuple[float, ...]:
+        """Guidance scales of the evaluations before and after, first that of quick evaluations and single images."""
+        own = (self.guidance_scale,) if self.eval.model is None else ()
+        return tuple(dict.fromkeys((*own, *self.eval.guidance_scale)))
+
+    @property
     def scorers(self) -> tuple[Scorer, ...]:
         """All rewards, the trained ones first."""
         return (*self.rewards, *self.heldout)
 
 
-RESERVED = ("verifier", "loss", "learning_rate", "seconds", "grad_norm", "gradient_forwards", "peak_memory_gib")
+RESERVED = "verifier loss regularise learning_rate seconds grad_norm gradient_forwards peak_memory_gib".split()
 """Names that metrics and evaluations use for something else."""

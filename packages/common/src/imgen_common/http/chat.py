@@ -75,6 +75,9 @@ def read_completion(data: bytes) -> Completion:
     Raises Refusal where the model or a filter refused, HttpError where the body is an error (`error_in_answer`) or no
     chat completion (`malformed_response`).
     """
+    if data.lstrip().startswith(b"data:"):
+        what = "it streams its answers (text/event-stream), which are read whole here; remove `stream` from `extra`"
+        raise HttpError("malformed_response", what, can_retry=False)
     try:
         answer = json.loads(data)
         if (error := error_in_answer(answer)) is not None:
@@ -128,6 +131,8 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     if reason.lower().startswith(FILTERED):
         said = f": {content}" if content else ""
         raise Refusal(f"stopped by a content filter (finish_reason {reason}){said}")
+    if content is None and message.get("tool_calls"):
+        raise Refusal("the model calls a tool instead of answering; serve it without tools, or name another model")
     if content is None and (reason == "length" or any(split_off)):
         content = ""
     if not isinstance(content, str):

@@ -4,7 +4,8 @@ Processes that share the work write a file each in one folder, and read all of t
 """
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,12 @@ class AnswerLog:
         if answer.is_final:
             self._by_key[answer.key] = self._own[answer.item, answer.question] = answer
         append_line(self._file, answer.model_dump_json())
+
+
+def count_failures(answers: Mapping[str, Mapping[str, Answer]]) -> Counter[str]:
+    """Of how many items a question failed, by the kind of the first failure."""
+    failures = (next((a.error_kind for a in one.values() if a.error_kind), None) for one in answers.values())
+    return Counter(kind for kind in failures if kind is not None)
 
 
 def by_item(answers: Iterable[Answer]) -> dict[str, dict[str, Answer]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from imgen_common.config import Config
+from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import NextQuestions
 
@@ -29,6 +30,17 @@ class Prices(Config):
     """Of images; 784 for Qwen2.5-VL, 1024 for Qwen3-VL; hosted models have rules of their own."""
     seconds_per_call: Annotated[float, Gt(0)] = 5.0
     """How long a call takes."""
+
+
+class CostLimits(Config):
+    """What asking a judge costs, and above what it must be confirmed."""
+
+    prices: Prices = Prices()
+    """What a judge's tokens cost, for the estimate before the first call."""
+    confirm_calls: Annotated[int, Ge(0)] = 2000
+    """More calls than this need `--yes`."""
+    confirm_money: Price = 1.0
+    """A higher price than this needs `--yes`."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +89,13 @@ def describe_cost(cost: Cost, prices: Prices) -> str:
         f"{cost.calls} calls of the judge, about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} "
         f"written{money}, {cost.hours:.1f} hours"
     )
+
+
+def confirm_cost(cost: Cost, limits: CostLimits, show: Callable[[str], object], yes: bool, remedy: str) -> None:
+    """Shows the cost.  Raises UserError, which ends with the remedy, for one above the limits without `yes`."""
+    show(describe_cost(cost, limits.prices))
+    if not yes and (cost.calls > limits.confirm_calls or cost.money > limits.confirm_money):
+        raise UserError(
+            f"more than confirm_calls {limits.confirm_calls} or confirm_money {limits.confirm_money:g} allows; nothing "
+            f"was asked yet: {remedy}"
+        )

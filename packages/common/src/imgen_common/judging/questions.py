@@ -8,10 +8,15 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from imgen_common.http import HttpError, Refusal
 from imgen_common.images import content_hash
 
 Message = tuple[str | Image.Image, ...]
 """One user turn: texts and RGB images in the order in which the model reads them."""
+
+
+DENIED = (401, 402, 403, 404, 405, 407, 429)
+"""Statuses of an endpoint that would deny any question."""
 
 
 class Unreadable(ValueError):
@@ -29,13 +34,21 @@ class JudgeError(Exception):
         super().__init__(message)
         self.kind, self.is_outage = kind, is_outage
 
+    @classmethod
+    def of_http(cls, error: HttpError) -> "JudgeError":
+        """What the failure of an endpoint says of a question.  A key, an address or a quota that it does not accept
+        would end every other question too."""
+        is_denied = error.status in DENIED and not isinstance(error, Refusal)
+        return cls(error.kind, str(error), is_outage=error.is_outage or is_denied)
+
 
 @dataclass(frozen=True)
 class Question:
     """One call of a judge about an item.
 
     name: it differs among the questions of an item.  parse: an answer's value, which JSON can hold; raises Unreadable.
-    system: text of the system turn; empty: there is none.  tries: how often it is asked until an answer can be read.
+    system: text of the system turn; empty: there is none.  sample: number among equal questions that are asked anew,
+    where several answers are wanted.  tries: how often it is asked until an answer can be read.
     answer_tokens: how long an answer is about, for the estimate of costs.  example: a value that an estimate puts in
     the place of the answer, where a later question depends on it.
     """
@@ -44,6 +57,7 @@ class Question:
     message: Message
     parse: Callable[[str], Any] = field(compare=False)
     system: str = ""
+    sample: int = 0
     tries: int = 3
     answer_tokens: int = 100
     example: Any = None
@@ -51,16 +65,21 @@ class Question:
     def key(self, judge: str) -> str:
         """sha256 (hex) of everything that an answer of the judge of that id depends on."""
         parts = [part if isinstance(part, str) else {"image": content_hash(part)} for part in self.message]
-        return hashlib.sha256(json.dumps([judge, self.system, parts]).encode()).hexdigest()
+        sample = [self.sample] if self.sample else []
+        return hashlib.sha256(json.dumps([judge, self.system, parts, *sample]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class JudgeReply:
-    """The words of one call, and the tokens that it cost, as the server counts them (0: it does not say)."""
+    """The words of one call, and the tokens that it cost, as the server counts them (0: it does not say).
+
+    ending: how the answer ended where that was not by itself, such as `cut off after 4096 tokens`.
+    """
 
     text: str
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
+    ending: str = ""
 
 
 class JudgeModel(Protocol):

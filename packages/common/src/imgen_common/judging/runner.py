@@ -1,14 +1,16 @@
 """Asks a judge about many items: several questions at once, equal ones once, and nothing is lost by a kill."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from typing import Any
 
 from imgen_common.errors import UserError, one_line
-from imgen_common.judging.answers import Answer, AnswerLog
-from imgen_common.judging.questions import JudgeError, JudgeModel, Question, Unreadable
+from imgen_common.judging.answers import Answer, AnswerLog, count_failures
+from imgen_common.judging.questions import JudgeError, JudgeModel, JudgeReply, Question, Unreadable
 from imgen_common.streams import stream_seed
 
 NextQuestions = Callable[[Mapping[str, Any]], Sequence[Question]]
@@ -16,17 +18,25 @@ NextQuestions = Callable[[Mapping[str, Any]], Sequence[Question]]
 for one that failed."""
 
 
+def all_at_once(questions: Callable[[], Sequence[Question]]) -> NextQuestions:
+    """Of an item whose questions need no answers; it is called once, so that images are read once."""
+    return lambda values: [] if values else questions()
+
+
 @dataclass(frozen=True)
 class Judging:
     """A judge, where its answers are kept, and how many items it is asked about at once.
 
-    prompts: hash of the words of the questions, recorded with each answer.
+    prompts: hash of the words of the questions, recorded with each answer.  max_failed: it stops once a question failed
+    of more items than this.  how_to_continue: what messages tell the reader to do then, or once the judge is back.
     """
 
     judge: JudgeModel
     log: AnswerLog
     prompts: str
     concurrency: int = 8
+    max_failed: float = inf
+    how_to_continue: str = "start it again, then run the same command"
 
     async def judge_all(
         self, items: Mapping[str, NextQuestions], on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -34,14 +44,22 @@ class Judging:
         """The answers to all questions of all items, by item and question.
 
         A question that fails is an answer without a value.  Raises UserError once the judge is not there for any
-        question; what was answered before is kept.
+        question, or failed too often; what was answered before is kept.
         """
-        room, done = asyncio.Semaphore(self.concurrency), 0
+        room, done, failed = asyncio.Semaphore(self.concurrency), 0, Counter[str]()
 
         async def one(name: str) -> dict[str, Answer]:
             nonlocal done
             async with room:
                 answers = await self.judge_item(name, items[name])
+            failed.update(count_failures({name: answers}))
+            if failed.total() > self.max_failed:
+                reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
+                last = next(answer.error for answer in answers.values() if answer.error_kind)
+                raise UserError(
+                    f"the judge {self.judge.id} failed on {failed.total()} of {len(items)} items ({reasons}; the last: "
+                    f"{last}), at most {self.max_failed:g} may fail; what it answered is kept: {self.how_to_continue}"
+                )
             done += 1
             on_progress(done, len(items))
             return answers
@@ -50,11 +68,17 @@ class Judging:
             async with asyncio.TaskGroup() as group:
                 tasks = {name: group.create_task(one(name)) for name in items}
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            failure = errors.exceptions[0]
+            if not isinstance(failure, JudgeError):
+                raise failure from None
+            raise UserError(
+                f"the judge {self.judge.id} does not answer ({failure.kind}: {failure}); what it answered is kept: "
+                f"{self.how_to_continue}"
+            ) from None
         return {name: task.result() for name, task in tasks.items()}
 
     async def judge_item(self, item: str, next_questions: NextQuestions) -> dict[str, Answer]:
-        """The answers of one item, question by question as they can be asked."""
+        """The answers of one item, question by question as they can be asked.  Raises JudgeError for an outage."""
         answers: dict[str, Answer] = {}
         while True:
             values = {name: answer.value for name, answer in answers.items()}
@@ -69,48 +93,51 @@ class Judging:
         kept = self.log.find(key, item, question.name)
         if kept is not None and (kept.item, kept.question) == (item, question.name):
             return kept
-        answer = await self._ask(item, key, question) if kept is None else _reuse(kept, item, question)
+        if kept is None:
+            answer = await ask_question(self.judge, question, item, self.prompts)
+        else:
+            answer = _reuse(kept, item, question)
         self.log.add(answer)
         return answer
 
-    async def _ask(self, item: str, key: str, question: Question) -> Answer:
-        raws: list[str] = []
-        tokens = [0, 0]
-        value, error, kind = None, None, None
-        for attempt in range(question.tries):
-            seed = stream_seed(0, f"judge {key}", attempt)
-            try:
-                reply = await self.judge.ask(question.system, question.message, seed)
-                tokens = [tokens[0] + reply.num_prompt_tokens, tokens[1] + reply.num_completion_tokens]
-                raws.append(reply.text)
-                value, error, kind = question.parse(reply.text), None, None
+
+async def ask_question(judge: JudgeModel, question: Question, item: str = "", prompts: str = "") -> Answer:
+    """The judge's answer to a question, which is asked until an answer can be read.  Raises JudgeError for an outage.
+
+    item, prompts: recorded with the answer.
+    """
+    key = await asyncio.to_thread(question.key, judge.id)
+    replies: list[JudgeReply] = []
+    value, error, kind = None, None, None
+    for attempt in range(question.tries):
+        seed = stream_seed(0, f"judge {key}", attempt)
+        try:
+            replies.append(await judge.ask(question.system, question.message, seed))
+            value, error, kind = question.parse(replies[-1].text), None, None
+            break
+        except Unreadable as reason:
+            error, kind = one_line(": ".join(filter(None, (replies[-1].ending, str(reason))))), "unreadable"
+        except JudgeError as failure:
+            if failure.is_outage:
+                raise
+            error, kind = one_line(str(failure)), failure.kind
+            if kind == "refused":
                 break
-            except Unreadable as reason:
-                error, kind = one_line(str(reason)), "unreadable"
-            except JudgeError as failure:
-                if failure.is_outage:
-                    raise UserError(
-                        f"the judge {self.judge.id} does not answer ({failure.kind}: {failure}); what it answered is "
-                        "kept: start it again, then run the same command"
-                    ) from None
-                error, kind = one_line(str(failure)), failure.kind
-                if kind == "refused":
-                    break
-        return Answer(
-            item=item,
-            question=question.name,
-            key=key,
-            judge=self.judge.id,
-            prompts=self.prompts,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            raws=tuple(raws),
-            value=value,
-            error=error,
-            error_kind=kind,
-            num_calls=attempt + 1,
-            num_prompt_tokens=tokens[0],
-            num_completion_tokens=tokens[1],
-        )
+    return Answer(
+        item=item,
+        question=question.name,
+        key=key,
+        judge=judge.id,
+        prompts=prompts,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        raws=tuple(reply.text for reply in replies),
+        value=value,
+        error=error,
+        error_kind=kind,
+        num_calls=attempt + 1,
+        num_prompt_tokens=sum(reply.num_prompt_tokens for reply in replies),
+        num_completion_tokens=sum(reply.num_completion_tokens for reply in replies),
+    )
 
 
 def _reuse(kept: Answer, item: str, question: Question) -> Answer:

@@ -24,12 +24,16 @@ MIN_PURITY = 0.7
 
 @dataclass(frozen=True)
 class Detection:
-    """One blob: its thing (`mixed` colour, `blob` shape where unclear), center in pixels, template overlap."""
+    """One blob: its thing (`mixed` colour, `blob` shape where unclear), center in pixels, template overlap.
+
+    box: (left, top, right, bottom) in pixels of the SIZE x SIZE image; None if it was not read from an image.
+    """
 
     thing: Thing
     x: float
     y: float
     overlap: float
+    box: tuple[int, int, int, int] | None = None
 
 
 def _hue_and_saturation(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -114,7 +118,10 @@ def _read(labels: NDArray[np.int64], colours: NDArray[np.intp], saturation: NDAr
         votes = np.bincount(colours[blob], minlength=len(_COLOUR_NAMES))
         shape, overlap, x, y = _shape_of(saturation, blob)
         pure = votes.max() / votes.sum() >= MIN_PURITY
-        found.append(Detection(Thing(_COLOUR_NAMES[votes.argmax()] if pure else "mixed", shape), x, y, overlap))
+        thing = Thing(_COLOUR_NAMES[votes.argmax()] if pure else "mixed", shape)
+        rows, columns = np.nonzero(blob)
+        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        found.append(Detection(thing, x, y, overlap, box))
     return found
 
 

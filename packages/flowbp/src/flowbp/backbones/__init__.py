@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
+    "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
@@ -29,17 +30,19 @@ def load(
     device: "torch.device | str" = "cpu",
     net_device: "torch.device | str | None" = None,
     embedded_guidance: float | None = None,
+    distilled: bool = False,
 ) -> "Backbone":
     """The backbone of a diffusers folder (`builtin:...`, a path, or `org/name@revision`), frozen, float32 by default.
 
     net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
-    embedded_guidance: guidance input of a guidance-distilled model; None: its default.
+    embedded_guidance: guidance input of a guidance-distilled model; None: its default.  distilled: whether it may be
+    step-distilled, as nothing is trained.
     Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, one whose
     scheduler is not reproduced exactly, or an embedded guidance that the model does not take.
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _resolve_family(ref, weights=True)
+    folder, family, adapter = _resolve_family(ref, weights=True, distilled=distilled)
     backbone = adapter(pipelines.load_pipeline(family, folder, dtype, device, net_device))
     return with_embedded_guidance(backbone, ref, embedded_guidance)
 
@@ -58,19 +61,21 @@ def with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: fl
     return backbone
 
 
-def init_empty_weights(ref: str) -> "Backbone":
+def init_empty_weights(ref: str, *, distilled: bool = False) -> "Backbone":
     """The backbone that `ref` names on the meta device, as under accelerate's `init_empty_weights`.
 
     It needs the JSON files only, and gives noise levels, image sizes and layer names; `encode`, `velocity` and `decode`
-    do not work.  Raises what `load` raises, but for weights that are missing.
+    do not work.  distilled: as for `load`.  Raises what `load` raises, but for weights that are missing.
     """
     from flowbp.backbones import pipelines
 
-    folder, family, adapter = _resolve_family(ref, weights=False)
+    folder, family, adapter = _resolve_family(ref, weights=False, distilled=distilled)
     return adapter(pipelines.init_empty_pipeline(family, folder))
 
 
-def _resolve_family(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
+def _resolve_family(
+    ref: str, *, weights: bool, distilled: bool
+) -> "tuple[Path, type[DiffusionPipeline], Callable[[Any], Backbone]]":
     """The folder, its pipeline class and the adapter of that."""
     import diffusers
 
@@ -81,7 +86,7 @@ def _resolve_family(ref: str, *, weights: bool) -> "tuple[Path, type[DiffusionPi
     family = str(content.get("_class_name"))
     if family not in FAMILIES:
         raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
-    if content.get("is_distilled"):
+    if content.get("is_distilled") and not distilled:
         raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
     pipelines.check_scheduler(ref, folder, content.get("scheduler"))
     module, name = FAMILIES[family]

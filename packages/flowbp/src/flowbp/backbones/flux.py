@@ -1,14 +1,17 @@
-"""FLUX.1 (dev, schnell) over diffusers: distilled guidance as an input, T5 and CLIP text."""
+"""FLUX.1 (dev, schnell, Kontext) over diffusers: distilled guidance as an input, T5 and CLIP text."""
 
 from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
-from flowbp.core.types import Cond
+from flowbp.backbones.source_tokens import by_layout, with_sources
+from flowbp.core.types import Cond, Layout
 
 DEFAULT_EMBEDDED_GUIDANCE = 3.5
 """Guidance input of a guidance-distilled model unless another is set: the pipeline's own default."""
@@ -41,18 +44,55 @@ class Flux(pipelines.PipelineBackbone):
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma at the distilled guidance; true guidance, if any, goes around it."""
+        return by_layout(self.velocity_of_layout, x, sigma, cond)
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
         rows, columns = x.shape[2] // 2, x.shape[3] // 2
+
+        def of_source(k: int, rows: int, columns: int) -> Tensor:
+            return pipelines.positions(x.device, 1, rows, columns) + torch.tensor([k + 1, 0, 0], device=x.device)
+
+        tokens = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+        given, ids = with_sources(tokens, pipelines.positions(x.device, 1, rows, columns), cond, layout, of_source)
         guidance = torch.full_like(sigma, self.guidance) if self.pipe.transformer.config.guidance_embeds else None
         text = cond["text"]
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
-                hidden_states=nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),
+                hidden_states=given,
                 timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
                 guidance=guidance,
                 pooled_projections=cond["pooled"],
                 encoder_hidden_states=text,
                 txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),
-                img_ids=pipelines.positions(x.device, 1, rows, columns),
+                img_ids=ids,
                 return_dict=False,
             )[0]
-        return nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), 2)
+        return nn.functional.pixel_shuffle(tokens[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns)), 2)
+
+
+class FluxKontext(Flux):
+    """FLUX.1-Kontext: FLUX.1-dev that also sees a source image."""
+
+    max_sources = 1
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """As the pipeline: of the resolutions that Kontext was trained on, the one with the nearest ratio of sides."""
+        ratio, multiple = size[1] / size[0], 2 * self.pipe.vae_scale_factor
+        known = pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        _, width, height = min((abs(ratio - width / height), width, height) for width, height in known)
+        return height // multiple * multiple, width // multiple * multiple
+
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """Pixels in [-1, 1], as the pipeline prepares them."""
+        processor = self.pipe.image_processor
+        height, width = self.source_size(processor.get_default_height_width(image))
+        pixels: Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
+        return pixels
+
+    @torch.no_grad()
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """2x2 patches of the latents of a prepared source image."""
+        vae = self.pipe.vae
+        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return nn.functional.pixel_unshuffle(latents, 2)[0]

@@ -6,17 +6,27 @@ import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
+from flowbp.backbones.source_tokens import by_layout, with_sources
 from flowbp.core.prompt_limits import PromptLimit
-from flowbp.core.types import Cond
+from flowbp.core.types import Cond, Layout
 from imgen_common.errors import UserError
 from imgen_common.hub import text_layers
+from imgen_common.images import enlarge
+
+SOURCE_TIME = 10
+"""First coordinate of the tokens of source k is SOURCE_TIME (k + 1), that of the image's own tokens 0."""
+SMALLEST_SOURCE, LARGEST_SOURCE, LONGEST_SOURCE = 64, 1024 * 1024, 8
+"""Sides in pixels, pixels, and ratio of sides, that the pipeline takes or makes."""
 
 
 class Flux2(pipelines.PipelineBackbone):
     """Latents are "b c h w": c channels of normalized 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
+
+    max_sources = 10
 
     def __init__(self, pipe: Flux2KleinPipeline) -> None:
         super().__init__(pipe)
@@ -59,18 +69,60 @@ class Flux2(pipelines.PipelineBackbone):
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
+        return by_layout(self.velocity_of_layout, x, sigma, cond)
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
         _, _, height, width = x.shape
         text = cond["text"]
+
+        def of_source(k: int, rows: int, columns: int) -> Tensor:
+            first = torch.tensor([SOURCE_TIME * (k + 1), 0, 0, 0], device=x.device)
+            return pipelines.positions(x.device, 1, rows, columns, 1) + first
+
+        ids = pipelines.positions(x.device, 1, height, width, 1)
+        given, ids = with_sources(x.flatten(2).transpose(1, 2), ids, cond, layout, of_source)
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
-                hidden_states=x.flatten(2).transpose(1, 2),
+                hidden_states=given,
                 timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
                 encoder_hidden_states=text,
                 txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
-                img_ids=pipelines.positions(x.device, 1, height, width, 1),
+                img_ids=ids,
                 return_dict=False,
             )[0]
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """As the pipeline: of at most 1024 x 1024 pixels, cut to whole patches; small ones enlarged to 64 pixels.
+
+        Raises UserError for one that is too long.
+        """
+        height, width = (side * -(-SMALLEST_SOURCE // min(size)) for side in size)
+        if max(size) > LONGEST_SOURCE * min(size):
+            raise UserError(
+                f"{width}x{height} pixels: one side may be at most {LONGEST_SOURCE} times the other; cut the image"
+            )
+        if height * width > LARGEST_SOURCE:
+            scale = (LARGEST_SOURCE / (height * width)) ** 0.5
+            height, width = int(height * scale), int(width * scale)
+        return height // self.patch * self.patch, width // self.patch * self.patch
+
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """Pixels in [-1, 1], as the pipeline prepares them."""
+        height, width = self.source_size((image.height, image.width))
+        image = enlarge(image, -(-SMALLEST_SOURCE // min(image.size)))
+        processor = self.pipe.image_processor
+        image = processor._resize_if_exceeds_area(image, LARGEST_SOURCE)
+        pixels: Tensor = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        return pixels
+
+    @torch.no_grad()
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Normalized latents of a prepared source image."""
+        vae = self.pipe.vae
+        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return latents[0]
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], differentiable (but for the clamp)."""

@@ -1,16 +1,23 @@
 """A generator from a configuration, what of it is trained, and the trained weights of a run in it."""
 
+import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from flowbp.backbones.options import apply_model_options, check_machine, quantize
+from flowbp import backbones
+from flowbp.backbones import pipelines
+from flowbp.backbones.options import apply_model_options, check_machine, quantize, set_attention
 from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
+from imgen_common import hub
 from imgen_common.errors import UserError, nearest
 from imgen_common.run_folder.checkpoints import Checkpoint, check_tensors
 from imgen_common.run_folder.folder import RunFolder
@@ -54,8 +61,6 @@ def load_trained_weights(backbone: Backbone, run_path: Path) -> None:
 
 def load_backbone(config: TrainConfig, device: torch.device, net_device: str | None = None) -> Backbone:
     """The generator in the configuration's precision; net_device: of the transformer, as `backbones.load` has it."""
-    from flowbp import backbones
-
     check_machine(config.model)
     low, quantized = config.model.dtype == "bfloat16", config.model.quantization is not None
     backbone = backbones.load(
@@ -73,6 +78,76 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
     return backbone
 
 
+def load_eval_backbone(config: TrainConfig, backbone: Backbone, device: torch.device) -> Backbone:
+    """The backbone with the transformer and the scheduler of `eval.model`, without adapters; all else is shared.
+
+    Raises UserError as `check_same_shapes` does.
+    """
+    assert config.eval.model is not None
+    check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
+    folder = hub.resolve(config.eval.model)
+    kind = type(backbone.pipe)
+    dtype = torch.bfloat16 if backbone.bfloat16 else torch.float32
+    quantized = config.model.quantization is not None
+    net = pipelines.load_transformer(kind, folder, dtype, "cpu" if quantized else device)
+    if quantized:
+        quantize(net, device)
+        net.to(device)
+    if config.model.attention is not None:
+        set_attention(net, config.model.attention)
+    other = _with_network(backbone, net)
+    other.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    return other
+
+
+def copy_frozen(backbone: Backbone) -> Backbone:
+    """The backbone with a frozen copy of its network; all else is shared."""
+    return _with_network(backbone, copy.deepcopy(backbone.net).requires_grad_(False))
+
+
+def _with_network(backbone: Backbone, net: nn.Module) -> Backbone:
+    other = copy.copy(backbone)
+    other.pipe = copy.copy(backbone.pipe)
+    other.net = other.pipe.transformer = net
+    return other
+
+
+@contextmanager
+def without_adapters(net: nn.Module) -> Iterator[None]:
+    """Within it the network is as it was before `mark_trainable` added adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in net.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters` would also change what requires a gradient
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def check_same_shapes(net: nn.Module, family: type, ref: str, key: str) -> None:
+    """Raises UserError unless the transformer that `ref` names, which may be distilled, has the shapes of `net`.
+
+    net: without adapters; a guidance embedder may be there or not.  family: class of its pipeline.  key: where `ref`
+    was given.
+    """
+    other = backbones.init_empty_weights(ref, distilled=True)
+    if type(other.pipe) is not family:
+        raise UserError(f"{key} {ref}: is a {type(other.pipe).__name__}; must be a {family.__name__}")
+    own, found = (
+        {name: tuple(p.shape) for name, p in one.named_parameters() if "guidance_embedder" not in name}
+        for one in (net, other.net)
+    )
+    if different := sorted(name for name, _ in own.items() ^ found.items()):
+        name = different[0]
+        raise UserError(
+            f"{key} {ref}: its transformer has other shapes: {name} is {found.get(name, 'missing')}, must be "
+            f"{own.get(name, 'missing')}; give a model that was distilled from the same base"
+        )
+
+
 def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
     """The linear layers whose names end with each of the target modules.
 
@@ -88,6 +163,10 @@ def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
             f"lora.target_modules: no linear layer has a name that ends with {', '.join(missed) or 'any of them: []'}; "
             f"frequent are {', '.join(end for end, _ in ends.most_common(8))}"
         )
+    for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for end in pattern:
+            if not any(f".{name}".endswith(f".{end}") for names in found.values() for name in names):
+                raise UserError(f"lora.{key}: no layer with an adapter has a name that ends with {end!r}")
     return found
 
 
@@ -107,7 +186,13 @@ def mark_trainable(net: nn.Module, config: TrainConfig) -> dict[str, nn.Paramete
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(config.seed)
             warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass.*")  # of merging, which export does itself
-            given = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+            given = peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=targets,
+                rank_pattern={name: lora.rank_of(name) for name in targets if lora.rank_of(name) != lora.rank},
+                alpha_pattern={name: lora.alpha_of(name) for name in targets if lora.alpha_of(name) != lora.alpha},
+            )
             peft.inject_adapter_in_model(given, net)
     found = {name: p for name, p in net.named_parameters() if p.requires_grad}
     for parameter in found.values():

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import NoiseLevels
+from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.weights import loading, read_json
@@ -54,6 +56,14 @@ def load_pipeline(
             where = device if net_device is None or name != "transformer" else net_device
             part.to(where).eval().requires_grad_(False)
     return pipe
+
+
+def load_transformer(kind: type[P], folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The transformer of a folder alone, frozen."""
+    skip = [name for name in kind.load_config(folder) if name != "transformer"]
+    with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
+        net = hub.load_networks(folder, skip=skip, dtype=dtype)["transformer"]
+    return net.to(device).eval().requires_grad_(False)
 
 
 def check_scheduler(ref: str, folder: Path, entry: object) -> None:
@@ -122,6 +132,8 @@ class PipelineBackbone(ABC):
 
     max_tokens = 512
     """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
+    max_sources = 0
+    """Source images that an edit may have; 0: the family cannot edit."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -140,6 +152,27 @@ class PipelineBackbone(ABC):
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
+        raise self._cannot_edit()
+
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """What `encode_source` takes.  Raises UserError as `source_size`."""
+        raise self._cannot_edit()
+
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place."""
+        raise self._cannot_edit()
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
+        raise self._cannot_edit()
+
+    def _cannot_edit(self) -> UserError:
+        return UserError(
+            f"{type(self.pipe).__name__} cannot edit; take out the images, or train FLUX.2-klein-base or FLUX.1-Kontext"
+        )
 
     @abstractmethod
     def shift(self, steps: int, size: tuple[int, int]) -> float | None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import typer
 from flowbp.cli.options import Json, Runs, Sets, Steps, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError, check_choice, is_blank
+from imgen_common.errors import UserError, check_choice
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -40,12 +41,16 @@ def sample(
         int, typer.Option("--num-images", help="Images per prompt, from consecutive seeds.", min=1, max=256)
     ] = 4,
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image to edit; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")] = Path("images"),
     runs: Runs = Path("runs"),
 ) -> None:
     """Generate images with a model or a run. Saves each image, and a grid of all of them. A seed gives the same image
     as the diffusers pipeline of the model with generator=torch.Generator().manual_seed(seed). Existing files are kept;
-    new files get higher numbers.
+    new files get higher numbers. With --image the prompts are instructions to edit, and each row of the grid begins
+    with the image.
 
     Example:
 
@@ -53,8 +58,10 @@ def sample(
       flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge
       flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge --base
       flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7
+      flowbp sample "make the circle green" --image circle.png --guidance-scale 2
     """
     with spinner("loading"):
+        from flowbp.data.rows import edits_of_files
         from flowbp.evaluation import sources
         from imgen_common.files import make_folder
 
@@ -62,18 +69,18 @@ def sample(
             raise UserError("--run and --model: give one of them")
         if base and run is None:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
-        if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
-            raise UserError(f"prompt {blank[0]} of {len(prompts)} is empty; say what to draw")
+        prompts = edits_of_files(prompts, images or [])
         chosen = model if run is None else run
         source = sources.model_source("builtin:shapes/generator" if chosen is None else chosen, runs, base=base)
         config = source.config
-        scale = config.guidance_scale if guidance is None else guidance
+        scale = config.eval_guidance_scales[0] if guidance is None else guidance
         sources.check_guidance_scale(scale)
         source.check()
         shape = (size, size) if size else (config.model.height, config.model.width)
         steps = steps or config.eval.num_inference_steps
         make_folder(out)
         # from here on torch is needed
+        from flowbp.data.edits import source_thumbnails
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
@@ -81,17 +88,17 @@ def sample(
     quiet_libraries()
     print_notes(source.unread_prompts(prompts))
     backbone = source.load(device_of("auto"))
-    number, seeds, saved = sampling.next_file_number(out), range(seed, seed + num), []
+    number, seeds, cells = sampling.next_file_number(out), range(seed, seed + num), []
     with progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
-            images = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
-            for seed, image in zip(seeds, images, strict=True):
-                image.save(out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{seed}.png")
-            saved += images
+            made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
+            for which, image in zip(seeds, made, strict=True):
+                image.save(out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
+            cells += [*source_thumbnails(prompt, made[0].size), *made]
             on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
-    grid(saved, num, scale=max(1, 128 // saved[0].width), gap=4).save(file)
-    print(f"{len(saved)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
+    grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4).save(file)
+    print(f"{num * len(prompts)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 
 def evaluate(
@@ -165,7 +172,7 @@ def benchmark(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model reference.")],
     prompts: Annotated[str, typer.Option(metavar="FILE", help="Prompts as for data.prompts, or GenEval's metadata.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create, or to continue in.")],
-    protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards) or geneval.")] = "hpdv2",
+    protocol: Annotated[str, typer.Option(help="hpdv2 (prompts and rewards), geneval or geneval_shapes.")] = "hpdv2",
     scores: Annotated[
         list[str] | None,
         typer.Option("--score", metavar="[NAME:]KIND=REF", help="What scores the images; may be repeated."),
@@ -175,9 +182,7 @@ def benchmark(
     ] = None,
     color_model: Annotated[str | None, typer.Option(metavar="REF", help="GenEval's CLIP ViT-L/14.")] = None,
     base: Annotated[bool, typer.Option("--base", help="For a run: use the model as it was before training.")] = False,
-    images: Annotated[
-        int | None, typer.Option(help="Images per prompt; default: 1 for hpdv2, 4 for geneval.", min=1)
-    ] = None,
+    images: Annotated[int | None, typer.Option(help="Images per prompt; default: 1 for hpdv2, else 4.", min=1)] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Use only the first N prompts.", min=1)] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance-scale", help="Guidance scale; 1 means no guidance.")
@@ -186,6 +191,7 @@ def benchmark(
     size: Annotated[int | None, typer.Option(help="Height and width in pixels.", min=8, max=4096)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at a time; affects results only by rounding.", min=1)] = 4,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
     sets: Sets = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -193,14 +199,18 @@ def benchmark(
     """Generate and score the images of a whole prompt file as the papers do. Prints a table like theirs with 95 %
     intervals, and keeps images, scores, table.md and table.json in --out. The same command continues where it stopped;
     scores can be added to existing images. Under torchrun the processes share the work. Kinds of scores: rewards (clip,
-    clipscore, hpsv2, ...), ur_align and ur_iq (REF is the name under which --judge serves UnifiedReward), and geneval
-    (REF is a Mask2Former for COCO instance segmentation).
+    clipscore, hpsv2, ...), ur_align and ur_iq (REF is the name under which --judge serves UnifiedReward), geneval (REF
+    is a Mask2Former for COCO instance segmentation), and geneval_shapes: the rules of GenEval on prompts of the
+    miniature, judged by its verifier, not comparable with GenEval. What the judge will cost is printed first, and must
+    be confirmed with --yes above --set judge.confirm_calls or judge.confirm_money (judge.prices.prompt, .completion).
 
     Example:
 
     \b
       flowbp benchmark builtin:shapes/generator --prompts builtin:shapes/test --num-prompts 100 --out scores/base \\
         --score clip=builtin:shapes/reward
+      flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test \\
+        --out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier
       flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 \\
         --score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL
       torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\
@@ -210,10 +220,15 @@ def benchmark(
     with spinner("loading"), report_error_once():
         from flowbp.evaluation.benchmarks import settings
         from flowbp.evaluation.sources import model_source
+        from imgen_common.config import load
 
         chosen = check_choice("--protocol", protocol, settings.BenchmarkProtocol)
+        of_judge = [text for text in sets or [] if text.startswith("judge.")]
+        asking = load(settings.JudgeConfig, [], [text.removeprefix("judge.") for text in of_judge])
+        asking = asking.model_copy(update={"url": judge or asking.url})
+        sets = [text for text in sets or [] if text not in of_judge]
         shape = [f"model.height={size}", f"model.width={size}"] if size else []
-        source = model_source(target, runs, [*(sets or []), *shape], base=base)
+        source = model_source(target, runs, [*sets, *shape], base=base)
         request = settings.BenchmarkRequest(
             protocol=chosen,
             prompts=prompts,
@@ -224,33 +239,39 @@ def benchmark(
             guidance_scale=guidance,
             seed=seed,
         )
-        settings.read_prompts(request, source.config.data.key)
+        settings.read_prompts(request, source.config.data)
         source.check()
         # from here on torch is needed
         from flowbp.evaluation.benchmarks.run import prepare_benchmark
         from imgen_common.console import quiet_libraries
 
         quiet_libraries()
-        work = prepare_benchmark(source, request, out, batch_size, judge)
+        work = prepare_benchmark(source, request, out, batch_size, asking)
         print_notes(work.unread_prompts())
     with report_error_once():
-        _run_benchmark(work, as_json)
+        _run_benchmark(work, as_json, yes)
 
 
-def _run_benchmark(work: "Benchmark", as_json: bool) -> None:
+def _run_benchmark(work: "Benchmark", as_json: bool, yes: bool) -> None:
     """Makes what is missing, and prints the table on the main process."""
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    from flowbp.evaluation.benchmarks.run import run_benchmark
+    from flowbp.evaluation.benchmarks.run import run_benchmark, run_on_all_processes
     from flowbp.evaluation.benchmarks.tables import write_table
+    from imgen_common.judging.cost import confirm_cost
+
+    def check_judge() -> None:
+        if state.is_main_process and (cost := own.check_judge()).calls:
+            confirm_cost(cost, own.judge, partial(print, file=sys.stderr), yes, "add --yes")
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     own = replace(work, device=state.device, rank=state.process_index)
     says = message_when_stopped(lambda: "stopped; the same command continues")
     try:
+        run_on_all_processes(check_judge)
         with (
             says if state.is_main_process else nullcontext(),
             progress_bar() if state.is_main_process else nullcontext(own.on_progress) as on_progress,

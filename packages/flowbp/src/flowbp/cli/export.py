@@ -35,6 +35,10 @@ def export(
     ] = None,
     weights: Annotated[str, typer.Option(help="ema (averaged, as evaluated by the run) or last.")] = "ema",
     step: Annotated[int | None, typer.Option(help="Update of the checkpoint to export; by default the last.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="REF", help="Merge the adapter into this distilled sibling of the trained model."),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="Upload the folder to this repository; needs HF_TOKEN.")
     ] = None,
@@ -49,6 +53,7 @@ def export(
       flowbp export miniature-lora --to diffusers
       flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150
       flowbp export flowbp_bridge --to merged --push me/my-model
+      flowbp export klein-lora --to merged --model black-forest-labs/FLUX.2-klein-4B
     """
     with spinner("exporting"):
         from flowbp.config import ExportedWeights, ExportFormat
@@ -61,7 +66,7 @@ def export(
         from imgen_common.console import quiet_libraries
 
         quiet_libraries()
-        folder = export.export_run(path, chosen, out or path / f"export-{to}", kept, step)
+        folder = export.export_run(path, chosen, out or path / f"export-{to}", kept, step, model)
     print(folder)
     if push is not None:
         print(export.push_to_hub(folder, push))

@@ -149,7 +149,8 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
         reporter.event("done", run=str(run), report=str(page), seconds=seconds, results=results)
         return
     print()
-    console.print_comparison(found, config.guidance_scale, "base", "trained")
+    own = config.guidance_scale if config.eval.model is None else None
+    console.print_comparison(found, own, "base", "trained")
     print(f"\n{progress.format_duration(seconds)}\nrun folder: {run}\nreport:     {page}")
 
 

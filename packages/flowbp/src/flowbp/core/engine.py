@@ -20,18 +20,40 @@ Combine = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Regulariser:
+    """An anchor to a base velocity:  the loss gets  + weight R,  up to the options' scale.
+
+        R = mean over samples b, elements of x_i, active steps i and the 1 + copies of  (v_i - v_i^base)^2
+
+    Up to a factor at each noise level it is the KL divergence between the paths of two samplers with noise.  base: the
+    base velocity at a state, of the same guidance and conditioning as the trained one, so that both are what a sampler
+    uses.  The states are constants of R, at coupled steps too: a state's gradient through v_i alone, without that
+    through v_i^base, would be of first order in their difference, where the gradient of both is of second.
+
+        theta.grad += (c_i G + r_i)^T dv_i/dtheta,  r_i = weight dR/dv_i;   G as without it
+
+    That is one more evaluation without gradient per active step, before its graph.  At a coupled step, whose backward
+    pass gives J_i^T c_i G too, r_i has a forward and a backward pass of its own.
+    """
+
+    weight: float
+    base: Velocity
+
+
+@dataclass(frozen=True)
 class BackwardOptions:
     """How `backpropagate` weighs and cuts up its work.
 
     scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  combine: makes one
     gradient of several rewards', their sum by default.  reward_batch_size: samples per decode-and-reward graph, None:
-    all.  steps_per_forward: uncoupled terms that share one forward.
+    all.  steps_per_forward: uncoupled terms that share one forward.  regulariser: None: no anchor to a base.
     """
 
     scale: float = 1.0
     combine: Combine = lambda gradients: gradients.sum(0)
     reward_batch_size: int | None = None
     steps_per_forward: int = 1
+    regulariser: Regulariser | None = None
 
 
 DEFAULT_OPTIONS = BackwardOptions()
@@ -44,7 +66,7 @@ class Outcome:
     losses: per sample, reward and copy, unweighted, (1 + copies, rewards, b).  scores: what the loss returned beside
     them, of the sample.  values: what the rewards saw, (1 + copies, b, ...).  agreement: of the rewards' gradients at
     the sample, where there are several.  gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights:
-    sample weights, (b,); both float64.
+    sample weights, (b,); both float64.  regularise: R of each sample, (b,), without its weight; None without it.
     """
 
     losses: Float[Tensor, "copies rewards b"]
@@ -53,6 +75,7 @@ class Outcome:
     agreement: Agreement | None
     gaps: Float[Tensor, "legs b"]
     weights: Float[Tensor, " b"]
+    regularise: Float[Tensor, " b"] | None = None
 
 
 @torch.no_grad()
@@ -82,14 +105,37 @@ def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, spec: RolloutSpec, 
     return Trajectory(sigmas, states, velocities, x)
 
 
-def sweep(plan: Plan, trajectory: Trajectory, velocity: Velocity, cotangent: Tensor, steps_per_forward: int = 1) -> int:
+class _Penalty:
+    """The regulariser in the sweep of one plan: its cotangents, and R of each sample, (b,), as far as it was swept."""
+
+    def __init__(self, regulariser: Regulariser, factor: float, num_states: int, like: Tensor) -> None:
+        """factor: of `weight`, for this plan.  num_states: active states of the plan.  like: the states' shape."""
+        self.base, self.num_states = regulariser.base, num_states
+        self.scale = 2 * factor * regulariser.weight / (num_states * like.numel())
+        self.values = like.new_zeros(len(like), dtype=torch.promote_types(like.dtype, torch.float32))
+
+    def pull(self, v: Tensor, base: Tensor) -> Tensor:
+        """r = d(factor weight R)/dv at velocities of one or more states of the samples, state-major."""
+        difference = v.detach().to(self.values.dtype) - base.to(self.values.dtype)
+        self.values += difference.square().flatten(1).mean(1).view(-1, len(self.values)).sum(0) / self.num_states
+        return self.scale * difference
+
+
+def sweep(
+    plan: Plan,
+    trajectory: Trajectory,
+    velocity: Velocity,
+    cotangent: Tensor,
+    steps_per_forward: int = 1,
+    penalty: _Penalty | None = None,
+) -> int:
     """Accumulate the plan's parameter gradient into `.grad`, given G = dL/dx at what the reward saw.
 
         for each term (i, c, alpha), i descending:   theta.grad += (c G)^T dv_i/dtheta;   G <- G + alpha c J_i^T G
 
     cotangent: shape of the state.  steps_per_forward: up to so many neighboring uncoupled terms share one forward
     (memory for speed; the sum is the same).  Frozen parameters stay untouched; the state carries gradient only at
-    coupled terms.  Returns the number of forward passes.
+    coupled terms.  Returns the number of forward passes with gradient.
     Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, or the velocity depends on nothing
     trainable.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
@@ -97,20 +143,38 @@ def sweep(plan: Plan, trajectory: Trajectory, velocity: Velocity, cotangent: Ten
     if missing := [term.step for term in plan.terms if term.step not in trajectory.states]:
         raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.rollout_spec")
     num_forward_passes = 0
-    for group in _groups(plan.terms, steps_per_forward):
+    for group in _groups(_passes(plan, penalty is not None), steps_per_forward):
         num_forward_passes += 1
         x = torch.cat([_on_device_of(cotangent, trajectory.states[term.step]) for term in group]).detach()
         coupling = group[0].coupling
-        x.requires_grad_(coupling > 0)
         sigma = torch.cat([trajectory.sigmas[term.step].expand(len(cotangent)) for term in group])
-        with torch.enable_grad():
-            v = velocity(x, sigma)
-        if not v.requires_grad:
-            raise ValueError("the velocity carries no gradient: no parameter requires one, or it runs under no_grad")
-        torch.autograd.backward(v, torch.cat([term.weight * cotangent for term in group]).to(v.dtype))
+        given = torch.cat([term.weight * cotangent for term in group])
+        _backward(velocity, x.requires_grad_(coupling > 0), sigma, given, None if coupling else penalty)
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
     return num_forward_passes
+
+
+def _backward(velocity: Velocity, x: Tensor, sigma: Tensor, cotangent: Tensor, penalty: _Penalty | None) -> None:
+    """One graph of the network, freed at once; before it, without a graph, the base of a regulariser."""
+    with torch.no_grad():
+        base = None if penalty is None else penalty.base(x, sigma)
+    with torch.enable_grad():
+        v = velocity(x, sigma)
+    if not v.requires_grad:
+        raise ValueError("the velocity carries no gradient: no parameter requires one, or it runs under no_grad")
+    if penalty is not None and base is not None:
+        cotangent = cotangent + penalty.pull(v, base)
+    torch.autograd.backward(v, cotangent.to(v.dtype))
+
+
+def _passes(plan: Plan, regularised: bool) -> list[Term]:
+    """The terms that are swept.  A regulariser adds one of weight 0, uncoupled, at the step of each coupled one."""
+    return [
+        one
+        for term in plan.terms
+        for one in ([term, Term(term.step, 0.0)] if regularised and term.coupling else [term])
+    ]
 
 
 def _groups(terms: Sequence[Term], steps_per_forward: int) -> Iterator[list[Term]]:
@@ -127,9 +191,9 @@ def _groups(terms: Sequence[Term], steps_per_forward: int) -> Iterator[list[Term
         yield group
 
 
-def num_backward_passes(plan: Plan, steps_per_forward: int = 1) -> int:
+def num_backward_passes(plan: Plan, steps_per_forward: int = 1, *, regularised: bool = False) -> int:
     """Backward passes through the network that `backpropagate` makes for a plan."""
-    return sum(1 for _ in _groups(plan.terms, steps_per_forward)) + plan.copies
+    return sum(1 for _ in _groups(_passes(plan, regularised), steps_per_forward)) + plan.copies
 
 
 def leg_gaps(plan: Plan, trajectory: Trajectory) -> Float[Tensor, "legs b"]:
@@ -165,7 +229,7 @@ def backpropagate(
 ) -> Outcome:
     """One micro-batch of an update: reward stage, then sweep, for the sample and for each renoised copy in turn.
 
-        L = scale * mean over samples b and the 1 + copies of  w_b loss_b
+        L = scale * (mean over samples b and the 1 + copies of  w_b loss_b,  + weight R with a `Regulariser`)
 
     noise: eps of the renoised copies, (copies, b, ...) or a function of the copy.  Gradients add to `.grad`, scaled.
     Raises ValueError if copies are planned without noise, or if losses are not one per sample.
@@ -174,7 +238,8 @@ def backpropagate(
     weights = sample_weights(plan, gaps)
     share = weights * (options.scale / (1 + plan.copies) / len(weights))
     reward = _reward_stage(loss, trajectory.x_end, share, options)
-    sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward)
+    penalties = _penalties(plan, trajectory.x_end, options)
+    sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward, penalties[0])
     losses, values = [reward.losses], [trajectory.x_end]
     # y = x' - sigma v(x') depends on the parameters through one velocity: a sweep of one term of weight -sigma
     last = Term(plan.num_inference_steps - 1, -plan.sigmas[-2])
@@ -182,17 +247,21 @@ def backpropagate(
     for copy in range(plan.copies):
         x, y = _renoise(trajectory, velocity, noise, copy)
         copied = _reward_stage(loss, y, share, options)
-        sweep(of_copies, Trajectory(trajectory.sigmas, {last.step: x}, {}, y), velocity, copied.cotangent)
+        renoised = Trajectory(trajectory.sigmas, {last.step: x}, {}, y)
+        sweep(of_copies, renoised, velocity, copied.cotangent, penalty=penalties[1 + copy])
         losses.append(copied.losses)
         values.append(y)
-    return Outcome(
-        losses=torch.stack(losses),
-        scores=reward.scores,
-        values=torch.stack(values),
-        agreement=reward.agreement,
-        gaps=gaps,
-        weights=weights,
-    )
+    anchored = [penalty.values for penalty in penalties if penalty is not None]
+    distance = torch.stack(anchored).mean(0) if anchored else None
+    found = torch.stack(losses), reward.scores, torch.stack(values), reward.agreement
+    return Outcome(*found, gaps=gaps, weights=weights, regularise=distance)
+
+
+def _penalties(plan: Plan, like: Tensor, options: BackwardOptions) -> list[_Penalty | None]:
+    """The regulariser in the sweep of the plan, and in that of each renoised copy, which has one active state."""
+    share, states = options.scale / (1 + plan.copies), (len(plan.terms), *(1,) * plan.copies)
+    given = options.regulariser
+    return [None if given is None else _Penalty(given, share, number, like) for number in states]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.core.prompt_limits import PromptLimit
@@ -43,6 +44,10 @@ Cond = Mapping[str, Tensor]
 """What a backbone's `encode` returns: opaque, every value batch-first."""
 
 
+Layout = tuple[tuple[int, int], ...]
+"""Rows and columns of the tokens of each source image of a sample."""
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What a no-grad rollout leaves behind.
@@ -75,6 +80,21 @@ class Backbone(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
+    max_sources: int
+    """Source images that an edit may have; 0: the family cannot edit."""
+
+    def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""
+
+    def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """What `encode_source` takes.  Raises UserError as `source_size`."""
+
+    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
+        """Latents of a source image, one token in each place."""
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout."""
+
     def prompt_limits(self) -> Mapping[str, PromptLimit]:
         """How much of a prompt each text encoder reads, by its name; before they are unloaded."""
 
@@ -104,9 +124,9 @@ class Backbone(Protocol):
 class Reward(Protocol):
     """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`.
 
-    A reward with `sees_sources = True` judges edits: it is called with a third argument, the source images of each
-    sample, (3, h_i, w_i) in [0, 1], perhaps none and of different sizes, and its prompts are the instructions.  To all
-    others an edit is a prompt that describes the wanted image.
+    One with `sees_sources = True` is called with a third argument: for each prompt, a tuple of the images that it
+    edits, perhaps none, tensors (3, h_i, w_i) in [0, 1]; its prompts are instructions, while others get captions of the
+    wanted images.
     """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:

@@ -1,6 +1,7 @@
 """Prompt embeddings, computed once: kept in memory, or on disk for the runs that follow."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,8 +12,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flowbp.backbones.pipelines import text_encoder_names
+from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import ModelConfig
-from flowbp.core.types import Backbone, Cond
+from flowbp.core.types import Backbone, Cond, repeat_batch
+from flowbp.data.edits import Source, sources_of
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 
@@ -65,8 +68,31 @@ class EmbeddingStore:
         self._index(file)
 
 
+class SourceLatents:
+    """Latents of source images, each encoded alone, so that they depend on nothing else; the last used ones are kept.
+
+    max_bytes: of those that are kept, in the host's memory.
+    """
+
+    def __init__(self, backbone: Backbone, max_bytes: int = 2**30) -> None:
+        self._backbone, self._max_bytes, self._bytes = backbone, max_bytes, 0
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, source: Source) -> Tensor:
+        """Latents (c, rows, columns)."""
+        if source.digest in self._kept:
+            self._kept.move_to_end(source.digest)
+            return self._kept[source.digest]
+        latents = self._backbone.encode_source(self._backbone.prepare_source(source.load())).cpu()
+        self._kept[source.digest] = latents
+        self._bytes += latents.nbytes
+        while self._bytes > self._max_bytes and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return latents
+
+
 class PromptEmbeddings:
-    """Conditioning of prompts and of the empty one, each embedded once.
+    """Conditioning of prompts and of the empty one, each embedded once; of edits with their sources.
 
     store: where embeddings are kept, by default in memory.  fingerprint: of all that embeddings depend on; part of
     every key.
@@ -75,6 +101,7 @@ class PromptEmbeddings:
     def __init__(self, backbone: Backbone, store: EmbeddingStore | None = None, fingerprint: str = "") -> None:
         self._backbone, self._fingerprint = backbone, fingerprint
         self._store: EmbeddingStore | dict[str, dict[str, Tensor]] = {} if store is None else store
+        self._latents = SourceLatents(backbone)
 
     def _key(self, prompt: str) -> str:
         return digest(self._fingerprint, prompt)
@@ -100,9 +127,14 @@ class PromptEmbeddings:
         return {name: torch.stack([row[name] for row in found]).to(device) for name in found[0]}
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
-        """Conditioning of the prompts, and the one row of the empty prompt."""
+        """Conditioning of the prompts, and of the empty one: a single row, or with the sources of each edit."""
         self.add([*prompts, ""])
-        return self.rows(prompts), self.rows([""])
+        positive, negative = self.rows(prompts), self.rows([""])
+        sources = pack_sources([[self._latents(source) for source in sources_of(prompt)] for prompt in prompts])
+        if not sources:
+            return positive, negative
+        sources[TOKENS] = sources[TOKENS].to(next(self._backbone.net.parameters()).device)
+        return {**positive, **sources}, {**repeat_batch(negative, len(prompts)), **sources}
 
 
 def digest(*parts: str) -> str:

@@ -1,17 +1,22 @@
 """Prompts: where they come from and in which order they are used."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from flowbp.config import ModelConfig
+from flowbp.config import DataConfig, ModelConfig
+from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
-from imgen_common.errors import UserError, is_blank, nearest, one_line
+from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
 
+if TYPE_CHECKING:
+    from imgen_common.shapes.scene import Split
+
 BUILTIN = "builtin:shapes/"
+EDITS = BUILTIN + "edits"
 BUILTIN_COUNT = 3000
 
 
@@ -20,36 +25,55 @@ def is_shapes_source(source: str) -> bool:
     return source.startswith(BUILTIN)
 
 
-def load_prompts(source: str, key: str = "prompt", limit: int | None = None) -> list[str]:
-    """The prompts of a source (see `DataConfig.prompts`), in order, at most `limit`.
+def load_prompts(source: str, data: DataConfig | None = None, limit: int | None = None) -> list[str]:
+    """The prompts of a source (see `DataConfig.prompts`), in order, at most `limit`; those with images are `Edit`s.
 
-    `builtin:shapes/SPLIT` gives captions with the categories in turn, 3000 unless `limit` says otherwise.
-    Blank prompts are left out.  Raises UserError if the source is missing, empty or not UTF-8, and naming the row whose
-    column `key` is missing or no text.
+    `builtin:shapes/SPLIT` gives captions with the categories in turn, `builtin:shapes/edits` and
+    `builtin:shapes/edits/SPLIT` edits with their kinds in turn; 3000 unless `limit` says otherwise.
+    data: names of the columns.  Blank prompts are left out.
+    Raises UserError if the source is missing, empty or not UTF-8, and naming the row whose prompt is missing or no
+    text, or whose image cannot be read.
     """
+    data = data or DataConfig()
     if source.startswith("builtin:"):
         prompts = _builtin(source, limit or BUILTIN_COUNT)
     else:
         path = local_path(source)
         if not _exists(path):
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
-                f"{source}: no such prompt file or dataset folder; give a {', '.join(TABLE_SUFFIXES)} or a folder made "
-                "by datasets' save_to_disk"
+                f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a "
+                "folder made by datasets' save_to_disk"
             )
-        rows = _dataset(path, key) if path.is_dir() else read_table(path, key)
-        prompts = [text for where, row in rows if (text := _text(row, key, where))]
+        rows = read_dataset(path, data) if path.is_dir() else read_table(path, data.key)
+        filled = [(where, row) for where, row in rows if _text(row, data.key, where)]
+        prompts = read_prompts(filled[:limit], data, path if path.is_dir() else path.parent)
     if not prompts:
         raise UserError(f"{source}: holds no prompt; give at least one")
     return prompts[:limit]
 
 
-def _builtin(source: str, count: int) -> list[str]:
-    from imgen_common.shapes.scene import Split, balanced_specs
+def shapes_split(source: str, *, edits: bool = False) -> "Split":
+    """The split that `builtin:shapes/SPLIT` or, with `edits`, `builtin:shapes/edits/SPLIT` names.
+
+    Raises UserError for another source.
+    """
+    from imgen_common.shapes.scene import Split
 
     splits: dict[str, Split] = {BUILTIN + split: split for split in get_args(Split)}
+    if edits:
+        splits |= {EDITS: "train"} | {f"{EDITS}/{split}": split for split in get_args(Split)}
     if source not in splits:
         raise UserError(f"{source}: unknown prompts{nearest(source, splits)}; allowed: {', '.join(splits)}")
-    split = splits[source]
+    return splits[source]
+
+
+def _builtin(source: str, count: int) -> list[str]:
+    from imgen_common.shapes.scene import balanced_specs
+
+    split = shapes_split(source, edits=True)
+    if source.startswith(EDITS):
+        return list(shapes_edits(split, count))
     return [spec.caption for spec in balanced_specs(count, numpy_generator(0, f"prompts-{split}"), split)]
 
 
@@ -69,29 +93,6 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         found = describe_type(value)
         raise UserError(f"{where}: no text under {key!r} (there is: {found}); write a text, or remove the row")
     return "" if is_blank(value) else value.strip()
-
-
-def _dataset(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from datasets import Dataset, DatasetDict, load_from_disk
-
-    try:
-        dataset: Dataset | DatasetDict = load_from_disk(str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
-    if isinstance(dataset, DatasetDict):
-        raise UserError(f"{path}: holds several splits ({', '.join(dataset)}); give the folder of one of them")
-    if key not in dataset.column_names:
-        raise UserError(
-            f"{path}: no column {key!r}{nearest(key, dataset.column_names)}; there are: "
-            f"{', '.join(dataset.column_names)}; set data.key"
-        )
-    try:
-        values = list(dataset[key])
-    except (OSError, ValueError) as error:  # a text that is not UTF-8
-        raise UserError(f"{path}: damaged column {key!r} ({one_line(str(error))}); save the dataset again") from None
-    return ((f"{path}: row {number}", {key: value}) for number, value in enumerate(values, 1))
 
 
 def describe_unread_prompts(

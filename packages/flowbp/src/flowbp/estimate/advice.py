@@ -135,7 +135,8 @@ def estimate_as_json(
     """Everything that `flowbp estimate` says: bytes, seconds, operations."""
     config = job.config
     arithmetic = update_arithmetic(job)
-    refs = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
+    models = [config.model.ref, *([config.eval.model] if config.eval.model else [])]
+    refs = [*models, *(scorer.ref for scorer in config.scorers)]
     content: dict[str, Any] = {
         "processes": job.num_processes,
         "gradient_accumulation_steps": arithmetic["gradient_accumulation_steps"],

@@ -5,7 +5,7 @@ torch's fake tensors, which have shapes and no content, and the storages that ar
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,13 +22,14 @@ from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
+from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.rewards.loading import modules_of
+from flowbp.rewards.losses import reward_losses
 from flowbp.training.preflight import CheckedRun, batch_sizes
-from flowbp.training.trainer import reward_losses
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4
@@ -78,7 +79,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     """What each of the run's processes needs."""
     config = job.config
     batch = batch_sizes(config, job.num_processes)
-    models = FakeModels(config)
+    models = FakeModels(config, job.sources)
     weights = WeightSizes.of(models, config, job.num_processes)
     if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
         models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
@@ -97,33 +98,45 @@ def estimate_run(job: CheckedRun) -> Estimate:
     for name in ("swept step", "optimizer step", *(("rollout", "reward") if accumulates else ())):
         activation[name] += weights.gradients
 
-    num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
-    step_flops = stages["swept step"].flops / config.active_steps_per_forward
-    flops = config.num_inference_steps * stages["rollout"].flops + num_swept * step_flops + stages["reward"].flops
     # where embeddings are kept all prompts of the run are embedded first; otherwise those of every batch in its turn
     live = config.data.embeddings == "live"
-    if live:
-        activation["embedding prompts"] = models.embedding_bytes
+    activation |= {"embedding prompts": models.embedding_bytes} if live else {}
+    activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
         static=weights.static,
         activation=activation,
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
-        embeddings=nbytes(models.cond.values()) * (0 if live else trained + config.eval.num_prompts),
-        flops=batch.gradient_accumulation_steps * flops,
+        embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
+        flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job),
         untraced=untraced,
     )
+
+
+def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> float:
+    """Operations of one micro-batch, averaged over the run's plans."""
+    config = job.config
+    num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
+    step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
+    swept = num_swept * step
+    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no base
+        coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
+        swept += coupled * (step - stages["rollout"].flops)
+    return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
 
 
 class FakeModels:
-    """The networks of a run without content, on the device that is planned for."""
+    """The networks of a run without content, on the device that is planned for.
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, model = config, config.model
+    sources: (height, width) of the source images of every sample.
+    """
+
+    def __init__(self, config: TrainConfig, sources: Sequence[tuple[int, int]] = ()) -> None:
+        self.config, self.sources, model = config, sources, config.model
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         empty = backbones.init_empty_weights(model.ref)
         self.backbone: Backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
@@ -151,6 +164,11 @@ class FakeModels:
             encoded = self.backbone.encode(["a picture"] * ENCODE_BATCH_SIZE)
         self.embedding_bytes = live.peak
         self.cond = {name: value[:1].clone() for name, value in encoded.items()}
+        self.text_bytes = nbytes(self.cond.values())
+        with LiveBytes(held(self.networks())) as live:
+            latents = [self.backbone.encode_source(torch.empty(1, 3, *size)) for size in self.sources]
+        self.source_bytes, self.layout = live.peak, tuple((one.shape[1], one.shape[2]) for one in latents)
+        self.cond |= {name: value for name, value in pack_sources([latents]).items() if name == TOKENS}
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -164,7 +182,9 @@ class FakeModels:
     def velocity(self, batch: int) -> Velocity:
         """The guided velocity of so many samples."""
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
-        return guided_velocity(self.backbone.velocity, cond, self.cond, guidance)
+        # fake tensors have no content from which the layout could be read
+        alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
+        return guided_velocity(alike if self.layout else self.backbone.velocity, cond, self.cond, guidance)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""
@@ -200,6 +220,8 @@ class WeightSizes:
         static = {
             "frozen weights": frozen // weight_shards,
             "trained weights": trained // weight_shards,
+            "base copy": trained if config.regularise is not None and config.lora is None else 0,
+            "eval.model": 0 if config.eval.model is None else frozen,
             "AdamW": 2 * trained // optimizer_shards,
             "EMA": trained // (1 if kind == "zero2" else optimizer_shards),
             "autoencoder": others,
@@ -207,7 +229,8 @@ class WeightSizes:
             "text encoders": text_encoders if config.data.embeddings == "live" else 0,
         }
         startup = {"weights": static["frozen weights"] + static["trained weights"], "autoencoder": others}
-        startup |= {name: static[name] for name in ("EMA", "AdamW")} | {"text encoders": text_encoders}
+        startup |= {name: static[name] for name in ("EMA", "AdamW", "eval.model", "base copy")}
+        startup["text encoders"] = text_encoders
         largest_block = max(nbytes(block.parameters()) for block in blocks_of(net))
         return cls(
             static=static,
@@ -267,10 +290,11 @@ def rollout_stage(models: FakeModels, batch: int) -> Tensor:
 
 
 def sweep_stage(models: FakeModels, batch: int, coupled: bool) -> None:
-    """One step with gradient."""
+    """One step with gradient, of a regulariser's base too."""
+    base = rollout_stage(models, batch) if models.config.regularise is not None else None
     x = models.latents(batch, requires_grad=coupled)
     v = models.velocity(batch)(x, torch.empty(batch, device=models.device))
-    torch.autograd.backward(v, torch.empty_like(v))
+    torch.autograd.backward(v, torch.empty_like(v) if base is None else v.detach() - base)
 
 
 def reward_stage(models: FakeModels, reward: TrainedReward, batch: int) -> None:

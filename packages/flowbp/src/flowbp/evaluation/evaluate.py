@@ -15,6 +15,7 @@ from flowbp.core.noise import initial_noise
 from flowbp.core.plan import RolloutSpec
 from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone, Cond, Reward
+from flowbp.data.edits import Edit, score_images
 from flowbp.evaluation.image_statistics import image_statistics
 from imgen_common.errors import UserError
 
@@ -163,14 +164,10 @@ def _score_batch(images: Tensor, indices: Sequence[int], task: EvaluationTask, p
     """A row for each image.  period: pixels per latent, of `image_statistics`."""
     prompts = [task.prompts[i] for i in indices]
     with torch.no_grad():
-        scores = {name: reward(images, prompts).tolist() for name, reward in task.rewards.items()}
+        scores = {name: score_images(reward, images, prompts).tolist() for name, reward in task.rewards.items()}
     groups = [""] * len(prompts)
     if task.verify:
-        from imgen_common.shapes.scene import parse_caption
-        from imgen_common.shapes.verify import verify
-
-        specs = [parse_caption(prompt) for prompt in prompts]
-        scores["verifier"], groups = [float(held) for held in verify(images, specs)], [s.category for s in specs]
+        scores["verifier"], groups = verify_shapes(images, prompts)
     statistics = {name: values.tolist() for name, values in image_statistics(images, period).items()}
     return [
         _ImageScores(
@@ -182,3 +179,22 @@ def _score_batch(images: Tensor, indices: Sequence[int], task: EvaluationTask, p
         )
         for at, i in enumerate(indices)
     ]
+
+
+def verify_shapes(images: Tensor, prompts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Whether each image shows what its prompt, of the shapes world, says (0 or 1), and the category of each prompt."""
+    from imgen_common.shapes.edits import edit_holds
+    from imgen_common.shapes.scene import parse_caption
+    from imgen_common.shapes.verify import caption_holds, detect
+
+    held: list[float] = []
+    groups: list[str] = []
+    for prompt, found in zip(prompts, detect(images), strict=True):
+        if isinstance(prompt, Edit) and prompt.shapes is not None:
+            held.append(float(edit_holds(found, prompt.shapes)))
+            groups.append(prompt.shapes.change.kind)
+        else:
+            spec = parse_caption(prompt)
+            held.append(float(caption_holds(found, spec)))
+            groups.append(spec.category)
+    return held, groups

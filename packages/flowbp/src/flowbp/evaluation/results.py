@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, model_validator
 from torch import Tensor
 
+from flowbp.data.edits import sources_of
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.errors import UserError
 from imgen_common.files import read_json, write_atomic, writing
@@ -24,6 +25,8 @@ class SavedEvaluation(ScoredPrompts):
     name: str
     guidance: float
     image_files: list[Path]
+    source_files: dict[int, list[Path]]
+    """Of edits: the images that prompt i changed."""
     statistics: dict[str, list[float]] = field(default_factory=dict)
 
     def images(self) -> Tensor:
@@ -65,6 +68,8 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
             folder.mkdir(parents=True)
             for i, image in enumerate(to_pil(evaluation.images) if len(evaluation.images) else ()):
                 image.save(folder / f"{i:03d}.png")
+                for k, source in enumerate(sources_of(evaluation.prompts[i])):
+                    source.load().save(folder / f"{i:03d}-source{k}.png")
         kept = ("prompts", "scores", "groups", "statistics")
         content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
         write_atomic(folder / "scores.json", json.dumps(content) + "\n")
@@ -79,8 +84,13 @@ def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:
     found = {}
     for file in sorted((run / "evaluations").glob("*/scores.json")):
         saved = read_json(file, SavedScores)
-        images = sorted(p for p in file.parent.glob("*.png") if re.fullmatch(r"\d+", p.stem))
-        found[saved.name, saved.guidance] = SavedEvaluation(image_files=images, **dict(saved))
+        images, sources = [], dict[int, list[Path]]()
+        for path in sorted(file.parent.glob("*.png")):
+            if path.stem.isdecimal():
+                images.append(path)
+            elif match := re.fullmatch(r"(\d+)-source\d+", path.stem):
+                sources.setdefault(int(match[1]), []).append(path)
+        found[saved.name, saved.guidance] = SavedEvaluation(image_files=images, source_files=sources, **dict(saved))
     return found
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flowbp.backbones.source_tokens import pack_sources
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
-from flowbp.data.embeddings import PromptEmbeddings
+from flowbp.data.edits import check_edits, sources_of
+from flowbp.data.embeddings import PromptEmbeddings, SourceLatents
 from flowbp.data.prompts import is_shapes_source
+from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
@@ -25,33 +28,42 @@ def generate_images(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Images (b, 3, h, w) of one prompt, one per seed.
+    """Images (b, 3, h, w) of one prompt, or edits of its sources, one per seed.
 
     A seed gives the image that the diffusers pipeline of the family generates with
-    `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the model's images are not finite.
+    `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the family does not take the sources, or
+    the model's images are not finite.
     """
+    check_edits([prompt], backbone)
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
-    cond = repeat_batch(backbone.encode([prompt]), len(seeds))
-    negative = backbone.encode([""])
+    sources = pack_sources([[*map(SourceLatents(backbone), sources_of(prompt))]])
+    cond = repeat_batch({**backbone.encode([prompt]), **sources}, len(seeds))
+    negative = {**backbone.encode([""]), **sources}
     latents = generate_latents(backbone, cond, negative, noise, size, num_inference_steps, guidance_scale)
     return decode_finite(backbone, latents)
 
 
 def sample(
-    source: str | Path, prompts: Sequence[str], seeds: Sequence[int] = (0,), runs: str | Path = "runs"
+    source: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    runs: str | Path = "runs",
+    images: Sequence[str | Path] = (),
 ) -> Tensor:
     """Images (prompts x seeds, 3, h, w) in [0, 1], prompt by prompt, of a run or of a model reference.
 
     source: a run folder, its name under `runs`, or a model as in `model.ref`; size, steps and guidance scale are those
-    of its configuration.  Raises UserError if there is no such run or model.
+    of its configuration.  images: files that every prompt edits.
+    Raises UserError if there is no such run or model, or it does not take the images.
     """
     for text in prompts:
         check_text(text, "prompts")
+    prompts = edits_of_files(prompts, [Path(image) for image in images])
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
-    images = [generate_images(backbone, text, seeds, size, steps, config.guidance_scale) for text in prompts]
-    return torch.cat(images)
+    scale = config.eval_guidance_scales[0]
+    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in prompts])
 
 
 def next_file_number(folder: Path) -> int:
@@ -76,6 +88,7 @@ def evaluate_model(
 ) -> dict[float, Evaluation]:
     """Evaluations of one model by guidance scale, with the seeds and sizes of `config`."""
     backbone = source.load(device_of("auto"))
+    check_edits(prompts, backbone)
     embeddings = PromptEmbeddings(backbone)
     task = EvaluationTask(prompts, rewards, verify=is_shapes_source(config.eval.prompts))
 

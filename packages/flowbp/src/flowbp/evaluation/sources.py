@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The model of a configuration, with the trained weights of `run` if there is one."""
+    """The model of a configuration, or its `eval.model`, with the trained weights of `run` if there is one, else with
+    the adapter of `lora.init`."""
 
     label: str
     config: TrainConfig
@@ -28,8 +29,10 @@ class ModelSource:
 
     def check(self, *, scorers: bool = False) -> None:
         """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
-        for ref in (self.config.model.ref, *(scorer.ref for scorer in self.config.scorers if scorers)):
-            hub.resolve(ref)
+        config = self.config
+        for ref in (config.model.ref, config.eval.model, *(scorer.ref for scorer in config.scorers if scorers)):
+            if ref is not None:
+                hub.resolve(ref)
 
     def unread_prompts(self, prompts: Sequence[str], *, scorers: bool = False) -> list[str]:
         """As `describe_unread_prompts` says of the model and, with `scorers`, of its rewards."""
@@ -39,11 +42,17 @@ class ModelSource:
 
     def load(self, device: "torch.device") -> "Backbone":
         """The backbone with its weights."""
-        from flowbp.backbones.loading import load_backbone, load_trained_weights
+        from flowbp.backbones.loading import load_backbone, load_eval_backbone, load_trained_weights
+        from flowbp.backbones.lora import attach_adapter
 
-        backbone = load_backbone(self.config, device)
+        config = self.config
+        backbone = load_backbone(config, device, None if config.eval.model is None else "meta")
+        if config.eval.model is not None:
+            backbone = load_eval_backbone(config, backbone, device)
         if self.run is not None:
             load_trained_weights(backbone, self.run)
+        elif config.lora is not None and config.lora.init is not None:
+            attach_adapter(backbone, config)
         return backbone
 
 
@@ -63,7 +72,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:
     """The prompts of the evaluation that `config.eval` describes."""
-    return load_prompts(config.eval.prompts, config.data.key, config.eval.num_prompts)
+    return load_prompts(config.eval.prompts, config.data, config.eval.num_prompts)
 
 
 def check_guidance_scale(scale: float) -> None:

@@ -5,11 +5,10 @@ depend on the words of the question: compare them only with scores for the same 
 """
 
 import asyncio
+import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from PIL import Image
 
@@ -18,13 +17,15 @@ from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy
 from imgen_common.http.chat import complete, split_reasoning
 from imgen_common.images import data_uri, to_rgb
+from imgen_common.judging.questions import JudgeError, JudgeReply, Message, Question, Unreadable
 
 Criterion = Literal["ur_align", "ur_iq"]
 KEY_VARIABLE = "FLOWBP_JUDGE_KEY"
 """Environment variable with the API key.  It has a name of its own so that the key of another service is never sent."""
 IMAGE_SIDE = 512
-MAX_KEPT_ANSWER = 400
-"""Characters that are kept of an answer without a score."""
+POLICY = RetryPolicy(deadline=86400, initial_backoff=1.0)
+MAX_TOKENS = 1024
+"""Of an answer."""
 FINAL_SCORE = re.compile(r"\bfinal score[ *]*:[ *]*([1-5](?:\.\d+)?)(?: ?/ ?5)?[ .*]*$", re.IGNORECASE | re.MULTILINE)
 # the words of the questions stay as they are: with other words, scores are not comparable with earlier ones
 QUESTIONS: dict[Criterion, str] = {
@@ -46,82 +47,72 @@ ANSWER_FORMAT = (
 )
 
 
-class Judgment(NamedTuple):
-    """The score of an image, or None and the answer of the judge."""
-
-    score: float | None
-    answer: str = ""
+PROMPTS = hashlib.sha256(json.dumps([QUESTIONS, ANSWER_FORMAT]).encode()).hexdigest()[:12]
+"""Hash of the words, recorded with every answer."""
 
 
-def parse_score(answer: str) -> float | None:
-    """The score in an answer if it is from 1 to 5, given once and in the requested form; otherwise None.
+def parse_score(answer: str) -> float:
+    """The score in an answer, from 1 to 5, given once and in the requested form.  Raises Unreadable for anything else.
 
     What a judge thinks in `<think>` before its answer does not count.
     """
     found = {float(text) for text in FINAL_SCORE.findall(split_reasoning(answer)[1])}
-    return found.pop() if len(found) == 1 and max(found) <= 5 else None
+    if len(found) != 1 or max(found) > 5:
+        raise Unreadable("no single line 'Final Score: ' with a number from 1 to 5")
+    return found.pop()
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Scores images for their prompts, with up to `max_concurrency` requests at a time."""
+def make_question(criterion: Criterion, image: Image.Image, prompt: str) -> Question:
+    """What the judge is asked about an image.  It is asked once, since an answer at temperature 0 does not change."""
+    shown = to_rgb(image).resize((IMAGE_SIDE, IMAGE_SIDE))
+    asked = QUESTIONS[criterion].format(prompt=prompt) + ANSWER_FORMAT
+    return Question(criterion, (shown, asked), parse_score, tries=1)
 
-    criterion: Criterion
-    url: str
-    model: str
-    max_concurrency: int = 8
-    max_tries: int = 16
-    """Requests that are made for an image, at most, while the endpoint is not there or busy (`RetryPolicy`)."""
-    initial_backoff: float = 1.0
-    """Longest wait in seconds before the second try; doubled before each later one."""
-    timeout: float = 300.0
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
-        """A judgment of each image.  Raises UserError if the endpoint does not answer."""
-        return asyncio.run(self._judge_all(images, prompts))
+class EndpointJudge:
+    """The judge at an endpoint, with up to `concurrency` requests at a time."""
 
-    async def _judge_all(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[Judgment]:
-        policy = RetryPolicy(
-            timeout=self.timeout, deadline=86400, max_tries=self.max_tries, initial_backoff=self.initial_backoff
-        )
-        client = HttpClient(self.url, KEY_VARIABLE, policy, self.max_concurrency)
-        pairs = zip(images, prompts, strict=True)
+    def __init__(self, url: str, model: str, concurrency: int = 8, policy: RetryPolicy = POLICY) -> None:
+        """Raises UserError for a key that no header can carry."""
+        self._url, self._model, self.id = url.rstrip("/"), model, f"{model} t=0 n={MAX_TOKENS}"
+        self._client = HttpClient(url, KEY_VARIABLE, policy, concurrency)
+
+    async def ask(self, system: str, message: Message, seed: int) -> JudgeReply:
+        """The answer.  Raises JudgeError."""
+        body = await asyncio.to_thread(self._body, message)
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._judge_image(client, image, prompt)) for image, prompt in pairs]
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        finally:
-            await client.close()
-        return [task.result() for task in tasks]
-
-    async def _judge_image(self, client: HttpClient, image: Image.Image, prompt: str) -> Judgment:
-        body = await asyncio.to_thread(self._question, image, prompt)
-        try:
-            answer = await client.call(lambda seconds: self._send(client, body, seconds))
-        except Refusal as refusal:
-            return Judgment(None, str(refusal)[-MAX_KEPT_ANSWER:])
+            answer = await self._client.call(lambda seconds: complete(self._client, self._url, body, seconds))
         except HttpError as error:
-            raise UserError(
-                f"judge {self.model!r}: {error}; check --judge, the model's name and {KEY_VARIABLE}, then run the "
-                "command again: scores made so far are kept"
-            ) from None
-        score = parse_score(answer)
-        return Judgment(score, "" if score is not None else answer[-MAX_KEPT_ANSWER:])
+            raise JudgeError.of_http(error) from error
+        return JudgeReply(answer.text, answer.num_prompt_tokens, answer.num_completion_tokens)
 
-    def _question(self, image: Image.Image, prompt: str) -> bytes:
-        shown = {
-            "type": "image_url",
-            "image_url": {"url": data_uri(to_rgb(image).resize((IMAGE_SIDE, IMAGE_SIDE)))},
-        }
-        asked = {"type": "text", "text": QUESTIONS[self.criterion].format(prompt=prompt) + ANSWER_FORMAT}
-        messages = [{"role": "user", "content": [shown, asked]}]
-        body = {"model": self.model, "temperature": 0, "max_tokens": 1024, "messages": messages}
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def _body(self, message: Message) -> bytes:
+        content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_uri(part)}}
+            for part in message
+        ]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": self._model, "temperature": 0, "max_tokens": MAX_TOKENS, "messages": messages}
         return json.dumps(body).encode()
 
-    async def _send(self, client: HttpClient, body: bytes, seconds: float) -> str:
-        """The text of the answer."""
-        return (await complete(client, self.url.rstrip("/"), body, seconds)).text
+
+async def check_judge(url: str, model: str) -> None:
+    """Asks the judge once about a white image.  Raises UserError if it does not answer."""
+    judge = EndpointJudge(url, model, policy=RetryPolicy(max_tries=1))
+    question = make_question("ur_iq", Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), "white"), "a white wall")
+    try:
+        await judge.ask("", question.message, 0)
+    except JudgeError as failure:
+        if not isinstance(failure.__cause__, Refusal) and failure.kind != "rate_limited":
+            raise UserError(f"judge {model!r}: {failure}; check --judge, the model's name and {KEY_VARIABLE}") from None
+    finally:
+        await judge.close()
 
 
 def check_url(url: str | None) -> str:

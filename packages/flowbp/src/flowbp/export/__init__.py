@@ -16,20 +16,30 @@ from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.run_folder.folder import RunFolder
 
 
-def export_run(run: Path, to: ExportFormat, out: Path, kept: ExportedWeights = "ema", step: int | None = None) -> Path:
+def export_run(
+    run: Path,
+    to: ExportFormat,
+    out: Path,
+    kept: ExportedWeights = "ema",
+    step: int | None = None,
+    model: str | None = None,
+) -> Path:
     """Writes the folder `out` with the weights and a model card; returns it.
 
     kept: the averaged weights, which are those that the run evaluated, or those of the last update.  step: number of
-    updates after which the checkpoint was made; by default the last one.
-    Raises UserError if `out` exists, there is no such checkpoint, or the run trained all weights and `to` wants an
-    adapter.
+    updates after which the checkpoint was made; by default the last one.  model: a distilled sibling of the trained
+    model, into which an adapter is merged instead.
+    Raises UserError if `out` exists, there is no such checkpoint, the run trained all weights and `to` wants an
+    adapter, or `model` does not fit.
     """
     config, weights = read_trained_weights(RunFolder.open(run, is_main=False), kept, step)
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
+    if model is not None and (config.lora is None or to != "merged"):
+        raise UserError(f"--model {model}: only an adapter is merged into another model; use --to merged")
     with atomic_folder(out) as folder:
         if to == "merged":
-            merge_weights(config, weights).save_pretrained(folder)
+            merge_weights(config, weights, model).save_pretrained(folder)
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
         else:
@@ -37,7 +47,7 @@ def export_run(run: Path, to: ExportFormat, out: Path, kept: ExportedWeights = "
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
             keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
-        write_atomic(folder / "README.md", model_card(run, config, to, kept, step))
+        write_atomic(folder / "README.md", model_card(run, config, to, kept, step, model))
     return out
 
 

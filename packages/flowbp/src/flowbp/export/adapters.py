@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from flowbp import backbones
+from flowbp.backbones.loading import check_same_shapes
 from flowbp.config import TrainConfig
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -29,12 +30,12 @@ class Adapter:
 def lora_adapters(config: TrainConfig, weights: Mapping[str, Tensor]) -> dict[str, Adapter]:
     """The adapters of a run, by the name of their layer in the transformer."""
     assert config.lora is not None
-    scale, found = config.lora.alpha / config.lora.rank, {}
+    found = {}
     for name, down in weights.items():
         layer, part, _ = name.partition(".lora_A.")
         if part:
             up = weights[name.replace(".lora_A.", ".lora_B.")]
-            found[layer] = Adapter(down.float().contiguous(), (scale * up.float()).contiguous())
+            found[layer] = Adapter(down.float().contiguous(), (config.lora.scale_of(layer) * up.float()).contiguous())
     return found
 
 
@@ -46,9 +47,15 @@ def to_diffusers(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return keys
 
 
-def merge_weights(config: TrainConfig, weights: Mapping[str, Tensor]) -> DiffusionPipeline:
-    """The whole pipeline in float32, the trained weights merged into its transformer."""
-    backbone = backbones.load(config.model.ref)
+def merge_weights(config: TrainConfig, weights: Mapping[str, Tensor], model: str | None = None) -> DiffusionPipeline:
+    """The whole pipeline in float32, the trained weights merged into its transformer.
+
+    model: a distilled sibling of the trained one, whose pipeline it is then.  Raises UserError where that does not fit.
+    """
+    if model is not None:
+        base = backbones.init_empty_weights(config.model.ref)
+        check_same_shapes(base.net, type(base.pipe), model, "--model")
+    backbone = backbones.load(model or config.model.ref, distilled=model is not None)
     parameters = dict(backbone.net.named_parameters())
     with torch.no_grad():
         if config.lora is None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flowbp.backbones.layer_names import original_layers
 from flowbp.export.adapters import Adapter, to_diffusers
 from imgen_common.errors import UserError
 
@@ -21,7 +22,7 @@ def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str,
         return to_diffusers(found)
     left = dict(found)
     keys: dict[str, Tensor] = {}
-    for theirs, ours in _flux_layers(found, flux2=pipeline == "Flux2KleinPipeline").items():
+    for theirs, ours in original_layers(found, pipeline).items():
         parts = [left.pop(layer, None) for layer in ours]
         if any(parts):
             one = fuse_adapters(parts, [widths[layer] for layer in ours])
@@ -50,28 +51,3 @@ def fuse_adapters(parts: "list[Adapter | None]", widths: list[int]) -> Adapter:
             column += rank
         row += width
     return Adapter(torch.cat([part.down for part in present]), up)
-
-
-def _flux_layers(found: Mapping[str, Adapter], *, flux2: bool) -> dict[str, list[str]]:
-    """Every layer, by its original name, of blocks that have adapters, and the diffusers layers that it consists of."""
-    linear = {"in": "linear_in", "out": "linear_out"} if flux2 else {"in": "net.0.proj", "out": "net.2"}
-    names: dict[str, list[str]] = {}
-    for block in sorted({".".join(name.split(".")[:2]) for name in found if "blocks." in name}):
-        kind, number = block.split(".")
-        if kind == "transformer_blocks":
-            double = f"double_blocks.{number}"
-            for side, prefix, projection in (("img", "to_", "to_out.0"), ("txt", "add_", "to_add_out")):
-                ends = ("q", "k", "v") if side == "img" else ("q_proj", "k_proj", "v_proj")
-                names[f"{double}.{side}_attn.qkv"] = [f"{block}.attn.{prefix}{end}" for end in ends]
-                names[f"{double}.{side}_attn.proj"] = [f"{block}.attn.{projection}"]
-                mlp = f"{block}.ff" if side == "img" else f"{block}.ff_context"
-                names[f"{double}.{side}_mlp.0"] = [f"{mlp}.{linear['in']}"]
-                names[f"{double}.{side}_mlp.2"] = [f"{mlp}.{linear['out']}"]
-        elif flux2:
-            names[f"single_blocks.{number}.linear1"] = [f"{block}.attn.to_qkv_mlp_proj"]
-            names[f"single_blocks.{number}.linear2"] = [f"{block}.attn.to_out"]
-        else:
-            parts = [f"{block}.attn.to_q", f"{block}.attn.to_k", f"{block}.attn.to_v", f"{block}.proj_mlp"]
-            names[f"single_blocks.{number}.linear1"] = parts
-            names[f"single_blocks.{number}.linear2"] = [f"{block}.proj_out"]
-    return names

@@ -19,10 +19,17 @@ DESCRIPTIONS: dict[ExportFormat, str] = {
 }
 
 
-def model_card(run: Path, config: TrainConfig, to: ExportFormat, kept: ExportedWeights, step: int | None) -> str:
-    """The model card: what the weights are, how to load them, scores, licenses, the whole configuration."""
+def model_card(
+    run: Path, config: TrainConfig, to: ExportFormat, kept: ExportedWeights, step: int | None, model: str | None = None
+) -> str:
+    """The model card: what the weights are, how to load them, scores, licenses, the whole configuration.
+
+    model: what they were merged into, if that is not the trained model.
+    """
     updates = config.max_train_steps if step is None else step
-    models = [config.model.ref, *(scorer.ref for scorer in config.scorers)]
+    evaluated = step in (None, config.max_train_steps) and model in (None, config.eval.model)
+    merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
+    models = [config.model.ref, *([model] if model else []), *(scorer.ref for scorer in config.scorers)]
     lines = [
         "---",
         "library_name: diffusers",
@@ -31,9 +38,9 @@ def model_card(run: Path, config: TrainConfig, to: ExportFormat, kept: ExportedW
         "---",
         f"# {run.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
-        f"{updates} updates; the {kept} weights. {DESCRIPTIONS[to]}",
+        f"{updates} updates; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
         "## Scores",
-        _scores(run) if step in (None, config.max_train_steps) else "This checkpoint was not evaluated.",
+        _scores(run) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
         "## Licenses",
         *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
         "## Configuration",

@@ -49,13 +49,14 @@ def render_report(run: RunData) -> str:
         f"{config.num_inference_steps} denoising steps",
         f"guidance {config.guidance_scale:g}",
         f"model {config.model.ref}",
+        *([f"evaluated with {config.eval.model}"] if config.eval.model else []),
     ]
     values = {
         "name": run.name,
         "facts": " · ".join(facts),
         "config": config,
         "updates": run.updates,
-        "training_scale": f"{config.guidance_scale:g}",
+        "own_scale": f"{run.own_scale:g}",
         "result": _result(run),
         "no_result": _why_no_result(run),
         "scores": [_scale(run, scale) | {"rows": _score_rows(run, scale)} for scale in run.scales],
@@ -70,12 +71,12 @@ def render_report(run: RunData) -> str:
 
 
 def _scale(run: RunData, scale: float) -> Values:
-    return {"label": f"{scale:g}", "is_own": scale == run.config.guidance_scale}
+    return {"label": f"{scale:g}", "is_own": scale == run.own_scale}
 
 
 def _result(run: RunData) -> Values | None:
-    """The changes at the guidance scale of the training."""
-    own = run.config.guidance_scale
+    """The changes at the guidance scale of the run."""
+    own = run.own_scale
     if own not in run.pairs:
         return None
     cards = [
@@ -92,7 +93,7 @@ def _result(run: RunData) -> Values | None:
 
 
 def _why_no_result(run: RunData) -> str:
-    names = {name for name, scale in run.evaluations if scale == run.config.guidance_scale}
+    names = {name for name, scale in run.evaluations if scale == run.own_scale}
     if names == {"base", "trained"}:
         return "The evaluations before and after are of different prompts, so they cannot be compared."
     if "base" in names:
@@ -127,7 +128,7 @@ def _score_rows(run: RunData, scale: float) -> list[Values]:
 
 def _outcomes(run: RunData) -> str:
     """How many images changed sides, at the guidance scale of the training."""
-    own = run.config.guidance_scale
+    own = run.own_scale
     if "verifier" not in run.changes.get(own, {}):
         return ""
     sides = list(zip(*(one.scores["verifier"] for one in run.pairs[own]), strict=True))
@@ -150,17 +151,20 @@ def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int
         every = base.scores[reward] + trained.scores[reward]  # all images with as many decimals
         before, after = (format_score(reward, one.scores[reward][i], *every) for one in (base, trained))
         scores = f"{score_title(reward).lower()} {before} → {after}"
-    sides = [_image(one, i, when) for one, when in ((base, "before"), (trained, "after"))]
-    return {"prompt": base.prompts[i], "scores": scores, "sides": sides}
+    prompt = base.prompts[i]
+    sides = [_image(file, f"source of: {prompt}", None) for file in base.source_files.get(i, [])]
+    for one, when in ((base, "before"), (trained, "after")):
+        passes = one.scores["verifier"][i] > 0.5 if "verifier" in one.scores else None
+        sides.append(_image(one.image_files[i], f"{when}: {prompt}", passes))
+    return {"prompt": prompt, "scores": scores, "sides": sides}
 
 
-def _image(one: SavedEvaluation, i: int, when: str) -> Values:
-    with Image.open(one.image_files[i]) as opened:
+def _image(file: Path, alt: str, passes: bool | None) -> Values:
+    with Image.open(file) as opened:
         image = to_rgb(opened)
     small = max(image.size) <= 128
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    passes = one.scores["verifier"][i] > 0.5 if "verifier" in one.scores else None
-    return {"uri": data_uri(image), "alt": f"{when}: {one.prompts[i]}", "small": small, "passes": passes}
+    return {"uri": data_uri(image), "alt": alt, "small": small, "passes": passes}
 
 
 def _categories(run: RunData) -> list[Values]:
@@ -196,15 +200,26 @@ def _curves(run: RunData) -> Values | None:
         line_chart("Verifier", "% of images", [verifier], run.updates),
         _metric_chart(run, "Gradient norm", "before clipping", "train/grad_norm", max_norm),
         _gap_chart(run),
+        *(
+            [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
+            if run.config.regularise
+            else []
+        ),
         _metric_chart(run, "Time", "seconds per update", "train/seconds"),
         line_chart("Peak memory so far", "GiB", [peak], run.updates, from_zero=True),
     ]
     return {"charts": charts, "duration": format_duration(sum(run.series("train/seconds")[1]))}
 
 
+def _distance_charts(run: RunData) -> list[Markup]:
+    if run.config.regularise is None:
+        return []
+    return [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
+
+
 def _quick_label(run: RunData) -> str:
     num = run.config.eval.quick_num_prompts
-    return f"quick evaluation: {num} prompts, averaged weights, guidance {run.config.guidance_scale:g}"
+    return f"quick evaluation: {num} prompts, averaged weights, guidance {run.own_scale:g}"
 
 
 def _score_chart(run: RunData, name: str) -> Markup:

@@ -37,15 +37,20 @@ class RunData:
     """The configurations with which it ran up to an update, where it went on with another one."""
 
     @property
+    def own_scale(self) -> float:
+        """The guidance scale that the run is judged at."""
+        return self.config.eval_guidance_scales[0]
+
+    @property
     def scales(self) -> list[float]:
-        """The guidance scales of the evaluations, that of the training first."""
+        """The guidance scales of the evaluations, the run's own first."""
         found = {scale for _, scale in self.evaluations}
-        return sorted(found, key=lambda scale: (scale != self.config.guidance_scale, scale))
+        return sorted(found, key=lambda scale: (scale != self.own_scale, scale))
 
     @cached_property
     def pairs(self) -> dict[float, tuple[SavedEvaluation, SavedEvaluation]]:
         """As `pair_evaluations` gives them."""
-        return pair_evaluations(self.evaluations, self.config.guidance_scale)
+        return pair_evaluations(self.evaluations, self.own_scale)
 
     @cached_property
     def changes(self) -> dict[float, dict[str, Change]]:

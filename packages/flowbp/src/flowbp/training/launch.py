@@ -29,5 +29,5 @@ def train(
     job, _ = check_training(config, Path(runs), path)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with open_run(job, Path(runs), command, accelerator, resume=path) as run:
-        loop.train(config, run, accelerator, reporter or NullReporter())
+        loop.train(job.config, run, accelerator, reporter or NullReporter())
     return run.path

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import nn
 
-from flowbp.backbones.loading import load_backbone, mark_trainable
+from flowbp.backbones.loading import copy_frozen, load_backbone, load_eval_backbone, mark_trainable
+from flowbp.backbones.lora import load_adapter, read_adapter
 from flowbp.backbones.options import compile_blocks
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward
@@ -23,7 +24,9 @@ from imgen_common import hub
 class LoadedModels:
     """The generator, the rewards by name, the training prompts and their embeddings.
 
-    parameters: what is trained, by name; of a sharded network this process's part.
+    parameters: what is trained, by name; of a sharded network this process's part.  eval_backbone: the network of
+    `eval.model`, with the very same adapter; None: the generator itself draws the images of evaluations.  base: the
+    network before training, where a regulariser needs a copy of it; None: the generator's without adapters.
     """
 
     backbone: Backbone
@@ -31,36 +34,57 @@ class LoadedModels:
     prompts: list[str]
     embeddings: PromptEmbeddings
     parameters: dict[str, nn.Parameter]
+    eval_backbone: Backbone | None = None
+    base: Backbone | None = None
 
 
 def load_models(
-    config: TrainConfig, device: torch.device, *, is_main: bool = True, with_rewards: bool = True
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    is_main: bool = True,
+    with_rewards: bool = True,
+    with_adapter: bool = True,
 ) -> LoadedModels:
     """Loads the generator, the rewards and the prompts that the configuration names.
 
-    with_rewards=False: rewards are loaded later, in memory that the text encoders have left.
+    with_rewards=False: rewards are loaded later, in memory that the text encoders have left.  with_adapter=False:
+    `lora.init` is not read, since a checkpoint follows.
     """
     # of a network that is to be sharded the main process alone reads the weights; `shard` gives the others their part
     sharded = config.distributed.kind == "fsdp2"
     backbone = load_backbone(config, device, ("cpu" if is_main else "meta") if sharded else None)
-    net = backbone.net
+    net, prompts = backbone.net, load_prompts(config.data.prompts, config.data)
     assert isinstance(net, ModelMixin)
-    prompts = load_prompts(config.data.prompts, config.data.key)
-
+    init = config.lora.init if config.lora is not None and with_adapter and (is_main or not sharded) else None
+    adapter = read_adapter(init, net, type(backbone.pipe).__name__) if init is not None else {}
+    base = copy_frozen(backbone) if config.regularise is not None and config.lora is None else None
+    evaluated = None if config.eval.model is None else load_eval_backbone(config, backbone, device)
     # what is trained is float32 from here on; under adapters of a bfloat16 network the frozen weights are bfloat16
     parameters = mark_trainable(net, config)
+    load_adapter(adapter, parameters)
+    if evaluated is not None:
+        share_adapter(evaluated.net, config, parameters)
     if sharded:
         shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
         parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if config.model.compile:
-        compile_blocks(net)
+        for one in (net,) if base is None else (net, base.net):
+            compile_blocks(one)
 
     # embeddings on disk are shared by all runs, so their keys contain all that they depend on
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
     embeddings = PromptEmbeddings(backbone, store, key)
     rewards = load_rewards(config, device) if with_rewards else {}
-    return LoadedModels(backbone, rewards, prompts, embeddings, parameters)
+    return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base)
+
+
+def share_adapter(net: nn.Module, config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Adds adapters to a network of the same shapes whose parameters are those of another, `mark_trainable`'s."""
+    for name in mark_trainable(net, config):
+        layer, _, weight = name.rpartition(".")
+        setattr(net.get_submodule(layer), weight, parameters[name])
 
 
 def load_rewards(config: TrainConfig, device: torch.device | str) -> dict[str, Reward]:

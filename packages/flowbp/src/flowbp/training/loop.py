@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
+from flowbp.data.edits import source_thumbnails
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.evaluate import Evaluation, NotFiniteError
 from flowbp.evaluation.image_statistics import rms_distance
@@ -19,7 +20,7 @@ from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
 from imgen_common.devices import any_process
 from imgen_common.errors import UserError
-from imgen_common.images import grid
+from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown
 
@@ -35,7 +36,13 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
             "no held-out reward: what is gained may be reward hacking, and nothing would show it; set `heldout`"
         )
     reporter.stage("loading models")
-    models = load_models(config, accelerator.device, is_main=accelerator.is_main_process, with_rewards=False)
+    models = load_models(
+        config,
+        accelerator.device,
+        is_main=accelerator.is_main_process,
+        with_rewards=False,
+        with_adapter=run.latest_checkpoint() is None,
+    )
     # until here there is nothing to save, and a signal stops at once
     shutdown = GracefulShutdown("stopping after this update; once more to stop at once" if run.is_main else "")
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter, shutdown)
@@ -63,9 +70,9 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         config = self.config = self.trainer.config
-        evaluation, key = config.eval, config.data.key
-        self.full_prompts = load_prompts(evaluation.prompts, key, evaluation.num_prompts)
-        self.quick_prompts = load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts)
+        evaluation, data = config.eval, config.data
+        self.full_prompts = load_prompts(evaluation.prompts, data, evaluation.num_prompts)
+        self.quick_prompts = load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts)
         self.watches = config.watchdog.enabled and evaluation.every > 0
         self.evaluation_due = False
 
@@ -108,7 +115,7 @@ class TrainingLoop:
         if self.watches:
             base = self.run_quick_evaluation()
             if self.run.is_main:
-                save_evaluation(self.run.path / watchdog.FOLDER, "base", self.config.guidance_scale, base)
+                save_evaluation(self.run.path / watchdog.FOLDER, "base", self.config.eval_guidance_scales[0], base)
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
@@ -179,9 +186,15 @@ class TrainingLoop:
     # --- evaluations -------------------------------------------------------------------------------------------------
 
     def run_full_evaluation(self, name: str) -> None:
-        """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows."""
+        """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows.
+
+        Those of the trained model that a stopped process had made are not made again.
+        """
         config = self.config
-        for scale in dict.fromkeys((config.guidance_scale, *config.eval.guidance_scale)):
+        done = load_evaluations(self.run.path) if self.run.is_main and name == "trained" else {}
+        for scale in config.eval_guidance_scales:
+            if any_process((name, scale) in done, self.trainer.accelerator.device):
+                continue
             label = f"{name}, guidance {scale:g}"
             self.reporter.stage(f"evaluating {label}")
             result = self._evaluate(self.full_prompts, config.eval.prompts, scale, label)
@@ -191,12 +204,14 @@ class TrainingLoop:
     def run_quick_evaluation(self) -> Evaluation:
         """The network as it is now on the quick prompts, logged with a grid of the first images."""
         config, update = self.config, self.trainer.update
-        source, scale = config.eval.quick_prompts, config.guidance_scale
+        source, scale = config.eval.quick_prompts, config.eval_guidance_scales[0]
         quick = self._evaluate(self.quick_prompts, source, scale, "quick")
         self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
-            images = quick.images[:24]
-            self.run.log_image(update, "quick", grid(images, columns=8, scale=max(1, 96 // images.shape[-1])))
+            cells = []
+            for prompt, image in zip(quick.prompts, to_pil(quick.images[:24]), strict=False):
+                cells += [*source_thumbnails(prompt, image.size)[:1], image]
+            self.run.log_image(update, "quick", grid(cells, columns=8, scale=max(1, 96 // quick.images.shape[-1])))
         return quick
 
     def _evaluate(self, prompts: Sequence[str], source: str, scale: float, label: str) -> Evaluation:
@@ -220,7 +235,7 @@ class TrainingLoop:
         adapters = {} if config.lora is None else self.trainer.state.gather_ema()
         if not self.run.is_main:
             return False
-        base = load_evaluations(path / watchdog.FOLDER).get(("base", config.guidance_scale))
+        base = load_evaluations(path / watchdog.FOLDER).get(("base", config.eval_guidance_scales[0]))
         if base is None or base.prompts != quick.prompts:
             self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on these quick prompts")
             return False
@@ -231,7 +246,7 @@ class TrainingLoop:
         measures = {f"watch/{name}": value for name, value in finding.measures.items()}
         measures["watch/distance"] = rms_distance(base.images(), quick.images).mean().item()
         if config.lora is not None:
-            measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora.alpha / config.lora.rank)
+            measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora)
         self.run.log(update, measures)
         for alert in finding.alerts:
             self.reporter.alert(f"update {update}: {alert}")

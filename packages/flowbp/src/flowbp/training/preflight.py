@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import TrainConfig
+from flowbp.data.edits import check_edits, describe_row
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -20,6 +21,7 @@ from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
     from flowbp.core.plan import Plan
+    from flowbp.core.types import Backbone
 
 TENSORS_PER_WEIGHT = 4
 """Tensors of a checkpoint per trained weight: itself, its average (EMA) and two moments."""
@@ -40,7 +42,8 @@ class CheckedRun:
     """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
     its prompts.
 
-    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.
+    lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.  sources: (height,
+    width) of the source images, as the family prepares them, of the edit that has most of them; empty without edits.
     """
 
     config: TrainConfig
@@ -51,51 +54,77 @@ class CheckedRun:
     num_prompts: int
     data: Mapping[str, DataHash]
     lora_layers: Mapping[str, int]
+    sources: tuple[tuple[int, int], ...] = ()
 
 
-def check_run(config: TrainConfig, num_processes: int, *, estimate_only: bool = False) -> CheckedRun:
+def check_run(
+    config: TrainConfig, num_processes: int, *, estimate_only: bool = False, with_adapter: bool = True
+) -> CheckedRun:
     """Checks everything that can be checked without loading weights, before anything is written.
 
+    The configuration of the result has the rank, alpha and layers of the adapter that `lora.init` names.
     estimate_only: the run is not to be started here; weights, a GPU and optional packages may be missing.
+    with_adapter=False: that adapter is not read, since the run goes on from a checkpoint.
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
     image sizes, adapters or switches that do not fit the model.
     """
     prompts = check_inputs(config, num_processes, weights=not estimate_only)
-    from flowbp import backbones
-    from flowbp.backbones.loading import layers_of_targets, mark_trainable
-    from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.backbones.loading import check_same_shapes, layers_of_targets, mark_trainable
+    from flowbp.backbones.lora import adopt_adapter
     from flowbp.core.plan import draw_plan
-    from flowbp.training.loading import load_rewards
 
     quiet_libraries()
-    model = config.model
-    empty = backbones.init_empty_weights(model.ref)
-    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
-    if not estimate_only:
-        check_machine(model)
-        hub.check_networks(hub.resolve(model.ref))
-        load_rewards(config, "meta")
-    apply_model_options(backbone, model)
-    size = (model.height, model.width)
+    size = (config.model.height, config.model.width)
+    backbone = _check_models(config, weights=not estimate_only)
+    sharded = config.distributed.kind in ("fsdp2", "zero3")
+    layouts = check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
         for update in range(min(config.max_train_steps, NUM_SAMPLED_PLANS))
     )
+    if config.lora is not None and with_adapter:
+        lora = adopt_adapter(config.lora, backbone.net, type(backbone.pipe).__name__)
+        config = config.model_copy(update={"lora": lora})
+    if config.eval.model is not None:
+        check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
-    lora_layers = {target: len(names) for target, names in layers.items()}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
-    data = {"data.prompts": hash_rows(prompts.data), "eval.prompts": hash_rows(prompts.eval)}
-    return CheckedRun(config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, lora_layers)
+    parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
+    data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
+    num_layers = {target: len(names) for target, names in layers.items()}
+    return CheckedRun(
+        config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
+    )
+
+
+def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
+    """The generator on the meta device, with its options; with `weights`, those of it and of the rewards are checked.
+
+    Only headers of files are read.
+    """
+    from flowbp import backbones
+    from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.training.loading import load_rewards
+
+    model = config.model
+    empty = backbones.init_empty_weights(model.ref)
+    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+    if weights:
+        check_machine(model)
+        hub.check_networks(hub.resolve(model.ref))
+        load_rewards(config, "meta")
+    apply_model_options(backbone, model)
+    return backbone
 
 
 def all_prompts(config: TrainConfig) -> Prompts:
     """The prompts of a run."""
-    key, evaluation = config.data.key, config.eval
+    data, evaluation = config.data, config.eval
     return Prompts(
-        load_prompts(config.data.prompts, key),
-        load_prompts(evaluation.prompts, key, evaluation.num_prompts),
-        load_prompts(evaluation.quick_prompts, key, evaluation.quick_num_prompts),
+        load_prompts(config.data.prompts, data),
+        load_prompts(evaluation.prompts, data, evaluation.num_prompts),
+        load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts),
     )
 
 
@@ -111,7 +140,9 @@ def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = Tru
     weights: whether those of the models must be there.  Raises UserError.
     """
     batch_sizes(config, num_processes)
-    hub.resolve(config.model.ref, weights=weights)
+    for ref in (config.model.ref, config.eval.model):
+        if ref is not None:
+            hub.resolve(ref, weights=weights)
     for scorer in config.scorers:
         resolve_reward(scorer, weights=weights)
     return all_prompts(config)
@@ -181,8 +212,11 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
     active = sum(p.num_gradient_forwards for p in job.plans) / len(job.plans)
     plain = sum(p.num_plain_forwards for p in job.plans) / len(job.plans)
     jacobians = sum(term.coupling > 0 for p in job.plans for term in p.terms) / len(job.plans)
+    regularised, branches = config.regularise is not None, 2 if guided else 1
+    of_base = active * branches if regularised else 0
+    active += jacobians if regularised else 0  # a coupled step has a pass of its own for the regulariser
     with_gradient = active * (2 if guided and not detached else 1)
-    without = plain * (2 if guided else 1) + (active if guided and detached else 0)
+    without = plain * branches + (active if guided and detached else 0) + of_base
     return {
         "processes": job.num_processes,
         "images_per_update": config.total_batch_size,

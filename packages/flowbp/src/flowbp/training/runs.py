@@ -25,6 +25,7 @@ MAY_DIFFER = (
     *("name", "max_train_steps", "checkpoint", "trackers", "per_device_batch_size", "active_steps_per_forward"),
     *("optim.learning_rate", "optim.max_grad_norm"),
     *("reward_batch_size", "offload_trajectory", "watchdog", "distributed"),
+    *("data.prompts", "data.key", "eval.prompts"),  # other places of equal prompts: `check_data` compares hashes
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
@@ -50,15 +51,26 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     Raises UserError as `check_run` does, and if the run to continue has another configuration or other prompts, the
     folder is taken, the launcher does not fit, or the disk has no room.
     """
+    checkpoint = None
     if resume is not None:
+        run = RunFolder.open(resume, is_main=False)
+        config, checkpoint = _with_recorded_adapter(config, run.config(TrainConfig)), run.latest_checkpoint()
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
     path = resume or new_run_path(config, root)
     check_launcher(config.distributed.kind, os.environ)
-    job = check_run(config, launched_process(os.environ).size)
+    job = check_run(config, launched_process(os.environ).size, with_adapter=checkpoint is None)
     check_disk(job, path, resume=resume is not None)
     if resume is not None:
         check_data(resume, job.data)
     return job, path
+
+
+def _with_recorded_adapter(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
+    """A configuration with what its run recorded of the adapter that both begin with, where it says nothing else."""
+    if config.lora is None or recorded.lora is None or config.lora.init != recorded.lora.init:
+        return config
+    given = {name: getattr(config.lora, name) for name in config.lora.model_fields_set}
+    return config.model_copy(update={"lora": recorded.lora.model_copy(update=given)})
 
 
 def open_run(
@@ -100,8 +112,8 @@ def _change_config(run: RunFolder, config: TrainConfig) -> None:
 
 
 def compare_base_and_trained(run: Path) -> dict[float, dict[str, Change]]:
-    """Base against trained by guidance scale, the training's own first; scales with both evaluations only."""
+    """Base against trained by guidance scale, the run's own first; scales with both evaluations only."""
     from flowbp.evaluation.results import load_evaluations, pair_evaluations
 
-    own = RunFolder.open(run, is_main=False).config(TrainConfig).guidance_scale
+    own = RunFolder.open(run, is_main=False).config(TrainConfig).eval_guidance_scales[0]
     return {scale: paired_changes(*pair) for scale, pair in pair_evaluations(load_evaluations(run), own).items()}

@@ -11,17 +11,20 @@ from itertools import combinations
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowbp.config import Hinge, LogSigmoid, TrainConfig
-from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, num_backward_passes, rollout
+from flowbp.backbones.loading import without_adapters
+from flowbp.config import TrainConfig
+from flowbp.core.engine import BackwardOptions, Outcome, Regulariser, backpropagate, num_backward_passes, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, RolloutSpec, draw_plan
 from flowbp.core.types import ScoredLosses, Velocity
+from flowbp.data.edits import score_images
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
+from flowbp.rewards.losses import reward_losses
 from flowbp.training.loading import LoadedModels, make_train_state
 from flowbp.training.preflight import batch_sizes
 from flowbp.training.state import TorchTrainState
@@ -73,7 +76,10 @@ class Trainer:
         config, batch = self.config, self.batch
         # one plan for all samples, the same on every process: all make the same number of backward passes
         plan = draw_plan(config.method, self.sigmas, numpy_generator(config.seed, "plan", self.update))
-        num_passes = batch.gradient_accumulation_steps * num_backward_passes(plan, config.active_steps_per_forward)
+        regularised = config.regularise is not None
+        num_passes = batch.gradient_accumulation_steps * num_backward_passes(
+            plan, config.active_steps_per_forward, regularised=regularised
+        )
         # normalize here and nowhere else: the engine takes the mean over a micro-batch, the update the mean over the
         # global batch, so a micro-batch counts as its part of it; metrics are summed over samples and divided below
         share = batch.per_device / config.total_batch_size
@@ -117,7 +123,7 @@ class Trainer:
                 found = found or (NotFiniteError(error.what, LOWER) if is_diverged else error)
                 continue
             for name, reward in self.models.rewards.items():
-                if not reward(images, prompts).isfinite().all():
+                if not score_images(reward, images, prompts).isfinite().all():
                     found = found or NotFiniteError(f"the scores of {name}", "check its weights, or leave it out")
         gather = gather_object if self.accelerator.num_processes > 1 else list
         every = [(one.what, one.advice) for one in gather([found]) if one is not None]
@@ -135,6 +141,23 @@ class Trainer:
         cond, negative = self.models.embeddings(prompts)
         return guided_velocity(self.models.backbone.velocity, cond, negative, self.config.classifier_free_guidance)
 
+    def _regulariser(self, prompts: Sequence[str]) -> Regulariser | None:
+        """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
+        equal weights both are equal bit for bit."""
+        config, models = self.config, self.models
+        if config.regularise is None:
+            return None
+        guidance = config.classifier_free_guidance
+        guidance = guidance.model_copy(update={"batched": guidance.batched and not guidance.detach_negative})
+        cond, negative = models.embeddings(prompts)
+        velocity = guided_velocity((models.base or models.backbone).velocity, cond, negative, guidance)
+
+        def base(x: Tensor, sigma: Tensor) -> Tensor:
+            with without_adapters(models.backbone.net):
+                return velocity(x, sigma)
+
+        return Regulariser(config.regularise.weight, base)
+
     def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
         """Adds the gradient of some samples of the global batch; returns sums over these samples."""
         config, device = self.config, self.accelerator.device
@@ -151,6 +174,7 @@ class Trainer:
             combine=lambda gradients: combine_gradients(gradients, self.reward_weights, config.combine),
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
+            regulariser=self._regulariser(prompts),
         )
         loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
@@ -159,16 +183,18 @@ class Trainer:
         """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
         config, rewards = self.config, self.models.rewards
         images, texts = self.models.backbone.decode(x), prompts[rows]
-        scores = {reward.name: rewards[reward.name](images, texts) for reward in config.rewards}
+        scores = {reward.name: score_images(rewards[reward.name], images, texts) for reward in config.rewards}
         losses = torch.stack([reward_losses(reward.loss, scores[reward.name]) for reward in config.rewards])
         with torch.no_grad():
-            scores |= {held.name: rewards[held.name](images, texts) for held in config.heldout}
+            scores |= {held.name: score_images(rewards[held.name], images, texts) for held in config.heldout}
         return ScoredLosses(losses, {name: found.detach() for name, found in scores.items()})
 
     def _metric_sums(self, outcome: Outcome) -> dict[str, float]:
         """Sums over samples of scores, loss, gaps of legs, and how several rewards' gradients compare."""
         sums = {name: values.sum().item() for name, values in outcome.scores.items()}
         sums["loss"] = (self.reward_weights @ outcome.losses.mean(0).sum(1).double().cpu()).item()
+        if outcome.regularise is not None:
+            sums["regularise"] = outcome.regularise.sum().item()
         sums |= {f"gap_{k}": row.sum().item() for k, row in enumerate(outcome.gaps)}
         if outcome.agreement is not None:
             names = [reward.name for reward in self.config.rewards]
@@ -204,7 +230,9 @@ class Trainer:
     def embed_prompts(self, prompts: Sequence[str]) -> None:
         """Embeds them and the empty prompt, then unloads the text encoders, which may be larger than the network."""
         self.models.embeddings.add([*prompts, ""])
-        self.models.backbone.unload_text_encoders()
+        for backbone in (self.models.backbone, self.models.eval_backbone, self.models.base):
+            if backbone is not None:
+                backbone.unload_text_encoders()
 
     def evaluate(
         self,
@@ -222,7 +250,7 @@ class Trainer:
         task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
         gather = gather_object if accelerator.num_processes > 1 else list
         return evaluate(
-            self.models.backbone,
+            self.models.eval_backbone or self.models.backbone,
             self.models.embeddings,
             task,
             self.config,
@@ -230,13 +258,6 @@ class Trainer:
             ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
             lambda done: on_progress(done * accelerator.num_processes),
         )
-
-
-def reward_losses(loss: Hinge | LogSigmoid, scores: Tensor) -> Tensor:
-    """Per-sample losses of scores; both (b,)."""
-    if isinstance(loss, Hinge):
-        return -scores if loss.ceiling is None else (loss.ceiling - scores).clamp(min=0)
-    return nn.functional.softplus((loss.center - scores) / loss.width)
 
 
 def learning_rate_at(config: TrainConfig, update: int) -> float:

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from pydantic import BaseModel
 from torch import Tensor
 
-from flowbp.config import WatchdogConfig
+from flowbp.config import LoraConfig, WatchdogConfig
 from flowbp.evaluation.compare import format_score, paired_change, score_title
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity
@@ -116,13 +116,14 @@ def standardized_change(before: Sequence[float], after: Sequence[float], min_std
     return float((b - a)[finite].mean()) / max(float(a[finite].std()), min_std)
 
 
-def adapter_norm(parameters: Mapping[str, Tensor], scale: float) -> float:
-    """Frobenius norm of the whole update that adapters stand for, scale B A over all layers; 0 without adapters."""
+def adapter_norm(parameters: Mapping[str, Tensor], lora: LoraConfig) -> float:
+    """Frobenius norm of the whole update that adapters stand for, alpha / rank B A over all layers; 0 without any."""
     total = 0.0
     for name, a in parameters.items():
-        if ".lora_A." in name:
+        layer, is_down, _ = name.partition(".lora_A.")
+        if is_down:
             b = parameters[name.replace(".lora_A.", ".lora_B.")]
-            total += (scale * (b.detach().float() @ a.detach().float())).square().sum().item()
+            total += (lora.scale_of(layer) * (b.detach().float() @ a.detach().float())).square().sum().item()
     return total**0.5
 
 

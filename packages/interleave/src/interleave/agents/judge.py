@@ -1,29 +1,37 @@
-"""A chat model as judge: two questions on one image, scores from 0 to 10.
+"""A chat model as judge, of any question, or with two on one image as a source of scores from 0 to 10.
 
 `semantics` is the lower of two scores for doing what was asked and for leaving the rest alone, `quality` the lower of
 two for naturalness and freedom from faults, each the mean over `num_samples` answers.  Source: InterleaveThinker,
 arXiv 2606.13679 (after VIEScore); the words of the questions are ours, and scores depend on the words.
 """
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import numpy as np
 from annotated_types import Ge, Le
 from PIL import Image
 
 from imgen_common.config import Config
-from imgen_common.streams import stream_seed
-from interleave.agents.parsing import ParseFailure, describe_failure, parse_json
-from interleave.agents.prompts import Template, load_template, render_judge
+from imgen_common.http import HttpError
+from imgen_common.judging.escaping import JOINER
+from imgen_common.judging.questions import JudgeError, JudgeReply, Question, Unreadable
+from imgen_common.judging.questions import Message as JudgeMessage
+from imgen_common.judging.runner import ask_question
+from interleave.agents.parsing import ParseFailure, describe_ending, parse_json
+from interleave.agents.prompts import CONTROL_TOKEN, Template, load_template, render_judge
 from interleave.models.chat import ChatConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.concurrency import map_concurrently
-from interleave.protocols import BackendError, ChatModel, CriticInput, HashedImage, Message
-from interleave.records import Scores
+from interleave.protocols import BackendError, ChatModel, CriticInput, HashedImage, SystemText
+from interleave.records import FailureKind, Scores
+
+OUTAGES = ("unreachable", "rate_limited")
+"""Failures after which no other question would be answered either: their requests were repeated for minutes."""
 
 
 class ModelJudgeConfig(Config):
@@ -47,65 +55,116 @@ class ModelJudgeConfig(Config):
         return ChatJudge(self.model.build(), *questions, self.num_samples, self.tries)
 
 
-class ChatJudge:
-    """Asks a chat model both questions, all samples at once."""
+class ChatModelJudge:
+    """A chat model of the loop, asked any question."""
 
-    def __init__(
-        self, model: ChatModel, semantics: Template, quality: Template, num_samples: int = 1, tries: int = 3
-    ) -> None:
-        self.model, self._semantics, self._quality = model, semantics, quality
-        self._num_samples, self._tries = num_samples, tries
-        # What scores depend on: the model, the words of the questions, the number of samples
-        self.id = f"{model.id} {semantics.hash[:8]} {quality.hash[:8]} x{num_samples}"
+    def __init__(self, model: ChatModel) -> None:
+        self.model, self.id = model, model.id
 
-    async def score(self, shown: CriticInput) -> Scores:
-        """Scores of the image after.  Raises BackendError, `malformed_response` where no answer could be read."""
-        after, size = shown.after, shown.before.image.size
-        if after.image.size != size:
-            after = HashedImage.from_pil(after.image.resize(size, Image.Resampling.LANCZOS))
-        task = render_judge(self._semantics, shown.original_prompt, (shown.before, after))
-        alone = render_judge(self._quality, shown.original_prompt, (after,))
-        asked = [(question, sample) for question in (task, alone) for sample in range(self._num_samples)]
-        scores = await map_concurrently(self._ask, asked, len(asked))
-        semantics, quality = scores[: self._num_samples], scores[self._num_samples :]
-        return Scores(
-            semantics=float(np.mean(semantics)),
-            quality=float(np.mean(quality)),
-            judge_id=self.id,
-            num_samples=self._num_samples,
-        )
+    async def ask(self, system: str, message: JudgeMessage, seed: int) -> JudgeReply:
+        """The answer.  Raises JudgeError."""
+        turn = tuple(_spell(part) if isinstance(part, str) else HashedImage.from_pil(part) for part in message)
+        try:
+            reply = await self.model.chat((SystemText(system), *turn) if system else turn, seed)
+        except BackendError as failure:
+            raise judge_error(failure) from None
+        return JudgeReply(reply.text, reply.num_prompt_tokens, reply.num_completion_tokens, describe_ending(reply))
 
     async def close(self) -> None:
         """Release the model."""
         await self.model.close()
 
-    async def _ask(self, asked: tuple[Message, int]) -> float:
-        """The lower score of one answer, to a question and the number of the sample."""
-        (question, sample), reason = asked, ""
-        for attempt in range(self._tries):
-            reply = await self.model.chat(question, stream_seed(0, "judge", sample, attempt))
-            scores = parse_scores(reply.text)
-            if not isinstance(scores, ParseFailure):
-                return min(scores)
-            reason = describe_failure(reply, scores)
-        raise BackendError("malformed_response", f"{self._tries} answers of the judge could not be read ({reason})")
+
+def _spell(text: str) -> str:
+    """The text, with a control token that the model under test wrote, such as `<|im_end|>`, spelled out; nothing else
+    changes, so that the authors' questions reach the judge as they are."""
+    return CONTROL_TOKEN.sub(lambda token: token[0][0] + JOINER + token[0][1:], text)
 
 
-def parse_scores(answer: str) -> tuple[float, float] | ParseFailure:
-    """The two scores in [0, 10] of `{"score": [a, b], "reasoning": ...}`; anything else is a failure, never a guess.
+def judge_error(failure: BackendError) -> JudgeError:
+    """What the failure of a model or judge says of a question."""
+    if isinstance(failure.__cause__, HttpError):
+        return JudgeError.of_http(failure.__cause__)
+    return JudgeError(failure.kind, str(failure), is_outage=failure.kind in OUTAGES)
+
+
+class ChatJudge(ChatModelJudge):
+    """Scores an image by two questions to a chat model, each asked `num_samples` times."""
+
+    def __init__(
+        self, model: ChatModel, semantics: Template, quality: Template, num_samples: int = 1, tries: int = 3
+    ) -> None:
+        super().__init__(model)
+        self._semantics, self._quality = semantics, quality
+        self._num_samples, self._tries = num_samples, tries
+        self.num_questions = 2 * num_samples
+        self.prompts = f"{semantics.hash[:8]} {quality.hash[:8]}"
+        # What scores depend on: the model, the words of the questions, the number of samples
+        self.id = f"{model.id} {self.prompts} x{num_samples}"
+
+    def questions(self, shown: CriticInput) -> list[Question]:
+        """What the model is asked about the image after, which it sees at the size of the one before."""
+        after, size = shown.after, shown.before.image.size
+        if after.image.size != size:
+            after = HashedImage.from_pil(after.image.resize(size, Image.Resampling.LANCZOS))
+        task = render_judge(self._semantics, shown.original_prompt, (shown.before, after))
+        alone = render_judge(self._quality, shown.original_prompt, (after,))
+        return [
+            Question(
+                f"{name} {sample + 1}",
+                tuple(part if isinstance(part, str) else part.image for part in message),
+                parse_scores,
+                sample=sample,
+                tries=self._tries,
+            )
+            for name, message in (("semantics", task), ("quality", alone))
+            for sample in range(self._num_samples)
+        ]
+
+    def scores(self, values: Mapping[str, Sequence[float]]) -> Scores:
+        """The scores of the answers by the names of questions: of each the lower number, the mean over samples."""
+        semantics, quality = (
+            float(np.mean([min(value) for name, value in values.items() if name.startswith(kind)]))
+            for kind in ("semantics", "quality")
+        )
+        return Scores(semantics=semantics, quality=quality, judge_id=self.id, num_samples=self._num_samples)
+
+    async def score(self, shown: CriticInput) -> Scores:
+        """Scores of the image after, of which everything is asked at once.
+
+        Raises BackendError, `malformed_response` where no answer could be read.
+        """
+
+        async def value(question: Question) -> Sequence[float]:
+            try:
+                answer = await ask_question(self, question)
+            except JudgeError as failure:
+                raise BackendError(cast(FailureKind, failure.kind), str(failure)) from None
+            if answer.error_kind is not None:
+                kind = "malformed_response" if answer.error_kind == "unreadable" else answer.error_kind
+                raise BackendError(cast(FailureKind, kind), f"{question.name}: {answer.error}")
+            return answer.value
+
+        asked = await asyncio.to_thread(self.questions, shown)
+        values = await map_concurrently(value, asked, len(asked))
+        return self.scores(dict(zip((question.name for question in asked), values, strict=True)))
+
+
+def parse_scores(answer: str) -> tuple[float, float]:
+    """The two scores in [0, 10] of `{"score": [a, b], "reasoning": ...}`.  Raises Unreadable for anything else.
 
     Reasoning before the object, and a code fence around it, are allowed (`parsing.parse_json`).
     """
     value = parse_json(answer)
     if isinstance(value, ParseFailure):
-        return value
+        raise Unreadable(value.reason)
     scores = value.get("score") if isinstance(value, dict) else None
     if not isinstance(scores, list) or len(scores) != 2:
-        return ParseFailure("score must be a list of two numbers")
+        raise Unreadable("score must be a list of two numbers")
     for score in scores:
         if isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score) or not 0 <= score <= 10:
             shown = type(score).__name__ if isinstance(score, list | dict) else json.dumps(score)[:40]
-            return ParseFailure(f"a score must be a number from 0 to 10, not {shown}")
+            raise Unreadable(f"a score must be a number from 0 to 10, not {shown}")
     return float(scores[0]), float(scores[1])
 
 

@@ -118,7 +118,12 @@ def _text(value: object, name: str, mode: ParseMode) -> str | None:
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
     """Why a reply could not be read, as records show it."""
+    return ": ".join(filter(None, (describe_ending(reply), read.reason)))
+
+
+def describe_ending(reply: Reply) -> str:
+    """How a reply ended that did not end by itself; otherwise empty."""
     if reply.truncated:
-        return f"cut off after {reply.num_completion_tokens} tokens: {read.reason}"
+        return f"cut off after {reply.num_completion_tokens} tokens"
     unusual = reply.finish_reason not in (None, "stop")
-    return f"ended by {one_line(str(reply.finish_reason), 40)}: {read.reason}" if unusual else read.reason
+    return f"ended by {one_line(str(reply.finish_reason), 40)}" if unusual else ""

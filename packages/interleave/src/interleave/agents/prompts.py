@@ -4,7 +4,9 @@ What a user or a model wrote goes into a template through `escape_control_tokens
 out of it, no template a placeholder, no reader of an answer a tag.  Records keep the text as it was given.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -224,6 +226,47 @@ def _parts(
         for text in rest:
             yield next(images)
             yield text
+
+
+def nearest_prompt(template: Template, shown: str) -> str:
+    """The prompt of run time that is nearest to `shown`; in both, `<image>` stands for an image.
+
+    It is the template with the words that `shown` has in the places of its placeholders, filled in as `render_planner`
+    and `render_critic` do: equal to `shown` just where they can make it.  Otherwise the two differ first where `shown`
+    leaves what they can make; of the template no more follows than the text up to the next placeholder.
+    """
+    first, *others = PLACEHOLDER.split(template.text)
+    is_critic, num_leading = "original_instruction" in template.placeholders, 0
+    if not template.num_places and (first or is_critic):  # else the images are among the words
+        any_number = itertools.takewhile(lambda number: shown.startswith(IMAGE_MARKER * number), itertools.count(1))
+        num_leading = 2 if is_critic else len([*any_number])
+    first = IMAGE_MARKER * num_leading + first
+    with_images = {"story"} if num_leading or template.num_places else {"story", "text_input"}
+    if not shown.startswith(first):
+        return first
+    made, rest, values = first, shown[len(first) :], dict[str, str]()
+    for index in range(0, len(others), 2):
+        name, literal = others[index : index + 2]
+        end = _find_end(rest, literal, is_last=index + 2 == len(others))
+        value = values.setdefault(name, rest[:end])
+        if name == "rewritten_prompt" and not value:
+            value = values.get("original_instruction", "")
+        parts = value.split(IMAGE_MARKER) if name in with_images else [value]
+        made += IMAGE_MARKER.join(map(escape_control_tokens, parts)) + literal
+        if not rest.startswith(literal, end):
+            break
+        rest = rest[end + len(literal) :]
+    return made
+
+
+def _find_end(rest: str, literal: str, *, is_last: bool) -> int:
+    """Where the words of a placeholder end, which `literal` follows, or else as much of its beginning as there is."""
+    if is_last and rest.endswith(literal):
+        return len(rest) - len(literal)
+    size = bisect.bisect_left(range(1, len(literal) + 1), True, key=lambda size: literal[:size] not in rest)
+    if not size:
+        return len(rest)
+    return rest.rindex(literal[:size]) if is_last else rest.index(literal[:size])
 
 
 def render_plan(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from annotated_types import Ge, Le
 from pydantic import Field
 
 from imgen_common.config import Config
-from imgen_common.judging.cost import Price, Prices
+from imgen_common.judging.cost import CostLimits
 from interleave.loop.config import RunConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.chat.local import LocalChatConfig
@@ -28,7 +28,7 @@ class ShapesJudgeConfig(Config):
         return ShapesJudge()
 
 
-class BenchmarkConfig(Config):
+class BenchmarkConfig(CostLimits):
     """What makes the images, and what judges them."""
 
     run: RunConfig = RunConfig()
@@ -37,11 +37,5 @@ class BenchmarkConfig(Config):
         EndpointChatConfig | LocalChatConfig | ScriptedChatConfig | ShapesJudgeConfig, Field(discriminator="kind")
     ] = ShapesJudgeConfig()
     """The chat model that is asked."""
-    prices: Prices = Prices()
-    """What a judge's tokens cost, for the estimate before the first call."""
     concurrency: Annotated[int, Ge(1), Le(1000)] = 8
     """Items that are judged at once."""
-    confirm_calls: Annotated[int, Ge(0)] = 2000
-    """More calls than this need `--yes`."""
-    confirm_money: Price = 1.0
-    """A higher price than this needs `--yes`."""

@@ -24,9 +24,9 @@ from imgen_common.judging.answers import AnswerLog, by_item, read_answers
 from imgen_common.judging.cost import Cost, all_questions, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, NextQuestions
+from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
 from interleave.benchmarks.config import BenchmarkConfig
-from interleave.benchmarks.judges import ChatModelJudge
 from interleave.benchmarks.report import BenchmarkReport, make_report, table_markdown
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.loop import run as session

@@ -1,5 +1,6 @@
 """From what a command was given to the work: data, words, judge and folder, checked before anything is made."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
 from interleave.loop.config import RunConfig
-from interleave.models.chat.endpoint import EndpointChatConfig
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 
 BUILTIN = "builtin:shapes"
 RUN = "run."
@@ -116,3 +117,17 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
     if not found:
         raise UserError(f"{first} and {second}: have no question in common that both judges answered")
     return found
+
+
+def check_judge(config: Config) -> None:
+    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer."""
+    if not isinstance(config, EndpointChatConfig):
+        return
+
+    async def check(judge: EndpointChat) -> None:
+        try:
+            await judge.check()
+        finally:
+            await judge.close()
+
+    asyncio.run(check(config.build()))

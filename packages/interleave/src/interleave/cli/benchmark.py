@@ -12,7 +12,7 @@ import typer
 from imgen_common.console import spinner
 from imgen_common.errors import UserError, check_choice
 from imgen_common.shutdown import message_when_stopped
-from interleave.cli.options import Configs, Json, Sets
+from interleave.cli.options import Configs, Json, Sets, Yes
 
 if TYPE_CHECKING:
     from interleave.benchmarks.base import Output
@@ -67,7 +67,7 @@ def run(
     limit: Annotated[int | None, typer.Option(help="Use only N items, at equal distances.", min=1)] = None,
     shard: Annotated[str, typer.Option(metavar="K/N", help="Do the K-th of N parts, as processes share it.")] = "1/1",
     stage: Annotated[str, typer.Option(metavar="STAGE", help="generate, score, or all.")] = "all",
-    yes: Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")] = False,
+    yes: Yes = False,
     sets: Sets = None,
     as_json: Json = False,
 ) -> None:
@@ -79,9 +79,8 @@ def run(
         chosen = check_choice("--stage", stage, Stage)
         if outputs_from is not None and chosen == "generate":
             raise UserError("--outputs-from: was made already; leave out --stage generate")
-        from interleave.benchmarks.judges import check_judge
         from interleave.benchmarks.report import table_markdown
-        from interleave.benchmarks.setup import BenchmarkRequest, load_config, prepare
+        from interleave.benchmarks.setup import BenchmarkRequest, check_judge, load_config, prepare
 
         name = context.command.name or ""
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
@@ -113,7 +112,7 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
 
 
 def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) -> None:
-    from imgen_common.judging.cost import describe_cost
+    from imgen_common.judging.cost import confirm_cost
     from interleave.benchmarks.run import score_now
     from interleave.cli import console
 
@@ -121,13 +120,7 @@ def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) ->
     with spinner("counting questions"):
         judge = work.config.judge.build()
         cost = work.estimate(outputs, judge)
-    out.print(describe_cost(cost, work.config.prices))
-    limits = work.config
-    if not yes and (cost.calls > limits.confirm_calls or cost.money > limits.confirm_money):
-        raise UserError(
-            f"more than confirm_calls {limits.confirm_calls} or confirm_money {limits.confirm_money:g} allows; nothing "
-            "was asked yet: add --yes, or --limit N to ask less"
-        )
+    confirm_cost(cost, work.config, out.print, yes, "add --yes, or --limit N to ask less")
     every = max(1, len(outputs) // 20)
 
     def print_progress(done: int, total: int) -> None:

@@ -3,7 +3,8 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,11 +12,12 @@ import typer
 
 from imgen_common.errors import UserError, one_line
 from imgen_common.shutdown import message_when_stopped
-from interleave.cli.options import Json, MiniatureConfigs, Sets
+from interleave.cli.options import Json, MiniatureConfigs, Sets, Yes
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from imgen_common.judging.questions import Question
+    from interleave.datasets.build import BuildProgress
+    from interleave.datasets.config import DataConfig
     from interleave.datasets.filters import SetInfo
 
 app = typer.Typer(
@@ -40,12 +42,14 @@ def build(
     out: Annotated[Path | None, Out] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Resume a build, or filter it again.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try failed trajectories again.")] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Build training sets: run the loop with teachers as planner and critic, score the images with a judge, and make
     planner_sft, critic_sft and critic_rl from them, filtered, balanced and split, with a page of statistics. Without
     CONFIG it builds the miniature's sets on the CPU, by default in sets/miniature. --resume continues a killed build,
-    which ends with the same sets; with other filters it makes the sets again without calling a model.
+    which ends with the same sets; with other filters it makes the sets again without calling a model. What a chat model
+    as judge will cost is printed before it is asked, and needs --yes above confirm_calls or confirm_money.
 
     Example:
 
@@ -76,7 +80,7 @@ def build(
             raise UserError(
                 f"{folder}: holds a build already; continue it with --resume {folder}, or give another folder"
             )
-    info, page = _build(folder, files, sets or [], as_json, retry)
+    info, page = _build(folder, files, sets or [], as_json, retry, yes)
     _print_set(info, folder, page, as_json)
 
 
@@ -94,7 +98,7 @@ def ensure_miniature_set(folder: Path, as_json: bool, may_build: bool) -> None:
 
 
 def _build(
-    folder: Path, files: Sequence[Path], sets: Sequence[str], as_json: bool, retry: bool = False
+    folder: Path, files: Sequence[Path], sets: Sequence[str], as_json: bool, retry: bool = False, yes: bool = False
 ) -> "tuple[SetInfo, Path | None]":
     """The set, built or built further, and its page; None without rows."""
     from imgen_common.config import load
@@ -103,14 +107,13 @@ def _build(
     from interleave.datasets.config import DataConfig
     from interleave.pages.dataset import write_page
 
-    console = show.open_console(stderr=True)
+    config = load(DataConfig, files, sets)
+    scoring = _scoring_progress(config, as_json, yes, f"add --yes to interleave data build --resume {folder}")
 
     def report_progress(total: int) -> BuildProgress:
-        if as_json:
-            return BuildProgress()
-        return BuildProgress(show.BatchProgressPrinter(console, total), _scoring_printer(console))
+        printer = show.BatchProgressPrinter(show.open_console(stderr=True), total)
+        return scoring if as_json else replace(scoring, on_record=printer)
 
-    config = load(DataConfig, files, sets)
     with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}"):
         info = build_sets(folder, config, sys.argv, report_progress, retry)
     return info, write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
@@ -152,34 +155,78 @@ def import_(
 
 
 @app.command()
+def export_edits(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a set that `data build` made.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for edits.jsonl and its images.")],
+    as_json: Json = False,
+) -> None:
+    """Write the edits that stories asked for as rows of a prompt and its source images, on which `flowbp train` aligns
+    the generator (`data.prompts`). Each step of a plan that edits an image is a row, with the images that its first
+    attempt was given.
+
+    Example:
+
+    \b
+      interleave data export-edits runs/requests --out sets/edits
+      flowbp train --set data.prompts=sets/edits/edits.jsonl
+    """
+    from interleave.datasets.formats import edits
+
+    count = edits.export_edits(run, out)
+    file = out / edits.FILE
+    print(json.dumps({"type": "Edits", "path": str(file), "rows": count}) if as_json else f"{file}: {count} edits")
+
+
+@app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A set's folder, or one of its files.")],
     parse_mode: Annotated[
         Literal["strict", "tolerant"], typer.Option(help="How answers are parsed: as JSON, or also Python-style.")
     ] = "strict",
     most: Annotated[int, typer.Option(min=1, metavar="N", help="Print at most N problems; all are counted.")] = 100,
+    run_configs: Annotated[
+        list[Path] | None,
+        typer.Option("--run-config", metavar="FILE", help="The recipe that the trained agents will run with."),
+    ] = None,
+    sets: Sets = None,
     as_json: Json = False,
 ) -> None:
     """Read every row and every image of a set and print which rows are wrong and why. The exit code is 1 if any is.
+    Rows from sharegpt files train on the text that they have: a warning says how many of their prompts are not what
+    run time shows with the templates of --run-config (by default, those of `interleave run`), and where they differ.
+    With --run-config or --set, the prompts of all supervised rows are compared.
 
-    Example: interleave data check sets/miniature
+    Example:
+
+    \b
+      interleave data check sets/miniature
+      interleave data check sets/released_critic --run-config configs/interleave/klein_interleavethinker.yaml
+      interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant
     """
+    from imgen_common.config import load
     from interleave.cli import console as show
     from interleave.datasets.check import SetChecker
+    from interleave.loop.config import RunConfig
 
-    checker, console, count = SetChecker(path, parse_mode), show.open_console(), 0
+    run = load(RunConfig, run_configs or [], sets or []) if run_configs or sets else None
+    checker, console, count = SetChecker(path, parse_mode, run), show.open_console(), 0
     for count, problem in enumerate(checker.problems(), 1):
         if as_json:
             print(json.dumps({"file": str(problem.file), "line": problem.line, "why": problem.why}))
         elif count <= most:
             console.print(show.sanitize(str(problem)))
     if as_json:
-        print(json.dumps({"problems": count, "files": {name: vars(one) for name, one in checker.counts.items()}}))
+        files = {name: vars(one) for name, one in checker.counts.items()}
+        compared = {name: one.as_json() for name, one in checker.prompts.items()}
+        print(json.dumps({"problems": count, "files": files, "prompts": compared}))
     else:
         if count > most:
             console.print(f"... and {count - most} more problems")
         for name, one in checker.counts.items():
             console.print(f"{name}: {one.rows} rows, {one.wrong} wrong")
+        for name, prompts in checker.prompts.items():
+            warning = "warning: " if prompts.different else ""
+            console.print(show.sanitize(f"{warning}{name}: {prompts.describe()}"), soft_wrap=True)
         console.print("no problems" if not count else f"{count} problem{'s' * (count != 1)}")
     if count:
         raise typer.Exit(1)
@@ -221,11 +268,12 @@ def agreement(
     most: Annotated[
         int, typer.Option(min=0, metavar="N", help="Number of rows to print, those with the largest differences.")
     ] = 5,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Score the images of critic_rl with another judge and compare it with the scores of the set: differences,
     correlations, the share of pairs of images that both judges order alike, and the rows on which they disagree most.
-    The scores are cached in the set's folder.
+    Its answers are kept in the set's folder; what they cost needs --yes above confirm_calls or confirm_money.
 
     Example:
 
@@ -242,8 +290,9 @@ def agreement(
     config = load(DataConfig, [*([recorded] if recorded.is_file() else []), *(configs or [])], sets or [])
     if config.judge is None or (not recorded.is_file() and "judge" not in config.model_fields_set):
         raise UserError("judge: none is given; name the one to compare with, such as --set judge.kind=model")
-    on_progress = (lambda done, total: None) if as_json else _scoring_printer(show.open_console(stderr=True))
-    found = compare_judges(path, config, config.judge.build(), on_progress, most)
+    found = compare_judges(
+        path, config, config.judge.build(), _scoring_progress(config, as_json, yes, "add --yes"), most
+    )
     if as_json:
         print(json.dumps(found.as_json()))
         return
@@ -252,14 +301,24 @@ def agreement(
         console.print(show.sanitize(line), soft_wrap=True)
 
 
-def _scoring_printer(console: "Console") -> Callable[[int, int], None]:
-    """Prints how many images are scored, now and then."""
+def _scoring_progress(config: "DataConfig", as_json: bool, yes: bool, remedy: str) -> "BuildProgress":
+    """Prints what the judge will cost, which is refused above the limits without `yes`, and how many images it scored,
+    now and then."""
+    from imgen_common.judging.cost import confirm_cost, estimate_cost
+    from interleave.cli import console as show
+    from interleave.datasets.build import BuildProgress
+
+    console = show.open_console(stderr=True)
+
+    def confirm(questions: "Iterable[Question]") -> None:
+        cost = estimate_cost(questions, config.prices, config.run.loop.concurrency)
+        confirm_cost(cost, config, console.print, yes, remedy)
 
     def print_progress(done: int, total: int) -> None:
-        if done == total or done % 200 == 0:
+        if not as_json and (done == total or done % 200 == 0):
             console.print(f"scored {done}/{total} images")
 
-    return print_progress
+    return BuildProgress(on_questions=confirm, on_scored=print_progress)
 
 
 def _print_set(info: "SetInfo", folder: Path, page: Path | None, as_json: bool) -> None:
@@ -270,6 +329,9 @@ def _print_set(info: "SetInfo", folder: Path, page: Path | None, as_json: bool) 
         for name, splits in info.rows.items():
             print(f"{name}: " + ", ".join(f"{count} {split}" for split, count in splits.items()))
         dropped = Counter({f"{one.filter} ({one.of})": one.dropped for one in info.filters if one.dropped})
+        if info.judge is not None:
+            failures = ", ".join(f"{count} {kind}" for kind, count in info.unscored.items()) or "none"
+            print(f"scores: {info.scored} images by {info.judge}, failed: {failures}")
         if dropped:
             print("dropped: " + ", ".join(f"{count} {name}" for name, count in dropped.items()))
         for note in info.notes:

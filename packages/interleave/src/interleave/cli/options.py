@@ -20,4 +20,5 @@ Sets = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]

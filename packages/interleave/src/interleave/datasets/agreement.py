@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 from imgen_common.errors import UserError
 from interleave.agents import scoring
 from interleave.agents.judge import JudgeAgreement, judge_agreement
-from interleave.datasets.build import SCORES
+from interleave.datasets.build import BuildProgress
 from interleave.datasets.check import FILES, find_row_files
 from interleave.datasets.config import DataConfig
 from interleave.datasets.rows import RlRow, parse_row, read_lines
 from interleave.protocols import Judge
 from interleave.records import Record, Scores
-from interleave.storage.images import IMAGES, ImageStore
 
 UNNAMED = "not named"
 
@@ -77,7 +75,7 @@ class JudgeComparison:
 
 
 def compare_judges(
-    path: Path, config: DataConfig, judge: Judge, on_progress: Callable[[int, int], None], max_disagreements: int = 5
+    path: Path, config: DataConfig, judge: Judge, progress: BuildProgress, max_disagreements: int = 5
 ) -> JudgeComparison:
     """Compares the scores of critic_rl (a set's folder or one of its files) with those of `judge` for the same images.
 
@@ -85,24 +83,21 @@ def compare_judges(
     nothing is scored twice.  Closes the judge.  Raises UserError if there are fewer than two scored rows, they are this
     judge's own, or the judge does not answer or fails on more than `config.max_unscored` of them.
     """
-    folder = path if path.is_dir() else path.parent
-    images = ImageStore(folder / IMAGES)
-
-    async def score_again(rows: Iterable[RlRow]) -> tuple[list[Scores | None], Counter[str]]:
-        await scoring.check_judge(judge)
-        return await scoring.score_all(
-            scoring.CachedJudge(judge, folder / SCORES),
-            [partial(row.critic_input, images.get) for row in rows],
-            config.run.loop.concurrency,
-            config.max_unscored,
-            on_progress,
-            "run the same command again when it answers",
-        )
-
+    work = scoring.ImageScoring(
+        judge,
+        path if path.is_dir() else path.parent,
+        config.run.loop.concurrency,
+        config.max_unscored,
+        "run the same command again when it answers, or with a higher max_unscored",
+        progress.on_questions,
+        progress.on_scored,
+    )
     with asyncio.Runner() as runner:
         try:
             rows = _scored_rows(path, judge.id)
-            scores, failed = runner.run(score_again(rows.values()))
+            runner.run(scoring.check_judge(judge))
+            looks = [(row.before_id, row.after_id, row.original_prompt) for row in rows.values()]
+            scores, failed = runner.run(work.score_all(looks))
         finally:
             runner.run(judge.close())
     both = [

@@ -1,6 +1,7 @@
 """`interleave data build`: trajectories, their scores, and the sets made of them, in one folder that can be resumed.
 
-config.yaml  requests.jsonl  trace.jsonl  images/  scores/ (the judge's)      only grow; nothing in them is done twice
+config.yaml  requests.jsonl  trace.jsonl  images/                             only grow; nothing in them is done twice
+scores/JUDGE/answers.jsonl                                                    what a judge said; likewise
 planner_sft.jsonl  critic_sft.jsonl  critic_rl.jsonl  *.val.jsonl  set.json     made from them at the end
 """
 
@@ -10,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from pydantic_core import PydanticSerializationError
@@ -18,6 +18,7 @@ from pydantic_core import PydanticSerializationError
 from imgen_common.config import to_yaml
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_file, write_atomic, writing
+from imgen_common.judging.questions import Question
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents import scoring
@@ -54,19 +55,21 @@ from interleave.records import Attempt, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import TRACE, Trace, TraceEntry, read_trace
 
-SCORES = "scores"
 MAY_DIFFER = (
     *(f"run.{key}" for key in run.MAY_DIFFER),
     *("judge", "max_unscored", "trajectories", "budget", "templates", "filters"),
+    *("prices", "confirm_calls", "confirm_money"),
 )
 """Keys that may change when a build is resumed: the trajectories depend on none of them."""
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """Callbacks of a build: with every new record, and with the number of scored images of how many."""
+    """Callbacks of a build: with every new record; with what a chat model will be asked as judge, before it is asked
+    (it may raise); and with the number of scored images of how many."""
 
     on_record: Callable[[Record], None] = lambda record: None
+    on_questions: Callable[[Iterable[Question]], None] = lambda questions: None
     on_scored: Callable[[int, int], None] = lambda done, total: None
 
 
@@ -163,8 +166,7 @@ async def continue_build(
             await run.check_endpoints(parts)
             await _run_requests(out, config, requests, parts, progress, retry)
         stories, ends = _collect_stories(out, config, requests)
-        cached = scoring.CachedJudge(judge, out / SCORES) if judge is not None else None
-        scored, failed = await _score_stories(out, config, stories, cached, progress)
+        scored, failed = await _score_stories(out, config, stories, judge, progress)
     finally:
         for part in (parts, judge):
             if part is not None:
@@ -259,29 +261,25 @@ async def _score_stories(
     """
     if judge is None:
         return list(stories), Counter()
-    images = ImageStore(out / IMAGES)
     judged = [attempt for story in stories for attempt in story.judged_attempts()]
     found = {_attempt_key(a): a.scores for a in judged if a.scores is not None and a.scores.judge_id == judge.id}
     left = [attempt for attempt in judged if _attempt_key(attempt) not in found]
-    scores, failed = await scoring.score_all(
+    work = scoring.ImageScoring(
         judge,
-        [partial(_critic_input, attempt, images) for attempt in left],
+        out,
         config.run.loop.concurrency,
         config.max_unscored,
+        f"resume with interleave data build --resume {out} when it answers, or with a higher max_unscored",
+        progress.on_questions,
         progress.on_scored,
-        f"resume with interleave data build --resume {out} when it answers",
     )
+    scores, failed = await work.score_all([(*before_and_after(attempt), attempt.original_prompt) for attempt in left])
     found |= {_attempt_key(attempt): one for attempt, one in zip(left, scores, strict=True) if one is not None}
 
     def with_score(attempt: Attempt) -> Attempt:
         return attempt.model_copy(update={"scores": found.get(_attempt_key(attempt))})
 
     return [replace(story, attempts=tuple(map(with_score, story.attempts))) for story in stories], failed
-
-
-def _critic_input(attempt: Attempt, images: ImageStore) -> CriticInput:
-    before, after = map(images.get, before_and_after(attempt))
-    return CriticInput(before, after, attempt.original_prompt, attempt.drawn_prompt)
 
 
 def _attempt_key(attempt: Attempt) -> tuple[str, int, int]:

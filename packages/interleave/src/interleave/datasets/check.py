@@ -3,16 +3,21 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from imgen_common.errors import UserError, nearest
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
+from interleave.agents.prompts import IMAGE_MARKER, Template, expect_planner, load_template, nearest_prompt
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
 from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, shape_problem, text_problems
+from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
 from interleave.storage.images import IMAGES, ImageStore
 
 FILES: dict[str, tuple[SetName, Split]] = {file_name(name, split): (name, split) for name in SETS for split in SPLITS}
 
+QUOTED = 40
+"""Characters that are quoted of a difference."""
 REMEDY = "make one of files in other formats with interleave data import"
 
 
@@ -37,21 +42,83 @@ class FileCounts:
 
 
 @dataclass
-class SetChecker:
-    """One pass over a set's folder or one of its files; `counts` is complete when `problems` has been read to its end.
+class PromptCounts:
+    """How many prompts of a file are, to the letter and the place of every image, prompts of run time.
 
-    parse_mode: how answers are parsed, as by the agents that the set is for.  Raises UserError if there is no set.
+    key: of the templates in the recipe.  first: line of the first that is none, what it has from the first difference
+    on, and what run time shows there.
+    """
+
+    key: str
+    templates: tuple[Template, ...]
+    """Of prompts without and with images."""
+    same: int = 0
+    different: int = 0
+    first: tuple[int, str, str] | None = None
+
+    def add(self, row: SftRow, number: int) -> None:
+        """Compare the prompt of a row with those of run time."""
+        shown = IMAGE_MARKER.join(row.texts)
+        expected = nearest_prompt(self.templates[bool(row.image_ids)], shown)
+        if shown == expected:
+            self.same += 1
+            return
+        self.different += 1
+        pairs = enumerate(zip(shown, expected, strict=False))
+        start = next((at for at, (a, b) in pairs if a != b), min(len(shown), len(expected)))
+        self.first = self.first or (number, shown[start:][:QUOTED], expected[start:][:QUOTED])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the templates."""
+        return list(dict.fromkeys(template.name for template in self.templates))
+
+    def describe(self) -> str:
+        """The counts, and what to do about prompts that differ."""
+        what = f"run time shows with {' and '.join(self.names)}"
+        if self.first is None:
+            return f"all {self.same} prompts are what {what}"
+        number, *quoted = self.first
+        has, expected = (repr(text) if text else "nothing more" for text in quoted)
+        return (
+            f"{self.different} of {self.same + self.different} prompts are not what {what}: line {number} has {has} "
+            f"where run time has {expected}; sft trains on the text of the rows, which run time then does not show; "
+            f"mend them, or name the template that they were made with in a recipe ({self.key}: {{file: PATH.txt}}) "
+            "and give it as --run-config"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs; `warning` is null where no prompt differs."""
+        first = self.first and dict(zip(("line", "row", "run_time"), self.first, strict=True))
+        counts = {"templates": self.names, "same": self.same, "different": self.different, "first": first}
+        return counts | {"warning": self.describe() if self.different else None}
+
+
+@dataclass
+class SetChecker:
+    """One pass over a set's folder or one of its files; all counts are complete when `problems` was read to its end.
+
+    parse_mode: how answers are parsed, as by the agents that the set is for.  run: the recipe with whose templates the
+    prompts of supervised rows are compared; None: rows from sharegpt files, whose text is not made here, with those of
+    a run without a recipe.  Raises UserError if there is no set, or the recipe has no such templates.
     """
 
     path: Path
     parse_mode: ParseMode = "strict"
+    run: RunConfig | None = None
     counts: dict[str, FileCounts] = field(default_factory=dict)
+    prompts: dict[str, PromptCounts] = field(default_factory=dict)
     _split_of: dict[str, tuple[Split, str]] = field(default_factory=dict)
     _images: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.files = find_row_files(self.path)
         self._store = ImageStore(self.files[0].parent / IMAGES)
+        info = read_set_info(self.files[0].parent)
+        if self.run is not None or (info is not None and info.source.startswith("sharegpt ")):
+            names = {file.name: FILES[file.name][0] for file in self.files}
+            run = self.run or RunConfig()
+            self.prompts = {file: _prompt_counts(name, run) for file, name in names.items() if name != "critic_rl"}
 
     def problems(self) -> Iterator[RowProblem]:
         """All problems in the order of the files and their lines."""
@@ -65,13 +132,13 @@ class SetChecker:
         counts = self.counts[file.name] = FileCounts()
         for number, line in read_lines(file):
             counts.rows += 1
-            reasons = list(self._check_line(line, name, split, f"{file.name}:{number}"))
+            reasons = list(self._check_line(line, name, split, file.name, number))
             counts.wrong += bool(reasons)
             yield from (RowProblem(file, number, reason) for reason in reasons)
         if not counts.rows:
             yield RowProblem(file, None, "holds no rows")
 
-    def _check_line(self, line: bytes, name: SetName, split: Split, where: str) -> Iterator[str]:
+    def _check_line(self, line: bytes, name: SetName, split: Split, file: str, number: int) -> Iterator[str]:
         try:
             row = parse_set_row(line, name)
         except ValueError as error:
@@ -80,6 +147,8 @@ class SetChecker:
         if isinstance(row, SftRow):
             yield from text_problems(row)
             yield from self._check_answer(row, name)
+            if file in self.prompts:
+                self.prompts[file].add(row, number)
             ids, trajectory = row.image_ids, row.trajectory_id
         else:
             ids, trajectory = (row.before_id, row.after_id), row.extra.get("trajectory_id")
@@ -89,7 +158,7 @@ class SetChecker:
             if reason := self._check_image(image_id):
                 yield reason
         if isinstance(trajectory, str):
-            other, there = self._split_of.setdefault(trajectory, (split, where))
+            other, there = self._split_of.setdefault(trajectory, (split, f"{file}:{number}"))
             if other != split:
                 yield f"trajectory {trajectory} is in {split} here and in {other} at {there}"
 
@@ -122,6 +191,20 @@ class SetChecker:
             given, found = info.rows.get(of, {}).get(split, 0), self.counts.get(name, FileCounts()).rows
             if given != found:
                 yield RowProblem(file, None, f"gives {given} rows for {name}, which has {found}")
+
+
+def _prompt_counts(name: SetName, run: RunConfig) -> PromptCounts:
+    """The templates of the agent that rows of a set train."""
+    agent = run.planner if name == "planner_sft" else run.critic
+    if isinstance(agent, ModelPlanner):
+        templates = load_template(agent.text_template), load_template(agent.images_template)
+        for template in templates:
+            expect_planner(template)
+        return PromptCounts("planner.text_template and planner.images_template", templates)
+    if isinstance(agent, ModelCritic | SelfCritic):
+        return PromptCounts("critic.template", (load_template(agent.template),) * 2)
+    role = "planner" if name == "planner_sft" else "critic"
+    raise UserError(f"{role}.kind {agent.kind}: has no template for the rows of {name}; give a recipe with kind: model")
 
 
 def find_row_files(path: Path) -> list[Path]:

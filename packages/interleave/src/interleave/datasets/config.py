@@ -6,6 +6,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
 from imgen_common.config import Config
+from imgen_common.judging.cost import CostLimits
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
 from interleave.loop.config import RunConfig
@@ -82,7 +83,7 @@ class FiltersConfig(Config):
     """Share of the requests whose rows go to the `val` files; all rows of equal requests stay together."""
 
 
-class DataConfig(Config):
+class DataConfig(CostLimits):
     """Trajectories, their scores, and the sets made from them."""
 
     prompts: Annotated[FilePrompts | ShapesPrompts, Field(discriminator="kind")] | None = ShapesPrompts()

@@ -66,6 +66,10 @@ class ImageStore:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: not an image that can be read ({error}); remove it and make it again") from None
 
+    def blank(self, image_id: str) -> HashedImage:
+        """A white image of its size, under its id.  Raises UserError as `size`."""
+        return HashedImage(Image.new("RGB", self.size(image_id), "white"), image_id)
+
     def copy(self, image_id: str, target: Path) -> None:
         """Write the image's file to `target`, whole or not at all.  Raises UserError if it is missing."""
         source = self._existing(image_id)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, MinLen
@@ -16,9 +16,8 @@ from imgen_common.errors import UserError, nearest
 from imgen_common.files import read_table
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 Relation = Literal["left of", "right of", "above", "below"]
-COLORS: tuple[Color, ...] = get_args(Color)
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 CLASSES = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
     *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
@@ -44,7 +43,7 @@ class ObjectClause(Config):
 
     name: Annotated[str, Field(alias="class")]
     count: Annotated[int, Ge(1)]
-    color: Color | None = None
+    color: str | None = None
     position: tuple[Relation, Annotated[int, Ge(0)]] | None = None
     """A relation, and the index of the earlier clause to whose objects it is."""
 
@@ -52,19 +51,25 @@ class ObjectClause(Config):
 class GenEvalTask(Config):
     """A row of metadata: the image must show at least what `include` says, and fewer than what `exclude` says."""
 
+    classes: ClassVar[tuple[str, ...]] = CLASSES
+    colors: ClassVar[tuple[str, ...]] = COLORS
+
     tag: Tag
     prompt: Annotated[str, MinLen(1)]
     include: Annotated[tuple[ObjectClause, ...], MinLen(1)]
     exclude: tuple[ObjectClause, ...] = ()
 
     @model_validator(mode="after")
-    def _positions_and_classes_exist(self) -> "GenEvalTask":
+    def _what_it_names_exists(self) -> "GenEvalTask":
         for index, wanted in enumerate(self.include):
             if wanted.position and wanted.position[1] >= index:
                 raise ValueError(f"position must refer to an earlier clause of include, got {wanted.position[1]}")
         for wanted in (*self.include, *self.exclude):
-            if wanted.name not in CLASSES:
-                raise ValueError(f"unknown class {wanted.name!r}{nearest(wanted.name, CLASSES)}; allowed: COCO's")
+            if wanted.name not in self.classes:
+                raise ValueError(f"unknown class {wanted.name!r}{nearest(wanted.name, self.classes)}; allowed: COCO's")
+            if wanted.color is not None and wanted.color not in self.colors:
+                near, allowed = nearest(wanted.color, self.colors), ", ".join(self.colors)
+                raise ValueError(f"unknown color {wanted.color!r}{near}; allowed: {allowed}")
         return self
 
 

@@ -4,18 +4,20 @@
     images/00012/metadata.jsonl            the prompt (for GenEval its row), as GenEval's own scorer reads it
     images/00012/samples/0003.png          its images
     scores/NAME.rank0.jsonl                a line per image, those that one process scored
+    scores/NAME/answers.rank0.jsonl        what a judge said about its images, in its own words
     table.md, table.json                   the results
 
 Every file is written whole or not at all, and is found again, so that the same command continues after a kill.
 """
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -26,12 +28,15 @@ from flowbp.core.noise import initial_noise
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import describe_unread_prompts
 from flowbp.evaluation import vlm_judge
+from flowbp.evaluation.benchmarks.geneval_shapes import find_mistakes_by_verifier
 from flowbp.evaluation.benchmarks.settings import (
-    GENEVAL,
+    GENEVAL_KINDS,
+    GENEVAL_SHAPES,
     JUDGED,
     BenchmarkConfig,
     BenchmarkRequest,
     ImageId,
+    JudgeConfig,
     Prompt,
     ScorerSpec,
     benchmark_config,
@@ -47,9 +52,14 @@ from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_file, numbered_lines, write_atomic
 from imgen_common.images import decode, from_pil, to_pil
+from imgen_common.judging.answers import AnswerLog
+from imgen_common.judging.cost import Cost, estimate_cost
+from imgen_common.judging.questions import Question
+from imgen_common.judging.runner import Judging, all_at_once
 
-JUDGE_BATCH = 32
-"""Images that are judged, and whose scores are written, together."""
+if TYPE_CHECKING:
+    from flowbp.evaluation.benchmarks.detector import GenEval
+
 T = TypeVar("T")
 ScoreRows = list[dict[str, Any]]
 ScoreImages = Callable[[Sequence[Image.Image], Sequence[Prompt]], ScoreRows]
@@ -61,11 +71,9 @@ def image_file(folder: Path, image_id: ImageId) -> Path:
     return folder / "images" / f"{image_id[0]:05d}" / "samples" / f"{image_id[1]:04d}.png"
 
 
-def load_scorer(spec: ScorerSpec, device: torch.device, judge_url: str | None) -> ScoreImages:
+def load_scorer(spec: ScorerSpec, device: torch.device) -> ScoreImages:
     """The scorer with its weights."""
-    if spec.kind in JUDGED:
-        return _judge(spec, judge_url)
-    if spec.kind == GENEVAL:
+    if spec.kind in GENEVAL_KINDS:
         return _geneval(spec, device)
     reward = load_reward(RewardConfig(score=spec.kind, ref=spec.ref), device)
 
@@ -77,20 +85,8 @@ def load_scorer(spec: ScorerSpec, device: torch.device, judge_url: str | None) -
     return score
 
 
-def _judge(spec: ScorerSpec, judge_url: str | None) -> ScoreImages:
-    judge = vlm_judge.Judge(cast(vlm_judge.Criterion, spec.kind), vlm_judge.check_url(judge_url), spec.ref)
-    return lambda images, prompts: [
-        {"score": score} | ({"answer": answer} if score is None else {})
-        for score, answer in judge(images, [prompt.text for prompt in prompts])
-    ]
-
-
 def _geneval(spec: ScorerSpec, device: torch.device) -> ScoreImages:
-    from flowbp.evaluation.benchmarks.detector import Detector, GenEval
-    from flowbp.rewards.clip import ClipReward
-
-    clip = ClipReward.load(hub.resolve(cast(str, spec.color_model)), device=device)
-    rules = GenEval(Detector.load(spec.ref, device), clip)
+    rules = find_mistakes_by_verifier if spec.kind == GENEVAL_SHAPES else _load_geneval(spec, device)
 
     def score(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> ScoreRows:
         tasks = [prompt.task for prompt in prompts if prompt.task]
@@ -98,6 +94,14 @@ def _geneval(spec: ScorerSpec, device: torch.device) -> ScoreImages:
         return [{"tag": task.tag, "score": float(not wrong), "mistakes": wrong} for task, wrong in found]
 
     return score
+
+
+def _load_geneval(spec: ScorerSpec, device: torch.device) -> "GenEval":
+    from flowbp.evaluation.benchmarks.detector import Detector, GenEval
+    from flowbp.rewards.clip import ClipReward
+
+    clip = ClipReward.load(hub.resolve(cast(str, spec.color_model)), device=device)
+    return GenEval(Detector.load(spec.ref, device), clip)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Benchmark:
     prompts: Sequence[Prompt]
     out: Path
     batch_size: int
-    judge_url: str | None = None
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None
@@ -157,8 +161,10 @@ class Benchmark:
         """Scores images on disk; the rows of every batch are written before the next one begins."""
         if not todo:
             return
-        score = load_scorer(spec, self.device, self.judge_url)
-        size = JUDGE_BATCH if spec.kind in JUDGED else self.batch_size
+        if spec.kind in JUDGED:
+            asyncio.run(self._judge_images(spec, todo))
+            return
+        score, size = load_scorer(spec, self.device), self.batch_size
         file = self.out / "scores" / f"{spec.name}.rank{self.rank}.jsonl"
         file.parent.mkdir(exist_ok=True)
         lines = [line for _, line in numbered_lines(file)] if file.exists() else []
@@ -171,15 +177,47 @@ class Benchmark:
             write_atomic(file, "\n".join(lines) + "\n")
             self.on_progress(f"scoring {spec.name}", start + len(batch), len(todo))
 
+    def check_judge(self) -> Cost:
+        """What the judge will cost for all images without a score.  Raises UserError if it will be asked, and does not
+        answer."""
+        specs = [spec for spec in self.config.scorers if spec.kind in JUDGED]
+        todo = [(spec, i) for spec in specs for i, _ in self.unscored_images(spec.name)]
+
+        for model in dict.fromkeys(spec.ref for spec, _ in todo):
+            asyncio.run(vlm_judge.check_judge(vlm_judge.check_url(self.judge.url), model))
+        white = Image.new("RGB", (1, 1), "white")
+        questions = (_question(spec, white, self.prompts[i]) for spec, i in todo)
+        return estimate_cost(questions, self.judge.prices, self.judge.concurrency)
+
+    async def _judge_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
+        """Asks the judge about images on disk.  Raises UserError once it is not there; its answers are kept."""
+
+        def ask(image_id: ImageId) -> list[Question]:
+            return [_question(spec, decode(image_file(self.out, image_id)), self.prompts[image_id[0]])]
+
+        judge = vlm_judge.EndpointJudge(vlm_judge.check_url(self.judge.url), spec.ref, self.judge.concurrency)
+        log = AnswerLog(self.out / "scores" / spec.name, f"rank{self.rank}")
+        try:
+            await Judging(judge, log, vlm_judge.PROMPTS, self.judge.concurrency).judge_all(
+                {f"{i}/{k}": all_at_once(partial(ask, (i, k))) for i, k in todo},
+                partial(self.on_progress, f"scoring {spec.name}"),
+            )
+        finally:
+            await judge.close()
+
+
+def _question(spec: ScorerSpec, image: Image.Image, prompt: Prompt) -> Question:
+    return vlm_judge.make_question(cast(vlm_judge.Criterion, spec.kind), image, prompt.text)
+
 
 def prepare_benchmark(
-    source: ModelSource, request: BenchmarkRequest, out: Path, batch_size: int, judge_url: str | None = None
+    source: ModelSource, request: BenchmarkRequest, out: Path, batch_size: int, judge: JudgeConfig
 ) -> Benchmark:
     """The benchmark of a request; nothing is written.  Raises UserError for what is wrong without loading weights."""
-    prompts = read_prompts(request, source.config.data.key)
+    prompts = read_prompts(request, source.config.data)
     config = benchmark_config(source, request, prompts)
-    check_benchmark(config, judge_url)
-    return Benchmark(source, config, prompts, out, batch_size, judge_url)
+    check_benchmark(config, judge.url)
+    return Benchmark(source, config, prompts, out, batch_size, judge)
 
 
 def run_benchmark(work: Benchmark, command: Sequence[str], state: PartialState) -> None:

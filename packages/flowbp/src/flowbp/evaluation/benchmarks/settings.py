@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
-from flowbp.config import ModelConfig, PositiveInt
-from flowbp.data.prompts import load_prompts
+from flowbp.config import DataConfig, ModelConfig, PositiveInt
+from flowbp.data.edits import sources_of
+from flowbp.data.prompts import is_shapes_source, load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
+from flowbp.evaluation.benchmarks.geneval_shapes import VERIFIER, shapes_tasks
 from flowbp.evaluation.sources import ModelSource, check_guidance_scale
 from flowbp.rewards import REWARDS
 from imgen_common import hub
 from imgen_common.config import Config, to_yaml
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.judging.answers import read_answers
+from imgen_common.judging.cost import CostLimits
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
-BenchmarkProtocol = Literal["hpdv2", "geneval"]
-IMAGES_PER_PROMPT: dict[BenchmarkProtocol, int] = {"hpdv2": 1, "geneval": 4}
+BenchmarkProtocol = Literal["hpdv2", "geneval", "geneval_shapes"]
+IMAGES_PER_PROMPT: dict[BenchmarkProtocol, int] = {"hpdv2": 1, "geneval": 4, "geneval_shapes": 4}
 """As in the papers."""
-GENEVAL = "geneval"
+GENEVAL, GENEVAL_SHAPES = GENEVAL_KINDS = ("geneval", "geneval_shapes")
+"""Kinds of scorers that have a protocol of their own, which has their name."""
 JUDGED = get_args(vlm_judge.Criterion)
 SCORER_NAME = re.compile(r"[a-z][a-z0-9_]*")
 ImageId = tuple[int, int]
@@ -39,9 +44,18 @@ class ScorerSpec(Config):
     name: str
     kind: str
     ref: str
-    """Folder of the reward or of GenEval's detector, or the name under which the judge is served."""
+    """Folder of the reward or of GenEval's detector, the name under which the judge is served, or the verifier."""
     color_model: str | None = None
     """The CLIP with which GenEval classifies colors."""
+
+
+class JudgeConfig(CostLimits):
+    """How the judge is asked, `judge.KEY` for `--set`; nothing that an image or a score depends on."""
+
+    url: str | None = None
+    """Base URL of its endpoint; `--judge` sets it, too."""
+    concurrency: PositiveInt = 8
+    """Images that it is asked about at once."""
 
 
 class BenchmarkConfig(Config):
@@ -50,6 +64,8 @@ class BenchmarkConfig(Config):
     label: str
     protocol: BenchmarkProtocol
     model: ModelConfig
+    eval_model: str | None = None
+    """The model whose transformer draws instead (`eval.model`)."""
     run: str | None = None
     """The run whose trained weights are used; null: the published model."""
     update: int | None = None
@@ -77,7 +93,7 @@ class BenchmarkRequest:
 
     protocol: BenchmarkProtocol
     prompts: str
-    """File with prompts, or with the metadata of GenEval."""
+    """File with prompts, or with the metadata of GenEval; `builtin:shapes/SPLIT`."""
     scorers: tuple[ScorerSpec, ...] = ()
     num_prompts: int | None = None
     """Only the first prompts; None: all of them."""
@@ -101,16 +117,26 @@ class Prompt:
         return self.task.model_dump_json(by_alias=True, exclude_defaults=True)
 
 
-def read_prompts(request: BenchmarkRequest, key: str) -> list[Prompt]:
-    """The prompts of the file.  Raises UserError as `load_prompts` and `read_tasks` do."""
+def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
+    """The prompts of the file.  Raises UserError as `load_prompts`, `read_tasks` and `shapes_tasks` do."""
+    if request.protocol == GENEVAL_SHAPES:
+        return [Prompt(task.prompt, task) for task in shapes_tasks(request.prompts, request.num_prompts)]
+    if request.protocol == "geneval" and is_shapes_source(request.prompts):
+        raise UserError(
+            f"{request.prompts}: GenEval reads its own metadata, a .jsonl or .json; for GenEval's rules on images of "
+            f"shapes give --protocol {GENEVAL_SHAPES}"
+        )
     if request.protocol == "geneval":
         return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
-    return [Prompt(text) for text in load_prompts(request.prompts, key, request.num_prompts)]
+    found = load_prompts(request.prompts, data, request.num_prompts)
+    if any(sources_of(prompt) for prompt in found):
+        raise UserError(f"{request.prompts}: holds edits, which no protocol has; evaluate them with `flowbp eval`")
+    return [Prompt(text) for text in found]
 
 
 def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
-    """The scorer that `[NAME:]KIND=REF` describes; a kind is a reward, a criterion of the judge, or `geneval`."""
-    kinds = (*REWARDS, *JUDGED, GENEVAL)
+    """The scorer that `[NAME:]KIND=REF` describes; a kind is a reward, a criterion of the judge or a GenEval."""
+    kinds = (*REWARDS, *JUDGED, *GENEVAL_KINDS)
     left, _, ref = text.partition("=")
     name, _, kind = left.rpartition(":")
     name = name or kind
@@ -120,6 +146,8 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
         raise UserError(f"--score {text}: unknown kind {kind!r}{nearest(kind, kinds)}; allowed: {', '.join(kinds)}")
     if not SCORER_NAME.fullmatch(name):
         raise UserError(f"--score {text}: a name has lower-case letters, digits and underscores only, this is {name!r}")
+    if kind == GENEVAL_SHAPES and ref != VERIFIER:
+        raise UserError(f"--score {text}: its judge is the verifier of the shapes world; give {kind}={VERIFIER}")
     if kind == GENEVAL and color_model is None:
         raise UserError(f"--score {text}: GenEval classifies colors with a CLIP ViT-L/14; give --color-model REF")
     return ScorerSpec(name=name, kind=kind, ref=ref, color_model=color_model if kind == GENEVAL else None)
@@ -127,7 +155,7 @@ def parse_scorer(text: str, color_model: str | None) -> ScorerSpec:
 
 def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Sequence[Prompt]) -> BenchmarkConfig:
     """The configuration of the folder.  Raises UserError for a guidance scale out of range."""
-    scale = source.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scale = source.config.eval_guidance_scales[0] if request.guidance_scale is None else request.guidance_scale
     check_guidance_scale(scale)
     from flowbp.data.embeddings import digest
 
@@ -135,6 +163,7 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
         label=source.label,
         protocol=request.protocol,
         model=source.config.model,
+        eval_model=source.config.eval.model,
         run=source.run.name if source.run else None,
         update=RunFolder.open(source.run, is_main=False).latest_checkpoint() if source.run else None,
         prompts=request.prompts,
@@ -156,11 +185,11 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     for spec in config.scorers:
         if spec.kind in JUDGED:
             vlm_judge.check_url(judge_url)
-        elif spec.kind != GENEVAL:
+        elif spec.kind in GENEVAL_KINDS and spec.kind != config.protocol:
+            raise UserError(f"--score {spec.name}: needs what images must show; give --protocol {spec.kind}")
+        elif spec.kind not in GENEVAL_KINDS:
             hub.resolve(spec.ref)
-        elif config.protocol != "geneval":
-            raise UserError(f"--score {spec.name}: needs GenEval's metadata; give --protocol geneval")
-        else:
+        elif spec.kind == GENEVAL:
             from flowbp.evaluation.benchmarks.detector import check_detector
 
             check_detector(spec.ref)
@@ -197,7 +226,10 @@ def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[
 
 
 def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
-    """All rows of one scorer, whichever process wrote them.  Raises UserError naming a line that is not a row."""
+    """All rows of one scorer, whichever process wrote them: its lines, or the final answers of a judge.
+
+    Raises UserError naming a line that is not a row.
+    """
     found = {}
     for file in sorted((folder / "scores").glob(f"{name}.rank*.jsonl")):
         for number, line in numbered_lines(file):
@@ -206,4 +238,8 @@ def read_scores(folder: Path, name: str) -> dict[ImageId, dict[str, Any]]:
                 found[int(row["prompt"]), int(row["image"])] = row
             except (ValueError, LookupError, TypeError):
                 raise UserError(f"{file}:{number}: not a row of scores; remove the line and run again") from None
+    for answer in read_answers(folder / "scores" / name):
+        if answer.is_final:
+            prompt, image = map(int, answer.item.split("/"))
+            found[prompt, image] = {"prompt": prompt, "image": image, "score": answer.value}
     return found

@@ -9,16 +9,20 @@ from typing import Any, get_args
 import numpy as np
 
 from flowbp.evaluation.benchmarks.geneval import Tag
-from flowbp.evaluation.benchmarks.settings import GENEVAL, BenchmarkConfig, read_scores
+from flowbp.evaluation.benchmarks.settings import GENEVAL_KINDS, GENEVAL_SHAPES, BenchmarkConfig, read_scores
 from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
 from imgen_common.console import markdown_table
 from imgen_common.files import write_atomic
 from imgen_common.run_folder.folder import RunFolder
 
 OVERALL = "overall"
-PERCENT: tuple[str, ...] = (OVERALL, *get_args(Tag))
-"""Scores in percent: those of GenEval."""
-COLUMN_TITLES = dict(zip(PERCENT, ("Overall", "Single", "Two", "Count", "Color", "Position", "Attr"), strict=True)) | {
+GENEVAL_TITLES = dict(
+    zip((OVERALL, *get_args(Tag)), ("Overall", "Single", "Two", "Count", "Color", "Position", "Attr"), strict=True)
+)
+SHAPES_TITLES = {f"shapes_{name}": f"{title} (shapes)" for name, title in GENEVAL_TITLES.items()}
+PERCENT = GENEVAL_TITLES | SHAPES_TITLES
+"""Scores in percent: those of GenEval, and of GenEval (shapes), which have names of their own."""
+COLUMN_TITLES = PERCENT | {
     "hpsv2": "HPSv2.1",
     "hpsv3": "HPSv3",
     "pickscore": "PickScore",
@@ -27,6 +31,10 @@ COLUMN_TITLES = dict(zip(PERCENT, ("Overall", "Single", "Two", "Count", "Color",
     "ur_iq": "UR-IQ",
 }
 """Columns in the order of the papers; other scores follow under their own names."""
+SHAPES_NOTE = (
+    "GenEval (shapes) has GenEval's rules, prompts of the shapes world and its verifier as the judge: its numbers "
+    "cannot be compared with published ones of GenEval."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ def read_row(folder: Path) -> BenchmarkRow:
     strata: dict[str, list[list[float]]] = {}
     for spec in config.scorers:
         rows = found[spec.name]
-        strata |= _by_task(rows) if spec.kind == GENEVAL else {spec.name: [_by_prompt(rows)]}
+        if spec.kind in GENEVAL_KINDS:
+            prefix = "shapes_" if spec.kind == GENEVAL_SHAPES else ""
+            strata |= {prefix + name: values for name, values in _by_task(rows).items()}
+        else:
+            strata[spec.name] = [_by_prompt(rows)]
     means = {name: mean_score(*values) for name, values in strata.items() if any(values)}
     return BenchmarkRow(config.label, str(folder), config.protocol, len(config.image_ids), scored, unscored, means)
 
@@ -99,9 +111,11 @@ def format_cell(row: BenchmarkRow, name: str) -> tuple[str, str]:
 
 def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
     """What a reader of the table must know."""
-    within = ", for Overall within each task" if OVERALL in score_columns(rows) else ""
+    columns = score_columns(rows)
+    within = ", for Overall within each task" if not PERCENT.keys().isdisjoint(columns) else ""
     notes = [f"Below each mean its 95 % interval: percentile bootstrap over prompts{within}."]
-    notes = notes if score_columns(rows) else ["No scores yet; give --score KIND=REF."]
+    notes = notes if columns else ["No scores yet; give --score KIND=REF."]
+    notes += [SHAPES_NOTE] if not SHAPES_TITLES.keys().isdisjoint(columns) else []
     for row in rows:
         notes += [
             f"{row.folder}: {name} has {number} of {row.images} images; run the same command again to continue."

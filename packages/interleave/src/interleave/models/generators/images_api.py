@@ -128,7 +128,7 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         if (error := error_in_answer(answer)) is not None:
             raise error
         entry = answer["data"][0]
-        encoded, address, revised = entry.get("b64_json"), entry.get("url"), entry.get("revised_prompt")
+        encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
         if not isinstance(encoded if encoded is not None else address, str):

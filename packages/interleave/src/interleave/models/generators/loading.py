@@ -1,6 +1,6 @@
 """The diffusers pipelines that can be generators: how they are called, loaded, adapted and prepared for batches."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -84,8 +84,6 @@ def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline
 
 def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     path, name = hub.resolve(ref, single_file=True), type(pipe).__name__
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:
@@ -94,18 +92,35 @@ def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"lora {ref}: does not fit {name} ({one_line(str(error))})") from error
-    wanted = {key.partition(".lora_A.")[0] for key in keys if key.startswith("transformer.") and ".lora_A." in key}
-    found = {
-        f"transformer.{layer}" for layer, part in pipe.transformer.named_modules() if isinstance(part, BaseTunerLayer)
-    }
-    if not wanted or wanted - found:
-        missing = sorted(wanted - found)[:2] or "none of its layers"
-        raise UserError(f"lora {ref}: does not fit {name}, which has no {missing}; take one that was made for it")
+    _check_lora_keys(pipe, keys, f"lora {ref}")
     pipe.fuse_lora(lora_scale=weight)
     pipe.unload_lora_weights()
     return file
+
+
+def _check_lora_keys(pipe: "DiffusionPipeline", keys: Collection[str], what: str) -> None:
+    """Raises UserError unless every layer of an adapter has both of its factors, and is in the pipeline."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    down, up = ({key.partition(half)[0] for key in keys if half in key} for half in (".lora_A.", ".lora_B."))
+    if halves := sorted(down ^ up):
+        # loaded, the other factor would be what it was initialized with: zeros or random numbers
+        raise UserError(f"{what}: has one of two factors (lora_A, lora_B) of {halves[0]}; download or copy it again")
+    networks = {name: part for name, part in pipe.components.items() if hasattr(part, "named_modules")}
+    found = {
+        f"{name}.{layer}"
+        for name, part in networks.items()
+        for layer, module in part.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    missing = sorted(down - found)
+    if missing or not down:
+        fit = f"does not fit {type(pipe).__name__}, which has"
+        raise UserError(
+            f"{what}: {fit} {f'no {missing[:2]}' if missing else 'none of its layers'}; take one that was made for it"
+        )
 
 
 def klein_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:

@@ -42,6 +42,14 @@ class Edit:
         """The change in the generator's language."""
         return self.change.prompt
 
+    @property
+    def caption(self) -> str:
+        """What the image after it shows, as captions of the world say it: of three things the first and the new one."""
+        change, things = self.change, self.after.things
+        if change.kind == "add" and change.anchor is not None and len(things) == 2:
+            return f"a {change.target} {change.place} a {change.anchor}"
+        return " and ".join(f"a {thing}" for thing in dict.fromkeys((things[0], things[-1])))
+
 
 def sample_edit(rng: np.random.Generator, split: Split = "train", kind: EditKind | None = None) -> Edit:
     """A random edit whose after-scene belongs to the split, so that no result crosses splits."""
@@ -99,7 +107,11 @@ def _remove(rng: np.random.Generator) -> Edit:
     return Edit(Change("remove", before.things, before.placed[i].thing), before, after)
 
 
+def edit_holds(found: Sequence[Detection], edit: Edit) -> bool:
+    """Whether what was read in an image is the edit's result, judged on the exact scene before it."""
+    return step_holds([Detection(p.thing, p.x, p.y, 1.0) for p in edit.before.placed], found, edit.change)
+
+
 def verify_edits(images: Tensor, edits: Sequence[Edit]) -> list[bool]:
-    """Whether each image (n, 3, SIZE, SIZE) in [0, 1] is its edit's result, judged on the exact scene before it."""
-    befores = [[Detection(p.thing, p.x, p.y, 1.0) for p in edit.before.placed] for edit in edits]
-    return [step_holds(b, found, e.change) for b, found, e in zip(befores, detect(images), edits, strict=True)]
+    """Whether each image (n, 3, SIZE, SIZE) in [0, 1] is its edit's result."""
+    return [edit_holds(found, edit) for found, edit in zip(detect(images), edits, strict=True)]

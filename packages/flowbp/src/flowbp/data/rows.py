@@ -1,0 +1,153 @@
+"""Prompts from rows of data, with their source images where rows have some."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from flowbp.config import DataConfig
+from flowbp.data.edits import Edit, Source
+from imgen_common.errors import UserError, is_blank, nearest, one_line
+from imgen_common.files import describe_type
+from imgen_common.images import content_hash, decode
+from imgen_common.streams import numpy_generator
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from imgen_common.shapes.edits import Edit as ShapesEdit
+    from imgen_common.shapes.scene import Split
+
+
+def read_prompts(rows: Sequence[tuple[str, Mapping[str, Any]]], data: DataConfig, folder: Path) -> list[str]:
+    """The prompts of rows, each with its place for messages; paths of images count from `folder`.
+
+    Every image is read once, to know that it can be.  Raises UserError naming the row otherwise.
+    """
+    if not any(data.images in row for _, row in rows):
+        return [row[data.key].strip() for _, row in rows]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda row: _prompt(row[0], row[1], data, folder), rows))
+
+
+def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) -> str:
+    text, given, caption = row[data.key].strip(), row.get(data.images), row.get(data.caption)
+    values = given() if callable(given) else given
+    values = [values] if isinstance(values, str | dict) else values
+    if not values:
+        return text
+    if not isinstance(values, list):
+        raise UserError(f"{where}: {data.images}: must be the path of an image or a list, got {describe_type(values)}")
+    if caption is not None and not isinstance(caption, str):
+        raise UserError(f"{where}: {data.caption}: must be a text, got {describe_type(caption)}")
+    try:
+        sources = [_source(partial(_load, value, folder)) for value in values]
+    except UserError as error:
+        raise UserError(f"{where}: {data.images}: {error}") from None
+    return Edit(text, sources, "" if caption is None or is_blank(caption) else caption.strip())
+
+
+def _load(value: object, folder: Path) -> Image.Image:
+    """The image at a path, or what `datasets` stores of one."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return decode(value["bytes"])
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or is_blank(path):
+        raise UserError(f"must be the path of an image, got {describe_type(path)}")
+    if "://" in path:
+        raise UserError("an image is a file, not an address; download it, and give its path")
+    return decode(folder / path)
+
+
+def edits_of_files(instructions: Sequence[str], images: Sequence[Path]) -> list[str]:
+    """Edits of the same image files; the instructions themselves where there are none.
+
+    Raises UserError for an empty instruction, and for a file that is no image.
+    """
+    if blank := [number for number, text in enumerate(instructions, 1) if is_blank(text)]:
+        raise UserError(f"prompt {blank[0]} of {len(instructions)} is empty; say what to draw")
+    sources = [_source(partial(decode, image)) for image in images]
+    return [Edit(text, sources) if sources else text for text in instructions]
+
+
+def _source(load: Callable[[], Image.Image]) -> Source:
+    image = load()
+    return Source(content_hash(image), (image.height, image.width), load)
+
+
+def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a folder of datasets' save_to_disk; images are functions that read them.
+
+    Raises UserError for another or a damaged folder, or one without the column of prompts.
+    """
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        dataset: Dataset | DatasetDict = load_from_disk(str(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
+    if isinstance(dataset, DatasetDict):
+        raise UserError(f"{path}: holds several splits ({', '.join(dataset)}); give the folder of one of them")
+    names = dataset.column_names
+    if data.key not in names:
+        raise UserError(
+            f"{path}: no column {data.key!r}{nearest(data.key, names)}; there are: {', '.join(names)}; set data.key"
+        )
+    columns = {name: _column(dataset, path, name) for name in (data.key, data.caption) if name in names}
+    if data.images in names:
+        stored = _without_decoding(dataset.select_columns([data.images]), data.images)
+        columns[data.images] = [partial(_read_images, stored, path, data.images, i) for i in range(len(stored))]
+    rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _column(dataset: "Dataset", path: Path, name: str) -> list[Any]:
+    try:
+        return list(dataset[name])
+    except (OSError, ValueError) as error:  # a text that is not UTF-8
+        raise UserError(f"{path}: damaged column {name!r} ({one_line(str(error))}); save the dataset again") from None
+
+
+def _without_decoding(dataset: "Dataset", name: str) -> "Dataset":
+    """The dataset with images as they are stored: our own bounded reader decodes them."""
+    from datasets import Image as ImageFeature
+    from datasets import List
+
+    kind = dataset.features[name]
+    if isinstance(kind, ImageFeature):
+        return dataset.cast_column(name, ImageFeature(decode=False))
+    if isinstance(kind, List) and isinstance(kind.feature, ImageFeature):
+        return dataset.cast_column(name, List(ImageFeature(decode=False)))
+    return dataset
+
+
+def _read_images(dataset: "Dataset", path: Path, name: str, row: int) -> Any:
+    try:
+        return dataset[row][name]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged column {name!r} ({one_line(str(error))}); save the dataset again") from None
+
+
+@cache
+def shapes_edits(split: "Split", count: int) -> tuple[Edit, ...]:
+    """Edits of the shapes world, whose results belong to the split, their kinds in turn."""
+    from imgen_common.shapes.edits import sample_edit
+    from imgen_common.shapes.steps import EDIT_KINDS
+
+    rng = numpy_generator(0, f"edits-{split}")
+    found = (sample_edit(rng, split, kind) for kind in islice(cycle(EDIT_KINDS), count))
+    return tuple(Edit(one.instruction, [_source(partial(_draw_before, one))], one.caption, one) for one in found)
+
+
+def _draw_before(edit: "ShapesEdit") -> Image.Image:
+    import numpy as np
+
+    from imgen_common.shapes.render import render
+
+    return Image.fromarray((render(edit.before) * 255).round().astype(np.uint8).transpose(1, 2, 0))

@@ -1,0 +1,158 @@
+"""Rows with source images: where they come from, what is refused, and what rewards see of them."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from flowbp.config import DataConfig
+from flowbp.data.edits import Edit, caption_of, describe_row, score_images, source_thumbnails, sources_of
+from flowbp.data.prompts import load_prompts
+from imgen_common.errors import UserError
+from imgen_common.images import content_hash, from_pil
+from imgen_common.shapes.edits import verify_edits
+
+
+def picture(name: Path, seed: int = 0) -> Image.Image:
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 10, 3), np.uint8))
+    image.save(name)
+    return image
+
+
+def row_file(folder: Path, *rows: object) -> str:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def test_rows_of_a_file_may_have_images(tmp_path: Path) -> None:
+    a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", 1)
+    given = [
+        {"prompt": " make it red ", "images": "a.png", "caption": "a red house"},
+        {"prompt": "join them", "images": ["a.png", str(tmp_path / "b.png")]},
+        {"prompt": "a cat", "images": [], "caption": "is not read"},
+        "a dog",
+    ]
+    found = load_prompts(row_file(tmp_path, *given))
+    assert found == ["make it red", "join them", "a cat", "a dog"]
+    assert [caption_of(prompt) for prompt in found] == ["a red house", "join them", "a cat", "a dog"]
+    digests = [[source.digest for source in sources_of(prompt)] for prompt in found]
+    assert digests == [[content_hash(a)], [content_hash(a), content_hash(b)], [], []]
+    assert sources_of(found[0])[0].size == (12, 10)
+    assert sources_of(found[1])[1].load().tobytes() == b.tobytes()
+    assert len({describe_row(prompt) for prompt in found}) == 4
+
+
+def test_a_table_may_name_an_image(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "rows.csv").write_text("text,source\nmake it red,a.png\na cat,\n")
+    found = load_prompts(str(tmp_path / "rows.csv"), DataConfig(key="text", images="source"))
+    assert [len(sources_of(prompt)) for prompt in found] == [1, 0]
+
+
+FEATURES: dict[str, Any] = {
+    "image": ImageFeature(),
+    "list": List(ImageFeature()),
+    "path": Value("string"),
+}
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
+    image = picture(tmp_path / "a.png")
+    value = {"image": image, "list": [image], "path": str(tmp_path / "a.png")}[kind]
+    rows = {"prompt": ["make it red", "make it blue"], "images": [value, value], "caption": ["a red house", None]}
+    features = Features({"prompt": Value("string"), "images": FEATURES[kind], "caption": Value("string")})
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    found = load_prompts(str(tmp_path / "set"), limit=2)
+    assert [caption_of(prompt) for prompt in found] == ["a red house", "make it blue"]
+    assert all(sources_of(prompt)[0].load().tobytes() == image.tobytes() for prompt in found)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ("none.png", r"rows\.jsonl:2: images: .*none\.png: cannot be read \(No such file"),
+        ("cut.png", r"rows\.jsonl:2: images: .*cut\.png: .*(cut short|damaged)"),
+        ("text.png", r"rows\.jsonl:2: images: .*text\.png: not an image of an allowed format"),
+        (3, r"rows\.jsonl:2: images: must be the path of an image or a list, got a number"),
+        ([3], r"rows\.jsonl:2: images: must be the path of an image, got a number"),
+        (["a.png", None], r"rows\.jsonl:2: images: must be the path of an image, got null"),
+        ("https" + "://a.b/c.png?token=SECRET", "an image is a file, not an address; download it"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path: Path, images: object, said: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:200])
+    (tmp_path / "text.png").write_text("a picture")
+    with pytest.raises(UserError, match=said) as error:
+        load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png"}, {"prompt": "b", "images": images}))
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_caption_is_a_text(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: caption: must be a text, got a list"):
+        load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png", "caption": ["b"]}))
+
+
+def test_built_in_edits_are_exact_and_apart_from_each_other() -> None:
+    found = {split: load_prompts(f"builtin:shapes/edits/{split}", limit=30) for split in ("train", "tune", "test")}
+    assert load_prompts("builtin:shapes/edits", limit=30) == found["train"]
+    for prompts in found.values():
+        shapes = [prompt.shapes for prompt in prompts if isinstance(prompt, Edit) and prompt.shapes]
+        assert [edit.change.kind for edit in shapes] == ["add", "recolour", "remove"] * 10
+        before = from_pil([sources_of(prompt)[0].load() for prompt in prompts])
+        assert not any(verify_edits(before, shapes))
+        assert all(
+            str(thing) in caption_of(p) for p, e in zip(prompts, shapes, strict=True) for thing in e.after.things
+        )
+    with pytest.raises(UserError, match="did you mean 'builtin:shapes/edits/test'"):
+        load_prompts("builtin:shapes/edits/tset")
+
+
+def test_an_edit_is_a_text_and_may_be_copied(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (edit,) = load_prompts(row_file(tmp_path, {"prompt": "make it red", "images": "a.png", "caption": "red"}))
+    again = copy.deepcopy(edit)
+    assert json.dumps([edit]) == '["make it red"]'
+    assert (again, caption_of(again), sources_of(again)[0].digest) == (edit, "red", sources_of(edit)[0].digest)
+    assert [one.size for one in source_thumbnails(edit, (20, 24))] == [(20, 24)]
+    assert [one.size for one in source_thumbnails(edit, (5, 5))] == [(4, 5)]
+
+
+class Blind:
+    """A reward that sees captions."""
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        self.seen = list(prompts)
+        return images.mean((1, 2, 3))
+
+
+class Seeing:
+    """A reward that sees sources."""
+
+    sees_sources = True
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str], sources: Sequence[Any]) -> torch.Tensor:
+        self.seen, self.sources = list(prompts), sources
+        return images.mean((1, 2, 3))
+
+
+def test_rewards_get_captions_or_instructions_with_sources(tmp_path: Path) -> None:
+    image = picture(tmp_path / "a.png")
+    rows = [{"prompt": "make it red", "images": "a.png", "caption": "a red house"}, {"prompt": "a cat"}]
+    prompts, images = load_prompts(row_file(tmp_path, *rows)), torch.rand(2, 3, 8, 8)
+    blind, seeing = Blind(), Seeing()
+    assert torch.equal(score_images(blind, images, prompts), score_images(seeing, images, prompts))
+    assert blind.seen == ["a red house", "a cat"]
+    assert seeing.seen == ["make it red", "a cat"]
+    assert torch.equal(seeing.sources[0][0], from_pil([image])[0])
+    assert seeing.sources[1] == ()
