@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from flowbp.evaluation.vlm_judge import parse_score
+from flowbp.rewards.vlm.settings import ObjectRule
 from imgen_common.http import HttpError
 from imgen_common.http.chat import Completion, read_completion, split_reasoning
 from imgen_common.judging.questions import Unreadable
@@ -85,6 +86,8 @@ PIECES = [
         "\u2028",
     ),
 ]
+RULE = ObjectRule(key="previous_step_success", equals=True, texts=("refine_prompt",))
+"""The acceptance rule of an exported critic."""
 WHOLE = [
     json.dumps({"previous_step_success": False, "refine_prompt": "a <answer> of \"cats\"\n\t'so'"}),
     json.dumps({"previous_step_success": True, "refine_prompt": ""}, indent=1),
@@ -119,6 +122,8 @@ def check_readers(text: str) -> None:
         assert parse_partial_answer(text) == PartialAnswer(
             strict.success, (strict.refined_prompt.strip() and strict.refined_prompt) or None
         )
+    for verdict, rule in ((strict, RULE), (tolerant, RULE.model_copy(update={"parse_mode": "tolerant"}))):
+        assert rule.accepts(text) == (isinstance(verdict, Verdict) and verdict.success)
     for plan in (parse_plan(text), parse_plan(text, "tolerant")):
         assert isinstance(plan, Plan | ParseFailure)
     for read in (strict, tolerant, parse_plan(text)):

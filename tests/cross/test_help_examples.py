@@ -190,6 +190,13 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("interleave grpo configs/interleave/grpo_critic.yaml --set model=runs/sft_critic/model", ROLLOUT),
         ("interleave grpo --resume grpo_critic", "missing"),
         ("interleave grpo --resume grpo_critic --resume-from last-good", "missing"),
+        ("interleave export-reward builtin:shapes/critic --out rewards/critic", ""),
+        ("interleave export-reward grpo_critic --out rewards/grpo --set critic.num_samples=16", ""),
+        (
+            "interleave export-reward Qwen/Qwen3-VL-8B-Instruct configs/interleave/klein_qwen3vl.yaml "
+            "--out rewards/qwen3vl",
+            "missing",
+        ),
     ],
 }
 for benchmark in TITLES:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from families import FAMILIES
 from tiers import tiers
 from typer.testing import CliRunner
+from vlms import vlm_folder
 
 from benchmarks.perf import hardware_guide
 from flowbp.cli import app
@@ -104,6 +105,18 @@ def test_every_family_is_traced(folder: Path) -> None:
 def without_weights(folder: Path, place: Path) -> Path:
     """The descriptions of a model alone."""
     return shutil.copytree(folder, place / folder.name, ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_of_a_vision_language_model_the_weights_are_counted(tmp_path: Path) -> None:
+    """What it holds on top depends on its answers."""
+    accept = {"kind": "text", "begins": "y"}
+    folder = vlm_folder("qwen3_vl", tmp_path / "vlm", {"kind": "sampled", "accept": accept})
+    sets = ["rewards.0.score=vlm", f"rewards.0.ref={folder}"]
+    found = estimated(*sets)
+    assert found.untraced == ("reward",)
+    vlm, heldout = (nbytes(held(modules_of([scorer.load()]))) for scorer in config_of(*sets).scorers)
+    assert found.static["rewards"] == pytest.approx(vlm / 2 + heldout, rel=0.01)  # in bfloat16, as on a GPU
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLModel, Qwen2VLProcessor, Qwen2VL
 from flowbp.rewards import RewardConfig, convert
 from flowbp.rewards.convert.hpsv3 import read_prompt_template
 from flowbp.rewards.hpsv3 import IMAGE_AREA, HPSv3
+from flowbp.rewards.preprocess import extract_patches
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -102,7 +103,7 @@ def test_scores_are_the_models_own(reward: HPSv3) -> None:
 def test_preprocessing_follows_the_processor(reward: HPSv3, kind, size: tuple[int, int]) -> None:
     images = kind(*size)
     expected = reward.processor(pil(images), return_tensors="pt")
-    ours, grid = reward.extract_patches(images)
+    ours, grid = extract_patches(images, reward.processor)
     assert torch.equal(grid, expected.image_grid_thw)
     assert ours.shape == expected.pixel_values.shape
     # the processor rounds to 1/255 across and again down, and 1/255 is 0.015 after normalisation

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import center_crop
 from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from vlms import load_vlm, vlm_folder
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.benchmarks.settings import parse_scorer
@@ -195,6 +196,8 @@ MAKERS = {
     "hpsv2": golden_clip,
     "aesthetic": golden_aesthetic,
     "imagereward": golden_image_reward,
+    "edit_clip": lambda folder: RewardConfig(score="edit_clip", ref=REF).load(),
+    "vlm": lambda folder: load_vlm(vlm_folder("qwen3_vl", folder), exact=True),
 }
 """A small one of every reward; the contract below holds for each."""
 
@@ -238,7 +241,8 @@ def test_images_do_not_see_each_other(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_every_gradient_is_the_slope(name: str, tmp_path: Path) -> None:
+def test_every_gradient_is_the_slope(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # in which transformers takes rotations
     reward = MAKERS[name](tmp_path / name)
     for part in vars(reward).values():
         for module in (part, getattr(part, "model", None)):
@@ -278,6 +282,56 @@ def test_a_reward_knows_what_it_reads(name: str, tmp_path: Path) -> None:
 def test_prompts_do_not_matter_to_aesthetics(tmp_path: Path) -> None:
     reward = golden_aesthetic(tmp_path / "aesthetic")
     assert torch.equal(reward(pictures(32, 32), PROMPTS), reward(pictures(32, 32), ["", ""]))
+
+
+class Edit(str):
+    """An instruction with what a row of edits may bring."""
+
+    caption: str | None = None
+    source_caption: str | None = None
+
+
+def test_edit_clip_is_the_cosine_of_two_changes() -> None:
+    """By transformers' own features, with sources of other sizes, captions or the instruction alone."""
+    folder = hub.resolve(REF)
+    model, processor = CLIPModel.from_pretrained(folder).float(), CLIPProcessor.from_pretrained(folder)
+    images = torch.stack([*pictures(32, 32), 1 - pictures(32, 32)[0]])
+    sources = [(pictures(64, 64)[1],), (1 - pictures(32, 32)[0], pictures(32, 32)[0]), ()]
+    prompts = [Edit("make the circle red"), Edit("add a blue cross"), Edit("a red circle")]
+    prompts[1].caption, prompts[1].source_caption = "a blue cross and a red circle", "a red circle"
+
+    def features(images: list[torch.Tensor], texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        pil = [Image.fromarray((255 * x).round().byte().permute(1, 2, 0).numpy()) for x in images]
+        out = model(**processor(text=texts, images=pil, return_tensors="pt", padding=True))
+        return out.image_embeds, out.text_embeds
+
+    with torch.no_grad():
+        after, wanted = features([*images], [prompts[0], str(prompts[1].caption), prompts[2]])
+        before, said = features([sources[0][-1], sources[1][-1]], ["", "a red circle"])
+        change = torch.cat([after[:2] - before, after[2:]])
+        direction = torch.cat([wanted[:2] - said, wanted[2:]])
+        expected = torch.cosine_similarity(change, direction)
+        found = RewardConfig(score="edit_clip", ref=REF).load()(images, prompts, sources)
+        unchanged = RewardConfig(score="edit_clip", ref=REF).load()(images[:1], prompts[:1], [(images[0],)])
+    assert torch.allclose(found, expected, atol=0.02)  # the processor rounds a resized source to 1/255
+    assert torch.allclose(found[1:], expected[1:], atol=2e-3)
+    assert unchanged.item() == 0
+
+
+def test_the_gradient_of_edit_clip_is_bounded_where_nothing_has_changed() -> None:
+    image = pictures(32, 32)[:1].requires_grad_()
+    score = RewardConfig(score="edit_clip", ref=REF).load()(image, PROMPTS[:1], [(image[0].detach(),)])
+    (gradient,) = torch.autograd.grad(score.sum(), image)
+    assert 0 < gradient.norm() < 1e4
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name in ("edit_clip", "vlm")])
+def test_rewards_that_see_sources_depend_on_them(name: str, tmp_path: Path) -> None:
+    reward, images = MAKERS[name](tmp_path / name), pictures(32, 32)
+    assert reward.sees_sources
+    with torch.no_grad():
+        scores = [reward(images, PROMPTS, [(s,)] * 2) for s in (pictures(16, 24)[0], 1 - pictures(16, 24)[0])]
+    assert (scores[0] - scores[1]).abs().min() > 1e-4
 
 
 def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

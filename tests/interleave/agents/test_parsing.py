@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.records import Plan, PlanStep, Verdict
 
 MODES: tuple[ParseMode, ...] = ("strict", "tolerant")

@@ -10,12 +10,11 @@ from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from imgen_common.errors import UserError
+from imgen_common.judging.escaping import JOINER, escape_control_tokens
 from interleave.agents.parsing import parse_plan, parse_verdict
 from interleave.agents.prompts import (
     BUILTIN,
-    JOINER,
     Template,
-    escape_control_tokens,
     load_template,
     render_critic,
     render_plan,

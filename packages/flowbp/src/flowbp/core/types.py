@@ -125,7 +125,8 @@ class Reward(Protocol):
     """A differentiable score of images; larger is better.  One that cuts prompts has a `prompt_limit`.
 
     One with `sees_sources = True` is called with a third argument: for each prompt, a tuple of the images that it
-    edits, tensors (3, h, w) in [0, 1]; its prompts are instructions, while others get captions of the wanted images.
+    edits, perhaps none, tensors (3, h_i, w_i) in [0, 1]; its prompts are instructions, while others get captions of the
+    wanted images.
     """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:

@@ -39,14 +39,16 @@ class RewardType(NamedTuple):
     """Module that is imported when a reward of this type is loaded."""
     class_name: str
     """Class in it, with a class method `load(folder, *, device, **options)` that returns a frozen `Reward`."""
-    model_type: str
-    """`model_type` that transformers writes into the model's config.json."""
+    model_type: str | tuple[str, ...]
+    """`model_type` that transformers writes into the model's config.json; those of all models that will do."""
     options: Mapping[str, Any] = MappingProxyType({})
     """Further arguments of `load`."""
     has_own_dtype: bool = False
     """Whether it is loaded in the precision of its publication, which `storage_dtype` cannot change."""
 
 
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""The models of `vlm`, as in `flowbp.rewards.vlm.model`."""
 REWARDS: dict[str, RewardType] = {
     "clip": RewardType("flowbp.rewards.clip", "ClipReward", "clip"),
     "clipscore": RewardType("flowbp.rewards.clip", "ClipReward", "clip", {"cosine": True}),
@@ -54,6 +56,8 @@ REWARDS: dict[str, RewardType] = {
     "hpsv3": RewardType("flowbp.rewards.hpsv3", "HPSv3", "qwen2_vl", has_own_dtype=True),
     "aesthetic": RewardType("flowbp.rewards.clip", "AestheticReward", "clip"),
     "imagereward": RewardType("flowbp.rewards.image_reward", "ImageReward", "blip"),
+    "edit_clip": RewardType("flowbp.rewards.clip", "EditClipReward", "clip"),
+    "vlm": RewardType("flowbp.rewards.vlm.reward", "VlmReward", QWEN_VL, has_own_dtype=True),
 }
 """Every reward by the name of its score."""
 
@@ -64,14 +68,14 @@ class RewardConfig(Config):
     score: str = "clip"
     """How the model scores an image: `clip` exp(logit_scale) cosine (PickScore and the like), `clipscore` the cosine,
     `hpsv2` the cosine of padded images (HPSv2.1), `hpsv3` HPSv3, `aesthetic` the LAION predictor, `imagereward`
-    ImageReward."""
+    ImageReward, `edit_clip` the direction of an edit, `vlm` what a vision-language model answers."""
     ref: str
     """Its folder: `builtin:...`, a path, or `org/name@revision`.  Convert published pickles first with
     `flowbp convert-reward`."""
     storage_dtype: Literal["float16"] | None = None
     """`float16`: weights are stored in half the memory and still compute in float32, so that scores keep about four
     digits.  For rewards that are only watched; one that is trained on saves less, as its gradient needs the float32
-    weights of all layers at once.  null: float32; HPSv3 on a GPU bfloat16, as it was published."""
+    weights of all layers at once.  null: float32; HPSv3 and vision-language models on a GPU bfloat16."""
 
     @field_validator("score")
     @classmethod
@@ -97,9 +101,11 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
     folder = hub.resolve(config.ref, weights=weights)
     about = folder / "config.json"
     model_type = read_json(about).get("model_type") if about.exists() else None
-    if model_type != kind.model_type:
+    allowed = (kind.model_type,) if isinstance(kind.model_type, str) else kind.model_type
+    if model_type not in allowed:
+        needed = " or ".join(map(repr, allowed))
         raise UserError(
-            f"{config.ref}: the score {config.score!r} needs a {kind.model_type!r} model, this is a {model_type!r}; "
+            f"{config.ref}: the score {config.score!r} needs a {needed} model, this is a {model_type!r}; "
             f"scores are {', '.join(REWARDS)}"
         )
     return folder

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import load_frozen, load_head, load_part, scoring_head
+
+MIN_CHANGE = 1e-3
+"""Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""
 
 
 class ClipReward:
@@ -70,6 +73,38 @@ class ClipReward:
         ).to(self.model.device)
         features = self.model.get_text_features(**batch).pooler_output
         return normalize(features, dim=-1)
+
+
+class EditClipReward(ClipReward):
+    """score = cos(E(image) - E(source), E(caption) - E(source caption)), in [-1, 1]; E are unit CLIP features.
+
+    Whether an edit changes the image in the direction in which the words change: the directional similarity of
+    StyleGAN-NADA (arXiv 2108.00946), as InstructPix2Pix (arXiv 2211.09800) measures edits with it.  The captions are
+    the attributes `caption` and `source_caption` of a prompt.  Without a caption of the result the instruction stands
+    for it, without one of the source the empty text.  Of several sources the last counts; an image without any is
+    compared as it is, with the text as it is.
+    """
+
+    sees_sources = True
+
+    def __call__(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        prompts: Sequence[str],
+        sources: Sequence[Sequence[Float[Tensor, "3 _ _"]]] = (),
+    ) -> Float[Tensor, " b"]:
+        """Scores of images in [0, 1] for their instructions and source images."""
+        change = self.image_features(images)
+        wanted = self.text_features([getattr(prompt, "caption", None) or prompt for prompt in prompts])
+        edits = [i for i in range(len(images)) if sources and sources[i]]
+        if edits:
+            with torch.no_grad():
+                before = torch.zeros_like(change)
+                before[edits] = torch.cat([self.image_features(sources[i][-1][None].to(images)) for i in edits])
+                said = torch.zeros_like(wanted)
+                said[edits] = self.text_features([getattr(prompts[i], "source_caption", None) or "" for i in edits])
+            change, wanted = change - before, wanted - said
+        return cosine_similarity(change, wanted, eps=MIN_CHANGE)
 
 
 class AestheticReward:

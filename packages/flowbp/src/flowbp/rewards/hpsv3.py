@@ -2,18 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLImageProcessor, Qwen2VLModel
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_frozen, load_head, load_part
+from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_head, load_part
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 
@@ -22,14 +19,6 @@ REWARD_TOKEN = "<|Reward|>"
 IMAGE_AREA = 256 * 28 * 28
 """Area in pixels to which images were resized in training, before their sides are rounded to whole tokens."""
 IMAGE_TOKEN = "<|image_pad|>"
-PROCESSOR_FIELDS = {
-    "do_resize": True,
-    "resample": 3,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-}
-"""Fields of the image processor that are not read, with the values for which the preprocessing here is the same."""
 TEMPLATE_FILE = "prompt.json"
 PROMPT_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
 
@@ -85,17 +74,16 @@ class HPSv3:
         template = PromptTemplate.load(folder)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         model = load_frozen(Qwen2VLModel, folder, device, dtype)
-        for layer in (*model.visual.blocks, *model.language_model.layers):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        checkpoint_layers((*model.visual.blocks, *model.language_model.layers))
         processor = load_part(Qwen2VLImageProcessor, folder)
-        preprocess.require_fields(processor, folder, PROCESSOR_FIELDS)
+        preprocess.require_fields(processor, folder, preprocess.QWEN_FIELDS)
         tokenizer = load_part(AutoTokenizer, folder)
         head = load_head(folder, ranking_head(model.config.text_config.hidden_size), device)
         return cls(model, head, processor, tokenizer, template)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""
-        patches, grid = self.extract_patches(images)
+        patches, grid = preprocess.extract_patches(images, self.processor)
         image_tokens = IMAGE_TOKEN * (len(patches) // len(images) // self.processor.merge_size**2)
         start = f"{PROMPT_START}{image_tokens}<|vision_end|>{self.template.before}"
         end = self.template.after + REWARD_TOKEN
@@ -116,26 +104,6 @@ class HPSv3:
         ends = batch.attention_mask.sum(-1) - 1
         last = states[torch.arange(len(ends), device=ends.device), ends]
         return self.head(last.to(self.head[0].weight.dtype))[:, 0]
-
-    def extract_patches(
-        self, images: Float[Tensor, "b 3 h w"]
-    ) -> tuple[Float[Tensor, "patches values"], Int[Tensor, "b 3"]]:
-        """Input of the vision tower, and (1, rows, columns) of each image's patches: the steps of the image processor.
-
-        On uint8 images it differs from the processor by the rounding to 1/255 only.
-        """
-        given = self.processor
-        height, width = smart_resize(
-            *images.shape[-2:],
-            factor=given.patch_size * given.merge_size,
-            min_pixels=given.size["shortest_edge"],
-            max_pixels=given.size["longest_edge"],
-        )
-        pixels = preprocess.resize(images, height, width)
-        pixels = preprocess.normalize_channels(pixels, given.image_mean, given.image_std)
-        patches, rows, columns = given.patchify(pixels, given.patch_size, given.merge_size, given.temporal_patch_size)
-        grid = torch.tensor([[1, rows, columns]], device=images.device).expand(len(images), 3)
-        return patches.flatten(0, 1), grid
 
 
 def ranking_head(width: int) -> nn.Sequential:

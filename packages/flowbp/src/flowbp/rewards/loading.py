@@ -1,6 +1,7 @@
 """Frozen models from transformers folders, and heads beside them; on the meta device only headers are read."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 
 from imgen_common.errors import UserError
@@ -50,6 +52,12 @@ def store_in_float16(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         layer.weight.data = layer.weight.data.half()
         parametrize.register_parametrization(layer, "weight", _Float32View(), unsafe=True)
+
+
+def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
+    """Recomputes each layer in the backward pass, so that a gradient needs the memory of one layer, not of all."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def load_head(folder: Path, head: nn.Sequential, device: torch.device | str) -> nn.Sequential:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
+from transformers import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from imgen_common.errors import UserError
 
@@ -17,6 +20,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Filter = Literal["bilinear", "bicubic"]
 PIL_FILTERS: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
 """Filters by their numbers in PIL, which a preprocessor_config.json gives; torch has no antialiased others."""
+QWEN_FIELDS = {
+    "do_resize": True,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+"""Fields of Qwen's image processor that `extract_patches` does not read, with the values for which it is the same."""
 
 
 def resize(
@@ -71,6 +82,28 @@ def normalize_channels(
 ) -> Float[Tensor, "b 3 h w"]:
     """(x - mean) / std for each channel."""
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
+
+
+def extract_patches(
+    images: Float[Tensor, "b 3 h w"], processor: Qwen2VLImageProcessor
+) -> tuple[Float[Tensor, "patches values"], Int[Tensor, "b 3"]]:
+    """Input of the vision tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and (1, rows, columns) of each image's patches.
+
+    These are the steps of the image processor, from which they differ on uint8 images by the rounding of what is
+    resized to 1/255 only.
+    """
+    height, width = smart_resize(
+        *images.shape[-2:],
+        factor=processor.patch_size * processor.merge_size,
+        min_pixels=processor.size["shortest_edge"],
+        max_pixels=processor.size["longest_edge"],
+    )
+    pixels = normalize_channels(resize(images, height, width), processor.image_mean, processor.image_std)
+    patches, rows, columns = processor.patchify(
+        pixels, processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    )
+    grid = torch.tensor([[1, rows, columns]], device=images.device).expand(len(images), 3)
+    return patches.flatten(0, 1), grid
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 
 from imgen_common.errors import UserError
+from imgen_common.judging.objects import ParseMode
 from imgen_common.streams import stream_seed
-from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_verdict
+from interleave.agents.parsing import ParseFailure, describe_failure, parse_verdict
 from interleave.agents.prompts import Template, render_critic, render_rational_rewards
 from interleave.agents.rational_rewards import EDIT_ASPECTS, T2I_ASPECTS, parse_critique
 from interleave.models.concurrency import map_concurrently

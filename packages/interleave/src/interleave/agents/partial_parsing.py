@@ -7,7 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from interleave.agents.parsing import ParseMode, parse_verdict
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import parse_verdict
 from interleave.records import Verdict
 
 FormatRule = Literal["strict", "released"]

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from interleave.agents.parsing import ParseFailure, ParseMode, describe_failure, parse_plan
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import ParseFailure, describe_failure, parse_plan
 from interleave.agents.prompts import Template, expect_planner, render_planner, words_and_images
 from interleave.protocols import ChatModel, HashedImage, PlannerAnswer
 from interleave.records import Request

@@ -17,6 +17,7 @@ from typing import Any
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path, read_text
+from imgen_common.judging.escaping import OPENING, escape_control_tokens
 from interleave.agents.sources import constants
 from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Plan, Request, Verdict
@@ -29,18 +30,11 @@ PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "reque
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 IMAGE_MARKER = "<image>"
 
-JOINER = "\u2060"
-"""WORD JOINER: no width, no line break, in no tokenizer's control tokens."""
-OPENING = re.compile(r"(?:<(?=[<|/_A-Za-z\uff5c]|\Z)|\[(?=[/A-Za-z]|\Z))")
-"""Where a control token may begin: <|im_end|>, <think>, </s>, <<SYS>>, <image>, [INST], [/INST]; also at the very end,
-where the next piece of text may complete it."""
 CONTROL_TOKEN = re.compile(
     r"<image>|<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>"
     r"|</s>|<(?:bos|eos|pad)>|<(?:start|end)_of_turn>|\[/?INST\]"
 )
 """What a reader of rows takes for an image, or a tokenizer for an image or the end of a turn, wherever it occurs."""
-UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class TemplateFile(Config):
@@ -125,20 +119,6 @@ def _check(found: Template) -> None:
             f"template {found.name}: remove {token[0]}; {IMAGE_MARKER} is the place of an image, and turns are made by "
             "the model's chat template"
         )
-
-
-def escape_control_tokens(text: str) -> str:
-    """`text` without control tokens for any tokenizer; it reads the same, and escaping it again changes nothing.
-
-    - A zero-width WORD JOINER follows each `<` or `[` that may open a control token or tag, so that `<|im_end|>`,
-      `<|image_pad|>`, `<image>`, `</think>` or `[INST]` are spelled out letter by letter.
-    - Control characters but tab and line feed become spaces, other ends of lines line feeds, and halves of surrogate
-      pairs, which no UTF-8 text can hold, U+FFFD.
-    Braces need no care, since placeholders are filled in one pass.
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = SURROGATE.sub("\ufffd", UNREADABLE.sub(" ", text))
-    return OPENING.sub(lambda match: match[0] + JOINER, text)
 
 
 def expect_planner(template: Template) -> None:

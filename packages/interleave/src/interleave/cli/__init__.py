@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import typer
 
 from imgen_common.errors import run_cli
-from interleave.cli import benchmark, data, prefetch, run, serve, train
+from interleave.cli import benchmark, data, export_reward, prefetch, run, serve, train
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +24,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(benchmark.app, name="benchmark")
 app.command()(train.sft)
 app.command()(train.grpo)
+app.command()(export_reward.export_reward)
 
 RENAMED = {
     **dict.fromkeys(("-c", "--config"), "the file after REQUEST or FILE, as in: interleave run REQUEST CONFIG"),

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, nearest
-from interleave.agents.parsing import ParseFailure, ParseMode, parse_plan, parse_verdict
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.agents.prompts import IMAGE_MARKER, Template, expect_planner, load_template, nearest_prompt
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
 from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, shape_problem, text_problems

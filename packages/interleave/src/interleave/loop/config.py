@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, model_validator
 
 from imgen_common.config import Config
-from interleave.agents.parsing import ParseMode
+from imgen_common.judging.objects import ParseMode
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig
 from interleave.models.chat import ChatConfig

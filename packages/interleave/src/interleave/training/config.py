@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 from imgen_common.config import NO_SECRETS, Config
-from interleave.agents.parsing import ParseMode
+from imgen_common.judging.objects import ParseMode
 from interleave.agents.partial_parsing import FormatRule
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig

@@ -17,7 +17,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from interleave.agents.parsing import ParseMode, parse_verdict
+from imgen_common.judging.objects import ParseMode
+from interleave.agents.parsing import parse_verdict
 from interleave.agents.prompts import Template, render_critic
 from interleave.models.chat.local import to_conversation
 from interleave.protocols import BackendError, CriticInput, HashedImage

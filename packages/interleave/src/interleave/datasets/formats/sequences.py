@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from interleave.agents.prompts import escape_control_tokens, safe_json
+from imgen_common.judging.escaping import escape_control_tokens
+from interleave.agents.prompts import safe_json
 from interleave.datasets.files import copy_image, write_json
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.records import Attempt

@@ -27,6 +27,18 @@ def to_conversation(message: Message) -> list[dict[str, Any]]:
     return [*before, {"role": "user", "content": content}]
 
 
+def bound_pixels(processor: Any, most: int, ref: str) -> None:
+    """Makes the processor of the model `ref` scale larger images down.
+
+    Raises UserError where it bounds something else, such as the edges, or asks for more pixels.
+    """
+    size = dict(processor.image_processor.size)
+    least = size.get("shortest_edge")
+    if set(size) != {"shortest_edge", "longest_edge"} or least is None or least > most:
+        raise UserError(f"max_pixels {most}: the processor of {ref} takes {size}; give more, or null")
+    processor.image_processor.size = size | {"longest_edge": most}
+
+
 class LocalChatConfig(Config):
     """A vision-language model folder of transformers."""
 
@@ -83,7 +95,7 @@ class LocalChat:
         self._model.eval().requires_grad_(False).to(self._device)
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:
-            self._bound_pixels(config.max_pixels)
+            bound_pixels(self._processor, config.max_pixels, config.ref)
         self._context = self._model.config.get_text_config().max_position_embeddings
         # Answers to some messages, in batches that fit into memory; where one fails, the others are still answered
         self.answer: FittingBatches[Asked, Reply] = FittingBatches(
@@ -99,14 +111,6 @@ class LocalChat:
         """Release the model, once it is idle."""
         await self._batcher.close()
         self._model = None
-
-    def _bound_pixels(self, most: int) -> None:
-        """Raises UserError where the processor bounds something else, such as the edges, or asks for more pixels."""
-        size = dict(self._processor.image_processor.size)
-        least = size.get("shortest_edge")
-        if set(size) != {"shortest_edge", "longest_edge"} or least is None or least > most:
-            raise UserError(f"max_pixels {most}: the processor of {self.config.ref} takes {size}; give more, or null")
-        self._processor.image_processor.size = size | {"longest_edge": most}
 
     def _generate(self, asked: Sequence[Asked]) -> list[Reply]:
         import torch
