@@ -24,7 +24,7 @@ class Answer(BaseModel):
     key: what it depends on (`Question.key`).  raws: the words of every call, in order.  value: what was read in the
     last one; None where the question failed: then `error_kind` says how (`unreadable`: none of the answers was of the
     form that was asked for; others as of `JudgeError`), and `error` in words.  prompts: hash of the words of the
-    benchmark's questions.  date: UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had been answered.
+    benchmark's questions.  date: UTC, as ISO 8601 writes it, of this line.  num_calls: 0 where an equal question had been answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,11 +50,12 @@ class Answer(BaseModel):
 
 
 def read_answers(folder: Path) -> list[Answer]:
-    """All answers in a folder, in the order of the files' names; of an item's question the last.
+    """All answers in a folder, from the oldest to the newest; of an item's question the newest, whichever its file.
 
     Lines that cannot be read, as a kill leaves one, are left out.
     """
-    found = (answer for file in sorted(folder.glob(PATTERN)) for answer, _ in read_json_lines(file, Answer))
+    found = [answer for file in sorted(folder.glob(PATTERN)) for answer, _ in read_json_lines(file, Answer)]
+    found.sort(key=lambda answer: (answer.date, answer.is_final))  # of one second, a failure of the moment comes first
     return list({(answer.item, answer.question): answer for answer in found}.values())
 
 

@@ -129,7 +129,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         key=key,
         judge=judge.id,
         prompts=prompts,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=_now(),
         raws=tuple(reply.text for reply in replies),
         value=value,
         error=error,
@@ -142,4 +142,8 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
 
 def _reuse(kept: Answer, item: str, question: Question) -> Answer:
     costs = {"num_calls": 0, "num_prompt_tokens": 0, "num_completion_tokens": 0}
-    return kept.model_copy(update={"item": item, "question": question.name, **costs})
+    return kept.model_copy(update={"item": item, "question": question.name, "date": _now(), **costs})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
