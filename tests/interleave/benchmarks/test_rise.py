@@ -145,7 +145,7 @@ COLUMN = ("consistency_free",)
         (item(LOGICAL, reference_txt="7", **FREE), answers(None, "1"), 1, 5, 5),  # upstream ends here
         (item(LOGICAL, reference_txt="7", **FREE), answers(None, "0"), 0, 1, 1),  # 1 / 2, but at least 1
         (item(LOGICAL, reference_txt="7"), answers("1", "1 0"), 0, 1, 1),  # three numbers, as they are: .3 + .7, halved
-        # failed: accuracy 0, and no score
+        # failed: no score, and upstream's accuracy of 0 only where failures count
         (item(TEMPORAL), answers("5", "-", "5"), 0, None, None),
         (item(TEMPORAL), answers("5", "5"), 0, None, None),  # one is not there
         (item(TEMPORAL), {}, 0, None, None),
@@ -160,7 +160,7 @@ def test_items_are_worth_what_they_are_upstream(
     item: Item, answers: dict[str, Any], accuracy: int, score: float | None, upstream: float | None
 ) -> None:
     found = RISE.score(item, answers, as_zero=False)
-    assert found["accuracy"] == accuracy
+    assert found.get("accuracy") == (None if score is None else accuracy)
     for name, value in (("score", score), ("score_upstream", upstream)):
         assert found.get(name) == (None if value is None else pytest.approx(value, abs=1e-12)), name
     assert RISE.score(item, answers, as_zero=True)["accuracy"] == accuracy
@@ -200,8 +200,8 @@ def test_figures_are_percentages_over_items_not_over_categories() -> None:
     found = RISE.figures([(made, RISE.score(made, given, as_zero=False)) for made, given in rows])
     assert list(found)[:5] == ["accuracy", "accuracy_temporal", "accuracy_causal", "accuracy_logical", "score"]
     expected = {
-        "accuracy": 20,  # 1 of 5, the failed one in the denominator
-        "accuracy_temporal": 100 / 3,
+        "accuracy": 25,  # 1 of 4, without the failed one
+        "accuracy_temporal": 50,
         "accuracy_causal": 0,
         "accuracy_logical": 0,
         "score": 25 * (16.6 / 4 - 1),  # (5 + 4.4 + 3.4 + 3.8) / 4
@@ -225,7 +225,8 @@ def test_figures_are_percentages_over_items_not_over_categories() -> None:
     }
     assert dict(found) == pytest.approx(expected)
     worst = RISE.figures([(made, RISE.score(made, given, as_zero=True)) for made, given in rows])
-    assert worst["accuracy"] == 20
+    assert worst["accuracy"] == 20  # 1 of 5, as upstream
+    assert worst["accuracy_temporal"] == pytest.approx(100 / 3)
     assert worst["score"] == pytest.approx(25 * (20.4 / 5 - 1))  # the failed one: .3 + 2.5 + 1 = 3.8
     assert RISE.figures([]) == {}
 

@@ -119,8 +119,8 @@ class Rise:
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:
         """`accuracy` 0 or 1, and from 1 to 5 `score`, `score_upstream` and the dimensions.
 
-        An item with an answer that could not be read, or with more numbers than dimensions, has accuracy 0 and nothing
-        else, as upstream; as_zero: such an answer is the worst.
+        An item with an answer that failed, or with more numbers than dimensions, has none of them; as_zero: such an
+        answer is the worst.  Upstream its accuracy is 0, as with as_zero, but it has no score, as without.
         """
         return item_scores(item, answers, as_zero)
 

@@ -84,10 +84,10 @@ def parse_scores(answer: str) -> list[int]:
 
 
 def item_scores(item: Item, answers: Mapping[str, Any], as_zero: bool) -> Scores:
-    """`accuracy` 0 or 1; where the answers could be read, the dimensions, `score` and `score_upstream` from 1 to 5."""
+    """`accuracy` 0 or 1, and from 1 to 5 the dimensions, `score` and `score_upstream`; none, if answers failed."""
     marks = _marks(item, answers, as_zero)
     if marks is None:
-        return {"accuracy": 0.0}
+        return {}
     scores = {"accuracy": float(all(marks[name] == 5 for name in dimensions(item))), **marks}
     is_free = is_set(item.row, "consistency_free")
     has_column = "consistency_free" in item.row.get(COLUMNS, ())
