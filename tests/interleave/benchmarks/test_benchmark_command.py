@@ -65,7 +65,7 @@ def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys
         ("ueval", ["--data", "none"], (), "zlab-princeton/UEval on the Hugging Face Hub"),
         ("comm", ["--data", "none"], (), "weisuxi/CoMM on the Hugging Face Hub"),
         ("rise", ["--data", "none"], (), "PhoenixZ/RISEBench on the Hugging Face Hub"),
-        ("rise", [], (), "builtin:shapes/planner takes no images; --set planner.kind=none"),
+        ("rise", [], (), "builtin:shapes/planner takes no images; --set run.planner.kind=none"),
         ("wise", ["--stage", "judge"], (), "--stage 'judge': unknown; allowed: all, generate, score"),
         ("wise", ["--shard", "9/8"], (), "--shard 9/8: the parts of 8 are 1 to 8"),
         ("wise", ["--shard", "1/100"], (), "there are only 24 items"),
