@@ -24,7 +24,8 @@ class Answer(BaseModel):
     key: what it depends on (`Question.key`).  raws: the words of every call, in order.  value: what was read in the
     last one; None where the question failed: then `error_kind` says how (`unreadable`: none of the answers was of the
     form that was asked for; others as of `JudgeError`), and `error` in words.  prompts: hash of the words of the
-    benchmark's questions.  date: UTC, as ISO 8601 writes it, of this line.  num_calls: 0 where an equal question had been answered.
+    benchmark's questions.  date: of this line, UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had
+    been answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
