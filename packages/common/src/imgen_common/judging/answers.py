@@ -3,15 +3,17 @@
 Processes that share the work write a file each in one folder, and read all of them.
 """
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.files import append_line, read_json_lines, whole_lines
+from imgen_common.errors import UserError
+from imgen_common.files import append_line, lock, read_json_lines, whole_lines, writing
 
 PATTERN = "answers*.jsonl"
 FINAL = ("refused", "unreadable")
@@ -67,9 +69,25 @@ class AnswerLog:
         """part: what tells the files of processes that share the work apart, such as `2-of-8`."""
         self._file = folder / f"answers{f'.{part}' if part else ''}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        if self._file.exists():  # a kill may have left half a line
-            os.truncate(self._file, sum(map(len, whole_lines(self._file))))
-        kept = [answer for answer in read_answers(folder) if answer.is_final]
+        self._read()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from the file: they would ask the same.  Raises UserError if one has it."""
+        with writing(self._file):
+            file = self._file.open("ab")
+        with file:
+            if not lock(file):
+                raise UserError(
+                    f"{self._file}: another process asks a judge and writes its answers there; wait for it to end, or "
+                    "give each process a part of its own"
+                )
+            os.truncate(self._file, sum(map(len, whole_lines(self._file))))  # a kill may have left half a line
+            self._read()
+            yield
+
+    def _read(self) -> None:
+        kept = [answer for answer in read_answers(self._file.parent) if answer.is_final]
         self._by_key = {answer.key: answer for answer in kept}
         self._own = {(answer.item, answer.question): answer for answer in kept}
 

@@ -44,7 +44,7 @@ class Judging:
         """The answers to all questions of all items, by item and question.
 
         A question that fails is an answer without a value.  Raises UserError once the judge is not there for any
-        question, or failed too often; what was answered before is kept.
+        question, failed too often, or is asked by another process of this part; what was answered before is kept.
         """
         room, done, failed = asyncio.Semaphore(self.concurrency), 0, Counter[str]()
 
@@ -65,8 +65,9 @@ class Judging:
             return answers
 
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {name: group.create_task(one(name)) for name in items}
+            with self.log.held():
+                async with asyncio.TaskGroup() as group:
+                    tasks = {name: group.create_task(one(name)) for name in items}
         except BaseExceptionGroup as errors:
             failure = errors.exceptions[0]
             if not isinstance(failure, JudgeError):
