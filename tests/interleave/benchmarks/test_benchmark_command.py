@@ -113,7 +113,9 @@ def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[
     other = ("judge.kind=scripted", 'judge.answers=["Score: 0"]')
     layout = ("--outputs-from", str(tmp_path / "a" / "outputs"), "--limit", "3")
     assert interleave(*words("wise", tmp_path / "b", *layout, sets=other)) == 0
-    capsys.readouterr()
+    changed = ("judge.kind=scripted", 'judge.answers=["Score: 1"]')
+    assert interleave(*words("wise", tmp_path / "b", *layout, sets=changed)) == 2
+    assert "holds answers of the judge 'scripted " in capsys.readouterr().err
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     assert "| score " in capsys.readouterr().out
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "none")) == 2

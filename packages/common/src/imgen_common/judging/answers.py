@@ -23,11 +23,11 @@ FINAL = ("refused", "unreadable")
 class Answer(BaseModel):
     """What a judge said to one question of one item.
 
-    key: what it depends on (`Question.key`).  raws: the words of every call, in order.  value: what was read in the
-    last one; None where the question failed: then `error_kind` says how (`unreadable`: none of the answers was of the
-    form that was asked for; others as of `JudgeError`), and `error` in words.  prompts: hash of the words of the
-    benchmark's questions.  date: of this line, UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had
-    been answered.
+    key: what it depends on (`Question.key`).  shown: what another judge would see, too (`Question.shown`).  raws: the
+    words of every call, in order.  value: what was read in the last one; None where the question failed: then
+    `error_kind` says how (`unreadable`: none of the answers was of the form that was asked for; others as of
+    `JudgeError`), and `error` in words.  prompts: hash of the words of the benchmark's questions.  date: of this line,
+    UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had been answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +35,7 @@ class Answer(BaseModel):
     item: str
     question: str
     key: str
+    shown: str = ""
     judge: str
     prompts: str
     date: str

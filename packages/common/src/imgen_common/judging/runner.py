@@ -107,7 +107,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
 
     item, prompts: recorded with the answer.
     """
-    key = await asyncio.to_thread(question.key, judge.id)
+    key, shown = await asyncio.to_thread(lambda: (question.key(judge.id), question.shown()))
     replies: list[JudgeReply] = []
     value, error, kind = None, None, None
     for attempt in range(question.tries):
@@ -128,6 +128,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         item=item,
         question=question.name,
         key=key,
+        shown=shown,
         judge=judge.id,
         prompts=prompts,
         date=_now(),
