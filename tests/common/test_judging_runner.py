@@ -154,6 +154,34 @@ def test_processes_write_files_of_their_own_and_read_all(tmp_path: Path) -> None
     assert [(answer.item, answer.num_calls) for answer in read_answers(tmp_path)] == [("a", 1), ("b", 0)]
 
 
+def test_two_processes_do_not_ask_for_the_same_part(tmp_path: Path) -> None:
+    """Both would pay for every question, and the second would cut off the line that the first is writing."""
+    judge, items = FakeJudge(lambda text, number: "2"), {"a": [question("q", "one")]}
+    with (
+        AnswerLog(tmp_path, "1-of-2").held(),
+        pytest.raises(UserError, match=r"answers\.1-of-2\.jsonl: another process asks"),
+    ):
+        judge_all(judge, tmp_path, items, "1-of-2")
+    assert judge.calls == []
+    judge_all(judge, tmp_path, items, "1-of-2")
+    assert len(judge.calls) == 1
+
+
+def test_of_an_items_question_the_newest_answer_counts_whichever_its_file(tmp_path: Path) -> None:
+    """The whole failed for a moment; a part then asks again.  By their names, the file of the part comes first."""
+    failed = dict.fromkeys(("error", "error_kind"), "timeout")
+    for part, date, rest in (
+        ("", "2026-01-01T00:00:05+00:00", failed),
+        ("1-of-2", "2026-01-01T00:00:09+00:00", {"value": 3}),
+        ("2-of-2", "2026-01-01T00:00:09+00:00", failed),
+    ):
+        AnswerLog(tmp_path, part).add(answer("a", "q", None).model_copy(update={"date": date, **rest}))
+    assert [kept.value for kept in read_answers(tmp_path)] == [3]
+    kept = AnswerLog(tmp_path).find("aq", "a", "q")
+    assert kept is not None
+    assert kept.value == 3
+
+
 # --- questions that need an answer -----------------------------------------------------------------------------------
 
 

@@ -312,7 +312,7 @@ def test_a_key_that_is_no_longer_accepted_stops_the_scoring(tmp_path: Path) -> N
     judge = ChatJudge(model, load_template("judge_semantics"), load_template("judge_quality"))
     with pytest.raises(UserError, match=r"does not answer \(refused: .*status 401"):
         score_all(tmp_path, judge, looks_in(tmp_path, 2))
-    assert list(tmp_path.glob("scores/*/*")) == []
+    assert [file.read_text() for file in tmp_path.glob("scores/*/*")] == [""]
 
 
 # --- cache -----------------------------------------------------------------------------------------------------------

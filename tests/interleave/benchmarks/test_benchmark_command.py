@@ -65,7 +65,7 @@ def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys
         ("ueval", ["--data", "none"], (), "zlab-princeton/UEval on the Hugging Face Hub"),
         ("comm", ["--data", "none"], (), "weisuxi/CoMM on the Hugging Face Hub"),
         ("rise", ["--data", "none"], (), "PhoenixZ/RISEBench on the Hugging Face Hub"),
-        ("rise", [], (), "builtin:shapes/planner takes no images; --set planner.kind=none"),
+        ("rise", [], (), "builtin:shapes/planner takes no images; --set run.planner.kind=none"),
         ("wise", ["--stage", "judge"], (), "--stage 'judge': unknown; allowed: all, generate, score"),
         ("wise", ["--shard", "9/8"], (), "--shard 9/8: the parts of 8 are 1 to 8"),
         ("wise", ["--shard", "1/100"], (), "there are only 24 items"),
@@ -113,7 +113,9 @@ def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[
     other = ("judge.kind=scripted", 'judge.answers=["Score: 0"]')
     layout = ("--outputs-from", str(tmp_path / "a" / "outputs"), "--limit", "3")
     assert interleave(*words("wise", tmp_path / "b", *layout, sets=other)) == 0
-    capsys.readouterr()
+    changed = ("judge.kind=scripted", 'judge.answers=["Score: 1"]')
+    assert interleave(*words("wise", tmp_path / "b", *layout, sets=changed)) == 2
+    assert "holds answers of the judge 'scripted " in capsys.readouterr().err
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     assert "| score " in capsys.readouterr().out
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "none")) == 2

@@ -87,6 +87,7 @@ def test_failures_are_left_out_or_the_worst(benchmark: Benchmark, items: list[It
     assert benchmark.figures([]) == {}
     left_out = [(item, benchmark.score(item, {}, as_zero=False)) for item in items]
     worst = [(item, benchmark.score(item, {}, as_zero=True)) for item in items]
+    assert not any(scores for _, scores in left_out)
     assert all(scores for _, scores in worst)
     figures = benchmark.figures(worst)
     assert figures

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import pytest
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
 from interleave.agents.judge import ChatModelJudge
+from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
-from interleave.benchmarks.report import BenchmarkReport
+from interleave.benchmarks.report import BenchmarkReport, bootstrap_bounds
 from interleave.benchmarks.run import BenchmarkWork, Shard, score_now
 from interleave.benchmarks.setup import BenchmarkRequest, compare_folders, prepare, spread
 from interleave.benchmarks.shapes.judge import ShapesJudge
@@ -263,8 +265,34 @@ def test_two_judges_are_compared_on_the_same_items(tmp_path: Path) -> None:
     assert (found.name, found.num, found.same, found.difference) == ("score", 24, 0.75, -0.25)
     assert len(found.differing) == 6
     scored(work_on("wise", tmp_path / "c", written("wise", tmp_path / "few", make_right, 3), limit=3))
-    with pytest.raises(UserError, match="two judges are compared on the same items"):
+    with pytest.raises(UserError, match="two judges are compared on the same questions"):
         compare_folders(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["ueval", "comm"])
+def test_judges_of_different_outputs_are_not_compared(name: str, tmp_path: Path) -> None:
+    for place, make in (("a", make_right), ("b", make_broken)):
+        layout = written(name, tmp_path / f"{place} made", make, 3)
+        scored(work_on(name, tmp_path / place, layout, limit=3))
+    with pytest.raises(UserError, match="their judges saw different outputs of 3 items, such as 'shapes"):
+        compare_folders(tmp_path / "a", tmp_path / "b")
+    assert all(found.same == 1 for found in compare_folders(tmp_path / "a", tmp_path / "a"))
+    facts = tmp_path / "b" / "benchmark.json"
+    facts.write_text(facts.read_text().replace('"prompts": "', '"prompts": "other'))
+    with pytest.raises(UserError, match="their prompts differ"):
+        compare_folders(tmp_path / "a", tmp_path / "b")
+
+
+def test_intervals_are_of_items_within_their_categories() -> None:
+    """Of `a` 2 of 4 items are right: 1/16 of all resamplings have none right and 1/16 all, more than the 1/40 that are
+    outside an interval.  Of `b` all are, and they never fill the places of `a`.
+    """
+    rows = [(Item(f"{n}", ("x",), "a" if n < 4 else "b"), {"right": float(n % 2 or n >= 4)}) for n in range(8)]
+
+    def figures(rows: Any) -> dict[str, float]:
+        return {c: fmean(s["right"] for item, s in rows if item.category == c) for c in ("a", "b")}
+
+    assert bootstrap_bounds(figures, rows) == {"a": (0.0, 1.0), "b": (1.0, 1.0)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.benchmarks.base import Item, Output, Prompts
 from interleave.benchmarks.official.rise import DATA_FILES, Rise
-from interleave.benchmarks.official.rise_rules import CATEGORIES, COLUMNS, PROMPTS, parse_scores
+from interleave.benchmarks.official.rise_rules import CATEGORIES, COLUMNS, PROMPTS, parse_mark, parse_scores
 
 RISE = Rise()
 TEMPORAL, CAUSAL, SPATIAL, LOGICAL = CATEGORIES
@@ -60,11 +60,15 @@ def item(category: str, columns: tuple[str, ...] = (), **keys: Any) -> Item:
 def answers(*texts: str | None) -> dict[str, Any]:
     """Values in the order consistency, reasoning, plausibility; None: not asked, a dash: asked, and not read."""
     given = dict(zip(("consistency", "reasoning", "plausibility"), texts, strict=False))
-    return {
-        name: None if text == "-" else parse_scores(f"Why.\n**Final Score:** **{text}**")
-        for name, text in given.items()
-        if text is not None
-    }
+    return {name: mark(text) for name, text in given.items() if text is not None}
+
+
+def mark(text: str, *, is_logical: bool = True) -> int | None:
+    """What an answer is worth; None: it cannot be read."""
+    try:
+        return parse_mark(f"Why.\n**Final Score:** **{text}**", is_logical=is_logical)
+    except Unreadable:
+        return None
 
 
 # --- what an answer says ---------------------------------------------------------------------------------------------
@@ -109,6 +113,34 @@ def test_an_answer_without_a_number_cannot_be_read(answer: str) -> None:
         parse_scores(answer)
 
 
+@pytest.mark.parametrize(
+    ("text", "of_five", "logical"),
+    [
+        ("1", 1, 1),
+        ("5", 5, 5),
+        ("3/5", 3, 3),
+        ("0", None, 0),  # out of range: such an answer fails, and neither lifts nor lowers a mean unseen
+        ("6", None, 6),  # of logical items more than 1 counts as 1
+        ("99999999999", None, 99999999999),
+        ("5, 4", None, None),  # more than one number
+        ("1\n2", None, None),
+        ("-", None, None),
+    ],
+)
+def test_an_answer_is_one_number_in_its_range(text: str, of_five: int | None, logical: int | None) -> None:
+    assert mark(text, is_logical=False) == of_five
+    assert mark(text) == logical
+
+
+def test_the_range_is_that_of_the_items_kind(tmp_path: Path) -> None:
+    text = "Final Score: 0"
+    (logical, *_) = asked(tmp_path / "a", [row(LOGICAL, 1, reference_txt="7")])
+    assert logical.parse(text) == 0
+    for question in asked(tmp_path / "b", [row(TEMPORAL, 1)]):
+        with pytest.raises(Unreadable, match="the score 0 is not from 1 to 5"):
+            question.parse(text)
+
+
 # --- what an item is worth -------------------------------------------------------------------------------------------
 
 FREE: dict[str, Any] = {"consistency_free": True}
@@ -144,14 +176,14 @@ COLUMN = ("consistency_free",)
         (item(LOGICAL, reference_img="r.png"), answers("5", "3"), 1, 5, 5),  # more than 1 counts as 1
         (item(LOGICAL, reference_txt="7", **FREE), answers(None, "1"), 1, 5, 5),  # upstream ends here
         (item(LOGICAL, reference_txt="7", **FREE), answers(None, "0"), 0, 1, 1),  # 1 / 2, but at least 1
-        (item(LOGICAL, reference_txt="7"), answers("1", "1 0"), 0, 1, 1),  # three numbers, as they are: .3 + .7, halved
-        # failed: accuracy 0, and no score
+        # failed: no score, and upstream's accuracy of 0 only where failures count
         (item(TEMPORAL), answers("5", "-", "5"), 0, None, None),
         (item(TEMPORAL), answers("5", "5"), 0, None, None),  # one is not there
         (item(TEMPORAL), {}, 0, None, None),
         (item(TEMPORAL), answers("5, 5", "5", "5"), 0, None, None),  # four numbers
         (item(TEMPORAL, **FREE), answers(None, "5 5", "5"), 0, None, None),  # three, but for two dimensions
         (item(LOGICAL, reference_txt="7"), answers("1", "-"), 0, None, None),
+        (item(LOGICAL, reference_txt="7"), answers("1", "1 0"), 0, None, None),  # three numbers, but for two dimensions
         (item(LOGICAL, reference_txt="7"), answers("1 1", "1 1"), 0, None, None),  # four numbers
         (item(LOGICAL, reference_txt="7", **FREE), answers(None, "1 0"), 0, None, None),
     ],
@@ -160,7 +192,7 @@ def test_items_are_worth_what_they_are_upstream(
     item: Item, answers: dict[str, Any], accuracy: int, score: float | None, upstream: float | None
 ) -> None:
     found = RISE.score(item, answers, as_zero=False)
-    assert found["accuracy"] == accuracy
+    assert found.get("accuracy") == (None if score is None else accuracy)
     for name, value in (("score", score), ("score_upstream", upstream)):
         assert found.get(name) == (None if value is None else pytest.approx(value, abs=1e-12)), name
     assert RISE.score(item, answers, as_zero=True)["accuracy"] == accuracy
@@ -200,8 +232,8 @@ def test_figures_are_percentages_over_items_not_over_categories() -> None:
     found = RISE.figures([(made, RISE.score(made, given, as_zero=False)) for made, given in rows])
     assert list(found)[:5] == ["accuracy", "accuracy_temporal", "accuracy_causal", "accuracy_logical", "score"]
     expected = {
-        "accuracy": 20,  # 1 of 5, the failed one in the denominator
-        "accuracy_temporal": 100 / 3,
+        "accuracy": 25,  # 1 of 4, without the failed one
+        "accuracy_temporal": 50,
         "accuracy_causal": 0,
         "accuracy_logical": 0,
         "score": 25 * (16.6 / 4 - 1),  # (5 + 4.4 + 3.4 + 3.8) / 4
@@ -225,7 +257,8 @@ def test_figures_are_percentages_over_items_not_over_categories() -> None:
     }
     assert dict(found) == pytest.approx(expected)
     worst = RISE.figures([(made, RISE.score(made, given, as_zero=True)) for made, given in rows])
-    assert worst["accuracy"] == 20
+    assert worst["accuracy"] == 20  # 1 of 5, as upstream
+    assert worst["accuracy_temporal"] == pytest.approx(100 / 3)
     assert worst["score"] == pytest.approx(25 * (20.4 / 5 - 1))  # the failed one: .3 + 2.5 + 1 = 3.8
     assert RISE.figures([]) == {}
 
@@ -392,7 +425,7 @@ def test_the_questions_of_every_kind_of_item(
 def test_questions_are_as_the_authors_ask_them(tmp_path: Path) -> None:
     for question in asked(tmp_path, [row(TEMPORAL, 1)]):
         assert (question.system, question.tries) == ("", 1)
-        assert question.parse("**Final Score:** **4**") == [4]
+        assert question.parse("**Final Score:** **4**") == 4
     assert RISE.judge.model == "gpt-4.1-2025-04-14"
     assert RISE.judge.settings == {"temperature": 0, "max_tokens": 4096}
 

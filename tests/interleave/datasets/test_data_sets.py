@@ -935,7 +935,7 @@ def test_the_commands(
         (("build", recipe, "--out", tmp_path / "x", "--retry"), "--retry goes with --resume"),
         (("build", recipe, "--out", tmp_path / "x", "--set", "filters.vall=1"), "did you mean 'val'"),
         (("build", recipe, "--out", tmp_path / "x", "--set", "templates.critic=judge_quality"), "not a template"),
-        (("check", tmp_path / "none"), "not a file of a set"),
+        (("check", tmp_path / "none"), "none: no such file or folder"),
         (("agreement", out), "itself; give another judge"),
         (("agreement", out, "--set", "judge=null"), "name the one to compare with"),
     ]:

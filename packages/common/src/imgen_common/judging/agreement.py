@@ -46,6 +46,20 @@ def compare_judges(first: Sequence[Answer], second: Sequence[Answer]) -> list[Ag
     return [_agreement(name, found) for name, found in sorted(pairs.items())]
 
 
+def differently_shown(first: Sequence[Answer], second: Sequence[Answer]) -> list[str]:
+    """The items of which two judges answered questions of the same names, but not one with the same words and images.
+
+    A question that depends on an answer of the judge itself differs, even though the item is the same.
+    """
+    left, right = by_item(first), by_item(second)
+    common = {item: left[item].keys() & right[item].keys() for item in sorted(left.keys() & right.keys())}
+    return [
+        item
+        for item, names in common.items()
+        if names and all(left[item][name].shown != right[item][name].shown for name in names)
+    ]
+
+
 def _kind(question: str) -> str:
     return question.rstrip("0123456789 ")
 

@@ -3,15 +3,17 @@
 Processes that share the work write a file each in one folder, and read all of them.
 """
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.files import append_line, read_json_lines, whole_lines
+from imgen_common.errors import UserError
+from imgen_common.files import append_line, lock, read_json_lines, whole_lines, writing
 
 PATTERN = "answers*.jsonl"
 FINAL = ("refused", "unreadable")
@@ -21,10 +23,11 @@ FINAL = ("refused", "unreadable")
 class Answer(BaseModel):
     """What a judge said to one question of one item.
 
-    key: what it depends on (`Question.key`).  raws: the words of every call, in order.  value: what was read in the
-    last one; None where the question failed: then `error_kind` says how (`unreadable`: none of the answers was of the
-    form that was asked for; others as of `JudgeError`), and `error` in words.  prompts: hash of the words of the
-    benchmark's questions.  date: UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had been answered.
+    key: what it depends on (`Question.key`).  shown: what another judge would see, too (`Question.shown`).  raws: the
+    words of every call, in order.  value: what was read in the last one; None where the question failed: then
+    `error_kind` says how (`unreadable`: none of the answers was of the form that was asked for; others as of
+    `JudgeError`), and `error` in words.  prompts: hash of the words of the benchmark's questions.  date: of this line,
+    UTC, as ISO 8601 writes it.  num_calls: 0 where an equal question had been answered.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +35,7 @@ class Answer(BaseModel):
     item: str
     question: str
     key: str
+    shown: str = ""
     judge: str
     prompts: str
     date: str
@@ -50,11 +54,12 @@ class Answer(BaseModel):
 
 
 def read_answers(folder: Path) -> list[Answer]:
-    """All answers in a folder, in the order of the files' names; of an item's question the last.
+    """All answers in a folder, from the oldest to the newest; of an item's question the newest, whichever its file.
 
     Lines that cannot be read, as a kill leaves one, are left out.
     """
-    found = (answer for file in sorted(folder.glob(PATTERN)) for answer, _ in read_json_lines(file, Answer))
+    found = [answer for file in sorted(folder.glob(PATTERN)) for answer, _ in read_json_lines(file, Answer)]
+    found.sort(key=lambda answer: (answer.date, answer.is_final))  # of one second, a failure of the moment comes first
     return list({(answer.item, answer.question): answer for answer in found}.values())
 
 
@@ -65,9 +70,25 @@ class AnswerLog:
         """part: what tells the files of processes that share the work apart, such as `2-of-8`."""
         self._file = folder / f"answers{f'.{part}' if part else ''}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        if self._file.exists():  # a kill may have left half a line
-            os.truncate(self._file, sum(map(len, whole_lines(self._file))))
-        kept = [answer for answer in read_answers(folder) if answer.is_final]
+        self._read()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from the file: they would ask the same.  Raises UserError if one has it."""
+        with writing(self._file):
+            file = self._file.open("ab")
+        with file:
+            if not lock(file):
+                raise UserError(
+                    f"{self._file}: another process asks a judge and writes its answers there; wait for it to end, or "
+                    "give each process a part of its own"
+                )
+            os.truncate(self._file, sum(map(len, whole_lines(self._file))))  # a kill may have left half a line
+            self._read()
+            yield
+
+    def _read(self) -> None:
+        kept = [answer for answer in read_answers(self._file.parent) if answer.is_final]
         self._by_key = {answer.key: answer for answer in kept}
         self._own = {(answer.item, answer.question): answer for answer in kept}
 

@@ -62,11 +62,14 @@ class Question:
     answer_tokens: int = 100
     example: Any = None
 
+    def shown(self) -> str:
+        """sha256 (hex) of the words and images, whoever is asked."""
+        parts = [part if isinstance(part, str) else {"image": content_hash(part)} for part in self.message]
+        return hashlib.sha256(json.dumps([self.system, parts]).encode()).hexdigest()
+
     def key(self, judge: str) -> str:
         """sha256 (hex) of everything that an answer of the judge of that id depends on."""
-        parts = [part if isinstance(part, str) else {"image": content_hash(part)} for part in self.message]
-        sample = [self.sample] if self.sample else []
-        return hashlib.sha256(json.dumps([judge, self.system, parts, *sample]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([judge, self.shown(), self.sample]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

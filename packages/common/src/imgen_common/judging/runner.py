@@ -44,7 +44,7 @@ class Judging:
         """The answers to all questions of all items, by item and question.
 
         A question that fails is an answer without a value.  Raises UserError once the judge is not there for any
-        question, or failed too often; what was answered before is kept.
+        question, failed too often, or is asked by another process of this part; what was answered before is kept.
         """
         room, done, failed = asyncio.Semaphore(self.concurrency), 0, Counter[str]()
 
@@ -65,8 +65,9 @@ class Judging:
             return answers
 
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = {name: group.create_task(one(name)) for name in items}
+            with self.log.held():
+                async with asyncio.TaskGroup() as group:
+                    tasks = {name: group.create_task(one(name)) for name in items}
         except BaseExceptionGroup as errors:
             failure = errors.exceptions[0]
             if not isinstance(failure, JudgeError):
@@ -106,7 +107,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
 
     item, prompts: recorded with the answer.
     """
-    key = await asyncio.to_thread(question.key, judge.id)
+    key, shown = await asyncio.to_thread(lambda: (question.key(judge.id), question.shown()))
     replies: list[JudgeReply] = []
     value, error, kind = None, None, None
     for attempt in range(question.tries):
@@ -127,9 +128,10 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         item=item,
         question=question.name,
         key=key,
+        shown=shown,
         judge=judge.id,
         prompts=prompts,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=_now(),
         raws=tuple(reply.text for reply in replies),
         value=value,
         error=error,
@@ -142,4 +144,8 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
 
 def _reuse(kept: Answer, item: str, question: Question) -> Answer:
     costs = {"num_calls": 0, "num_prompt_tokens": 0, "num_completion_tokens": 0}
-    return kept.model_copy(update={"item": item, "question": question.name, **costs})
+    return kept.model_copy(update={"item": item, "question": question.name, "date": _now(), **costs})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from imgen_common.config import Config, load
 from imgen_common.errors import UserError
-from imgen_common.judging.agreement import Agreement, compare_judges
+from imgen_common.judging.agreement import Agreement, compare_judges, differently_shown
 from imgen_common.judging.answers import read_answers
 from interleave.benchmarks.base import Item, OfficialJudge
 from interleave.benchmarks.config import BenchmarkConfig
@@ -103,17 +103,23 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def compare_folders(first: Path, second: Path) -> list[Agreement]:
-    """How far the judges of two folders agree.  Raises UserError if they are of other items or outputs."""
+    """How far the judges of two folders agree.  Raises UserError if they are of other items, words or outputs."""
     left, right = read_facts(first), read_facts(second)
     if left is None or right is None:
         raise UserError(f"{first if left is None else second}: not a folder of `interleave benchmark`; give one")
-    for name in ("benchmark", "items"):
+    for name in ("benchmark", "items", "prompts"):
         if getattr(left, name) != getattr(right, name):
             raise UserError(
                 f"{first} and {second}: their {name} differ ({getattr(left, name)!r}, {getattr(right, name)!r}); two "
-                "judges are compared on the same items"
+                "judges are compared on the same questions"
             )
-    found = compare_judges(read_answers(first), read_answers(second))
+    answers = read_answers(first), read_answers(second)
+    if others := differently_shown(*answers):
+        raise UserError(
+            f"{first} and {second}: their judges saw different outputs of {len(others)} items, such as {others[0]!r}; "
+            "give the outputs/ of one as --outputs-from of the other"
+        )
+    found = compare_judges(*answers)
     if not found:
         raise UserError(f"{first} and {second}: have no question in common that both judges answered")
     return found

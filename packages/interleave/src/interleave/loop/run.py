@@ -89,17 +89,18 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
 
 
 def check_request(config: RunConfig, request: Request, *, any_words: bool = False) -> None:
-    """Raises UserError for a request that the built-in models cannot answer: of another world, unless `any_words`, or
-    with images for the planner, which takes none."""
+    """Raises UserError for a request that the built-in models cannot answer: of another world, unless `any_words` (it
+    is a benchmark's), or with images for the planner, which takes none."""
     planner, generator = config.planner, config.generator
     reader = generator if isinstance(planner, NoPlanner) else planner.model
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
     if not any_words and (unknown := describe_unknown_words(ref, request.text)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
+        key = "run.planner.kind" if any_words else "planner.kind"
         raise UserError(
-            f"{where}: {ref} takes no images; --set planner.kind=none makes the request the prompt of the only step, "
-            "or name another planner"
+            f"{where}: {ref} takes no images; --set {key}=none makes the request the prompt of the only step, or name "
+            "another planner"
         )
 
 

@@ -7,6 +7,7 @@ with a reference image reads the instruction.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from interleave.benchmarks.official.rise_rules import (
     is_logical,
     is_set,
     item_scores,
-    parse_scores,
+    parse_mark,
     percentages,
     plan,
 )
@@ -100,7 +101,7 @@ class Rise:
     def questions(self, item: Item, output: Output, prompts: Prompts, answers: Mapping[str, Any]) -> Sequence[Question]:
         """Up to three questions, each a text, then images as the authors' judge gets them; none without a result.
 
-        An answer without a number is not asked for again, as there.
+        An answer that cannot be read is not asked for again, as there.
         """
         if not output.images:
             return ()
@@ -108,19 +109,19 @@ class Rise:
         reference = item.row.get("reference_txt" if has_text_answer else "reference")
         values = {"instruct": item.row["instruction"], "reference": str(reference)}
         result = _shown(output.images[-1])
-        asked = []
+        asked, parse = [], partial(parse_mark, is_logical=is_logical(item))
         for dimension, prompt, key in plan(item):
             if dimension in dimensions(item):
                 first = () if key is None else (_shown(image_path(item.root, item.row[key], item.id)),)
                 message = (fill(prompts.texts[prompt], **values), *first, result)
-                asked.append(Question(dimension, message, parse_scores, tries=1, answer_tokens=ANSWER_TOKENS))
+                asked.append(Question(dimension, message, parse, tries=1, answer_tokens=ANSWER_TOKENS))
         return asked
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:
         """`accuracy` 0 or 1, and from 1 to 5 `score`, `score_upstream` and the dimensions.
 
-        An item with an answer that could not be read, or with more numbers than dimensions, has accuracy 0 and nothing
-        else, as upstream; as_zero: such an answer is the worst.
+        An item with an answer that failed has none of them; as_zero: such an answer is the worst.  Upstream its
+        accuracy is 0, as with as_zero, but it has no score, as without.
         """
         return item_scores(item, answers, as_zero)
 

@@ -83,11 +83,25 @@ def parse_scores(answer: str) -> list[int]:
     raise Unreadable("no `Final Score:` with a number")
 
 
+def parse_mark(answer: str, *, is_logical: bool) -> int:
+    """The one number of an answer: from 1 to 5, of logical items any, where all but 0 say yes.  Raises Unreadable.
+
+    Upstream an item with a number too many ends the run, or takes it for another dimension's, and no number is too
+    large.
+    """
+    numbers = parse_scores(answer)
+    if len(numbers) > 1:
+        raise Unreadable(f"{len(numbers)} numbers after `Final Score:`, not one")
+    if not is_logical and not 1 <= numbers[0] <= 5:
+        raise Unreadable(f"the score {str(numbers[0])[:9]} is not from 1 to 5")
+    return numbers[0]
+
+
 def item_scores(item: Item, answers: Mapping[str, Any], as_zero: bool) -> Scores:
-    """`accuracy` 0 or 1; where the answers could be read, the dimensions, `score` and `score_upstream` from 1 to 5."""
+    """`accuracy` 0 or 1, and from 1 to 5 the dimensions, `score` and `score_upstream`; none, if answers failed."""
     marks = _marks(item, answers, as_zero)
     if marks is None:
-        return {"accuracy": 0.0}
+        return {}
     scores = {"accuracy": float(all(marks[name] == 5 for name in dimensions(item))), **marks}
     is_free = is_set(item.row, "consistency_free")
     has_column = "consistency_free" in item.row.get(COLUMNS, ())
@@ -100,15 +114,10 @@ def item_scores(item: Item, answers: Mapping[str, Any], as_zero: bool) -> Scores
 
 def _marks(item: Item, answers: Mapping[str, Any], as_zero: bool) -> dict[str, float] | None:
     names = dimensions(item)
-    given = [answers.get(name) or [] for name in names]
-    numbers = [number for numbers in given for number in numbers]
-    if all(given) and len(numbers) == 3 > len(names) and names == ("consistency", "reasoning"):
-        return dict(zip(DIMENSIONS, map(float, numbers), strict=True))  # one answer held two numbers: as upstream
-    if not all(len(numbers) == 1 for numbers in given):
-        if not as_zero:
-            return None
-        given = [numbers if len(numbers) == 1 else [0 if is_logical(item) else 1] for numbers in given]
-    marks = {name: float(numbers[0]) for name, numbers in zip(names, given, strict=True)}
+    if not as_zero and any(answers.get(name) is None for name in names):
+        return None
+    worst = 0 if is_logical(item) else 1
+    marks = {name: float(worst if answers.get(name) is None else answers[name]) for name in names}
     return {name: 4 * min(mark, 1) + 1 for name, mark in marks.items()} if is_logical(item) else marks
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import zlib
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -22,8 +23,8 @@ class ScriptedChatConfig(Config):
 
     def build(self) -> "ScriptedChat":
         """The model."""
-        answers = itertools.cycle(self.answers)
-        return ScriptedChat(lambda message, seed: next(answers), self.latency)
+        answers, mark = itertools.cycle(self.answers), zlib.crc32(repr(self.answers).encode())
+        return ScriptedChat(lambda message, seed: next(answers), self.latency, f"scripted {mark:08x}")
 
 
 class ScriptedChat:
