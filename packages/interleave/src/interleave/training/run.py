@@ -244,9 +244,7 @@ def build_run_callback(
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
             run.log(state.global_step, {**numbers, **extra_metrics()})
-            if not args.fp16 and not math.isfinite(
-                numbers.get("grad_norm", 0.0)
-            ):
+            if not args.fp16 and not math.isfinite(numbers.get("grad_norm", 0.0)):
                 raise UserError(NOT_FINITE.format(state.global_step, "the gradient"))
 
     return RunCallback()
@@ -305,6 +303,13 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
 NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or lower trl.learning_rate"
 
 
+def _check_finite(modules: Mapping[Any, str], update: int) -> None:
+    for module, path in modules.items():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.grad is not None and weight.grad.isnan().any():
+                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
+
+
 def build_gradient_check(model: Any) -> Any:
     """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
 
@@ -339,10 +344,7 @@ def build_gradient_check(model: Any) -> Any:
                     if weight.requires_grad and weight.grad is None
                 ]
                 check_gradients(silent)
-            for module, path in called.items():
-                for name, weight in module.named_parameters(recurse=False):
-                    if weight.grad is not None and weight.grad.isnan().any() and not args.fp16:
-                        raise UserError(NOT_FINITE.format(state.global_step + 1, f"the gradient of {path}.{name}"))
+            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
             for module in called:
                 hooks.pop(module).remove()
             called.clear()
