@@ -13,9 +13,10 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from flowbp.config import DataConfig
+from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, caption_of, describe_row, score_images, source_thumbnails, sources_of
 from flowbp.data.prompts import load_prompts
+from flowbp.training.preflight import all_prompts
 from imgen_common.errors import UserError
 from imgen_common.images import content_hash, from_pil
 from imgen_common.shapes.edits import verify_edits
@@ -156,3 +157,19 @@ def test_rewards_get_captions_or_instructions_with_sources(tmp_path: Path) -> No
     assert seeing.seen == ["make it red", "a cat"]
     assert torch.equal(seeing.sources[0][0], from_pil([image])[0])
     assert seeing.sources[1] == ()
+
+
+@pytest.mark.parametrize("nothing", [0, 2.0, False])
+def test_only_what_is_empty_means_no_images(nothing: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: images: must be the path of an image or a list, got"):
+        load_prompts(row_file(tmp_path, {"prompt": "make it red", "images": nothing}))
+
+
+@pytest.mark.parametrize("column", ["images", "caption"])
+def test_a_column_that_no_row_fills_is_refused_before_a_run(column: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    file = row_file(tmp_path, {"prompt": "make it red", "images": "a.png", "caption": "a red house"})
+    data = DataConfig.model_validate({"prompts": file})
+    assert len(all_prompts(TrainConfig(data=data)).data) == 1
+    with pytest.raises(UserError, match=rf"data\.{column}: no row .* under 'pictures'"):
+        all_prompts(TrainConfig(data=data.model_copy(update={column: "pictures"})))

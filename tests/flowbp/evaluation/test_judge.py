@@ -229,3 +229,7 @@ def test_addresses() -> None:
     with pytest.raises(UserError) as error:
         check_url(f"https://user:{SECRET}@host/v1")
     assert SECRET not in str(error.value)
+
+
+def test_lines_may_end_as_on_windows() -> None:
+    assert parse_score("It is good.\r\nFinal Score: 4\r\n") == 4

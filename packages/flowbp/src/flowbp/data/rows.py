@@ -38,7 +38,7 @@ def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) 
     text, given, caption = row[data.key].strip(), row.get(data.images), row.get(data.caption)
     values = given() if callable(given) else given
     values = [values] if isinstance(values, str | dict) else values
-    if not values:
+    if values in (None, "", []):
         return text
     if not isinstance(values, list):
         raise UserError(f"{where}: {data.images}: must be the path of an image or a list, got {describe_type(values)}")

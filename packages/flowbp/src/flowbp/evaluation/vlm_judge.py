@@ -26,7 +26,9 @@ IMAGE_SIDE = 512
 POLICY = RetryPolicy(deadline=86400, initial_backoff=1.0)
 MAX_TOKENS = 1024
 """Of an answer."""
-FINAL_SCORE = re.compile(r"\bfinal score[ *]*:[ *]*([1-5](?:\.\d+)?)(?: ?/ ?5)?[ .*]*$", re.IGNORECASE | re.MULTILINE)
+FINAL_SCORE = re.compile(
+    r"\bfinal score[ *]*:[ *]*([1-5](?:\.\d+)?)(?: ?/ ?5)?[ .*]*\r?$", re.IGNORECASE | re.MULTILINE
+)
 # the words of the questions stay as they are: with other words, scores are not comparable with earlier ones
 QUESTIONS: dict[Criterion, str] = {
     "ur_align": (

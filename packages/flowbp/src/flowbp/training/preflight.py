@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flowbp.config import TrainConfig
-from flowbp.data.edits import check_edits, describe_row
+from flowbp.config import DataConfig, TrainConfig
+from flowbp.data.edits import caption_of, check_edits, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -119,13 +119,27 @@ def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
 
 
 def all_prompts(config: TrainConfig) -> Prompts:
-    """The prompts of a run."""
+    """The prompts of a run.  Raises UserError as `load_prompts`, and where `data.images` or `data.caption` was changed
+    to a column that no row fills."""
     data, evaluation = config.data, config.eval
-    return Prompts(
+    found = Prompts(
         load_prompts(config.data.prompts, data),
         load_prompts(evaluation.prompts, data, evaluation.num_prompts),
         load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts),
     )
+    edits = [prompt for part in found for prompt in part if sources_of(prompt)]
+    usual = DataConfig()
+    if data.images != usual.images and not edits:
+        raise UserError(
+            f"data.images: no row has an image under {data.images!r}, so there is no edit to train on; name the column "
+            "that has them, or take data.images out"
+        )
+    if data.caption != usual.caption and all(caption_of(prompt) == str(prompt) for prompt in edits):
+        raise UserError(
+            f"data.caption: no row with images has a text under {data.caption!r}; name the column that has what edits "
+            "should show, or take data.caption out"
+        )
+    return found
 
 
 def unread_prompts(config: TrainConfig) -> list[str]:

@@ -8,6 +8,7 @@ model/                          the trained model, for `chat.ref`
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
+from interleave.models.chat.local import check_renders
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import OptionsRefusedError, refusals_of_trl
@@ -242,6 +244,8 @@ def build_run_callback(
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
             run.log(state.global_step, {**numbers, **extra_metrics()})
+            if not args.fp16 and not math.isfinite(numbers.get("grad_norm", 0.0)):
+                raise UserError(NOT_FINITE.format(state.global_step, "the gradient"))
 
     return RunCallback()
 
@@ -259,6 +263,7 @@ def load_processor(config: TrainingConfig) -> Any:
 
     with loading(UNLOADABLE.format(config.model)):
         processor = AutoProcessor.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
+    check_renders(processor, config.model)
     if config.max_pixels is not None:  # as `LocalChat` does
         processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
     return processor
@@ -295,8 +300,18 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
         raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
 
 
+NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or lower trl.learning_rate"
+
+
+def _check_finite(modules: Mapping[Any, str], update: int) -> None:
+    for module, path in modules.items():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.grad is not None and weight.grad.isnan().any():
+                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
+
+
 def build_gradient_check(model: Any) -> Any:
-    """A callback that ends the run, before a weight changes, where a trained weight got no gradient in an update.
+    """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
 
     A module that an update does not call is not asked, as those of the vision tower are not on rows without images; it
     is checked after the first update that does.  Zeros are a gradient: A of an adapter gets no other while B is zero.
@@ -329,6 +344,7 @@ def build_gradient_check(model: Any) -> Any:
                     if weight.requires_grad and weight.grad is None
                 ]
                 check_gradients(silent)
+            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
             for module in called:
                 hooks.pop(module).remove()
             called.clear()

@@ -39,6 +39,12 @@ def bound_pixels(processor: Any, most: int, ref: str) -> None:
     processor.image_processor.size = size | {"longest_edge": most}
 
 
+def check_renders(processor: Any, ref: str) -> None:
+    """Raises UserError unless the processor has a chat template that renders a user turn."""
+    with loading(f"{ref}: its chat template cannot be used; take a model for chat, or copy chat_template.jinja again"):
+        processor.apply_chat_template(to_conversation(("hello",)), tokenize=False, add_generation_prompt=True)
+
+
 class LocalChatConfig(Config):
     """A vision-language model folder of transformers."""
 
@@ -85,6 +91,7 @@ class LocalChat:
         folder = hub.resolve(config.ref)
         with loading(f"{config.ref}: not a vision-language model that can be loaded"):
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            check_renders(self._processor, config.ref)
             self._model = load_whole(
                 AutoModelForImageTextToText,
                 folder,
