@@ -218,6 +218,7 @@ def test_the_estimate_is_within_a_tenth_of_what_the_judge_counts(name: str, tmp_
     report = scored(work)
     assert cost.calls == pytest.approx(report.num_calls, rel=0.1)
     assert cost.prompt_tokens == pytest.approx(report.num_prompt_tokens, rel=0.1)
+    assert cost.completion_tokens == pytest.approx(report.num_completion_tokens, rel=0.1)
     assert work.estimate(work.outputs(), ShapesJudge()).calls == 0
 
 

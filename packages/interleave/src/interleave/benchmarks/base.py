@@ -59,6 +59,10 @@ class Prompts:
     source: str = "our own words"
     is_official: bool = False
 
+    def answer_tokens(self, official: int, own: int) -> int:
+        """About how many tokens an answer has: to the authors' words, which may ask for reasons, or to ours."""
+        return official if self.is_official else own
+
     @property
     def hash(self) -> str:
         """The first 12 hex digits of the sha256 of all texts."""

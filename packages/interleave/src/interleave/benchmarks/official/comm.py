@@ -23,7 +23,6 @@ from interleave.datasets.files import read_json, write_json
 FOLDER = re.compile(r".+_task([1-4])")
 RESULTS, ORIGIN = "results.json", "origin"
 PICKLES = (".pth", ".pt", ".pkl")
-ANSWER_TOKENS = 250
 SOURCE = (
     "CoMM's test set is weisuxi/CoMM on the Hugging Face Hub; make a folder of it that holds a folder of each item, "
     f"named <data_id>_task<N> with N from 1 to 4, with {RESULTS} (model_input, input_image_list) and the images in "
@@ -84,7 +83,7 @@ class Comm:
         made, _ = rules.read_steps(rules.write_story(output.content), output.images, first)
         if item.category == "task 1":
             shown = rules.show_pairs(made, given, has_signs=False)
-            return (_ask("text", shown, rules.TEXT_FIELDS, prompts.texts[rules.TASK_1]),) if shown else ()
+            return (_ask("text", shown, rules.TEXT_FIELDS, prompts, rules.TASK_1),) if shown else ()
         if item.category == "task 2":
             shown = hidden = rules.show_pairs(given, made, has_signs=True)  # the authors' code hides none
             if not shown:
@@ -97,16 +96,16 @@ class Comm:
         ending = "_task2" if item.category == "task 2" else ""
         files = rules.image_files(made)
         fields = {name: rules.FIELDS[name] for name in rules.numbers_of(item.category) if name != "irs"}
-        num, describing = len(files), prompts.texts[rules.DESCRIPTIONS + ending]
+        num, each, describing = len(files), prompts.answer_tokens(40, 18), prompts.texts[rules.DESCRIPTIONS + ending]
         describe = partial(rules.parse_descriptions, first_image=first, num_images=num)
         asked = [
-            _ask("coherence", shown, fields, prompts.texts[rules.COHERENCE + ending]),
-            Question("descriptions", hidden, describe, describing, answer_tokens=40 * num, example=["x" * 160] * num),
+            _ask("coherence", shown, fields, prompts, rules.COHERENCE + ending),
+            Question("descriptions", hidden, describe, describing, answer_tokens=each * num, example=["x" * 160] * num),
         ]
         if descriptions := answers.get("descriptions"):
             said = descriptions if ending else [f"Description:{text}" for text in descriptions]
             match = rules.show_descriptions(said, files)
-            asked.append(_ask("match", match, {"irs": rules.FIELDS["irs"]}, prompts.texts[rules.MATCH]))
+            asked.append(_ask("match", match, {"irs": rules.FIELDS["irs"]}, prompts, rules.MATCH))
         return asked
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:
@@ -165,8 +164,9 @@ class Comm:
             write_json(place / RESULTS, row)
 
 
-def _ask(name: str, message: Message, fields: Mapping[str, tuple[str, ...]], prompt: str) -> Question:
-    return Question(name, message, partial(rules.parse_numbers, fields=fields), prompt, answer_tokens=ANSWER_TOKENS)
+def _ask(name: str, message: Message, fields: Mapping[str, tuple[str, ...]], prompts: Prompts, key: str) -> Question:
+    parse, tokens = partial(rules.parse_numbers, fields=fields), prompts.answer_tokens(250, 12 * len(fields))
+    return Question(name, message, parse, prompts.texts[key], answer_tokens=tokens)
 
 
 def _item_folders(data: Path) -> list[Path]:

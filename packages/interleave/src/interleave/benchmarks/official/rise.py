@@ -45,7 +45,6 @@ KEYS = ("index", "category", "instruction", "image")
 ANSWERS = {"spatial_reasoning": ("reference", "reference_img"), "logical_reasoning": ("reference_txt", "reference_img")}
 """Keys of which an item needs one; others need `reference`."""
 MAX_SIDE = 768
-ANSWER_TOKENS = 150
 SOURCE = (
     f"get RISEBench: its 64 items are the folder `data` of PhoenixZ810/RISEBench with {DATA_FILES[0]}, its 360 are "
     f"PhoenixZ/RISEBench on the Hugging Face Hub: {DATA_FILES[1]} with data.zip unpacked beside it; give that folder"
@@ -110,11 +109,12 @@ class Rise:
         values = {"instruct": item.row["instruction"], "reference": str(reference)}
         result = _shown(output.images[-1])
         asked, parse = [], partial(parse_mark, is_logical=is_logical(item))
+        tokens = prompts.answer_tokens(150, 6)
         for dimension, prompt, key in plan(item):
             if dimension in dimensions(item):
                 first = () if key is None else (_shown(image_path(item.root, item.row[key], item.id)),)
                 message = (fill(prompts.texts[prompt], **values), *first, result)
-                asked.append(Question(dimension, message, parse, tries=1, answer_tokens=ANSWER_TOKENS))
+                asked.append(Question(dimension, message, parse, tries=1, answer_tokens=tokens))
         return asked
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:

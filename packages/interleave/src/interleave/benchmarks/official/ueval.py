@@ -82,14 +82,14 @@ class Ueval:
         """
         words = {"text": "text", "image": "image_closed" if item.category in CLOSED else "image_open"}
         values = {"question": item.row["prompt"], "text_answer": "".join(output.texts)}
-        questions = []
+        questions, tokens = [], prompts.answer_tokens(10, 6)
         for kind in KINDS:
             asked = {f"{kind} {n}": rubric for n, rubric in enumerate(_rubrics(item, kind), 1)}
             asked = {name: rubric for name, rubric in asked.items() if name not in answers}
             images = [decode(file) for file in output.images] if asked and kind == "image" else []
             for name, rubric in asked.items():
                 text = reading.fill(prompts.texts[words[kind]], rubric_item=rubric, **values)
-                questions.append(Question(name, (text, *images), parse_met, tries=TRIES, answer_tokens=10))
+                questions.append(Question(name, (text, *images), parse_met, tries=TRIES, answer_tokens=tokens))
         return questions
 
     def score(self, item: Item, answers: Mapping[str, Any], *, as_zero: bool) -> Scores:

@@ -25,8 +25,8 @@ BUILDER = "build_evaluation_messages"  # the function of the authors' scripts th
 CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge", "chemistry")
 """What the data calls the categories, in small letters."""
-PARTS = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+PARTS = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 MARKS = "Consistency|Realism|Aesthetic Quality"
 MARK_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
 
@@ -48,8 +48,8 @@ class _Wise:
 
     name: str
     title: str
-    judge: OfficialJudge
     other: str
+    judge: OfficialJudge
     sizes: tuple[int, ...]
     folders: tuple[str, ...]
     files: tuple[tuple[str, ...], ...]
@@ -67,8 +67,9 @@ class _Wise:
         places = [[data / folder / name for name in names] for folder in self.folders for names in self.files]
         found = [data] if data.is_file() else next((place for place in places if any(map(Path.is_file, place))), None)
         if found is None:
-            wanted = " or ".join(", ".join(names) for names in self.files)
-            raise UserError(f"{data}: neither a file nor a folder with {wanted}; {hint}")
+            raise UserError(
+                f"{data}: neither a file nor a folder with {' or '.join(map(', '.join, self.files))}; {hint}"
+            )
         items = reading.unique_items(found, self._item, hint)
         if missing := sorted({*range(1, NUM_ITEMS + 1)} - {int(item.id) for item in items}):
             raise UserError(f"{data}: {len(missing)} of {NUM_ITEMS} items are missing, first {missing[0]}; {hint}")
@@ -92,7 +93,8 @@ class _Wise:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
         message, system = (words, decode(output.images[-1])), prompts.texts["system"]
-        return [Question(QUESTION, message, self.parse, system, answer_tokens=20)]
+        tokens = prompts.answer_tokens(20, 2 if self.name == "wise" else 12)
+        return [Question(QUESTION, message, self.parse, system, answer_tokens=tokens)]
 
     def read_outputs(self, folder: Path, items: Sequence[Item]) -> dict[str, Output]:
         """The images `<prompt_id>.png` of a folder, which may be of another format than their suffix says.

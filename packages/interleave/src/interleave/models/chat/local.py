@@ -91,7 +91,6 @@ class LocalChat:
         folder = hub.resolve(config.ref)
         with loading(f"{config.ref}: not a vision-language model that can be loaded"):
             self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            check_renders(self._processor, config.ref)
             self._model = load_whole(
                 AutoModelForImageTextToText,
                 folder,
@@ -99,6 +98,7 @@ class LocalChat:
                 dtype=dtype_of(config.dtype, self._device),
                 attn_implementation=config.attention,
             )
+        check_renders(self._processor, c.ref)
         self._model.eval().requires_grad_(False).to(self._device)
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:
