@@ -57,7 +57,7 @@ INTERLEAVE = {
     "grpo bad.yaml": "max_train_step",
     "grpo sft.yaml": "critic_rl.jsonl: no such file",
     "data build --out o --set a=1": "--set a=1",
-    "benchmark wise --out o --data none": "none: neither a file nor a folder with merge.json",
+    "benchmark wise --out o --data none": "none: no file, nor a folder with merge.json",
     "benchmark ueval --out o --set jugde.kind=shapes": "did you mean 'judge'",
     "benchmark rise --out o --stage judge": "allowed: all, generate, score",
     "benchmark agree none bad.yaml": "none: not a folder of `interleave benchmark`",

@@ -109,6 +109,7 @@ def ask(url: str, prompt: str = "a wall", criterion: Criterion = "ur_align", max
         ("It agrees. final score: 2/5.", 2),
         ("Final Score: 4\nFinal Score: 4", 4),
         ("Final Score: 4\nFinal Score: 3", None),
+        ("Final Score: 3 Final Score: 4", None),
         ("Final Score: 0.5", None),
         ("Final Score: 5.5", None),
         ("Final Score: 45", None),

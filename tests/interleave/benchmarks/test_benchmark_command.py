@@ -61,7 +61,7 @@ def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("name", "options", "sets", "said"),
     [
-        ("wise", ["--data", "none"], (), "none: neither a file nor a folder with merge.json"),
+        ("wise", ["--data", "none"], (), "none: no file, nor a folder with merge.json"),
         ("ueval", ["--data", "none"], (), "zlab-princeton/UEval on the Hugging Face Hub"),
         ("comm", ["--data", "none"], (), "weisuxi/CoMM on the Hugging Face Hub"),
         ("rise", ["--data", "none"], (), "PhoenixZ/RISEBench on the Hugging Face Hub"),

@@ -1,5 +1,6 @@
 """Models that no training can use: said in one line, before or at the first update."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,19 @@ def test_a_chat_template_that_cannot_be_used_is_said_at_once(template: str | Non
         load_processor(SftConfig(model=str(folder)))
     with pytest.raises(UserError, match=said):
         LocalChat(LocalChatConfig(ref=str(folder)))
+
+
+@pytest.mark.parametrize(("key", "tower"), [("patch_size", "patch_size"), ("merge_size", "spatial_merge_size")])
+def test_images_must_be_cut_as_the_vision_tower_reads_them(key: str, tower: str, tmp_path: Path) -> None:
+    folder = tmp_path / "critic"
+    shutil.copytree(hub.resolve("builtin:shapes/critic"), folder)
+    load_processor(SftConfig(model=str(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"][tower] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    said = rf"its image processor has {key} \d, its vision tower {tower} \d; copy preprocessor_config"
+    with pytest.raises(UserError, match=said):
+        load_processor(SftConfig(model=str(folder)))
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_a_weight_changes() -> None:

@@ -29,6 +29,8 @@ MAX_TOKENS = 1024
 FINAL_SCORE = re.compile(
     r"\bfinal score[ *]*:[ *]*([1-5](?:\.\d+)?)(?: ?/ ?5)?[ .*]*\r?$", re.IGNORECASE | re.MULTILINE
 )
+REPEATED = re.compile(r"final score[^\n]*final score", re.IGNORECASE)
+"""Two scores on one line."""
 # the words of the questions stay as they are: with other words, scores are not comparable with earlier ones
 QUESTIONS: dict[Criterion, str] = {
     "ur_align": (
@@ -58,8 +60,9 @@ def parse_score(answer: str) -> float:
 
     What a judge thinks in `<think>` before its answer does not count.
     """
-    found = {float(text) for text in FINAL_SCORE.findall(split_reasoning(answer)[1])}
-    if len(found) != 1 or max(found) > 5:
+    said = split_reasoning(answer)[1]
+    found = {float(text) for text in FINAL_SCORE.findall(said)}
+    if len(found) != 1 or max(found) > 5 or REPEATED.search(said):
         raise Unreadable("no single line 'Final Score: ' with a number from 1 to 5")
     return found.pop()
 

@@ -27,7 +27,7 @@ from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
-from interleave.models.chat.local import check_renders
+from interleave.models.chat.local import check_processor
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import OptionsRefusedError, refusals_of_trl
@@ -261,9 +261,10 @@ def load_processor(config: TrainingConfig) -> Any:
     """The model's processor, with images limited as at run time.  Raises UserError where it cannot be loaded."""
     from transformers import AutoProcessor
 
+    folder = hub.resolve(config.model, weights=False)
     with loading(UNLOADABLE.format(config.model)):
-        processor = AutoProcessor.from_pretrained(hub.resolve(config.model, weights=False), local_files_only=True)
-    check_renders(processor, config.model)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    check_processor(processor, folder, config.model)
     if config.max_pixels is not None:  # as `LocalChat` does
         processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
     return processor

@@ -114,7 +114,9 @@ def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
     columns = score_columns(rows)
     within = ", for Overall within each task" if not PERCENT.keys().isdisjoint(columns) else ""
     notes = [f"Below each mean its 95 % interval: percentile bootstrap over prompts{within}."]
-    notes = notes if columns else ["No scores yet; give --score KIND=REF."]
+    if not columns:
+        asked = any(row.scored for row in rows)
+        notes = ["No image has a score; see below." if asked else "No scores yet; give --score KIND=REF."]
     notes += [SHAPES_NOTE] if not SHAPES_TITLES.keys().isdisjoint(columns) else []
     for row in rows:
         notes += [

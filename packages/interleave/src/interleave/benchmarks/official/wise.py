@@ -67,9 +67,7 @@ class _Wise:
         places = [[data / folder / name for name in names] for folder in self.folders for names in self.files]
         found = [data] if data.is_file() else next((place for place in places if any(map(Path.is_file, place))), None)
         if found is None:
-            raise UserError(
-                f"{data}: neither a file nor a folder with {' or '.join(map(', '.join, self.files))}; {hint}"
-            )
+            raise UserError(f"{data}: no file, nor a folder with {' or '.join(map(', '.join, self.files))}; {hint}")
         items = reading.unique_items(found, self._item, hint)
         if missing := sorted({*range(1, NUM_ITEMS + 1)} - {int(item.id) for item in items}):
             raise UserError(f"{data}: {len(missing)} of {NUM_ITEMS} items are missing, first {missing[0]}; {hint}")

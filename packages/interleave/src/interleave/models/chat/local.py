@@ -1,6 +1,7 @@
 """A vision-language model of transformers on this machine: what is waiting is answered in one batch."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -9,7 +10,7 @@ from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
-from imgen_common.weights import load_whole, loading
+from imgen_common.weights import load_whole, loading, read_json
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
 
@@ -39,8 +40,20 @@ def bound_pixels(processor: Any, most: int, ref: str) -> None:
     processor.image_processor.size = size | {"longest_edge": most}
 
 
-def check_renders(processor: Any, ref: str) -> None:
-    """Raises UserError unless the processor has a chat template that renders a user turn."""
+PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
+"""Settings of the image processor, and of the vision tower in config.json, that must agree."""
+
+
+def check_processor(processor: Any, folder: Path, ref: str) -> None:
+    """Raises UserError unless a chat template renders a user turn, and images are cut as the vision tower reads."""
+    tower = read_json(folder / "config.json", folder).get("vision_config") or {}
+    for name, theirs in PATCHES:
+        given, read = getattr(processor.image_processor, name, None), tower.get(theirs)
+        if None not in (given, read) and given != read:
+            raise UserError(
+                f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
+                "preprocessor_config.json and config.json from one place"
+            )
     with loading(f"{ref}: its chat template cannot be used; take a model for chat, or copy chat_template.jinja again"):
         processor.apply_chat_template(to_conversation(("hello",)), tokenize=False, add_generation_prompt=True)
 
@@ -98,7 +111,7 @@ class LocalChat:
                 dtype=dtype_of(config.dtype, self._device),
                 attn_implementation=config.attention,
             )
-        check_renders(self._processor, c.ref)
+        check_processor(self._processor, folder, c.ref)
         self._model.eval().requires_grad_(False).to(self._device)
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:
