@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, folder_of
+from families import FAMILIES, LIKE_FLUX, folder_of
 from hypothesis import settings
 
 from flowbp import backbones
@@ -13,7 +13,9 @@ settings.register_profile("flowbp", deadline=None)
 settings.load_profile("flowbp")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(f, marks=pytest.mark.slow if f == LIKE_FLUX else ()) for f in FAMILIES]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random pipeline of each family, saved."""
     return folder_of(request.param, tmp_path_factory.mktemp("families"))

@@ -189,6 +189,10 @@ FAMILIES = {
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
 
 
+LIKE_FLUX = "flux_kontext"
+"""A family whose adapter is another's but for its sources: in the default tier only these are tested."""
+
+
 def folder_of(family: str, place: Path) -> Path:
     """A folder with a tiny random pipeline, as large models are published."""
     torch.manual_seed(0)

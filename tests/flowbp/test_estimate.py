@@ -79,6 +79,7 @@ def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
 
 
+@pytest.mark.slow
 def test_source_images_are_counted() -> None:
     plain, edits = estimated(), estimated("data.prompts=builtin:shapes/edits")
     assert edits.activation["encoding sources"] > 0

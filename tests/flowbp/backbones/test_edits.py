@@ -14,6 +14,7 @@ from families import FAMILIES, SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
 from PIL import Image
+from tiers import tiers
 
 from flowbp import backbones
 from flowbp.backbones.source_tokens import SIZES, TOKENS, pack_sources
@@ -118,7 +119,7 @@ def test_samples_of_several_layouts_share_a_batch(backbone: Backbone) -> None:
 
 
 GRADIENTS = [(family, method) for family in EDITORS for method in METHODS]
-QUICK = [("flux2", "flowbp_bridge"), ("flux_kontext", "flowbp_sparse")]
+QUICK = [("flux2", "flowbp_bridge")]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def rows(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("folder", EDITORS, indirect=True)
+@pytest.mark.parametrize("folder", tiers(EDITORS, default=["flux2"], slow=["flux_kontext"]), indirect=True)
 def test_updates_on_edits_do_not_depend_on_micro_batches_or_what_was_kept(folder: Path, tmp_path: Path) -> None:
     sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}", f"data.prompts={rows(tmp_path)}"]
     sets += [

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from families import FAMILIES, SIZE, folder_of
 from safetensors.torch import load_file, save_file
+from tiers import tiers
 from torch import Tensor, nn
 from trained_runs import TARGETS, ours, theirs, trained
 
@@ -30,6 +31,7 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
+PIPELINES["flux_kontext"] = "FluxKontextPipeline"
 RANK, ALPHA = 4, 2.0
 
 
@@ -86,7 +88,7 @@ def as_comfyui(run: Path, out: Path, family: str) -> Path:
 FORMS: tuple[Callable[[Path, Path, str], Path], ...] = (as_diffusers, as_comfyui, as_peft, as_kohya)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["flux2"], slow=["sd3", "flux", "flux_kontext"]))
 def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", TARGETS)

@@ -17,6 +17,10 @@ FAMILY_OF = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
 
+QUICK = ("flowbp_bridge", "lora_24gb", "edits_lora_24gb")
+"""Recipes that are checked whole in the default tier."""
+
+
 def test_there_are_recipes() -> None:
     assert RECIPES
 
@@ -35,7 +39,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "recipe", [r for r in RECIPES if r.parent.name != "miniature"], ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "recipe",
+    [
+        pytest.param(r, marks=() if r.stem in QUICK else pytest.mark.slow, id=f"{r.parent.name}/{r.stem}")
+        for r in RECIPES
+        if r.parent.name != "miniature"
+    ],
 )
 def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str, Path]) -> None:
     """With a tiny model of the same family and prompts of the miniature in the place of what is not here."""

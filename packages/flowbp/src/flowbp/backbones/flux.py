@@ -76,6 +76,10 @@ class FluxKontext(Flux):
 
     max_sources = 1
 
+    def has_linear_levels(self) -> bool:
+        """Always: this pipeline does not ask the scheduler for a spacing of its own."""
+        return True
+
     def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """As the pipeline: of the resolutions that Kontext was trained on, the one with the nearest ratio of sides."""
         ratio, multiple = size[1] / size[0], 2 * self.pipe.vae_scale_factor

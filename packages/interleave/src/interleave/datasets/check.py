@@ -215,7 +215,8 @@ def find_row_files(path: Path) -> list[Path]:
             raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}; {REMEDY}")
         return files
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a set's folder, or one of its files")
+        hint = nearest(path.name, FILES)
+        raise UserError(f"{path}: no such file or folder{hint}; give a set's folder, or one of its files")
     if path.name not in FILES:
         allowed = ", ".join(FILES)
         raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {allowed}; {REMEDY}")
