@@ -16,6 +16,7 @@ def test_there_are_four_short_ones() -> None:
     assert all(len([line for line in code.splitlines() if line.strip()]) <= 15 for code in EXAMPLES.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_examples_run(
     title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -70,7 +70,9 @@ def theirs(
     return pipe, pipe(prompt=PROMPTS[0], generator=torch.Generator().manual_seed(seed), **options).images
 
 
-@pytest.mark.parametrize("how", ["deeper", "prefixed", "other shape"])
+@pytest.mark.parametrize(
+    "how", tiers(["deeper", "prefixed", "other shape"], default=["deeper"], slow=["prefixed", "other shape"])
+)
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_weights_that_do_not_fit_are_found_before_a_run(how: str, part: str, sd3_folder: Path) -> None:
     about, file = sd3_folder / part / "config.json", next((sd3_folder / part).glob("*.safetensors"))

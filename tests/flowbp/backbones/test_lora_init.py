@@ -136,6 +136,7 @@ def test_original_names_of_sd3_are_those_of_diffusers_converter(tmp_path: Path) 
         torch.testing.assert_close(one.alpha / one.rank * one.up @ one.down, expected[f"{layer}.weight"], msg=layer)
 
 
+@pytest.mark.slow
 def test_ranks_and_alphas_of_single_layers_are_kept(tmp_path: Path) -> None:
     """As a file says them: in its matrices, alpha keys, PEFT's patterns or the header that diffusers writes."""
     model = folder_of("flux2", tmp_path)
@@ -286,6 +287,7 @@ def test_peft_adapters_that_are_no_plain_lora_are_refused(flux2: Path, tmp_path:
     assert lora.scale_of("transformer_blocks.0.attn.to_q") == pytest.approx(3 / 2**0.5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_checkpoint_and_not_the_adapter(flux2: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file(GOOD, file)

@@ -101,6 +101,7 @@ def test_the_gradient_of_the_distance_is_added(flux2: Path, sets: tuple[str, ...
     torch.testing.assert_close(found[60][0] - found[0][0], 2 * added, rtol=1e-3, atol=1e-4 * added.abs().max().item())
 
 
+@pytest.mark.slow
 def test_micro_batches_and_shared_forwards_change_nothing(flux2: Path) -> None:
     found = []
     for sets in ([], ["per_device_batch_size=1"], ["active_steps_per_forward=3"]):

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from tiers import tiers
 
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
@@ -225,7 +226,7 @@ def test_the_estimate_is_within_a_tenth_of_what_the_judge_counts(name: str, tmp_
 # --- parts, folders, other judges ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiers(NAMES, default=["wise"], slow=NAMES))
 def test_three_parts_have_the_table_of_one(name: str, tmp_path: Path) -> None:
     layout = written(name, tmp_path, make_right)
     whole = scored(work_on(name, tmp_path / "whole", layout))
