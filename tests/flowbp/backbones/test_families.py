@@ -40,6 +40,8 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["a red circle", "two blue crosses"]
+MISFITS = ("deeper", "prefixed", "other shape")
+"""How weights may differ from what config.json says."""
 
 
 @pytest.fixture

@@ -214,13 +214,9 @@ def find_row_files(path: Path) -> list[Path]:
         if not files:
             raise UserError(f"{path}: no set in it; a set has one of {', '.join(FILES)}; {REMEDY}")
         return files
-    if not path.exists():
-        there = [name for name in FILES if (path.parent / name).is_file()]
-        known = f"no such file; there are: {', '.join(there)}" if there else "no such file or folder"
-        raise UserError(f"{path}: {known}{nearest(path.name, there)}; give a set's folder, or one of its files")
     if path.name not in FILES:
-        allowed = ", ".join(FILES)
-        raise UserError(f"{path}: not a file of a set{nearest(path.name, FILES)}; allowed: {allowed}; {REMEDY}")
+        allowed, what = ", ".join(FILES), "not a file of a set" if path.exists() else "no such file or folder"
+        raise UserError(f"{path}: {what}{nearest(path.name, FILES)}; allowed: {allowed}; {REMEDY}")
     if not path.is_file():
         others = [name for name in FILES if (path.parent / name).is_file()]
         remedy = f"there are: {', '.join(others)}" if others else "make a set with interleave data build --out DIR"
