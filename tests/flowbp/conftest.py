@@ -14,7 +14,7 @@ settings.load_profile("flowbp")
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(f, marks=pytest.mark.slow if f == LIKE_FLUX else ()) for f in FAMILIES]
+    scope="module", params=[pytest.param(f, marks=pytest.mark.exhaustive if f == LIKE_FLUX else ()) for f in FAMILIES]
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random pipeline of each family, saved."""

@@ -25,7 +25,7 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"], slow=["flux_kontext"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"]))
 def test_an_exported_adapter_generates_the_same_image_in_diffusers(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
@@ -66,7 +66,7 @@ def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
         export_run(run, "diffusers", tmp_path / "none", step=7)
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"], slow=["flux_kontext"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"]))
 @pytest.mark.parametrize("lora", tiers(["null", "{rank: 4, alpha: 8}"], default=["null"], slow=["{rank: 4, alpha: 8}"]))
 def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
