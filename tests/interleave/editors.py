@@ -7,7 +7,6 @@ from diffusers import (
     AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
@@ -24,11 +23,6 @@ from scripts.miniature.world.vocabulary import qwen_tokenizer
 from tests.flowbp import families
 
 MARKS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-
-
-def kontext() -> FluxKontextPipeline:
-    """As FLUX.1-dev, but that it reads a reference."""
-    return FluxKontextPipeline(**families.flux().components)
 
 
 def qwen(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
@@ -93,8 +87,8 @@ def qwen(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     )
 
 
-PIPELINES = {name: family.make for name, family in families.FAMILIES.items()} | {
-    "kontext": kontext,
+PIPELINES = {name: family.make for name, family in families.FAMILIES.items() if name != families.LIKE_FLUX} | {
+    "kontext": families.flux_kontext,
     "qwen_edit": lambda: qwen(QwenImageEditPipeline),
     "qwen_edit_plus": lambda: qwen(QwenImageEditPlusPipeline),
 }
