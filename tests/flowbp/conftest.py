@@ -1,12 +1,14 @@
 """Tiny models of every family.  Property tests are not timed one by one: the machine may be busy."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from families import FAMILIES, LIKE_FLUX, folder_of
 from hypothesis import settings
 
-from flowbp import backbones
+from flowbp import backbones, cli
 from flowbp.core.types import Backbone
 
 settings.register_profile("flowbp", deadline=None)
@@ -25,3 +27,18 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def backbone(folder: Path) -> Backbone:
     """The same, loaded."""
     return backbones.load(str(folder))
+
+
+@pytest.fixture
+def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """`flowbp(*words)` -> exit code, output, errors."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flowbp", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        return int(stop.value.code or 0), output.out, output.err
+
+    return call

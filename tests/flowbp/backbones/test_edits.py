@@ -11,17 +11,15 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from families import FAMILIES, SIZE
-from fields import gradient, relative
-from oracle import backpropagate_jointly, roll
+from fields import relative
 from PIL import Image
+from sweeps import assert_sweep_is_joint
 from tiers import tiers
 
 from flowbp import backbones
 from flowbp.backbones.source_tokens import SIZES, TOKENS, pack_sources
 from flowbp.config import TrainConfig
-from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
-from flowbp.core.plan import draw_plan
 from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone
 from flowbp.data.edits import Edit, Source, check_edits
@@ -129,23 +127,8 @@ TIER = {("flux2", "flowbp_bridge"): (), ("flux_kontext", "flowbp_sparse"): pytes
 )
 def test_the_sweep_over_edits_is_the_joint_graph(folder: Path, method: str) -> None:
     backbone = backbones.load(str(folder), dtype=torch.float64)
-    backbone.net.requires_grad_(True)
     cond, negative = PromptEmbeddings(backbone)([*sources(backbone)[:2], "a red circle"])
-    velocity = guided_velocity(backbone.velocity, cond, negative, Guidance(scale=2.5, detach_negative=False))
-    sigmas = backbone.sigmas(12, SIZE).double()
-    drawn = draw_plan(METHODS[method], sigmas.tolist(), np.random.default_rng(0))
-    x_0 = backbone.noise(3, SIZE, torch.Generator().manual_seed(0)).double()
-    eps = torch.randn(max(drawn.copies, 1), *x_0.shape, generator=torch.Generator().manual_seed(1)).double()
-
-    def loss(x: torch.Tensor, rows: slice) -> torch.Tensor:
-        return backbone.decode(x).pow(2).mean((1, 2, 3))
-
-    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.rollout_spec), velocity, loss, noise=eps)
-    swept = gradient(backbone.net)
-    backbone.net.zero_grad()
-    backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
-    assert swept.norm() > 0
-    assert relative(swept, gradient(backbone.net)) < 1e-10
+    assert_sweep_is_joint(backbone, cond, negative, Guidance(scale=2.5, detach_negative=False), method)
 
 
 def rows(folder: Path) -> Path:

@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from families import FAMILIES, SIZE, folder_of
-from fields import gradient, relative
-from oracle import backpropagate_jointly, roll
 from safetensors.torch import load_file, save_file
+from sweeps import assert_sweep_is_joint
 from tiers import tiers
 
 from flowbp import backbones
@@ -25,9 +24,7 @@ from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options
 from flowbp.backbones.sd3 import SD3
 from flowbp.config import LoraConfig, ModelConfig, TrainConfig
-from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
-from flowbp.core.plan import draw_plan
 from flowbp.core.settings import Guidance
 from flowbp.core.types import Backbone
 from flowbp.evaluation import sampling
@@ -451,24 +448,7 @@ JOINT = [f"{method} {how}" for method in METHODS for how in GUIDANCE]
 def test_the_sweep_is_the_joint_graph(folder: Path, case: str) -> None:
     method, how = case.split()
     backbone = backbones.load(str(folder), dtype=torch.float64)
-    backbone.net.requires_grad_(True)
-    cond, negative = backbone.encode(PROMPTS), backbone.encode([""])
-    velocity = guided_velocity(backbone.velocity, cond, negative, GUIDANCE[how])
-    rng = np.random.default_rng(0)
-    sigmas = backbone.sigmas(12, SIZE).double()
-    drawn = draw_plan(METHODS[method], sigmas.tolist(), rng)
-    x_0 = backbone.noise(2, SIZE, torch.Generator().manual_seed(0)).double()
-    eps = torch.randn(max(drawn.copies, 1), *x_0.shape, generator=torch.Generator().manual_seed(1)).double()
-
-    def loss(x: torch.Tensor, rows: slice) -> torch.Tensor:
-        return backbone.decode(x).pow(2).mean((1, 2, 3))
-
-    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.rollout_spec), velocity, loss, noise=eps)
-    swept = gradient(backbone.net)
-    backbone.net.zero_grad()
-    backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
-    assert swept.norm() > 0
-    assert relative(swept, gradient(backbone.net)) < 1e-10
+    assert_sweep_is_joint(backbone, backbone.encode(PROMPTS), backbone.encode([""]), GUIDANCE[how], method)
 
 
 def test_decoding_is_differentiable(backbone: Backbone) -> None:

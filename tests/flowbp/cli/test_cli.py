@@ -66,23 +66,6 @@ def sets(*pairs: str) -> list[str]:
     return [word for pair in pairs for word in ("--set", pair)]
 
 
-def call_with(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["flowbp", *map(str, words)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    output = capsys.readouterr()
-    return int(stop.value.code or 0), output.out, output.err
-
-
-@pytest.fixture
-def flowbp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """flowbp(*words) -> (exit code, standard output, standard error), in this process."""
-    return lambda *words: call_with(capsys, monkeypatch, *words)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small run, made by the command."""

@@ -94,9 +94,6 @@ class FluxKontext(Flux):
         pixels: Tensor = processor.preprocess(processor.resize(image, height, width), height, width)
         return pixels
 
-    @torch.no_grad()
     def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
         """2x2 patches of the latents of a prepared source image."""
-        vae = self.pipe.vae
-        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
-        return nn.functional.pixel_unshuffle(latents, 2)[0]
+        return nn.functional.pixel_unshuffle(super().encode_source(pixels), 2)

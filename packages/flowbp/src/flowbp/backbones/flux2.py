@@ -98,7 +98,7 @@ class Flux2(pipelines.PipelineBackbone):
 
         Raises UserError for one that is too long.
         """
-        height, width = (side * -(-SMALLEST_SOURCE // min(size)) for side in size)
+        height, width = (side * _enlargement(size) for side in size)
         if max(size) > LONGEST_SOURCE * min(size):
             raise UserError(
                 f"{width}x{height} pixels: one side may be at most {LONGEST_SOURCE} times the other; cut the image"
@@ -111,18 +111,10 @@ class Flux2(pipelines.PipelineBackbone):
     def prepare_source(self, image: Image.Image) -> Float[Tensor, "1 3 h w"]:
         """Pixels in [-1, 1], as the pipeline prepares them."""
         height, width = self.source_size((image.height, image.width))
-        image = enlarge(image, -(-SMALLEST_SOURCE // min(image.size)))
         processor = self.pipe.image_processor
-        image = processor._resize_if_exceeds_area(image, LARGEST_SOURCE)
+        image = processor._resize_if_exceeds_area(enlarge(image, _enlargement(image.size)), LARGEST_SOURCE)
         pixels: Tensor = processor.preprocess(image, height=height, width=width, resize_mode="crop")
         return pixels
-
-    @torch.no_grad()
-    def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
-        """Normalized latents of a prepared source image."""
-        vae = self.pipe.vae
-        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
-        return latents[0]
 
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], differentiable (but for the clamp)."""
@@ -130,3 +122,8 @@ class Flux2(pipelines.PipelineBackbone):
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = x.to(vae.dtype) * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
         return pipelines.decode(vae, nn.functional.pixel_shuffle(patches, 2))
+
+
+def _enlargement(size: tuple[int, int]) -> int:
+    """By how much a source image is enlarged, so that its shorter side has `SMALLEST_SOURCE` pixels."""
+    return -(-SMALLEST_SOURCE // min(size))

@@ -161,9 +161,12 @@ class PipelineBackbone(ABC):
         """What `encode_source` takes.  Raises UserError as `source_size`."""
         raise self._cannot_edit()
 
+    @torch.no_grad()
     def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
-        """Latents of a source image, one token in each place."""
-        raise self._cannot_edit()
+        """Latents of a prepared source image, one token in each place: the pipeline's, normalized as it does."""
+        vae = self.pipe.vae
+        latents: Tensor = self.pipe._encode_vae_image(pixels.to(vae.device, vae.dtype), generator=None)
+        return latents[0]
 
     def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
         """`velocity` of samples that all have sources of one layout."""

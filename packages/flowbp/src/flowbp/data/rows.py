@@ -1,6 +1,6 @@
 """Prompts from rows of data, with their source images where rows have some."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import cycle, islice
@@ -36,31 +36,41 @@ def read_prompts(rows: Sequence[tuple[str, Mapping[str, Any]]], data: DataConfig
 
 def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) -> str:
     text, given, caption = row[data.key].strip(), row.get(data.images), row.get(data.caption)
-    values = given() if callable(given) else given
-    values = [values] if isinstance(values, str | dict) else values
-    if values in (None, "", []):
-        return text
-    if not isinstance(values, list):
-        raise UserError(f"{where}: {data.images}: must be the path of an image or a list, got {describe_type(values)}")
-    if caption is not None and not isinstance(caption, str):
-        raise UserError(f"{where}: {data.caption}: must be a text, got {describe_type(caption)}")
     try:
-        sources = [_source(partial(_load, value, folder)) for value in values]
+        files = [_stored(value, folder) for value in _values(given)]
+        sources = [Source(*_measure(file), partial(_load, given, k, folder)) for k, file in enumerate(files)]
     except UserError as error:
         raise UserError(f"{where}: {data.images}: {error}") from None
-    return Edit(text, sources, "" if caption is None or is_blank(caption) else caption.strip())
+    if sources and caption is not None and not isinstance(caption, str):
+        raise UserError(f"{where}: {data.caption}: must be a text, got {describe_type(caption)}")
+    return Edit(text, sources, "" if caption is None or is_blank(caption) else caption.strip()) if sources else text
 
 
-def _load(value: object, folder: Path) -> Image.Image:
-    """The image at a path, or what `datasets` stores of one."""
+def _values(given: Any) -> list[Any]:
+    """What a row has in its column of images; read anew where a dataset holds it, so that none is kept in memory."""
+    found = given() if callable(given) else given
+    found = [found] if isinstance(found, str | dict) else found
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise UserError(f"must be the path of an image or a list, got {describe_type(found)}")
+    return found
+
+
+def _stored(value: object, folder: Path) -> bytes | Path:
+    """The file of an image, at a path or as `datasets` stores it."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-        return decode(value["bytes"])
+        return bytes(value["bytes"])
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or is_blank(path):
         raise UserError(f"must be the path of an image, got {describe_type(path)}")
     if "://" in path:
         raise UserError("an image is a file, not an address; download it, and give its path")
-    return decode(folder / path)
+    return folder / path
+
+
+def _load(given: Any, index: int, folder: Path) -> Image.Image:
+    return decode(_stored(_values(given)[index], folder))
 
 
 def edits_of_files(instructions: Sequence[str], images: Sequence[Path]) -> list[str]:
@@ -70,13 +80,28 @@ def edits_of_files(instructions: Sequence[str], images: Sequence[Path]) -> list[
     """
     if blank := [number for number, text in enumerate(instructions, 1) if is_blank(text)]:
         raise UserError(f"prompt {blank[0]} of {len(instructions)} is empty; say what to draw")
-    sources = [_source(partial(decode, image)) for image in images]
+    sources = [Source(*_measure(image), partial(decode, image)) for image in images]
     return [Edit(text, sources) if sources else text for text in instructions]
 
 
-def _source(load: Callable[[], Image.Image]) -> Source:
-    image = load()
-    return Source(content_hash(image), (image.height, image.width), load)
+def _measure(stored: bytes | Path) -> tuple[str, tuple[int, int]]:
+    """Digest and (height, width) of an image; of a file that has not changed they are known."""
+    try:
+        about = stored.stat() if isinstance(stored, Path) else None
+    except (OSError, ValueError):  # `decode` says what is wrong
+        about = None
+    if about is None or isinstance(stored, bytes):
+        return _describe(decode(stored))
+    return _measure_file(stored, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _measure_file(path: Path, mtime_ns: int, size: int) -> tuple[str, tuple[int, int]]:
+    return _describe(decode(path))
+
+
+def _describe(image: Image.Image) -> tuple[str, tuple[int, int]]:
+    return content_hash(image), (image.height, image.width)
 
 
 def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -142,7 +167,11 @@ def shapes_edits(split: "Split", count: int) -> tuple[Edit, ...]:
 
     rng = numpy_generator(0, f"edits-{split}")
     found = (sample_edit(rng, split, kind) for kind in islice(cycle(EDIT_KINDS), count))
-    return tuple(Edit(one.instruction, [_source(partial(_draw_before, one))], one.caption, one) for one in found)
+    return tuple(Edit(one.instruction, [_drawn(one)], one.caption, one) for one in found)
+
+
+def _drawn(edit: "ShapesEdit") -> Source:
+    return Source(*_describe(_draw_before(edit)), partial(_draw_before, edit))
 
 
 def _draw_before(edit: "ShapesEdit") -> Image.Image:

@@ -88,6 +88,8 @@ def check_run(
         config = config.model_copy(update={"lora": lora})
     if config.eval.model is not None:
         check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
+        if not estimate_only:
+            hub.check_networks(hub.resolve(config.eval.model))
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}

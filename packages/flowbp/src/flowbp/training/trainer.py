@@ -20,7 +20,7 @@ from flowbp.core.guidance import guided_velocity
 from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, RolloutSpec, draw_plan
-from flowbp.core.types import ScoredLosses, Velocity
+from flowbp.core.types import Cond, ScoredLosses, Velocity
 from flowbp.data.edits import score_images
 from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
@@ -112,7 +112,7 @@ class Trainer:
         for start in range(first, first + batch.per_process, batch.per_device):
             samples = range(start, start + batch.per_device)
             prompts, x_0 = self._samples(samples)
-            velocity = self._velocity(prompts)
+            velocity = self._velocity(self.models.embeddings(prompts))
             x_end = rollout(
                 velocity, x_0, self.sigmas, RolloutSpec(frozenset(), frozenset(), len(self.sigmas) - 1)
             ).x_end
@@ -136,12 +136,11 @@ class Trainer:
         x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples)
         return [models.prompts[i] for i in chosen], x_0.to(self.accelerator.device)
 
-    def _velocity(self, prompts: Sequence[str]) -> Velocity:
-        """The guided velocity of samples with these prompts."""
-        cond, negative = self.models.embeddings(prompts)
-        return guided_velocity(self.models.backbone.velocity, cond, negative, self.config.classifier_free_guidance)
+    def _velocity(self, conds: tuple[Cond, Cond]) -> Velocity:
+        """The guided velocity of samples with this conditioning, of their prompts and of the negative one."""
+        return guided_velocity(self.models.backbone.velocity, *conds, self.config.classifier_free_guidance)
 
-    def _regulariser(self, prompts: Sequence[str]) -> Regulariser | None:
+    def _regulariser(self, conds: tuple[Cond, Cond]) -> Regulariser | None:
         """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
         equal weights both are equal bit for bit."""
         config, models = self.config, self.models
@@ -149,8 +148,7 @@ class Trainer:
             return None
         guidance = config.classifier_free_guidance
         guidance = guidance.model_copy(update={"batched": guidance.batched and not guidance.detach_negative})
-        cond, negative = models.embeddings(prompts)
-        velocity = guided_velocity((models.base or models.backbone).velocity, cond, negative, guidance)
+        velocity = guided_velocity((models.base or models.backbone).velocity, *conds, guidance)
 
         def base(x: Tensor, sigma: Tensor) -> Tensor:
             with without_adapters(models.backbone.net):
@@ -167,14 +165,15 @@ class Trainer:
             return torch.stack([normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]).to(device)
 
         # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
-        velocity = self.state.sync_on_last_backward(self._velocity(prompts))
+        conds = self.models.embeddings(prompts)
+        velocity = self.state.sync_on_last_backward(self._velocity(conds))
         trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
         options = BackwardOptions(
             scale=scale,
             combine=lambda gradients: combine_gradients(gradients, self.reward_weights, config.combine),
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
-            regulariser=self._regulariser(prompts),
+            regulariser=self._regulariser(conds),
         )
         loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))

@@ -1,0 +1,34 @@
+"""The sweep against the joint graph on a whole backbone, in float64."""
+
+import numpy as np
+import torch
+from families import SIZE
+from fields import gradient, relative
+from oracle import backpropagate_jointly, roll
+
+from flowbp.core.engine import backpropagate, rollout
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.plan import draw_plan
+from flowbp.core.settings import Guidance
+from flowbp.core.types import Backbone, Cond, batch_size
+from flowbp.methods import METHODS
+
+
+def assert_sweep_is_joint(backbone: Backbone, cond: Cond, negative: Cond, guidance: Guidance, method: str) -> None:
+    """The gradients of the two are equal to 1e-10 for samples with this conditioning."""
+    backbone.net.requires_grad_(True)
+    velocity = guided_velocity(backbone.velocity, cond, negative, guidance)
+    sigmas = backbone.sigmas(12, SIZE).double()
+    drawn = draw_plan(METHODS[method], sigmas.tolist(), np.random.default_rng(0))
+    x_0 = backbone.noise(batch_size(cond), SIZE, torch.Generator().manual_seed(0)).double()
+    eps = torch.randn(max(drawn.copies, 1), *x_0.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def loss(x: torch.Tensor, rows: slice) -> torch.Tensor:
+        return backbone.decode(x).pow(2).mean((1, 2, 3))
+
+    backpropagate(drawn, rollout(velocity, x_0, sigmas, drawn.rollout_spec), velocity, loss, noise=eps)
+    swept = gradient(backbone.net)
+    backbone.net.zero_grad()
+    backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
+    assert swept.norm() > 0
+    assert relative(swept, gradient(backbone.net)) < 1e-10
