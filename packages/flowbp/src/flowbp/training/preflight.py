@@ -69,7 +69,7 @@ def check_run(
     image sizes, adapters or switches that do not fit the model.
     """
     prompts = check_inputs(config, num_processes, weights=not estimate_only)
-    from flowbp.backbones.loading import check_same_shapes, layers_of_targets, mark_trainable
+    from flowbp.backbones.loading import layers_of_targets, mark_trainable
     from flowbp.backbones.lora import adopt_adapter
     from flowbp.core.plan import draw_plan
 
@@ -86,10 +86,6 @@ def check_run(
     if config.lora is not None and with_adapter:
         lora = adopt_adapter(config.lora, backbone.net, type(backbone.pipe).__name__)
         config = config.model_copy(update={"lora": lora})
-    if config.eval.model is not None:
-        check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
-        if not estimate_only:
-            hub.check_networks(hub.resolve(config.eval.model))
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
@@ -101,11 +97,12 @@ def check_run(
 
 
 def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
-    """The generator on the meta device, with its options; with `weights`, those of it and of the rewards are checked.
+    """The generator on the meta device, with its options; with `weights`, those of all models are checked.
 
     Only headers of files are read.
     """
     from flowbp import backbones
+    from flowbp.backbones.loading import check_same_shapes
     from flowbp.backbones.options import apply_model_options, check_machine
     from flowbp.training.loading import load_rewards
 
@@ -117,6 +114,10 @@ def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
         hub.check_networks(hub.resolve(model.ref))
         load_rewards(config, "meta")
     apply_model_options(backbone, model)
+    if config.eval.model is not None:
+        check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
+        if weights:
+            hub.check_networks(hub.resolve(config.eval.model))
     return backbone
 
 
