@@ -229,7 +229,7 @@ def test_the_precision_of_every_reward_is_tried(sets: list[str], rewards: list[s
     assert all(config_of(*sets, change) != plain for change in changes)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_says_what_would_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three settings, the last of which needs processes."""
     tried = ("model.gradient_checkpointing=true", "lora.rank=16")

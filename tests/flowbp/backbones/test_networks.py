@@ -199,13 +199,8 @@ def test_adapters_train_over_an_8_bit_base(folder: Path, dtype: str) -> None:
     assert all(torch.equal(next(pieces(w)), kept) for w, kept in zip(weights, before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"),
-    [
-        pytest.param("flux2", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("sd3", "eager", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "backend"), [("flux2", "aot_eager"), ("sd3", "eager")])
 def test_compiled_blocks_have_the_same_gradient(
     family: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

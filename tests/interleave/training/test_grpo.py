@@ -385,7 +385,8 @@ def test_a_signal_stops_between_two_rollouts(root: Path, taught: Path, tmp_path:
     assert digest(again) == digest(straight)
 
 
-@pytest.mark.parametrize("reward", tiers(["released", "trajectory"], slow=["trajectory"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("reward", ["released", "trajectory"])
 def test_processes_killed_at_random_moments_lose_nothing_and_do_nothing_twice(
     root: Path, taught: Path, tmp_path: Path, reward: Any
 ) -> None:

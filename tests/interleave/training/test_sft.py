@@ -847,7 +847,7 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(runs / "sft_planner")
 
 
-@pytest.mark.parametrize("shard", tiers(SHARDS, slow=["zero3", "fsdp2"]))
+@pytest.mark.parametrize("shard", tiers(SHARDS, slow=["fsdp2"]))
 def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     root: Path, alone: list[float], tmp_path: Path, shard: str
 ) -> None:
