@@ -19,14 +19,12 @@ serves both generators.  Finished trainings and cells are kept in `--work`; the 
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import torch
 import typer
 from annotated_types import Ge
 from pydantic import model_validator
@@ -40,13 +38,21 @@ from benchmarks.common import (
     run_command,
     write_json,
 )
+from benchmarks.cross.jobs import (
+    BenchmarkJob,
+    CommandRecipe,
+    Settings,
+    WorkFolderConfig,
+    recipe_arguments,
+    run_jobs,
+    run_training,
+    train_generator,
+)
 from benchmarks.cross.report import AGENTS, ALIGNED, BASE, GRPO, SFT, SINGLE, Cells, write_report
 from benchmarks.quality.interleave_miniature import StoryResult, load_stories, run_stories
 from benchmarks.quality.miniature_cells import weight_digests
 from flowbp.data.prompts import load_prompts
 from imgen_common.config import Config, load
-from imgen_common.run_folder.find import CONFIG
-from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.scene import parse_caption
 from imgen_common.shapes.steps import Draw, Story
 from interleave.loop.config import LoopConfig, ModelCritic, ModelPlanner, NoCritic, NoPlanner, RunConfig
@@ -59,7 +65,6 @@ VERSION = 2
 MODULE = "benchmarks.cross"
 FOLDER = Path("runs/two-by-two")
 CAPTIONS, STORIES, RIDDLES = "captions", "stories", "riddles"
-MAY_DIFFER = ("config.loop.concurrency",)
 
 
 class Generators(Config):
@@ -86,15 +91,6 @@ class Agents(Config):
         if self.grpo is None and not isinstance(self.sft.model, LocalChatConfig):
             raise ValueError("grpo: missing, and a critic that is not a local model cannot be trained here; name one")
         return self
-
-
-class CommandRecipe(Config):
-    """The configuration of a command; the benchmark adds models and folders."""
-
-    files: tuple[str, ...] = ()
-    """YAML files, relative to the working directory."""
-    sets: tuple[str, ...] = ()
-    """`KEY=VALUE` that override the files."""
 
 
 class CommandRecipes(Config):
@@ -136,33 +132,6 @@ class TwoByTwo(Config):
         return [*(p.ref for p in pipelines), *(c.ref for c in chats if isinstance(c, LocalChatConfig))]
 
 
-class WorkFolderConfig(Config):
-    """What the results in a work folder depend on."""
-
-    config: TwoByTwo
-    """Configuration of the benchmark."""
-    weights: dict[str, str]
-    """Digest of every model's weights by reference."""
-
-
-@dataclass(frozen=True)
-class BenchmarkJob:
-    """A training or a cell.
-
-    needs: jobs that must be finished before.  lane: jobs of one lane do not run at the same time, since the later one
-    finds images of the earlier one in the cache.  cell: generator, agents, kind of request; None for a training.
-    """
-
-    name: str
-    lane: str
-    needs: tuple[str, ...] = ()
-    cell: tuple[str, str, str] | None = None
-
-    def done_file(self, folder: Path) -> Path:
-        """The file that a finished job writes."""
-        return folder / "done" / f"{self.name}.json"
-
-
 def list_jobs(config: TwoByTwo) -> list[BenchmarkJob]:
     """All jobs, each after those that it needs; the trainings, which take longest, come first."""
     jobs = [BenchmarkJob("align", "align")] if config.generators.aligned is None else []
@@ -182,26 +151,16 @@ def list_jobs(config: TwoByTwo) -> list[BenchmarkJob]:
 # --- trainings -------------------------------------------------------------------------------------------------------
 
 
-def recipe_arguments(recipe: CommandRecipe, sets: Mapping[str, str | Config]) -> list[str]:
-    """The arguments of a command: the recipe's files and settings, and `sets` over them."""
-    texts = {key: value if isinstance(value, str) else value.model_dump_json() for key, value in sets.items()}
-    added = [f"{key}={text}" for key, text in texts.items()]
-    return [*recipe.files, *(part for one in (*recipe.sets, *added) for part in ("--set", one))]
-
-
-def train_generator(config: TwoByTwo, folder: Path) -> None:
+def align_generator(config: TwoByTwo, folder: Path) -> None:
     """Runs `flowbp train` and `flowbp export`, which leave `folder/aligned`."""
-    run = folder / "runs" / "align"
-    fresh = recipe_arguments(config.recipes.align, {"name": run.name, "model.ref": config.generators.base.ref})
-    fresh += ["--runs", str(run.parent)]
-    run_command(folder, "align", "flowbp", "train", *resume_arguments(run, fresh))
-    run_command(folder, "align", "flowbp", "export", str(run), "--to", "merged", "--out", str(folder / ALIGNED))
+    base: Settings = {"model.ref": config.generators.base.ref}
+    train_generator(folder, "align", config.recipes.align, base, folder / ALIGNED)
 
 
 def build_data_set(config: TwoByTwo, folder: Path) -> None:
     """Runs `interleave data build`, which leaves `folder/set`."""
     out = folder / "set"
-    sets: dict[str, str | Config] = {"run.generator": config.generators.base, "run.cache": str(folder / "cache")}
+    sets: Settings = {"run.generator": config.generators.base, "run.cache": str(folder / "cache")}
     fresh = recipe_arguments(config.recipes.data, sets | {"templates.critic": config.agents.sft.template})
     run_command(folder, "data", "interleave", "data", "build", *resume_arguments(out, [*fresh, "--out", str(out)]))
 
@@ -210,14 +169,14 @@ def train_critic(config: TwoByTwo, folder: Path) -> None:
     """Runs `interleave grpo`, which leaves `folder/runs/grpo/model`."""
     run, critic = folder / "runs" / "grpo", config.agents.sft
     assert isinstance(critic.model, LocalChatConfig)
-    sets: dict[str, str | Config] = {"model": critic.model.ref, "data": str(folder / "set")}
+    sets: Settings = {"model": critic.model.ref, "data": str(folder / "set")}
     sets |= {"template": critic.template, "generator": config.generators.base, "cache": str(folder / "grpo-cache")}
     fresh = [*recipe_arguments(config.recipes.grpo, sets), "--runs", str(run.parent), "--name", run.name]
     run_command(folder, "grpo", "interleave", "grpo", *resume_arguments(run, fresh))
 
 
 TRAININGS = {
-    "align": (train_generator, Path(ALIGNED)),
+    "align": (align_generator, Path(ALIGNED)),
     "data": (build_data_set, Path("set/set.json")),
     "grpo": (train_critic, Path("runs/grpo/model")),
 }
@@ -280,38 +239,11 @@ def run_job(config: TwoByTwo, folder: Path, job: BenchmarkJob) -> str:
     start = time.perf_counter()
     if job.cell is None:
         train, made = TRAININGS[job.name]
-        is_begun = (folder / f"{job.name}.log").exists()
-        if not (folder / made).exists():
-            train(config, folder)
-        content: dict[str, Any] = {"seconds": None if is_begun else time.perf_counter() - start}
+        content = run_training(folder, job.name, folder / made, lambda: train(config, folder))
     else:
         content = measure_cell(config, folder, job)
     write_json(job.done_file(folder), content)
     return f"{job.name}: {time.perf_counter() - start:.0f} s"
-
-
-def run_jobs(config: TwoByTwo, folder: Path, workers: int) -> None:
-    """Runs the unfinished jobs, in this process or in worker processes of one thread each."""
-    waiting = [job for job in list_jobs(config) if not job.done_file(folder).exists()]
-    if workers < 2:
-        for job in waiting:
-            print(run_job(config, folder, job), flush=True)
-        return
-    running: dict[Future[str], BenchmarkJob] = {}
-
-    def is_ready(job: BenchmarkJob) -> bool:
-        unfinished = {other.name for other in (*waiting, *running.values())}
-        return job.lane not in {other.lane for other in running.values()} and not unfinished & set(job.needs)
-
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        while waiting or running:
-            while len(running) < workers and (ready := next(filter(is_ready, waiting), None)):
-                waiting.remove(ready)
-                running[pool.submit(run_job, config, folder, ready)] = ready
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[done]
-                print(done.result(), flush=True)
 
 
 def read_cells(config: TwoByTwo, folder: Path) -> tuple[Cells, dict[str, float | None]]:
@@ -332,16 +264,11 @@ def run_two_by_two(config: TwoByTwo, folder: Path, workers: int, arguments: Sequ
     Raises UserError if the folder was made with another configuration or other weights, or is in use.
     """
     start = time.perf_counter()
-    owner = WorkFolderConfig(config=config, weights=weight_digests(dict.fromkeys(config.refs)))
     command = ["python", "-m", MODULE, *arguments]
-    is_begun = (folder / CONFIG).is_file()
-    run_folder = (
-        RunFolder.open(folder, owner, command, may_differ=MAY_DIFFER)
-        if is_begun
-        else RunFolder.create(folder, owner, command)
-    )
+    owner = WorkFolderConfig(config=config, weights=weight_digests(dict.fromkeys(config.refs)))
+    run_folder, is_begun = owner.open(folder, command)
     with run_folder:
-        run_jobs(config, folder, workers)
+        run_jobs(list_jobs(config), folder, workers, partial(run_job, config, folder))
         cells, seconds = read_cells(config, folder)
     about = {
         "version": VERSION,
