@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import format_versions, write_json
+from benchmarks.cross.plot import Panel, draw_panels
 from benchmarks.quality.interleave_miniature import ArmRow, StoryResult, format_gain, format_percent, summarize_arm
 from imgen_common.console import markdown_table
 from imgen_common.files import write_atomic
@@ -115,47 +116,11 @@ def write_report(cells: Cells, about: Mapping[str, Any], output: Path) -> str:
     return text
 
 
-# --- the plot --------------------------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 230, 250, 44, 46, 64, 26
-
-
 def draw_plot(rows: Mapping[Cell, ArmRow]) -> str:
     """The plot as SVG, with a panel for each kind of request: the right share by agents and generator."""
-    panels = "".join(draw_panel(rows, kind, LEFT + number * (WIDTH + GAP)) for number, kind in enumerate(KINDS))
-    legend = "".join(
-        f'<circle cx="{LEFT + 6 + 90 * i}" cy="14" r="4" fill="{color}"/>'
-        f'<text x="{LEFT + 16 + 90 * i}" y="18">{name}</text>'
-        for i, (name, color) in enumerate(COLORS.items())
-    )
-    width, height = LEFT + len(KINDS) * (WIDTH + GAP), TOP + HEIGHT + BOTTOM
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>{legend}{panels}</svg>\n'
-    )
-
-
-def draw_panel(rows: Mapping[Cell, ArmRow], kind: str, left: float) -> str:
-    """One panel, whose left edge is at `left`."""
-
-    def vertical(share: float) -> float:
-        return round(TOP + (1 - share) * HEIGHT, 1)
-
-    parts = [f'<text x="{left}" y="{TOP - 10}" font-weight="bold">{KINDS[kind]}, right %</text>']
-    for mark in range(0, 101, 20):
-        y = vertical(mark / 100)
-        parts.append(f'<line x1="{left}" x2="{left + WIDTH}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 4}" y="{y + 4}" text-anchor="end" font-size="10" fill="#555">{mark}</text>')
-    shown = [agents for agents in AGENTS if (BASE, agents, kind) in rows]
-    for place, agents in enumerate(shown):
-        middle = left + WIDTH * (place + 0.5) / len(shown)
-        for line, words in enumerate(agents.split(" + ")):
-            y = TOP + HEIGHT + 18 + 14 * line
-            parts.append(f'<text x="{middle}" y="{y}" text-anchor="middle" font-size="10">{words}</text>')
-        for offset, (generator, color) in zip((-7, 7), COLORS.items(), strict=True):
-            mean, low, high = rows[generator, agents, kind].right
-            x = middle + offset
-            parts.append(f'<line x1="{x}" x2="{x}" y1="{vertical(low)}" y2="{vertical(high)}" stroke="{color}"/>')
-            title = f"{generator}, {agents}: {100 * mean:.1f} %"
-            parts.append(f'<circle cx="{x}" cy="{vertical(mean)}" r="4" fill="{color}"><title>{title}</title></circle>')
-    return "".join(parts)
+    panels = []
+    for kind, name in KINDS.items():
+        shown = [agents for agents in AGENTS if (BASE, agents, kind) in rows]
+        points = {(agents, generator): rows[generator, agents, kind].right for agents in shown for generator in COLORS}
+        panels.append(Panel(f"{name}, right %", shown, points))
+    return draw_panels(panels, COLORS)

@@ -104,6 +104,30 @@ def test_a_caption_is_a_text(tmp_path: Path) -> None:
         load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png", "caption": ["b"]}))
 
 
+def test_rows_may_bring_answers_and_what_their_sources_show(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    rows = [
+        {"prompt": "make it red", "images": "a.png", "source_caption": "a blue house", "said": "It is red."},
+        {"prompt": "a cat", "said": "A cat."},
+        {"prompt": "a dog", "said": None, "answer": ["is not read"]},
+    ]
+    found = load_prompts(row_file(tmp_path, *rows), DataConfig(answer="said"))
+    assert [getattr(prompt, "answer", "") for prompt in found] == ["It is red.", "A cat.", ""]
+    assert [getattr(prompt, "source_caption", "") for prompt in found] == ["a blue house", "", ""]
+    assert len({describe_row(prompt) for prompt in found}) == 3
+    assert describe_row(copy.deepcopy(found[1])) == describe_row(found[1]) != "a cat"
+    assert not any(isinstance(prompt, Edit) for prompt in load_prompts(row_file(tmp_path, *rows))[1:])
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: said: must be a text, got a list"):
+        load_prompts(row_file(tmp_path, {"prompt": "a", "said": ["b"]}), DataConfig(answer="said"))
+
+
+def test_built_in_edits_say_what_their_sources_show() -> None:
+    (edit,) = load_prompts("builtin:shapes/edits/tune", limit=1)
+    assert isinstance(edit, Edit)
+    assert edit.shapes is not None
+    assert edit.source_caption == " and ".join(f"a {one.thing}" for one in edit.shapes.before.placed[:2])
+
+
 def test_built_in_edits_are_exact_and_apart_from_each_other() -> None:
     found = {split: load_prompts(f"builtin:shapes/edits/{split}", limit=30) for split in ("train", "tune", "test")}
     assert load_prompts("builtin:shapes/edits", limit=30) == found["train"]

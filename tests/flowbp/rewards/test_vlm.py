@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from vlms import FAMILIES, TEMPLATE, TOKEN, load_vlm, processor_of, vlm_folder, write_settings
 
+from flowbp.config import TrainConfig
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.preprocess import extract_patches
 from flowbp.rewards.vlm import model as vlm_model
@@ -19,6 +20,8 @@ from flowbp.rewards.vlm import reward as vlm_reward
 from flowbp.rewards.vlm.model import AnswerBatch
 from flowbp.rewards.vlm.reward import VlmReward
 from flowbp.rewards.vlm.settings import NumberRule, ObjectRule, TextRule, VlmSettings
+from flowbp.training import preflight
+from imgen_common.config import load
 from imgen_common.errors import UserError
 
 PROMPTS = ["make it red", "add two blue crosses below the green one"]
@@ -416,9 +419,21 @@ def test_a_prompt_may_bring_its_answer(folders: dict[str, Path]) -> None:
     assert found[1] != expected[1]
     none = load_vlm(with_settings(folders["qwen3_vl"], {"kind": "given"}))
     with pytest.raises(
-        UserError, match=r"the prompt 'add two .*' brings no answer; give one with each row, or answer\.t"
+        UserError, match=r"the prompt 'add two .*' brings no answer; give one with each row .*, or answer\.text"
     ):
         none(images, [own, PROMPTS[1]])
+
+
+def test_missing_answers_are_found_before_a_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat", "said": "yes"}, {"prompt": "a dog"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = with_settings(folders["qwen3_vl"], {"kind": "given"})
+    sets = [f"data.prompts={tmp_path / 'rows.jsonl'}", "data.answer=said", f"rewards=[{{ref: '{folder}', score: vlm}}]"]
+    sets += [f"eval.{key}={tmp_path / 'rows.jsonl'}" for key in ("prompts", "quick_prompts")]
+    with pytest.raises(UserError, match="the prompt 'a dog' brings no answer"):
+        preflight.check_run(load(TrainConfig, [], sets), 1)
+    with pytest.raises(UserError, match=r"data\.answer: no row has anything under 'sad'; name the column"):
+        preflight.check_run(load(TrainConfig, [], [*sets, "data.answer=sad"]), 1)
 
 
 def test_on_the_meta_device_no_weights_are_needed(folders: dict[str, Path]) -> None:

@@ -201,6 +201,11 @@ class DataConfig(Config):
     caption: str = "caption"
     """Name of the column with what the result of an edit should show, for rewards that do not see its sources; where
     rows have none, these read the instruction."""
+    source_caption: str = "source_caption"
+    """Name of the column with what the source images of an edit show, for `edit_clip`."""
+    answer: str | None = None
+    """Name of the column with the answer whose likelihood a `vlm` reward with an answer that is `given` scores.  null:
+    rows have none."""
     embeddings: Literal["memory", "disk", "live"] = "memory"
     """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
     `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""

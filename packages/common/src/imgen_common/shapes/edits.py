@@ -50,6 +50,11 @@ class Edit:
             return f"a {change.target} {change.place} a {change.anchor}"
         return " and ".join(f"a {thing}" for thing in dict.fromkeys((things[0], things[-1])))
 
+    @property
+    def source_caption(self) -> str:
+        """What the image before it shows, as the captions of the world say it: at most its first two things."""
+        return " and ".join(f"a {thing}" for thing in self.before.things[:2])
+
 
 def sample_edit(rng: np.random.Generator, split: Split = "train", kind: EditKind | None = None) -> Edit:
     """A random edit whose after-scene belongs to the split, so that no result crosses splits."""

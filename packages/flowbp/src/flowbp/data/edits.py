@@ -33,13 +33,16 @@ class Edit(str):
     """An instruction with its source images: a prompt like any other, to whoever only reads its words.  As texts are,
     two edits are equal if their words are, whatever their sources.
 
-    sources: in the order in which the instruction counts them.  caption: what the result should show, for rewards that
-    do not see the sources; the instruction itself where the data has none.  shapes: the edit of the shapes world that
-    it stands for, by which the verifier judges.
+    sources: in the order in which the instruction counts them; none where a prompt only brings an answer.  caption,
+    source_caption: what the result should show, for rewards that do not see the sources, and what the sources do.
+    answer: the one whose likelihood is a reward.  Where the data has none, the caption is the instruction itself, and
+    the others are empty.  shapes: the edit of the shapes world that it stands for, by which the verifier judges.
     """
 
     sources: tuple[Source, ...]
     caption: str
+    source_caption: str
+    answer: str
     shapes: "ShapesEdit | None"
 
     def __new__(
@@ -47,14 +50,17 @@ class Edit(str):
         instruction: str,
         sources: Sequence[Source],
         caption: str = "",
+        source_caption: str = "",
+        answer: str = "",
         shapes: "ShapesEdit | None" = None,
     ) -> "Edit":
         edit = super().__new__(cls, instruction)
-        edit.sources, edit.caption, edit.shapes = tuple(sources), caption or instruction, shapes
+        edit.sources, edit.caption, edit.source_caption = tuple(sources), caption or instruction, source_caption
+        edit.answer, edit.shapes = answer, shapes
         return edit
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.sources, self.caption, self.shapes
+        return str(self), self.sources, self.caption, self.source_caption, self.answer, self.shapes
 
 
 def sources_of(prompt: str) -> tuple[Source, ...]:
@@ -74,8 +80,10 @@ def source_thumbnails(prompt: str, size: tuple[int, int]) -> list[Image.Image]:
 
 def describe_row(prompt: str) -> str:
     """All that a prompt is made of, as one text, to compare data by."""
-    found = sources_of(prompt)
-    return "\0".join([prompt, caption_of(prompt), *(source.digest for source in found)]) if found else str(prompt)
+    if not isinstance(prompt, Edit):
+        return prompt
+    texts = [prompt.caption, *(text for text in (prompt.source_caption, prompt.answer) if text)]
+    return "\0".join([prompt, *texts, *(source.digest for source in prompt.sources)])
 
 
 def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> list[Sizes]:

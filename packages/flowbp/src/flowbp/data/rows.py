@@ -28,22 +28,29 @@ def read_prompts(rows: Sequence[tuple[str, Mapping[str, Any]]], data: DataConfig
 
     Every image is read once, to know that it can be.  Raises UserError naming the row otherwise.
     """
-    if not any(data.images in row for _, row in rows):
-        return [row[data.key].strip() for _, row in rows]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda row: _prompt(row[0], row[1], data, folder), rows))
 
 
 def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) -> str:
-    text, given, caption = row[data.key].strip(), row.get(data.images), row.get(data.caption)
+    text, given = row[data.key].strip(), row.get(data.images)
     try:
         files = [_stored(value, folder) for value in _values(given)]
         sources = [Source(*_measure(file), partial(_load, given, k, folder)) for k, file in enumerate(files)]
     except UserError as error:
         raise UserError(f"{where}: {data.images}: {error}") from None
-    if sources and caption is not None and not isinstance(caption, str):
-        raise UserError(f"{where}: {data.caption}: must be a text, got {describe_type(caption)}")
-    return Edit(text, sources, "" if caption is None or is_blank(caption) else caption.strip()) if sources else text
+    answer = "" if data.answer is None else _said(where, row, data.answer)
+    if not sources:
+        return Edit(text, [], answer=answer) if answer else text
+    return Edit(text, sources, _said(where, row, data.caption), _said(where, row, data.source_caption), answer)
+
+
+def _said(where: str, row: Mapping[str, Any], column: str) -> str:
+    """The text in a column; empty where there is none."""
+    text = row.get(column)
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: {column}: must be a text, got {describe_type(text)}")
+    return "" if text is None or is_blank(text) else text.strip()
 
 
 def _values(given: Any) -> list[Any]:
@@ -124,7 +131,8 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
         raise UserError(
             f"{path}: no column {data.key!r}{nearest(data.key, names)}; there are: {', '.join(names)}; set data.key"
         )
-    columns = {name: _column(dataset, path, name) for name in (data.key, data.caption) if name in names}
+    texts = (data.key, data.caption, data.source_caption, data.answer)
+    columns = {name: _column(dataset, path, name) for name in texts if name is not None and name in names}
     if data.images in names:
         stored = _without_decoding(dataset.select_columns([data.images]), data.images)
         columns[data.images] = [partial(_read_images, stored, path, data.images, i) for i in range(len(stored))]
@@ -167,7 +175,7 @@ def shapes_edits(split: "Split", count: int) -> tuple[Edit, ...]:
 
     rng = numpy_generator(0, f"edits-{split}")
     found = (sample_edit(rng, split, kind) for kind in islice(cycle(EDIT_KINDS), count))
-    return tuple(Edit(one.instruction, [_drawn(one)], one.caption, one) for one in found)
+    return tuple(Edit(one.instruction, [_drawn(one)], one.caption, one.source_caption, shapes=one) for one in found)
 
 
 def _drawn(edit: "ShapesEdit") -> Source:

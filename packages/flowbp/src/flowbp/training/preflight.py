@@ -4,13 +4,13 @@ What needs no torch is checked before torch is imported, so that a typo costs no
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import DataConfig, TrainConfig
-from flowbp.data.edits import caption_of, check_edits, describe_row, sources_of
+from flowbp.data.edits import Edit, check_edits, describe_row
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -75,9 +75,10 @@ def check_run(
 
     quiet_libraries()
     size = (config.model.height, config.model.width)
-    backbone = _check_models(config, weights=not estimate_only)
+    all_of_them = [*prompts.data, *prompts.eval, *prompts.quick]
+    backbone = _check_models(config, all_of_them, weights=not estimate_only)
     sharded = config.distributed.kind in ("fsdp2", "zero3")
-    layouts = check_edits([*prompts.data, *prompts.eval, *prompts.quick], backbone, one_layout=sharded)
+    layouts = check_edits(all_of_them, backbone, one_layout=sharded)
     sigmas = tuple(float(s) for s in backbone.sigmas(config.num_inference_steps, size, config.train_sigmas))
     plans = tuple(
         draw_plan(config.method, sigmas, numpy_generator(config.seed, "plan", update))
@@ -96,8 +97,9 @@ def check_run(
     )
 
 
-def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
-    """The generator on the meta device, with its options; with `weights`, those of all models are checked.
+def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool) -> "Backbone":
+    """The generator on the meta device, with its options; with `weights`, those of all models are checked, and that
+    the rewards can score the prompts.
 
     Only headers of files are read.
     """
@@ -112,7 +114,8 @@ def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
     if weights:
         check_machine(model)
         hub.check_networks(hub.resolve(model.ref))
-        load_rewards(config, "meta")
+        for reward in load_rewards(config, "meta").values():
+            getattr(reward, "check_prompts", lambda given: None)(prompts)
     apply_model_options(backbone, model)
     if config.eval.model is not None:
         check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
@@ -122,26 +125,30 @@ def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
 
 
 def all_prompts(config: TrainConfig) -> Prompts:
-    """The prompts of a run.  Raises UserError as `load_prompts`, and where `data.images` or `data.caption` was changed
-    to a column that no row fills."""
+    """The prompts of a run.  Raises UserError as `load_prompts`, and where a column of images, captions or answers was
+    named that no row fills."""
     data, evaluation = config.data, config.eval
     found = Prompts(
         load_prompts(config.data.prompts, data),
         load_prompts(evaluation.prompts, data, evaluation.num_prompts),
         load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts),
     )
-    edits = [prompt for part in found for prompt in part if sources_of(prompt)]
+    rows = [prompt for part in found for prompt in part if isinstance(prompt, Edit)]
+    filled = {
+        "images": any(row.sources for row in rows),
+        "caption": any(row.caption != str(row) for row in rows),
+        "source_caption": any(row.source_caption for row in rows),
+        "answer": any(row.answer for row in rows),
+    }
     usual = DataConfig()
-    if data.images != usual.images and not edits:
-        raise UserError(
-            f"data.images: no row has an image under {data.images!r}, so there is no edit to train on; name the column "
-            "that has them, or take data.images out"
-        )
-    if data.caption != usual.caption and all(caption_of(prompt) == str(prompt) for prompt in edits):
-        raise UserError(
-            f"data.caption: no row with images has a text under {data.caption!r}; name the column that has what edits "
-            "should show, or take data.caption out"
-        )
+    for key, is_filled in filled.items():
+        column = getattr(data, key)
+        if column != getattr(usual, key) and not is_filled:
+            where = "row" if key in ("images", "answer") else "row with images"
+            raise UserError(
+                f"data.{key}: no {where} has anything under {column!r}; name the column that has it, or take "
+                f"data.{key} out"
+            )
     return found
 
 

@@ -62,6 +62,11 @@ class VlmReward:
         settings = VlmSettings.load(folder)
         return cls(VisionLanguageModel.load(folder, device), settings)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises UserError for a prompt whose image cannot be scored: it brings no answer, where answers are given."""
+        if isinstance(self.settings.answer, GivenAnswer):
+            _given_texts(self.settings.answer, prompts)
+
     def __call__(
         self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str], sources: Sources = ()
     ) -> Float[Tensor, " b"]:
@@ -143,13 +148,8 @@ class VlmReward:
     # --- an answer that is given --------------------------------------------------------------------------------------
 
     def _score_given(self, prompts: PromptBatch, answer: GivenAnswer, given: Sequence[str]) -> Float[Tensor, " b"]:
-        texts = [getattr(prompt, "answer", None) or answer.text for prompt in given]
-        if None in texts:
-            raise UserError(
-                f"answer given: the prompt {given[texts.index(None)]!r} brings no answer; give one with each row, or "
-                f"answer.text in {FILE}"
-            )
-        ids = [[*self.vlm.token_ids(text), self.vlm.tokenizer.eos_token_id] for text in texts if text is not None]
+        texts = _given_texts(answer, given)
+        ids = [[*self.vlm.token_ids(text), self.vlm.tokenizer.eos_token_id] for text in texts]
         length, device = max(map(len, ids)), prompts.ids.device
         padded = torch.tensor([one + [one[-1]] * (length - len(one)) for one in ids], device=device)
         lengths = torch.tensor([len(one) for one in ids], device=device)
@@ -223,3 +223,14 @@ def _key(text: str, images: Sequence[Tensor]) -> int:
         means = adaptive_avg_pool2d(image.detach().float(), 4)
         digest.update((32 * means).round().byte().cpu().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
+
+
+def _given_texts(answer: GivenAnswer, prompts: Sequence[str]) -> list[str]:
+    """The answer of each prompt.  Raises UserError for one that brings none."""
+    texts = [getattr(prompt, "answer", "") or answer.text for prompt in prompts]
+    if None in texts:
+        raise UserError(
+            f"answer given: the prompt {prompts[texts.index(None)]!r} brings no answer; give one with each row "
+            f"(data.answer), or answer.text in {FILE}"
+        )
+    return [text for text in texts if text is not None]
