@@ -19,9 +19,10 @@ from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Item
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.report import BenchmarkReport, bootstrap_bounds
-from interleave.benchmarks.run import BenchmarkWork, Shard, score_now
+from interleave.benchmarks.run import BenchmarkWork, score_now
 from interleave.benchmarks.setup import BenchmarkRequest, compare_folders, prepare, spread
 from interleave.benchmarks.shapes.judge import ShapesJudge
+from interleave.loop.shards import Shard
 from interleave.models.chat.scripted import ScriptedChat
 from interleave.protocols import BackendError, Message, Reply
 from tests.interleave.benchmarks.gold import broken, right

@@ -23,7 +23,7 @@ from interleave.storage.trace import read_trace
 from interleave.training.config import GrpoConfig, SftConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
-COMMANDS = ("run", "batch", "plan", "report", "prefetch", "serve", "demo")
+COMMANDS = ("run", "batch", "merge", "plan", "report", "prefetch", "serve", "demo")
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
 NO = render_verdict(Verdict(success=False, refined_prompt="a bigger cat", reasoning="too small"))
@@ -185,6 +185,26 @@ def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: P
     code, out, _ = interleave("batch", "--resume", "some", "--retry", "--runs", tmp_path / "runs")
     assert code == 1
     assert "2 planner_failed" in out
+
+
+def test_a_batch_of_two_machines_is_that_of_one(interleave: Call, tmp_path: Path) -> None:
+    file, config, runs = tmp_path / "some.txt", recipe(tmp_path), tmp_path / "runs"
+    file.write_text("a cat\na hat\na bat\n")
+    assert interleave("batch", file, config, "--runs", runs, "--name", "whole")[0] == 0
+    for part in ("1/2", "2/2"):
+        assert interleave("batch", file, config, "--runs", runs, "--shard", part)[0] == 0
+    parts = [runs / f"some-{number}-of-2" for number in (1, 2)]
+    code, out, _ = interleave("merge", *parts, "--out", runs / "all")
+    assert (code, out) == (0, f"3 requests: {runs / 'all'}\n")
+    assert interleave("batch", "--resume", "all", "--runs", runs)[0] == 0
+    assert (runs / "all" / "requests.jsonl").read_bytes() == (runs / "whole" / "requests.jsonl").read_bytes()
+    found = [{name: entry.attempts for name, entry in read_trace(runs / one).items()} for one in ("all", "whole")]
+    assert [set(one) for one in found] == [set(found[0])] * 2
+    images = [[a.image_id for name in sorted(one) for a in one[name].values()] for one in found]
+    assert images[0] == images[1]
+    assert_refused(interleave("batch", "--resume", "all", "--shard", "1/2", "--runs", runs), "leave it out")
+    assert_refused(interleave("batch", file, config, "--shard", "3/2", "--runs", runs), "the parts of 2 are 1 to 2")
+    assert_refused(interleave("merge", *parts, "--out", runs / "all"), "all")
 
 
 def test_a_finished_batch_is_reported_not_done_again(interleave: Call, tmp_path: Path) -> None:

@@ -37,13 +37,22 @@ from interleave.datasets import requests as prompts
 from interleave.datasets.agreement import JudgeComparison, compare_judges
 from interleave.datasets.build import BuildProgress, write_rows
 from interleave.datasets.check import SetChecker, parse_set_row, read_set_info
-from interleave.datasets.config import BudgetConfig, DataConfig, FiltersConfig, ShapesPrompts, TemplatesConfig
+from interleave.datasets.config import (
+    BudgetConfig,
+    DataConfig,
+    FilePrompts,
+    FiltersConfig,
+    ShapesPrompts,
+    TemplatesConfig,
+)
 from interleave.datasets.filters import SetInfo, select_rows
 from interleave.datasets.formats.execution import write_execution_record
 from interleave.datasets.formats.training import write_rl, write_sft
 from interleave.datasets.importing import import_set
 from interleave.datasets.inspect import read_row
 from interleave.datasets.rows import Evaluation, FinishedStory, RlRow, SftRow
+from interleave.loop.requests import load_requests
+from interleave.loop.shards import merge_shards
 from interleave.pages.dataset import write_page
 from interleave.protocols import BackendError, Components, CriticInput, GenerationRequest, HashedImage
 from interleave.records import (
@@ -314,6 +323,48 @@ def test_stopped_anywhere_a_build_ends_as_if_it_were_not(tmp_path: Path, asked: 
     written = Counter((line["trajectory_id"], line["step"], line["attempt"]) for line in lines if "attempt" in line)
     assert max(written.values()) == 1
     assert len(jobs) <= len(written) + 16 * stops
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_build_of_many_machines_is_that_of_one(tmp_path: Path, asked: Path, count: int) -> None:
+    """The last part was stopped, and what it left is done after merging."""
+    whole = build(tmp_path / "whole", asked)
+    parts_ = [tmp_path / f"part-{number}" for number in range(1, count + 1)]
+    for number, part in enumerate(parts_, 1):
+        budget = BudgetConfig(max_images=1 if number == count else None)
+        build(part, asked, shard=f"{number}/{count}", budget=budget)
+        assert len(load_requests(part)) in (12 // count, 12 // count + 1)
+    assert merge_shards(parts_, tmp_path / "all") == 12
+    again = build(tmp_path / "all", asked)
+    assert again.rows == whole.rows
+    assert files(tmp_path / "all") == files(tmp_path / "whole")
+    judged = [line for part in parts_ for line in (part / "scores").rglob("answers.jsonl")]
+    assert len(judged) == count
+
+
+def test_a_part_is_built_further_as_that_part(tmp_path: Path, asked: Path) -> None:
+    out = tmp_path / "part"
+    config = DataConfig(prompts=FilePrompts(path=str(asked)), shard="2/5")
+    for _ in range(2):  # nothing was recorded the first time
+        with building.open_build(out, config, ["test"]) as requests:
+            assert [request.id for request in requests] == ["r1", "r6", "r11"]
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Path) -> None:
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    for out, changes in ((one, {"shard": "1/2"}), (two, {"shard": "2/2"}), (other, {"max_unscored": 0.5})):
+        with building.open_build(out, DataConfig(prompts=FilePrompts(path=str(asked)), **changes), ["test"]):
+            pass
+    for shards, message in [
+        ([one, two, one], "request 'r0' is in two of the folders; give every part once"),
+        ([one, other], "other: another configuration than .*one in max_unscored; merge parts of one"),
+        ([one, tmp_path], "no config.yaml or no requests.jsonl in it"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            merge_shards(shards, tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    with pytest.raises(UserError, match=r"--shard 13/13: there are only 12 items"):
+        build(tmp_path / "none", asked, shard="13/13")
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from interleave.benchmarks.report import BenchmarkReport, make_report, table_mar
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.loop import run as session
 from interleave.loop.requests import load_requests, make_interleaved_request, make_request
+from interleave.loop.shards import ALL, Shard
 from interleave.protocols import ChatModel
 from interleave.records import Record, Request
 from interleave.storage.images import IMAGES, ImageStore
@@ -61,33 +62,6 @@ def read_facts(out: Path) -> BenchmarkFacts | None:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Part `number` of `count`: every count-th item."""
-
-    number: int = 1
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Shard":
-        """`2/8`.  Raises UserError."""
-        number, _, count = text.partition("/")
-        if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()) or len(text) > 11:
-            raise UserError(f"--shard {text}: must be like 2/8, the second of eight parts")
-        if not 1 <= int(number) <= int(count):
-            raise UserError(f"--shard {text}: the parts of {count} are 1 to {count}")
-        return cls(int(number), int(count))
-
-    @property
-    def part(self) -> str:
-        """What its files are named by; empty where it is all."""
-        return f"{self.number}-of-{self.count}" if self.count > 1 else ""
-
-    def of(self, items: Sequence[Item]) -> list[Item]:
-        """Its items."""
-        return list(items[self.number - 1 :: self.count])
-
-
-@dataclass(frozen=True)
 class BenchmarkWork:
     """A benchmark in a folder, and the part of it that this process does.
 
@@ -99,7 +73,7 @@ class BenchmarkWork:
     items: Sequence[Item]
     prompts: Prompts
     out: Path
-    shard: Shard = Shard()
+    shard: Shard = ALL
     outputs_from: Path | None = None
     command: Sequence[str] = field(default_factory=tuple)
 

@@ -12,8 +12,9 @@ from imgen_common.judging.answers import read_answers
 from interleave.benchmarks.base import Item, OfficialJudge
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.registry import BENCHMARKS
-from interleave.benchmarks.run import BenchmarkWork, Shard, read_facts
+from interleave.benchmarks.run import BenchmarkWork, read_facts
 from interleave.loop.config import RunConfig
+from interleave.loop.shards import Shard
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 
 BUILTIN = "builtin:shapes"
@@ -73,8 +74,7 @@ def prepare(
         if request.limit is not None and request.limit < len(items):
             differences.append(f"only {request.limit} of {len(items)} items are used")
             items = spread(items, request.limit)
-    if shard.count > len(items):
-        raise UserError(f"--shard {request.shard}: there are only {len(items)} items")
+    shard.of(items)  # refuses a part without items
     if not prompts.is_official:
         words = "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
         differences.append(words)

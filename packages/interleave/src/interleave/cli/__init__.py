@@ -18,7 +18,7 @@ app = typer.Typer(
     "image and rewrites the prompt.\n\n"
     'Example: interleave run "draw a yellow circle, then make it red"',
 )
-for command in (run.run, run.batch, run.plan, run.report, prefetch.prefetch, serve.serve, serve.demo):
+for command in (run.run, run.batch, run.merge, run.plan, run.report, prefetch.prefetch, serve.serve, serve.demo):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(benchmark.app, name="benchmark")

@@ -12,7 +12,7 @@ import typer
 
 from imgen_common.errors import UserError, one_line
 from imgen_common.shutdown import message_when_stopped
-from interleave.cli.options import Json, MiniatureConfigs, Sets, Yes
+from interleave.cli.options import Json, MiniatureConfigs, Sets, Shard, Yes
 
 if TYPE_CHECKING:
     from imgen_common.judging.questions import Question
@@ -42,6 +42,7 @@ def build(
     out: Annotated[Path | None, Out] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Resume a build, or filter it again.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try failed trajectories again.")] = False,
+    shard: Shard = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
@@ -58,6 +59,7 @@ def build(
       interleave data build configs/interleave/data_miniature.yaml --out sets/miniature
       interleave data build --resume sets/miniature
       interleave data build --resume sets/miniature --set filters.rl_share=0.5 --set filters.val=0.1
+      interleave data build --out sets/part-2 --shard 2/2
     """
     if out is None and resume is None and not configs:
         out = MINIATURE_SET
@@ -80,7 +82,8 @@ def build(
             raise UserError(
                 f"{folder}: holds a build already; continue it with --resume {folder}, or give another folder"
             )
-    info, page = _build(folder, files, sets or [], as_json, retry, yes)
+    changes = [*(sets or []), *([f"shard={shard}"] if shard is not None else [])]
+    info, page = _build(folder, files, changes, as_json, retry, yes)
     _print_set(info, folder, page, as_json)
 
 

@@ -21,4 +21,7 @@ Sets = Annotated[
 Name = Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run folder.")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the run folders.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Ask the judge whatever it costs.")]
+Shard = Annotated[
+    str | None, typer.Option("--shard", metavar="K/N", help="Do the K-th of N parts, as machines share it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
 from imgen_common.shutdown import message_when_stopped
-from interleave.cli.options import Configs, Json, Name, Runs, Sets
+from interleave.cli.options import Configs, Json, Name, Runs, Sets, Shard
 
 if TYPE_CHECKING:
     from interleave.loop.config import RunConfig
@@ -68,6 +67,7 @@ def batch(
         str | None, typer.Option(metavar="RUN", help="Resume a run; CONFIG files override its own.")
     ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try failed stories again.")] = False,
+    shard: Shard = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -83,16 +83,19 @@ def batch(
       interleave batch requests.jsonl --set loop.concurrency=64 --set loop.max_attempts=5
       interleave batch --resume runs/requests
       interleave batch --resume runs/requests --retry
+      interleave batch requests.jsonl --shard 1/2
     """
     with spinner("loading"):
         from imgen_common.run_folder.find import find_run, free_path
-        from interleave.loop import requests
+        from interleave.loop import requests, shards
         from interleave.loop import run as session
 
         if resume is not None and file is not None and file.suffix in (".yaml", ".yml"):
             configs, file = [file, *(configs or [])], None  # a resumed run has its requests: each argument is a CONFIG
         if (file is None) == (resume is None):
             raise UserError("give a FILE of requests to start a run, or --resume RUN to continue one (one of the two)")
+        if shard is not None and resume is not None:
+            raise UserError("--shard: a resumed run has its part of the requests; leave it out")
         if retry and resume is None:
             raise UserError("--retry goes with --resume RUN: it tries the failed stories of that run again")
         if resume is not None:
@@ -101,9 +104,33 @@ def batch(
         else:
             assert file is not None
             config = load_run_config(configs, sets)
-            path = free_path(runs, name, file.stem)
-            session.create_run(path, config, partial(requests.read_requests, file))
+            part = shards.Shard.parse(shard or "1/1")
+            path = free_path(runs, name, f"{file.stem}-{part.part}" if part.part else file.stem)
+            session.create_run(path, config, lambda store: part.of(requests.read_requests(file, store)))
     _resume(path, config, as_json, one=False, retry=retry)
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Folders of all parts, in their order.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create.")],
+    as_json: Json = False,
+) -> None:
+    """Make one folder of the parts of a batch or of a build (--shard): their records, images and answers of judges, as
+    if one machine had made them all. Resuming it does what is left, and makes sets and pages of the whole.
+
+    Example:
+
+    \b
+      interleave merge runs/requests-1-of-2 runs/requests-2-of-2 --out runs/all
+      interleave merge sets/part-1 sets/part-2 --out sets/all
+      interleave data build --resume sets/all
+    """
+    with spinner("merging"):
+        from interleave.loop.shards import merge_shards
+
+        count = merge_shards(folders, out)
+    made = {"type": "Merged", "path": str(out), "requests": count}
+    print(json.dumps(made) if as_json else f"{count} requests: {out}")
 
 
 def _resume(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bool = False) -> None:

@@ -49,6 +49,7 @@ from interleave.loop import requests as request_files
 from interleave.loop import run
 from interleave.loop.config import NoCritic, NoPlanner
 from interleave.loop.engine import Engine, package_versions
+from interleave.loop.shards import Shard
 from interleave.models.concurrency import map_concurrently
 from interleave.protocols import Components, CriticInput, HashedImage, Judge
 from interleave.records import Attempt, Record, Request, Trajectory
@@ -109,7 +110,8 @@ def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterato
     with folder:
         write_atomic(out / CONFIG, to_yaml(config))
         if not begun:
-            request_files.save_requests(prompts.make_requests(config.prompts, ImageStore(out / IMAGES)), out)
+            requests = prompts.make_requests(config.prompts, ImageStore(out / IMAGES))
+            request_files.save_requests(Shard.parse(config.shard).of(requests), out)
         yield request_files.load_requests(out)
 
 

@@ -96,6 +96,9 @@ class DataConfig(CostLimits):
     """Scores every judged image afterwards; null: no judge, and `critic_rl` stays empty."""
     max_unscored: Share = 0.1
     """The build stops when the judge failed on more than this share of the images."""
+    shard: Annotated[str, Field(pattern=r"^[0-9]{1,5}/[0-9]{1,5}$")] = "1/1"
+    """Which part of the requests is built here: `2/8`, the second of eight parts; `interleave merge` makes one build of
+    them."""
     trajectories: tuple[str, ...] = ()
     """Folders of further trajectories: of other builds, runs, batches or `data import execution_record`."""
     budget: BudgetConfig = BudgetConfig()

@@ -1,0 +1,107 @@
+"""Parts of one batch or build that several machines share, and one folder of all parts."""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+from imgen_common.config import read_yaml
+from imgen_common.errors import UserError
+from imgen_common.files import atomic_folder, whole_lines
+from imgen_common.run_folder.find import CONFIG
+from interleave.loop.requests import REQUESTS, load_requests, save_requests
+from interleave.storage.images import IMAGES
+from interleave.storage.trace import TRACE
+
+Part = TypeVar("Part")
+OF_MACHINES = {"shard", "budget", "cache", "concurrency", "url", "urls"}
+"""Keys that may differ between the parts."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of `count`: every count-th item."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """`2/8`.  Raises UserError."""
+        number, _, count = text.partition("/")
+        if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()) or len(text) > 11:
+            raise UserError(f"--shard {text}: must be like 2/8, the second of eight parts")
+        if not 1 <= int(number) <= int(count):
+            raise UserError(f"--shard {text}: the parts of {count} are 1 to {count}")
+        return cls(int(number), int(count))
+
+    @property
+    def part(self) -> str:
+        """What its files are named by; empty where it is all."""
+        return f"{self.number}-of-{self.count}" if self.count > 1 else ""
+
+    def of(self, items: Sequence[Part]) -> list[Part]:
+        """Its items.  Raises UserError where it has none."""
+        if not (found := list(items[self.number - 1 :: self.count])) and self.count > 1:
+            raise UserError(f"--shard {self.number}/{self.count}: there are only {len(items)} items")
+        return found
+
+
+ALL = Shard()
+
+
+def merge_shards(shards: Sequence[Path], out: Path) -> int:
+    """Makes one folder, as if one machine had done all, of the folders of all parts in their order; the number of
+    requests.
+
+    Records, images and answers of judges are copied; what is made of them (sets, pages) is made anew by resuming.
+    Raises UserError unless all are folders of one batch or one build, with requests that differ, or if `out` exists.
+    """
+    configs = [_read_config(shard) for shard in shards]
+    for shard, config in zip(shards[1:], configs[1:], strict=True):
+        if config != configs[0]:
+            keys = sorted(key for key in {*config, *configs[0]} if config.get(key) != configs[0].get(key))
+            raise UserError(f"{shard}: another configuration than {shards[0]} in {', '.join(keys)}; merge parts of one")
+    rounds = zip_longest(*(load_requests(shard) for shard in shards))
+    requests = [request for each in rounds for request in each if request is not None]
+    ids = [request.id for request in requests]
+    if twice := next((one for one, count in Counter(ids).items() if count > 1), None):
+        raise UserError(f"request {twice!r} is in two of the folders; give every part once")
+    with atomic_folder(out) as fresh:
+        text = (shards[0] / CONFIG).read_text(encoding="utf-8")
+        (fresh / CONFIG).write_text(re.sub(r"(?m)^shard:.*$", "shard: 1/1", text), encoding="utf-8")
+        save_requests(requests, fresh)
+        with (fresh / TRACE).open("wb") as trace:
+            for shard in shards:
+                trace.writelines(whole_lines(shard / TRACE) if (shard / TRACE).is_file() else ())
+        for shard in shards:
+            _copy_rest(shard, fresh)
+    return len(requests)
+
+
+def _read_config(shard: Path) -> dict[str, Any]:
+    if not ((shard / CONFIG).is_file() and (shard / REQUESTS).is_file()):
+        raise UserError(f"{shard}: no {CONFIG} or no {REQUESTS} in it; give the folders of a batch or of data build")
+    return _without(read_yaml(shard / CONFIG))
+
+
+def _without(tree: Any) -> Any:
+    """A configuration without what is of one machine."""
+    return {k: _without(v) for k, v in tree.items() if k not in OF_MACHINES} if isinstance(tree, dict) else tree
+
+
+def _copy_rest(shard: Path, out: Path) -> None:
+    """Copies images, and appends the answers of judges."""
+    for file in sorted((shard / IMAGES).rglob("*.png")):
+        target = out / file.relative_to(shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    for file in sorted((shard / "scores").rglob("*.jsonl")):
+        target = out / file.relative_to(shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab") as answers:
+            answers.writelines(whole_lines(file))
