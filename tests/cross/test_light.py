@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,9 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: st
         assert said in text, (words, text)
         assert "Traceback" not in text
     assert {path.name for path in tmp_path.iterdir()} == before  # and nothing is written
+
+
+@pytest.mark.parametrize("program", ["flowbp", "interleave"])
+def test_the_version_is_that_of_the_package(program: str) -> None:
+    done = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{program} {metadata.version(program)}\n"

@@ -4,6 +4,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    import typer
 
 
 @contextmanager
@@ -19,6 +24,25 @@ def spinner(text: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(text) as status:
         yield status.update
+
+
+def add_version(app: "typer.Typer", package: str) -> None:
+    """Gives an application the option `--version`, which prints the version of its package."""
+    import typer
+
+    def show(given: bool) -> None:
+        if given:
+            print(package, metadata.version(package))
+            raise typer.Exit
+
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    app.callback()(options)
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import typer
 
 from flowbp.cli import evaluate, export, inspect, train
+from imgen_common.console import add_version
 from imgen_common.errors import run_cli
 
 app = typer.Typer(
@@ -32,6 +33,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+
+add_version(app, "flowbp")
 
 RENAMED = {
     "plan": "estimate",

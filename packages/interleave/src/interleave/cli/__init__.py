@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 
 import typer
 
+from imgen_common.console import add_version
 from imgen_common.errors import run_cli
 from interleave.cli import benchmark, data, export_reward, prefetch, run, serve, train
 
@@ -25,6 +26,8 @@ app.add_typer(benchmark.app, name="benchmark")
 app.command()(train.sft)
 app.command()(train.grpo)
 app.command()(export_reward.export_reward)
+
+add_version(app, "interleave")
 
 RENAMED = {
     **dict.fromkeys(("-c", "--config"), "the file after REQUEST or FILE, as in: interleave run REQUEST CONFIG"),
