@@ -97,9 +97,9 @@ class ClosedLoop(Config):
     """Seed of stories and images."""
     training_seeds: Annotated[tuple[int, ...], MinLen(1)] = (0, 1, 2)
     """Seeds of the trainings."""
-    num_stories: Annotated[int, Ge(2)] = 200
+    num_stories: Annotated[int, Ge(2)] = 150
     """Number of stories."""
-    num_images: Annotated[int, Ge(2)] = 252
+    num_images: Annotated[int, Ge(2)] = 168
     """Number of captions, and of edits."""
     second_round: bool = False
     """Whether the loop is gone through twice."""
