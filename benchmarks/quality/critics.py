@@ -11,7 +11,8 @@ The first critic is the base.  Gains over it are paired, by image and by story, 
     stories, as configured  the judgment of `interleave run`: the share of several sampled answers
 
 All requests and images are of the test split, which no critic was trained on, and are the same for every critic.  An
-answer that cannot be parsed counts as wrong.  Finished measurements are kept in `--work`; the same command resumes.
+answer that cannot be parsed counts as wrong; it may lack reasoning.  Finished measurements are kept in `--work`; the
+same command resumes.
 
     python -m benchmarks.quality.critics sft=builtin:shapes/critic grpo=runs/grpo_critic/model
 """
@@ -33,6 +34,7 @@ from imgen_common.config import load
 from imgen_common.console import markdown_table
 from imgen_common.errors import UserError, run_cli
 from imgen_common.files import write_atomic
+from imgen_common.judging.objects import ParseMode
 from imgen_common.shapes.steps import Story
 from imgen_common.statistics import Interval, bootstrap_interval, paired_bootstrap_interval
 from interleave.agents.miniature import VerifierCritic
@@ -55,6 +57,8 @@ VERSION = 2
 MODULE = "benchmarks.quality.critics"
 POOL_SEED = 22
 """As in `python -m scripts.miniature.agents pool`."""
+PARSE_MODE: ParseMode = "direct"
+"""Reads critics that reason and critics that do not.  Stories are told with it too."""
 TEMPERATURES = {"greedy": 0, "sampled": 1}
 """Sampling temperature of a single answer."""
 MODES: dict[str, tuple[str, ...]] = {
@@ -108,7 +112,7 @@ def score_verdicts(ref: str, questions: CriticQuestions, temperature: float) -> 
 
 
 def _success(reply: Reply | BaseException) -> bool | None:
-    verdict = parse_verdict(reply.text) if isinstance(reply, Reply) else None
+    verdict = parse_verdict(reply.text, PARSE_MODE) if isinstance(reply, Reply) else None
     return verdict.success if isinstance(verdict, Verdict) else None
 
 
@@ -195,7 +199,7 @@ def measure_critics(critics: Mapping[str, str], settings: CriticSettings) -> Cri
     def measure(ref: str, what: str, how: str) -> list[float]:
         if what in questions:
             return score_verdicts(ref, questions[what], TEMPERATURES[how])
-        config = load(RunConfig, [], [*sets, f"critic.model.ref={ref}", *MODES[how]])
+        config = load(RunConfig, [], [*sets, f"critic.model.ref={ref}", f"critic.parse_mode={PARSE_MODE}", *MODES[how]])
         return score_stories(build_components(config), stories, config.loop, settings.seed)
 
     columns = [(what, how) for what in questions for how in TEMPERATURES]

@@ -115,18 +115,22 @@ def rubbish(rng: random.Random) -> str:
 
 def check_readers(text: str) -> None:
     """Raises AssertionError, or whatever a reader raises, where one breaks its promise."""
-    strict, tolerant = parse_verdict(text), parse_verdict(text, "tolerant")
+    strict, tolerant, direct = parse_verdict(text), parse_verdict(text, "tolerant"), parse_verdict(text, "direct")
     assert isinstance(strict, Verdict | ParseFailure)
     if isinstance(strict, Verdict):
         assert tolerant == strict or strict.refined_prompt == "None" or "</think>" in text.partition("<think>")[0]
+        assert isinstance(direct, Verdict)
+        assert direct.model_copy(update={"reasoning": strict.reasoning}) == strict
+    if isinstance(direct, Verdict):
         assert parse_partial_answer(text) == PartialAnswer(
-            strict.success, (strict.refined_prompt.strip() and strict.refined_prompt) or None
+            direct.success, (direct.refined_prompt.strip() and direct.refined_prompt) or None
         )
-    for verdict, rule in ((strict, RULE), (tolerant, RULE.model_copy(update={"parse_mode": "tolerant"}))):
+    for mode, verdict in (("strict", strict), ("tolerant", tolerant), ("direct", direct)):
+        rule = RULE.model_copy(update={"parse_mode": mode})
         assert rule.accepts(text) == (isinstance(verdict, Verdict) and verdict.success)
     for plan in (parse_plan(text), parse_plan(text, "tolerant")):
         assert isinstance(plan, Plan | ParseFailure)
-    for read in (strict, tolerant, parse_plan(text)):
+    for read in (strict, tolerant, direct, parse_plan(text)):
         if isinstance(read, Verdict | Plan):
             read.model_dump_json().encode()  # what is read can be stored
     assert isinstance(has_format(text, "released"), bool)

@@ -1,6 +1,8 @@
 """What interleave exports of a critic, flowbp trains on: the same tokens, the same rule, a gradient."""
 
+import asyncio
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,26 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from sets import make_set
 from typer.testing import CliRunner
 
 from flowbp.rewards import REWARDS, RewardConfig
 from flowbp.rewards.preprocess import extract_patches
 from flowbp.rewards.vlm.model import FAMILIES
 from flowbp.rewards.vlm.reward import VlmReward
-from flowbp.rewards.vlm.settings import SampledAnswer
+from flowbp.rewards.vlm.settings import SampledAnswer, TokenAnswer
 from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.images import to_pil
 from imgen_common.shapes.edits import sample_edit, verify_edits
 from imgen_common.streams import numpy_generator
+from interleave.agents.critic import ChatCritic
+from interleave.agents.parsing import parse_verdict
 from interleave.agents.prompts import load_template, render_critic
 from interleave.cli import app
 from interleave.loop.config import ModelCritic, RunConfig
 from interleave.loop.reward_folder import MODEL_TYPES, export_reward
-from interleave.models.chat.local import to_conversation
+from interleave.models.chat.local import LocalChatConfig, to_conversation
 from interleave.protocols import CriticInput, HashedImage
+from interleave.records import Verdict
 from interleave.training.config import GrpoConfig, SftConfig
+from interleave.training.sft import train_sft
 from scripts.miniature.world.generator import render_edits
 
 CRITIC = "builtin:shapes/critic"
@@ -140,6 +147,47 @@ def test_its_settings_are_those_of_the_critic(tmp_path: Path) -> None:
     answer = load_reward(export_reward(CRITIC, greedy, tmp_path / "greedy")).settings.answer
     assert isinstance(answer, SampledAnswer)
     assert (answer.temperature, answer.num_answers) == (1.0, 8)
+
+
+def test_a_critic_that_does_not_reason_is_read_at_its_verdict(tmp_path: Path) -> None:
+    direct = load(RunConfig, [], ["critic.parse_mode=direct"])
+    answer = load_reward(export_reward(CRITIC, direct, tmp_path / "reward")).settings.answer
+    assert isinstance(answer, TokenAnswer)
+    for verdict in (answer.token, *answer.against):
+        found = parse_verdict(f'{answer.prefix}{verdict}, "refine_prompt": "a"}}</answer>', "direct")
+        assert isinstance(found, Verdict)
+        assert found.success == (verdict == answer.token)
+
+
+@pytest.mark.slow
+def test_its_log_odds_are_those_of_its_verdicts(tmp_path: Path) -> None:
+    """A critic is trained not to reason, exported by the name of its run, and judges as in a story."""
+    make_set(tmp_path / "set")
+    (tmp_path / "set" / "set.json").write_text(
+        json.dumps({"rows": {}, "source": "x", "templates": {"critic": "shapes_critic"}})
+    )
+    trl = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 4, "gradient_checkpointing": False}
+    config = SftConfig(data=str(tmp_path / "set"), reasoning=False, max_length=512, trl=trl | {"use_cpu": True})
+    model = train_sft("critic", config, [], runs=tmp_path / "runs", name="direct")
+    done = CliRunner().invoke(
+        app,
+        ["export-reward", "direct", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "reward")],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0
+    reward = load_reward(tmp_path / "reward")
+    critic = ChatCritic(LocalChatConfig(ref=str(model)).build(), load_template("shapes_critic"), parse_mode="direct")
+    images = torch.stack([picture(32, 32, seed) for seed in range(6)])
+    prompts = [f"draw a {color} circle" for color in ("red", "blue", "green", "yellow", "purple", "orange")]
+    scores = reward(images, prompts)
+    for image, prompt, score in zip(images, prompts, scores, strict=True):
+        shown = CriticInput(HashedImage.white(32, 32), hashed(image), prompt, prompt)
+        answer = asyncio.run(critic.judge(shown, 0))
+        assert answer.verdict is not None, answer.raw
+        assert answer.success_probability is not None
+        assert answer.verdict.success == (score > 0)
+        assert math.log(answer.success_probability / (1 - answer.success_probability)) == pytest.approx(score, abs=1e-3)
+    assert scores.std() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["grpo", "sft"])

@@ -8,7 +8,7 @@ from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.records import Plan, PlanStep, Verdict
 
-MODES: tuple[ParseMode, ...] = ("strict", "tolerant")
+MODES: tuple[ParseMode, ...] = ("strict", "tolerant", "direct")
 NOTHING = None
 
 
@@ -120,9 +120,10 @@ CONTENTS = {
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents_of_the_answer(name: str, mode: ParseMode) -> None:
     content, strict, tolerant = CONTENTS[name]
-    expected = strict if mode == "strict" else tolerant
-    found = parse_verdict(wrapped(content), mode)
-    assert (found.refined_prompt if isinstance(found, Verdict) else NOTHING) == expected, found
+    expected = tolerant if mode == "tolerant" else strict
+    for answer in (wrapped(content), *([wrapped(content, "")] if mode == "direct" else [])):
+        found = parse_verdict(answer, mode)
+        assert (found.refined_prompt if isinstance(found, Verdict) else NOTHING) == expected, found
 
 
 GOOD = verdict_json(False, "good")
@@ -151,6 +152,8 @@ ENVELOPES = {
 @pytest.mark.parametrize("name", ENVELOPES)
 def test_the_last_answer_after_the_thought_counts(name: str, mode: ParseMode) -> None:
     answer, is_readable = ENVELOPES[name]
+    if mode == "direct" and name in ("no think", "think after the answer"):
+        is_readable = True
     found = parse_verdict(answer, mode)
     assert isinstance(found, Verdict) == is_readable, found
     assert not isinstance(found, Verdict) or found.refined_prompt == "good"

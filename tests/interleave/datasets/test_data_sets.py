@@ -875,6 +875,13 @@ def test_answers_in_the_released_style_pass_the_tolerant_check(tmp_path: Path) -
     assert list(SetChecker(folder, "tolerant").problems()) == []
 
 
+def test_answers_without_reasoning_pass_the_direct_check(tmp_path: Path) -> None:
+    folder = small_set(tmp_path / "set")
+    changed(folder / "critic_sft.jsonl", lambda row: row.update(completion=row["completion"].partition("</think>")[2]))
+    assert [problem.why for problem in SetChecker(folder).problems()] == ["the answer cannot be read (no <think>)"]
+    assert list(SetChecker(folder, "direct").problems()) == []
+
+
 def test_a_row_is_shown_as_it_is_read(tmp_path: Path) -> None:
     folder = small_set(tmp_path / "set")
     store = ImageStore(folder / "images")

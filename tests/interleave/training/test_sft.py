@@ -396,6 +396,32 @@ def test_a_template_that_drops_thoughts_is_refused(rows: list[SftRow]) -> None:
         check_chat_template(processor, rows[0])
 
 
+@pytest.mark.parametrize("role", ["planner", "critic"])
+def test_without_reasoning_every_check_sees_the_answer_alone(role: Any, root: Path, tmp_path: Path) -> None:
+    """A row that is too long with its thought is kept without it, and a template that drops thoughts is none's end."""
+    shutil.copytree(root / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{{ c.text }}", "{{ c.text.split('</think>')[-1] }}"))
+    shutil.copytree(root / "set", tmp_path / "set")
+    row = planner_row(0) if role == "planner" else critic_row(0, ImageStore(tmp_path / "set" / "images"))
+    assert row.completion.startswith("<think>")
+    said = row.completion.partition("</think>")[2]
+    given = [said, f" {said}", f"<think>{'keep ' * 400}</think>\n{said}", f"</think>{said}"]
+    lines = [row.model_copy(update={"completion": answer}).model_dump_json() for answer in given]
+    for name in (f"{role}_sft", f"{role}_sft.val"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("\n".join(lines))
+    config = quick(tmp_path)
+    with pytest.raises(UserError, match="changes the answer"):
+        check_sft(role, config.model_copy(update={"data": str(root / "set")}), 1, needs_weights=False)
+    job = check_sft(role, config.model_copy(update={"reasoning": False}), 1, needs_weights=False)
+    assert [row.completion for row in job.rows] == [said, f" {said}", said, said]
+    assert job.rows == job.val_rows
+    lines[1] = row.model_copy(update={"completion": "<think>a</think> "}).model_dump_json()
+    (tmp_path / "set" / f"{role}_sft.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"_sft\.jsonl:2: the answer is empty"):
+        check_sft(role, config.model_copy(update={"reasoning": False}), 1, needs_weights=False)
+
+
 @given(
     kinds=st.lists(st.booleans(), min_size=1, max_size=60),
     batch=st.integers(1, 9),

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-ParseMode = Literal["strict", "tolerant"]
+ParseMode = Literal["strict", "tolerant", "direct"]
 """strict: as the paper's reward asks: `<think>` is opened and closed, the answer is JSON, also inside a code fence or
 with raw line breaks in strings.  tolerant: `<think>` need not be opened, since chat templates may open it; the answer
-may have Python's literals and slips that can be mended without touching a word, as in the released checkpoints'."""
+may have Python's literals and slips that can be mended without touching a word, as in the released checkpoints'.
+direct: as strict, and `<answer>` may stand without `<think>`, for models that answer without reasoning."""
 
 START = re.compile("<answer>")
 FENCE = re.compile(r"```\w*\s")
@@ -46,6 +47,8 @@ def read_object(answer: str, mode: ParseMode) -> tuple[str, Mapping[str, Any]]:
     before, _, tail = answer.partition("</think>")
     if mode == "tolerant" and tail and "<think>" not in before:
         reasoning = before
+    elif mode == "direct" and "<think>" not in answer.partition("<answer>")[0]:
+        reasoning, tail = "", answer
     else:
         _, opened, rest = answer.partition("<think>")
         reasoning, closed, tail = rest.partition("</think>")
@@ -62,7 +65,7 @@ def read_object(answer: str, mode: ParseMode) -> tuple[str, Mapping[str, Any]]:
         if not isinstance(value, dict):
             raise UnreadableAnswer(f"the answer is not an object but a {type(value).__name__}")
         return reasoning.strip(), value
-    raise UnreadableAnswer(first_error or "no <answer> after </think>")
+    raise UnreadableAnswer(first_error or ("no <answer>" if mode == "direct" else "no <answer> after </think>"))
 
 
 def answer_bodies(tail: str) -> Iterator[str]:
@@ -89,7 +92,7 @@ def _value(body: str, mode: ParseMode) -> Any:
     try:
         return load_json(body)
     except ValueError:
-        if mode == "strict" or not (body.startswith("{") and body.endswith("}")):
+        if mode != "tolerant" or not (body.startswith("{") and body.endswith("}")):
             raise
     mended = _mend(body)
     try:

@@ -30,9 +30,9 @@ class PartialAnswer:
 def parse_partial_answer(answer: str) -> PartialAnswer:
     """The verdict and prompt in an answer's last <answer>; never raises.
 
-    Of an answer that `parse_verdict` reads strictly they are the same ones.
+    Of an answer that `parse_verdict` reads strictly, with or without reasoning, they are the same ones.
     """
-    full = parse_verdict(answer)
+    full = parse_verdict(answer, "direct")
     if isinstance(full, Verdict):
         return PartialAnswer(full.success, full.refined_prompt if full.refined_prompt.strip() else None)
     value: Any = None

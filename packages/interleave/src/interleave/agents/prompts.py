@@ -302,6 +302,12 @@ def _answer(reasoning: str, value: Mapping[str, Any]) -> str:
     return f"<think>{thought}</think><answer>{safe_json(value)}</answer>"
 
 
+def without_reasoning(answer: str) -> str:
+    """What follows `</think>` in an answer; all of one that has none."""
+    _, closed, said = answer.partition("</think>")
+    return said.lstrip() if closed else answer
+
+
 def safe_json(value: Mapping[str, Any]) -> str:
     """One line of JSON in which no control token or tag can be read: what may open one is written as an escape."""
     text = json.dumps(value, ensure_ascii=False)

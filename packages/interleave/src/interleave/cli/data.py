@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from imgen_common.errors import UserError, one_line
+from imgen_common.judging.objects import ParseMode
 from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Json, MiniatureConfigs, Sets, Shard, Yes
 
@@ -184,7 +185,7 @@ def export_edits(
 def check(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A set's folder, or one of its files.")],
     parse_mode: Annotated[
-        Literal["strict", "tolerant"], typer.Option(help="How answers are parsed: as JSON, or also Python-style.")
+        ParseMode, typer.Option(help="How answers are parsed: as JSON, also Python-style, or also without <think>.")
     ] = "strict",
     most: Annotated[int, typer.Option(min=1, metavar="N", help="Print at most N problems; all are counted.")] = 100,
     run_configs: Annotated[

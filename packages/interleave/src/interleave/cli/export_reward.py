@@ -27,7 +27,8 @@ def export_reward(
     """Write a critic as a reward that flowbp can train a generator on: its model as safetensors, and reward.json with
     its template, the rule by which its answers accept an image, and how answers are sampled. These are those of the
     critic in CONFIG, a configuration of `interleave run`. Without CONFIG the template is the one that the run was
-    trained with, and the rest as for the miniature.
+    trained with, and the rest as for the miniature. The reward of a critic that answers without reasoning
+    (critic.parse_mode=direct, or a run of sft with reasoning=false) is the log-odds of its verdict.
 
     Example:
 
@@ -49,7 +50,8 @@ def export_reward(
 
 
 def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str, list[str]]:
-    """The model that `text` names, and its template, as for `--set`, where it is known and not configured.
+    """The model that `text` names, and as for `--set` its template and whether it answers without reasoning, where they
+    are known and not configured.
 
     Raises UserError for a run that is not finished, and where no template is known.
     """
@@ -78,4 +80,6 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
             "`interleave run` in which it is the critic"
         )
     shown = template if isinstance(template, str | dict) else template.model_dump()
-    return str(run / "model"), [f"critic.template={json.dumps(shown)}"]
+    is_direct = trained.get("reasoning") is False or (trained.get("scorer") or {}).get("parse_mode") == "direct"
+    mode = ["critic.parse_mode=direct"] if is_direct else []
+    return str(run / "model"), [f"critic.template={json.dumps(shown)}", *mode]

@@ -12,11 +12,20 @@ from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder
 from imgen_common.weights import loading, read_json
-from interleave.agents.prompts import IMAGE_MARKER, PLACEHOLDER, Template, load_template, render_critic
+from interleave.agents.prompts import (
+    IMAGE_MARKER,
+    PLACEHOLDER,
+    Template,
+    load_template,
+    render_critic,
+    render_verdict,
+    without_reasoning,
+)
 from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.chat.local import LocalChatConfig, bound_pixels
 from interleave.protocols import CriticInput, HashedImage
+from interleave.records import Verdict
 
 REWARD_FILE = "reward.json"
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -32,13 +41,14 @@ NUM_ANSWERS = 8
 def export_reward(ref: str, config: RunConfig, out: Path) -> Path:
     """Writes the critic of a run's configuration, with the model `ref` as its model; returns `out`.
 
-    The reward is the probability that an answer of the critic accepts the image.  As in a story the critic is shown the
+    The reward is the probability that an answer of the critic accepts the image; that of a critic with `parse_mode:
+    direct`, which does not reason, is log p(true) / p(false) of its verdict.  As in a story the critic is shown the
     last source image, or a white one, and the prompt both as what was asked and as what the generator was given.
     Raises UserError for a critic that is no chat model or sees the story so far, a model that flowbp does not
     differentiate, and if `out` exists.
     """
-    settings = reward_settings(config)
-    chat, folder = _chat_config(config), hub.resolve(ref)
+    folder = hub.resolve(ref)
+    settings, chat = reward_settings(config, folder), _chat_config(config)
     about = folder / "config.json"
     model_type = read_json(about).get("model_type") if about.exists() else None
     if model_type not in MODEL_TYPES:
@@ -54,32 +64,40 @@ def export_reward(ref: str, config: RunConfig, out: Path) -> Path:
     return out
 
 
-def reward_settings(config: RunConfig) -> dict[str, Any]:
-    """The content of `reward.json` for the critic of a run's configuration.  Raises UserError as `export_reward`."""
+def reward_settings(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The content of `reward.json` for the critic of a run's configuration, whose model is in `folder`.
+
+    Raises UserError as `export_reward`.
+    """
     critic = config.critic
     if not isinstance(critic, ModelCritic | SelfCritic):
         raise UserError(f"critic.kind: {critic.kind}: is not a chat model that judges by a template; set it to model")
     if critic.context == "story":
         raise UserError("critic.context: story: a reward is shown single steps; choose a critic with context pair")
     chat = _chat_config(config)
-    num_samples = critic.num_samples if isinstance(critic, ModelCritic) else 1
     return {
         "template": reward_template(load_template(critic.template)),
         "max_sources": 1,
         "blank_source": True,
-        "answer": {
-            "kind": "sampled",
-            "num_answers": num_samples if num_samples > 1 else NUM_ANSWERS,
-            "max_new_tokens": chat.max_new_tokens,
-            "temperature": chat.temperature or 1.0,
-            # what `parsing.parse_verdict` takes for a verdict that accepts
-            "accept": {
-                "kind": "object",
-                "key": "previous_step_success",
-                "equals": True,
-                "texts": ["refine_prompt"],
-                "parse_mode": critic.parse_mode,
-            },
+        "answer": _token_answer(folder) if critic.parse_mode == "direct" else _sampled_answer(critic, chat),
+    }
+
+
+def _sampled_answer(critic: ModelCritic | SelfCritic, chat: LocalChatConfig | EndpointChatConfig) -> dict[str, Any]:
+    """How answers are sampled, and which accept."""
+    num_samples = critic.num_samples if isinstance(critic, ModelCritic) else 1
+    return {
+        "kind": "sampled",
+        "num_answers": num_samples if num_samples > 1 else NUM_ANSWERS,
+        "max_new_tokens": chat.max_new_tokens,
+        "temperature": chat.temperature or 1.0,
+        # what `parsing.parse_verdict` takes for a verdict that accepts
+        "accept": {
+            "kind": "object",
+            "key": "previous_step_success",
+            "equals": True,
+            "texts": ["refine_prompt"],
+            "parse_mode": critic.parse_mode,
         },
     }
 
@@ -104,6 +122,20 @@ def _chat_config(config: RunConfig) -> LocalChatConfig | EndpointChatConfig:
             "the critic has no model that samples answers; set critic.kind=model and critic.model.kind=local"
         )
     return chat
+
+
+def _token_answer(folder: Path) -> dict[str, Any]:
+    """The answer of a critic that does not reason, up to its verdict, and the tokens in which its verdicts differ."""
+    from transformers import AutoTokenizer
+
+    verdicts = [Verdict(success=success, refined_prompt="") for success in (True, False)]
+    with loading(f"{folder}: has no tokenizer that can be loaded"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    answers = [without_reasoning(render_verdict(verdict)) for verdict in verdicts]
+    ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+    start = next(i for i, (accepts, rejects) in enumerate(zip(*ids, strict=False)) if accepts != rejects)
+    token, against = (tokenizer.decode(each[start]) for each in ids)
+    return {"kind": "token", "prefix": tokenizer.decode(ids[0][:start]), "token": token, "against": [against]}
 
 
 def _bound_images(folder: Path, max_pixels: int) -> None:

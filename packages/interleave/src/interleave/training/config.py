@@ -50,6 +50,10 @@ class TrainingConfig(Config):
 class SftConfig(TrainingConfig):
     """Supervised training of one agent."""
 
+    reasoning: bool = True
+    """Whether answers are learned with their `<think>`.  false: only what follows `</think>`, for a model that answers
+    at once, which is configured with `parse_mode: direct`."""
+
 
 class ScorerConfig(Config):
     """How answers are scored."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from imgen_common.errors import UserError, nearest
 from imgen_common.streams import numpy_generator
-from interleave.agents.prompts import Template, render_critic
+from interleave.agents.prompts import Template, render_critic, without_reasoning
 from interleave.datasets.rows import (
     RlRow,
     Row,
@@ -77,22 +77,24 @@ def rows_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_rows(folder: Path, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of `folder/NAME.jsonl`.
+def read_rows(folder: Path, name: str, kind: type[Row], *, reasoning: bool = True) -> list[Row]:
+    """The rows of `folder/NAME.jsonl`; the answers of supervised ones without what was thought unless `reasoning`.
 
     Raises UserError naming file and line where a row cannot be read, an image is missing or an answer is empty.
     """
     path = rows_file(folder, name)
     store = ImageStore(folder / IMAGES)
-    rows = [_read_row(line, kind, store, f"{path}:{number}") for number, line in read_lines(path)]
+    rows = [_read_row(line, kind, reasoning, store, f"{path}:{number}") for number, line in read_lines(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a set with at least one")
     return rows
 
 
-def _read_row(line: bytes, kind: type[Row], store: ImageStore, where: str) -> Row:
+def _read_row(line: bytes, kind: type[Row], reasoning: bool, store: ImageStore, where: str) -> Row:
     try:
         row = parse_row(line, kind)
+        if isinstance(row, SftRow) and not reasoning:
+            row = row.model_copy(update={"completion": without_reasoning(row.completion)})
         if isinstance(row, SftRow) and (problem := next(text_problems(row), None)):
             raise ValueError(problem)
         for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):

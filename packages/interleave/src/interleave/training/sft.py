@@ -60,8 +60,9 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
         run.load_model(config, device_map="meta")
     name = f"{role}_sft"
     folder = Path(config.data)
-    rows = read_rows(folder, name, SftRow)
-    val = read_rows(folder, f"{name}.val", SftRow) if (folder / f"{name}.val.jsonl").exists() else []
+    has_val = (folder / f"{name}.val.jsonl").exists()
+    rows = read_rows(folder, name, SftRow, reasoning=config.reasoning)
+    val = read_rows(folder, f"{name}.val", SftRow, reasoning=config.reasoning) if has_val else []
     processor = run.load_processor(config)
     check_adapters(config)
     check_chat_template(processor, rows[0])

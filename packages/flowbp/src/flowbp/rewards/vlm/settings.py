@@ -36,7 +36,8 @@ class ObjectRule(Config):
     texts: tuple[str, ...] = ()
     """Keys that must hold texts, or the answer counts as unreadable."""
     parse_mode: ParseMode = "strict"
-    """`strict` JSON after a `<think>` that is opened and closed, or `tolerant` of Python's literals and small slips."""
+    """`strict` JSON after a `<think>` that is opened and closed, `tolerant` of Python's literals and small slips, or
+    `direct`: strict JSON that may stand without `<think>`."""
 
     @model_validator(mode="after")
     def _has_one_condition(self) -> "ObjectRule":
@@ -51,7 +52,7 @@ class ObjectRule(Config):
         except UnreadableAnswer:
             return False
         texts = [value.get(name) for name in self.texts]
-        if not all(isinstance(text, str) and (self.parse_mode == "strict" or text != "None") for text in texts):
+        if not all(isinstance(text, str) and (self.parse_mode != "tolerant" or text != "None") for text in texts):
             return False
         verdict = value.get(self.key)
         if self.at_least is None:
