@@ -27,7 +27,9 @@ from flowbp.core.engine import (
     num_backward_passes,
     rollout,
 )
+from flowbp.core.guidance import guided_velocity
 from flowbp.core.plan import Plan, Term, draw_plan
+from flowbp.core.settings import Guidance
 from flowbp.methods import METHODS, Method, get_method
 
 SHAPE = (NUM_SAMPLES, NUM_TOKENS, NUM_CHANNELS)
@@ -250,6 +252,38 @@ def test_an_offloaded_trajectory_changes_no_bit(name, net):
     again, same = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps, offload=True)
     assert torch.equal(kept, again)
     assert torch.equal(outcome.gaps, same.gaps)
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sweep_without_the_negative_changes_no_bit(name, regularised):
+    """In float32, against the sweep that evaluates both branches everywhere, and what it evaluates."""
+    net, rng, evaluated = Perceptron(0).float(), np.random.default_rng(5), []
+
+    def velocity(x, sigma, cond):
+        evaluated.append((torch.is_grad_enabled(), bool(cond["text"][0] < 0)))
+        return net(x + cond["text"].view(-1, 1, 1), sigma.to(x))
+
+    guidance = Guidance(scale=3.5, batched=False)
+    given = (velocity, {"text": torch.tensor([0.3, 0.7])}, {"text": torch.tensor([-1.0])}, guidance)
+    whole, pulled = guided_velocity(*given), guided_velocity(*given, gradient_only=True)
+    base = Perceptron(3).float()
+    for _ in range(3):
+        sigmas = random_sigmas(6, rng).float()
+        drawn = draw_plan(vary(get_method(name), 6, rng), sigmas, rng)
+        x_0, eps = noise(*SHAPE).float(), noise(max(drawn.copies, 1), *SHAPE, seed=1).float()
+        options = {"noise": eps, "regulariser": Regulariser(0.3, base) if regularised else None}
+        want, before = swept(net, drawn, whole, x_0, sigmas, **options)
+        evaluated.clear()
+        got, outcome = swept(net, drawn, whole, x_0, sigmas, gradient_velocity=pulled, **options)
+        assert torch.equal(got, want)
+        assert want.norm() > 0
+        assert not regularised or torch.equal(outcome.regularise, before.regularise)
+        with_gradient = evaluated.count((True, False))
+        assert with_gradient == num_backward_passes(drawn, regularised=regularised)
+        # those without gradient are pairs: of the rollout, of renoised copies, and one beside every regularised pass
+        alone = evaluated.count((False, False))
+        assert evaluated.count((False, True)) == alone + regularised * (len(drawn.terms) + drawn.copies)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

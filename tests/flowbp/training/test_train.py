@@ -80,6 +80,18 @@ def test_accumulation_changes_nothing(method: str) -> None:
     assert distance(whole, singles) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(method, "guidance_scale=3.5")
+    ours = gradients(config)
+    whole = Trainer._velocity
+    monkeypatch.setattr(Trainer, "_velocity", lambda self, conds, **_: whole(self, conds))
+    both = gradients(config)
+    assert ours.keys() == both.keys()
+    assert all(torch.equal(ours[name], both[name]) for name in ours)
+    assert any(gradient.any() for gradient in ours.values())
+
+
 @pytest.mark.exhaustive
 def test_one_reward_in_halves_is_the_whole() -> None:
     one = "{name: a, ref: builtin:shapes/reward, loss: {kind: log_sigmoid, center: 22.3}, weight: 0.5}"

@@ -47,6 +47,8 @@ class BackwardOptions:
     scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  combine: makes one
     gradient of several rewards', their sum by default.  reward_batch_size: samples per decode-and-reward graph, None:
     all.  steps_per_forward: uncoupled terms that share one forward.  regulariser: None: no anchor to a base.
+    gradient_velocity: is evaluated in place of the velocity where only the gradient is used, which must be the same,
+    whatever its values; None: the velocity itself.  `guided_velocity(..., gradient_only=True)` is one.
     """
 
     scale: float = 1.0
@@ -54,6 +56,7 @@ class BackwardOptions:
     reward_batch_size: int | None = None
     steps_per_forward: int = 1
     regulariser: Regulariser | None = None
+    gradient_velocity: Velocity | None = None
 
 
 DEFAULT_OPTIONS = BackwardOptions()
@@ -128,14 +131,15 @@ def sweep(
     cotangent: Tensor,
     steps_per_forward: int = 1,
     penalty: _Penalty | None = None,
+    gradient_velocity: Velocity | None = None,
 ) -> int:
     """Accumulate the plan's parameter gradient into `.grad`, given G = dL/dx at what the reward saw.
 
         for each term (i, c, alpha), i descending:   theta.grad += (c G)^T dv_i/dtheta;   G <- G + alpha c J_i^T G
 
     cotangent: shape of the state.  steps_per_forward: up to so many neighboring uncoupled terms share one forward
-    (memory for speed; the sum is the same).  Frozen parameters stay untouched; the state carries gradient only at
-    coupled terms.  Returns the number of forward passes with gradient.
+    (memory for speed; the sum is the same).  gradient_velocity: as in `BackwardOptions`.  Frozen parameters stay
+    untouched; the state carries gradient only at coupled terms.  Returns the number of forward passes with gradient.
     Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, or the velocity depends on nothing
     trainable.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
@@ -149,7 +153,10 @@ def sweep(
         coupling = group[0].coupling
         sigma = torch.cat([trajectory.sigmas[term.step].expand(len(cotangent)) for term in group])
         given = torch.cat([term.weight * cotangent for term in group])
-        _backward(velocity, x.requires_grad_(coupling > 0), sigma, given, None if coupling else penalty)
+        pulls = None if coupling else penalty
+        # the cotangent of a penalty is made of the velocity's value; another one is given, and the value not looked at
+        called = velocity if pulls is not None else gradient_velocity or velocity
+        _backward(called, x.requires_grad_(coupling > 0), sigma, given, pulls)
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
     return num_forward_passes
@@ -239,7 +246,8 @@ def backpropagate(
     share = weights * (options.scale / (1 + plan.copies) / len(weights))
     reward = _reward_stage(loss, trajectory.x_end, share, options)
     penalties = _penalties(plan, trajectory.x_end, options)
-    sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward, penalties[0])
+    pulled, steps = options.gradient_velocity, options.steps_per_forward
+    sweep(plan, trajectory, velocity, reward.cotangent, steps, penalties[0], pulled)
     losses, values = [reward.losses], [trajectory.x_end]
     # y = x' - sigma v(x') depends on the parameters through one velocity: a sweep of one term of weight -sigma
     last = Term(plan.num_inference_steps - 1, -plan.sigmas[-2])
@@ -248,7 +256,7 @@ def backpropagate(
         x, y = _renoise(trajectory, velocity, noise, copy)
         copied = _reward_stage(loss, y, share, options)
         renoised = Trajectory(trajectory.sigmas, {last.step: x}, {}, y)
-        sweep(of_copies, renoised, velocity, copied.cotangent, penalty=penalties[1 + copy])
+        sweep(of_copies, renoised, velocity, copied.cotangent, 1, penalties[1 + copy], pulled)
         losses.append(copied.losses)
         values.append(y)
     anchored = [penalty.values for penalty in penalties if penalty is not None]

@@ -120,9 +120,11 @@ def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> flo
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
     step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
     swept = num_swept * step
-    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no base
+    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no value
         coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
-        swept += coupled * (step - stages["rollout"].flops)
+        guidance = config.classifier_free_guidance
+        negative = guidance.scale != 1 and not guidance.gradient_needs_negative  # is half of a rollout's step
+        swept += coupled * (step - stages["rollout"].flops * (1.5 if negative else 1))
     return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
 
 
@@ -179,12 +181,13 @@ class FakeModels:
         """Everything that has weights."""
         return [*self.modules.values(), *modules_of(self.rewards.values())]
 
-    def velocity(self, batch: int) -> Velocity:
-        """The guided velocity of so many samples."""
+    def velocity(self, batch: int, *, gradient_only: bool = False) -> Velocity:
+        """`guided_velocity` of so many samples."""
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
         # fake tensors have no content from which the layout could be read
         alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
-        return guided_velocity(alike if self.layout else self.backbone.velocity, cond, self.cond, guidance)
+        velocity = alike if self.layout else self.backbone.velocity
+        return guided_velocity(velocity, cond, self.cond, guidance, gradient_only=gradient_only)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""
@@ -291,9 +294,10 @@ def rollout_stage(models: FakeModels, batch: int) -> Tensor:
 
 def sweep_stage(models: FakeModels, batch: int, coupled: bool) -> None:
     """One step with gradient, of a regulariser's base too."""
-    base = rollout_stage(models, batch) if models.config.regularise is not None else None
+    regularised = models.config.regularise is not None
+    base = rollout_stage(models, batch) if regularised else None
     x = models.latents(batch, requires_grad=coupled)
-    v = models.velocity(batch)(x, torch.empty(batch, device=models.device))
+    v = models.velocity(batch, gradient_only=not regularised)(x, torch.empty(batch, device=models.device))
     torch.autograd.backward(v, torch.empty_like(v) if base is None else v.detach() - base)
 
 
