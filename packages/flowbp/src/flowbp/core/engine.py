@@ -44,15 +44,18 @@ class Regulariser:
 class BackwardOptions:
     """How `backpropagate` weighs and cuts up its work.
 
-    scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  combine: makes one
-    gradient of several rewards', their sum by default.  reward_batch_size: samples per decode-and-reward graph, None:
-    all.  steps_per_forward: uncoupled terms that share one forward.  regulariser: None: no anchor to a base.
-    gradient_velocity: is evaluated in place of the velocity where only the gradient is used, which must be the same,
-    whatever its values; None: the velocity itself.  `guided_velocity(..., gradient_only=True)` is one.
+    scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  reward_weights: of
+    the rewards' losses in their sum, (rewards,); None: 1 each.  combine: makes one gradient of several rewards' in
+    place of that sum, with a backward pass per reward through what they share; None: one pass.  reward_batch_size:
+    samples per decode-and-reward graph, None: all.  steps_per_forward: uncoupled terms that share one forward.
+    regulariser: None: no anchor to a base.  gradient_velocity: is evaluated in place of the velocity where only the
+    gradient is used, which must be the same, whatever its values; None: the velocity itself.  `guided_velocity(...,
+    gradient_only=True)` is one.
     """
 
     scale: float = 1.0
-    combine: Combine = lambda gradients: gradients.sum(0)
+    reward_weights: Float[Tensor, " rewards"] | None = None
+    combine: Combine | None = None
     reward_batch_size: int | None = None
     steps_per_forward: int = 1
     regulariser: Regulariser | None = None
@@ -68,8 +71,9 @@ class Outcome:
 
     losses: per sample, reward and copy, unweighted, (1 + copies, rewards, b).  scores: what the loss returned beside
     them, of the sample.  values: what the rewards saw, (1 + copies, b, ...).  agreement: of the rewards' gradients at
-    the sample, where there are several.  gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights:
-    sample weights, (b,); both float64.  regularise: R of each sample, (b,), without its weight; None without it.
+    the sample, where several are combined by `combine`.  gaps: mean |x_hat - x| per leg and sample in units of x,
+    (legs, b); weights: sample weights, (b,); both float64.  regularise: R of each sample, (b,), without its weight;
+    None without it.
     """
 
     losses: Float[Tensor, "copies rewards b"]
@@ -283,7 +287,7 @@ class _RewardGradient:
 
 
 def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions) -> _RewardGradient:
-    """One graph per `reward_batch_size` samples, freed at once; one backward pass through it per reward."""
+    """One graph per `reward_batch_size` samples, freed at once."""
     size = len(x) if options.reward_batch_size is None else options.reward_batch_size
     if size < 1:
         raise ValueError(f"reward_batch_size must be >= 1, got {size}")
@@ -297,8 +301,11 @@ def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions
             per_sample = found.losses if found.losses.dim() == 2 else found.losses[None]
             if per_sample.shape[1:] != leaf.shape[:1]:
                 raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(per_sample.shape)}")
+            # samples do not mix in a reward, so the gradient of the sum holds the gradient of every sample's own loss
             totals = per_sample.sum(1)
-        # samples do not mix in a reward, so the gradient of the sum holds the gradient of every sample's own loss
+            if options.combine is None:
+                weights = torch.ones(len(totals)) if options.reward_weights is None else options.reward_weights
+                totals = (weights.to(totals) @ totals)[None]
         last = len(totals) - 1
         parts = [torch.autograd.grad(total, leaf, retain_graph=i < last)[0] for i, total in enumerate(totals)]
         gradients.append(torch.stack(parts))
@@ -309,7 +316,7 @@ def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions
     return _RewardGradient(
         losses=torch.cat(losses, dim=1),
         scores={name: torch.cat([part[name] for part in scores]) for name in scores[0]},
-        cotangent=scale * options.combine(by_reward),
+        cotangent=scale * (by_reward[0] if options.combine is None else options.combine(by_reward)),
         agreement=gradient_agreement(by_reward) if len(by_reward) > 1 else None,
     )
 

@@ -26,8 +26,8 @@ def guided_velocity(
     Raises UserError if the scale needs a negative and there is none; ValueError if x is no whole number of copies.
     """
     guidance = guidance or Guidance()
-    if guidance.scale == 1:
-        return lambda x, sigma: velocity(x, sigma, repeat_batch(cond, _copies(x, cond)))
+    if guidance.scale == 1 or (gradient_only and not guidance.gradient_needs_negative):
+        return lambda x, sigma: guidance.scale * velocity(x, sigma, repeat_batch(cond, _copies(x, cond)))
     if negative is None:
         raise UserError(
             f"guidance_scale {guidance.scale} needs a negative prompt; give one, or set guidance_scale to 1"
@@ -39,10 +39,7 @@ def guided_velocity(
 
     def both(x: Tensor, sigma: Tensor) -> Tensor:
         copies = _copies(x, cond)
-        positive = repeat_batch(cond, copies)
-        if gradient_only and not guidance.gradient_needs_negative:
-            return guidance.scale * velocity(x, sigma, positive)
-        other = repeat_batch(unconditional, copies)
+        positive, other = repeat_batch(cond, copies), repeat_batch(unconditional, copies)
         if guidance.batched and not (guidance.detach_negative and torch.is_grad_enabled()):
             v, v_neg = velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), concat(positive, other)).chunk(2)
         else:

@@ -4,6 +4,7 @@ Networks are built from their JSON files.  One evaluation of the network, one sw
 torch's fake tensors, which have shapes and no content, and the storages that are alive at once are counted.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,17 +266,18 @@ def trace_stages(models: FakeModels, job: CheckedRun, batch: int) -> tuple[dict[
         "swept step": trace_stage(partial(sweep_stage, models, swept, coupled), models),
     }
     rows = min(config.reward_batch_size or batch, batch)
-    costs, untraced = [], []
+    costs: dict[str, StageCost] = {}
     for reward in config.rewards:
-        try:
-            costs.append(trace_stage(partial(reward_stage, models, reward, rows), models))
-        except UNTRACEABLE:
-            untraced.append(reward.name)
-    flops = sum(cost.flops for cost in costs) * batch / rows
-    stages["reward"] = StageCost(max((cost.bytes for cost in costs), default=0), flops)
+        with contextlib.suppress(*UNTRACEABLE):
+            costs[reward.name] = trace_stage(partial(reward_stage, models, [reward], rows), models)
+    traced = [reward for reward in config.rewards if reward.name in costs]
+    # several share one graph
+    cost = trace_stage(partial(reward_stage, models, traced, rows), models) if len(traced) > 1 else None
+    cost = cost or next(iter(costs.values()), StageCost(0, 0))
+    stages["reward"] = StageCost(cost.bytes, cost.flops * batch / rows)
     evaluated = min(config.eval.batch_size, config.eval.num_prompts)
     stages[EVALUATION] = trace_stage(partial(evaluation_stage, models, evaluated), models)
-    return stages, tuple(untraced)
+    return stages, tuple(reward.name for reward in config.rewards if reward.name not in costs)
 
 
 def trace_stage(work: Callable[[], object], models: FakeModels) -> StageCost:
@@ -301,11 +303,15 @@ def sweep_stage(models: FakeModels, batch: int, coupled: bool) -> None:
     torch.autograd.backward(v, torch.empty_like(v) if base is None else v.detach() - base)
 
 
-def reward_stage(models: FakeModels, reward: TrainedReward, batch: int) -> None:
-    """Decoding, one reward, and the gradient at the sample."""
+def reward_stage(models: FakeModels, rewards: Sequence[TrainedReward], batch: int) -> None:
+    """Decoding, rewards, and the gradient at the sample: of their sum, or of each where these are combined."""
     x = models.latents(batch, requires_grad=True)
-    scores = models.rewards[reward.name](models.backbone.decode(x), ["a picture"] * batch)
-    torch.autograd.grad(reward_losses(reward.loss, scores).sum(), x)
+    images, texts = models.backbone.decode(x), ["a picture"] * batch
+    scores = {reward.name: models.rewards[reward.name](images, texts) for reward in rewards}
+    losses = torch.stack([reward_losses(reward.loss, scores[reward.name]).sum() for reward in rewards])
+    totals = losses.sum()[None] if models.config.combine == "weighted" else losses
+    for i, total in enumerate(totals):
+        torch.autograd.grad(total, x, retain_graph=i < len(totals) - 1)
 
 
 def evaluation_stage(models: FakeModels, batch: int) -> None:

@@ -76,8 +76,8 @@ def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) ->
 
 
 def are_weights_missing(folder: Path, device: torch.device | str) -> bool:
-    """Whether a model is loaded without its weights: on the meta device, from a folder that has none."""
-    return str(device) == "meta" and not any(folder.glob("[!.]*.safetensors"))
+    """Whether a model is loaded without its weights: on the meta device, from a folder that has none but of a head."""
+    return str(device) == "meta" and not any(file.name != HEAD_FILE for file in folder.glob("[!.]*.safetensors"))
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:

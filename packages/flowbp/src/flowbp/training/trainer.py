@@ -171,7 +171,8 @@ class Trainer:
         trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
         options = BackwardOptions(
             scale=scale,
-            combine=lambda gradients: combine_gradients(gradients, self.reward_weights, config.combine),
+            reward_weights=self.reward_weights,
+            combine=None if config.combine == "weighted" else self._combine,
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
             regulariser=self._regulariser(conds),
@@ -179,6 +180,9 @@ class Trainer:
         )
         loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+
+    def _combine(self, gradients: Tensor) -> Tensor:
+        return combine_gradients(gradients, self.reward_weights, self.config.combine)
 
     def _score(self, prompts: Sequence[str], x: Tensor, rows: slice) -> ScoredLosses:
         """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
