@@ -52,7 +52,7 @@ from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options
 from flowbp.config import TrainConfig
-from flowbp.core.engine import backpropagate, rollout, sweep
+from flowbp.core.engine import BackwardOptions, backpropagate, rollout, sweep
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.plan import Plan, draw_plan
 from flowbp.core.types import Velocity
@@ -146,7 +146,9 @@ class RandomUpdate:
         cond, negative = trainer.models.embeddings(prompts)
         trainer.models.backbone.unload_text_encoders()
         backbone = trainer.models.backbone
-        self.velocity: Velocity = guided_velocity(backbone.velocity, cond, negative, config.classifier_free_guidance)
+        given = (backbone.velocity, cond, negative, config.classifier_free_guidance)
+        self.velocity: Velocity = guided_velocity(*given)
+        self.options = BackwardOptions(gradient_velocity=guided_velocity(*given, gradient_only=True))
         shape = (config.total_batch_size, *backbone.latent_shape(trainer.size))
         self.x_0 = normal(shape, 0, "noise").to(trainer.accelerator.device)
         (reward,) = config.rewards
@@ -166,7 +168,7 @@ class RandomUpdate:
         plan = self.plan(num_active)
         if executor == "sweep":
             trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, plan.rollout_spec)
-            backpropagate(plan, trajectory, self.velocity, self.loss)
+            backpropagate(plan, trajectory, self.velocity, self.loss, options=self.options)
         else:
             oracle = import_oracle()
             run = oracle.roll(self.velocity, self.x_0, self.trainer.sigmas.to(self.x_0))
@@ -177,7 +179,8 @@ class RandomUpdate:
         """Runs rollout and sweep alone."""
         plan = self.plan(num_active)
         trajectory = rollout(self.velocity, self.x_0, self.trainer.sigmas, plan.rollout_spec)
-        sweep(plan, trajectory, self.velocity, torch.ones_like(self.x_0))
+        given = self.options.gradient_velocity
+        sweep(plan, trajectory, self.velocity, torch.ones_like(self.x_0), gradient_velocity=given)
 
 
 # Measurements ---------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from transformers import BlipConfig, CLIPConfig, CLIPImageProcessor, Qwen2VLConf
 from benchmarks.perf import pipelines
 from flowbp.config import TrainConfig
 from flowbp.estimate import Estimate, estimate_run
-from flowbp.rewards.hpsv3 import TEMPLATE_FILE, PromptTemplate
-from flowbp.rewards.loading import HEAD_FILE
+from flowbp.rewards.hpsv3 import TEMPLATE_FILE, PromptTemplate, ranking_head
+from flowbp.rewards.loading import HEAD_FILE, scoring_head
 from flowbp.training import preflight
 from imgen_common.config import load
 from imgen_common.console import quiet_libraries
@@ -71,7 +71,7 @@ def write_blip_config(folder: Path) -> None:
     vision = {"image_size": 224, "patch_size": 16, **tower_sizes(1024, 24, 16)}
     BlipConfig(text_config=text, vision_config=vision).save_pretrained(folder)
     pipelines.with_max_length(clip_tokenizer(), 512).save_pretrained(folder)
-    save_file({}, folder / HEAD_FILE)
+    save_file(scoring_head(768).state_dict(), folder / HEAD_FILE)
 
 
 def write_qwen2_vl_config(folder: Path) -> None:
@@ -83,7 +83,7 @@ def write_qwen2_vl_config(folder: Path) -> None:
     qwen_tokenizer().save_pretrained(folder)
     Qwen2VLImageProcessor().save_pretrained(folder)
     (folder / TEMPLATE_FILE).write_text(PromptTemplate(before="", after="").model_dump_json())
-    save_file({}, folder / HEAD_FILE)
+    save_file(ranking_head(3584).state_dict(), folder / HEAD_FILE)
 
 
 def write_models(root: Path) -> dict[str, int]:

@@ -40,7 +40,7 @@ from flowbp.config import TrainConfig
 from flowbp.core.axes.active import All, LateBiased, Stratified
 from flowbp.core.axes.coupling import Every
 from flowbp.core.axes.quadrature import Euler
-from flowbp.core.engine import backpropagate, rollout
+from flowbp.core.engine import BackwardOptions, backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.noise import initial_noise
 from flowbp.core.plan import Plan, RolloutSpec, draw_plan
@@ -130,7 +130,9 @@ class PromptRollout:
         self.texts = [parts.prompts[index % len(parts.prompts)]] * size.images
         pixels = (config.model.height, config.model.width)
         cond, negative = parts.embeddings(self.texts)
-        self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        given = (parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        self.velocity = guided_velocity(*given)
+        self.options = BackwardOptions(gradient_velocity=guided_velocity(*given, gradient_only=True))
         self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels, config.train_sigmas)
         self.samples = range(index * size.images, (index + 1) * size.images)
         x_0 = initial_noise(parts.backbone, pixels, size.seed, "fidelity-noise", self.samples).to(device)
@@ -156,7 +158,7 @@ class PromptRollout:
             return torch.stack(noise).to(self.device)
 
         start = clock(self.device)
-        backpropagate(plan, self._ending(plan), self.velocity, self._loss, noise=renoise)
+        backpropagate(plan, self._ending(plan), self.velocity, self._loss, noise=renoise, options=self.options)
         seconds = clock(self.device) - start
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]), seconds
 

@@ -90,6 +90,21 @@ def test_both_branches_carry_gradient_otherwise(field):
         torch.testing.assert_close(got, exact)
 
 
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_gradient_alone_is_the_same_without_a_negative_that_has_none(field, detach, scale):
+    x, cotangent = X.clone().requires_grad_(), noise(2, 3, seed=9)
+    guidance, gradients, batches = Guidance(scale=scale, detach_negative=detach), [], []
+    for gradient_only in (False, True):
+        field.batches.clear()
+        v = guided_velocity(field, COND, NEGATIVE, guidance, gradient_only=gradient_only)(x, SIGMA)
+        batches.append(sum(field.batches))
+        gradients.append(torch.autograd.grad(v, [field.w, field.u, x], cotangent))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert batches[1] == (2 if detach or scale == 1 else 4)
+    assert batches[0] == (2 if scale == 1 else 4)
+
+
 def test_copies_repeat_the_conditioning(field):
     velocity = guided_velocity(field, COND, NEGATIVE, Guidance(scale=2.0))
     other = noise(2, 3, seed=7)

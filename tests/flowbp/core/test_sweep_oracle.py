@@ -27,7 +27,10 @@ from flowbp.core.engine import (
     num_backward_passes,
     rollout,
 )
+from flowbp.core.guidance import guided_velocity
+from flowbp.core.multi_reward import combine_gradients
 from flowbp.core.plan import Plan, Term, draw_plan
+from flowbp.core.settings import Guidance
 from flowbp.methods import METHODS, Method, get_method
 
 SHAPE = (NUM_SAMPLES, NUM_TOKENS, NUM_CHANNELS)
@@ -250,6 +253,73 @@ def test_an_offloaded_trajectory_changes_no_bit(name, net):
     again, same = swept(net, drawn, velocity, noise(*SHAPE), sigmas, noise=eps, offload=True)
     assert torch.equal(kept, again)
     assert torch.equal(outcome.gaps, same.gaps)
+
+
+@pytest.mark.parametrize("regularised", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sweep_without_the_negative_changes_no_bit(name, regularised):
+    """In float32, against the sweep that evaluates both branches everywhere, and what it evaluates."""
+    net, rng, evaluated = Perceptron(0).float(), np.random.default_rng(5), []
+
+    def velocity(x, sigma, cond):
+        evaluated.append((torch.is_grad_enabled(), bool(cond["text"][0] < 0)))
+        return net(x + cond["text"].view(-1, 1, 1), sigma.to(x))
+
+    guidance = Guidance(scale=3.5, batched=False)
+    given = (velocity, {"text": torch.tensor([0.3, 0.7])}, {"text": torch.tensor([-1.0])}, guidance)
+    whole, pulled = guided_velocity(*given), guided_velocity(*given, gradient_only=True)
+    base = Perceptron(3).float()
+    for _ in range(3):
+        sigmas = random_sigmas(6, rng).float()
+        drawn = draw_plan(vary(get_method(name), 6, rng), sigmas, rng)
+        x_0, eps = noise(*SHAPE).float(), noise(max(drawn.copies, 1), *SHAPE, seed=1).float()
+        options = {"noise": eps, "regulariser": Regulariser(0.3, base) if regularised else None}
+        want, before = swept(net, drawn, whole, x_0, sigmas, **options)
+        evaluated.clear()
+        got, outcome = swept(net, drawn, whole, x_0, sigmas, gradient_velocity=pulled, **options)
+        assert torch.equal(got, want)
+        assert want.norm() > 0
+        assert not regularised or torch.equal(outcome.regularise, before.regularise)
+        with_gradient = evaluated.count((True, False))
+        assert with_gradient == num_backward_passes(drawn, regularised=regularised)
+        # those without gradient are pairs: of the rollout, of renoised copies, and one beside every regularised pass
+        alone = evaluated.count((False, False))
+        assert evaluated.count((False, True)) == alone + regularised * (len(drawn.terms) + drawn.copies)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("name", METHODS)
+def test_weighted_rewards_need_one_pass_through_what_they_share(name, size):
+    """The same gradient as one pass per reward and the weighted sum of what these give."""
+    net, decoder, rng, passes = Perceptron(0), Perceptron(1), np.random.default_rng(3), []
+    weights = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
+
+    def loss(x, rows):
+        image = decoder(x, torch.zeros(len(x), dtype=x.dtype))
+        image.register_hook(lambda gradient: passes.append(len(gradient)))
+        flat = image.flatten(1)
+        return torch.stack([flat.square().mean(1), flat.sin().sum(1), flat.exp().mean(1)])
+
+    def separately(gradients):
+        return combine_gradients(gradients, weights, "weighted")
+
+    sigmas = random_sigmas(6, rng)
+    drawn = draw_plan(vary(get_method(name), 6, rng), sigmas, rng)
+    trajectory = rollout(net, noise(*SHAPE), sigmas, drawn.rollout_spec)
+    found, counted = [], []
+    for how in ({"combine": separately}, {"reward_weights": weights}, {"reward_weights": 3 * weights}, {}):
+        net.zero_grad(), passes.clear()
+        eps = noise(max(drawn.copies, 1), *SHAPE, seed=1)
+        options = BackwardOptions(reward_batch_size=size, **how)
+        outcome = backpropagate(drawn, trajectory, net, loss, noise=eps, options=options)
+        found.append((gradient(net), outcome.losses))
+        counted.append(sum(passes))
+        assert (outcome.agreement is None) == ("combine" not in how)
+    assert counted == [3 * NUM_SAMPLES * (1 + drawn.copies)] + [NUM_SAMPLES * (1 + drawn.copies)] * 3
+    assert all(torch.equal(losses, found[0][1]) for _, losses in found)
+    assert relative(found[1][0], found[0][0]) < 1e-12
+    assert relative(found[2][0], 3 * found[0][0]) < 1e-12
+    assert relative(found[3][0], found[0][0]) > 1e-2
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -24,7 +24,7 @@ from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.image_reward import ImageReward
-from flowbp.rewards.loading import CHECKPOINT_LAYERS, load_head, scoring_head
+from flowbp.rewards.loading import CHECKPOINT_LAYERS, load_head, modules_of, scoring_head
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -213,6 +213,15 @@ def test_scores_are_those_of_the_original_package(name: str, size: tuple[int, in
     scores = reward(torch.from_numpy(waves(*size)), ["", ""])
     assert scores.tolist() == pytest.approx(GOLDEN[GOLDEN_NAMES[name]]["scores"][f"{size[0]}x{size[1]}"], abs=1e-4)
     assert abs(scores[0] - scores[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["imagereward", "aesthetic"])
+def test_a_head_is_planned_for_from_the_header_of_its_file(name: str, tmp_path: Path) -> None:
+    parts = [list(modules_of([MAKERS[name](tmp_path / name)]))]
+    parts.append(list(modules_of([RewardConfig(score=name, ref=str(tmp_path / name)).load("meta")])))
+    sizes = [[(weight, p.shape) for part in one for weight, p in part.named_parameters()] for one in parts]
+    assert sizes[0] == sizes[1]
+    assert {p.device.type for part in parts[1] for p in part.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("size", [(33, 49), (35, 32), (122, 83)])

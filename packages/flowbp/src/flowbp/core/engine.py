@@ -44,16 +44,22 @@ class Regulariser:
 class BackwardOptions:
     """How `backpropagate` weighs and cuts up its work.
 
-    scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  combine: makes one
-    gradient of several rewards', their sum by default.  reward_batch_size: samples per decode-and-reward graph, None:
-    all.  steps_per_forward: uncoupled terms that share one forward.  regulariser: None: no anchor to a base.
+    scale: factor of the loss, for example 1 / accumulation steps, times `Guidance.backward_scale`.  reward_weights: of
+    the rewards' losses in their sum, (rewards,); None: 1 each.  combine: makes one gradient of several rewards' in
+    place of that sum, with a backward pass per reward through what they share; None: one pass.  reward_batch_size:
+    samples per decode-and-reward graph, None: all.  steps_per_forward: uncoupled terms that share one forward.
+    regulariser: None: no anchor to a base.  gradient_velocity: is evaluated in place of the velocity where only the
+    gradient is used, which must be the same, whatever its values; None: the velocity itself.  `guided_velocity(...,
+    gradient_only=True)` is one.
     """
 
     scale: float = 1.0
-    combine: Combine = lambda gradients: gradients.sum(0)
+    reward_weights: Float[Tensor, " rewards"] | None = None
+    combine: Combine | None = None
     reward_batch_size: int | None = None
     steps_per_forward: int = 1
     regulariser: Regulariser | None = None
+    gradient_velocity: Velocity | None = None
 
 
 DEFAULT_OPTIONS = BackwardOptions()
@@ -65,8 +71,9 @@ class Outcome:
 
     losses: per sample, reward and copy, unweighted, (1 + copies, rewards, b).  scores: what the loss returned beside
     them, of the sample.  values: what the rewards saw, (1 + copies, b, ...).  agreement: of the rewards' gradients at
-    the sample, where there are several.  gaps: mean |x_hat - x| per leg and sample in units of x, (legs, b); weights:
-    sample weights, (b,); both float64.  regularise: R of each sample, (b,), without its weight; None without it.
+    the sample, where several are combined by `combine`.  gaps: mean |x_hat - x| per leg and sample in units of x,
+    (legs, b); weights: sample weights, (b,); both float64.  regularise: R of each sample, (b,), without its weight;
+    None without it.
     """
 
     losses: Float[Tensor, "copies rewards b"]
@@ -128,14 +135,15 @@ def sweep(
     cotangent: Tensor,
     steps_per_forward: int = 1,
     penalty: _Penalty | None = None,
+    gradient_velocity: Velocity | None = None,
 ) -> int:
     """Accumulate the plan's parameter gradient into `.grad`, given G = dL/dx at what the reward saw.
 
         for each term (i, c, alpha), i descending:   theta.grad += (c G)^T dv_i/dtheta;   G <- G + alpha c J_i^T G
 
     cotangent: shape of the state.  steps_per_forward: up to so many neighboring uncoupled terms share one forward
-    (memory for speed; the sum is the same).  Frozen parameters stay untouched; the state carries gradient only at
-    coupled terms.  Returns the number of forward passes with gradient.
+    (memory for speed; the sum is the same).  gradient_velocity: as in `BackwardOptions`.  Frozen parameters stay
+    untouched; the state carries gradient only at coupled terms.  Returns the number of forward passes with gradient.
     Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, or the velocity depends on nothing
     trainable.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
@@ -149,7 +157,10 @@ def sweep(
         coupling = group[0].coupling
         sigma = torch.cat([trajectory.sigmas[term.step].expand(len(cotangent)) for term in group])
         given = torch.cat([term.weight * cotangent for term in group])
-        _backward(velocity, x.requires_grad_(coupling > 0), sigma, given, None if coupling else penalty)
+        pulls = None if coupling else penalty
+        # the cotangent of a penalty is made of the velocity's value; another one is given, and the value not looked at
+        called = velocity if pulls is not None else gradient_velocity or velocity
+        _backward(called, x.requires_grad_(coupling > 0), sigma, given, pulls)
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
     return num_forward_passes
@@ -239,7 +250,8 @@ def backpropagate(
     share = weights * (options.scale / (1 + plan.copies) / len(weights))
     reward = _reward_stage(loss, trajectory.x_end, share, options)
     penalties = _penalties(plan, trajectory.x_end, options)
-    sweep(plan, trajectory, velocity, reward.cotangent, options.steps_per_forward, penalties[0])
+    pulled, steps = options.gradient_velocity, options.steps_per_forward
+    sweep(plan, trajectory, velocity, reward.cotangent, steps, penalties[0], pulled)
     losses, values = [reward.losses], [trajectory.x_end]
     # y = x' - sigma v(x') depends on the parameters through one velocity: a sweep of one term of weight -sigma
     last = Term(plan.num_inference_steps - 1, -plan.sigmas[-2])
@@ -248,7 +260,7 @@ def backpropagate(
         x, y = _renoise(trajectory, velocity, noise, copy)
         copied = _reward_stage(loss, y, share, options)
         renoised = Trajectory(trajectory.sigmas, {last.step: x}, {}, y)
-        sweep(of_copies, renoised, velocity, copied.cotangent, penalty=penalties[1 + copy])
+        sweep(of_copies, renoised, velocity, copied.cotangent, 1, penalties[1 + copy], pulled)
         losses.append(copied.losses)
         values.append(y)
     anchored = [penalty.values for penalty in penalties if penalty is not None]
@@ -275,7 +287,7 @@ class _RewardGradient:
 
 
 def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions) -> _RewardGradient:
-    """One graph per `reward_batch_size` samples, freed at once; one backward pass through it per reward."""
+    """One graph per `reward_batch_size` samples, freed at once."""
     size = len(x) if options.reward_batch_size is None else options.reward_batch_size
     if size < 1:
         raise ValueError(f"reward_batch_size must be >= 1, got {size}")
@@ -289,8 +301,11 @@ def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions
             per_sample = found.losses if found.losses.dim() == 2 else found.losses[None]
             if per_sample.shape[1:] != leaf.shape[:1]:
                 raise ValueError(f"loss must return one value per sample, {len(leaf)}; got {tuple(per_sample.shape)}")
+            # samples do not mix in a reward, so the gradient of the sum holds the gradient of every sample's own loss
             totals = per_sample.sum(1)
-        # samples do not mix in a reward, so the gradient of the sum holds the gradient of every sample's own loss
+            if options.combine is None:
+                weights = torch.ones(len(totals)) if options.reward_weights is None else options.reward_weights
+                totals = (weights.to(totals) @ totals)[None]
         last = len(totals) - 1
         parts = [torch.autograd.grad(total, leaf, retain_graph=i < last)[0] for i, total in enumerate(totals)]
         gradients.append(torch.stack(parts))
@@ -301,7 +316,7 @@ def _reward_stage(loss: Loss, x: Tensor, share: Tensor, options: BackwardOptions
     return _RewardGradient(
         losses=torch.cat(losses, dim=1),
         scores={name: torch.cat([part[name] for part in scores]) for name in scores[0]},
-        cotangent=scale * options.combine(by_reward),
+        cotangent=scale * (by_reward[0] if options.combine is None else options.combine(by_reward)),
         agreement=gradient_agreement(by_reward) if len(by_reward) > 1 else None,
     )
 

@@ -15,16 +15,19 @@ def guided_velocity(
     cond: Cond,
     negative: Cond | None = None,
     guidance: Guidance | None = None,
+    *,
+    gradient_only: bool = False,
 ) -> Velocity:
     """A backbone's `velocity(x, sigma, cond)` with prompts and guidance closed over.
 
     cond: conditioning of the b samples of a micro-batch; negative: that of their negative prompts, b rows or one for
-    all.  The result takes any whole number of copies of the micro-batch, copy-major.
+    all.  The result takes any whole number of copies of the micro-batch, copy-major.  gradient_only: its values mean
+    nothing, its gradient is the same bit for bit, and a negative branch on which no gradient depends is not evaluated.
     Raises UserError if the scale needs a negative and there is none; ValueError if x is no whole number of copies.
     """
     guidance = guidance or Guidance()
-    if guidance.scale == 1:
-        return lambda x, sigma: velocity(x, sigma, repeat_batch(cond, _copies(x, cond)))
+    if guidance.scale == 1 or (gradient_only and not guidance.gradient_needs_negative):
+        return lambda x, sigma: guidance.scale * velocity(x, sigma, repeat_batch(cond, _copies(x, cond)))
     if negative is None:
         raise UserError(
             f"guidance_scale {guidance.scale} needs a negative prompt; give one, or set guidance_scale to 1"
@@ -40,9 +43,10 @@ def guided_velocity(
         if guidance.batched and not (guidance.detach_negative and torch.is_grad_enabled()):
             v, v_neg = velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), concat(positive, other)).chunk(2)
         else:
-            v = velocity(x, sigma, positive)
+            # first the one that may have no graph, so that what it holds for a moment is not held beside a graph
             with torch.set_grad_enabled(torch.is_grad_enabled() and not guidance.detach_negative):
                 v_neg = velocity(x, sigma, other)
+            v = velocity(x, sigma, positive)
         return v_neg + guidance.scale * (v - v_neg)
 
     return both

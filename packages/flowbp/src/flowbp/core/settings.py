@@ -44,6 +44,11 @@ class Guidance(GuidanceOptions):
     """Guidance scale s, above 0, at most 100; 1 runs the positive branch alone."""
 
     @property
+    def gradient_needs_negative(self) -> bool:
+        """Whether the gradient of the guided velocity depends on the negative branch."""
+        return self.scale != 1 and not self.detach_negative
+
+    @property
     def backward_scale(self) -> float:
         """Factor of `backpropagate(scale=...)`: 1 / scale if compensated.  It multiplies the cotangent once, so of a
         term nested behind a Jacobian it removes one of two factors of the scale, as in the papers."""

@@ -4,6 +4,7 @@ Networks are built from their JSON files.  One evaluation of the network, one sw
 torch's fake tensors, which have shapes and no content, and the storages that are alive at once are counted.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,9 +121,11 @@ def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> flo
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
     step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
     swept = num_swept * step
-    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no base
+    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no value
         coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
-        swept += coupled * (step - stages["rollout"].flops)
+        guidance = config.classifier_free_guidance
+        negative = guidance.scale != 1 and not guidance.gradient_needs_negative  # is half of a rollout's step
+        swept += coupled * (step - stages["rollout"].flops * (1.5 if negative else 1))
     return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
 
 
@@ -179,12 +182,13 @@ class FakeModels:
         """Everything that has weights."""
         return [*self.modules.values(), *modules_of(self.rewards.values())]
 
-    def velocity(self, batch: int) -> Velocity:
-        """The guided velocity of so many samples."""
+    def velocity(self, batch: int, *, gradient_only: bool = False) -> Velocity:
+        """`guided_velocity` of so many samples."""
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
         # fake tensors have no content from which the layout could be read
         alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
-        return guided_velocity(alike if self.layout else self.backbone.velocity, cond, self.cond, guidance)
+        velocity = alike if self.layout else self.backbone.velocity
+        return guided_velocity(velocity, cond, self.cond, guidance, gradient_only=gradient_only)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""
@@ -262,17 +266,18 @@ def trace_stages(models: FakeModels, job: CheckedRun, batch: int) -> tuple[dict[
         "swept step": trace_stage(partial(sweep_stage, models, swept, coupled), models),
     }
     rows = min(config.reward_batch_size or batch, batch)
-    costs, untraced = [], []
+    costs: dict[str, StageCost] = {}
     for reward in config.rewards:
-        try:
-            costs.append(trace_stage(partial(reward_stage, models, reward, rows), models))
-        except UNTRACEABLE:
-            untraced.append(reward.name)
-    flops = sum(cost.flops for cost in costs) * batch / rows
-    stages["reward"] = StageCost(max((cost.bytes for cost in costs), default=0), flops)
+        with contextlib.suppress(*UNTRACEABLE):
+            costs[reward.name] = trace_stage(partial(reward_stage, models, [reward], rows), models)
+    traced = [reward for reward in config.rewards if reward.name in costs]
+    # several share one graph
+    cost = trace_stage(partial(reward_stage, models, traced, rows), models) if len(traced) > 1 else None
+    cost = cost or next(iter(costs.values()), StageCost(0, 0))
+    stages["reward"] = StageCost(cost.bytes, cost.flops * batch / rows)
     evaluated = min(config.eval.batch_size, config.eval.num_prompts)
     stages[EVALUATION] = trace_stage(partial(evaluation_stage, models, evaluated), models)
-    return stages, tuple(untraced)
+    return stages, tuple(reward.name for reward in config.rewards if reward.name not in costs)
 
 
 def trace_stage(work: Callable[[], object], models: FakeModels) -> StageCost:
@@ -291,17 +296,22 @@ def rollout_stage(models: FakeModels, batch: int) -> Tensor:
 
 def sweep_stage(models: FakeModels, batch: int, coupled: bool) -> None:
     """One step with gradient, of a regulariser's base too."""
-    base = rollout_stage(models, batch) if models.config.regularise is not None else None
+    regularised = models.config.regularise is not None
+    base = rollout_stage(models, batch) if regularised else None
     x = models.latents(batch, requires_grad=coupled)
-    v = models.velocity(batch)(x, torch.empty(batch, device=models.device))
+    v = models.velocity(batch, gradient_only=not regularised)(x, torch.empty(batch, device=models.device))
     torch.autograd.backward(v, torch.empty_like(v) if base is None else v.detach() - base)
 
 
-def reward_stage(models: FakeModels, reward: TrainedReward, batch: int) -> None:
-    """Decoding, one reward, and the gradient at the sample."""
+def reward_stage(models: FakeModels, rewards: Sequence[TrainedReward], batch: int) -> None:
+    """Decoding, rewards, and the gradient at the sample: of their sum, or of each where these are combined."""
     x = models.latents(batch, requires_grad=True)
-    scores = models.rewards[reward.name](models.backbone.decode(x), ["a picture"] * batch)
-    torch.autograd.grad(reward_losses(reward.loss, scores).sum(), x)
+    images, texts = models.backbone.decode(x), ["a picture"] * batch
+    scores = {reward.name: models.rewards[reward.name](images, texts) for reward in rewards}
+    losses = torch.stack([reward_losses(reward.loss, scores[reward.name]).sum() for reward in rewards])
+    totals = losses.sum()[None] if models.config.combine == "weighted" else losses
+    for i, total in enumerate(totals):
+        torch.autograd.grad(total, x, retain_graph=i < len(totals) - 1)
 
 
 def evaluation_stage(models: FakeModels, batch: int) -> None:

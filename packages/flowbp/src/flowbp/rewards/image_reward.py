@@ -5,13 +5,19 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import are_weights_missing, load_head, load_part, load_weights, scoring_head
+from flowbp.rewards.loading import (
+    are_weights_missing,
+    load_head,
+    load_part,
+    load_weights,
+    read_tensors,
+    scoring_head,
+)
 from imgen_common.weights import weight_files
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072
@@ -34,7 +40,7 @@ class ImageReward:
         """The frozen float32 reward of a folder made by `flowbp convert-reward imagereward`."""
         vision, text = build_towers(load_part(BlipConfig, folder))
         files = () if are_weights_missing(folder, device) else weight_files(folder).files
-        weights = {name: value for file in files for name, value in load_file(file, str(device)).items()}
+        weights = {name: value for file in files for name, value in read_tensors(file, device).items()}
         for name, tower in (("vision_model.", vision), ("text_encoder.", text)):
             tower.to(device, torch.float32).eval().requires_grad_(False)
             if files:

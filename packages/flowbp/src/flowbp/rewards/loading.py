@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -65,8 +66,17 @@ def load_head(folder: Path, head: nn.Sequential, device: torch.device | str) -> 
     file = folder / HEAD_FILE
     if not file.exists():
         raise UserError(f"{folder}: no {HEAD_FILE} in it; make the folder with `flowbp convert-reward`")
-    load_weights(head.to(device), folder, load_file(file, str(device)))
+    load_weights(head.to(device), folder, read_tensors(file, device))
     return head.eval().requires_grad_(False)
+
+
+def read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; on the meta device, which that library does not know, from its header."""
+    if str(device) != "meta":
+        return load_file(file, str(device))
+    with safe_open(file, "pt") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -76,8 +86,8 @@ def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) ->
 
 
 def are_weights_missing(folder: Path, device: torch.device | str) -> bool:
-    """Whether a model is loaded without its weights: on the meta device, from a folder that has none."""
-    return str(device) == "meta" and not any(folder.glob("[!.]*.safetensors"))
+    """Whether a model is loaded without its weights: on the meta device, from a folder that has none but of a head."""
+    return str(device) == "meta" and not any(file.name != HEAD_FILE for file in folder.glob("[!.]*.safetensors"))
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:

@@ -237,10 +237,11 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
     plain = sum(p.num_plain_forwards for p in job.plans) / len(job.plans)
     jacobians = sum(term.coupling > 0 for p in job.plans for term in p.terms) / len(job.plans)
     regularised, branches = config.regularise is not None, 2 if guided else 1
-    of_base = active * branches if regularised else 0
+    # a regulariser needs the values of the base and of the guided velocity, a detached negative branch with it
+    of_regulariser = active * (branches + (guided and detached)) if regularised else 0
     active += jacobians if regularised else 0  # a coupled step has a pass of its own for the regulariser
     with_gradient = active * (2 if guided and not detached else 1)
-    without = plain * branches + (active if guided and detached else 0) + of_base
+    without = plain * branches + of_regulariser
     return {
         "processes": job.num_processes,
         "images_per_update": config.total_batch_size,

@@ -136,9 +136,10 @@ class Trainer:
         x_0 = initial_noise(models.backbone, self.size, config.seed, "noise", samples)
         return [models.prompts[i] for i in chosen], x_0.to(self.accelerator.device)
 
-    def _velocity(self, conds: tuple[Cond, Cond]) -> Velocity:
-        """The guided velocity of samples with this conditioning, of their prompts and of the negative one."""
-        return guided_velocity(self.models.backbone.velocity, *conds, self.config.classifier_free_guidance)
+    def _velocity(self, conds: tuple[Cond, Cond], *, gradient_only: bool = False) -> Velocity:
+        """`guided_velocity` of samples with this conditioning, of their prompts and of the negative one."""
+        guidance, velocity = self.config.classifier_free_guidance, self.models.backbone.velocity
+        return guided_velocity(velocity, *conds, guidance, gradient_only=gradient_only)
 
     def _regulariser(self, conds: tuple[Cond, Cond]) -> Regulariser | None:
         """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
@@ -170,13 +171,18 @@ class Trainer:
         trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
         options = BackwardOptions(
             scale=scale,
-            combine=lambda gradients: combine_gradients(gradients, self.reward_weights, config.combine),
+            reward_weights=self.reward_weights,
+            combine=None if config.combine == "weighted" else self._combine,
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
             regulariser=self._regulariser(conds),
+            gradient_velocity=self.state.sync_on_last_backward(self._velocity(conds, gradient_only=True)),
         )
         loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+
+    def _combine(self, gradients: Tensor) -> Tensor:
+        return combine_gradients(gradients, self.reward_weights, self.config.combine)
 
     def _score(self, prompts: Sequence[str], x: Tensor, rows: slice) -> ScoredLosses:
         """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
