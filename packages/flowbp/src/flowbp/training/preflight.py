@@ -107,8 +107,9 @@ def _check_models(config: TrainConfig, *, weights: bool) -> "Backbone":
     from flowbp.training.loading import load_rewards
 
     model = config.model
-    empty = backbones.init_empty_weights(model.ref)
-    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+    backbone = backbones.init_empty_weights(
+        model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
+    )
     if weights:
         check_machine(model)
         hub.check_networks(hub.resolve(model.ref))
