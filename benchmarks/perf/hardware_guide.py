@@ -31,6 +31,8 @@ ROWS = (
     ("sd3_5_medium", "lora_24gb", 1, ()),
     ("flux2_klein_base_4b", "lora_24gb", 1, ()),
     ("flux2_klein_base_4b", "edits_lora_24gb", 1, ()),
+    ("z_image", "lora_32gb", 1, ()),
+    ("z_image", "flowbp_bridge", 8, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
 )
@@ -43,6 +45,7 @@ FOLDERS = {
 PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd3_5_medium": pipelines.sd3_5_medium,
     "flux1_dev": pipelines.flux1_dev,
+    "z_image": pipelines.z_image,
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
 }

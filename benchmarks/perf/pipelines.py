@@ -20,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -150,6 +152,18 @@ def flux1_dev() -> DiffusionPipeline:
         tokenizer=with_max_length(clip_tokenizer(), clip_length("published")),
         text_encoder_2=t5("published"),
         tokenizer_2=with_max_length(clip_tokenizer(), 512),
+    )
+
+
+def z_image() -> DiffusionPipeline:
+    """Z-Image: 30 blocks of 30 heads x 128 and four refining ones, which are diffusers' defaults, with Qwen3-4B."""
+    tokenizer = with_max_length(qwen_tokenizer(), 512)
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=AutoencoderKL(**(SD3_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159})),
+        text_encoder=qwen3("published", 2560, 9728, tokenizer.pad_token_id),
+        tokenizer=tokenizer,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from families import FAMILIES, LIKE_FLUX, folder_of
+from families import FAMILIES, LATER, folder_of
 from hypothesis import settings
 
 from flowbp import backbones, cli
@@ -16,7 +16,8 @@ settings.load_profile("flowbp")
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(f, marks=pytest.mark.exhaustive if f == LIKE_FLUX else ()) for f in FAMILIES]
+    scope="module",
+    params=[pytest.param(f, marks=getattr(pytest.mark, LATER[f]) if f in LATER else ()) for f in FAMILIES],
 )
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random pipeline of each family, saved."""

@@ -17,6 +17,8 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -121,10 +123,9 @@ def flux_kontext() -> FluxKontextPipeline:
     return FluxKontextPipeline(**flux().components)
 
 
-def flux2() -> Flux2KleinPipeline:
-    """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
+def qwen3() -> Qwen3ForCausalLM:
     tokenizer = qwen_tokenizer()
-    text_encoder = Qwen3ForCausalLM(
+    return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -136,6 +137,10 @@ def flux2() -> Flux2KleinPipeline:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def flux2() -> Flux2KleinPipeline:
+    """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
         latent_channels=4,
@@ -161,9 +166,31 @@ def flux2() -> Flux2KleinPipeline:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        text_encoder=qwen3(),
+        tokenizer=qwen_tokenizer(),
         is_distilled=False,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    """As Z-Image: a fixed shift, text of variable length."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=qwen3(),
+        tokenizer=qwen_tokenizer(),
     )
 
 
@@ -184,6 +211,7 @@ FAMILIES = {
     "sd3": Family(sd3),
     "flux": Family(flux, true_guidance),
     "flux_kontext": Family(flux_kontext, lambda scale: {"max_area": SIZE[0] * SIZE[1], **true_guidance(scale)}, 1),
+    "z_image": Family(z_image, lambda scale: {"guidance_scale": scale - 1}),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
@@ -191,6 +219,8 @@ FAMILIES = {
 
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
+LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow"}
+"""Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 
 def folder_of(family: str, place: Path) -> Path:

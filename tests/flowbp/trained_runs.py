@@ -18,6 +18,12 @@ TARGETS = (
 )
 
 
+def targets_of(family: str) -> str:
+    """`TARGETS` for a family; those of one stream of tokens have no layers for text alone."""
+    one_stream = TARGETS.replace("add_q_proj, add_k_proj, add_v_proj", "feed_forward.w1, adaLN_modulation.0")
+    return one_stream if family == "z_image" else TARGETS
+
+
 def trained(place: Path, model: Path, *sets: str) -> Path:
     """A run folder whose weights are random but not nothing, as if it had been trained."""
     config = load(TrainConfig, [], [f"model.ref={model}", "name=run", *sets])

@@ -12,7 +12,7 @@ from families import FAMILIES, SIZE, folder_of
 from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor, nn
-from trained_runs import TARGETS, ours, theirs, trained
+from trained_runs import TARGETS, ours, targets_of, theirs, trained
 
 from flowbp.backbones import init_empty_weights
 from flowbp.backbones.layer_names import original_layers
@@ -31,7 +31,7 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
-PIPELINES["flux_kontext"] = "FluxKontextPipeline"
+PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline"}
 RANK, ALPHA = 4, 2.0
 
 
@@ -91,7 +91,7 @@ FORMS: tuple[Callable[[Path, Path, str], Path], ...] = (as_diffusers, as_comfyui
 @pytest.mark.parametrize("family", tiers(FAMILIES, default=["flux2"], slow=["sd3", "flux"]))
 def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
-    run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", TARGETS)
+    run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", targets_of(family))
     expected, base = ours(run, model), ours(run, model, base=True)
     assert (expected - base).abs().max() > 5e-3
     for form in FORMS:

@@ -13,7 +13,8 @@ from flowbp.training import preflight
 from imgen_common.config import load
 from imgen_common.errors import UserError
 
-FAMILY_OF = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
+IN_PAPER = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
+FAMILY_OF = IN_PAPER | {"z_image": "z_image"}
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
 
@@ -52,7 +53,7 @@ def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str
     for i, _ in enumerate(load(TrainConfig, [recipe]).heldout):
         sets += [f"heldout.{i}.ref=builtin:shapes/heldout", f"heldout.{i}.score=clip"]
     sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
-    job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if "24gb" in recipe.stem else 8)
+    job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if recipe.stem.endswith("gb") else 8)
     cost = preflight.update_arithmetic(job)
     assert cost["images_per_update"] == job.config.total_batch_size
     assert cost["updates"] == 300
@@ -65,14 +66,14 @@ WITHOUT_HPSV3 = {("flux1_dev", "flowbp_bridge"), ("flux1_dev", "flowbp_lagrange"
 
 
 def test_the_papers_runs_are_all_there() -> None:
-    for name in FAMILY_OF:
+    for name in IN_PAPER:
         found = {recipe.stem for recipe in RECIPES if recipe.parent.name == name}
         assert set(PAPER) <= found
         for recipe in (r for r in RECIPES if r.parent.name == name and r.stem in PAPER):
             assert load(TrainConfig, [recipe]).method.name == recipe.stem
 
 
-@pytest.mark.parametrize("model", FAMILY_OF)
+@pytest.mark.parametrize("model", IN_PAPER)
 @pytest.mark.parametrize("run", PAPER)
 def test_the_papers_runs_have_its_noise_levels_lengths_and_rewards(model: str, run: str) -> None:
     config = load(TrainConfig, [next(r for r in RECIPES if (r.parent.name, r.stem) == (model, run))])

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from tiers import tiers
-from trained_runs import TARGETS, ours, theirs, trained
+from trained_runs import TARGETS, ours, targets_of, theirs, trained
 
 from flowbp.backbones.licenses import license_of
 from flowbp.config import TrainConfig
@@ -25,10 +25,10 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"], slow=["z_image"]))
 def test_an_exported_adapter_generates_the_same_image_in_diffusers(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
-    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", targets_of(family))
     out = export_run(run, "diffusers", tmp_path / "out")
     pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     assert (theirs(pipe, family) - ours(run, model)).abs().max() > 5e-3
@@ -66,7 +66,7 @@ def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
         export_run(run, "diffusers", tmp_path / "none", step=7)
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux", "flux2"], slow=["z_image"]))
 @pytest.mark.parametrize("lora", tiers(["null", "{rank: 4, alpha: 8}"], default=["null"], slow=["{rank: 4, alpha: 8}"]))
 def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
@@ -80,10 +80,10 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     assert (theirs(last, family) - ours(run, model, base=True)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["flux2", "sd3"])
+@pytest.mark.parametrize("family", tiers(["flux2", "sd3", "z_image"], default=["flux2", "sd3"]))
 def test_a_comfyui_adapter_loads_back_through_diffusers(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
-    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", TARGETS)
+    run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", targets_of(family))
     out = export_run(run, "comfyui", tmp_path / "out")
     if family == "flux2":
         keys = set(load_file(out / COMFYUI_FILE))

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from families import FAMILIES, SIZE, folder_of
 from tiers import tiers
-from trained_runs import TARGETS, theirs, trained
+from trained_runs import TARGETS, targets_of, theirs, trained
 
 from flowbp.config import TrainConfig
 from flowbp.estimate.memory import FakeModels, WeightSizes
@@ -49,7 +49,7 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     model = folder_of(family, tmp_path)
     sibling = sibling_of(model, tmp_path)
     run = trained(tmp_path, model, *(f"{k}={v}" for k, v in (("eval.model", sibling), ("lora", "{rank: 4, alpha: 2}"))),
-                  "eval.guidance_scale=[1.0]", TARGETS)  # fmt: skip
+                  "eval.guidance_scale=[1.0]", targets_of(family))  # fmt: skip
     source = model_source(str(run), tmp_path)
     ours = generate_images(source.load(torch.device("cpu")), "a red circle", [3], SIZE, 3, 1.0)
     merged = export_run(run, "merged", tmp_path / "merged", model=str(sibling))
@@ -98,6 +98,8 @@ def test_a_model_that_is_no_sibling_is_refused(tmp_path: Path) -> None:
     sibling = sibling_of(model, tmp_path)
     with pytest.raises(UserError, match="step-distilled"):
         check_run(small(sibling, "null"), 1)
+    allowed = small(sibling, "null", "model.allow_distilled=true")
+    assert load_models(check_run(allowed, 1).config, torch.device("cpu")).parameters
     config = sibling / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_single_layers": 3}))
     with pytest.raises(UserError, match=r"eval\.model .*other shapes: single_.*missing"):

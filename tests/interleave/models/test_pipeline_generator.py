@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    ZImageImg2ImgPipeline,
+)
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -34,6 +39,7 @@ SIZE = {"height": 32, "width": 48}
 STEPS = 3
 TEXT = {"flux2": {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}}
 IMAGE_TO_IMAGE = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
+IMAGE_TO_IMAGE["z_image"] = ZImageImg2ImgPipeline
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +111,8 @@ def alone(family: str, folder: Path, prompt: str, seed: int, **given: Any) -> Ha
     pipe = unmodified(folder)
     if "image" in given and family in IMAGE_TO_IMAGE:
         pipe = IMAGE_TO_IMAGE[family](**pipe.components)
+        if family == "z_image":  # takes images of the size that it generates
+            given["image"] = given["image"].resize((SIZE["width"], SIZE["height"]), Image.Resampling.LANCZOS)
     options = SIZE | {"num_inference_steps": STEPS} | TEXT.get(family, {}) | given
     if family == "kontext":
         options["max_area"] = SIZE["height"] * SIZE["width"]

@@ -77,9 +77,13 @@ class ModelConfig(Config):
     between steps stay float32."""
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
     """Guidance input of a guidance-distilled model (FLUX.1-dev); null: its default, 3.5.  Others have no such input."""
+    allow_distilled: bool = False
+    """Whether the model may be step-distilled (klein without base, Turbo).  Such a model is made to generate in few
+    steps: trained or sampled at more of them it can lose that, and what it generates then is not what was measured."""
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
-    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or Qwen3 (FLUX.2) pads and cuts a prompt, under diffusers' name;
-    null: the default of the model's pipeline, 256 for Stable Diffusion 3 and 512 for FLUX.  Images depend on it."""
+    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of FLUX.2 pads and cuts a prompt, under
+    diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.  Images depend on
+    it, but for Z-Image, which sees no padding."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
     attention: Attention | None = None

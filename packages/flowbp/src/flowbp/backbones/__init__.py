@@ -18,6 +18,7 @@ FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
     "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
+    "ZImagePipeline": ("flowbp.backbones.z_image", "ZImage"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
@@ -36,7 +37,7 @@ def load(
 
     net_device: where the transformer goes, if not to `device`; on "meta" its weights are not read.
     embedded_guidance: guidance input of a guidance-distilled model; None: its default.  distilled: whether it may be
-    step-distilled, as nothing is trained.
+    step-distilled.
     Raises UserError for a missing or half-downloaded model, one of another family, a step-distilled one, one whose
     scheduler is not reproduced exactly, or an embedded guidance that the model does not take.
     """
@@ -44,33 +45,31 @@ def load(
 
     folder, family, adapter = _resolve_family(ref, weights=True, distilled=distilled)
     backbone = adapter(pipelines.load_pipeline(family, folder, dtype, device, net_device))
-    return with_embedded_guidance(backbone, ref, embedded_guidance)
+    return _with_embedded_guidance(backbone, ref, embedded_guidance)
 
 
-def with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
-    """The backbone with its guidance input set, unless that is None.  Raises UserError where it has no such input."""
-    if embedded_guidance is not None:
-        from flowbp.backbones.flux import Flux
-
-        if not (isinstance(backbone, Flux) and backbone.pipe.transformer.config.guidance_embeds):
-            raise UserError(
-                f"model.embedded_guidance {embedded_guidance:g}: {ref} is not guidance-distilled; set it to null and "
-                "use guidance_scale"
-            )
-        backbone.guidance = embedded_guidance
-    return backbone
-
-
-def init_empty_weights(ref: str, *, distilled: bool = False) -> "Backbone":
+def init_empty_weights(ref: str, *, embedded_guidance: float | None = None, distilled: bool = False) -> "Backbone":
     """The backbone that `ref` names on the meta device, as under accelerate's `init_empty_weights`.
 
     It needs the JSON files only, and gives noise levels, image sizes and layer names; `encode`, `velocity` and `decode`
-    do not work.  distilled: as for `load`.  Raises what `load` raises, but for weights that are missing.
+    do not work.  Arguments as for `load`.  Raises what `load` raises, but for weights that are missing.
     """
     from flowbp.backbones import pipelines
 
     folder, family, adapter = _resolve_family(ref, weights=False, distilled=distilled)
-    return adapter(pipelines.init_empty_pipeline(family, folder))
+    backbone = adapter(pipelines.init_empty_pipeline(family, folder))
+    return _with_embedded_guidance(backbone, ref, embedded_guidance)
+
+
+def _with_embedded_guidance(backbone: "Backbone", ref: str, embedded_guidance: float | None) -> "Backbone":
+    if embedded_guidance is not None:
+        if not backbone.pipe.transformer.config.get("guidance_embeds"):
+            raise UserError(
+                f"model.embedded_guidance {embedded_guidance:g}: {ref} is not guidance-distilled; set it to null and "
+                "use guidance_scale"
+            )
+        backbone.embedded_guidance = embedded_guidance
+    return backbone
 
 
 def _resolve_family(
@@ -86,8 +85,17 @@ def _resolve_family(
     family = str(content.get("_class_name"))
     if family not in FAMILIES:
         raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
-    if content.get("is_distilled") and not distilled:
-        raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
+    said = "its model_index.json" if content.get("is_distilled") else "its name" if _is_turbo(ref) else ""
+    if said and not distilled:
+        raise UserError(
+            f"{ref}: this model is step-distilled, as {said} says: training at many steps would undo that; use the "
+            "base model and merge its adapter into this one, or set model.allow_distilled=true"
+        )
     pipelines.check_scheduler(ref, folder, content.get("scheduler"))
     module, name = FAMILIES[family]
     return folder, getattr(diffusers, family), getattr(importlib.import_module(module), name)
+
+
+def _is_turbo(ref: str) -> bool:
+    """Whether a model is called Turbo, as step-distilled ones are whose model_index.json does not say what they are."""
+    return "turbo" in Path(ref.split("@")[0]).name.lower()

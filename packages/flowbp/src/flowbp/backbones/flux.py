@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux import pipeline_flux_kontext
 from jaxtyping import Float
 from PIL import Image
@@ -13,18 +12,11 @@ from flowbp.backbones import pipelines
 from flowbp.backbones.source_tokens import by_layout, with_sources
 from flowbp.core.types import Cond, Layout
 
-DEFAULT_EMBEDDED_GUIDANCE = 3.5
-"""Guidance input of a guidance-distilled model unless another is set: the pipeline's own default."""
-
 
 class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
     longest_reader = "text_encoder_2"
-
-    def __init__(self, pipe: DiffusionPipeline) -> None:
-        super().__init__(pipe)
-        self.guidance = DEFAULT_EMBEDDED_GUIDANCE
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
@@ -55,7 +47,8 @@ class Flux(pipelines.PipelineBackbone):
 
         tokens = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
         given, ids = with_sources(tokens, pipelines.positions(x.device, 1, rows, columns), cond, layout, of_source)
-        guidance = torch.full_like(sigma, self.guidance) if self.pipe.transformer.config.guidance_embeds else None
+        embeds = self.pipe.transformer.config.guidance_embeds
+        guidance = torch.full_like(sigma, self.embedded_guidance) if embeds else None
         text = cond["text"]
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(

@@ -38,6 +38,11 @@ SD3_JOINT = {
     "context_block.mlp.fc2": ("ff_context.net.2",),
     "context_block.adaLN_modulation.1": ("norm1_context.linear",),
 }
+Z_IMAGE = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.out": ("attention.to_out.0",),
+    **{name: (name,) for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
+}
 FLUX: Mapping[str, tuple[str, Inner]] = {
     "transformer_blocks": ("double_blocks", _flux_double("net.0.proj", "net.2")),
     "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
@@ -52,6 +57,7 @@ ORIGINAL: Mapping[str, Mapping[str, tuple[str, Inner]]] = {
             {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
         ),
     },
+    "ZImagePipeline": {name: (name, Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")},
     "StableDiffusion3Pipeline": {"transformer_blocks": ("joint_blocks", SD3_JOINT)},
 }
 """By pipeline and by diffusers' name of a list of blocks: its original name, and the layers of a block."""

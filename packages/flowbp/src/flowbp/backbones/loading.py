@@ -69,6 +69,7 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
         device=device,
         net_device="cpu" if quantized else net_device,
         embedded_guidance=config.model.embedded_guidance,
+        distilled=config.model.allow_distilled,
     )
     backbone.bfloat16 = low
     if quantized:

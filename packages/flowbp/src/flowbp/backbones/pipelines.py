@@ -134,6 +134,8 @@ class PipelineBackbone(ABC):
     """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
     max_sources = 0
     """Source images that an edit may have; 0: the family cannot edit."""
+    embedded_guidance = 3.5
+    """Guidance input of a guidance-distilled network, unless another is set: the pipeline's own default."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -185,6 +187,10 @@ class PipelineBackbone(ABC):
         """Whether the pipeline itself starts from linspace(1, 1/N, N), and not from the scheduler's own spacing."""
         return not self.pipe.scheduler.config.get("use_flow_sigmas")
 
+    def linear_levels(self, steps: int) -> list[float]:
+        """From 1 to 1/steps, before any shift."""
+        return np.linspace(1.0, 1 / steps, steps).tolist()
+
     def sigmas(self, steps: int, size: tuple[int, int], levels: NoiseLevels = "pipeline") -> Float[Tensor, " n_plus_1"]:
         """Noise levels, shifted as the scheduler says, then 0.
 
@@ -199,7 +205,7 @@ class PipelineBackbone(ABC):
                 f"train_sigmas linear: the model's scheduler has {respaced[0]}, which spaces noise levels anew; "
                 "set train_sigmas to pipeline"
             )
-        given = linear_levels(steps) if linear or self.has_linear_levels() else None
+        given = self.linear_levels(steps) if linear or self.has_linear_levels() else None
         return noise_levels(self.pipe.scheduler, steps, given, self.shift(steps, size))
 
     def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
@@ -269,11 +275,6 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
     names = "base_image_seq_len, max_image_seq_len, base_shift, max_shift"
     with loading(f"scheduler/scheduler_config.json: {names} cannot be {points}"):
         return float(calculate_shift(tokens, *points))
-
-
-def linear_levels(steps: int) -> list[float]:
-    """From 1 to 1/steps, before any shift."""
-    return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
 def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:

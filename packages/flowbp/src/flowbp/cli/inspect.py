@@ -110,7 +110,7 @@ def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Seq
 
     quiet_libraries()
     size = (config.model.height, config.model.width)
-    backbone = backbones.init_empty_weights(model)
+    backbone = backbones.init_empty_weights(model, distilled=True)
     return backbone.sigmas(config.num_inference_steps, size, config.train_sigmas).tolist()
 
 

@@ -43,6 +43,10 @@ rank or on how often it was called."""
 Cond = Mapping[str, Tensor]
 """What a backbone's `encode` returns: opaque, every value batch-first."""
 
+LENGTHS = "lengths"
+"""Key of a conditioning whose texts a network sees at their own lengths: how many tokens of each are its own, (b,).
+Where it is missing, as on tensors without content, all are."""
+
 
 Layout = tuple[tuple[int, int], ...]
 """Rows and columns of the tokens of each source image of a sample."""
@@ -72,6 +76,8 @@ class Backbone(Protocol):
     """The diffusers pipeline it was loaded from, `net` being its transformer."""
     bfloat16: bool
     """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
+    embedded_guidance: float
+    """Guidance input of a guidance-distilled network; others have none."""
 
     @property
     def unused_layers(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
 """Bytes of the largest file that a fingerprint reads whole, of one reading, and from one to the next in larger files: a
 layer is larger, so that none can differ unseen."""
 UNRELATED = frozenset({"ref", "height", "width", "dtype", "embedded_guidance", "gradient_checkpointing", "attention"})
-UNRELATED |= {"compile", "quantization", "vae"}
+UNRELATED |= {"allow_distilled", "compile", "quantization", "vae"}
 """Keys of `model` that change no embedding; a new key is part of every fingerprint unless it is named here."""
 LIBRARIES = ("torch", "transformers", "diffusers")
 

@@ -106,7 +106,7 @@ def describe_unread_prompts(
     from flowbp import backbones
     from flowbp.backbones.options import apply_model_options
 
-    backbone = backbones.init_empty_weights(model.ref)
+    backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
     apply_model_options(backbone, model)
     limits = dict(backbone.prompt_limits())
     for name, reward in rewards.items():

@@ -26,7 +26,7 @@ from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
-from flowbp.core.types import Backbone, Reward, Velocity, repeat_batch
+from flowbp.core.types import LENGTHS, Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.rewards.loading import modules_of
 from flowbp.rewards.losses import reward_losses
@@ -141,8 +141,9 @@ class FakeModels:
     def __init__(self, config: TrainConfig, sources: Sequence[tuple[int, int]] = ()) -> None:
         self.config, self.sources, model = config, sources, config.model
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        empty = backbones.init_empty_weights(model.ref)
-        self.backbone: Backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+        self.backbone: Backbone = backbones.init_empty_weights(
+            model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
+        )
         self.backbone.bfloat16 = model.dtype == "bfloat16"
         dtype = torch.bfloat16 if self.backbone.bfloat16 and config.lora is not None else torch.float32
         components = self.backbone.pipe.components.items()
@@ -166,7 +167,7 @@ class FakeModels:
         with LiveBytes(held(self.networks())) as live:
             encoded = self.backbone.encode(["a picture"] * ENCODE_BATCH_SIZE)
         self.embedding_bytes = live.peak
-        self.cond = {name: value[:1].clone() for name, value in encoded.items()}
+        self.cond = {name: value[:1].clone() for name, value in encoded.items() if name != LENGTHS}
         self.text_bytes = nbytes(self.cond.values())
         with LiveBytes(held(self.networks())) as live:
             latents = [self.backbone.encode_source(torch.empty(1, 3, *size)) for size in self.sources]

@@ -43,7 +43,7 @@ def export_run(
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
         else:
-            empty = backbones.init_empty_weights(config.model.ref)
+            empty = backbones.init_empty_weights(config.model.ref, distilled=True)
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
             keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})

@@ -53,9 +53,9 @@ def merge_weights(config: TrainConfig, weights: Mapping[str, Tensor], model: str
     model: a distilled sibling of the trained one, whose pipeline it is then.  Raises UserError where that does not fit.
     """
     if model is not None:
-        base = backbones.init_empty_weights(config.model.ref)
+        base = backbones.init_empty_weights(config.model.ref, distilled=True)
         check_same_shapes(base.net, type(base.pipe), model, "--model")
-    backbone = backbones.load(model or config.model.ref, distilled=model is not None)
+    backbone = backbones.load(model or config.model.ref, distilled=True)  # nothing is trained
     parameters = dict(backbone.net.named_parameters())
     with torch.no_grad():
         if config.lora is None:

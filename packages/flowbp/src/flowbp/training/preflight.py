@@ -109,8 +109,9 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
     from flowbp.training.loading import load_rewards
 
     model = config.model
-    empty = backbones.init_empty_weights(model.ref)
-    backbone = backbones.with_embedded_guidance(empty, model.ref, model.embedded_guidance)
+    backbone = backbones.init_empty_weights(
+        model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
+    )
     if weights:
         check_machine(model)
         hub.check_networks(hub.resolve(model.ref))

@@ -197,9 +197,11 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     hub.resolve(config.model.ref)
     from flowbp.backbones.options import apply_model_options  # imports torch, which what is checked above does not need
 
-    backbone = backbones.init_empty_weights(config.model.ref)
-    backbones.with_embedded_guidance(backbone, config.model.ref, config.model.embedded_guidance)
-    apply_model_options(backbone, config.model)
+    model = config.model
+    backbone = backbones.init_empty_weights(
+        model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
+    )
+    apply_model_options(backbone, model)
     # noise levels depend on the shape of the latents, so that this checks the size of the images too
     backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
 

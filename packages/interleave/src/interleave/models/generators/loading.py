@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, PipelineFamily] = {
     "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", " ", needs_image=True),
     "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", " ", needs_image=True),
     "StableDiffusion3Pipeline": PipelineFamily("image", negative="", img2img="StableDiffusion3Img2ImgPipeline"),
+    "ZImagePipeline": PipelineFamily("image", negative="", img2img="ZImageImg2ImgPipeline"),
     "FluxPipeline": PipelineFamily("image", img2img="FluxImg2ImgPipeline"),
 }
 """Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""

@@ -46,15 +46,16 @@ class GenerationSettings(Config):
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
     """Steps; null: 12 for the miniature."""
     guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None
-    """Guidance; 1 is none, but for guidance-distilled models; null: 2 for the miniature."""
+    """Guidance as the pipeline counts it; 1 is none (Z-Image: 0), but for guidance-distilled models; null: 2 for the
+    miniature."""
     height: Annotated[int, Ge(8), Le(4096)] | None = None
     """Height of the image in pixels; null: 32 for the miniature."""
     width: Annotated[int, Ge(8), Le(4096)] | None = None
     """Width of the image in pixels; null: 32 for the miniature."""
     strength: Annotated[float, Gt(0), Le(1)] | None = None
-    """How much of a source an image-to-image edit (SD3, FLUX.1) generates anew: 1 is all of it."""
+    """How much of a source an image-to-image edit (SD3, Z-Image, FLUX.1) generates anew: 1 is all of it."""
     negative_prompt: str | None = None
-    """What the image must not show, for the families that take it (SD3, Qwen-Image-Edit)."""
+    """What the image must not show, for the families that take it (SD3, Z-Image, Qwen-Image-Edit)."""
 
     def with_defaults(self, other: "GenerationSettings") -> "GenerationSettings":
         """These settings, and those of `other` where these have none."""
@@ -190,6 +191,10 @@ class PipelineRunner:
             return self._pipe(**arguments).images
         if self.family.edit == "image" and settings.strength is not None:
             arguments["strength"] = settings.strength
+        if self.family.edit == "image" and settings.height and settings.width:
+            # as the editors do by themselves; that of Z-Image does not
+            size = (settings.width, settings.height)
+            references = [image.resize(size, Image.Resampling.LANCZOS) for image in references]
         arguments["image"] = references[0] if len(references) == 1 else references
         return self._editor(**arguments).images
 
