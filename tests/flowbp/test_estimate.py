@@ -272,7 +272,7 @@ BY_WORTH = (
 
 def estimate_of(phases: dict[str, int]) -> Estimate:
     stages = {name: size for name, size in phases.items() if name != "startup"}
-    return Estimate({"": 0}, stages, {"": phases["startup"]}, host=0, embeddings=0, flops=0, untraced=())
+    return Estimate({"": 0}, stages, {"": phases["startup"]}, host=0, embeddings=0, flops=0, sent=0, untraced=())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gc
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,11 +18,12 @@ from families import FAMILIES, folder_of
 from forking import command, forked
 from safetensors.torch import load_file, save_file
 from tiers import tiers
-from torch import Tensor
+from torch import Tensor, distributed
 
 from flowbp.config import TrainConfig
+from flowbp.estimate import estimate_run
 from flowbp.training.loading import load_models
-from flowbp.training.preflight import check_launcher
+from flowbp.training.preflight import check_launcher, check_run
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -177,6 +179,13 @@ def test_a_run_under_fsdp2_resumes_exactly() -> None:
     check_resume("fsdp2", "full")
 
 
+@pytest.mark.parametrize("case", tiers(set(CASES["fsdp2"]) - {EDITS[1]}, slow=SLOW))
+def test_what_processes_send_is_what_was_estimated(case: str) -> None:
+    place = results("fsdp2", case in SLOW)
+    job = check_run(config_of(place / ALL_CASES, *CASES["fsdp2"][case]), 2, estimate_only=True)
+    assert float((place / f"{case}.sent").read_text()) == pytest.approx(estimate_run(job).sent, rel=0.02)
+
+
 @pytest.mark.parametrize(("family", "case"), by_tier("zero"))
 def test_two_processes_under_zero_equal_one(family: str, case: str) -> None:
     check_one_process("zero", family, case)
@@ -231,6 +240,28 @@ def test_accelerate_launch_starts_two_processes_without_a_gpu(tmp_path: Path) ->
     assert [line["step"] for line in run.metrics() if "train/loss" in line] == [1, 2]
 
 
+def count_sent(call: Callable[[], object]) -> float:
+    """Bytes that this process sends in a call, where collectives go round in a ring."""
+    sent, share = 0.0, 1 - 1 / distributed.get_world_size()
+
+    def counting(name: str) -> Callable[..., Any]:
+        real = getattr(distributed, name)
+
+        def counted(*given: Any, **named: Any) -> Any:
+            nonlocal sent
+            tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+            sent += (2 if name == "all_reduce" else 1) * share * max(one.nbytes for one in tensors)
+            return real(*given, **named)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("all_gather_single", "reduce_scatter_single", "all_reduce"):
+            patched.setattr(distributed, name, counting(name))
+        call()
+    return sent
+
+
 def _worker(place: Path, library: str, slow: bool) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
@@ -247,6 +278,10 @@ def _worker(place: Path, library: str, slow: bool) -> None:
     for family, case in (one for one in cases(library) if is_slow(*one) == slow):
         config = config_of(place / family, *CASES[library][case])
         keep(f"{family}-{case}", flat(trained(config, accelerator)))
+        if (family, library) == (ALL_CASES, "fsdp2"):
+            sent = count_sent(fresh(config, accelerator).step)
+            if accelerator.is_main_process:
+                (place / f"{case}.sent").write_text(str(sent))
         if family == ALL_CASES and len(CASES[library][case]) == 1:
             first = fresh(config, accelerator)
             first.step()

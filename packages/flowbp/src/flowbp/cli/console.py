@@ -183,6 +183,7 @@ def _cost_lines(content: Mapping[str, Any]) -> list[str]:
     lines = [
         f"\ngradient accumulation steps: {content['gradient_accumulation_steps']}",
         f"one update: {content['tflop_per_update']:,.2f} TFLOP per process; {escape(time)}",
+        *_sent_line(content),
         f"disk: {format_gib(content['disk'])} GiB of checkpoints",
         f"embeddings of the prompts: at most {format_gib(content['embeddings'])} GiB per process, in the host's memory "
         "(on disk with data.embeddings=disk)",
@@ -194,6 +195,11 @@ def _cost_lines(content: Mapping[str, Any]) -> list[str]:
     if content["counted_for"] == "cpu":
         lines.append("[dim]counted with the operations of a CPU: torch sees no GPU here[/]")
     return lines
+
+
+def _sent_line(content: Mapping[str, Any]) -> list[str]:
+    sent = content["bytes_sent_per_update"]
+    return [f"network: each process sends {format_gib(sent)} GiB in an update"] if sent else []
 
 
 def format_gib(size: float) -> str:

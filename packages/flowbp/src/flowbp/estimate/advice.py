@@ -148,6 +148,7 @@ def estimate_as_json(
         "peak": found.peak,
         "untraced": list(found.untraced),
         "counted_for": "cuda" if torch.cuda.is_available() else "cpu",
+        "bytes_sent_per_update": found.sent,
         "tflop_per_update": found.flops / 1e12,
         "speed": speed if isinstance(speed, str) else speed.reason,
         "tflops": None if isinstance(speed, str) else speed.tflops,

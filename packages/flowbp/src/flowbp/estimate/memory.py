@@ -28,6 +28,7 @@ from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
 from flowbp.core.types import LENGTHS, Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
+from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.loading import modules_of
 from flowbp.rewards.losses import reward_losses
 from flowbp.training.preflight import CheckedRun, batch_sizes
@@ -47,8 +48,9 @@ class Estimate:
     static: by part, what is there throughout the training.  activation: by stage, what it holds on top; stages come
     one after the other.  startup: by part, what is there while prompts are embedded, which comes before rewards are
     loaded; `AdamW` of a resumed run.  host, embeddings: in the host's memory, in no other sum: kept states, and the
-    prompts' embeddings (on disk with `data.embeddings: disk`).  flops: of one update.  untraced: rewards whose stage
-    could not be traced: of those only the weights are in the sums.
+    prompts' embeddings (on disk with `data.embeddings: disk`).  flops, sent: operations of one update, and bytes that
+    go to the other processes.  untraced: rewards whose stage could not be traced: of those only the weights are in the
+    sums.
     """
 
     static: dict[str, int]
@@ -57,6 +59,7 @@ class Estimate:
     host: int
     embeddings: int
     flops: float
+    sent: float
     untraced: tuple[str, ...]
 
     @property
@@ -82,6 +85,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     batch = batch_sizes(config, job.num_processes)
     models = FakeModels(config, job.sources)
     weights = WeightSizes.of(models, config, job.num_processes)
+    sent = sent_bytes(models.backbone, job)
     if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
         models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -111,6 +115,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
         flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job),
+        sent=sent,
         untraced=untraced,
     )
 
