@@ -21,7 +21,7 @@ from interleave.protocols import GenerationRequest, HashedImage
 from tests.interleave.editors import folder_of
 
 SIZE = {"height": 32, "width": 48}
-GUIDANCE = {"flux": 3.5, "z_image": 0.0}
+GUIDANCE = {"flux": 3.5, "flux2_dev": 4.0, "z_image": 0.0}
 """What flowbp tells a guidance-distilled model unless it is told otherwise, and no guidance of Z-Image."""
 
 
@@ -59,7 +59,7 @@ def drawn_by_interleave(family: str, model: Path, lora: Path | None, weight: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux2", "sd3", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["flux2", "sd3", "flux", "z_image", "flux2_dev"])
 def test_an_exported_adapter_gives_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model)

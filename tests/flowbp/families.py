@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxKontextPipeline,
     FluxPipeline,
@@ -24,6 +25,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -139,8 +144,7 @@ def qwen3() -> Qwen3ForCausalLM:
     )
 
 
-def flux2() -> Flux2KleinPipeline:
-    """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
+def flux2_networks(*, guidance_embeds: bool) -> dict[str, Any]:
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8),
         latent_channels=4,
@@ -160,16 +164,44 @@ def flux2() -> Flux2KleinPipeline:
         joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        "vae": vae,
+    }
+
+
+def flux2() -> Flux2KleinPipeline:
+    """As FLUX.2-klein-base: an empirical shift, text states of three depths."""
     return Flux2KleinPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        **flux2_networks(guidance_embeds=False),
         text_encoder=qwen3(),
         tokenizer=qwen_tokenizer(),
         is_distilled=False,
     )
+
+
+def flux2_dev() -> Flux2Pipeline:
+    """As FLUX.2-dev: distilled guidance, and a processor that puts (the first letters of) a system message first."""
+    tokenizer, image = qwen_tokenizer(), "[IMG]"
+    tokenizer.add_special_tokens({"additional_special_tokens": [image, "[IMG_BREAK]", "[IMG_END]"]})
+    turn = "{% for c in m.content %} {{ c.text[:2] if m.role == 'system' else c.text }}{% endfor %}<|im_end|>"
+    processor = PixtralProcessor(
+        PixtralImageProcessor(), tokenizer, chat_template="{% for m in messages %}" + turn + "{% endfor %}"
+    )
+    heads = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = {"model_type": "mistral", "intermediate_size": 32, "num_hidden_layers": 4, "num_key_value_heads": 2, **heads}
+    vision = {"model_type": "pixtral", "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 32, **heads}
+    text_encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config=text | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id},
+            vision_config=vision | {"patch_size": 16},
+            image_token_index=tokenizer.convert_tokens_to_ids(image),
+        )
+    )
+    return Flux2Pipeline(**flux2_networks(guidance_embeds=True), text_encoder=text_encoder, tokenizer=processor)
 
 
 def z_image() -> ZImagePipeline:
@@ -200,11 +232,15 @@ def true_guidance(scale: float) -> dict[str, Any]:
 
 
 class Family(NamedTuple):
-    """A family of models: a tiny pipeline, and the arguments of its call for a scale of classifier-free guidance."""
+    """A family of models: a tiny pipeline, and the arguments of its call for a scale of classifier-free guidance.
+
+    true_guidance: whether the pipeline has such guidance.
+    """
 
     make: Callable[[], diffusers.DiffusionPipeline]
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     max_sources: int = 0
+    true_guidance: bool = True
 
 
 FAMILIES = {
@@ -212,6 +248,7 @@ FAMILIES = {
     "flux": Family(flux, true_guidance),
     "flux_kontext": Family(flux_kontext, lambda scale: {"max_area": SIZE[0] * SIZE[1], **true_guidance(scale)}, 1),
     "z_image": Family(z_image, lambda scale: {"guidance_scale": scale - 1}),
+    "flux2_dev": Family(flux2_dev, lambda scale: FLUX2_TEXT, 10, true_guidance=False),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
@@ -219,7 +256,7 @@ FAMILIES = {
 
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
-LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow"}
+LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive"}
 """Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 

@@ -31,7 +31,7 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
-PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline"}
+PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline", "flux2_dev": "Flux2Pipeline"}
 RANK, ALPHA = 4, 2.0
 
 

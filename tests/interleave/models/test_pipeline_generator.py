@@ -39,6 +39,7 @@ SIZE = {"height": 32, "width": 48}
 STEPS = 3
 TEXT = {"flux2": {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}}
 IMAGE_TO_IMAGE = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
+TEXT["flux2_dev"] = TEXT["flux2"]
 IMAGE_TO_IMAGE["z_image"] = ZImageImg2ImgPipeline
 
 

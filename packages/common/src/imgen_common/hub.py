@@ -14,7 +14,7 @@ from imgen_common.files import local_path
 from imgen_common.weights import check_numbers, incomplete, is_plain_name, load_whole, loading, read_json, weight_files
 
 if TYPE_CHECKING:
-    from transformers import Qwen3Config
+    from transformers import PretrainedConfig
 
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
@@ -304,8 +304,8 @@ def _check_files(folder: Path, part: Path, weights: bool) -> None:
             check_numbers(file, config)
 
 
-def text_layers(config: "Qwen3Config", joint_dim: int) -> tuple[int, ...]:
-    """Which hidden states of its text encoder FLUX.2-klein reads: evenly spaced, 9, 18, 27 of 36 layers.
+def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
+    """Which hidden states of its text encoder FLUX.2 reads: evenly spaced, 9, 18, 27 of 36 layers.
 
     Its pipeline does not derive them.  Their number follows from the transformer's text width.
     Raises UserError if the two models do not fit.

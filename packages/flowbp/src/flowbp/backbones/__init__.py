@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
+    "Flux2Pipeline": ("flowbp.backbones.flux2", "Flux2Dev"),
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
     "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
     "ZImagePipeline": ("flowbp.backbones.z_image", "ZImage"),

@@ -47,14 +47,12 @@ class Flux(pipelines.PipelineBackbone):
 
         tokens = nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
         given, ids = with_sources(tokens, pipelines.positions(x.device, 1, rows, columns), cond, layout, of_source)
-        embeds = self.pipe.transformer.config.guidance_embeds
-        guidance = torch.full_like(sigma, self.embedded_guidance) if embeds else None
         text = cond["text"]
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
                 hidden_states=given,
                 timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
-                guidance=guidance,
+                guidance=self.guidance_input(sigma),
                 pooled_projections=cond["pooled"],
                 encoder_hidden_states=text,
                 txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=torch.int64),

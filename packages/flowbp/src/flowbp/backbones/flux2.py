@@ -1,9 +1,11 @@
-"""FLUX.2-klein-base over diffusers: true guidance, Qwen3 text states, normalized 2x2-patched latents."""
+"""FLUX.2 (klein-base, dev) over diffusers: text states of three depths, normalized 2x2-patched latents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from jaxtyping import Float
 from PIL import Image
@@ -24,19 +26,27 @@ SMALLEST_SOURCE, LARGEST_SOURCE, LONGEST_SOURCE = 64, 1024 * 1024, 8
 
 
 class Flux2(pipelines.PipelineBackbone):
-    """Latents are "b c h w": c channels of normalized 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
+    """FLUX.2-klein-base: true guidance, Qwen3.
+
+    Latents are "b c h w": c channels of normalized 2x2 patches, h and w in units of 2 x the autoencoder's factor.
+    """
 
     max_sources = 10
 
-    def __init__(self, pipe: Flux2KleinPipeline) -> None:
+    def __init__(self, pipe: Flux2KleinPipeline | Flux2Pipeline) -> None:
         super().__init__(pipe)
         self.patch = 2 ** len(pipe.vae.config.block_out_channels)  # 2 x the autoencoder's factor
-        self.text_layers = text_layers(pipe.text_encoder.config, self.pipe.transformer.config.joint_attention_dim)
-        self.max_tokens = min(self.max_tokens, pipe.tokenizer.model_max_length)
+        text = pipe.text_encoder.config.get_text_config()
+        self.text_layers = text_layers(text, self.pipe.transformer.config.joint_attention_dim)
+        self.max_tokens = min(self.max_tokens, self._tokenizer.model_max_length)
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.pipe.tokenizer
 
     def set_max_tokens(self, length: int) -> None:
         """Sets `max_tokens`.  Raises UserError for more than the tokenizer's limit."""
-        if length > (limit := self.pipe.tokenizer.model_max_length):
+        if length > (limit := self._tokenizer.model_max_length):
             raise UserError(
                 f"model.max_sequence_length {length}: the model reads at most {limit} tokens; set it to null"
             )
@@ -50,13 +60,12 @@ class Flux2(pipelines.PipelineBackbone):
 
     def prompt_limits(self) -> dict[str, PromptLimit]:
         """How much of a prompt the text encoder reads beside the chat template."""
+        return {"text_encoder": PromptLimit(self._tokenizer, self.max_tokens, self._template)}
 
-        def template(prompt: str) -> str:
-            turns = [{"role": "user", "content": prompt}]
-            given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-            return str(self.pipe.tokenizer.apply_chat_template(turns, **given))
-
-        return {"text_encoder": PromptLimit(self.pipe.tokenizer, self.max_tokens, template)}
+    def _template(self, prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.pipe.tokenizer.apply_chat_template(turns, **given))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
@@ -68,7 +77,7 @@ class Flux2(pipelines.PipelineBackbone):
         return compute_empirical_mu(image_seq_len=height * width, num_steps=steps)
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
-        """dx/dsigma, unguided."""
+        """dx/dsigma, unguided, or at the distilled guidance."""
         return by_layout(self.velocity_of_layout, x, sigma, cond)
 
     def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
@@ -86,6 +95,7 @@ class Flux2(pipelines.PipelineBackbone):
             tokens = self.net(
                 hidden_states=given,
                 timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
+                guidance=self.guidance_input(sigma),
                 encoder_hidden_states=text,
                 txt_ids=pipelines.positions(x.device, 1, 1, 1, text.shape[1]),
                 img_ids=ids,
@@ -122,6 +132,34 @@ class Flux2(pipelines.PipelineBackbone):
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = x.to(vae.dtype) * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
         return pipelines.decode(vae, nn.functional.pixel_shuffle(patches, 2))
+
+
+class Flux2Dev(Flux2):
+    """FLUX.2-dev: distilled guidance as an input, and Mistral 3, which reads a system message before the prompt."""
+
+    embedded_guidance = 4.0
+
+    @property
+    def _tokenizer(self) -> Any:
+        return self.pipe.tokenizer.tokenizer  # of a processor that also takes images
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """As for klein.  The pipeline's processor reads tokens back, which those of an estimate do not have."""
+        encoder, tokenizer = self.pipe.text_encoder, self._tokenizer
+        turns = format_input(list(prompts), self.pipe.system_message)
+        texts = self.pipe.tokenizer.apply_chat_template(turns, tokenize=False)
+        has_start = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        given = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True, "return_tensors": "pt"}
+        tokens = tokenizer(texts, add_special_tokens=not has_start, **given).to(encoder.device)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+        return {"text": torch.cat([states[layer] for layer in self.text_layers], -1)}
+
+    def _template(self, prompt: str) -> str:
+        turns = format_input([prompt], self.pipe.system_message)
+        (text,) = self.pipe.tokenizer.apply_chat_template(turns, tokenize=False)
+        return str(text).removeprefix(self._tokenizer.bos_token or "")  # the tokenizer adds it
 
 
 def _enlargement(size: tuple[int, int]) -> int:

@@ -47,16 +47,18 @@ FLUX: Mapping[str, tuple[str, Inner]] = {
     "transformer_blocks": ("double_blocks", _flux_double("net.0.proj", "net.2")),
     "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
 }
+FLUX2: Mapping[str, tuple[str, Inner]] = {
+    "transformer_blocks": ("double_blocks", _flux_double("linear_in", "linear_out")),
+    "single_transformer_blocks": (
+        "single_blocks",
+        {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
+    ),
+}
 ORIGINAL: Mapping[str, Mapping[str, tuple[str, Inner]]] = {
     "FluxPipeline": FLUX,
     "FluxKontextPipeline": FLUX,
-    "Flux2KleinPipeline": {
-        "transformer_blocks": ("double_blocks", _flux_double("linear_in", "linear_out")),
-        "single_transformer_blocks": (
-            "single_blocks",
-            {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
-        ),
-    },
+    "Flux2KleinPipeline": FLUX2,
+    "Flux2Pipeline": FLUX2,
     "ZImagePipeline": {name: (name, Z_IMAGE) for name in ("layers", "noise_refiner", "context_refiner")},
     "StableDiffusion3Pipeline": {"transformer_blocks": ("joint_blocks", SD3_JOINT)},
 }

@@ -5,6 +5,7 @@ import re
 KNOWN_LICENSES = (
     (r"black-forest-labs/FLUX\.2-klein-(base-)?4B", "Apache-2.0"),
     (r"black-forest-labs/FLUX\.2-klein-(base-)?9B", "FLUX non-commercial"),
+    (r"black-forest-labs/FLUX\.2-dev", "FLUX non-commercial"),
     (r"black-forest-labs/FLUX\.1-dev", "FLUX.1-dev non-commercial"),
     (r"black-forest-labs/FLUX\.1-schnell", "Apache-2.0"),
     (r"Tongyi-MAI/Z-Image(-Turbo)?", "Apache-2.0"),

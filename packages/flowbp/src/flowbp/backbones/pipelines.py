@@ -151,6 +151,11 @@ class PipelineBackbone(ABC):
         """Sets `max_tokens`.  Raises UserError where the text encoder does not read so many."""
         self.max_tokens = length
 
+    def guidance_input(self, sigma: Tensor) -> Tensor | None:
+        """What a guidance-distilled network is given beside noise levels; None for others."""
+        embeds = self.pipe.transformer.config.guidance_embeds
+        return torch.full_like(sigma, self.embedded_guidance) if embeds else None
+
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""

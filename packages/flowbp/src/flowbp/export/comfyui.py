@@ -26,7 +26,7 @@ def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str,
         parts = [left.pop(layer, None) for layer in ours]
         if any(parts):
             one = fuse_adapters(parts, [widths[layer] for layer in ours])
-            if pipeline == "Flux2KleinPipeline":
+            if pipeline in ("Flux2KleinPipeline", "Flux2Pipeline"):
                 name, down, up = f"diffusion_model.{theirs}", "lora_A", "lora_B"
             else:
                 name, down, up = "lora_unet_" + theirs.replace(".", "_"), "lora_down", "lora_up"

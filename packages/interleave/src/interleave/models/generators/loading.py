@@ -124,13 +124,13 @@ def _check_lora_keys(pipe: "DiffusionPipeline", keys: Collection[str], what: str
         )
 
 
-def klein_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:
-    """Arguments of FLUX.2-klein for its text encoder: the tokens it takes and the layers that are read."""
+def flux2_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:
+    """Arguments of FLUX.2 for its text encoder: the tokens it takes and the layers that are read."""
+    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # FLUX.2-dev has a processor around it
+    text = pipe.text_encoder.config.get_text_config()
     return {
-        "max_sequence_length": min(512, pipe.tokenizer.model_max_length),
-        "text_encoder_out_layers": hub.text_layers(
-            pipe.text_encoder.config, pipe.transformer.config.joint_attention_dim
-        ),
+        "max_sequence_length": min(512, tokenizer.model_max_length),
+        "text_encoder_out_layers": hub.text_layers(text, pipe.transformer.config.joint_attention_dim),
     }
 
 

@@ -20,8 +20,8 @@ from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
     family_of,
     fingerprint,
+    flux2_text_options,
     img2img_pipeline,
-    klein_text_options,
     load_lora,
     load_pipeline,
     size_multiple,
@@ -211,8 +211,8 @@ class PipelineRunner:
             found["negative_prompt"] = self.family.negative if given is None else given
         if self.family.edit == "reference" and settings.height and settings.width:
             found["max_area"] = settings.height * settings.width
-        if self.name == "Flux2KleinPipeline":
-            found |= klein_text_options(self._pipe)
+        if self.name in ("Flux2KleinPipeline", "Flux2Pipeline"):
+            found |= flux2_text_options(self._pipe)
         return {name: value for name, value in found.items() if value is not None}
 
     def _reference(self, source: HashedImage) -> Image.Image:
