@@ -377,5 +377,8 @@ class TrainConfig(Config):
         return (*self.rewards, *self.heldout)
 
 
-RESERVED = "verifier loss regularise learning_rate seconds grad_norm gradient_forwards peak_memory_gib".split()
+RESERVED = (
+    "verifier loss regularise learning_rate seconds grad_norm gradient_forwards peak_memory_gib tflops mfu "
+    "seconds_data seconds_rollout seconds_decoder seconds_reward seconds_sweep seconds_optimizer"
+).split()
 """Names that metrics and evaluations use for something else."""
