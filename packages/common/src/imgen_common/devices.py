@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgen_common.errors import UserError
@@ -64,6 +65,19 @@ def dtype_of(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+@contextmanager
+def float32_matmul_precision(name: str) -> Iterator[None]:
+    """Within it torch multiplies float32 matrices with this precision: `highest`, `high`, `medium`."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def out_of_memory(error: BaseException) -> bool:
