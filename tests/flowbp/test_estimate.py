@@ -31,7 +31,6 @@ from flowbp.estimate import (
     speed_of,
 )
 from flowbp.estimate.advice import DRASTIC, MAX_ADVISED, SWITCHES, harmless_settings
-from flowbp.estimate.speed import PEAK_TFLOPS, find_card
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.loading import modules_of
 from flowbp.training import loop, preflight
@@ -39,6 +38,7 @@ from flowbp.training.loading import LoadedModels, load_models
 from flowbp.training.progress import NullReporter
 from imgen_common import hub
 from imgen_common.config import load
+from imgen_common.devices import PEAK_TFLOPS, find_card
 from imgen_common.errors import UserError
 from imgen_common.memory import LiveBytes, held, nbytes
 from imgen_common.run_folder.folder import RunFolder

@@ -80,7 +80,7 @@ CHANGED = {"estimate": {"startup", "tflops", "seconds_per_update"}}
 """Keys whose values mean another thing since the recording, by the first word of a golden's name: rewards are loaded
 after the text encoders are gone, and no speed is assumed where no GPU is named."""
 VOLATILE = re.compile(
-    r"(seconds|duration|timings|time|peak_memory\w*|wall|started|created|host|path|report|run|command|version)$"
+    r"(seconds\w*|tflops|mfu|duration|timings|time|peak_memory\w*|wall|started|created|host|path|report|run|command|version)$"
 )
 
 

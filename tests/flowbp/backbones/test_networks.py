@@ -61,6 +61,13 @@ def test_slices_are_the_whole_and_tiles_are_not(folder: Path) -> None:
     assert distance(whole, decoded(folder, tile=8)[2]) > 1e-3
 
 
+def test_a_decoder_of_its_own_precision_decodes_almost_the_same(folder: Path) -> None:
+    backbone, _, rounded = decoded(folder, dtype="bfloat16")
+    assert backbone.pipe.vae.dtype == torch.bfloat16
+    assert backbone.net.dtype == torch.float64
+    assert 1e-12 < distance(decoded(folder)[2], rounded) < 0.1
+
+
 def test_the_gradient_through_tiles_is_that_of_their_image(folder: Path) -> None:
     backbone, x, gradient = decoded(folder, tile=8, gradient_checkpointing=True)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)

@@ -413,9 +413,9 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
     code, output, errors = flowbp(*words, *sets(f"data.prompts={tmp_path / 'long.json'}"), "--json")
     content: dict[str, Any] = json.loads(output)
     assert [note.partition(" of ")[0] for note in content["notes"]] == ["1"] * 3
-    # 3 active steps; without gradient both branches of 25 steps, and the negative one again at the active steps
+    # 3 active steps; without gradient both branches of 25 steps
     assert content["arithmetic"]["evaluations_per_update_with_gradient"] == 6 * 3
-    assert content["arithmetic"]["evaluations_per_update_without_gradient"] == 6 * (2 * 25 + 3)
+    assert content["arithmetic"]["evaluations_per_update_without_gradient"] == 6 * 2 * 25
     assert content["arithmetic"]["lora_layers"]["to_q"] == 2
     assert [term["step"] for term in content["plan"]["terms"]] == [24, 23, 22]
     assert not (tmp_path / "runs").exists()
@@ -666,6 +666,11 @@ def test_plain_progress_speaks_now_and_then() -> None:
     assert [line.split()[1] for line in said[1:]] == ["1/25", "10/25", "20/25", "25/25"]
     assert "gaps 0.100" in said[-1]
     assert "1.50 GiB" in said[-1]
+    assert "TFLOP/s" not in said[-1]
+    fast = {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_gib": 1.5, "tflops": 401.23}
+    for known, shown in (({}, "TFLOP/s 401  peak"), ({"mfu": 0.406}, "TFLOP/s 401 (41% of peak)")):
+        TextReporter(1, ["reward"], said.append).update(1, fast | known)
+        assert shown in said[-1]
 
 
 SHOWN = [(22.3141, "22.31"), (0.27314, "0.2731"), (-0.05123, "\N{MINUS SIGN}0.05123"), (1.0444, "1.044")]

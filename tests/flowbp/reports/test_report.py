@@ -52,7 +52,8 @@ def run(tmp_path: Path) -> Path:
     with RunFolder.create(path, config, ["flowbp", "train", EVIL]) as folder:
         for i in range(1, 31):
             numbers = {"reward": i / 10, "heldout": 1.0, "loss": -i / 10, "grad_norm": 0.5, "gap_0": 0.1, "gap_1": 0.2}
-            numbers |= {"seconds": 2.0, "peak_memory_gib": 0.9, "learning_rate": 1e-4}
+            numbers |= {"seconds": 2.0, "peak_memory_gib": 0.9, "learning_rate": 1e-4, "tflops": 400.0, "mfu": 0.404}
+            numbers |= {"seconds_rollout": 1.5, "seconds_sweep": 0.5}
             folder.log(i, {f"train/{name}": value for name, value in numbers.items()})
         folder.log(20, {"eval/reward": 1.0, "eval/heldout": 2.0, "eval/verifier": 0.5})
         folder.log(21, {"train/reward": float("nan")})
@@ -66,6 +67,12 @@ def run(tmp_path: Path) -> Path:
 def read(path: Path) -> tuple[str, Page]:
     text = report.write_report(path).read_text(encoding="utf-8")
     return text, Page(text)
+
+
+def test_the_speed_of_its_updates_is_there(run: Path) -> None:
+    text, _ = read(run)
+    assert "400 TFLOP/s per process, 40.4% of the peak in bfloat16 (MFU), mean of 30 updates" in text
+    assert "rollout 75%, decoder 0%, reward 0%, sweep 25%" in text
 
 
 def test_a_regulariser_has_a_chart(run: Path) -> None:

@@ -13,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor
 
-from flowbp.config import TrainConfig
+from flowbp.config import OptimConfig, TrainConfig
 from flowbp.core.types import Backbone
+from flowbp.estimate import estimate_run
 from flowbp.evaluation.evaluate import NotFiniteError
 from flowbp.evaluation.sampling import generate_images
 from flowbp.methods import METHODS
+from flowbp.training import launch, loop
 from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.preflight import check_run
+from flowbp.training.stage_clock import STAGES
+from flowbp.training.state import TorchTrainState, make_optimizer
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -90,6 +95,74 @@ def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, mo
     assert ours.keys() == both.keys()
     assert all(torch.equal(ours[name], both[name]) for name in ours)
     assert any(gradient.any() for gradient in ours.values())
+
+
+def counted_operations(*sets: str) -> float:
+    """Operations of an update of two samples: of the first one, where they are counted, and of the next one."""
+    small = ["total_batch_size=2", "per_device_batch_size=1", "heldout=[]", "guidance_scale=2"]
+    config = config_of("flowbp_sparse", *small, *sets)
+    trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
+    trainer.embed_prompts(trainer.training_prompts())
+    first, second = ((m["tflops"] * m["seconds"] * 1e12, m) for m in (trainer.step(), trainer.step()))
+    assert first[0] == pytest.approx(second[0], rel=1e-9)
+    assert all(first[1][f"seconds_{stage}"] > 0 for stage in STAGES)
+    assert "mfu" not in second[1]  # the peak of a CPU is not known
+    trainer.clock.peak_tflops = 0.5
+    third = trainer.step()
+    assert third["mfu"] == 2 * third["tflops"]
+    return first[0]
+
+
+def test_an_update_counts_its_operations_and_the_seconds_of_its_stages() -> None:
+    config = config_of("flowbp_sparse", "total_batch_size=2", "heldout=[]", "guidance_scale=2")
+    assert counted_operations() == pytest.approx(estimate_run(check_run(config, 1)).flops, rel=0.02)
+
+
+def test_a_fused_optimizer_goes_on_from_a_checkpoint() -> None:
+    """As on a GPU, by the kernel for CPUs; the same weights as without to rounding."""
+
+    def state_of(*, fused: bool) -> TorchTrainState:
+        torch.manual_seed(0)
+        state = TorchTrainState(torch.nn.Linear(5, 3), optim, Accelerator(cpu=True), sync_each_backward=False)
+        state.fused, state.optimizer = fused, make_optimizer(state.parameters, optim, fused=fused)
+        return state
+
+    def step(state: TorchTrainState, number: int) -> None:
+        for p in state.parameters.values():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+        state.step(0.1, 1.0, 0.5)
+
+    optim = OptimConfig()
+    fused, plain = state_of(fused=True), state_of(fused=False)
+    for number in range(3):
+        kept = {group: {name: t.clone() for name, t in held.items()} for group, held in fused.state_dict().items()}
+        step(fused, number)
+        step(plain, number)
+    resumed = state_of(fused=True)
+    resumed.load_state_dict(kept, 2)
+    step(resumed, 2)
+    for name, p in fused.parameters.items():
+        assert torch.equal(p, resumed.parameters[name])
+        torch.testing.assert_close(p, plain.parameters[name])
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_matrices_are_multiplied_as_asked_in_a_training_alone(
+    precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    monkeypatch.setattr(loop, "_train", lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    before = torch.get_float32_matmul_precision()
+    launch.train(config_of("refl", f"matmul_precision={precision}"), tmp_path)
+    assert seen == [precision]
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.slow
+def test_recomputed_operations_do_not_count() -> None:
+    kept = counted_operations()
+    assert counted_operations("model.gradient_checkpointing=true") == pytest.approx(kept, rel=1e-9)
+    assert counted_operations("method.active.num_active_steps=2") < kept
 
 
 @pytest.mark.exhaustive

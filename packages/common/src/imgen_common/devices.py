@@ -1,14 +1,47 @@
-"""Where models run: devices and their memory, and the processes that a launcher started."""
+"""Where models run: devices, their memory and speed, and the processes that a launcher started."""
 
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgen_common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+PEAK_TFLOPS = {
+    **{"RTX 3090": 71, "RTX 3090 Ti": 80, "RTX 4080": 97.5, "RTX 4090": 165, "RTX 5080": 113, "RTX 5090": 210},
+    **{"RTX A6000": 155, "RTX 6000 Ada": 364, "A10": 125, "A30": 165, "A40": 150, "A100": 312},
+    **{"L4": 121, "L20": 119.5, "L40": 181, "L40S": 362, "H20": 148, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989},
+    **{
+        "H800 PCIe": 756,
+        "H800": 989,
+        "H200": 989,
+        "GH200": 989,
+        "B200": 2250,
+        "MI250X": 191.5,
+        "MI300X": 1307,
+        "MI325X": 1307,
+    },
+}
+"""Dense bfloat16 matrix products with float32 sums, without sparsity, in TFLOP/s, of one device of torch: an MI250X is
+two of them.  The figures are those of the makers' data sheets and architecture whitepapers; those of RTX 3090 Ti,
+RTX 6000 Ada, L4 and H800 PCIe were found in tables of other projects only."""
+VARIANTS = {"laptop", "mobile", "super", "max", "q", "d", "ti", "nvl", "mig"}
+"""Words that make a name another card."""
+
+
+def find_card(name: str) -> str | None:
+    """The card of `PEAK_TFLOPS` that a name such as `NVIDIA H100 80GB HBM3` or `rtx4090` means; None for another one,
+    and for variants of a known one, such as a laptop's."""
+    words = set(re.findall("[a-z0-9]+", re.sub(r"rtx(?=[0-9])", "rtx ", name.lower())))
+    parts = {card: set(card.lower().split()) for card in PEAK_TFLOPS}
+    fitting = [card for card, known in parts.items() if known - {"rtx"} <= words and not words & VARIANTS - known]
+    return max(fitting, key=lambda card: len(parts[card]), default=None)
 
 
 def device_of(name: str) -> "torch.device":
@@ -32,6 +65,19 @@ def dtype_of(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+@contextmanager
+def float32_matmul_precision(name: str) -> Iterator[None]:
+    """Within it torch multiplies float32 matrices with this precision: `highest`, `high`, `medium`."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def out_of_memory(error: BaseException) -> bool:

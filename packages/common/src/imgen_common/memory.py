@@ -1,4 +1,4 @@
-"""How much memory operations on tensors hold, counted with or without values in them."""
+"""How much memory operations on tensors hold and how much they compute, counted with or without values in them."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,21 +11,42 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that are made while it is active: `now`, the largest number so far `peak`, and
-    the floating-point operations `flops`."""
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations while it is active: `flops`, of which `recomputed` are those of forward
+    passes that activation checkpointing repeats in a backward pass."""
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for one in known for t in pieces(one))
+        self.flops = self.recomputed = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
+            number = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
+            self.flops += number
+            # a backward pass computes with gradients disabled, but for what it repeats of a forward pass
+            if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
+                self.recomputed += number
+        return found
+
+
+class LiveBytes(FlopCounter):
+    """Counts the bytes of the storages that are made while it is active, too: `now`, the largest number so far `peak`.
+
+    Operations are those that are computed, repeated ones included.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for one in known for t in pieces(one))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
         tree_map_only(Tensor, self._note, found)
         return found
 

@@ -52,6 +52,9 @@ Attention = Literal[
 class VaeConfig(Config):
     """The autoencoder: memory against time."""
 
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of its weights and arithmetic; null: `bfloat16` under adapters of a network in `model.dtype:
+    bfloat16`, else `float32`.  Images differ by rounding."""
     gradient_checkpointing: bool = False
     """Whether blocks of the decoder are recomputed in the backward pass: the same gradient in less memory."""
     slicing: bool = False
@@ -307,6 +310,9 @@ class TrainConfig(Config):
     """How guidance is computed and differentiated."""
     num_inference_steps: Annotated[int, Ge(2), Le(1000)] = 25
     """Denoising steps N of the training rollouts."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """How a training multiplies float32 matrices (`torch.set_float32_matmul_precision`): `highest`, in float32; `high`,
+    on a GPU in TF32; `medium`, in bfloat16 where torch can.  It matters where networks or rewards are float32."""
     train_sigmas: NoiseLevels = "pipeline"
     """Noise levels of the training rollouts: `pipeline`, those at which the model's pipeline samples; `linear`,
     linspace(1, 1/N, N) with the model's shift, as the code of FlowBP trains.  They differ for Stable Diffusion 3 only:
@@ -386,5 +392,8 @@ class TrainConfig(Config):
         return (*self.rewards, *self.heldout)
 
 
-RESERVED = "verifier loss regularise learning_rate seconds grad_norm gradient_forwards peak_memory_gib".split()
+RESERVED = (
+    "verifier loss regularise learning_rate seconds grad_norm gradient_forwards peak_memory_gib tflops mfu "
+    "seconds_data seconds_rollout seconds_decoder seconds_reward seconds_sweep seconds_optimizer"
+).split()
 """Names that metrics and evaluations use for something else."""

@@ -31,6 +31,8 @@ def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
         net.enable_gradient_checkpointing()
     if model.attention is not None:
         set_attention(net, model.attention)
+    if model.vae.dtype is not None:
+        vae.to(getattr(torch, model.vae.dtype))
     if model.vae.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if model.vae.slicing:

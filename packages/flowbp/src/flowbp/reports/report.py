@@ -18,6 +18,7 @@ from flowbp.reports.explain import describe_axes, describe_reward_input, linear_
 from flowbp.reports.figure import plan_svg
 from flowbp.reports.run_data import RunData, read_run
 from flowbp.training.progress import format_duration, format_memory
+from flowbp.training.stage_clock import STAGES
 from imgen_common import page
 from imgen_common.config import to_yaml
 from imgen_common.files import write_atomic
@@ -279,6 +280,24 @@ def _plan(run: RunData) -> Values:
     }
 
 
+def _speed(run: RunData) -> dict[str, str]:
+    """What the updates reached, and what their time went to; nothing of runs that did not record it."""
+
+    def total(name: str) -> float:
+        return sum(run.series(f"train/{name}")[1])
+
+    updates, tflops = run.series("train/tflops")
+    shares, rows = run.series("train/mfu")[1], {}
+    if updates:
+        reached = f"{sum(tflops) / len(tflops):.3g} TFLOP/s per process"
+        peak = f", {sum(shares) / len(shares):.1%} of the peak in bfloat16 (MFU)" if shares else ""
+        rows["speed"] = f"{reached}{peak}, mean of {len(updates)} updates"
+    spent = {stage: total(f"seconds_{stage}") for stage in STAGES}
+    if whole := sum(spent.values()):
+        rows["time of updates"] = ", ".join(f"{stage} {seconds / whole:.0%}" for stage, seconds in spent.items())
+    return rows
+
+
 def _setup(run: RunData) -> Values:
     environment = run.environment
     git = environment.get("git") or {}
@@ -290,6 +309,7 @@ def _setup(run: RunData) -> Values:
     }
     rows = {
         "device": ", ".join(f"{key} {value}" for key, value in device.items()),
+        **_speed(run),
         "peak memory": format_memory(peak) if math.isfinite(peak) else "–",
         "python": str(environment.get("python", "unknown")),
         "platform": str(environment.get("platform", "unknown")),

@@ -18,7 +18,7 @@ from flowbp.training.loading import load_models, load_rewards
 from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import Trainer
-from imgen_common.devices import any_process
+from imgen_common.devices import any_process, float32_matmul_precision
 from imgen_common.errors import UserError
 from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
@@ -31,6 +31,11 @@ def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporte
     Raises KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, with the updates saved that were made; UserError on
     anything the user can mend.
     """
+    with float32_matmul_precision(config.matmul_precision):
+        _train(config, run, accelerator, reporter)
+
+
+def _train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: NullReporter) -> None:
     if not config.heldout:
         reporter.alert(
             "no held-out reward: what is gained may be reward hacking, and nothing would show it; set `heldout`"

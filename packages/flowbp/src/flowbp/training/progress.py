@@ -110,6 +110,9 @@ class ProgressState:
         if gaps := sorted(name for name in newest if name.startswith("gap_")):
             shown.append(("gaps", " ".join(f"{self.mean(name):.3f}" for name in gaps)))
         shown.append(("s/update", f"{self.mean('seconds'):.2f}"))
+        if "tflops" in newest:
+            share = f" ({self.mean('mfu'):.0%} of peak)" if "mfu" in newest else ""
+            shown.append(("TFLOP/s", f"{self.mean('tflops'):.3g}{share}"))
         shown.append(("peak", format_memory(newest["peak_memory_gib"])))
         return shown
 

@@ -64,10 +64,17 @@ class TrainState(Protocol):
         """
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    """The optimizer of a configuration."""
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], optim: OptimConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
+    """The optimizer of a configuration.  fused: its step is one kernel, for which its counts are on the device too."""
     return torch.optim.AdamW(
-        parameters.values(), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        parameters.values(),
+        lr=optim.learning_rate,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=fused,
     )
 
 
@@ -103,7 +110,8 @@ class TorchTrainState:
     ) -> None:
         self.net, self.accelerator, self.sync_each_backward = net, accelerator, sync_each_backward
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.parameters, optim)
+        self.fused = accelerator.device.type == "cuda"
+        self.optimizer = make_optimizer(self.parameters, optim, fused=self.fused)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._left = 0
 
@@ -179,7 +187,9 @@ class TorchTrainState:
             self.ema[name].copy_(shard_like(p, state["ema"][name]))
             if state["optimizer"]:
                 moments = {key: state["optimizer"][f"{name}/{key}"] for key in MOMENTS}
-                self.optimizer.state[p] = {k: v if k == "step" else shard_like(p, v) for k, v in moments.items()}
+                step = moments.pop("step")
+                self.optimizer.state[p] = {"step": step.to(p.device) if self.fused else step}
+                self.optimizer.state[p] |= {key: shard_like(p, value) for key, value in moments.items()}
 
 
 def check_state(state: StateDict, parameters: Mapping[str, Tensor], update: int) -> None:

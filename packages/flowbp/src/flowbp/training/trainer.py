@@ -27,6 +27,7 @@ from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteErro
 from flowbp.rewards.losses import reward_losses
 from flowbp.training.loading import LoadedModels, make_train_state
 from flowbp.training.preflight import batch_sizes
+from flowbp.training.stage_clock import StageClock
 from flowbp.training.state import TorchTrainState
 from imgen_common.errors import check_gradients
 from imgen_common.streams import normal, numpy_generator
@@ -51,31 +52,39 @@ class Trainer:
         self.state = make_train_state(config, models.backbone, accelerator)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.update = 0
+        self.clock = StageClock(accelerator.device, counts=not config.model.compile)
 
     def step(self) -> dict[str, float]:
         """One update; returns its metrics.  Raises NotFiniteError, with no weight changed, if it is not finite."""
-        start = time.perf_counter()
-        metrics = self.compute_gradient()
-        learning_rate, norm = learning_rate_at(self.config, self.update), math.nan
-        if math.isfinite(metrics["loss"]):
-            # the average follows quickly at first, when the weights it remembers are hardly trained
-            ema_decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
-            norm = self.state.step(learning_rate, self.config.optim.max_grad_norm, ema_decay)
+        start, plan = time.perf_counter(), self._draw_plan()
+        with self.clock.update():
+            metrics = self.compute_gradient()
+            learning_rate, norm = learning_rate_at(self.config, self.update), math.nan
+            if math.isfinite(metrics["loss"]):
+                # the average follows quickly at first, when the weights it remembers are hardly trained
+                ema_decay = min(self.config.ema, (1 + self.update) / (10 + self.update))
+                norm = self.state.step(learning_rate, self.config.optim.max_grad_norm, ema_decay)
         if not math.isfinite(norm):
             raise self.find_not_finite()
         self.update += 1
-        return metrics | {
+        seconds = time.perf_counter() - start
+        return {
+            **metrics,
             "grad_norm": norm,
             "learning_rate": learning_rate,
-            "seconds": time.perf_counter() - start,
+            "seconds": seconds,
+            **self.clock.metrics(plan, seconds),
             "peak_memory_gib": peak_memory_gib(self.accelerator.device),
         }
+
+    def _draw_plan(self) -> Plan:
+        """Of this update: one for all samples, the same on every process, so that all make equally many passes."""
+        return draw_plan(self.config.method, self.sigmas, numpy_generator(self.config.seed, "plan", self.update))
 
     def compute_gradient(self) -> dict[str, float]:
         """Leaves the global batch's gradient of this update in `.grad`, on every process; returns its metrics."""
         config, batch = self.config, self.batch
-        # one plan for all samples, the same on every process: all make the same number of backward passes
-        plan = draw_plan(config.method, self.sigmas, numpy_generator(config.seed, "plan", self.update))
+        plan = self._draw_plan()
         regularised = config.regularise is not None
         num_passes = batch.gradient_accumulation_steps * num_backward_passes(
             plan, config.active_steps_per_forward, regularised=regularised
@@ -92,6 +101,7 @@ class Trainer:
                 samples = range(start, start + batch.per_device)
                 for name, value in self._accumulate(plan, samples, scale).items():
                     sums[name] = sums.get(name, 0.0) + value
+            self.clock.switch("optimizer")
             self._check_gradients()
         metrics = self._sum_over_processes({name: value / config.total_batch_size for name, value in sums.items()})
         return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
@@ -152,6 +162,7 @@ class Trainer:
         velocity = guided_velocity((models.base or models.backbone).velocity, *conds, guidance)
 
         def base(x: Tensor, sigma: Tensor) -> Tensor:
+            self.clock.switch("sweep")
             with without_adapters(models.backbone.net):
                 return velocity(x, sigma)
 
@@ -159,7 +170,8 @@ class Trainer:
 
     def _accumulate(self, plan: Plan, samples: range, scale: float) -> dict[str, float]:
         """Adds the gradient of some samples of the global batch; returns sums over these samples."""
-        config, device = self.config, self.accelerator.device
+        config, device, clock = self.config, self.accelerator.device, self.clock
+        clock.switch("data")
         prompts, x_0 = self._samples(samples)
 
         def renoise(copy: int) -> Tensor:
@@ -167,7 +179,7 @@ class Trainer:
 
         # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
         conds = self.models.embeddings(prompts)
-        velocity = self.state.sync_on_last_backward(self._velocity(conds))
+        velocity = clock.timed(self.state.sync_on_last_backward(self._velocity(conds)))
         trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
         options = BackwardOptions(
             scale=scale,
@@ -176,7 +188,7 @@ class Trainer:
             reward_batch_size=config.reward_batch_size,
             steps_per_forward=config.active_steps_per_forward,
             regulariser=self._regulariser(conds),
-            gradient_velocity=self.state.sync_on_last_backward(self._velocity(conds, gradient_only=True)),
+            gradient_velocity=clock.timed(self.state.sync_on_last_backward(self._velocity(conds, gradient_only=True))),
         )
         loss = partial(self._score, prompts)
         return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
@@ -187,9 +199,13 @@ class Trainer:
     def _score(self, prompts: Sequence[str], x: Tensor, rows: slice) -> ScoredLosses:
         """Losses (rewards, b) of the clean latents of samples `rows`, and the scores of all rewards, (b,) each."""
         config, rewards = self.config, self.models.rewards
+        self.clock.switch("decoder")
         images, texts = self.models.backbone.decode(x), prompts[rows]
+        self.clock.switch("reward")
+        self.clock.switch_at_gradient(images, "decoder")
         scores = {reward.name: score_images(rewards[reward.name], images, texts) for reward in config.rewards}
         losses = torch.stack([reward_losses(reward.loss, scores[reward.name]) for reward in config.rewards])
+        self.clock.switch_at_gradient(losses, "reward")
         with torch.no_grad():
             scores |= {held.name: score_images(rewards[held.name], images, texts) for held in config.heldout}
         return ScoredLosses(losses, {name: found.detach() for name, found in scores.items()})
