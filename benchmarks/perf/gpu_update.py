@@ -146,7 +146,8 @@ class RandomUpdate:
         cond, negative = trainer.models.embeddings(prompts)
         trainer.models.backbone.unload_text_encoders()
         backbone = trainer.models.backbone
-        self.velocity: Velocity = guided_velocity(backbone.velocity, cond, negative, config.classifier_free_guidance)
+        guidance, rescale = config.classifier_free_guidance, backbone.guidance_rescale
+        self.velocity: Velocity = guided_velocity(backbone.velocity, cond, negative, guidance, rescale)
         shape = (config.total_batch_size, *backbone.latent_shape(trainer.size))
         self.x_0 = normal(shape, 0, "noise").to(trainer.accelerator.device)
         (reward,) = config.rewards

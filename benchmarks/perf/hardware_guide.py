@@ -33,6 +33,8 @@ ROWS = (
     ("flux2_klein_base_4b", "edits_lora_24gb", 1, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
+    ("qwen_image", "lora_80gb", 1, ()),
+    ("qwen_image", "flowbp_bridge", 8, ()),
 )
 """Model, recipe, number of GPUs, and the settings that are changed in the recipe."""
 FOLDERS = {
@@ -45,6 +47,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "flux1_dev": pipelines.flux1_dev,
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
+    "qwen_image": pipelines.qwen_image,
 }
 
 

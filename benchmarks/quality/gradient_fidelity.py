@@ -130,7 +130,8 @@ class PromptRollout:
         self.texts = [parts.prompts[index % len(parts.prompts)]] * size.images
         pixels = (config.model.height, config.model.width)
         cond, negative = parts.embeddings(self.texts)
-        self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        guidance, rescale = config.classifier_free_guidance, parts.backbone.guidance_rescale
+        self.velocity = guided_velocity(parts.backbone.velocity, cond, negative, guidance, rescale)
         self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels, config.train_sigmas)
         self.samples = range(index * size.images, (index + 1) * size.images)
         x_0 = initial_noise(parts.backbone, pixels, size.seed, "fidelity-noise", self.samples).to(device)

@@ -14,6 +14,8 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 FAMILY_OF = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
+OTHERS = {"qwen_image": "qwen_image"}
+"""Families by the folder of their recipes: models of the paper's runs, or with its settings for them; and others."""
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
 
@@ -35,7 +37,7 @@ def test_a_recipe_is_valid_and_its_method_can_be_planned(recipe: Path) -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("tiny")
-    return {name: folder_of(family, place) for name, family in FAMILY_OF.items()}
+    return {name: folder_of(family, place) for name, family in (FAMILY_OF | OTHERS).items()}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str
     for i, _ in enumerate(load(TrainConfig, [recipe]).heldout):
         sets += [f"heldout.{i}.ref=builtin:shapes/heldout", f"heldout.{i}.score=clip"]
     sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
-    job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if "24gb" in recipe.stem else 8)
+    job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if "lora" in recipe.stem else 8)
     cost = preflight.update_arithmetic(job)
     assert cost["images_per_update"] == job.config.total_batch_size
     assert cost["updates"] == 300

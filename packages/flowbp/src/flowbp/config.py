@@ -78,8 +78,9 @@ class ModelConfig(Config):
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
     """Guidance input of a guidance-distilled model (FLUX.1-dev); null: its default, 3.5.  Others have no such input."""
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
-    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or Qwen3 (FLUX.2) pads and cuts a prompt, under diffusers' name;
-    null: the default of the model's pipeline, 256 for Stable Diffusion 3 and 512 for FLUX.  Images depend on it."""
+    """Tokens to which T5 (Stable Diffusion 3, FLUX.1), Qwen3 (FLUX.2) or Qwen2.5-VL (Qwen-Image) pads and cuts a
+    prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3 and 512 for the
+    others.  Images depend on it, but Qwen-Image does not see the padding: there fewer tokens only save time."""
     gradient_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
     attention: Attention | None = None

@@ -18,6 +18,7 @@ FAMILIES = {
     "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
     "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
+    "QwenImagePipeline": ("flowbp.backbones.qwen_image", "QwenImage"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""

@@ -71,6 +71,7 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
         embedded_guidance=config.model.embedded_guidance,
     )
     backbone.bfloat16 = low
+    backbone.guidance_rescale = config.guidance.rescale or backbone.guidance_rescale
     if quantized:
         quantize(backbone.net, device)
         backbone.net.to(device)

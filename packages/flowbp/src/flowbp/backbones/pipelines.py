@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
-from flowbp.core.settings import NoiseLevels
+from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError
@@ -134,6 +134,8 @@ class PipelineBackbone(ABC):
     """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
     max_sources = 0
     """Source images that an edit may have; 0: the family cannot edit."""
+    guidance_rescale: GuidanceRescale = "none"
+    """What becomes of a guided velocity: by default as in the pipeline."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -276,8 +278,9 @@ def linear_levels(steps: int) -> list[float]:
     return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
-def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-    """Images in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the clamp)."""
+def decode(vae: ModelMixin, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b 3 *t height width"]:
+    """Images, or t frames, in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the
+    clamp)."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from flowbp.core.settings import Guidance
+from flowbp.core.settings import Guidance, GuidanceRescale
 from flowbp.core.types import Cond, Velocity, batch_size, concat, repeat_batch
 from imgen_common.errors import UserError
 
@@ -15,11 +16,13 @@ def guided_velocity(
     cond: Cond,
     negative: Cond | None = None,
     guidance: Guidance | None = None,
+    rescale: GuidanceRescale = "none",
 ) -> Velocity:
     """A backbone's `velocity(x, sigma, cond)` with prompts and guidance closed over.
 
     cond: conditioning of the b samples of a micro-batch; negative: that of their negative prompts, b rows or one for
-    all.  The result takes any whole number of copies of the micro-batch, copy-major.
+    all.  rescale: what holds where that of `guidance` is None (`Backbone.guidance_rescale`).  The result takes any
+    whole number of copies of the micro-batch, copy-major.
     Raises UserError if the scale needs a negative and there is none; ValueError if x is no whole number of copies.
     """
     guidance = guidance or Guidance()
@@ -43,9 +46,16 @@ def guided_velocity(
             v = velocity(x, sigma, positive)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not guidance.detach_negative):
                 v_neg = velocity(x, sigma, other)
-        return v_neg + guidance.scale * (v - v_neg)
+        guided = v_neg + guidance.scale * (v - v_neg)
+        return rescale_norm(guided, v) if (guidance.rescale or rescale) == "norm" else guided
 
     return both
+
+
+def rescale_norm(guided: Float[Tensor, "b c ..."], conditional: Float[Tensor, "b c ..."]) -> Float[Tensor, "b c ..."]:
+    """guided |conditional| / |guided|, norms over the channels.  Source: the pipeline of Qwen-Image."""
+    norm, target = (v.norm(dim=1, keepdim=True) for v in (guided, conditional))
+    return guided * (target / norm)
 
 
 def _copies(x: Tensor, cond: Cond) -> int:

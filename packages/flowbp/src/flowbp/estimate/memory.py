@@ -183,8 +183,8 @@ class FakeModels:
         """The guided velocity of so many samples."""
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
         # fake tensors have no content from which the layout could be read
-        alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
-        return guided_velocity(alike if self.layout else self.backbone.velocity, cond, self.cond, guidance)
+        alike = partial(self.backbone.velocity_of_layout, layout=self.layout) if self.layout else self.backbone.velocity
+        return guided_velocity(alike, cond, self.cond, guidance, self.backbone.guidance_rescale)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""

@@ -15,10 +15,10 @@ COMFYUI_FILE = "comfyui_lora.safetensors"
 def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str, int]) -> dict[str, Tensor]:
     """The tensors under the names that ComfyUI reads.
 
-    FLUX has its original names, with query, key and value as one layer; SD3 has those of diffusers.
+    FLUX has its original names, with query, key and value as one layer; SD3 and Qwen-Image have those of diffusers.
     widths: number of outputs of every linear layer of the transformer.
     """
-    if pipeline == "StableDiffusion3Pipeline":
+    if pipeline in ("StableDiffusion3Pipeline", "QwenImagePipeline"):
         return to_diffusers(found)
     left = dict(found)
     keys: dict[str, Tensor] = {}

@@ -138,7 +138,8 @@ class Trainer:
 
     def _velocity(self, conds: tuple[Cond, Cond]) -> Velocity:
         """The guided velocity of samples with this conditioning, of their prompts and of the negative one."""
-        return guided_velocity(self.models.backbone.velocity, *conds, self.config.classifier_free_guidance)
+        backbone, guidance = self.models.backbone, self.config.classifier_free_guidance
+        return guided_velocity(backbone.velocity, *conds, guidance, backbone.guidance_rescale)
 
     def _regulariser(self, conds: tuple[Cond, Cond]) -> Regulariser | None:
         """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
@@ -148,7 +149,8 @@ class Trainer:
             return None
         guidance = config.classifier_free_guidance
         guidance = guidance.model_copy(update={"batched": guidance.batched and not guidance.detach_negative})
-        velocity = guided_velocity((models.base or models.backbone).velocity, *conds, guidance)
+        backbone = models.base or models.backbone
+        velocity = guided_velocity(backbone.velocity, *conds, guidance, backbone.guidance_rescale)
 
         def base(x: Tensor, sigma: Tensor) -> Tensor:
             with without_adapters(models.backbone.net):
