@@ -146,7 +146,7 @@ class RandomUpdate:
         cond, negative = trainer.models.embeddings(prompts)
         trainer.models.backbone.unload_text_encoders()
         backbone = trainer.models.backbone
-        given = (backbone.velocity, cond, negative, config.classifier_free_guidance)
+        given = (backbone.velocity, cond, negative, config.classifier_free_guidance, backbone.guidance_rescale)
         self.velocity: Velocity = guided_velocity(*given)
         self.options = BackwardOptions(gradient_velocity=guided_velocity(*given, gradient_only=True))
         shape = (config.total_batch_size, *backbone.latent_shape(trainer.size))

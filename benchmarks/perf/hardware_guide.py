@@ -35,6 +35,8 @@ ROWS = (
     ("z_image", "flowbp_bridge", 8, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
+    ("qwen_image", "lora_80gb", 1, ()),
+    ("qwen_image", "flowbp_bridge", 8, ()),
 )
 """Model, recipe, number of GPUs, and the settings that are changed in the recipe."""
 FOLDERS = {
@@ -48,6 +50,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "z_image": pipelines.z_image,
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
+    "qwen_image": pipelines.qwen_image,
 }
 
 

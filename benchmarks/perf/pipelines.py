@@ -12,12 +12,15 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -29,6 +32,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -189,6 +194,25 @@ def flux2_klein_base_9b() -> DiffusionPipeline:
     """FLUX.2-klein-base-9B with Qwen3-8B: 8 double and 24 single blocks of 32 heads x 128."""
     wider = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
     return flux2_klein("published", wider, width=4096, intermediate=12288)
+
+
+def qwen2_5_vl_7b() -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL-7B."""
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    text |= {"num_key_value_heads": 4, "vocab_size": 152064}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen_image() -> DiffusionPipeline:
+    """Qwen-Image: 60 double blocks of 24 heads x 128 with Qwen2.5-VL-7B; diffusers' defaults are its sizes."""
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=AutoencoderKLQwenImage(),
+        text_encoder=qwen2_5_vl_7b(),
+        tokenizer=with_max_length(qwen_tokenizer(), 4096),
+    )
 
 
 def write_configs(make: Callable[[], DiffusionPipeline], folder: Path) -> DiffusionPipeline:

@@ -130,7 +130,8 @@ class PromptRollout:
         self.texts = [parts.prompts[index % len(parts.prompts)]] * size.images
         pixels = (config.model.height, config.model.width)
         cond, negative = parts.embeddings(self.texts)
-        given = (parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
+        backbone, guidance = parts.backbone, config.classifier_free_guidance
+        given = (backbone.velocity, cond, negative, guidance, backbone.guidance_rescale)
         self.velocity = guided_velocity(*given)
         self.options = BackwardOptions(gradient_velocity=guided_velocity(*given, gradient_only=True))
         self.sigmas = parts.backbone.sigmas(config.num_inference_steps, pixels, config.train_sigmas)

@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -16,6 +17,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -29,6 +32,9 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     PixtralImageProcessor,
     PixtralProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -226,6 +232,90 @@ def z_image() -> ZImagePipeline:
     )
 
 
+VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+TEMPLATE_WORDS = (
+    "system Describe user assistant".split(),
+    "image by detailing color shape size texture quantity text spatial relationships objects background".split(),
+)
+"""Of the template in which Qwen-Image puts its prompts: first in a line, and after a space."""
+QWEN_PATCH = 14
+"""Side, in pixels, of the patches of tiny Qwen2.5-VL models."""
+
+
+def qwen_image_tokenizer() -> Qwen2Tokenizer:
+    """The template, but for the prompt, has as many tokens as with the published tokenizer: 34 before, 5 after."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.model_max_length = 4096
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *VISION_TOKENS]})
+    tokenizer.add_tokens([*TEMPLATE_WORDS[0], *(f" {word}" for word in TEMPLATE_WORDS[1])])
+    return tokenizer
+
+
+def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "bos_token_id": None,
+                "eos_token_id": tokenizer.eos_token_id,
+                "hidden_size": WIDTH,
+                "intermediate_size": WIDTH,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 2048,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "patch_size": QWEN_PATCH,
+                "out_hidden_size": WIDTH,
+                "window_size": 4 * QWEN_PATCH,
+                "fullatt_block_indexes": [0],
+            },
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """As Qwen-Image: a shift by tokens with a last level, an autoencoder for videos of one frame."""
+    tokenizer = qwen_image_tokenizer()
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[-0.8, 0.2, 0.1, -0.3],
+        latents_std=[2.8, 1.5, 2.3, 1.9],
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    shift = {"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    return QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=vae,
+        text_encoder=qwen2_5_vl(tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
 def true_guidance(scale: float) -> dict[str, Any]:
     """Classifier-free guidance of a pipeline whose `guidance_scale` is an input of the model."""
     return {} if scale == 1 else {"true_cfg_scale": scale, "negative_prompt": ""}
@@ -249,6 +339,7 @@ FAMILIES = {
     "flux_kontext": Family(flux_kontext, lambda scale: {"max_area": SIZE[0] * SIZE[1], **true_guidance(scale)}, 1),
     "z_image": Family(z_image, lambda scale: {"guidance_scale": scale - 1}),
     "flux2_dev": Family(flux2_dev, lambda scale: FLUX2_TEXT, 10, true_guidance=False),
+    "qwen_image": Family(qwen_image, true_guidance),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""

@@ -1,10 +1,14 @@
 """The sweep against the joint graph on a whole backbone, in float64."""
 
+from functools import partial
+
 import numpy as np
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageUpsample
 from families import SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
+from torch import nn
 
 from flowbp.core.engine import backpropagate, rollout
 from flowbp.core.guidance import guided_velocity
@@ -17,7 +21,10 @@ from flowbp.methods import METHODS
 def assert_sweep_is_joint(backbone: Backbone, cond: Cond, negative: Cond, guidance: Guidance, method: str) -> None:
     """The gradients of the two are equal to 1e-10 for samples with this conditioning."""
     backbone.net.requires_grad_(True)
-    velocity = guided_velocity(backbone.velocity, cond, negative, guidance)
+    for module in backbone.pipe.vae.modules():
+        if isinstance(module, QwenImageUpsample):
+            module.forward = partial(nn.Upsample.forward, module)  # its own computes in float32, whatever it is given
+    velocity = guided_velocity(backbone.velocity, cond, negative, guidance, backbone.guidance_rescale)
     sigmas = backbone.sigmas(12, SIZE).double()
     drawn = draw_plan(METHODS[method], sigmas.tolist(), np.random.default_rng(0))
     x_0 = backbone.noise(batch_size(cond), SIZE, torch.Generator().manual_seed(0)).double()

@@ -26,10 +26,13 @@ from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options
 from flowbp.backbones.sd3 import SD3
 from flowbp.config import LoraConfig, ModelConfig, TrainConfig
+from flowbp.core.engine import rollout
 from flowbp.core.guidance import guided_velocity
+from flowbp.core.plan import RolloutSpec
 from flowbp.core.settings import Guidance
 from flowbp.core.types import LENGTHS, Backbone
 from flowbp.evaluation import sampling
+from flowbp.evaluation.evaluate import generate_latents
 from flowbp.methods import METHODS
 from flowbp.training import preflight
 from flowbp.training.loading import load_models
@@ -125,7 +128,7 @@ def test_a_backbone_knows_what_its_text_encoders_read(
     limits, lengths = backbone.prompt_limits(), defaultdict[int, set[int]](set)
     assert set(limits) == {name for name in backbone.pipe.components if name.startswith("text_encoder")}
     for limit in limits.values():
-        texts = ["red" + " red" * (limit.max_tokens - missing) for missing in (1, 0)]
+        texts = ["a" + " a" * (limit.max_tokens - missing) for missing in (1, 0)]
         assert [limit.num_longer([text]) for text in ("", *texts)] == [0, 0, 1]
     tokenize = PreTrainedTokenizerBase.__call__
 
@@ -342,7 +345,8 @@ def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int)
     ours = sampling.generate_images(backbone, PROMPTS[0], [5], SIZE, 3, 1.0)
     expected = theirs(folder, 3, 1.0, 5, "pt", max_sequence_length=length)[1]
     assert (ours - expected).abs().max() < 1e-5
-    same = folder.name == "z_image" or (folder.name == "flux" and length == 512)  # the network sees no padding
+    # the others see no padding
+    same = folder.name in ("z_image", "qwen_image") or (folder.name == "flux" and length == 512)
     assert torch.allclose(ours, default, atol=1e-5) == same
 
 
@@ -436,7 +440,11 @@ def test_layers_are_counted_by_target_module(folder: Path) -> None:
     }
 
 
-GUIDANCE = {"unguided": Guidance(), "guided": Guidance(scale=3.0, detach_negative=False)}
+GUIDANCE = {
+    "unguided": Guidance(),
+    "guided": Guidance(scale=3.0, detach_negative=False),
+    "detached": Guidance(scale=3.0),
+}
 JOINT = [f"{method} {how}" for method in METHODS for how in GUIDANCE]
 
 
@@ -444,6 +452,7 @@ JOINT = [f"{method} {how}" for method in METHODS for how in GUIDANCE]
 def test_the_sweep_is_the_joint_graph(folder: Path, case: str) -> None:
     method, how = case.split()
     backbone = backbones.load(str(folder), dtype=torch.float64)
+    backbone.set_max_tokens(12)
     assert_sweep_is_joint(backbone, backbone.encode(PROMPTS), backbone.encode([""]), GUIDANCE[how], method)
 
 
@@ -478,6 +487,32 @@ def test_texts_of_several_lengths_are_seen_whole(folder: Path) -> None:
     cut = ModelConfig(max_sequence_length=20)
     apply_model_options(backbone, cut)
     assert backbone.encode([LONG])[LENGTHS].tolist() == [20]
+
+
+@pytest.mark.parametrize("folder", ["qwen_image"], indirect=True)
+def test_the_sweep_of_a_rescaled_velocity_takes_the_value_of_a_detached_negative(folder: Path) -> None:
+    backbone = backbones.load(str(folder), dtype=torch.float64)
+    backbone.set_max_tokens(12)
+    assert backbone.guidance_rescale == "norm"
+    cond = backbone.encode(PROMPTS), backbone.encode([""])
+    assert_sweep_is_joint(backbone, *cond, GUIDANCE["detached"], "flowbp_bridge")
+
+
+@pytest.mark.parametrize("folder", ["qwen_image"], indirect=True)
+def test_guidance_is_rescaled_in_training_and_evaluation_as_it_is_set(folder: Path) -> None:
+    def latents(*sets: str) -> list[torch.Tensor]:
+        config = load(TrainConfig, [], [*small(folder), "guidance_scale=3", "model.max_sequence_length=12", *sets])
+        trainer = Trainer(config, load_models(config, torch.device("cpu"), with_rewards=False), Accelerator(cpu=True))
+        conds = trainer.models.embeddings(PROMPTS)
+        noise = trainer.models.backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+        sampled = generate_latents(trainer.models.backbone, *conds, noise, SIZE, 2, 3.0)
+        velocity, sigmas = trainer._velocity(conds), trainer.sigmas[[0, 12, -1]]
+        return [sampled, rollout(velocity, noise, sigmas, RolloutSpec(frozenset(), frozenset(), 2)).x_end]
+
+    default, norm, none = latents(), latents("guidance.rescale=norm"), latents("guidance.rescale=none")
+    for one, other, plain in zip(default, norm, none, strict=True):
+        assert torch.equal(one, other)
+        assert (one - plain).abs().max() > 1e-3
 
 
 def test_decoding_is_differentiable(backbone: Backbone) -> None:

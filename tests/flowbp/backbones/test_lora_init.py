@@ -32,6 +32,7 @@ from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
 PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline", "flux2_dev": "Flux2Pipeline"}
+PIPELINES |= {"qwen_image": "QwenImagePipeline"}
 RANK, ALPHA = 4, 2.0
 
 
@@ -66,7 +67,8 @@ def as_kohya(run: Path, out: Path, family: str) -> Path:
     adapters, keys = adapters_of(run), {}
     net = init_empty_weights(RunFolder.open(run, is_main=False).config(TrainConfig).model.ref).net
     widths = {name: module.out_features for name, module in net.named_modules() if isinstance(module, nn.Linear)}
-    for name, layers in original_layers(adapters, PIPELINES[family]).items():
+    same = {name: [name] for name in adapters}  # of families whose original names are those of diffusers
+    for name, layers in (original_layers(adapters, PIPELINES[family]) or same).items():
         if any(layer in adapters for layer in layers):
             one = fuse_adapters([adapters.get(layer) for layer in layers], [widths[layer] for layer in layers])
             rank = len(one.down)

@@ -5,7 +5,7 @@ import torch
 from fields import noise
 from torch import Tensor, nn
 
-from flowbp.core.guidance import guided_velocity
+from flowbp.core.guidance import guided_velocity, rescale_norm
 from flowbp.core.settings import Guidance
 from flowbp.core.types import batch_size, concat, repeat_batch
 from imgen_common.errors import UserError
@@ -103,6 +103,56 @@ def test_the_gradient_alone_is_the_same_without_a_negative_that_has_none(field, 
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert batches[1] == (2 if detach or scale == 1 else 4)
     assert batches[0] == (2 if scale == 1 else 4)
+
+
+def test_a_rescaled_velocity_has_the_norm_of_the_conditional_one(field):
+    guided, conditional = guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0))(X, SIGMA), field(X, SIGMA, COND)
+    v = guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0, rescale="norm"))(X, SIGMA)
+    torch.testing.assert_close(v, guided * (conditional.norm(dim=1) / guided.norm(dim=1))[:, None])
+    assert not torch.allclose(v, guided)
+
+
+def test_the_channels_of_each_position_are_rescaled():
+    guided, conditional = noise(2, 3, 4, 5, seed=1), noise(2, 3, 4, 5, seed=2)
+    v = rescale_norm(guided, conditional)
+    for b, row, column in ((0, 0, 0), (1, 2, 3)):
+        one, other = v[b, :, row, column], guided[b, :, row, column]
+        torch.testing.assert_close(one.norm(), conditional[b, :, row, column].norm())
+        torch.testing.assert_close(one / one.norm(), other / other.norm())
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_gradient_of_a_rescaled_velocity_is_its_slope(field, detach):
+    """By finite differences; a detached negative keeps its value, on which both depend."""
+    guidance = Guidance(scale=4.0, detach_negative=detach, rescale="norm", batched=False)
+    constant, cotangent = field(X, SIGMA, NEGATIVE).detach(), noise(2, 3, seed=9)
+    parameters = {"w": noise(3, 3, seed=4), "u": noise(3, 3, seed=5), "x": X}
+    directions = {name: noise(*value.shape, seed=i) for i, (name, value) in enumerate(parameters.items(), 10)}
+
+    def loss(step: float, name: str) -> Tensor:
+        given = parameters | {name: parameters[name] + step * directions[name]}
+
+        def velocity(x: Tensor, sigma: Tensor, cond: dict[str, Tensor]) -> Tensor:
+            if detach and cond["text"] is NEGATIVE["text"]:
+                return constant
+            return torch.tanh(x @ given["w"] + cond["text"] @ given["u"])
+
+        return (guided_velocity(velocity, COND, NEGATIVE, guidance)(given["x"], SIGMA) * cotangent).sum()
+
+    x = X.clone().requires_grad_()
+    v = guided_velocity(field, COND, NEGATIVE, guidance)(x, SIGMA)
+    for name, gradient in zip("wux", torch.autograd.grad((v * cotangent).sum(), [field.w, field.u, x]), strict=True):
+        slope = (loss(1e-5, name) - loss(-1e-5, name)) / 2e-5
+        assert slope.item() == pytest.approx((gradient * directions[name]).sum().item(), rel=1e-8)
+
+
+def test_the_setting_comes_before_what_the_pipeline_does(field):
+    plain, norm = (
+        guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0, rescale=one))(X, SIGMA) for one in ("none", "norm")
+    )
+    for setting, default, expected in ((None, "none", plain), (None, "norm", norm), ("none", "norm", plain)):
+        v = guided_velocity(field, COND, NEGATIVE, Guidance(scale=4.0, rescale=setting), default)(X, SIGMA)
+        assert torch.equal(v, expected)
 
 
 def test_copies_repeat_the_conditioning(field):

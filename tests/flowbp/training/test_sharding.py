@@ -150,9 +150,11 @@ def check_one_process(library: str, family: str, case: str) -> None:
     place = results(library, is_slow(family, case))
     config = config_of(place / family, *CASES[library][case], "distributed.kind=ddp")
     parts = load_models(config, torch.device("cpu"))
-    base = {name: p.detach().clone() for name, p in parts.parameters.items()}
+    unused = parts.backbone.unused_layers  # without a gradient; DeepSpeed has moments of them and lets them decay
+    base = {name: p.detach().clone() for name, p in parts.parameters.items() if not name.startswith(unused)}
     one, two = flat(trained(config, Accelerator(cpu=True))), load_file(place / f"{family}-{case}.safetensors")
-    assert one.keys() == two.keys()
+    moments = tuple(f"optimizer/{name}" for name in unused)
+    assert one.keys() == {name for name in two if name in one or not name.startswith(moments)}
     for group in ("weights", "ema"):
         ours, theirs = change(one, base, group), change(two, base, group)
         assert ours.norm() > 0

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FluxImg2ImgPipeline,
+    QwenImageImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
     ZImageImg2ImgPipeline,
 )
@@ -38,9 +39,13 @@ from tests.interleave.editors import PIPELINES, folder_of
 SIZE = {"height": 32, "width": 48}
 STEPS = 3
 TEXT = {"flux2": {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}}
-IMAGE_TO_IMAGE = {"sd3": StableDiffusion3Img2ImgPipeline, "flux": FluxImg2ImgPipeline}
 TEXT["flux2_dev"] = TEXT["flux2"]
-IMAGE_TO_IMAGE["z_image"] = ZImageImg2ImgPipeline
+IMAGE_TO_IMAGE = {
+    "sd3": StableDiffusion3Img2ImgPipeline,
+    "flux": FluxImg2ImgPipeline,
+    "z_image": ZImageImg2ImgPipeline,
+    "qwen_image": QwenImageImg2ImgPipeline,
+}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +136,7 @@ def test_an_image_does_not_depend_on_its_batch(family: str, folder: Path, painte
     assert pixels(drawn[0]).shape == (*SIZE.values(), 3)
     assert not same(drawn[0], drawn[1])
     assert all(same(picture, painter.generate([job])[0]) for picture, job in zip(drawn, jobs, strict=True))
-    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen") else {}
+    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen_edit") else {}
     assert same(drawn[1], alone(family, folder, PROMPTS[1], 1, **canvas))
 
 
@@ -199,7 +204,7 @@ def test_settings_reach_the_pipeline(family: str, folder: Path, painter: Pipelin
     assert not same(before, painter.generate([job], GenerationSettings(num_inference_steps=5))[0])
     assert pixels(painter.generate([job], GenerationSettings(height=48))[0]).shape == (48, 48, 3)
     argument = "true_cfg_scale" if family.startswith("qwen") else "guidance_scale"
-    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen") else {}
+    canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen_edit") else {}
     guided = painter.generate([job], GenerationSettings(guidance_scale=2.5))[0]
     assert same(guided, alone(family, folder, job.prompt, 3, **{argument: 2.5}, **canvas))
     assert same(before, painter.generate([job])[0])

@@ -20,6 +20,7 @@ FAMILIES = {
     "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
     "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
     "ZImagePipeline": ("flowbp.backbones.z_image", "ZImage"),
+    "QwenImagePipeline": ("flowbp.backbones.qwen_image", "QwenImage"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""

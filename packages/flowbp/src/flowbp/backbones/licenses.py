@@ -9,6 +9,7 @@ KNOWN_LICENSES = (
     (r"black-forest-labs/FLUX\.1-dev", "FLUX.1-dev non-commercial"),
     (r"black-forest-labs/FLUX\.1-schnell", "Apache-2.0"),
     (r"Tongyi-MAI/Z-Image(-Turbo)?", "Apache-2.0"),
+    (r"Qwen/Qwen-Image(-2512)?", "Apache-2.0"),
     (r"stabilityai/stable-diffusion-3(\.5)?-.*", "Stability AI Community"),
     (r"builtin:shapes/.*", "Apache-2.0"),
 )

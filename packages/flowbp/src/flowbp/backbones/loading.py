@@ -72,6 +72,7 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
         distilled=config.model.allow_distilled,
     )
     backbone.bfloat16 = low
+    backbone.guidance_rescale = config.guidance.rescale or backbone.guidance_rescale
     if quantized:
         quantize(backbone.net, device)
         backbone.net.to(device)

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKLQwenImage, ModelMixin
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
@@ -34,6 +34,10 @@ def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
     if model.vae.dtype is not None:
         vae.to(getattr(torch, model.vae.dtype))
     if model.vae.gradient_checkpointing:
+        if not vae._supports_gradient_checkpointing:
+            raise UserError(
+                f"model.vae.gradient_checkpointing: {type(vae).__name__} has none in diffusers; set it to false"
+            )
         vae.enable_gradient_checkpointing()
     if model.vae.slicing:
         vae.enable_slicing()
@@ -46,7 +50,7 @@ def set_attention(net: nn.Module, backend: str) -> None:
     layers = [module for module in net.modules() if isinstance(module, AttentionModuleMixin)]
     if not layers:
         raise UserError(
-            f"model.attention {backend}: the attention of {type(net).__name__} has no choice of backends in diffusers; "
+            f"model.attention {backend}: the attention of {type(net).__name__} has no choice of backends here; "
             "set it to null"
         )
     for layer in layers:
@@ -91,11 +95,15 @@ def compile_blocks(net: nn.Module) -> None:
 
 def set_vae_tiling(vae: Any, side: int, size: tuple[int, int]) -> None:
     """Makes the autoencoder decode larger images in tiles of `side` pixels that overlap by a quarter."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    videos = isinstance(vae, AutoencoderKLQwenImage)
+    factor = vae.spatial_compression_ratio if videos else 2 ** (len(vae.config.block_out_channels) - 1)
     if side % (4 * factor) or side >= max(size):
         raise UserError(
             f"model.vae.tile {side}: must be a multiple of {4 * factor} pixels and less than the longer side of the "
             f"images, {max(size)}; or null"
         )
-    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
-    vae.enable_tiling()
+    if videos:
+        vae.enable_tiling(side, side, 3 * side // 4, 3 * side // 4)
+    else:
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
+        vae.enable_tiling()

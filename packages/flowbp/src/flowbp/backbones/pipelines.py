@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from flowbp.core.prompt_limits import PromptLimit
-from flowbp.core.settings import NoiseLevels
+from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError
@@ -136,6 +136,8 @@ class PipelineBackbone(ABC):
     """Source images that an edit may have; 0: the family cannot edit."""
     embedded_guidance = 3.5
     """Guidance input of a guidance-distilled network, unless another is set: the pipeline's own default."""
+    guidance_rescale: GuidanceRescale = "none"
+    """What becomes of a guided velocity: by default as in the pipeline."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -282,8 +284,14 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
         return float(calculate_shift(tokens, *points))
 
 
-def decode(vae: ModelMixin, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-    """Images in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the clamp)."""
+def linear_levels(steps: int) -> list[float]:
+    """From 1 to 1/steps, before any shift."""
+    return np.linspace(1.0, 1 / steps, steps).tolist()
+
+
+def decode(vae: ModelMixin, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b 3 *t height width"]:
+    """Images, or t frames, in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the
+    clamp)."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 

@@ -14,6 +14,9 @@ GuidanceScale = Annotated[float, Gt(0), Le(100)]
 NoiseLevels = Literal["pipeline", "linear"]
 """Which noise levels: those of the model's pipeline, or linspace(1, 1/N, N) with the model's shift."""
 
+GuidanceRescale = Literal["none", "norm"]
+"""What happens to a guided velocity: nothing, or it gets the norm of the conditional one."""
+
 
 class GuidanceOptions(Config):
     """How classifier-free guidance is computed and differentiated."""
@@ -31,22 +34,29 @@ class GuidanceOptions(Config):
     bfloat16), so with a detached negative the velocity that carries gradient differs by as much from the one of the
     rollout.  Only gradients feel it: values are pinned to the rollout.  false: two forwards everywhere, exactly equal.
     """
+    rescale: GuidanceRescale | None = None
+    """`norm`: each position of the latents of the guided velocity is scaled to the norm, over channels, that the
+    conditional velocity has there, and gradients are those of what is sampled; `none`: not so; null: as the model's
+    pipeline, `norm` for Qwen-Image and `none` for the others.  Evaluations follow it."""
 
 
 class Guidance(GuidanceOptions):
-    """v = v_neg + scale (v_cond - v_neg).
+    """v = v_neg + scale (v_cond - v_neg); with `rescale: norm`, v |v_cond| / |v|.
 
     With a detached negative branch dv/dtheta = scale dv_cond/dtheta and dv/dx = scale J_cond: the Jacobian a bridge
-    sees is that of the positive branch alone.  Otherwise both branches carry gradient.
+    sees is that of the positive branch alone.  Otherwise both branches carry gradient.  Both norms carry it too, and
+    depend on the value of a detached negative.
     """
 
     scale: GuidanceScale = 1.0
     """Guidance scale s, above 0, at most 100; 1 runs the positive branch alone."""
 
-    @property
-    def gradient_needs_negative(self) -> bool:
-        """Whether the gradient of the guided velocity depends on the negative branch."""
-        return self.scale != 1 and not self.detach_negative
+    def gradient_needs_negative(self, rescale: GuidanceRescale = "none") -> bool:
+        """Whether the gradient of the guided velocity depends on the negative branch, on its graph or on its value.
+
+        rescale: what holds where that of these settings is None.
+        """
+        return self.scale != 1 and (not self.detach_negative or (self.rescale or rescale) != "none")
 
     @property
     def backward_scale(self) -> float:

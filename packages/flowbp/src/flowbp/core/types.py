@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.core.prompt_limits import PromptLimit
-from flowbp.core.settings import NoiseLevels
+from flowbp.core.settings import GuidanceRescale, NoiseLevels
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """velocity(x, sigma) -> v = dx/dsigma, same shape as x.
@@ -74,6 +74,8 @@ class Backbone(Protocol):
     """What is trained."""
     pipe: Any
     """The diffusers pipeline it was loaded from, `net` being its transformer."""
+    guidance_rescale: GuidanceRescale
+    """What becomes of a guided velocity: what the family's pipeline does, unless it was set otherwise."""
     bfloat16: bool
     """Whether the network multiplies matrices in bfloat16 (autocast), whatever its weights are kept in."""
     embedded_guidance: float

@@ -26,6 +26,7 @@ from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
+from flowbp.core.settings import GuidanceRescale
 from flowbp.core.types import LENGTHS, Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.estimate.traffic import sent_bytes
@@ -114,14 +115,14 @@ def estimate_run(job: CheckedRun) -> Estimate:
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
-        flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job),
+        flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job, models.backbone.guidance_rescale),
         sent=sent,
         untraced=untraced,
     )
 
 
-def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> float:
-    """Operations of one micro-batch, averaged over the run's plans."""
+def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun, rescale: GuidanceRescale) -> float:
+    """Operations of one micro-batch, averaged over the run's plans.  rescale: that of the model's pipeline."""
     config = job.config
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
     step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
@@ -129,7 +130,7 @@ def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun) -> flo
     if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no value
         coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
         guidance = config.classifier_free_guidance
-        negative = guidance.scale != 1 and not guidance.gradient_needs_negative  # is half of a rollout's step
+        negative = guidance.scale != 1 and not guidance.gradient_needs_negative(rescale)  # is half of a rollout's step
         swept += coupled * (step - stages["rollout"].flops * (1.5 if negative else 1))
     return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
 
@@ -193,8 +194,8 @@ class FakeModels:
         cond, guidance = repeat_batch(self.cond, batch), self.config.classifier_free_guidance
         # fake tensors have no content from which the layout could be read
         alike = partial(self.backbone.velocity_of_layout, layout=self.layout)
-        velocity = alike if self.layout else self.backbone.velocity
-        return guided_velocity(velocity, cond, self.cond, guidance, gradient_only=gradient_only)
+        velocity, rescale = alike if self.layout else self.backbone.velocity, self.backbone.guidance_rescale
+        return guided_velocity(velocity, cond, self.cond, guidance, rescale, gradient_only=gradient_only)
 
     def latents(self, batch: int, *, requires_grad: bool = False) -> Tensor:
         """Latents of so many samples."""

@@ -52,7 +52,8 @@ def generate_latents(
     guidance_scale: float,
 ) -> Tensor:
     """Latents of images of (height, width) `size`, by Euler steps from the noise on the backbone's own noise levels."""
-    velocity = guided_velocity(backbone.velocity, cond, negative, Guidance(scale=guidance_scale))
+    guidance = Guidance(scale=guidance_scale, rescale=backbone.guidance_rescale)
+    velocity = guided_velocity(backbone.velocity, cond, negative, guidance)
     noise = noise.to(next(iter(cond.values())).device)
     sigmas = backbone.sigmas(num_inference_steps, size)
     trajectory = rollout(velocity, noise, sigmas, RolloutSpec(frozenset(), frozenset(), num_inference_steps))

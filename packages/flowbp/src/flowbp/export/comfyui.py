@@ -15,10 +15,10 @@ COMFYUI_FILE = "comfyui_lora.safetensors"
 def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str, int]) -> dict[str, Tensor]:
     """The tensors under the names that ComfyUI reads.
 
-    FLUX has its original names, with query, key and value as one layer; SD3 and Z-Image have those of diffusers.
-    widths: number of outputs of every linear layer of the transformer.
+    FLUX has its original names, with query, key and value as one layer; SD3, Z-Image and Qwen-Image have those of
+    diffusers.  widths: number of outputs of every linear layer of the transformer.
     """
-    if pipeline in ("StableDiffusion3Pipeline", "ZImagePipeline"):
+    if pipeline in ("StableDiffusion3Pipeline", "ZImagePipeline", "QwenImagePipeline"):
         return to_diffusers(found)
     left = dict(found)
     keys: dict[str, Tensor] = {}

@@ -148,8 +148,9 @@ class Trainer:
 
     def _velocity(self, conds: tuple[Cond, Cond], *, gradient_only: bool = False) -> Velocity:
         """`guided_velocity` of samples with this conditioning, of their prompts and of the negative one."""
-        guidance, velocity = self.config.classifier_free_guidance, self.models.backbone.velocity
-        return guided_velocity(velocity, *conds, guidance, gradient_only=gradient_only)
+        backbone, guidance = self.models.backbone, self.config.classifier_free_guidance
+        rescale = backbone.guidance_rescale
+        return guided_velocity(backbone.velocity, *conds, guidance, rescale, gradient_only=gradient_only)
 
     def _regulariser(self, conds: tuple[Cond, Cond]) -> Regulariser | None:
         """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
@@ -159,7 +160,8 @@ class Trainer:
             return None
         guidance = config.classifier_free_guidance
         guidance = guidance.model_copy(update={"batched": guidance.batched and not guidance.detach_negative})
-        velocity = guided_velocity((models.base or models.backbone).velocity, *conds, guidance)
+        backbone = models.base or models.backbone
+        velocity = guided_velocity(backbone.velocity, *conds, guidance, backbone.guidance_rescale)
 
         def base(x: Tensor, sigma: Tensor) -> Tensor:
             self.clock.switch("sweep")

@@ -39,6 +39,9 @@ FAMILIES: Mapping[str, PipelineFamily] = {
     "FluxKontextPipeline": PipelineFamily("reference"),
     "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", " ", needs_image=True),
     "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", " ", needs_image=True),
+    "QwenImagePipeline": PipelineFamily(
+        "image", guidance="true_cfg_scale", negative=" ", img2img="QwenImageImg2ImgPipeline"
+    ),
     "StableDiffusion3Pipeline": PipelineFamily("image", negative="", img2img="StableDiffusion3Img2ImgPipeline"),
     "ZImagePipeline": PipelineFamily("image", negative="", img2img="ZImageImg2ImgPipeline"),
     "FluxPipeline": PipelineFamily("image", img2img="FluxImg2ImgPipeline"),
