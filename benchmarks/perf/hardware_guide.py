@@ -33,6 +33,7 @@ ROWS = (
     ("flux2_klein_base_4b", "edits_lora_24gb", 1, ()),
     ("z_image", "lora_32gb", 1, ()),
     ("z_image", "flowbp_bridge", 8, ()),
+    ("flux2_dev", "lora_141gb", 1, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
 )
@@ -46,6 +47,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd3_5_medium": pipelines.sd3_5_medium,
     "flux1_dev": pipelines.flux1_dev,
     "z_image": pipelines.z_image,
+    "flux2_dev": pipelines.flux2_dev,
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
 }

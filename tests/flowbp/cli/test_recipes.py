@@ -14,7 +14,7 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 IN_PAPER = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
-FAMILY_OF = IN_PAPER | {"z_image": "z_image"}
+FAMILY_OF = IN_PAPER | {"z_image": "z_image", "flux2_dev": "flux2_dev"}
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
 
