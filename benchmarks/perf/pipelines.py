@@ -16,6 +16,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -30,8 +31,13 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -215,6 +221,34 @@ def qwen_image() -> DiffusionPipeline:
     )
 
 
+def flux2_dev() -> DiffusionPipeline:
+    """FLUX.2-dev: 8 double and 48 single blocks of 48 heads x 128, diffusers' defaults, with Mistral Small 3."""
+    tokenizer, image = with_max_length(qwen_tokenizer(), 512), "[IMG]"
+    tokenizer.add_special_tokens({"additional_special_tokens": [image, "[IMG_BREAK]", "[IMG_END]"]})
+    template = "{% for m in messages %}{% for c in m.content %} {{ c.text }}{% endfor %}{% endfor %}"
+    text: dict[str, Any] = {
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+    }
+    text |= {"model_type": "mistral", "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    vision: dict[str, Any] = {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+    }
+    vision |= {"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14}
+    return Flux2Pipeline(
+        transformer=Flux2Transformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=template),
+    )
+
+
 def write_configs(make: Callable[[], DiffusionPipeline], folder: Path) -> DiffusionPipeline:
     """Writes a diffusers folder without weights; returns the pipeline, which lies on the meta device."""
     with torch.device("meta"):
@@ -223,7 +257,7 @@ def write_configs(make: Callable[[], DiffusionPipeline], folder: Path) -> Diffus
     for name, part in pipeline.components.items():
         if isinstance(part, PreTrainedModel):
             part.config.save_pretrained(folder / name)
-        elif isinstance(part, PreTrainedTokenizerBase):
+        elif isinstance(part, PreTrainedTokenizerBase | ProcessorMixin):
             part.save_pretrained(folder / name)
         elif part is not None:
             part.save_config(folder / name)

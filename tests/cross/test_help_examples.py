@@ -87,6 +87,8 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("flowbp estimate --calibrate", FEW),
         ("flowbp methods", ""),
         ("flowbp methods --json", ""),
+        ("flowbp families", ""),
+        ("flowbp families --json", ""),
         ("flowbp explain flowbp_lagrange --seed 3", ""),
         ("flowbp explain flowbp_bridge --model builtin:shapes/generator --figure plan.png", ""),
         ("flowbp explain flowbp_sparse --set method.active.num_active_steps=6 --shift 3", ""),

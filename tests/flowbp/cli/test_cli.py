@@ -23,7 +23,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from flowbp import cli
+from flowbp import backbones, cli
 from flowbp.cli import app, console
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
@@ -42,7 +42,7 @@ from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator
 
 COMMANDS = (
-    *("train", "estimate", "methods", "explain", "sample", "eval", "benchmark", "table"),
+    *("train", "estimate", "methods", "families", "explain", "sample", "eval", "benchmark", "table"),
     *("report", "prefetch", "export", "convert-reward"),
 )
 SMALL = (
@@ -569,6 +569,23 @@ def test_methods_lists_all_with_their_sources(flowbp: Call) -> None:
     code, output, _ = flowbp("methods")
     assert code == 0
     assert all(name in output for name in METHODS)
+
+
+def test_families_lists_published_models_with_their_recipes(flowbp: Call) -> None:
+    rows = json.loads(flowbp("families", "--json")[1])
+    assert {row["pipeline"] for row in rows} == set(backbones.FAMILIES)
+    recipes = Path(__file__).parents[3] / "configs" / "flowbp"
+    found = {recipe: load(TrainConfig, [recipe]).model.ref for recipe in recipes.rglob("lora_*.yaml")}
+    assert {row["model"]: row["lora_gb"] for row in rows if row["lora_gb"]} == {
+        ref: int(re.search(r"one GPU of (\d+) GB", recipe.read_text())[1]) for recipe, ref in found.items()
+    }
+    assert {row["max_source_images"] for row in rows if "Kontext" in row["model"]} == {1}
+    code, output, _ = flowbp("families")
+    assert code == 0
+    for row in rows:
+        (line,) = (line for line in output.splitlines() if line.startswith(f"{row['model']} "))
+        assert row["license"] in line
+        assert "not known" not in line
 
 
 @pytest.mark.parametrize("width", [20, 40, 60])

@@ -79,7 +79,8 @@ class ModelConfig(Config):
     """Precision of the network's arithmetic, and of frozen weights under adapters; trained weights and the states
     between steps stay float32."""
     embedded_guidance: Annotated[float, Ge(0), Le(100)] | None = None
-    """Guidance input of a guidance-distilled model (FLUX.1-dev); null: its default, 3.5.  Others have no such input."""
+    """Guidance input of a guidance-distilled model; null: the default of its pipeline, 3.5 for FLUX.1-dev and 4 for
+    FLUX.2-dev.  Others have no such input."""
     allow_distilled: bool = False
     """Whether the model may be step-distilled (klein without base, Turbo).  Such a model is made to generate in few
     steps: trained or sampled at more of them it can lose that, and what it generates then is not what was measured."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowbp.backbones.licenses import PUBLISHED, license_of
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -24,6 +25,26 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
+
+
+def families_table() -> list[dict[str, str | float | None]]:
+    """One row for every published model of every family, or for the family where none is known here."""
+    rows: list[dict[str, str | float | None]] = []
+    for family, (module, name) in FAMILIES.items():
+        adapter = getattr(importlib.import_module(module), name)
+        shared = {"pipeline": family, "guidance": adapter.guidance_kind, "max_source_images": adapter.max_sources}
+        known = [model for model in PUBLISHED if model.pipeline == family]
+        rows += [
+            {
+                "model": one.ref,
+                "billions": one.billions,
+                "license": license_of(one.ref),
+                **shared,
+                "lora_gb": one.lora_gb,
+            }
+            for one in known
+        ] or [{"model": None, "billions": None, "license": None, **shared, "lora_gb": None}]
+    return rows
 
 
 def load(

@@ -16,6 +16,7 @@ from flowbp.core.types import Cond, Layout
 class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
+    guidance_kind = "distilled"
     longest_reader = "text_encoder_2"
 
     @torch.no_grad()

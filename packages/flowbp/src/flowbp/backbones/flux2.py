@@ -138,6 +138,7 @@ class Flux2Dev(Flux2):
     """FLUX.2-dev: distilled guidance as an input, and Mistral 3, which reads a system message before the prompt."""
 
     embedded_guidance = 4.0
+    guidance_kind = "distilled"
 
     @property
     def _tokenizer(self) -> Any:

@@ -138,6 +138,8 @@ class PipelineBackbone(ABC):
     """Guidance input of a guidance-distilled network, unless another is set: the pipeline's own default."""
     guidance_rescale: GuidanceRescale = "none"
     """What becomes of a guided velocity: by default as in the pipeline."""
+    guidance_kind: ClassVar[str] = "classifier-free"
+    """How its images are guided, in words."""
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
@@ -183,7 +185,7 @@ class PipelineBackbone(ABC):
 
     def _cannot_edit(self) -> UserError:
         return UserError(
-            f"{type(self.pipe).__name__} cannot edit; take out the images, or train FLUX.2-klein-base or FLUX.1-Kontext"
+            f"{type(self.pipe).__name__} cannot edit; take out the images, or train FLUX.2 or FLUX.1-Kontext"
         )
 
     @abstractmethod

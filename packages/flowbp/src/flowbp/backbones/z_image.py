@@ -22,6 +22,7 @@ class ZImage(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
     pipe: ZImagePipeline
+    guidance_kind = "1 + pipeline's"
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "estimate": train.estimate,
     "methods": inspect.methods,
+    "families": inspect.families,
     "explain": inspect.explain,
     "sample": evaluate.sample,
     "eval": evaluate.evaluate,

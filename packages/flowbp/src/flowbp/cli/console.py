@@ -90,6 +90,15 @@ def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
     _print(out, lines)
 
 
+def print_families(rows: Sequence[Mapping[str, object]]) -> None:
+    """The models that can be trained, one in each row."""
+    table = _table("model", "license", "guidance", "1e9", "sources", "LoRA GB", right=(3, 4, 5))
+    for row in rows:
+        cells = (row[key] for key in ("license", "guidance", "billions", "max_source_images", "lora_gb"))
+        table.add_row(str(row["model"] or row["pipeline"]), *("-" if one is None else str(one) for one in cells))
+    _print(standard_output(), table)
+
+
 def print_plan(method: Method, plan: Plan, heading: str) -> None:
     """A plan: axes of the method, steps in characters, terms, legs, cost."""
     out = standard_output()

@@ -1,4 +1,4 @@
-"""`flowbp methods`, `flowbp explain` and `flowbp report`."""
+"""`flowbp methods`, `flowbp families`, `flowbp explain` and `flowbp report`."""
 
 import json
 from collections.abc import Sequence
@@ -34,6 +34,33 @@ def methods(as_json: Json = False) -> None:
     from flowbp.cli import console
 
     console.print_methods(rows)
+
+
+def families(as_json: Json = False) -> None:
+    """List the model families that can be trained, by their published models: license, guidance, parameters of the
+    transformer in 1e9, how many source images an edit may have (0: it cannot edit), and the memory of the one GPU for
+    which configs/flowbp has a recipe with adapters. Guidance is classifier-free (guidance_scale; "1 + pipeline's" where
+    the pipeline counts it from 0) or distilled, an input of the model (model.embedded_guidance). flowbp estimate says
+    what your own configuration needs.
+
+    Example:
+
+    \b
+      flowbp families
+      flowbp families --json
+    """
+    from imgen_common.console import quiet_libraries
+
+    quiet_libraries()
+    from flowbp.backbones import families_table
+
+    rows = families_table()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from flowbp.cli import console
+
+    console.print_families(rows)
 
 
 def explain(
