@@ -413,6 +413,7 @@ def test_the_speed_is_that_of_the_named_card(monkeypatch: pytest.MonkeyPatch) ->
 def test_short_times_have_digits(capsys: pytest.CaptureFixture[str], seconds: float, said: str) -> None:
     sizes = {"static": {"a": 1}, "activation": {}, "startup": {}, "peak": 1, "host": 0, "embeddings": 1, "disk": 1}
     work = {"gradient_accumulation_steps": 1, "updates": 105, "tflop_per_update": 1.0, "tflops": 82.5, "speed": "why"}
+    work["bytes_sent_per_update"] = 0
     print_estimate(
         sizes | work | {"seconds_per_update": seconds, "licenses": {}, "untraced": [], "counted_for": "cuda"}
     )

@@ -42,6 +42,7 @@ PUBLISHED = (
     PublishedModel("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline", 9.08),
     PublishedModel("black-forest-labs/FLUX.1-dev", "FluxPipeline", 11.90),
     PublishedModel("black-forest-labs/FLUX.1-Kontext-dev", "FluxKontextPipeline", 11.90),
+    PublishedModel("Qwen/Qwen-Image", "QwenImagePipeline", 20.43, 80),
     PublishedModel("black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 32.22, 141),
 )
 """Models whose sizes are known here; others of the same families can be trained too."""

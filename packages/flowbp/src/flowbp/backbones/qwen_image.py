@@ -17,6 +17,7 @@ class QwenImage(pipelines.PipelineBackbone):
     """Latents are "b c h w": c channels of 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
 
     guidance_rescale: GuidanceRescale = "norm"
+    guidance_kind = "rescaled"
 
     def __init__(self, pipe: QwenImagePipeline) -> None:
         super().__init__(pipe)
