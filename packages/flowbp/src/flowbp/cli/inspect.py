@@ -38,10 +38,11 @@ def methods(as_json: Json = False) -> None:
 
 def families(as_json: Json = False) -> None:
     """List the model families that can be trained, by their published models: license, guidance, parameters of the
-    transformer in 1e9, how many source images an edit may have (0: it cannot edit), and the memory of the one GPU for
-    which configs/flowbp has a recipe with adapters. Guidance is classifier-free (guidance_scale; "1 + pipeline's" where
-    the pipeline counts it from 0, "rescaled" where it keeps the norm of the conditional velocity) or distilled, an input of the model (model.embedded_guidance). flowbp estimate says
-    what your own configuration needs.
+    transformer in 1e9, how many source images an edit may have (0: it cannot edit), and the memory of the one GPU
+    for which configs/flowbp has a recipe with adapters. Guidance is classifier-free (guidance_scale; "1 +
+    pipeline's" where the pipeline counts it from 0, "rescaled" where it keeps the norm of the conditional velocity)
+    or distilled, an input of the model (model.embedded_guidance). flowbp estimate says what your own configuration
+    needs.
 
     Example:
 

@@ -45,10 +45,10 @@ class Shard:
         return f"{self.number}-of-{self.count}" if self.count > 1 else ""
 
     def of(self, items: Sequence[Part]) -> list[Part]:
-        """Its items.  Raises UserError where it has none."""
-        if not (found := list(items[self.number - 1 :: self.count])) and self.count > 1:
+        """Its items.  Raises UserError where there are more parts than items."""
+        if self.count > max(1, len(items)):
             raise UserError(f"--shard {self.number}/{self.count}: there are only {len(items)} items")
-        return found
+        return list(items[self.number - 1 :: self.count])
 
 
 ALL = Shard()
