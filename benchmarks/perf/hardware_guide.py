@@ -17,8 +17,12 @@ from safetensors.torch import save_file
 from transformers import BlipConfig, CLIPConfig, CLIPImageProcessor, Qwen2VLConfig, Qwen2VLImageProcessor
 
 from benchmarks.perf import pipelines
+from flowbp import backbones
+from flowbp.backbones.loading import mark_trainable
+from flowbp.backbones.options import apply_model_options
 from flowbp.config import TrainConfig
 from flowbp.estimate import Estimate, estimate_run
+from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.hpsv3 import TEMPLATE_FILE, PromptTemplate, ranking_head
 from flowbp.rewards.loading import HEAD_FILE, scoring_head
 from flowbp.training import preflight
@@ -40,6 +44,16 @@ ROWS = (
     ("qwen_image", "flowbp_bridge", 8, ()),
 )
 """Model, recipe, number of GPUs, and the settings that are changed in the recipe."""
+NUM_GPUS = (8, 64)
+LARGE_BATCH = "total_batch_size=64"
+TRAFFIC_ROWS = (
+    ("sd3_5_medium", "flowbp_lagrange", (LARGE_BATCH,)),
+    ("sd3_5_medium", "flowbp_lagrange", (LARGE_BATCH, "distributed.kind=ddp")),
+    ("flux2_klein_base_9b", "flowbp_lagrange", (LARGE_BATCH,)),
+    ("flux1_dev", "flowbp_lagrange", (LARGE_BATCH,)),
+    ("flux2_klein_base_4b", "lora_24gb", (LARGE_BATCH,)),
+)
+"""Model, recipe and settings, each for all of `NUM_GPUS`."""
 FOLDERS = {
     **{("hpsv2", "hpsv2"): "h14", ("clip", "pickscore"): "h14", ("clipscore", "clipscore"): "l14"},
     **{("imagereward", "imagereward"): "blip", ("hpsv3", "hpsv3"): "qwen2_vl"},
@@ -104,8 +118,8 @@ def write_models(root: Path) -> dict[str, int]:
     return {name: sum(p.numel() for p in pipeline.transformer.parameters()) for name, pipeline in made.items()}
 
 
-def estimate_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Sequence[str] = ()) -> Estimate:
-    """The estimate of a recipe, with its models taken from what `write_models` wrote to `root`."""
+def check_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Sequence[str] = ()) -> preflight.CheckedRun:
+    """A recipe, checked, with its models taken from what `write_models` wrote to `root`."""
     file = RECIPES / model / f"{recipe}.yaml"
     plain = load(TrainConfig, [file])
     sets = [f"model.ref={root / model}"]
@@ -113,7 +127,25 @@ def estimate_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Seq
         sets += [f"{part}.{i}.ref={root / FOLDERS[one.score, one.name]}" for i, one in enumerate(getattr(plain, part))]
     prompts = _write_edit(root) if recipe.startswith("edits") else "builtin:shapes/test"
     sets += [f"{key}={prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
-    return estimate_run(preflight.check_run(load(TrainConfig, [file], [*sets, *changes]), gpus, estimate_only=True))
+    return preflight.check_run(load(TrainConfig, [file], [*sets, *changes]), gpus, estimate_only=True)
+
+
+def estimate_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Sequence[str] = ()) -> Estimate:
+    """The estimate of a recipe."""
+    return estimate_run(check_recipe(root, model, recipe, gpus, changes))
+
+
+def print_traffic(root: Path) -> None:
+    """Prints what each GPU sends in an update, for several numbers of GPUs and ways to share the weights."""
+    print("| model | recipe | weights | " + " | ".join(f"GB sent by each of {n} GPUs" for n in NUM_GPUS) + " |")
+    print("| --- | --- | --- |" + " --: |" * len(NUM_GPUS))
+    for model, recipe, changes in TRAFFIC_ROWS:
+        jobs = [check_recipe(root, model, recipe, gpus, changes) for gpus in NUM_GPUS]
+        backbone = backbones.init_empty_weights(str(root / model))
+        apply_model_options(backbone, jobs[0].config.model)
+        mark_trainable(backbone.net, jobs[0].config)
+        sent = " | ".join(f"{sent_bytes(backbone, job) / 1e9:,.1f}" for job in jobs)
+        print(f"| {model} | {recipe} | {jobs[0].config.distributed.kind} | {sent} |", flush=True)
 
 
 def _write_edit(root: Path) -> Path:
@@ -138,6 +170,8 @@ def main() -> None:
                 f"{estimate.peak / 2**30:.1f} | {estimate.update_peak / 2**30:.1f} | {estimate.flops / 1e12:,.0f} |",
                 flush=True,
             )
+        print()
+        print_traffic(root)
 
 
 if __name__ == "__main__":
