@@ -89,5 +89,7 @@ def _resolve_family(
     if content.get("is_distilled") and not distilled:
         raise UserError(f"{ref}: this model is step-distilled; use the base model (klein-base) instead")
     pipelines.check_scheduler(ref, folder, content.get("scheduler"))
+    if family != "Flux2KleinPipeline":  # its latents are normalized by statistics among the weights
+        pipelines.check_autoencoder(ref, folder)
     module, name = FAMILIES[family]
     return folder, getattr(diffusers, family), getattr(importlib.import_module(module), name)
