@@ -200,6 +200,23 @@ def test_integers_are_no_weights_unless_config_json_says_how_to_decode_them(
         assert hub.resolve(str(folder)) == folder
 
 
+@pytest.mark.parametrize("numbers", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
+def test_8_bit_weights_with_scales_need_a_description_too(scale: str, numbers: torch.dtype, tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path / "m")
+    weights = {"norm.weight": torch.zeros(3), "a.weight": torch.zeros(3).to(numbers)}
+    save_file(weights, folder / "model.safetensors")
+    assert hub.resolve(str(folder)) == folder  # they are what they say, as T5 of Stable Diffusion 3 is published
+    save_file(weights | {f"a.{scale}": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"1 weights are 8-bit numbers with scales \(F8_\w+\), the first is a\.weight, and"
+    ):
+        hub.resolve(str(folder))
+    about = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", about | {"quantization_config": {"a": 1}})
+    assert hub.resolve(str(folder)) == folder
+
+
 def test_buffers_of_published_models_may_be_integers(tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path / "m")
     names = ("embeddings.position_ids", "bn.num_batches_tracked", "attn.bias")

@@ -70,6 +70,8 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.json", '{"prompt": "a"}', "must be a JSON array of rows, got an object"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "p.json: not JSON"),
         ("p.json", "[" * 100_000, "not JSON"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "p.jsonl:1: not JSON (the key 'prompt' occurs twice)"),
+        ("p.json", '[{"prompt": "a", "images": {"a": 1, "a": 1}}]', "the key 'a' occurs twice"),
         ("p.json", '["a", null]', "p.json: item 2: must be an object or a text, got null"),
         ("p.jsonl", "3", "p.jsonl:1: must be an object or a text, got a number"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl:2: not JSON"),

@@ -97,3 +97,15 @@ def test_a_program_ends_its_work_whatever_becomes_of_its_output(shell: str, code
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert done.returncode == code, done.stderr[-500:]
+
+
+def test_python_without_docstrings_is_refused_in_one_line(tmp_path: Path) -> None:
+    def run(option: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, option, "-c", PROGRAM, str(tmp_path / "saved")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("-O").returncode == 0
+    refused = run("-OO")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("prog: error: Python runs without docstrings")
+    assert refused.stderr.count("\n") == 1

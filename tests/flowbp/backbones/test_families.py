@@ -202,6 +202,27 @@ def test_what_is_not_sampled_exactly_is_refused(sd3_folder: Path, reason: str) -
         backbones.init_empty_weights(str(sd3_folder)).sigmas(4, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("scaling_factor", None, "null"),
+        ("scaling_factor", 0, "0"),
+        ("scaling_factor", "1.5", '"1.5"'),
+        ("scaling_factor", ..., "is missing"),
+        ("scaling_factor", True, "true"),
+        ("shift_factor", None, "null"),
+        ("shift_factor", ..., "is missing"),
+        ("shift_factor", float("nan"), "NaN"),
+    ],
+)
+def test_latents_are_not_scaled_by_what_is_no_number(name: str, value: object, shown: str, sd3_folder: Path) -> None:
+    file = sd3_folder / "vae" / "config.json"
+    settings = json.loads(file.read_text()) | {name: value}
+    file.write_text(json.dumps({key: given for key, given in settings.items() if given is not ...}))
+    with pytest.raises(UserError, match=rf"vae/config\.json {name} {shown}: must be a number"):
+        backbones.init_empty_weights(str(sd3_folder))
+
+
 def test_beta_sigmas_need_scipy(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (sd3_folder / "scheduler" / "scheduler_config.json").write_text('{"use_beta_sigmas": true}')
     monkeypatch.setattr(pipelines, "find_spec", lambda name: None)

@@ -277,13 +277,18 @@ def test_peft_adapters_that_are_no_plain_lora_are_refused(flux2: Path, tmp_path:
         ({"peft_type": "LOHA"}, "is a LOHA adapter"),
         ({"use_dora": True}, "its use_dora is not supported"),
         ({"bias": "all"}, "its bias is not supported"),
+        *(
+            ({"init_lora_weights": start}, f"its init_lora_weights {start} changes the weights of the model")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        ),
         ({"lora_alpha": "many"}, "has alpha many"),
         ({"lora_alpha": 1, "alpha_pattern": {"(": 2}}, "its alpha_pattern is none of PEFT"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(options))
         with pytest.raises(UserError, match=message):
             check_run(config_of(flux2, tmp_path), 1)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "use_rslora": True}))
+    plain = {"lora_alpha": 3, "use_rslora": True, "init_lora_weights": "gaussian"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain))
     lora = check_run(config_of(flux2, tmp_path), 1).config.lora
     assert lora is not None
     assert lora.scale_of("transformer_blocks.0.attn.to_q") == pytest.approx(3 / 2**0.5)

@@ -142,6 +142,7 @@ def run_cli(app: "typer.Typer", name: str, renamed: Mapping[str, str] = {}) -> N
 def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str | None:
     """The exit code of the program."""
     try:
+        _check_interpreter()
         _check_working_directory()
         for place, word in enumerate(sys.argv[1:]):
             check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
@@ -163,6 +164,14 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         print(f"{name}: error: {explained}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_interpreter() -> None:
+    """Raises UserError where Python runs without docstrings, which transformers reads as it is imported."""
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers needs; leave it out"
+        )
 
 
 def _check_working_directory() -> None:

@@ -28,6 +28,7 @@ from imgen_common.errors import (
     check_text,
     is_disk_full,
     nearest,
+    one_line,
     system_error,
     warn_once,
 )
@@ -136,14 +137,25 @@ def _object(row: object, key: str, where: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.  Raises UserError naming `where` for no JSON, and for half a surrogate pair in it."""
+    """The value of a JSON text.  Raises UserError naming `where` for no JSON, a key that occurs twice, and for half a
+    surrogate pair."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
         if "\\ud" in text.lower():
             check_text(json.dumps(value, ensure_ascii=False), where)
     except (ValueError, RecursionError) as error:
         whole = "; write each object on one line, or a list of them in a .json" if text.strip() in ("{", "[") else ""
         raise UserError(f"{where}: not JSON ({error}){whole}") from None
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that occurs twice, of which json would keep the last."""
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"the key {one_line(name, 60)!r} occurs twice")
+        value[name] = item
     return value
 
 

@@ -11,6 +11,9 @@ from imgen_common.errors import UserError, one_line
 
 INTEGERS = frozenset(sign + bits for sign in "IU" for bits in ("8", "16", "32", "64"))
 """Numbers, by safetensors' names, that a plain weight never has; buffers, such as position_ids, may have them."""
+FLOAT8 = "F8_"
+"""How the names of 8-bit floating-point numbers begin; some checkpoints have a scale beside each weight of them."""
+SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 QUANTIZED = ("quantization_config", "compression_config")
 """What config.json calls the way in which weights are coded; libraries decode those that it describes."""
 REMEDY = "copy weights and config.json from one place"
@@ -74,7 +77,8 @@ def loading(what: str) -> Iterator[None]:
 
 
 def check_numbers(file: Path, config: dict[str, Any]) -> None:
-    """Raises UserError where weights of a file are integers that nothing in `config`, of config.json, tells to decode.
+    """Raises UserError where weights of a file are integers, or 8-bit floating-point numbers with scales, that nothing
+    in `config`, of config.json, tells to decode.
 
     Loaded, they would be taken as they are, without their scales.
     """
@@ -85,14 +89,18 @@ def check_numbers(file: Path, config: dict[str, Any]) -> None:
     if any(part.get(name) for part in described for name in QUANTIZED):
         return
     with safe_open(file, "np") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(".weight")]  # noqa: SIM118 (it is no mapping)
-        coded = [(name, kind) for name in names if (kind := tensors.get_slice(name).get_dtype()) in INTEGERS]
-    if coded:
-        name, kind = coded[0]
-        raise UserError(
-            f"{file}: {len(coded)} weights are integers ({kind}), the first is {name}, and config.json has no "
-            f"{QUANTIZED[0]}; {REMEDY}"
-        )
+        names = frozenset(tensors.keys())
+        kinds = {n: tensors.get_slice(n).get_dtype() for n in sorted(names) if n.endswith(".weight")}
+    for name, kind in kinds.items():
+        module = name.removesuffix("weight")
+        has_scale = kind.startswith(FLOAT8) and any(module + scale in names for scale in SCALES)
+        if kind in INTEGERS or has_scale:
+            count = sum(other == kind for other in kinds.values())
+            what = f"8-bit numbers with scales ({kind})" if has_scale else f"integers ({kind})"
+            raise UserError(
+                f"{file}: {count} weights are {what}, the first is {name}, and config.json has no {QUANTIZED[0]}; "
+                f"{REMEDY}"
+            )
 
 
 def weight_files(folder: Path) -> WeightFiles:

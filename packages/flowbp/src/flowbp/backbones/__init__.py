@@ -116,7 +116,10 @@ def _resolve_family(
         )
     pipelines.check_scheduler(ref, folder, content.get("scheduler"))
     module, name = FAMILIES[family]
-    return folder, getattr(diffusers, family), getattr(importlib.import_module(module), name)
+    adapter = getattr(importlib.import_module(module), name)
+    if adapter.decode is pipelines.PipelineBackbone.decode:  # others normalize latents by numbers for each channel
+        pipelines.check_autoencoder(ref, folder)
+    return folder, getattr(diffusers, family), adapter
 
 
 def _is_turbo(ref: str) -> bool:

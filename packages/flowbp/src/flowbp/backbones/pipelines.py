@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import json
+import math
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +21,7 @@ from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from imgen_common.weights import loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
@@ -85,6 +87,20 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
             )
     if settings.get("use_beta_sigmas") and find_spec("scipy") is None:
         raise UserError(f"{ref}: scheduler/scheduler_config.json use_beta_sigmas: needs scipy; pip install scipy")
+
+
+def check_autoencoder(ref: str, folder: Path) -> None:
+    """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
+
+    diffusers fills one that is missing with that of Stable Diffusion 1, or with none.
+    """
+    settings = read_json(folder / "vae" / "config.json", folder)
+    for name, above in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
+        value = settings.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
+            shown = one_line(json.dumps(value), 40) if name in settings else "is missing"
+            what = "a number above 0" if name == "scaling_factor" else "a number"
+            raise UserError(f"{ref}: vae/config.json {name} {shown}: must be {what}; copy that file again")
 
 
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:
