@@ -88,7 +88,7 @@ def test_source_images_are_counted() -> None:
     assert edits.flops > 1.2 * plain.flops  # 64 tokens of a source beside 16 of the image
 
 
-@pytest.mark.parametrize("folder", tiers(FAMILIES, default=["flux2"]), indirect=True)
+@pytest.mark.parametrize("folder", tiers(FAMILIES, slow=["flux2"]), indirect=True)
 def test_every_family_is_traced(folder: Path) -> None:
     sets = [
         f"model.ref={folder}",
@@ -197,6 +197,7 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_memory_size(text)
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_it_fits() -> None:
     sets = [part for text in SMALL for part in ("--set", text)]
     done = CliRunner().invoke(app, ["estimate", "--memory", "8GiB", "--gpus", "2", *sets])

@@ -546,7 +546,7 @@ def test_decoding_is_differentiable(backbone: Backbone) -> None:
     assert x.grad.any()
 
 
-@pytest.mark.parametrize("lora", tiers(["null", "{rank: 2}"], default=["{rank: 2}"]))
+@pytest.mark.parametrize("lora", tiers(["null", "{rank: 2}"], slow=["{rank: 2}"]))
 def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -> None:
     """Frozen weights are bfloat16 under adapters; the cached velocity is still the re-forwarded one, bit for bit."""
     sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}, dtype: bfloat16}}", f"lora={lora}"]

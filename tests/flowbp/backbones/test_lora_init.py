@@ -254,6 +254,7 @@ def test_files_that_are_none_are_refused(flux2: Path, tmp_path: Path) -> None:
             check_run(config_of(flux2, tmp_path / name), 1)
 
 
+@pytest.mark.slow
 def test_settings_beside_the_adapter_that_are_not_its_own_are_refused(flux2: Path, tmp_path: Path) -> None:
     save_file(GOOD, tmp_path / "a.safetensors")
     for setting, message in {
@@ -270,6 +271,7 @@ def test_settings_beside_the_adapter_that_are_not_its_own_are_refused(flux2: Pat
     assert check_run(config_of(flux2, tmp_path / "a.safetensors", *own), 1).lora_layers == {"attn.to_q": 1}
 
 
+@pytest.mark.slow
 def test_peft_adapters_that_are_no_plain_lora_are_refused(flux2: Path, tmp_path: Path) -> None:
     save_file({name.replace("transformer.", "base_model.model.", 1): value for name, value in GOOD.items()},
               tmp_path / "adapter_model.safetensors")  # fmt: skip

@@ -61,7 +61,7 @@ CASES = {
 }
 ALL_CASES = "sd3"  # the family that runs every case and resumes; the others run those below
 OTHERS = ("checkpointing", "each-step", "zero3", "zero2-lora")
-SLOW = ("full", "lora", "zero3", "zero2-lora")
+SLOW = ("full", "lora", "zero2-lora")
 """Cases of the first family that run in the slow tier; all others but that of edits are exhaustive."""
 EDITS = ("flux2", "edits")
 PROMPTS = ["a red circle", "two blue crosses", "a green square"]
@@ -193,7 +193,7 @@ def test_two_processes_under_zero_equal_one(family: str, case: str) -> None:
     check_one_process("zero", family, case)
 
 
-@pytest.mark.parametrize("case", tiers(["zero2", "zero3"], slow=["zero3"]))
+@pytest.mark.parametrize("case", tiers(["zero2", "zero3"]))
 def test_a_run_under_zero_resumes_exactly(case: str) -> None:
     check_resume("zero", case)
 

@@ -78,7 +78,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return ((flat_a - flat_b).norm() / flat_a.norm()).item()
 
 
-@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+@pytest.mark.parametrize("method", tiers(METHODS, slow=["flowbp_bridge"]))
 def test_accumulation_changes_nothing(method: str) -> None:
     whole, halves, singles = (gradients(config_of(method, f"per_device_batch_size={n}")) for n in (4, 2, 1))
     assert distance(whole, halves) < TOLERANCE
@@ -113,6 +113,7 @@ def counted_operations(*sets: str) -> float:
     return first[0]
 
 
+@pytest.mark.slow
 def test_an_update_counts_its_operations_and_the_seconds_of_its_stages() -> None:
     config = config_of("flowbp_sparse", "total_batch_size=2", "heldout=[]", "guidance_scale=2")
     assert counted_operations() == pytest.approx(estimate_run(check_run(config, 1)).flops, rel=0.02)
@@ -158,7 +159,7 @@ def test_matrices_are_multiplied_as_asked_in_a_training_alone(
     assert torch.get_float32_matmul_precision() == before
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_recomputed_operations_do_not_count() -> None:
     kept = counted_operations()
     assert counted_operations("model.gradient_checkpointing=true") == pytest.approx(kept, rel=1e-9)

@@ -750,7 +750,8 @@ def test_a_signal_ends_the_update_and_saves_it(
     assert digest(again) == digest(straight)
 
 
-@pytest.mark.parametrize("role", tiers(["critic", "planner"], slow=["planner"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("role", ["critic", "planner"])
 def test_processes_killed_at_random_moments_lose_nothing_and_do_nothing_twice(
     root: Path, tmp_path: Path, role: str
 ) -> None:
