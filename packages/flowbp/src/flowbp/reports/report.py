@@ -212,12 +212,6 @@ def _curves(run: RunData) -> Values | None:
     return {"charts": charts, "duration": format_duration(sum(run.series("train/seconds")[1]))}
 
 
-def _distance_charts(run: RunData) -> list[Markup]:
-    if run.config.regularise is None:
-        return []
-    return [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
-
-
 def _quick_label(run: RunData) -> str:
     num = run.config.eval.quick_num_prompts
     return f"quick evaluation: {num} prompts, averaged weights, guidance {run.own_scale:g}"
