@@ -201,15 +201,17 @@ def _curves(run: RunData) -> Values | None:
         line_chart("Verifier", "% of images", [verifier], run.updates),
         _metric_chart(run, "Gradient norm", "before clipping", "train/grad_norm", max_norm),
         _gap_chart(run),
-        *(
-            [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
-            if run.config.regularise
-            else []
-        ),
+        *_distance_charts(run),
         _metric_chart(run, "Time", "seconds per update", "train/seconds"),
         line_chart("Peak memory so far", "GiB", [peak], run.updates, from_zero=True),
     ]
     return {"charts": charts, "duration": format_duration(sum(run.series("train/seconds")[1]))}
+
+
+def _distance_charts(run: RunData) -> list[Markup]:
+    if run.config.regularise is None:
+        return []
+    return [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
 
 
 def _quick_label(run: RunData) -> str:
