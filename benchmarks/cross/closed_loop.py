@@ -30,7 +30,6 @@ from annotated_types import Ge, MinLen
 
 from benchmarks.common import (
     choose_device,
-    describe_run,
     read_json,
     result_file,
     resume_arguments,
@@ -55,7 +54,7 @@ from benchmarks.cross.jobs import (
     Settings,
     WorkFolderConfig,
     recipe_arguments,
-    run_jobs,
+    run_benchmark,
     run_training,
     train_generator,
 )
@@ -68,7 +67,6 @@ from interleave.models.chat.local import LocalChatConfig
 from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
 
 VERSION = 1
-MODULE = "benchmarks.cross"
 FOLDER = Path("runs/closed-loop")
 PROMPTS = {"captions": "builtin:shapes/test", "edits": "builtin:shapes/edits/test"}
 """Single images that are judged."""
@@ -298,19 +296,10 @@ def run_closed_loop(config: ClosedLoop, folder: Path, workers: int, arguments: S
 
     Raises UserError if the folder was made with another configuration or other weights, or is in use.
     """
-    start = time.perf_counter()
     owner = WorkFolderConfig(config=config, weights=weight_digests(dict.fromkeys(config.refs)))
-    run_folder, is_begun = owner.open(folder, ["python", "-m", MODULE, *arguments])
-    with run_folder:
-        run_jobs(list_jobs(config), folder, workers, partial(run_job, config, folder))
-        found = read_measured(config, folder)
-    about = {
-        "version": VERSION,
-        "environment": describe_run(MODULE, arguments, choose_device("auto")),
-        **owner.model_dump(mode="json"),
-        "wall_seconds": None if is_begun else time.perf_counter() - start,
-    }
-    text = write_report(found, about, output)
+    work, read = partial(run_job, config, folder), partial(read_measured, config, folder)
+    found, about = run_benchmark(owner, folder, arguments, list_jobs(config), workers, work, read)
+    text = write_report(found, {"version": VERSION, **about}, output)
     print(text)
     return text
 

@@ -6,18 +6,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import SerializeAsAny
 
-from benchmarks.common import resume_arguments, run_command
+from benchmarks.common import choose_device, describe_run, resume_arguments, run_command
 from imgen_common.config import Config
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
+MODULE = "benchmarks.cross"
 MAY_DIFFER = ("config.loop.concurrency",)
 """What a begun benchmark may go on with."""
+Result = TypeVar("Result")
 Settings = dict[str, str | Config]
 """{key: value} of a command's configuration."""
 
@@ -72,6 +74,31 @@ class WorkFolderConfig(Config):
         if (folder / CONFIG).is_file():
             return RunFolder.open(folder, self, command, may_differ=MAY_DIFFER), True
         return RunFolder.create(folder, self, command), False
+
+
+def run_benchmark(
+    owner: WorkFolderConfig,
+    folder: Path,
+    arguments: Sequence[str],
+    jobs: Sequence[BenchmarkJob],
+    workers: int,
+    run: Callable[[BenchmarkJob], str],
+    read: Callable[[], Result],
+) -> tuple[Result, dict[str, Any]]:
+    """Runs the unfinished jobs in a work folder; returns what `read` finds there, and what a report says of the run.
+
+    `wall_seconds` is None where an earlier command did a part.  Raises UserError as `WorkFolderConfig.open`.
+    """
+    start = time.perf_counter()
+    run_folder, is_begun = owner.open(folder, ["python", "-m", MODULE, *arguments])
+    with run_folder:
+        run_jobs(jobs, folder, workers, run)
+        found = read()
+    return found, {
+        "environment": describe_run(MODULE, arguments, choose_device("auto")),
+        **owner.model_dump(mode="json"),
+        "wall_seconds": None if is_begun else time.perf_counter() - start,
+    }
 
 
 def run_training(folder: Path, name: str, made: Path, train: Callable[[], None]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from pydantic import model_validator
 
 from benchmarks.common import (
     choose_device,
-    describe_run,
     read_json,
     result_file,
     resume_arguments,
@@ -44,7 +43,7 @@ from benchmarks.cross.jobs import (
     Settings,
     WorkFolderConfig,
     recipe_arguments,
-    run_jobs,
+    run_benchmark,
     run_training,
     train_generator,
 )
@@ -62,7 +61,6 @@ from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
 from interleave.protocols import Components
 
 VERSION = 2
-MODULE = "benchmarks.cross"
 FOLDER = Path("runs/two-by-two")
 CAPTIONS, STORIES, RIDDLES = "captions", "stories", "riddles"
 
@@ -263,20 +261,10 @@ def run_two_by_two(config: TwoByTwo, folder: Path, workers: int, arguments: Sequ
 
     Raises UserError if the folder was made with another configuration or other weights, or is in use.
     """
-    start = time.perf_counter()
-    command = ["python", "-m", MODULE, *arguments]
     owner = WorkFolderConfig(config=config, weights=weight_digests(dict.fromkeys(config.refs)))
-    run_folder, is_begun = owner.open(folder, command)
-    with run_folder:
-        run_jobs(list_jobs(config), folder, workers, partial(run_job, config, folder))
-        cells, seconds = read_cells(config, folder)
-    about = {
-        "version": VERSION,
-        "environment": describe_run(MODULE, arguments, choose_device("auto")),
-        **owner.model_dump(mode="json"),
-        "training_seconds": seconds,
-        "wall_seconds": None if is_begun else time.perf_counter() - start,
-    }
+    work, read = partial(run_job, config, folder), partial(read_cells, config, folder)
+    (cells, seconds), about = run_benchmark(owner, folder, arguments, list_jobs(config), workers, work, read)
+    about |= {"version": VERSION, "training_seconds": seconds}
     text = write_report(cells, about, output)
     print(text)
     return text

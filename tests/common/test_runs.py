@@ -127,6 +127,35 @@ def test_open_refuses_another_configuration(folder: Path) -> None:
     RunFolder.open(folder, Settings(parts=()), may_differ=["parts"]).close()
 
 
+class Part(Config):
+    size: int = 1
+    depth: int = 2
+
+
+class LaterSettings(Settings):
+    """What `Settings` has become in a later version."""
+
+    mode: str = "plain"
+    part: Part = Part()
+    extra: Part | None = None
+
+
+def test_keys_of_a_later_version_have_their_defaults_in_runs_of_an_earlier_one(folder: Path) -> None:
+    new_run(folder).close()
+    RunFolder.open(folder, LaterSettings()).close()
+    with pytest.raises(UserError, match=r'the run has mode = null, now "fancy"'):
+        RunFolder.open(folder, LaterSettings(mode="fancy"))
+    with pytest.raises(UserError, match=r"the run has part\.size = null, now 3"):
+        RunFolder.open(folder, LaterSettings(part=Part(size=3)))
+    with pytest.raises(UserError, match=r"the run has extra\.size = null, now 1"):
+        RunFolder.open(folder, LaterSettings(extra=Part()))
+    write_atomic(folder / "config.yaml", "steps: 3\nrate: 0.0001\nparts: [1]\npart: {size: 1}\n")
+    with pytest.raises(UserError, match=r"the run has parts\.1 = null, now 2"):
+        RunFolder.open(folder, LaterSettings())
+    write_atomic(folder / "config.yaml", "steps: 3\nrate: 0.0001\nparts: [1, 2]\npart: {size: 1}\n")
+    RunFolder.open(folder, LaterSettings()).close()
+
+
 def test_open_keeps_the_environments_before(folder: Path) -> None:
     new_run(folder).close()
     for number in range(2):

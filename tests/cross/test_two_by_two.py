@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.cross import report, two_by_two
+from benchmarks.cross import jobs, report, two_by_two
 from benchmarks.cross.two_by_two import BenchmarkJob, TwoByTwo
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -125,7 +125,7 @@ def test_the_whole_benchmark_goes_on_from_its_cells(tmp_path: Path, monkeypatch:
 
 
 def test_another_configuration_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_by_two, "run_jobs", lambda *given: pytest.fail("not to be run") if done else None)
+    monkeypatch.setattr(jobs, "run_jobs", lambda *given: pytest.fail("not to be run") if done else None)
     done: list[str] = []
     with pytest.raises(UserError, match=r"captions\.json: No such file"):
         run(tmp_path)

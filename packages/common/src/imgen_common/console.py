@@ -4,7 +4,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ def add_version(app: "typer.Typer", package: str) -> None:
 
     def show(given: bool) -> None:
         if given:
+            from importlib import metadata
+
             print(package, metadata.version(package))
             raise typer.Exit
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -338,15 +339,26 @@ def _refuse_used(path: Path) -> None:
 
 
 def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]) -> None:
+    """A key that the run does not have was added by a later version: its default is what the run was made with."""
     old, new = _leaves(read_yaml(path / CONFIG)), _leaves(config.model_dump(mode="json"))
+    changed = _leaves(config.model_dump(mode="json", exclude_defaults=True))
+    given = {prefix for key in old for prefix in _prefixes(key)}
     for key in [*new, *(key for key in old if key not in new)]:
-        allowed = any(key == free or key.startswith(f"{free}.") for free in may_differ)
+        added = [prefix for prefix in _prefixes(key) if prefix not in given]
+        is_item = any(prefix.rpartition(".")[2].isdigit() for prefix in added)
+        is_later = added and not is_item and not any(prefix in old or prefix in changed for prefix in _prefixes(key))
+        allowed = is_later or any(key == free or key.startswith(f"{free}.") for free in may_differ)
         if not allowed and old.get(key) != new.get(key):
             was, now = (json.dumps(side.get(key)) for side in (old, new))
             raise UserError(
                 f"{path}: the run has {key} = {was}, now {now} was given; "
                 f"resume with the configuration of the run or choose another name"
             )
+
+
+def _prefixes(key: str) -> list[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    return list(accumulate(key.split("."), "{}.{}".format))
 
 
 def _leaves(node: object, prefix: str = "") -> dict[str, Any]:

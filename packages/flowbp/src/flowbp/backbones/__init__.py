@@ -28,22 +28,14 @@ FAMILIES = {
 
 
 def families_table() -> list[dict[str, str | float | None]]:
-    """One row for every published model of every family, or for the family where none is known here."""
+    """One row for every published model that is known here."""
     rows: list[dict[str, str | float | None]] = []
-    for family, (module, name) in FAMILIES.items():
+    for model in PUBLISHED:
+        module, name = FAMILIES[model.pipeline]
         adapter = getattr(importlib.import_module(module), name)
-        shared = {"pipeline": family, "guidance": adapter.guidance_kind, "max_source_images": adapter.max_sources}
-        known = [model for model in PUBLISHED if model.pipeline == family]
-        rows += [
-            {
-                "model": one.ref,
-                "billions": one.billions,
-                "license": license_of(one.ref),
-                **shared,
-                "lora_gb": one.lora_gb,
-            }
-            for one in known
-        ] or [{"model": None, "billions": None, "license": None, **shared, "lora_gb": None}]
+        row = {"model": model.ref, "pipeline": model.pipeline, "license": license_of(model.ref)}
+        row |= {"guidance": adapter.guidance_kind, "max_source_images": adapter.max_sources}
+        rows.append({**row, "billions": model.billions, "lora_gb": model.lora_gb})
     return rows
 
 

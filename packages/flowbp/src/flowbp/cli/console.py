@@ -95,7 +95,7 @@ def print_families(rows: Sequence[Mapping[str, object]]) -> None:
     table = _table("model", "license", "guidance", "1e9", "sources", "LoRA GB", right=(3, 4, 5))
     for row in rows:
         cells = (row[key] for key in ("license", "guidance", "billions", "max_source_images", "lora_gb"))
-        table.add_row(str(row["model"] or row["pipeline"]), *("-" if one is None else str(one) for one in cells))
+        table.add_row(str(row["model"]), *("-" if one is None else str(one) for one in cells))
     _print(standard_output(), table)
 
 

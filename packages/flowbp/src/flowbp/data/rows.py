@@ -28,6 +28,8 @@ def read_prompts(rows: Sequence[tuple[str, Mapping[str, Any]]], data: DataConfig
 
     Every image is read once, to know that it can be.  Raises UserError naming the row otherwise.
     """
+    if not any(data.images in row or data.answer in row for _, row in rows):
+        return [row[data.key].strip() for _, row in rows]
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda row: _prompt(row[0], row[1], data, folder), rows))
 

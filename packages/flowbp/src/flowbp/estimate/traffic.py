@@ -34,7 +34,7 @@ def sent_bytes(backbone: Backbone, job: CheckedRun) -> float:
     return (gathers * gathered + reductions * trained) * (count - 1) / count
 
 
-def network_calls(job: CheckedRun, rescale: GuidanceRescale = "none") -> tuple[float, float]:
+def network_calls(job: CheckedRun, rescale: GuidanceRescale) -> tuple[float, float]:
     """Forward passes of the network in a micro-batch, with those of the rollout, and backward passes.
 
     rescale: that of the model's pipeline.

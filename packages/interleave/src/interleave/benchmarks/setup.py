@@ -74,7 +74,7 @@ def prepare(
         if request.limit is not None and request.limit < len(items):
             differences.append(f"only {request.limit} of {len(items)} items are used")
             items = spread(items, request.limit)
-    shard.of(items)  # refuses a part without items
+    shard.of(items)  # refuses more parts than items
     if not prompts.is_official:
         words = "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
         differences.append(words)
