@@ -171,7 +171,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
             gpu_update.run_gpu_update(gpu_update.TINY, CPU, names, counts, tmp_path / "out.json")
 
 
-@pytest.mark.parametrize("name", tiers(gpu_update.MODELS, slow=["flux2_klein_base_4b"]))
+@pytest.mark.parametrize("name", tiers(gpu_update.MODELS))
 def test_gpu_update_runs_at_tiny_sizes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_update.run_gpu_update(gpu_update.TINY, CPU, [name], [1, 3], tmp_path / "out.json")
     assert "no claim is checked" in capsys.readouterr().out

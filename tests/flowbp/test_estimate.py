@@ -132,7 +132,7 @@ def test_weights_are_not_needed_to_estimate(tmp_path: Path) -> None:
     assert estimate_run(preflight.check_run(config_of(*refs), 1, estimate_only=True)) == estimated()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_switches_lower_what_they_are_for() -> None:
     kept = estimated()
     found = estimated("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true")
@@ -176,7 +176,7 @@ def test_operations_are_counted() -> None:
     assert estimated("method=flowbp_sparse", "active_steps_per_forward=3").flops == pytest.approx(sparse, rel=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_sharding_lowers_what_it_shards() -> None:
     whole = estimated(count=4).static
     for kind, weights in (("fsdp2", 4), ("zero2", 1)):

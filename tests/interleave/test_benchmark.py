@@ -130,7 +130,7 @@ def test_the_judge_agrees_with_the_oracle() -> None:
     assert scores[1].semantics < 10
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_benchmark_runs_on_the_real_miniature(tmp_path: Path) -> None:
     rows = benchmark.run_interleave_miniature(2, False, RunConfig(), 2, 0, torch.device("cpu"), tmp_path / "out.json")
     names = [row.arm for row in rows]

@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 from scripts.miniature.world import generator, package, rewards, vae
 from scripts.miniature.world.session import Schedule
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 sample = generator.sample
 
 

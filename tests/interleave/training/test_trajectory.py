@@ -301,7 +301,7 @@ def astray(trainer: Any, made: dict[str, Any], ids: Any, images: Any) -> float:
     return max(found)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_critic_trains_in_its_loop(root: Path, tmp_path: Path, rollouts: Rollouts) -> None:
     """Many looks occur; what is not the model's own is masked, and is the prompt of run time; images and tokens
     belong together; every reward is the judge's score of the last image; failed trajectories have none."""
