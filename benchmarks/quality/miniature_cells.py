@@ -25,15 +25,15 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from benchmarks.common import clock, describe_run, read_json, time_call, write_json
+from benchmarks.quality.trainer_factory import Scores, TrainerFactory, evaluate_average
 from flowbp.backbones.flux2 import Flux2
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
 from flowbp.methods import METHODS
-from flowbp.training.loading import LoadedModels, load_models
+from flowbp.training.loading import LoadedModels
 from flowbp.training.trainer import Trainer
 from imgen_common import hub
 from imgen_common.config import Config
-from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.shapes.render import draw
 from imgen_common.shapes.scene import sample_spec
@@ -47,8 +47,8 @@ Phase = Literal["search", "final"]
 CONTROL = "pretraining"
 """The control: the same seconds of training with the loss that the generator was pretrained with."""
 COMPETITORS = (*METHODS, CONTROL)
-Scores = dict[str, dict[str, list[float]]]
-"""{guidance scale: {score: one number per prompt}}."""
+ScoresByScale = dict[str, Scores]
+"""Scores by guidance scale."""
 
 
 class Settings(Config):
@@ -172,17 +172,13 @@ def encode_scenes(pipeline: Flux2KleinPipeline, count: int) -> tuple[Tensor, lis
     return torch.cat(latents).contiguous(), captions
 
 
-class Bench:
+class Bench(TrainerFactory):
     """Models, prompts and base weights, loaded once per process; every run starts from exactly the base."""
 
     def __init__(self, settings: Settings, device: torch.device, folder: Path) -> None:
-        torch.set_num_threads(1)
-        quiet_libraries()
-        self.settings, self.device, self.folder = settings, device, folder
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
         config = settings.config
-        self.models = load_models(config, device)
-        self.base_weights = {name: p.detach().clone() for name, p in self.models.parameters.items()}
+        super().__init__(config, device)
+        self.settings, self.folder = settings, folder
         sources = (
             (config.eval.prompts, config.eval.num_prompts),
             (config.eval.quick_prompts, config.eval.quick_num_prompts),
@@ -201,27 +197,20 @@ class Bench:
         self.models.embeddings.add(list(dict.fromkeys(data.captions)))
         return data
 
-    @torch.no_grad()
-    def restore_base(self) -> None:
-        """Restores the base weights bit for bit and clears the gradients."""
-        for name, p in self.models.parameters.items():
-            p.copy_(self.base_weights[name])
-            p.grad = None
-
     def make_trainer(self, method: str, rate: float, seed: int, num_updates: int) -> Trainer:
         """A fresh run from the base weights."""
-        self.restore_base()
         config = self.settings.config
         changed: dict[str, Any] = {"seed": seed, "max_train_steps": num_updates}
         changed["optim"] = config.optim.model_copy(update={"learning_rate": rate})
         if method == CONTROL:
+            self.restore_base()
             batch = self.settings.pretraining_batch
             return PretrainingTrainer(
                 config.model_copy(update=changed), self.models, self.accelerator, self.pretraining_data, batch
             )
-        return Trainer(config.model_copy(update=changed | {"method": METHODS[method]}), self.models, self.accelerator)
+        return self.make(config.model_copy(update=changed | {"method": METHODS[method]}))
 
-    def evaluate(self, trainer: Trainer, phase: Phase) -> Scores:
+    def evaluate(self, trainer: Trainer, phase: Phase) -> ScoresByScale:
         """Scores of the averaged weights on the prompts of a phase.
 
         The search evaluates at the guidance of the training, the final phase at all scales.
@@ -229,9 +218,7 @@ class Bench:
         config = self.settings.config
         scales = [config.guidance_scale] if phase == "search" else guidance_scales(config)
         source, prompts = self.prompts[phase]
-        with trainer.state.ema_weights():
-            found = {s: trainer.evaluate(prompts, source, s).scores for s in scales}
-        return {f"{s:g}": {n: [round(v, 4) for v in values] for n, values in one.items()} for s, one in found.items()}
+        return {f"{scale:g}": evaluate_average(trainer, prompts, source, scale) for scale in scales}
 
 
 def guidance_scales(config: TrainConfig) -> list[float]:
