@@ -42,7 +42,7 @@ def measure_along_training(
                 if not files[seed, stop].exists():
                     with trainer.state.ema_weights():
                         found = measure_fidelity(
-                            config, factory.models, size, VARIANTS | {"full": METHODS["full"]}, device
+                            config, factory.models, size, {**VARIANTS, "full": METHODS["full"]}, device
                         )
                     write_json(files[seed, stop], {name: found[name].cosine for name in VARIANTS})
     return {stop: [read_json(files[seed, stop]) for seed in seeds] for stop in updates}
