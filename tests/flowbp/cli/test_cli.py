@@ -654,7 +654,7 @@ def test_axes_name_their_numbers() -> None:
 
 
 def test_the_configuration_reference_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).parents[3] / "scripts" / "config_reference.py"
+    script = Path(__file__).parents[3] / "scripts" / "reference.py"
     monkeypatch.setattr(sys, "argv", [str(script), "--check"])
     runpy.run_path(str(script), run_name="__main__")
 

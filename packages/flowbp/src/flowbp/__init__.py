@@ -1,7 +1,7 @@
 """Aligns flow-matching image models to differentiable rewards by direct reward backpropagation.
 
 Source: FlowBP, arXiv 2606.11075.  The names below are imported when they are first used, so that `import flowbp` is
-quick; docs/python.md shows them at work.
+quick; docs/tutorials/python.md shows them at work.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """Interleaved text-image sequences from any image generator: a planner writes the steps, a critic judges each image.
 
 Source: InterleaveThinker, arXiv 2606.13679.  The names below are imported when they are first used, so that
-`import interleave` is quick; docs/python.md shows them at work.
+`import interleave` is quick; docs/tutorials/python.md shows them at work.
 """
 
 from importlib import import_module

@@ -1,0 +1,46 @@
+"""What mkdocs does beside its own work: pages of the documentation that lie outside docs/ become part of the site."""
+
+import os.path
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "benchmarks/results/*")
+LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#:\s]*)(#[^)\s]*)?\)")
+
+
+def site_place(path: Path) -> str | None:
+    """Where a file of the repository lies in the site; None: nowhere."""
+    inside = path.relative_to(ROOT)
+    if inside.parts[0] == "docs":
+        return Path(*inside.parts[1:]).as_posix()
+    is_page = any(inside.match(pattern) for pattern in OUTSIDE) and path.suffix in (".md", ".svg") and path.is_file()
+    return f"repository/{inside.as_posix()}" if is_page else None
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds the files that lie outside docs/."""
+    for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
+        if place := site_place(path):
+            files.append(File.generated(config, place, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Points links to the places of their files in the site; a link to a file that is not in it becomes its words."""
+    source, own = Path(page.file.abs_src_path), page.file.src_uri
+
+    def relink(found: re.Match[str]) -> str:
+        sign, words, target, anchor = found.groups(default="")
+        path = (source.parent / target).resolve()
+        if not target or not path.is_relative_to(ROOT):
+            return found[0]
+        place = site_place(path)
+        if place is None:
+            return words
+        return f"{sign}[{words}]({os.path.relpath(place, os.path.dirname(own) or '.')}{anchor})"
+
+    return LINK.sub(relink, markdown)

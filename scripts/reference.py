@@ -1,0 +1,183 @@
+"""Writes the pages of docs/reference from the code: every configuration key, every command, and the Python API.
+
+python scripts/reference.py            write them
+python scripts/reference.py --check    exit 1 if one is out of date
+"""
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from flowbp.config import TrainConfig
+from imgen_common.config import Config, FieldRow, fields_table
+from interleave.benchmarks.config import BenchmarkConfig
+from interleave.datasets.config import DataConfig
+from interleave.loop.config import RunConfig
+from interleave.serve.config import ServeConfig
+from interleave.training.config import GrpoConfig, SftConfig
+
+FOLDER = Path(__file__).parents[1] / "docs" / "reference"
+NOTE = "This page is written by `scripts/reference.py` from the code.\n"
+HEAD = """A configuration is what the defaults below, then YAML files from left to right, then `--set key=value` say:
+
+    {example}
+
+- `a(leap).b` is the key `a.b` where `a.kind` is `leap`; `a[].b` is the key `b` of an entry of the list `a`, set as `a.0.b`. Setting
+  `kind` to another value, or over a default, begins its section anew.
+- A file with `extends: other.yaml` lies over that file; lists are replaced whole, and `rewards.0.weight` reaches into one.
+"""
+FLOWBP_HEAD = """- `method` also takes a name (`flowbp methods` lists them), or a name and changes: `{preset: refl, tail: 0.5}`.
+- Defaults below `method` are those of the default method, where it has the key.
+- `flowbp train --dry-run` prints the resolved configuration and what it costs.
+"""
+AGENTS: Mapping[str, tuple[type[Config], str]] = {
+    "stories": (RunConfig, "`interleave run`, `batch`, `plan`, `export-reward` and `demo`"),
+    "data": (DataConfig, "`interleave data build`"),
+    "sft": (SftConfig, "`interleave sft`"),
+    "grpo": (GrpoConfig, "`interleave grpo`"),
+    "serve": (ServeConfig, "`interleave serve`"),
+    "benchmark": (BenchmarkConfig, "`interleave benchmark`"),
+}
+
+
+def escape_cell(text: str) -> str:
+    """Text with the characters escaped that end a table cell."""
+    return text.replace("|", "\\|")
+
+
+def format_table(rows: Sequence[FieldRow]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    lines += [f"| `{row.path}` | {escape_cell(row.type)} | `{row.default}` | {escape_cell(row.doc)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def format_keys(config: type[Config], level: int = 2) -> str:
+    """Every key: first those without inner keys, then a section for each of the others."""
+    sections: dict[str, list[FieldRow]] = {}
+    for row in fields_table(config):
+        sections.setdefault(row.path.replace("(", ".").replace("[]", "").split(".")[0], []).append(row)
+    single = [group[0] for group in sections.values() if len(group) == 1]
+    parts = [f"{format_table(single)}\n"] if single else []
+    for name, (own, *inner) in sections.items():
+        if inner:
+            default = f" Default: `{own.default}`." if own.default != "..." else ""
+            parts.append(f"{'#' * level} `{name}`\n\n{own.doc}{default}\n\n{format_table(inner)}\n")
+    return "\n".join(parts)
+
+
+def train_page() -> str:
+    """The configuration of `flowbp train`."""
+    example = "flowbp train my.yaml --set optim.learning_rate=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3"
+    head = f"# Configuration of `flowbp train`\n\n{NOTE}\n{HEAD.format(example=example)}{FLOWBP_HEAD}"
+    return f"{head}\n{format_keys(TrainConfig)}"
+
+
+def agents_page(name: str) -> str:
+    """The configuration of one of the commands of interleave."""
+    config, commands = AGENTS[name]
+    example = {
+        "stories": 'interleave run "draw a red circle" my.yaml --set loop.max_attempts=3',
+        "data": "interleave data build my.yaml --out sets/mine --set prompts.count=100",
+        "sft": "interleave sft critic my.yaml --set trl.max_steps=100",
+        "grpo": "interleave grpo my.yaml --set trl.max_steps=100",
+        "serve": "interleave serve my.yaml --set port=8001",
+        "benchmark": "interleave benchmark wise my.yaml --out results/wise --set max_generations=20",
+    }[name]
+    return f"# Configuration of {commands}\n\n{NOTE}\n{HEAD.format(example=example)}\n{format_keys(config)}"
+
+
+def commands_page() -> str:
+    """Every command of both programs with its arguments and options."""
+    parts = [f"# Commands\n\n{NOTE}"]
+    for program in ("flowbp", "interleave"):
+        root = typer.main.get_command(import_module(f"{program}.cli").app)
+        parts += [format_command(path, command) for path, command in leaves(program, root)]
+    return "\n".join(parts)
+
+
+def leaves(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Every command that has no commands of its own, with the words that call it."""
+    inner = {name: one for name, one in getattr(command, "commands", {}).items() if not one.hidden}
+    if not inner:
+        yield path, command
+    for name, one in inner.items():
+        yield from leaves(f"{path} {name}", one)
+
+
+def format_command(path: str, command: Any) -> str:
+    """A section: the help, its examples, and a table of arguments and options."""
+    text = inspect.cleandoc(command.help or "").replace("\f", "").replace("\b\n", "")
+    text = re.sub(r"[ \t]*\\\n[ \t]*", " ", text)
+    words, _, examples = text.partition("Example")
+    examples = examples.partition(":")[2] if examples else ""
+    parts = [f"## `{path}`\n\n{words.strip()}\n"]
+    if examples.strip():
+        parts.append("\n".join(f"    {line.strip()}" for line in examples.strip().splitlines() if line.strip()) + "\n")
+    lines = ["| argument or option | |", "| --- | --- |"]
+    for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
+        is_option = parameter.param_type_name == "option"
+        name = ", ".join((*parameter.opts, *parameter.secondary_opts)) if is_option else parameter.name.upper()
+        default = parameter.default if is_option and not callable(parameter.default) else None
+        shown = f" Default: `{default}`." if default not in (None, (), [], False, ...) else ""
+        lines.append(f"| `{name}` | {escape_cell(' '.join((parameter.help or '').split()))}{shown} |")
+    return "\n".join([*parts, *lines, ""])
+
+
+def python_page() -> str:
+    """Every public name of both packages with its signature and its documentation."""
+    parts = [f"# Python API\n\n{NOTE}\n[The Python tutorial](../tutorials/python.md) shows these names at work.\n"]
+    for package in ("flowbp", "interleave"):
+        module = import_module(package)
+        parts.append(f"## `{package}`\n\n{inspect.cleandoc(module.__doc__ or '')}\n")
+        parts += [format_name(package, name, getattr(module, name)) for name in module.__all__]
+    return "\n".join(parts)
+
+
+def format_name(package: str, name: str, value: Any) -> str:
+    """A section of one public name."""
+    head = f"### `{package}.{name}`\n"
+    if isinstance(value, Mapping):
+        return f"{head}\nNames: {', '.join(f'`{key}`' for key in value)}.\n"
+    text = "\n".join(f"    {line}".rstrip() for line in inspect.getdoc(value).splitlines()) if inspect.getdoc(value) else ""
+    if inspect.isclass(value) and issubclass(value, Config):
+        page = "flowbp_configuration.md" if package == "flowbp" else "stories_configuration.md"
+        return f"{head}\n{text}\n\nA [configuration class](../reference/{page}); its fields are the keys.\n"
+    try:
+        signature = str(inspect.signature(value))
+    except (TypeError, ValueError):
+        signature = ""
+    return f"{head}\n    {name}{re.sub(r'<([^<>]*)>', r'...', signature)}\n\n{text}\n"
+
+
+def pages() -> dict[str, str]:
+    """{file name: text} of all pages."""
+    found = {"flowbp_configuration.md": train_page(), "commands.md": commands_page(), "python.md": python_page()}
+    return found | {f"{name}_configuration.md": agents_page(name) for name in AGENTS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the pages of docs/reference.")
+    parser.add_argument("--check", action="store_true", help="only check whether they are up to date")
+    options, late = parser.parse_args(), []
+    for name, text in pages().items():
+        file = FOLDER / name
+        if not options.check:
+            file.write_text(text, encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != text:
+            late.append(name)
+    if late:
+        sys.exit(f"docs/reference: {', '.join(late)} out of date; run `python scripts/reference.py`")
+
+
+if __name__ == "__main__":
+    main()
