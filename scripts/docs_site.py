@@ -8,7 +8,14 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "benchmarks/results/*")
+OUTSIDE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "benchmarks/README.md",
+    "benchmarks/results/*",
+)
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#:\s]*)(#[^)\s]*)?\)")
 
 

@@ -29,11 +29,13 @@ HEAD = """A configuration is what the defaults below, then YAML files from left 
 
     {example}
 
-- `a(leap).b` is the key `a.b` where `a.kind` is `leap`; `a[].b` is the key `b` of an entry of the list `a`, set as `a.0.b`. Setting
-  `kind` to another value, or over a default, begins its section anew.
-- A file with `extends: other.yaml` lies over that file; lists are replaced whole, and `rewards.0.weight` reaches into one.
+- `a(leap).b` is the key `a.b` where `a.kind` is `leap`; `a[].b` is the key `b` of an entry of the list `a`, set as
+  `a.0.b`. Setting `kind` to another value, or over a default, begins its section anew.
+- A file with `extends: other.yaml` lies over that file; lists are replaced whole, and `rewards.0.weight` reaches into
+  one.
 """
-FLOWBP_HEAD = """- `method` also takes a name (`flowbp methods` lists them), or a name and changes: `{preset: refl, tail: 0.5}`.
+FLOWBP_HEAD = """- `method` also takes a name (`flowbp methods` lists them), or a name and changes:
+  `{preset: refl, tail: 0.5}`.
 - Defaults below `method` are those of the default method, where it has the key.
 - `flowbp train --dry-run` prints the resolved configuration and what it costs.
 """
@@ -75,7 +77,9 @@ def format_keys(config: type[Config], level: int = 2) -> str:
 
 def train_page() -> str:
     """The configuration of `flowbp train`."""
-    example = "flowbp train my.yaml --set optim.learning_rate=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3"
+    example = (
+        "flowbp train my.yaml --set optim.learning_rate=3e-5 --set method=flowbp_bridge --set method.coupling.alpha=0.3"
+    )
     head = f"# Configuration of `flowbp train`\n\n{NOTE}\n{HEAD.format(example=example)}{FLOWBP_HEAD}"
     return f"{head}\n{format_keys(TrainConfig)}"
 
@@ -148,7 +152,11 @@ def format_name(package: str, name: str, value: Any) -> str:
     head = f"### `{package}.{name}`\n"
     if isinstance(value, Mapping):
         return f"{head}\nNames: {', '.join(f'`{key}`' for key in value)}.\n"
-    text = "\n".join(f"    {line}".rstrip() for line in inspect.getdoc(value).splitlines()) if inspect.getdoc(value) else ""
+    text = (
+        "\n".join(f"    {line}".rstrip() for line in inspect.getdoc(value).splitlines())
+        if inspect.getdoc(value)
+        else ""
+    )
     if inspect.isclass(value) and issubclass(value, Config):
         page = "flowbp_configuration.md" if package == "flowbp" else "stories_configuration.md"
         return f"{head}\n{text}\n\nA [configuration class](../reference/{page}); its fields are the keys.\n"

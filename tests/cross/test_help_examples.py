@@ -5,33 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
+from command_lines import FEW, ONE, PROGRAMS, ROLLOUT, commands, parse, program
 from PIL import Image
 
 from interleave.cli.benchmark import TITLES
-
-PROGRAMS = ("flowbp", "interleave")
-
-
-def program(name: str) -> Any:
-    """The program as a click command, whose commands do nothing."""
-    root = typer.main.get_command(import_module(f"{name}.cli").app)
-    for command in commands(root):
-        if not hasattr(command, "commands"):
-            command.callback = lambda **given: None
-    return root
-
-
-def commands(command: Any) -> Iterator[Any]:
-    yield command
-    for inner in getattr(command, "commands", {}).values():
-        yield from commands(inner)
 
 
 def examples(name: str) -> list[str]:
@@ -43,16 +23,6 @@ def examples(name: str) -> list[str]:
         assert lines or hasattr(command, "commands"), f"{command.name}: its help has no example"
         found += lines
     return found
-
-
-def parse(line: str) -> int:
-    """The exit code of a command line that is parsed and not run."""
-    name, *words = shlex.split(line)
-    try:
-        program(name).main(words, standalone_mode=True)
-    except SystemExit as ending:
-        return int(ending.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize("line", [line for name in PROGRAMS for line in examples(name)])
@@ -70,9 +40,6 @@ def test_a_mistake_is_not(line: str) -> None:
 # --- run -------------------------------------------------------------------------------------------------------------
 
 REPOSITORY = Path(__file__).parents[2]
-FEW = "--set max_train_steps=2 --set total_batch_size=2 --set eval.num_prompts=6 --set eval.quick_num_prompts=4"
-ONE = "--set trl.max_steps=1 --set trl.per_device_train_batch_size=4 --set trl.gradient_accumulation_steps=1"
-ROLLOUT = f"{ONE} --set trl.num_generations=4 --set trl.steps_per_generation=1"
 SCENARIOS: dict[str, list[tuple[str, str]]] = {
     "flowbp": [
         ("flowbp train", FEW),
