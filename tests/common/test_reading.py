@@ -32,6 +32,7 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
     [
         ("p.txt", "a cat, grey\n\n  a dog  \n", ["a cat, grey", "a dog"]),
         ("P.TXT", "\ufeffa cat\r\n\r\n   \r\na dog", ["a cat", "a dog"]),
+        ("wildcards.txt", "{a|the} cat\n[a:b:0.5] <lora:x:1> dog\n", ["{a|the} cat", "[a:b:0.5] <lora:x:1> dog"]),
         ("joined.txt", "\ufeffa cat\n\ufeffa dog\n", ["a cat", "a dog"]),
         ("p.jsonl", '{"prompt": "a"}\n\n"b"\n', ["a", "b"]),
         ("p.JSONL", '\ufeff{"prompt": "a\\ud83d\\ude00"}\r\n{"id": 1, "prompt": "b"}', ["a\U0001f600", "b"]),
@@ -84,6 +85,16 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "a cat\na dog".encode("utf-16"), "p.txt:1: not UTF-8 at byte 0"),
         ("p.csv", "prompt\na cat".encode("utf-16-le"), "p.csv:1: holds a zero byte"),
         ("p.txt", "a cat\ra dog\r", "p.txt:1: has carriage returns inside"),
+        (
+            "p.txt",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+            "p.txt: is a pointer of Git LFS",
+        ),
+        ("p.txt", "\ufeff\n<!DOCTYPE html>\n<html>\n", "p.txt: is a web page; download the file itself"),
+        ("p.TXT", "<HTML lang=en>\n", "is a web page"),
+        ("p.txt", "<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>\n", "is a web page"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "p.txt: is JSON; name it .jsonl"),
+        ("p.txt", '["a", "b"]\n', "p.txt: is JSON"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_line(

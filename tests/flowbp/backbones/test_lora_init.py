@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def test_ranks_and_alphas_of_single_layers_are_kept(tmp_path: Path) -> None:
     keys[f"{first}.lora_A.weight"] = keys[f"{first}.lora_A.weight"][:2].contiguous()
     keys[f"{first}.lora_B.weight"] = keys[f"{first}.lora_B.weight"][:, :2].contiguous()
     layer, images = first.removeprefix("transformer."), {}
-    described = {"r": RANK, "lora_alpha": 4, "alpha_pattern": {"attn.to_q": 3}}
+    described = {"r": RANK, "lora_alpha": 4, "alpha_pattern": {"attn.to_q": 3}, "rank_pattern": {layer: 2}}
     scaled = keys | {f"{first}.alpha": torch.tensor(3.0)}
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in described.items()})}
     (tmp_path / "peft").mkdir()
@@ -294,6 +295,28 @@ def test_peft_adapters_that_are_no_plain_lora_are_refused(flux2: Path, tmp_path:
     lora = check_run(config_of(flux2, tmp_path), 1).config.lora
     assert lora is not None
     assert lora.scale_of("transformer_blocks.0.attn.to_q") == pytest.approx(3 / 2**0.5)
+
+
+@pytest.mark.parametrize(
+    "described", [{"r": 64}, {"r": "2"}, {"r": 2, "rank_pattern": {"to_q": 1}}, {"r": 2, "rank_pattern": {"(": 2}}]
+)
+def test_a_description_of_another_rank_is_refused(tmp_path: Path, described: dict[str, Any]) -> None:
+    net = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    parts = {
+        "base_model.model.to_q.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.to_q.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(parts, tmp_path / "adapter_model.safetensors")
+
+    def describe(options: dict[str, Any]) -> None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8} | options))
+
+    describe(described)
+    with pytest.raises(UserError, match=r"to_q has rank 2, but its description says|its rank_pattern is none of PEFT"):
+        read_adapter(str(tmp_path), net, "Flux2KleinPipeline")
+    for good in ({"r": 2}, {}, {"r": 64, "rank_pattern": {"to_q": 2}}):
+        describe(good)
+        assert read_adapter(str(tmp_path), net, "Flux2KleinPipeline")["to_q"].alpha == 8
 
 
 @pytest.mark.slow

@@ -425,6 +425,28 @@ def test_other_folders_trajectories_are_taken_in(tmp_path: Path, asked: Path) ->
         build(tmp_path / "four", asked, idle=True, prompts=None, trajectories=(str(tmp_path),))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("one", "one"), "one: is given twice"),
+        (("one", "two", "two/../one/"), "one: is given twice"),
+        (("one", "link"), "link: is given twice"),
+        (("new",), "new: is the build itself"),
+        (("one", "none"), r"none: no trace\.jsonl in it"),
+    ],
+)
+def test_folders_that_would_count_twice_are_refused_before_anything_is_made(
+    tmp_path: Path, asked: Path, given: tuple[str, ...], said: str
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trace.jsonl").touch()
+    (tmp_path / "link").symlink_to("one")
+    with pytest.raises(UserError, match=f"^trajectories: .*{said}"):
+        build(tmp_path / "new", asked, trajectories=tuple(str(tmp_path / name) for name in given))
+    assert not (tmp_path / "new").exists()
+
+
 # --- judges that fail ------------------------------------------------------------------------------------------------
 
 

@@ -118,7 +118,6 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
     [
         *(b"<html>", b"", b"[]", b"{}", b"[" * 100_000, b"\xff", b'{"choices": []}'),
         b'{"choices": [{"message": {"content": null}}]}',
-        b'{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "top_logprobs": [1]}]}}]}',
     ],
 )
 def test_malformed_answers_are_requested_again_then_reported(body: bytes) -> None:
@@ -424,3 +423,26 @@ def test_probabilities_of_tokens() -> None:
     assert [token for token, _ in reply.token_probabilities] == ["so ", "false"]
     assert reply.token_probabilities[1][1] == pytest.approx({"false": 0.6, "true": 0.2})
     assert ask(endpoint(lambda r: httpx.Response(200, json=completion(logprobs=None)))).token_probabilities == ()
+
+
+@pytest.mark.parametrize("logprob", ["800", "3.0", "Infinity", "NaN", "null", '"-1"', "true", "-1" + "0" * 400])
+def test_log_probabilities_that_are_none_do_not_spoil_an_answer(logprob: str) -> None:
+    top = f'[{{"token": "true", "logprob": {logprob}}}, {{"token": "false", "logprob": -1}}]'
+    logprobs = f'{{"content": [{{"token": "true", "top_logprobs": {top}}}]}}'
+    body = f'{{"choices": [{{"message": {{"content": "a"}}, "logprobs": {logprobs}}}]}}'
+    reply = ask(endpoint(lambda request: httpx.Response(200, text=body), top_logprobs=2))
+    assert (reply.text, reply.token_probabilities) == ("a", ())
+
+
+@pytest.mark.parametrize("top", ["[1]", "[[]]", "[{}]", "3", '{"a": 1}'])
+def test_alternatives_in_another_form_do_not_spoil_an_answer(top: str) -> None:
+    logprobs = f'{{"content": [{{"token": "a", "top_logprobs": {top}}}]}}'
+    body = f'{{"choices": [{{"message": {{"content": "a"}}, "logprobs": {logprobs}}}]}}'
+    reply = ask(endpoint(lambda request: httpx.Response(200, text=body), top_logprobs=2))
+    assert (reply.text, reply.token_probabilities) == ("a", ())
+
+
+def test_log_probabilities_that_rounding_puts_above_0_are_those_of_1() -> None:
+    tokens = [{"token": "true", "top_logprobs": [{"token": "true", "logprob": 1e-6}]}]
+    reply = ask(endpoint(lambda r: httpx.Response(200, json=completion(logprobs={"content": tokens})), top_logprobs=2))
+    assert reply.token_probabilities == (("true", {"true": 1.0}),)

@@ -51,6 +51,14 @@ def rows(root: Path) -> list[RlRow]:
     return read_rows(root / "set", "critic_rl", RlRow)
 
 
+@pytest.mark.parametrize("words", ["", "  ", " \u200b\ufeff"])
+def test_a_row_without_words_is_refused(rows: list[RlRow], tmp_path: Path, words: str) -> None:
+    row = rows[0].model_copy(update={"original_prompt": words})
+    (tmp_path / "critic_rl.jsonl").write_text(row.model_dump_json() + "\n")
+    with pytest.raises(UserError, match=r"critic_rl\.jsonl:1: original_prompt is empty; fix or remove the row"):
+        read_rows(tmp_path, "critic_rl", RlRow)
+
+
 @dataclass
 class LengthJudge:
     """Scores by the prompt's length, so that answers differ; fails on demand."""

@@ -57,6 +57,7 @@ from interleave.training.trl_options import (
     check_keys,
     check_options,
     check_reserved,
+    check_trackers_installed,
     check_values,
 )
 from interleave.training.vision import freeze_vision, is_frozen
@@ -103,6 +104,9 @@ class Options:
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = None
     deepspeed: dict | str | None = None  # type: ignore[type-arg]
     run_name: str | None = None
+    pad_to_multiple_of: int | None = None
+    max_completion_length: int | None = 256
+    generation_kwargs: dict[str, Any] | None = None
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,12 @@ class Options:
         ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs: must be a mapping, got 'x'"),
         ({"deepspeed": ["x"]}, r"deepspeed: must be a mapping, got \['x'\]"),
         ({"run_name": 3}, "run_name: must be a text, got 3"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be at least 1, got 0"),
+        ({"max_completion_length": 0}, "max_completion_length: must be at least 1, got 0"),
+        (
+            {"generation_kwargs": {"repetiton_penalty": 1.1}},
+            r"generation_kwargs.repetiton_penalty: unknown option of .*; did you mean 'repetition_penalty'",
+        ),
         ({"speed": ["slow"]}, r"speed: is \['slow'\].*; allowed: slow, fast"),
         *(
             pytest.param({"report_to": given}, f"report_to: is {said}.*; allowed: none, all, ", marks=pytest.mark.slow)
@@ -137,6 +147,7 @@ def test_a_value_that_an_option_of_trl_cannot_have_is_refused(given: dict[str, o
         check_values(given, Options)
     whole = {"learning_rate": 1, "save_steps": 3, "bf16": None, "speed": "fast", "fsdp": True}
     check_values(whole, Options)
+    check_values({"generation_kwargs": {"suppress_tokens": [1], "min_p": 0.1, "do_sample": True}}, Options)
     check_values({"deepspeed": "a.json", "gradient_checkpointing_kwargs": {}, "scale_rewards": False}, Options)
 
 
@@ -482,6 +493,47 @@ def test_target_modules_that_match_no_layer_are_named(root: Path, case: str) -> 
     targets, vision, said = TARGETS[case]
     with pytest.raises(UserError, match=said):
         check_adapters(quick(root, {"r": 2, "target_modules": targets}, vision))
+
+
+UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {
+    "a module to save": (
+        {"modules_to_save": ["lm_hed"]},
+        r"lora.modules_to_save: no layer .*'lm_hed'; did you mean 'lm_head'",
+    ),
+    "a parameter": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "lora.target_parameters: no parameter"),
+    "a rank": ({"rank_pattern": {"q_prj": 4}}, "lora: .*rank_pattern.*q_prj"),
+    "an alpha": ({"alpha_pattern": {"layers.99.q_proj": 4}}, "lora: .*alpha_pattern.*layers.99"),
+    "a pattern that is none": ({"target_modules": "("}, "^lora: "),
+    "a choice that peft does not have": ({"bias": "alll"}, "^lora: .*alll"),
+}
+
+
+@pytest.mark.parametrize("case", tiers(UNMATCHED, default=list(UNMATCHED)[:4]))
+def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: str) -> None:
+    lora, said = UNMATCHED[case]
+    with pytest.raises(UserError, match=said):
+        check_adapters(quick(root, {"r": 2} | lora))
+
+
+def test_entries_of_lora_that_match_are_taken(root: Path) -> None:
+    lora = {
+        "modules_to_save": ["lm_head"],
+        "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 2},
+    }
+    check_adapters(quick(root, {"r": 2, "target_modules": ["q_proj"]} | lora))
+
+
+@pytest.mark.parametrize("given", ["wandb", ["tensorboard", "trackio"]])
+def test_a_tracker_that_is_not_installed_is_found_before_a_run_is_made(
+    root: Path, monkeypatch: pytest.MonkeyPatch, given: str | list[str]
+) -> None:
+    from transformers.integrations import integration_utils
+
+    monkeypatch.setattr(integration_utils, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(UserError, match=r"trl.report_to: (wandb|trackio) is not installed; run: pip install"):
+        check_trackers_installed([given] if isinstance(given, str) else given)
+    check_trackers_installed(["tensorboard"])
 
 
 def test_layers_are_counted_by_target_module(root: Path) -> None:

@@ -102,6 +102,20 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
 
 
+OTHER_FILES = {
+    "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
+    **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
+    **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
+}
+"""What a file of lines is instead that begins so."""
+
+
+def check_lines(first: str, path: Path) -> None:
+    """Raises UserError where the first line of a file says that its lines are no texts to be used one by one."""
+    if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
+        raise UserError(f"{path}: is {what}")
+
+
 def check_choice(option: str, given: str, choices: Any) -> Any:
     """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
     allowed = get_args(choices)

@@ -25,6 +25,7 @@ from imgen_common.errors import (
     DiskFullError,
     UserError,
     WriteError,
+    check_lines,
     check_text,
     is_disk_full,
     nearest,
@@ -105,7 +106,9 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     rows: Iterator[tuple[str, Any]]
     match path.suffix.lower():
         case ".txt":
-            rows = ((f"{path}:{number}", line) for number, line in numbered_lines(path))
+            lines = numbered_lines(path)
+            check_lines(lines[0][1] if lines else "", path)
+            rows = ((f"{path}:{number}", line) for number, line in lines)
         case ".jsonl":
             rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))
         case ".json":

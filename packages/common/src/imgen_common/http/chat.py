@@ -4,6 +4,7 @@ What is read beyond OpenAI's own form: content in parts; reasoning that a server
 `reasoning`, parts of type `thinking`); a refusal in words; errors under status 200.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from imgen_common.http.failures import HttpError, Refusal, error_in_answer
 
 FILTERED = ("content_filter", "safety", "prohibited_content", "refusal")
 """Reasons for which a server ends an answer that it will not give, as they begin."""
+LOGPROB_ROUNDING = 1e-3
+"""By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
 
 
@@ -87,7 +90,6 @@ def read_completion(data: bytes) -> Completion:
             raise error
         usage = answer.get("usage")
         counts = usage if isinstance(usage, dict) else {}  # optional: an odd one does not spoil a good answer
-        tokens = (choice.get("logprobs") or {}).get("content") or ()
         content, reasoning = _content(choice)
         return Completion(
             content=content,
@@ -95,10 +97,7 @@ def read_completion(data: bytes) -> Completion:
             finish_reason=_finish_reason(choice),
             num_prompt_tokens=_whole_number(counts.get("prompt_tokens")),
             num_completion_tokens=_whole_number(counts.get("completion_tokens")),
-            token_probabilities=tuple(
-                (str(t["token"]), {str(o["token"]): math.exp(o["logprob"]) for o in t.get("top_logprobs") or ()})
-                for t in tokens
-            ),
+            token_probabilities=_token_probabilities(choice.get("logprobs")),
         )
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         shown = data[:200].decode("utf-8", "replace")
@@ -114,6 +113,23 @@ def _finish_reason(choice: Mapping[str, Any]) -> str | None:
 
 def _whole_number(value: object) -> int:
     return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _token_probabilities(given: Any) -> tuple[tuple[str, Mapping[str, float]], ...]:
+    """Optional as `usage` is: without what is no logarithm of a probability, as some servers send, there are none."""
+    with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
+        return tuple(
+            (str(t["token"]), {str(o["token"]): _probability(o["logprob"]) for o in t.get("top_logprobs") or ()})
+            for t in (given or {}).get("content") or ()
+        )
+    return ()
+
+
+def _probability(logprob: float) -> float:
+    """Raises ValueError beyond what rounding makes of 0, and for NaN; TypeError for what is no number."""
+    if not logprob <= LOGPROB_ROUNDING:
+        raise ValueError(f"{logprob}: a log-probability is at most 0")
+    return math.exp(min(logprob, 0.0))
 
 
 def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -280,11 +280,12 @@ def _whole(ref: str, name: str, parts: Mapping[str, Tensor], options: Mapping[st
     rank, alpha = len(down), float(len(down))
     layer = name.removeprefix("base_model.model.").removeprefix("transformer.")
     if "lora_alpha" in options:
-        pattern = options.get("alpha_pattern") or {}
-        try:
-            alpha = pattern.get(get_pattern_key(list(pattern), layer), options["lora_alpha"])
-        except (re.error, AttributeError, TypeError):
-            raise UserError(f"lora.init {ref}: its alpha_pattern is none of PEFT; copy it again") from None
+        alpha = _described(ref, options, "alpha_pattern", layer, options["lora_alpha"])
+    # alpha counts by the rank that it was chosen for; PEFT takes no matrices of another one
+    if (described := _described(ref, options, "rank_pattern", layer, options.get("r", rank))) != rank:
+        raise UserError(
+            f"lora.init {ref}: {name} has rank {rank}, but its description says {described}; copy both from one place"
+        )
     if given is not None:
         alpha = given.item() if given.numel() == 1 else float("nan")
     elif options.get("use_rslora") and isinstance(alpha, int | float):
@@ -294,6 +295,15 @@ def _whole(ref: str, name: str, parts: Mapping[str, Tensor], options: Mapping[st
         what = f"alpha {alpha}; must be above 0" if finite else "values that are no finite floating-point numbers"
         raise UserError(f"lora.init {ref}: {name} has {what}")
     return LayerAdapter(down.float(), up.float(), float(alpha))
+
+
+def _described(ref: str, options: Mapping[str, Any], pattern: str, layer: str, default: Any) -> Any:
+    """What PEFT's description says of a layer: in a mapping by patterns of names or, where none fits, `default`."""
+    by_name = options.get(pattern) or {}
+    try:
+        return by_name.get(get_pattern_key(list(by_name), layer), default)
+    except (re.error, AttributeError, TypeError):
+        raise UserError(f"lora.init {ref}: its {pattern} is none of PEFT; copy it again") from None
 
 
 def _check_shapes(ref: str, name: str, whole: LayerAdapter, inputs: int, widths: list[int], layers: list[str]) -> None:

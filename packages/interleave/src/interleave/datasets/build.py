@@ -62,6 +62,7 @@ MAY_DIFFER = (
     *("prices", "confirm_calls", "confirm_money"),
 )
 """Keys that may change when a build is resumed: the trajectories depend on none of them."""
+OTHERS = "give folders of builds, runs or imported records"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterato
     While nothing is recorded the configuration may change, so that a mistake in it can be fixed by starting again.
     """
     _check_templates(config.templates)
+    _check_trajectories(out, config)
     begun = has_records(out)
     folder = (
         RunFolder.open(out, config if begun else None, command, may_differ=MAY_DIFFER)
@@ -242,8 +244,6 @@ def _finished_story(recorded: TraceEntry) -> FinishedStory | None:
 
 def _load_stories(folder: Path, images: ImageStore) -> Iterator[FinishedStory]:
     """The stories of another folder, after the images that rows need are copied to the store.  Raises UserError."""
-    if not (folder / TRACE).is_file():
-        raise UserError(f"trajectories: {folder}: no {TRACE} in it; give folders of builds, runs or imported records")
     source = ImageStore(folder / IMAGES)
     for story in filter(None, map(_finished_story, read_trace(folder).values())):
         shown = [image_id for attempt in story.judged_attempts() for image_id in before_and_after(attempt)]
@@ -251,6 +251,18 @@ def _load_stories(folder: Path, images: ImageStore) -> Iterator[FinishedStory]:
             if image_id not in images:
                 source.copy(image_id, images.path(image_id))
         yield story
+
+
+def _check_trajectories(out: Path, config: DataConfig) -> None:
+    """Raises UserError for a folder without trajectories, and one that would count twice."""
+    seen = {out.resolve(): "is the build itself"}
+    for folder in map(Path, config.trajectories):
+        if (why := seen.setdefault(folder.resolve(), "")) or not (folder / TRACE).is_file():
+            what = (
+                f"{why}, whose trajectories would count twice; leave it out" if why else f"no {TRACE} in it; {OTHERS}"
+            )
+            raise UserError(f"trajectories: {folder}: {what}")
+        seen[folder.resolve()] = "is given twice"
 
 
 async def _score_stories(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.agents.prompts import IMAGE_MARKER, Template, expect_planner, load_template, nearest_prompt
@@ -152,7 +152,7 @@ class SetChecker:
             ids, trajectory = row.image_ids, row.trajectory_id
         else:
             ids, trajectory = (row.before_id, row.after_id), row.extra.get("trajectory_id")
-            if not row.original_prompt.strip():
+            if is_blank(row.original_prompt):
                 yield "original_prompt is empty"
         for image_id in dict.fromkeys(ids):
             if reason := self._check_image(image_id):

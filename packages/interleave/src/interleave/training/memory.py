@@ -5,6 +5,8 @@ image grids stay real, since models branch on them, and so does all that is comp
 """
 
 import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,10 +181,13 @@ def build_meta_model(config: TrainingConfig) -> Any:
         from peft import get_peft_model
 
         options = build_lora_config(config)
-        check_targets(config, [name for name, _ in model.named_modules()])
+        check_targets(config, model)
         try:
-            return get_peft_model(model, options)
-        except ValueError as error:  # none is found, or peft has no adapter for a layer of this kind
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*did not match any targeted module", RuntimeWarning)
+                return get_peft_model(model, options)
+        # none is found, or peft has no adapter for a layer of this kind, or leaves an entry of a pattern out
+        except (ValueError, NotImplementedError, re.error, RuntimeWarning) as error:
             raise UserError(f"lora: {one_line(str(error))}") from None
 
 
@@ -216,19 +221,24 @@ def check_adapters(config: TrainingConfig) -> None:
         )
 
 
-def check_targets(config: TrainingConfig, names: Sequence[str]) -> None:
-    """Raises UserError where `lora.target_modules` lists ends of names that none of the model's modules has: peft
-    leaves them out in silence."""
-    given = (config.lora or {}).get("target_modules")
-    if given is None or isinstance(given, str):
-        return
-    known = [name for name in names if not is_frozen(f"{name}.weight", config.vision)]
-    ends = {name.rpartition(".")[2] for name in known}
-    missed = [t for t in given if not any(name == t or name.endswith(f".{t}") for name in known)]
-    if missed or not given:
-        words = ", ".join(f"{t!r}{nearest(t, ends)}" for t in missed) or "any of them: []"
-        where = " outside the frozen vision tower" if config.vision == "frozen" else ""
-        raise UserError(f"lora.target_modules: no layer{where} has a name that ends with {words}")
+def check_targets(config: TrainingConfig, model: Any) -> None:
+    """Raises UserError where an entry of `lora` names, by its end, no module or parameter of the model: peft leaves
+    such entries out in silence."""
+    given = config.lora or {}
+    modules = [name for name, _ in model.named_modules() if not is_frozen(f"{name}.weight", config.vision)]
+    parameters = [name for name, _ in model.named_parameters()]
+    for key in ("target_modules", "modules_to_save", "target_parameters"):
+        entries = given.get(key)
+        if entries is None or isinstance(entries, str) or (key != "target_modules" and not entries):
+            continue
+        known = parameters if key == "target_parameters" else modules
+        missed = [t for t in entries if not any(name == t or name.endswith(f".{t}") for name in known)]
+        if missed or not entries:
+            ends = {name.rpartition(".")[2] for name in known}
+            words = ", ".join(f"{t!r}{nearest(str(t), ends)}" for t in missed) or "any of them: []"
+            where = " outside the frozen vision tower" if config.vision == "frozen" else ""
+            what = "parameter" if key == "target_parameters" else "layer"
+            raise UserError(f"lora.{key}: no {what}{where} has a name that ends with {words}")
 
 
 def layers_of_targets(model: Any, given: str | Sequence[str]) -> dict[str, int]:

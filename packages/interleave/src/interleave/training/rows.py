@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic, without_reasoning
 from interleave.datasets.rows import (
@@ -97,6 +97,8 @@ def _read_row(line: bytes, kind: type[Row], reasoning: bool, store: ImageStore, 
             row = row.model_copy(update={"completion": without_reasoning(row.completion)})
         if isinstance(row, SftRow) and (problem := next(text_problems(row), None)):
             raise ValueError(problem)
+        if isinstance(row, RlRow) and is_blank(row.original_prompt):
+            raise ValueError("original_prompt is empty")
         for image_id in row.image_ids if isinstance(row, SftRow) else (row.before_id, row.after_id):
             if image_id not in store:
                 raise ValueError(f"its image {image_id[:12]}... is not in {IMAGES}/")

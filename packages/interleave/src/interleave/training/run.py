@@ -30,7 +30,7 @@ from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import check_processor
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
-from interleave.training.trl_options import OptionsRefusedError, refusals_of_trl
+from interleave.training.trl_options import OptionsRefusedError, check_trackers_installed, refusals_of_trl
 from interleave.training.vision import freeze_vision, is_frozen
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
@@ -76,6 +76,7 @@ def build_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, 
             arguments = cls(**options)
     except OSError as error:
         raise UserError(f"trl: {' '.join(str(error).split())}") from error
+    check_trackers_installed(arguments.report_to)
     if arguments.fsdp and arguments.distributed_state.distributed_type in ("NO", "MULTI_CPU"):
         raise UserError(
             "trl.fsdp: accelerate does not shard weights on a CPU or with one process; use several GPUs or remove it"

@@ -76,7 +76,7 @@ BOUNDS: Mapping[str, tuple[str, Callable[[float], bool]]] = {
         (
             *("dataloader_prefetch_factor", "per_device_eval_batch_size", "eval_accumulation_steps", "ddp_timeout"),
             *("torch_empty_cache_steps", "ddp_bucket_cap_mb", "num_generations_eval", "ref_model_sync_steps"),
-            *("vllm_tensor_parallel_size", "vllm_max_model_length"),
+            *("vllm_tensor_parallel_size", "vllm_max_model_length", "max_completion_length", "pad_to_multiple_of"),
         ),
         ("at least 1", lambda number: number >= 1),
     ),
@@ -160,6 +160,8 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
 
     Lists, and what stands in mappings, are left to TRL.
     """
+    from transformers import GenerationConfig
+
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in given.items():
@@ -186,6 +188,8 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
         elif any((get_origin(part) or part) is dict for part in parts):
             if not isinstance(value, Mapping) and not (key in FILES and isinstance(value, str)):
                 raise UserError(f"trl.{key}: must be a mapping, got {shortened(value)}")
+            if key == "generation_kwargs" and isinstance(value, Mapping) and not given.get("use_vllm"):
+                check_keys(f"trl.{key}", value, set(vars(GenerationConfig())), "GenerationConfig")
         elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
             raise UserError(f"trl.{key}: must be a text, got {shortened(value)}")
 
@@ -234,6 +238,21 @@ def _check_trackers(given: object) -> None:
             )
 
 
+def check_trackers_installed(reported: Sequence[str]) -> None:
+    """Raises UserError for a tracker of `report_to`, as TRL resolved it, whose package is missing: transformers finds
+    that out once the run has begun."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    listed = {"azure_ml", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "tensorboard", "wandb", "codecarbon"}
+    listed |= {"clearml", "swanlab", "trackio", "kubeflow"}
+    for name in reported:
+        if name in listed & INTEGRATION_TO_CALLBACK.keys() and name not in get_available_reporting_integrations():
+            raise UserError(f"trl.report_to: {name} is not installed; run: pip install {name}, or leave it out")
+
+
 def build_lora_config(config: TrainingConfig) -> Any:
     """peft's LoraConfig, None without `lora`; adapters sit on all linear layers unless `lora` says otherwise, on the
     vision tower's only where `vision` is `train`.  Raises UserError for a key or value that peft does not take."""
@@ -251,7 +270,7 @@ def build_lora_config(config: TrainingConfig) -> Any:
         options["exclude_modules"] = VISION_MODULES
     try:
         return LoraConfig(task_type="CAUSAL_LM", **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"lora: {' '.join(str(error).split())}") from None
 
 
