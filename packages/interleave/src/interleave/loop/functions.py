@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from imgen_common.http import run_in_thread
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents.prompts import render_plan
 from interleave.loop.config import LoopConfig, RunConfig
@@ -114,7 +115,7 @@ def tell_story(
             save_requests([made], run)
             with Trace(run) as trace:
                 engine = Engine(parts, config.loop, seed, trace, images)
-                trajectory = asyncio.run(engine.run(made))
+                trajectory = run_in_thread(engine.run(made))  # a notebook has a running event loop
                 attempts = list(trace.read()[trajectory.id].attempts.values())
         chosen = {a.step: a.image_id for a in attempts if trajectory.selected.get(a.step) == a.attempt and a.image_id}
         return StoryResult(trajectory, attempts, {step: images.get(image).image for step, image in chosen.items()})
