@@ -59,6 +59,8 @@ CASES = {
     "checkpointing": ["model.gradient_checkpointing=true"],
     "chunks": ["method=flowbp_sparse", "active_steps_per_forward=3", "total_batch_size=8"],
     "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
+    "kept graphs": ["keep_graphs=2"],
+    "kept graphs, guided": ["keep_graphs=3", "guidance_scale=2", "model.height=64", "model.width=64"],
     "rewards in parts": ["reward_batch_size=2"],
     "autoencoder in parts": ["model.vae.gradient_checkpointing=true", "model.vae.tile=16", "offload_trajectory=true"],
 }
@@ -273,7 +275,9 @@ BY_WORTH = (
 
 def estimate_of(phases: dict[str, int]) -> Estimate:
     stages = {name: size for name, size in phases.items() if name != "startup"}
-    return Estimate({"": 0}, stages, {"": phases["startup"]}, host=0, embeddings=0, flops=0, sent=0, untraced=())
+    return Estimate(
+        {"": 0}, stages, {"": phases["startup"]}, kept_graph=0, host=0, embeddings=0, flops=0, sent=0, untraced=()
+    )
 
 
 @pytest.mark.parametrize(

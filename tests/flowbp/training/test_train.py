@@ -97,6 +97,26 @@ def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, mo
     assert any(gradient.any() for gradient in ours.values())
 
 
+@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+def test_kept_graphs_give_the_same_gradient_and_metrics(method: str) -> None:
+    for guided in ([], ["guidance_scale=3.5"], ["guidance_scale=3.5", "guidance.detach_negative=false"]):
+        without, kept = (gradients(config_of(method, *guided, f"keep_graphs={n}")) for n in (0, 2))
+        assert distance(without, kept) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("sets", "other"),
+    [
+        (["distributed.kind=fsdp2"], "distributed.kind fsdp2"),
+        (["active_steps_per_forward=2"], "active_steps_per_forward 2"),
+        (["regularise={kind: velocity, weight: 0.1}"], "regularise"),
+    ],
+)
+def test_what_kept_graphs_do_not_go_with(sets: list[str], other: str) -> None:
+    with pytest.raises(UserError, match=f"keep_graphs 2: not with {other}; set one to its default"):
+        config_of("flowbp_sparse", "keep_graphs=2", *sets)
+
+
 def counted_operations(*sets: str) -> float:
     """Operations of an update of two samples: of the first one, where they are counted, and of the next one."""
     small = ["total_batch_size=2", "per_device_batch_size=1", "heldout=[]", "guidance_scale=2"]

@@ -98,7 +98,7 @@ def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
         return
     print_notes(notes)
     console.print_dry_run(job.config, numbers, str(path))
-    console.print_plan(job.config.method, plan, f"{job.config.method.name}: the plan of the first update")
+    console.print_plan(job.config, plan, f"{job.config.method.name}: the plan of the first update")
 
 
 def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_main: bool) -> None:

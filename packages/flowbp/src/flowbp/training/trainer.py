@@ -179,10 +179,13 @@ class Trainer:
         def renoise(copy: int) -> Tensor:
             return torch.stack([normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]).to(device)
 
-        # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
+        # the rollout keeps only what the plan and `keep_graphs` ask for; the sweep then makes a graph per other term
         conds = self.models.embeddings(prompts)
-        velocity = clock.timed(self.state.sync_on_last_backward(self._velocity(conds)))
-        trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
+        velocity = self.state.sync_on_last_backward(self._velocity(conds))
+        spec = plan.keep_graphs(config.keep_graphs)
+        trajectory = rollout(
+            clock.timed(velocity, "rollout"), x_0, self.sigmas, spec, offload=config.offload_trajectory
+        )
         options = BackwardOptions(
             scale=scale,
             reward_weights=self.reward_weights,
@@ -193,7 +196,8 @@ class Trainer:
             gradient_velocity=clock.timed(self.state.sync_on_last_backward(self._velocity(conds, gradient_only=True))),
         )
         loss = partial(self._score, prompts)
-        return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+        evaluated = clock.timed(velocity)
+        return self._metric_sums(backpropagate(plan, trajectory, evaluated, loss, noise=renoise, options=options))
 
     def _combine(self, gradients: Tensor) -> Tensor:
         return combine_gradients(gradients, self.reward_weights, self.config.combine)
