@@ -169,6 +169,11 @@ def print_estimate(content: Mapping[str, Any]) -> None:
     if "fits" in content:
         verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
         out.print(f"\n{verdict}: {format_gib(content['peak'])} GiB of {format_gib(content['memory'])} GiB")
+    if "fastest" in content:
+        one = content["fastest"]
+        settings = " ".join(f"--set {setting}" for setting in one["settings"])
+        cost = f"{format_gib(one['peak'])} GiB, {one['relative']:.2f} times the operations"
+        out.print(f"the fastest setting that fits: {settings}: {cost}")
     if "advice" in content:
         out.print("these settings lower the peak most, one after the other:")
         for change, size in content["advice"]["alone"].items():

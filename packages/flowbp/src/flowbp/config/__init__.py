@@ -1,6 +1,7 @@
 """What `flowbp train` is asked to do.  The defaults are the miniature: minutes on a CPU."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -47,6 +48,10 @@ Attention = Literal[
     "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
 ]
 """Attention kernels of diffusers that have a backward pass."""
+Recompute = Literal["none", "selective", "all"]
+
+
+OLD_RECOMPUTE = "gradient_checkpointing"
 
 
 class VaeConfig(Config):
@@ -88,8 +93,13 @@ class ModelConfig(Config):
     """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of FLUX.2 and Qwen-Image pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.
     Images depend on it, but for Z-Image and Qwen-Image, which see no padding: there fewer tokens only save time."""
-    gradient_checkpointing: bool = False
-    """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again, block by block, instead of keeping it: `all`, the least memory, about a
+    third more time; `selective`, all but products of matrices and attention, which are kept; `none`."""
+    working_copy: bool = True
+    """Whether all weights that are trained in bfloat16 are cast once per update, into a copy of 2 bytes per weight,
+    instead of in every evaluation: the same update bit for bit.  With `ddp`, without `compile`; fsdp2 gathers its
+    shards in bfloat16 anyway, under zero2 and zero3 every evaluation casts."""
     attention: Attention | None = None
     """Attention kernel by its name in diffusers, for FLUX; null: torch chooses.  `flash` and `xformers` must be
     installed; those that quantize or fetch code are refused."""
@@ -98,9 +108,23 @@ class ModelConfig(Config):
     later ones less; equal to rounding."""
     quantization: Literal["int8"] | None = None
     """`int8`: the blocks' frozen weights as 8-bit integers with a scale per output, under adapters; needs torchao, and
-    `gradient_checkpointing` to save much."""
+    `recompute: all` to save much."""
     vae: VaeConfig = VaeConfig()
     """The autoencoder."""
+
+    @classmethod
+    def with_old_keys(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`gradient_checkpointing: true` and `false` are `recompute: all` and `none`."""
+        if not isinstance(given.get(OLD_RECOMPUTE), bool) or "recompute" in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != OLD_RECOMPUTE}
+        return {**rest, "recompute": "all" if given[OLD_RECOMPUTE] else "none"}
+
+    @model_validator(mode="after")
+    def _keeps_what_it_can(self) -> "ModelConfig":
+        if self.recompute == "selective" and (self.compile or self.quantization):
+            raise ValueError("recompute selective: not with compile or quantization; set it to all or none")
+        return self
 
     @field_validator("attention", mode="before")
     @classmethod

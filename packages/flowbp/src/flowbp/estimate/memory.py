@@ -32,7 +32,8 @@ from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.loading import modules_of
 from flowbp.rewards.losses import reward_losses
-from flowbp.training.preflight import CheckedRun, batch_sizes
+from flowbp.training.preflight import CheckedRun, batch_sizes, keeps_working_copy
+from imgen_common.devices import autocast_weights_once
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4
@@ -91,8 +92,11 @@ def estimate_run(job: CheckedRun) -> Estimate:
     sent = sent_bytes(models.backbone, job)
     if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
         models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    copied = keeps_working_copy(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast_weights_once() if copied else contextlib.nullcontext():
         models.allocate()
+        # what the first evaluation leaves behind
+        copy = trace_stage(lambda: rollout_stage(models, 1) is None, models).held if copied else 0
         stages, untraced = trace_stages(models, job, batch.per_device)
         graph = trace_kept_graph(models, job, batch.per_device) if config.keep_graphs else StageCost(0, 0)
 
@@ -116,7 +120,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
-        static=weights.static,
+        static=weights.static | ({"bfloat16 copy": copy} if copied else {}),
         activation=activation,
         kept_graph=graph.held,
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},

@@ -202,6 +202,13 @@ def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
     return BatchSizes(per_process, per_device)
 
 
+def keeps_working_copy(config: TrainConfig) -> bool:
+    """Whether all weights are trained in bfloat16 and cast once per update."""
+    model = config.model
+    whole = config.lora is None and config.distributed.kind == "ddp" and not model.compile
+    return whole and model.dtype == "bfloat16" and model.working_copy
+
+
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
     """Raises UserError if weights are to be sharded without a launcher, or a launcher is set to do it itself, or
     started one process where several were asked for."""
