@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +24,11 @@ from flowbp.config import TrainConfig
 from flowbp.estimate import (
     Advice,
     Estimate,
+    Fastest,
     Speed,
     advise_settings,
     estimate_run,
+    fastest_that_fits,
     measure_run,
     parse_memory_size,
     speed_of,
@@ -56,9 +59,14 @@ CASES = {
     "guidance": ["guidance_scale=2"],
     "both branches": ["guidance_scale=2", "guidance.detach_negative=false"],
     "micro-batches": ["per_device_batch_size=2"],
-    "checkpointing": ["model.gradient_checkpointing=true"],
+    "checkpointing": ["model.recompute=all"],
+    "selective": ["model.recompute=selective"],
+    "bfloat16": ["model.dtype=bfloat16"],
+    "bfloat16, cast": ["model.dtype=bfloat16", "model.working_copy=false"],
     "chunks": ["method=flowbp_sparse", "active_steps_per_forward=3", "total_batch_size=8"],
     "bfloat16 adapters": ["model.dtype=bfloat16", "lora.rank=4"],
+    "kept graphs": ["keep_graphs=2"],
+    "kept graphs, guided": ["keep_graphs=3", "guidance_scale=2", "model.height=64", "model.width=64"],
     "rewards in parts": ["reward_batch_size=2"],
     "autoencoder in parts": ["model.vae.gradient_checkpointing=true", "model.vae.tile=16", "offload_trajectory=true"],
 }
@@ -273,7 +281,9 @@ BY_WORTH = (
 
 def estimate_of(phases: dict[str, int]) -> Estimate:
     stages = {name: size for name, size in phases.items() if name != "startup"}
-    return Estimate({"": 0}, stages, {"": phases["startup"]}, host=0, embeddings=0, flops=0, sent=0, untraced=())
+    return Estimate(
+        {"": 0}, stages, {"": phases["startup"]}, kept_graph=0, host=0, embeddings=0, flops=0, sent=0, untraced=()
+    )
 
 
 @pytest.mark.parametrize(
@@ -482,3 +492,26 @@ def test_a_recipe_fits_into_the_memory_that_it_says(recipe: Path, models: Path) 
     gigabytes, gpus = int(said[1] or said[2]), 1 if said[2] else 8
     found = hardware_guide.estimate_recipe(models, recipe.parent.name, recipe.stem, gpus)
     assert 1.1 * found.peak <= gigabytes * 1e9, found.phases
+
+
+@pytest.mark.slow
+def test_the_fastest_setting_that_fits_is_said() -> None:
+    """All graphs where there is room, fewer with less, and what fits is what its estimate says."""
+
+    def config_with(changes: Sequence[str]) -> TrainConfig:
+        return config_of(*wide, *changes)
+
+    def fastest(limit: int) -> Fastest | None:
+        return fastest_that_fits(config_with, 1, limit, base)
+
+    wide = ("model.height=64", "model.width=64", "eval.batch_size=1", "reward_batch_size=1")
+    base = estimated(*wide)
+    ample = fastest(10 * base.peak)
+    assert ample is not None
+    assert ample.settings == ("model.recompute=none", "keep_graphs=3")
+    assert ample.relative < 1
+    tight = fastest(ample.peak - 1)
+    assert tight is not None
+    assert tight.peak == estimated(*wide, *tight.settings).peak < ample.peak
+    assert ample.relative < tight.relative
+    assert fastest(1) is None

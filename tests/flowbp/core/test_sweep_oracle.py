@@ -376,3 +376,45 @@ def test_frozen_parameters_get_no_gradient_and_the_rest_the_same(net):
     finally:
         for p in frozen:
             p.requires_grad_(True)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_kept_graphs_save_evaluations_and_change_no_bit(name, guided):
+    """In float32: of any number of active steps, coupled ones and renoised copies too."""
+    net, rng, evaluated = Perceptron(0).float(), np.random.default_rng(5), []
+
+    def velocity(x, sigma, cond):
+        evaluated.append(bool(cond["text"][0] > 0))
+        return net(x + cond["text"].view(-1, 1, 1), sigma.to(x))
+
+    guidance = Guidance(scale=3.5 if guided else 1.0, batched=False)
+    given = (velocity, {"text": torch.tensor([0.3, 0.7])}, {"text": torch.tensor([-1.0])}, guidance)
+    whole, pulled = guided_velocity(*given), guided_velocity(*given, gradient_only=True)
+    sigmas = random_sigmas(6, rng).float()
+    drawn = draw_plan(vary(get_method(name), 6, rng), sigmas, rng)
+    x_0, eps = noise(*SHAPE).float(), noise(max(drawn.copies, 1), *SHAPE, seed=1).float()
+    found, counts = [], []
+    for number in (0, 1, 2, 9):
+        net.zero_grad(), evaluated.clear()
+        trajectory = rollout(whole, x_0, sigmas, drawn.keep_graphs(number))
+        assert list(trajectory.graphs) == sorted(term.step for term in drawn.terms[:number])
+        options = BackwardOptions(gradient_velocity=pulled)
+        outcome = backpropagate(drawn, trajectory, whole, LOSS, noise=eps.clone(), options=options)
+        found.append((gradient(net), outcome))
+        counts.append(evaluated.count(True))
+    assert all(torch.equal(got, found[0][0]) for got, _ in found)
+    assert all(torch.equal(outcome.values, found[0][1].values) for _, outcome in found)
+    assert [counts[0] - count for count in counts] == [min(n, len(drawn.terms)) for n in (0, 1, 2, 9)]
+
+
+def test_kept_graphs_do_not_go_with_other_passes(net):
+    velocity = flux2_velocity(net)
+    sigmas = random_sigmas(6, np.random.default_rng(0))
+    drawn = draw_plan(get_method("flowbp_sparse"), sigmas, np.random.default_rng(0))
+    for options in (BackwardOptions(steps_per_forward=2), BackwardOptions(regulariser=Regulariser(1.0, velocity))):
+        trajectory = rollout(velocity, noise(*SHAPE), sigmas, drawn.keep_graphs(1))
+        with pytest.raises(ValueError, match="graphs of a rollout go with one step per forward"):
+            backpropagate(drawn, trajectory, velocity, LOSS, options=options)
+    with pytest.raises(ValueError, match="carries no gradient"):
+        rollout(lambda x, sigma: -x, noise(*SHAPE), sigmas, drawn.keep_graphs(1))

@@ -24,7 +24,7 @@ from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.image_reward import ImageReward
-from flowbp.rewards.loading import CHECKPOINT_LAYERS, load_head, modules_of, scoring_head
+from flowbp.rewards.loading import CHECKPOINT_LAYERS, compute_in, load_head, modules_of, scoring_head
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -264,6 +264,35 @@ def test_every_gradient_is_the_slope(name: str, tmp_path: Path, monkeypatch: pyt
         up, down = (reward(images + step * direction, PROMPTS).sum() for step in (1e-6, -1e-6))
     assert ((up - down) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-3)
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("vlm", "edit_clip")])
+def test_a_network_in_bfloat16_scores_and_pulls_alike(name: str, tmp_path: Path) -> None:
+    """Its scores are float32, and its numbers and heads keep their precision."""
+    reward, found = MAKERS[name](tmp_path / name), []
+    for dtype in ("float32", "bfloat16"):
+        for module in modules_of([reward]):
+            compute_in(module, dtype)
+            assert {p.dtype for p in module.parameters() if p.dim() == 0} <= {torch.float32}
+        leaf = pictures(40, 56).requires_grad_()
+        scores = reward(leaf, PROMPTS)
+        assert scores.dtype == torch.float32
+        found.append((scores.detach(), torch.autograd.grad(scores.sum(), leaf)[0].flatten()))
+    (exact, slope), (rounded, other) = found
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.05)
+    assert torch.cosine_similarity(slope, other, dim=0) > 0.95
+
+
+def test_the_precision_of_a_reward_is_a_setting() -> None:
+    folder = hub.resolve(REF)
+    kinds = {
+        name: {p.dtype for p in RewardConfig(ref=str(folder), dtype=name).load("meta").model.parameters() if p.dim()}
+        for name in (None, "float32", "bfloat16")
+    }
+    assert kinds == {None: {torch.float32}, "float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    with pytest.raises(ValueError, match="dtype bfloat16: not with storage_dtype float16; set one of them to null"):
+        RewardConfig(ref=REF, dtype="bfloat16", storage_dtype="float16")
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -1,9 +1,11 @@
 """The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from forking import forked
 from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowbp.config import OptimConfig, TrainConfig
 from flowbp.core.types import Backbone
@@ -95,6 +98,82 @@ def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, mo
     assert ours.keys() == both.keys()
     assert all(torch.equal(ours[name], both[name]) for name in ours)
     assert any(gradient.any() for gradient in ours.values())
+
+
+@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+def test_kept_graphs_give_the_same_gradient_and_metrics(method: str) -> None:
+    for guided in ([], ["guidance_scale=3.5"], ["guidance_scale=3.5", "guidance.detach_negative=false"]):
+        without, kept = (gradients(config_of(method, *guided, f"keep_graphs={n}")) for n in (0, 2))
+        assert distance(without, kept) < TOLERANCE
+
+
+def first_update(*sets: str) -> dict[str, Tensor]:
+    """The gradient of the first update of the model as it is trained, not in float64."""
+    config = config_of("flowbp_bridge", "total_batch_size=2", "num_inference_steps=5", "heldout=[]", *sets)
+    trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
+    trainer.embed_prompts(trainer.training_prompts())
+    trainer.compute_gradient()
+    return {name: p.grad for name, p in trainer.models.parameters.items() if p.grad is not None}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+RECOMPUTED = {"plain": [], "kept": ["keep_graphs=2"], "bfloat16": ["model.dtype=bfloat16"]}
+
+
+@pytest.mark.parametrize("case", tiers(RECOMPUTED, default=["plain"], slow=["kept", "bfloat16"]))
+def test_recomputed_blocks_have_the_same_gradient(case: str) -> None:
+    kept, *others = (first_update(f"model.recompute={how}", *RECOMPUTED[case]) for how in ("none", "selective", "all"))
+    assert all(same_bits(kept, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        pytest.param(["guidance_scale=2", "keep_graphs=2", "model.recompute=selective"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_working_copy_in_bfloat16_gives_the_same_update(sets: list[str]) -> None:
+    """And is made of every weight once per update."""
+    casts = {}
+    for copied in (True, False):
+        with CountCasts() as counted:
+            gradient = first_update("model.dtype=bfloat16", f"model.working_copy={str(copied).lower()}", *sets)
+        casts[copied] = gradient, counted
+    assert same_bits(casts[True][0], casts[False][0])
+    sizes = {p.numel() for p in casts[True][0].values() if p.dim() == 2}
+    often, once = (max(casts[copied][1].sizes[size] for size in sizes) for copied in (False, True))
+    assert often > once > 0
+
+
+class CountCasts(TorchDispatchMode):
+    """How often tensors of each size are made bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16:
+            self.sizes[found.numel()] += 1
+        return found
+
+
+@pytest.mark.parametrize(
+    ("sets", "other"),
+    [
+        (["distributed.kind=fsdp2"], "distributed.kind fsdp2"),
+        (["active_steps_per_forward=2"], "active_steps_per_forward 2"),
+        (["regularise={kind: velocity, weight: 0.1}"], "regularise"),
+    ],
+)
+def test_what_kept_graphs_do_not_go_with(sets: list[str], other: str) -> None:
+    with pytest.raises(UserError, match=f"keep_graphs 2: not with {other}; set one to its default"):
+        config_of("flowbp_sparse", "keep_graphs=2", *sets)
 
 
 def counted_operations(*sets: str) -> float:

@@ -80,6 +80,20 @@ def float32_matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def autocast_weights_once() -> Iterator[None]:
+    """Within it autocast casts a trained weight at its first use and keeps the copy for later contexts of autocast too,
+    which would each make their own.  Weights must not change in it."""
+    import torch
+
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or a CPU."""
     import torch

@@ -9,7 +9,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from imgen_common.config.messages import MAX_SHOWN, describe_errors, label, shortened
-from imgen_common.config.schema import PRESET, C, Keys, default_under, item_type, presets_of, type_under, union_members
+from imgen_common.config.schema import (
+    PRESET,
+    C,
+    Keys,
+    class_of_mapping,
+    default_under,
+    item_type,
+    presets_of,
+    type_under,
+    union_members,
+)
 from imgen_common.config.yaml_files import parse_yaml, read_yaml
 from imgen_common.errors import UserError, nearest
 
@@ -110,6 +120,8 @@ class _Merge:
         return new
 
     def _apply_mapping(self, annotation: Any, old: dict[str, Any], new: dict[str, Any], keys: Keys, source: str) -> Any:
+        model = class_of_mapping(annotation, {**old, **new})
+        new = dict(model.with_old_keys(new)) if model else new
         merged = dict(old)
         if "kind" in new:
             merged["kind"] = new["kind"]

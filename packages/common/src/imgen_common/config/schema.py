@@ -22,6 +22,12 @@ class Config(BaseModel):
     )
     renamed: ClassVar[Mapping[str, str]] = {}
     """Keys of earlier versions, each with what to write instead; one that is given is refused with that."""
+
+    @classmethod
+    def with_old_keys(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`given` with values of earlier versions under the keys of this one, where these can be told."""
+        return given
+
     beside_file: ClassVar[tuple[str, ...]] = ()
     """Keys of this configuration, with dots, whose relative paths count from the YAML file that gives them where such
     a file is there, so that recipes can name files beside them; else, as all others, from the working directory."""

@@ -1,5 +1,6 @@
 """How the networks of a run compute: switches for memory and speed that leave the method as it is."""
 
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, ModelMixin
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone
@@ -14,6 +16,15 @@ from imgen_common.errors import UserError
 
 GPU_ATTENTION = ("_native_efficient", "_native_cudnn", "flash", "xformers")
 RECOMPILE_LIMIT = 64
+aten = torch.ops.aten
+EXPENSIVE = (
+    *(aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default),
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+"""Operations whose results `recompute: selective` keeps."""
 
 
 def blocks_of(net: nn.Module) -> list[nn.Module]:
@@ -27,8 +38,8 @@ def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
     net, vae = backbone.pipe.transformer, backbone.pipe.vae
     if model.max_sequence_length is not None:
         backbone.set_max_tokens(model.max_sequence_length)
-    if model.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+    if model.recompute != "none":
+        net.enable_gradient_checkpointing(_recompute_cheap_parts if model.recompute == "selective" else None)
     if model.attention is not None:
         set_attention(net, model.attention)
     if model.vae.dtype is not None:
@@ -43,6 +54,12 @@ def apply_model_options(backbone: Backbone, model: ModelConfig) -> None:
         vae.enable_slicing()
     if model.vae.tile is not None:
         set_vae_tiling(vae, model.vae.tile, (model.height, model.width))
+
+
+def _recompute_cheap_parts(block: Any, *args: Any) -> Any:
+    """A block whose backward pass computes it again, but for the results of `EXPENSIVE` operations."""
+    contexts = partial(create_selective_checkpoint_contexts, list(EXPENSIVE))
+    return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=contexts)
 
 
 def set_attention(net: nn.Module, backend: str) -> None:

@@ -14,7 +14,6 @@ from rich.text import Text
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan
 from flowbp.evaluation.compare import Change, MeanScore, describe_change, format_score, score_title
-from flowbp.methods import Method
 from flowbp.reports.explain import describe_axes, describe_reward_input, plan_costs, plan_strip
 from flowbp.training.progress import format_duration
 from imgen_common.config import to_yaml
@@ -99,12 +98,12 @@ def print_families(rows: Sequence[Mapping[str, object]]) -> None:
     _print(standard_output(), table)
 
 
-def print_plan(method: Method, plan: Plan, heading: str) -> None:
-    """A plan: axes of the method, steps in characters, terms, legs, cost."""
+def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
+    """A plan of a configuration: axes of the method, steps in characters, terms, legs, cost."""
     out = standard_output()
     out.print(f"[bold]{escape(heading)}[/]\n")
     axes = _table("axis", "choice")
-    for name, text in describe_axes(method).items():
+    for name, text in describe_axes(config.method).items():
         axes.add_row(name, escape(text))
     _print(out, axes)
     out.print(f"\nThe reward sees {escape(describe_reward_input(plan))}.\n")
@@ -125,7 +124,7 @@ def print_plan(method: Method, plan: Plan, heading: str) -> None:
         out.print()
         _print(out, legs)
     cost = _table("per image", "")
-    for name, text in plan_costs(plan):
+    for name, text in plan_costs(plan, config.keep_graphs):
         cost.add_row(name, escape(text))
     out.print()
     _print(out, cost)
@@ -170,6 +169,11 @@ def print_estimate(content: Mapping[str, Any]) -> None:
     if "fits" in content:
         verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
         out.print(f"\n{verdict}: {format_gib(content['peak'])} GiB of {format_gib(content['memory'])} GiB")
+    if "fastest" in content:
+        one = content["fastest"]
+        settings = " ".join(f"--set {setting}" for setting in one["settings"])
+        cost = f"{format_gib(one['peak'])} GiB, {one['relative']:.2f} times the operations"
+        out.print(f"the fastest setting that fits: {settings}: {cost}")
     if "advice" in content:
         out.print("these settings lower the peak most, one after the other:")
         for change, size in content["advice"]["alone"].items():

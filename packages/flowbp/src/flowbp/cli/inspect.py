@@ -107,7 +107,7 @@ def explain(
     heading = (
         f"{method}: {plan.num_inference_steps} steps, seed {seed}, {model or f'linear noise levels, shift {shift:g}'}"
     )
-    console.print_plan(config.method, plan, heading)
+    console.print_plan(config, plan, heading)
     if figure is not None:
         from flowbp.reports.figure import plot_plan
 

@@ -98,7 +98,7 @@ def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
         return
     print_notes(notes)
     console.print_dry_run(job.config, numbers, str(path))
-    console.print_plan(job.config.method, plan, f"{job.config.method.name}: the plan of the first update")
+    console.print_plan(job.config, plan, f"{job.config.method.name}: the plan of the first update")
 
 
 def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_main: bool) -> None:
@@ -176,8 +176,9 @@ def estimate(
     """Estimate what a run needs before it begins: GPU memory by part, operations and time of an update, disk space and
     licenses. It reads no weights and needs no GPU: one step of every stage is traced with tensors that have a shape but
     no data. If torch sees no GPU, the memory of the CPU's operations is counted. Fragmentation of the allocator and the
-    GPU context (about half a GiB) are not included. With --memory it says whether the run fits and which settings
-    would help most. Times assume half the published peak of a card, which updates of large batches reach.
+    GPU context (about half a GiB) are not included. With --memory it says whether the run fits, which settings would
+    help most, and which values of model.recompute and keep_graphs are the fastest that fit. Times assume half the
+    published peak of a card, which updates of large batches reach.
 
     Example:
 
@@ -203,11 +204,15 @@ def estimate(
         job = preflight.check_run(config_of(), gpus, estimate_only=not calibrate)
         say("tracing embedding, a rollout, a swept step, rewards and an evaluation ...")
         found = estimates.estimate_run(job)
-        advice = None
+        advice = fastest = None
+        if limit is not None:
+            fastest = estimates.fastest_that_fits(config_of, gpus, limit, found, say)
         if limit is not None and found.peak > limit:
             advice = estimates.advise_settings(config_of, gpus, limit, found, say)
         measured = estimates.measure_run(job.config, device_of("auto")) if calibrate else None
     content = estimates.estimate_as_json(job, found, speed, limit, advice, measured)
+    if fastest is not None:
+        content["fastest"] = asdict(fastest)
     if as_json:
         print(json.dumps(content))
         return

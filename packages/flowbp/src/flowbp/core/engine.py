@@ -1,6 +1,7 @@
 """Executes plans: a no-grad rollout, then one discrete-adjoint sweep, the only place where autograd meets the network.
 
-Every network evaluation has its own graph, freed before the next, so peak memory does not depend on the plan.
+Every network evaluation has its own graph, freed before the next, so peak memory does not depend on the plan; unless
+graphs of the rollout are kept, which saves their second evaluation.
 Knows callables only: no backbone, no reward, no shape of latents.
 """
 
@@ -89,9 +90,13 @@ class Outcome:
 def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, spec: RolloutSpec, *, offload: bool = False) -> Trajectory:
     """Euler without gradient from noise x_0 of shape (b, ...):  x_{i+1} = x_i + (sigma_{i+1} - sigma_i) v_i.
 
+    At the steps of `spec.graphs` the velocity has a graph, in its parameters and at a coupled term in the state; no
+    graph leads from one step to the next.
+
     The state is float32 between steps whatever the network computes in (float64 if x_0 is).  sigmas: (N+1,), float32
     or float64, on any device.  Only what `spec` names is kept, in the host's memory with `offload`.  An early stop at i
-    ends with the posterior mean  x_i - sigma_i v_i.  Raises ValueError if `spec` does not fit the grid.
+    ends with the posterior mean  x_i - sigma_i v_i.  Raises ValueError if `spec` does not fit the grid, or if a
+    velocity whose graph is wanted depends on nothing trainable.
     """
     levels = sigmas.tolist()
     num_steps = len(levels) - 1
@@ -100,16 +105,31 @@ def rollout(velocity: Velocity, x_0: Tensor, sigmas: Tensor, spec: RolloutSpec, 
         raise ValueError(f"cannot keep {spec} of a rollout of {num_steps} steps")
     sigmas = sigmas.to(x_0.device, sigmas.dtype if sigmas.dtype == torch.float64 else torch.float32)
     x = x_0 if x_0.dtype == torch.float64 else x_0.float()
-    states, velocities = {}, {}
+    states, velocities, graphs = {}, {}, {}
+    needs_state = {term.step: term.coupling > 0 for term in spec.graphs}
     for i in range(last + 1):
-        v = velocity(x, sigmas[i].expand(len(x)))
+        sigma = sigmas[i].expand(len(x))
+        if i in needs_state:
+            leaf = x.detach().requires_grad_(needs_state[i])
+            graphs[i] = leaf, _with_graph(velocity, leaf, sigma)
+            v = graphs[i][1].detach()
+        else:
+            v = velocity(x, sigma)
         if i in spec.states:
             states[i] = _offload_to_host(x) if offload else x
         if i in spec.velocities:
             velocities[i] = _offload_to_host(v) if offload else v
         target = 0.0 if i == spec.stop else levels[i + 1]
         x = x + (target - levels[i]) * v.to(x.dtype)
-    return Trajectory(sigmas, states, velocities, x)
+    return Trajectory(sigmas, states, velocities, x, graphs)
+
+
+def _with_graph(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
+    with torch.enable_grad():
+        v = velocity(x, sigma)
+    if not v.requires_grad:
+        raise ValueError("the velocity carries no gradient: no parameter requires one, or it runs under no_grad")
+    return v
 
 
 class _Penalty:
@@ -143,16 +163,22 @@ def sweep(
 
     cotangent: shape of the state.  steps_per_forward: up to so many neighboring uncoupled terms share one forward
     (memory for speed; the sum is the same).  gradient_velocity: as in `BackwardOptions`.  Frozen parameters stay
-    untouched; the state carries gradient only at coupled terms.  Returns the number of forward passes with gradient.
-    Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, or the velocity depends on nothing
-    trainable.
+    untouched; the state carries gradient only at coupled terms.  Steps whose graph the trajectory kept are not
+    evaluated again; a trajectory with graphs can be swept once.  Returns the number of backward passes.
+    Raises ValueError if `steps_per_forward` < 1, the trajectory lacks a state, the velocity depends on nothing
+    trainable, or graphs were kept where several steps share a forward or a regulariser asks for other passes.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
     """
     if missing := [term.step for term in plan.terms if term.step not in trajectory.states]:
         raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.rollout_spec")
-    num_forward_passes = 0
+    if trajectory.graphs and (steps_per_forward > 1 or penalty is not None):
+        raise ValueError("graphs of a rollout go with one step per forward and without a regulariser")
+    num_backward_passes = 0
     for group in _groups(_passes(plan, penalty is not None), steps_per_forward):
-        num_forward_passes += 1
+        num_backward_passes += 1
+        if kept := trajectory.graphs.get(group[0].step):
+            cotangent = _sweep_kept(group[0], *kept, cotangent)
+            continue
         x = torch.cat([_on_device_of(cotangent, trajectory.states[term.step]) for term in group]).detach()
         coupling = group[0].coupling
         sigma = torch.cat([trajectory.sigmas[term.step].expand(len(cotangent)) for term in group])
@@ -163,17 +189,20 @@ def sweep(
         _backward(called, x.requires_grad_(coupling > 0), sigma, given, pulls)
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
-    return num_forward_passes
+    return num_backward_passes
+
+
+def _sweep_kept(term: Term, x: Tensor, v: Tensor, cotangent: Tensor) -> Tensor:
+    """One term whose graph the rollout kept, freed here; returns G for the terms before it."""
+    torch.autograd.backward(v, (term.weight * cotangent).to(v.dtype))
+    return cotangent + term.coupling * x.grad if term.coupling and x.grad is not None else cotangent
 
 
 def _backward(velocity: Velocity, x: Tensor, sigma: Tensor, cotangent: Tensor, penalty: _Penalty | None) -> None:
     """One graph of the network, freed at once; before it, without a graph, the base of a regulariser."""
     with torch.no_grad():
         base = None if penalty is None else penalty.base(x, sigma)
-    with torch.enable_grad():
-        v = velocity(x, sigma)
-    if not v.requires_grad:
-        raise ValueError("the velocity carries no gradient: no parameter requires one, or it runs under no_grad")
+    v = _with_graph(velocity, x, sigma)
     if penalty is not None and base is not None:
         cotangent = cotangent + penalty.pull(v, base)
     torch.autograd.backward(v, cotangent.to(v.dtype))

@@ -7,7 +7,7 @@ for each term (i, c, alpha), i descending:      parameter gradient += (c G)^T dv
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,13 @@ class RolloutSpec:
     """What a rollout must keep: states x_i and velocities v_i of these steps, and where it ends.
 
     stop: N for the sample x_N; i < N for the posterior mean  x_i - sigma_i v_i,  with no step after i.
+    graphs: terms at whose steps the velocity is evaluated with gradient and its graph kept.
     """
 
     states: frozenset[int]
     velocities: frozenset[int]
     stop: int
+    graphs: tuple[Term, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Plan:
         ends = {end for leg in self.legs for end in (leg.start, leg.stop) if end < self.num_inference_steps}
         nodes = {q for leg in self.legs for q, _ in leg.nodes}
         return RolloutSpec(frozenset(ends | {term.step for term in self.terms}), frozenset(nodes), self.reward_step)
+
+    def keep_graphs(self, count: int) -> RolloutSpec:
+        """`rollout_spec` with the graphs of up to `count` active steps, the cleanest: they are swept first, so that
+        they are gone when others are evaluated again."""
+        return replace(self.rollout_spec, graphs=self.terms[:count])
 
     @property
     def num_gradient_forwards(self) -> int:

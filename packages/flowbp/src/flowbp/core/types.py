@@ -1,7 +1,7 @@
 """The shared vocabulary: velocities, trajectories, conditioning, and the two protocols the engine is fed by."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -57,13 +57,15 @@ class Trajectory:
     """What a no-grad rollout leaves behind.
 
     sigmas: the grid, shape (N+1,), descending to 0.  states: {i: x_i} and velocities: {i: v_i}, only those a plan
-    asked to keep.  x_end: what the reward sees, x_N or the posterior mean of an early stop.
+    asked to keep.  x_end: what the reward sees, x_N or the posterior mean of an early stop.  graphs: {i: (x_i, v_i)},
+    the v_i with their graphs, which a sweep frees.
     """
 
     sigmas: Float[Tensor, " n_plus_1"]
     states: Mapping[int, Tensor]
     velocities: Mapping[int, Tensor]
     x_end: Tensor
+    graphs: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from flowbp.training.preflight import CheckedRun, check_run, update_arithmetic
 from imgen_common.errors import UserError
 
 SWITCHES = (
-    *("model.gradient_checkpointing=true", "per_device_batch_size=1", "reward_batch_size=1", "eval.batch_size=1"),
+    *("model.recompute=all", "per_device_batch_size=1", "reward_batch_size=1", "eval.batch_size=1"),
     *("model.vae.gradient_checkpointing=true", "model.vae.slicing=true", "offload_trajectory=true"),
     *("active_steps_per_forward=1", "data.embeddings=disk", "distributed.sync=step", "distributed.kind=fsdp2"),
 )

@@ -32,7 +32,8 @@ from flowbp.data.embeddings import ENCODE_BATCH_SIZE
 from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.loading import modules_of
 from flowbp.rewards.losses import reward_losses
-from flowbp.training.preflight import CheckedRun, batch_sizes
+from flowbp.training.preflight import CheckedRun, batch_sizes, keeps_working_copy
+from imgen_common.devices import autocast_weights_once
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
 
 FLOAT32_BYTES = 4
@@ -48,7 +49,8 @@ class Estimate:
 
     static: by part, what is there throughout the training.  activation: by stage, what it holds on top; stages come
     one after the other.  startup: by part, what is there while prompts are embedded, which comes before rewards are
-    loaded; `AdamW` of a resumed run.  host, embeddings: in the host's memory, in no other sum: kept states, and the
+    loaded; `AdamW` of a resumed run.  kept_graph: of one active step, as `keep_graphs` keeps it, 0 where none is; the
+    stages hold as many as the run keeps.  host, embeddings: in the host's memory, in no other sum: kept states, and the
     prompts' embeddings (on disk with `data.embeddings: disk`).  flops, sent: operations of one update, and bytes that
     go to the other processes.  untraced: rewards whose stage could not be traced: of those only the weights are in the
     sums.
@@ -57,6 +59,7 @@ class Estimate:
     static: dict[str, int]
     activation: dict[str, int]
     startup: dict[str, int]
+    kept_graph: int
     host: int
     embeddings: int
     flops: float
@@ -89,15 +92,22 @@ def estimate_run(job: CheckedRun) -> Estimate:
     sent = sent_bytes(models.backbone, job)
     if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
         models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    copied = keeps_working_copy(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), autocast_weights_once() if copied else contextlib.nullcontext():
         models.allocate()
+        # what the first evaluation leaves behind
+        copy = trace_stage(lambda: rollout_stage(models, 1) is None, models).held if copied else 0
         stages, untraced = trace_stages(models, job, batch.per_device)
+        graph = trace_kept_graph(models, job, batch.per_device) if config.keep_graphs else StageCost(0, 0)
 
     # a rollout holds the state, its velocity, and what the most demanding plan keeps
     state = batch.per_device * FLOAT32_BYTES * math.prod(models.shape)
     kept = state * max(len(plan.rollout_spec.states) + len(plan.rollout_spec.velocities) for plan in job.plans)
     trajectory = 2 * state + (0 if config.offload_trajectory else kept)
     activation = {name: stage.bytes + trajectory + weights.unsharded for name, stage in stages.items()}
+    num_kept = max(len(plan.keep_graphs(config.keep_graphs).graphs) for plan in job.plans)
+    for name, number in (("rollout", num_kept), ("reward", num_kept), ("swept step", num_kept - 1)):
+        activation[name] += max(0, number) * graph.held
     activation["optimizer step"] = weights.optimizer_step
     # gradients are freed after every update: they are not there yet in the first rollout and reward stage
     accumulates = batch.gradient_accumulation_steps > 1
@@ -110,8 +120,9 @@ def estimate_run(job: CheckedRun) -> Estimate:
     activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
-        static=weights.static,
+        static=weights.static | ({"bfloat16 copy": copy} if copied else {}),
         activation=activation,
+        kept_graph=graph.held,
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
@@ -125,14 +136,17 @@ def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun, rescal
     """Operations of one micro-batch, averaged over the run's plans.  rescale: that of the model's pipeline."""
     config = job.config
     num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
+    guidance = config.classifier_free_guidance
+    negative = guidance.scale != 1 and not guidance.gradient_needs_negative(rescale)  # is half of a rollout's step
     step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
     swept = num_swept * step
     if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no value
         coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
-        guidance = config.classifier_free_guidance
-        negative = guidance.scale != 1 and not guidance.gradient_needs_negative(rescale)  # is half of a rollout's step
         swept += coupled * (step - stages["rollout"].flops * (1.5 if negative else 1))
-    return config.num_inference_steps * stages["rollout"].flops + swept + stages["reward"].flops
+    # what is kept is not evaluated again, of a guided step with a detached negative the other branch
+    kept = sum(len(plan.keep_graphs(config.keep_graphs).graphs) for plan in job.plans) / len(job.plans)
+    rolled = config.num_inference_steps - kept * (0.5 if negative else 1)
+    return rolled * stages["rollout"].flops + swept + stages["reward"].flops
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
@@ -257,10 +271,14 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Bytes that a stage held at once beyond what was there before, and its floating-point operations."""
+    """Bytes that a stage held at once beyond what was there before, and its floating-point operations.
+
+    held: bytes of what it leaves behind.
+    """
 
     bytes: int
     flops: float
+    held: int = 0
 
 
 def trace_stages(models: FakeModels, job: CheckedRun, batch: int) -> tuple[dict[str, StageCost], tuple[str, ...]]:
@@ -291,8 +309,21 @@ def trace_stage(work: Callable[[], object], models: FakeModels) -> StageCost:
     """What `work` needs beyond the weights and gradients that are there."""
     live = LiveBytes((*held(models.networks()), *(p.grad for p in models.trained if p.grad is not None)))
     with live:
-        work()
-    return StageCost(live.peak, float(live.flops))
+        found = work()
+        left = live.now
+    del found
+    return StageCost(live.peak, float(live.flops), left)
+
+
+def trace_kept_graph(models: FakeModels, job: CheckedRun, batch: int) -> StageCost:
+    """One evaluation of the rollout whose graph is kept."""
+    coupled = any(term.coupling for plan in job.plans for term in plan.terms)
+
+    def evaluate() -> Tensor:
+        x = models.latents(batch, requires_grad=coupled)
+        return models.velocity(batch)(x, torch.empty(batch, device=models.device))
+
+    return trace_stage(evaluate, models)
 
 
 def rollout_stage(models: FakeModels, batch: int) -> Tensor:

@@ -75,12 +75,14 @@ def describe_reward_input(plan: Plan) -> str:
     return f"the sampled image x_{plan.num_inference_steps}{copies}"
 
 
-def plan_costs(plan: Plan) -> list[tuple[str, str]]:
-    """What the plan costs per sample, as (label, value)."""
+def plan_costs(plan: Plan, keep_graphs: int = 0) -> list[tuple[str, str]]:
+    """What the plan costs per sample, as (label, value).  keep_graphs: as in the configuration of a training."""
     jacobians = sum(term.coupling > 0 for term in plan.terms)
+    kept = len(plan.keep_graphs(keep_graphs).graphs)
+    with_gradient = str(plan.num_gradient_forwards) + (f", {kept} of them in the rollout" if kept else "")
     rows = [
-        ("network evaluations with gradient", str(plan.num_gradient_forwards)),
-        ("network evaluations without gradient", str(plan.num_plain_forwards)),
+        ("network evaluations with gradient", with_gradient),
+        ("network evaluations without gradient", str(plan.num_plain_forwards - kept)),
         ("Jacobian products (couplings)", str(jacobians)),
         (
             "sum of weights",

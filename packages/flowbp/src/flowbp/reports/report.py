@@ -271,7 +271,7 @@ def _plan(run: RunData) -> Values:
         "reward_input": describe_reward_input(plan),
         "figure": Markup(plan_svg(plan, f"{config.method.name}, {config.num_inference_steps} steps")),
         "axes": describe_axes(config.method),
-        "costs": plan_costs(plan),
+        "costs": plan_costs(plan, config.keep_graphs),
         "terms": terms,
     }
 

@@ -77,6 +77,11 @@ class RewardConfig(Config):
     digits.  For rewards that are only watched; one that is trained on saves less, as its gradient needs the float32
     weights of all layers at once.  null: float32; HPSv3 and vision-language models on a GPU bfloat16."""
 
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision in which its network is stored and computes; features are compared, and heads compute, in float32.
+    null: float32; HPSv3 and vision-language models on a GPU bfloat16.  In bfloat16 scores keep about two digits, and
+    gradients change with them: docs/results/perf.md has the figures of the miniature."""
+
     @field_validator("score")
     @classmethod
     def _score_is_known(cls, value: str) -> str:
@@ -88,6 +93,10 @@ class RewardConfig(Config):
     def _storage_can_be_chosen(self) -> "RewardConfig":
         if self.storage_dtype is not None and REWARDS[self.score].has_own_dtype:
             raise ValueError(f"storage_dtype: {self.score} has a precision of its own; set it to null")
+        if self.storage_dtype is not None and self.dtype is not None:
+            raise ValueError(
+                f"dtype {self.dtype}: not with storage_dtype {self.storage_dtype}; set one of them to null"
+            )
         return self
 
     def load(self, device: "torch.device | str" = "cpu") -> "Reward":
@@ -119,10 +128,13 @@ def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "
     kind = REWARDS[config.score]
     folder = resolve_reward(config, weights=str(device) != "meta")
     reward_class = getattr(import_module(kind.module), kind.class_name)
+    from flowbp.rewards.loading import compute_in, modules_of, store_in_float16
+
     if config.storage_dtype is None:
         reward: Reward = reward_class.load(folder, device=device, **kind.options)
+        for module in modules_of([reward]) if config.dtype is not None else ():
+            compute_in(module, config.dtype)
         return reward
-    from flowbp.rewards.loading import modules_of, store_in_float16
 
     # made smaller before it goes to the device
     reward = reward_class.load(folder, device="meta" if str(device) == "meta" else "cpu", **kind.options)

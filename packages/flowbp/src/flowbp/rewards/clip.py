@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import load_frozen, load_head, load_part, scoring_head
+from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_part, scoring_head
 
 MIN_CHANGE = 1e-3
 """Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""
@@ -58,7 +58,8 @@ class ClipReward:
 
     def image_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Image features of unit length."""
-        return normalize(self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output, dim=-1)
+        features = self.model.get_image_features(pixel_values=self.preprocess(images)).pooler_output
+        return normalize(at_least_float32(features), dim=-1)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""
@@ -72,7 +73,7 @@ class ClipReward:
             list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self.prompt_limit.max_length
         ).to(self.model.device)
         features = self.model.get_text_features(**batch).pooler_output
-        return normalize(features, dim=-1)
+        return normalize(at_least_float32(features), dim=-1)
 
 
 class EditClipReward(ClipReward):

@@ -12,6 +12,7 @@ from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import (
     are_weights_missing,
+    at_least_float32,
     load_head,
     load_part,
     load_weights,
@@ -67,7 +68,7 @@ class ImageReward:
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         ).last_hidden_state
-        return (self.head(read[:, 0]).squeeze(-1) - SCORE_MEAN) / SCORE_STD
+        return (self.head(at_least_float32(read[:, 0])).squeeze(-1) - SCORE_MEAN) / SCORE_STD
 
 
 def build_towers(config: BlipConfig) -> tuple[BlipVisionModel, BlipTextModel]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -53,6 +53,22 @@ def store_in_float16(model: nn.Module) -> None:
     for layer in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         layer.weight.data = layer.weight.data.half()
         parametrize.register_parametrization(layer, "weight", _Float32View(), unsafe=True)
+
+
+def compute_in(model: nn.Module, dtype: Literal["float32", "bfloat16"] | None) -> None:
+    """Makes a model of transformers compute in another precision; heads, and single numbers such as the scale of a
+    cosine, keep theirs."""
+    if not isinstance(model, PreTrainedModel) or dtype is None:
+        return
+    numbers = {name: p.data for name, p in model.named_parameters() if p.dim() == 0}
+    model.to(getattr(torch, dtype))
+    for name, value in numbers.items():
+        model.get_parameter(name).data = value
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """What a network in a lower precision gave, in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def checkpoint_layers(layers: Iterable[nn.Module]) -> None:

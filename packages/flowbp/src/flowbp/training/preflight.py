@@ -202,6 +202,13 @@ def batch_sizes(config: TrainConfig, num_processes: int) -> BatchSizes:
     return BatchSizes(per_process, per_device)
 
 
+def keeps_working_copy(config: TrainConfig) -> bool:
+    """Whether all weights are trained in bfloat16 and cast once per update."""
+    model = config.model
+    whole = config.lora is None and config.distributed.kind == "ddp" and not model.compile
+    return whole and model.dtype == "bfloat16" and model.working_copy
+
+
 def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
     """Raises UserError if weights are to be sharded without a launcher, or a launcher is set to do it itself, or
     started one process where several were asked for."""
@@ -236,13 +243,16 @@ def update_arithmetic(job: CheckedRun) -> dict[str, Any]:
     guided, detached = config.guidance_scale != 1, config.guidance.detach_negative
     active = sum(p.num_gradient_forwards for p in job.plans) / len(job.plans)
     plain = sum(p.num_plain_forwards for p in job.plans) / len(job.plans)
+    kept = sum(len(p.keep_graphs(config.keep_graphs).graphs) for p in job.plans) / len(job.plans)
     jacobians = sum(term.coupling > 0 for p in job.plans for term in p.terms) / len(job.plans)
     regularised, branches = config.regularise is not None, 2 if guided else 1
     # a regulariser needs the values of the base and of the guided velocity, a detached negative branch with it
     of_regulariser = active * (branches + (guided and detached)) if regularised else 0
     active += jacobians if regularised else 0  # a coupled step has a pass of its own for the regulariser
     with_gradient = active * (2 if guided and not detached else 1)
-    without = plain * branches + of_regulariser
+    # where a graph is kept the rollout's evaluation has the gradient; a detached negative branch is evaluated beside it
+    saved = kept * (2 if guided and not detached else 1)
+    without = plain * branches + of_regulariser - saved
     return {
         "processes": job.num_processes,
         "images_per_update": config.total_batch_size,

@@ -14,9 +14,9 @@ from imgen_common.devices import PEAK_TFLOPS, find_card
 from imgen_common.memory import FlopCounter
 
 STAGES = ("data", "rollout", "decoder", "reward", "sweep", "optimizer")
-"""data: prompts, noise and embeddings.  rollout: all evaluations without gradient but those of a regulariser.  decoder,
-reward: forward and backward.  sweep: evaluations with gradient, and a regulariser's.  optimizer: with the sum of the
-gradients over the processes."""
+"""data: prompts, noise and embeddings.  rollout: its evaluations, those whose graph is kept too, and those of renoised
+copies without gradient.  decoder, reward: forward and backward.  sweep: other evaluations with gradient, all backward
+passes, and a regulariser's base.  optimizer: with the sum of the gradients over the processes."""
 
 
 class StageClock:
@@ -59,12 +59,15 @@ class StageClock:
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: self.switch(stage))
 
-    def timed(self, velocity: Velocity) -> Velocity:
-        """The velocity, of the stage `sweep` with gradient and `rollout` without."""
+    def timed(self, velocity: Velocity, with_gradient: str = "sweep") -> Velocity:
+        """The velocity, of the stage `rollout` without gradient and of another one with it.  Its backward pass is of
+        the stage `sweep`."""
 
         def call(x: Tensor, sigma: Tensor) -> Tensor:
-            self.switch("sweep" if torch.is_grad_enabled() else "rollout")
-            return velocity(x, sigma)
+            self.switch(with_gradient if torch.is_grad_enabled() else "rollout")
+            v = velocity(x, sigma)
+            self.switch_at_gradient(v, "sweep")
+            return v
 
         return call
 

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import combinations
 
@@ -26,9 +27,10 @@ from flowbp.data.prompts import is_shapes_source, prompt_indices
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, NotFiniteError, ProcessGroup, decode_finite, evaluate
 from flowbp.rewards.losses import reward_losses
 from flowbp.training.loading import LoadedModels, make_train_state
-from flowbp.training.preflight import batch_sizes
+from flowbp.training.preflight import batch_sizes, keeps_working_copy
 from flowbp.training.stage_clock import StageClock
 from flowbp.training.state import TorchTrainState
+from imgen_common.devices import autocast_weights_once
 from imgen_common.errors import check_gradients
 from imgen_common.streams import normal, numpy_generator
 
@@ -96,7 +98,7 @@ class Trainer:
         sums: dict[str, float] = {}
         # samples are numbered through the whole run
         first = self.update * config.total_batch_size + self.accelerator.process_index * batch.per_process
-        with self.state.gradient_sync(num_passes):
+        with self.state.gradient_sync(num_passes), self._weights_cast_once():
             for start in range(first, first + batch.per_process, batch.per_device):
                 samples = range(start, start + batch.per_device)
                 for name, value in self._accumulate(plan, samples, scale).items():
@@ -105,6 +107,11 @@ class Trainer:
             self._check_gradients()
         metrics = self._sum_over_processes({name: value / config.total_batch_size for name, value in sums.items()})
         return metrics | {"gradient_forwards": float(plan.num_gradient_forwards)}
+
+    def _weights_cast_once(self) -> AbstractContextManager[None]:
+        """Around evaluations of the same weights, which autocast casts once where `model.working_copy` says so."""
+        used = keeps_working_copy(self.config) and self.models.backbone.bfloat16
+        return autocast_weights_once() if used else nullcontext()
 
     def _check_gradients(self) -> None:
         """Raises UserError if a trained weight got no gradient, not even zeros.  DeepSpeed keeps its own."""
@@ -179,10 +186,13 @@ class Trainer:
         def renoise(copy: int) -> Tensor:
             return torch.stack([normal(x_0.shape[1:], config.seed, "renoise", i, copy) for i in samples]).to(device)
 
-        # the rollout has no gradient and keeps only what the plan asks for; the sweep then makes a graph per term
+        # the rollout keeps only what the plan and `keep_graphs` ask for; the sweep then makes a graph per other term
         conds = self.models.embeddings(prompts)
-        velocity = clock.timed(self.state.sync_on_last_backward(self._velocity(conds)))
-        trajectory = rollout(velocity, x_0, self.sigmas, plan.rollout_spec, offload=config.offload_trajectory)
+        velocity = self.state.sync_on_last_backward(self._velocity(conds))
+        spec = plan.keep_graphs(config.keep_graphs)
+        trajectory = rollout(
+            clock.timed(velocity, "rollout"), x_0, self.sigmas, spec, offload=config.offload_trajectory
+        )
         options = BackwardOptions(
             scale=scale,
             reward_weights=self.reward_weights,
@@ -193,7 +203,8 @@ class Trainer:
             gradient_velocity=clock.timed(self.state.sync_on_last_backward(self._velocity(conds, gradient_only=True))),
         )
         loss = partial(self._score, prompts)
-        return self._metric_sums(backpropagate(plan, trajectory, velocity, loss, noise=renoise, options=options))
+        evaluated = clock.timed(velocity)
+        return self._metric_sums(backpropagate(plan, trajectory, evaluated, loss, noise=renoise, options=options))
 
     def _combine(self, gradients: Tensor) -> Tensor:
         return combine_gradients(gradients, self.reward_weights, self.config.combine)
@@ -272,15 +283,16 @@ class Trainer:
         accelerator = self.accelerator
         task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
         gather = gather_object if accelerator.num_processes > 1 else list
-        return evaluate(
-            self.models.eval_backbone or self.models.backbone,
-            self.models.embeddings,
-            task,
-            self.config,
-            guidance,
-            ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
-            lambda done: on_progress(done * accelerator.num_processes),
-        )
+        with self._weights_cast_once():
+            return evaluate(
+                self.models.eval_backbone or self.models.backbone,
+                self.models.embeddings,
+                task,
+                self.config,
+                guidance,
+                ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
+                lambda done: on_progress(done * accelerator.num_processes),
+            )
 
 
 def learning_rate_at(config: TrainConfig, update: int) -> float:

@@ -1,11 +1,13 @@
 """What `flowbp train` is asked to do.  The defaults are the miniature: minutes on a CPU."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from flowbp.config.trained import LoraConfig as LoraConfig
+from flowbp.config.trained import OptimConfig as OptimConfig
 from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
@@ -42,11 +44,14 @@ Different = AfterValidator(_check_different)
 PositiveInt = Annotated[int, Ge(1)]
 NumImages = Annotated[int, Ge(1), Le(10**6)]
 """Of one update or evaluation; far more are a slip, and would fill the memory before anything is trained."""
-N = TypeVar("N", int, float)
 Attention = Literal[
     "native", "_native_math", "_native_efficient", "_native_flash", "_native_cudnn", "flash", "xformers"
 ]
 """Attention kernels of diffusers that have a backward pass."""
+Recompute = Literal["none", "selective", "all"]
+
+
+OLD_RECOMPUTE = "gradient_checkpointing"
 
 
 class VaeConfig(Config):
@@ -88,8 +93,13 @@ class ModelConfig(Config):
     """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of FLUX.2 and Qwen-Image pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.
     Images depend on it, but for Z-Image and Qwen-Image, which see no padding: there fewer tokens only save time."""
-    gradient_checkpointing: bool = False
-    """Whether blocks are recomputed in the backward pass: less memory, about a third more time."""
+    recompute: Recompute = "none"
+    """What the backward pass computes again, block by block, instead of keeping it: `all`, the least memory, about a
+    third more time; `selective`, all but products of matrices and attention, which are kept; `none`."""
+    working_copy: bool = True
+    """Whether all weights that are trained in bfloat16 are cast once per update, into a copy of 2 bytes per weight,
+    instead of in every evaluation: the same update bit for bit.  With `ddp`, without `compile`; fsdp2 gathers its
+    shards in bfloat16 anyway, under zero2 and zero3 every evaluation casts."""
     attention: Attention | None = None
     """Attention kernel by its name in diffusers, for FLUX; null: torch chooses.  `flash` and `xformers` must be
     installed; those that quantize or fetch code are refused."""
@@ -98,9 +108,23 @@ class ModelConfig(Config):
     later ones less; equal to rounding."""
     quantization: Literal["int8"] | None = None
     """`int8`: the blocks' frozen weights as 8-bit integers with a scale per output, under adapters; needs torchao, and
-    `gradient_checkpointing` to save much."""
+    `recompute: all` to save much."""
     vae: VaeConfig = VaeConfig()
     """The autoencoder."""
+
+    @classmethod
+    def with_old_keys(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`gradient_checkpointing: true` and `false` are `recompute: all` and `none`."""
+        if not isinstance(given.get(OLD_RECOMPUTE), bool) or "recompute" in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != OLD_RECOMPUTE}
+        return {**rest, "recompute": "all" if given[OLD_RECOMPUTE] else "none"}
+
+    @model_validator(mode="after")
+    def _keeps_what_it_can(self) -> "ModelConfig":
+        if self.recompute == "selective" and (self.compile or self.quantization):
+            raise ValueError("recompute selective: not with compile or quantization; set it to all or none")
+        return self
 
     @field_validator("attention", mode="before")
     @classmethod
@@ -111,64 +135,6 @@ class ModelConfig(Config):
         if name.endswith("_hub"):
             raise ValueError(f"{value}: would fetch a kernel from the hub and run it; install flash-attn, use flash")
         return value
-
-
-class LoraConfig(Config):
-    """Low-rank adapters (peft) instead of all weights."""
-
-    renamed: ClassVar = {"targets": "target_modules"}
-
-    init: str | None = None
-    """Adapter to begin with: a safetensors file or folder of diffusers, PEFT, kohya or ComfyUI, or `org/name@revision`.
-    All other keys here are then those of the adapter; leave them out.  A resumed run takes its own checkpoint instead.
-    null: an update of zero."""
-    rank: Annotated[int, Ge(1), Le(4096)] = 16
-    """Rank of each update."""
-    alpha: Annotated[float, Gt(0)] = 16.0
-    """The update is scaled by alpha / rank."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "to_out")
-    """Ends of the names of the linear layers that get an adapter."""
-    rank_pattern: Mapping[str, PositiveInt] = Field(default={})
-    """Other ranks than `rank`, by the end of a layer's name."""
-    alpha_pattern: Mapping[str, Annotated[float, Gt(0)]] = Field(default={})
-    """Other alphas than `alpha`, by the end of a layer's name."""
-
-    def rank_of(self, layer: str) -> int:
-        """The rank of a layer's update."""
-        return _by_end(self.rank_pattern, layer, self.rank)
-
-    def alpha_of(self, layer: str) -> float:
-        """The alpha of a layer's update."""
-        return _by_end(self.alpha_pattern, layer, self.alpha)
-
-    def scale_of(self, layer: str) -> float:
-        """alpha / rank of a layer's update."""
-        return self.alpha_of(layer) / self.rank_of(layer)
-
-
-def _by_end(pattern: Mapping[str, N], layer: str, default: N) -> N:
-    return next((value for end, value in pattern.items() if f".{layer}".endswith(f".{end}")), default)
-
-
-class OptimConfig(Config):
-    """AdamW."""
-
-    renamed: ClassVar = {"lr": "learning_rate", "warmup": "lr_warmup_steps", "schedule": "lr_scheduler"}
-
-    learning_rate: Annotated[float, Gt(0), Le(1)] = 1e-4
-    """Peak learning rate."""
-    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
-    """Decay rates of the two moments."""
-    eps: Annotated[float, Gt(0)] = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Ge(0)] = 1e-4
-    """Decoupled weight decay."""
-    max_grad_norm: Annotated[float, Gt(0)] = 1.0
-    """Gradients are scaled down to this norm."""
-    lr_warmup_steps: Annotated[int, Ge(0)] = 5
-    """Updates of linear warm-up."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls from the warm-up to the last update (linear and cosine: to zero)."""
 
 
 class VelocityRegulariser(Config):
@@ -326,6 +292,10 @@ class TrainConfig(Config):
     """Images per process at a time; null: all of the process's share at once."""
     active_steps_per_forward: PositiveInt = 1
     """Uncoupled active steps that share one forward: memory for speed, the same gradient."""
+    keep_graphs: Annotated[int, Ge(0)] = 0
+    """Up to so many active steps keep the graph of their evaluation in the rollout until the sweep, instead of being
+    evaluated again: memory for speed, the same gradient.  With a detached negative they run both branches one after the
+    other, as `guidance.batched: false` does for all.  With `ddp` only."""
     reward_batch_size: PositiveInt | None = None
     """Images per decode-and-reward graph; null: the micro-batch."""
     offload_trajectory: bool = False
@@ -371,6 +341,14 @@ class TrainConfig(Config):
             raise ValueError(
                 f"regularise: its base would be a second whole network on each process of distributed.kind {kind}; "
                 "set lora, whose base is the network without adapters, or distributed.kind to ddp"
+            )
+        against = [f"distributed.kind {kind}"] if kind != "ddp" else []
+        if self.active_steps_per_forward > 1:
+            against.append(f"active_steps_per_forward {self.active_steps_per_forward}")
+        against += ["regularise"] if self.regularise is not None else []
+        if self.keep_graphs and against:
+            raise ValueError(
+                f"keep_graphs {self.keep_graphs}: not with {' and '.join(against)}; set one to its default"
             )
         if self.model.compile and kind != "ddp":
             raise ValueError(f"model.compile: not under distributed.kind {kind}; set it to false, or the kind to ddp")
