@@ -24,7 +24,7 @@ from flowbp import backbones
 from flowbp.backbones import pipelines
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options
-from flowbp.backbones.sd3 import SD3
+from flowbp.backbones.families.sd3 import SD3
 from flowbp.config import LoraConfig, ModelConfig, TrainConfig
 from flowbp.core.engine import rollout
 from flowbp.core.guidance import guided_velocity
