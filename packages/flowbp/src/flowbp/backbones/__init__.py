@@ -21,6 +21,7 @@ FAMILIES = {
     "FluxPipeline": ("flowbp.backbones.families.flux", "Flux"),
     "FluxKontextPipeline": ("flowbp.backbones.families.flux", "FluxKontext"),
     "ZImagePipeline": ("flowbp.backbones.families.z_image", "ZImage"),
+    "Krea2Pipeline": ("flowbp.backbones.families.krea2", "Krea2"),
     "QwenImagePipeline": ("flowbp.backbones.families.qwen_image", "QwenImage"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.families.sd3", "SD3"),
 }
