@@ -40,6 +40,8 @@ ROWS = (
     ("flux2_dev", "lora_141gb", 1, ()),
     *((model, "flowbp_lagrange", 8, ()) for model in ("sd3_5_medium", "flux2_klein_base_4b")),
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
+    ("krea2", "lora_48gb", 1, ()),
+    ("krea2", "flowbp_bridge", 8, ()),
     ("qwen_image", "lora_80gb", 1, ()),
     ("qwen_image", "flowbp_bridge", 8, ()),
 )
@@ -63,6 +65,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd3_5_medium": pipelines.sd3_5_medium,
     "flux1_dev": pipelines.flux1_dev,
     "z_image": pipelines.z_image,
+    "krea2": pipelines.krea2,
     "flux2_dev": pipelines.flux2_dev,
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,

@@ -20,6 +20,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -42,6 +44,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -217,6 +221,20 @@ def qwen_image() -> DiffusionPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
         vae=AutoencoderKLQwenImage(),
         text_encoder=qwen2_5_vl_7b(),
+        tokenizer=with_max_length(qwen_tokenizer(), 4096),
+    )
+
+
+def krea2() -> DiffusionPipeline:
+    """Krea-2-Raw: 28 blocks of 48 heads x 128, diffusers' defaults, with Qwen3-VL-4B and Qwen-Image's autoencoder."""
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+    return Krea2Pipeline(
+        transformer=Krea2Transformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=AutoencoderKLQwenImage(),
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
         tokenizer=with_max_length(qwen_tokenizer(), 4096),
     )
 

@@ -26,7 +26,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.common import clock, describe_run, read_json, time_call, write_json
 from benchmarks.quality.trainer_factory import Scores, TrainerFactory, evaluate_average
-from flowbp.backbones.flux2 import Flux2
+from flowbp.backbones.families.flux2 import Flux2
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import load_prompts
 from flowbp.methods import METHODS

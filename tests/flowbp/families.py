@@ -17,6 +17,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -37,6 +39,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -285,10 +289,8 @@ def qwen2_5_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     )
 
 
-def qwen_image() -> QwenImagePipeline:
-    """As Qwen-Image: a shift by tokens with a last level, an autoencoder for videos of one frame."""
-    tokenizer = qwen_image_tokenizer()
-    vae = AutoencoderKLQwenImage(
+def qwen_autoencoder() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 1],
@@ -297,6 +299,11 @@ def qwen_image() -> QwenImagePipeline:
         latents_mean=[-0.8, 0.2, 0.1, -0.3],
         latents_std=[2.8, 1.5, 2.3, 1.9],
     )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """As Qwen-Image: a shift by tokens with a last level, an autoencoder for videos of one frame."""
+    tokenizer = qwen_image_tokenizer()
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -310,9 +317,72 @@ def qwen_image() -> QwenImagePipeline:
     return QwenImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
-        vae=vae,
+        vae=qwen_autoencoder(),
         text_encoder=qwen2_5_vl(tokenizer),
         tokenizer=tokenizer,
+    )
+
+
+def qwen3_vl(tokenizer: Qwen2Tokenizer) -> Qwen3VLConfig:
+    start, end, image, video = tokenizer.convert_tokens_to_ids(VISION_TOKENS)
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+
+
+def krea2() -> Krea2Pipeline:
+    """As Krea-2-Raw: text states of several layers as one stack, the autoencoder of Qwen-Image."""
+    tokenizer = qwen_image_tokenizer()
+    transformer = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=WIDTH,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return Krea2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+        vae=qwen_autoencoder(),
+        text_encoder=Qwen3VLModel(qwen3_vl(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_select_layers=(1, 3),
     )
 
 
@@ -339,6 +409,7 @@ FAMILIES = {
     "flux_kontext": Family(flux_kontext, lambda scale: {"max_area": SIZE[0] * SIZE[1], **true_guidance(scale)}, 1),
     "z_image": Family(z_image, lambda scale: {"guidance_scale": scale - 1}),
     "flux2_dev": Family(flux2_dev, lambda scale: FLUX2_TEXT, 10, true_guidance=False),
+    "krea2": Family(krea2, lambda scale: {"guidance_scale": scale - 1}),
     "qwen_image": Family(qwen_image, true_guidance),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
@@ -347,7 +418,7 @@ FAMILIES = {
 
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
-LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive"}
+LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive", "krea2": "slow"}
 """Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageUpsample
+from diffusers.models.transformers.transformer_krea2 import Krea2RMSNorm
 from families import SIZE
 from fields import gradient, relative
 from oracle import backpropagate_jointly, roll
@@ -24,6 +25,9 @@ def assert_sweep_is_joint(backbone: Backbone, cond: Cond, negative: Cond, guidan
     for module in backbone.pipe.vae.modules():
         if isinstance(module, QwenImageUpsample):
             module.forward = partial(nn.Upsample.forward, module)  # its own computes in float32, whatever it is given
+    for module in backbone.net.modules():
+        if isinstance(module, Krea2RMSNorm):
+            module.double().forward = partial(_rms_norm, module)  # as above; its weights are kept in float32 too
     velocity = guided_velocity(backbone.velocity, cond, negative, guidance, backbone.guidance_rescale)
     sigmas = backbone.sigmas(12, SIZE).double()
     drawn = draw_plan(METHODS[method], sigmas.tolist(), np.random.default_rng(0))
@@ -39,3 +43,7 @@ def assert_sweep_is_joint(backbone: Backbone, cond: Cond, negative: Cond, guidan
     backpropagate_jointly(METHODS[method], drawn, roll(velocity, x_0, sigmas), loss, eps)
     assert swept.norm() > 0
     assert relative(swept, gradient(backbone.net)) < 1e-10
+
+
+def _rms_norm(module: Krea2RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.rms_norm(x, (module.dim,), module.weight + 1, module.eps)

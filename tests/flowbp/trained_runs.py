@@ -18,10 +18,14 @@ TARGETS = (
 )
 
 
+ONE_STREAM = {"z_image": "feed_forward.w1, adaLN_modulation.0", "krea2": "ff.up, to_gate"}
+"""Families of one stream of tokens, which have no layers for text alone, and other layers of theirs."""
+
+
 def targets_of(family: str) -> str:
-    """`TARGETS` for a family; those of one stream of tokens have no layers for text alone."""
-    one_stream = TARGETS.replace("add_q_proj, add_k_proj, add_v_proj", "feed_forward.w1, adaLN_modulation.0")
-    return one_stream if family == "z_image" else TARGETS
+    """`TARGETS` for a family."""
+    text = "add_q_proj, add_k_proj, add_v_proj"
+    return TARGETS.replace(text, ONE_STREAM.get(family, text))
 
 
 def trained(place: Path, model: Path, *sets: str) -> Path:

@@ -18,7 +18,9 @@ def qwen(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
     return kind(**parts, processor=Qwen2VLProcessor(images, parts["tokenizer"], videos, chat_template=""))
 
 
-PIPELINES = {name: family.make for name, family in families.FAMILIES.items() if name != families.LIKE_FLUX} | {
+NOT_HERE = (families.LIKE_FLUX, "krea2")
+"""Families of flowbp whose pipelines are made below, or do not generate for interleave."""
+PIPELINES = {name: family.make for name, family in families.FAMILIES.items() if name not in NOT_HERE} | {
     "kontext": families.flux_kontext,
     "qwen_edit": lambda: qwen(QwenImageEditPipeline),
     "qwen_edit_plus": lambda: qwen(QwenImageEditPlusPipeline),

@@ -10,7 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from transformers import Qwen3Config
 
 from flowbp import backbones
-from flowbp.backbones.flux2 import Flux2, text_layers
+from flowbp.backbones.families.flux2 import Flux2, text_layers
 from imgen_common import hub
 from imgen_common.errors import UserError
 

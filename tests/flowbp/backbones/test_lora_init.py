@@ -33,7 +33,7 @@ from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
 PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline", "flux2_dev": "Flux2Pipeline"}
-PIPELINES |= {"qwen_image": "QwenImagePipeline"}
+PIPELINES |= {"qwen_image": "QwenImagePipeline", "krea2": "Krea2Pipeline"}
 RANK, ALPHA = 4, 2.0
 
 
@@ -97,7 +97,7 @@ def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Pa
     run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", targets_of(family))
     expected, base = ours(run, model), ours(run, model, base=True)
     assert (expected - base).abs().max() > 5e-3
-    for form in FORMS:
+    for form in [one for one in FORMS if (family, one) != ("krea2", as_comfyui)]:  # no names of it are known there
         place = tmp_path / form.__name__
         place.mkdir()
         config = config_of(model, form(run, place, family))

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from flowbp.core.types import Backbone
 
 FAMILIES = {
-    "Flux2KleinPipeline": ("flowbp.backbones.flux2", "Flux2"),
-    "Flux2Pipeline": ("flowbp.backbones.flux2", "Flux2Dev"),
-    "FluxPipeline": ("flowbp.backbones.flux", "Flux"),
-    "FluxKontextPipeline": ("flowbp.backbones.flux", "FluxKontext"),
-    "ZImagePipeline": ("flowbp.backbones.z_image", "ZImage"),
-    "QwenImagePipeline": ("flowbp.backbones.qwen_image", "QwenImage"),
-    "StableDiffusion3Pipeline": ("flowbp.backbones.sd3", "SD3"),
+    "Flux2KleinPipeline": ("flowbp.backbones.families.flux2", "Flux2"),
+    "Flux2Pipeline": ("flowbp.backbones.families.flux2", "Flux2Dev"),
+    "FluxPipeline": ("flowbp.backbones.families.flux", "Flux"),
+    "FluxKontextPipeline": ("flowbp.backbones.families.flux", "FluxKontext"),
+    "ZImagePipeline": ("flowbp.backbones.families.z_image", "ZImage"),
+    "Krea2Pipeline": ("flowbp.backbones.families.krea2", "Krea2"),
+    "QwenImagePipeline": ("flowbp.backbones.families.qwen_image", "QwenImage"),
+    "StableDiffusion3Pipeline": ("flowbp.backbones.families.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""
 

@@ -10,6 +10,7 @@ KNOWN_LICENSES = (
     (r"black-forest-labs/FLUX\.1-(Kontext-)?dev", "FLUX.1-dev non-commercial"),
     (r"black-forest-labs/FLUX\.1-schnell", "Apache-2.0"),
     (r"Tongyi-MAI/Z-Image(-Turbo)?", "Apache-2.0"),
+    (r"krea/Krea-2-(Raw|Turbo)", "Krea 2 Community"),
     (r"Qwen/Qwen-Image(-2512)?", "Apache-2.0"),
     (r"stabilityai/stable-diffusion-3(\.5)?-.*", "Stability AI Community"),
     (r"builtin:shapes/.*", "Apache-2.0"),
@@ -42,6 +43,7 @@ PUBLISHED = (
     PublishedModel("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline", 9.08),
     PublishedModel("black-forest-labs/FLUX.1-dev", "FluxPipeline", 11.90),
     PublishedModel("black-forest-labs/FLUX.1-Kontext-dev", "FluxKontextPipeline", 11.90),
+    PublishedModel("krea/Krea-2-Raw", "Krea2Pipeline", 12.82, 48),
     PublishedModel("Qwen/Qwen-Image", "QwenImagePipeline", 20.43, 80),
     PublishedModel("black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 32.22, 141),
 )

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, ModelMixin
+from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel, ModelMixin
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -15,6 +15,8 @@ from flowbp.core.types import Backbone
 from imgen_common.errors import UserError
 
 GPU_ATTENTION = ("_native_efficient", "_native_cudnn", "flash", "xformers")
+MASKLESS_ATTENTION = ("_native_flash", "flash")
+"""Kernels that take no mask, which the padding of Krea 2's texts needs."""
 RECOMPILE_LIMIT = 64
 aten = torch.ops.aten
 EXPENSIVE = (
@@ -69,6 +71,10 @@ def set_attention(net: nn.Module, backend: str) -> None:
         raise UserError(
             f"model.attention {backend}: the attention of {type(net).__name__} has no choice of backends here; "
             "set it to null"
+        )
+    if isinstance(net, Krea2Transformer2DModel) and backend in MASKLESS_ATTENTION:
+        raise UserError(
+            f"model.attention {backend}: takes no mask, and {type(net).__name__} masks its text; set it to native"
         )
     for layer in layers:
         layer.set_attention_backend(backend)

@@ -108,7 +108,7 @@ def init_empty_pipeline(kind: type[P], folder: Path) -> P:
     with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         parts = {
             name: _empty_component(folder / name, *value)
-            if isinstance(value, list | tuple) and len(value) == 2
+            if isinstance(value, list | tuple) and len(value) == 2 and not isinstance(value[0], int)
             else value
             for name, value in kind.load_config(folder).items()
             if not name.startswith("_")

@@ -26,8 +26,8 @@ PROMPTS_PER_FILE = 64
 WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
 """Bytes of the largest file that a fingerprint reads whole, of one reading, and from one to the next in larger files: a
 layer is larger, so that none can differ unseen."""
-UNRELATED = frozenset({"ref", "height", "width", "dtype", "embedded_guidance", "gradient_checkpointing", "attention"})
-UNRELATED |= {"allow_distilled", "compile", "quantization", "vae"}
+UNRELATED = frozenset({"ref", "height", "width", "dtype", "embedded_guidance", "recompute", "attention", "vae"})
+UNRELATED |= {"allow_distilled", "compile", "quantization", "working_copy"}
 """Keys of `model` that change no embedding; a new key is part of every fingerprint unless it is named here."""
 LIBRARIES = ("torch", "transformers", "diffusers")
 

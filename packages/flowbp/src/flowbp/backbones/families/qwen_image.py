@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,15 +13,48 @@ from flowbp.core.settings import GuidanceRescale
 from flowbp.core.types import Cond
 
 
-class QwenImage(pipelines.PipelineBackbone):
+class QwenLatents(pipelines.PipelineBackbone):
     """Latents are "b c h w": c channels of 2x2 patches, h and w in units of 2 x the autoencoder's factor."""
+
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        super().__init__(pipe)
+        self.patch = 2 * pipe.vae_scale_factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
+        return self.pipe.transformer.config.in_channels, *pipelines.grid_size(size, self.patch)
+
+    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
+        """Standard normal float32 latents, drawn as the pipeline draws them, before it makes patches."""
+        channels, rows, columns = self.latent_shape(size)
+        drawn = torch.randn(batch, channels // 4, 2 * rows, 2 * columns, generator=rng, device=rng.device)
+        return nn.functional.pixel_unshuffle(drawn, 2)
+
+    def has_linear_levels(self) -> bool:
+        """Always: this pipeline does not ask the scheduler for a spacing of its own."""
+        return True
+
+    def shift(self, steps: int, size: tuple[int, int]) -> float:
+        """By the number of tokens."""
+        _, height, width = self.latent_shape(size)
+        return pipelines.resolution_shift(self.pipe.scheduler, height * width)
+
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Images in [0, 1], differentiable (but for the clamp): the only frame of a video."""
+        config = self.pipe.vae.config
+        latents = nn.functional.pixel_shuffle(x, 2)[:, :, None]
+        mean, std = (latents.new_tensor(one).view(-1, 1, 1, 1) for one in (config.latents_mean, config.latents_std))
+        return pipelines.decode(self.pipe.vae, latents * std + mean)[:, :, 0]
+
+
+class QwenImage(QwenLatents):
+    """Text states of Qwen2.5-VL behind a template."""
 
     guidance_rescale: GuidanceRescale = "norm"
     guidance_kind = "rescaled"
 
     def __init__(self, pipe: QwenImagePipeline) -> None:
         super().__init__(pipe)
-        self.patch = 2 * pipe.vae_scale_factor
         rope = pipe.transformer.pos_embed
         if rope.pos_freqs.is_meta:  # neither a weight nor a buffer: nothing else would fill it
             rope.__init__(rope.theta, rope.axes_dim, rope.scale_rope)
@@ -50,25 +83,6 @@ class QwenImage(pipelines.PipelineBackbone):
         length = self.pipe.prompt_template_encode_start_idx + self.max_tokens
         return {"text_encoder": PromptLimit(self.pipe.tokenizer, length, self.pipe.prompt_template_encode.format)}
 
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
-        return self.pipe.transformer.config.in_channels, *pipelines.grid_size(size, self.patch)
-
-    def noise(self, batch: int, size: tuple[int, int], rng: torch.Generator) -> Float[Tensor, "b c h w"]:
-        """Standard normal float32 latents, drawn as the pipeline draws them, before it makes patches."""
-        channels, rows, columns = self.latent_shape(size)
-        drawn = torch.randn(batch, channels // 4, 2 * rows, 2 * columns, generator=rng, device=rng.device)
-        return nn.functional.pixel_unshuffle(drawn, 2)
-
-    def has_linear_levels(self) -> bool:
-        """Always: this pipeline does not ask the scheduler for a spacing of its own."""
-        return True
-
-    def shift(self, steps: int, size: tuple[int, int]) -> float:
-        """By the number of tokens."""
-        _, height, width = self.latent_shape(size)
-        return pipelines.resolution_shift(self.pipe.scheduler, height * width)
-
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
         _, _, height, width = x.shape
@@ -82,10 +96,3 @@ class QwenImage(pipelines.PipelineBackbone):
                 return_dict=False,
             )[0]
         return tokens.transpose(1, 2).unflatten(2, (height, width))
-
-    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Images in [0, 1], differentiable (but for the clamp): the only frame of a video."""
-        config = self.pipe.vae.config
-        latents = nn.functional.pixel_shuffle(x, 2)[:, :, None]
-        mean, std = (latents.new_tensor(one).view(-1, 1, 1, 1) for one in (config.latents_mean, config.latents_std))
-        return pipelines.decode(self.pipe.vae, latents * std + mean)[:, :, 0]
