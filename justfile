@@ -24,6 +24,11 @@ type:
 test *arguments:
     uv run pytest {{arguments}}
 
+# the documentation as a site in build/site; `uv run mkdocs serve` shows it while you write
+docs:
+    uv run python scripts/reference.py
+    uv run mkdocs build --strict
+
 # one benchmark of benchmarks/: `just bench perf/sweep_memory`
 bench name *arguments:
     uv run python -m benchmarks.{{replace(name, "/", ".")}} {{arguments}}

@@ -168,6 +168,26 @@ def test_a_failure_that_safetensors_words_is_one_line(
     assert (stop.value.code, capsys.readouterr().err) == (2, said)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")])
+def test_memory_that_ran_out_is_one_line_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command()
+    def sample() -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(app, "prog")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("prog: error: memory ran out (")
+    assert said.count("\n") == 1
+    assert "flowbp estimate --memory" in said
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prog", "train", "--steps", "4"])
     with pytest.raises(RuntimeError, match="a bug"):

@@ -1,6 +1,7 @@
 """Configuration, names and files are checked before torch is imported, which takes seconds."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -102,3 +103,14 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: st
 def test_the_version_is_that_of_the_package(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"{program} {metadata.version(program)}\n"
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "completed"), [("flowbp", "tra", "train"), ("interleave", "data bu", "build")]
+)
+def test_a_shell_completes_commands(program: str, typed: str, completed: str) -> None:
+    words = f"{program} {typed}"
+    asked = {f"_{program.upper()}_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = f"import sys; sys.argv[0] = {program!r}; from {program}.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked})
+    assert done.stdout.split() == [completed]

@@ -206,7 +206,15 @@ def _explain(error: Exception) -> str | None:
         return str(DiskFullError(where or f"the disk is full ({one_line(str(error))})"))
     if where and failure is not None and failure.errno in MENDABLE:
         return f"{where}; {MENDABLE[failure.errno]}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
+        return f"memory ran out ({one_line(str(error) or 'of the machine')}); {LESS_MEMORY}"
     return None
+
+
+LESS_MEMORY = (
+    "lower batch sizes, image size or precision, or take a larger device; flowbp estimate --memory 24GB says which "
+    "settings help most, and --resume goes on from the last checkpoint"
+)
 
 
 def _command_of(app: "typer.Typer") -> Callable[..., object]:

@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import typer
 
-from flowbp.cli import evaluate, export, inspect, train
+from flowbp.cli import doctor, evaluate, export, inspect, train
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "benchmark": evaluate.benchmark,
     "table": evaluate.table,
     "report": inspect.report,
+    "doctor": doctor.doctor,
     "prefetch": export.prefetch,
     "export": export.export,
     "convert-reward": export.convert_reward,

@@ -7,10 +7,9 @@ import typer
 
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
-from interleave.cli import benchmark, data, export_reward, prefetch, run, serve, train
+from interleave.cli import benchmark, data, export_reward, machine, run, serve, train
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -19,13 +18,14 @@ app = typer.Typer(
     "image and rewrites the prompt.\n\n"
     'Example: interleave run "draw a yellow circle, then make it red"',
 )
-for command in (run.run, run.batch, run.merge, run.plan, run.report, prefetch.prefetch, serve.serve, serve.demo):
+for command in (run.run, run.batch, run.merge, run.plan, run.report, machine.prefetch, serve.serve, serve.demo):
     app.command()(command)
 app.add_typer(data.app, name="data")
 app.add_typer(benchmark.app, name="benchmark")
 app.command()(train.sft)
 app.command()(train.grpo)
 app.command()(export_reward.export_reward)
+app.command()(machine.doctor)
 
 add_version(app, "interleave")
 

@@ -1,0 +1,237 @@
+"""What a machine offers to this project, with a remedy for what it lacks, and a bundle of it for reports of faults."""
+
+import fcntl
+import getpass
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from imgen_common.errors import UserError
+from imgen_common.files import writing
+from imgen_common.run_folder.environment import environment
+from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, METRICS
+
+GIB = 2**30
+SECRET = re.compile(r"(?i)(token|key|secret|password|credential)")
+LAST_METRICS = 200
+"""Lines of a run's metrics in a bundle."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.  remedy: what to do, where it is not `ok`."""
+
+    area: str
+    state: Literal["ok", "warning", "problem"]
+    text: str
+    remedy: str = ""
+
+
+def examine(runs: Path) -> Iterator[Finding]:
+    """Findings about Python, devices, disks, the folder of run folders, cached models and tokens; writes nothing."""
+    yield Finding("python", "ok", f"Python {platform.python_version()} on {platform.platform()}")
+    yield from _devices()
+    yield from _disks(runs)
+    yield from _file_system(runs)
+    yield from _models()
+    yield from _tokens()
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("torch", "ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        text = f"no GPU is visible (torch is built for CUDA {built})" if built else "this build of torch has no CUDA"
+        yield Finding("gpu", "warning", text, "the miniature needs none; for large models check `nvidia-smi`")
+        return
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{card.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        yield _finding("gpu", free > 0.9 * total, text, "another process holds memory: see `nvidia-smi`")
+        has_bfloat16 = card.major >= 8
+        yield _finding(
+            "gpu",
+            has_bfloat16,
+            f"{card.name}: compute capability {card.major}.{card.minor}",
+            "set model.dtype=float32: it has no fast bfloat16",
+        )
+    kernels = {
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "flash-attn": find_spec("flash_attn") is not None,
+        "xformers": find_spec("xformers") is not None,
+    }
+    yield Finding("attention", "ok", f"kernels: {', '.join(name for name, found in kernels.items() if found)}")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _disks(runs: Path) -> Iterator[Finding]:
+    for name, folder, least, remedy in (
+        ("runs", _nearest_folder(runs), 10, "make room, or give another --runs; flowbp estimate says what a run needs"),
+        ("temporary files", Path(tempfile.gettempdir()), 1, "make room, or set TMPDIR"),
+        ("shared memory", Path("/dev/shm"), 1, "give the container more (docker run --shm-size=8g)"),
+    ):
+        if folder.is_dir():
+            free = shutil.disk_usage(folder).free / GIB
+            yield _finding(f"disk, {name}", free >= least, f"{free:.1f} GiB free", remedy)
+
+
+def _finding(area: str, good: bool, text: str, remedy: str) -> Finding:
+    """`ok`, or a warning with its remedy."""
+    return Finding(area, "ok" if good else "warning", text, "" if good else remedy)
+
+
+def _file_system(runs: Path) -> Iterator[Finding]:
+    area = "file system of the runs"
+    try:
+        with tempfile.TemporaryDirectory(dir=_nearest_folder(runs), prefix=".doctor-") as folder:
+            yield from _try_files(area, Path(folder))
+    except OSError as error:
+        yield Finding(area, "problem", f"files cannot be written ({error.strerror})", "give another folder as --runs")
+
+
+def _try_files(area: str, folder: Path) -> Iterator[Finding]:
+    def tries(what: str, call: Callable[[], object], remedy: str) -> Finding:
+        try:
+            call()
+        except OSError as error:
+            return Finding(area, "warning", f"no {what} ({error.strerror})", remedy)
+        return Finding(area, "ok", what)
+
+    first, second = folder / "first", folder / "second"
+    first.write_text("1")
+    with first.open("rb") as file:
+        locks = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # noqa: E731
+        yield tries("locks (flock)", locks, "start only one process in each run folder")
+    handle = os.open(folder, os.O_RDONLY)
+    yield tries("sync of folders (fsync)", lambda: os.fsync(handle), "what is written last may be lost with the power")
+    os.close(handle)
+    yield tries("replacement of a file in one step", lambda: os.replace(first, second), "choose another disk")
+    skew = max(path.stat().st_mtime for path in folder.iterdir()) - time.time()
+    yield _finding(
+        "clock", abs(skew) < 5, f"{abs(skew):.0f} s between the disk and this machine", "set the clocks (NTP)"
+    )
+
+
+def _models() -> Iterator[Finding]:
+    import warnings
+
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache = scan_cache_dir()
+    except CacheNotFound:
+        yield Finding("models", "ok", "no model is in the Hugging Face cache")
+        return
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
+        license_name = _license([revision.snapshot_path for revision in repo.revisions])
+        size = repo.size_on_disk / GIB
+        yield Finding("models", "ok", f"{repo.repo_id}, {size:.2f} GiB, license: {license_name}")
+    if not cache.repos:
+        yield Finding("models", "ok", "no model is in the Hugging Face cache")
+
+
+def _license(snapshots: Sequence[Path]) -> str:
+    """The license that a cached model card names."""
+    for snapshot in snapshots:
+        card = snapshot / "README.md"
+        text = card.read_text("utf-8", "replace")[:20_000] if card.is_file() else ""
+        if found := re.search(r"(?m)^license(?:_name)?:\s*(\S+)", text):
+            return found[1]
+    return "not known"
+
+
+def _tokens() -> Iterator[Finding]:
+    from huggingface_hub import get_token
+
+    there = get_token() is not None
+    remedy = "" if there else "for gated models: `hf auth login`, or HF_TOKEN"
+    yield Finding("tokens", "ok", f"Hugging Face: {'there' if there else 'none'}", remedy)
+    named = sorted(name for name in os.environ if re.search(r"_(API_)?(KEY|TOKEN)$", name))
+    yield Finding("tokens", "ok", f"in the environment: {', '.join(named) or 'none'} (values are never shown)")
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
+        yield Finding("network", "warning", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset it, or prefetch")
+
+
+def run_doctor(
+    program: str, findings: Sequence[Finding], as_json: bool, bundle: Path | None = None, run: Path | None = None
+) -> int:
+    """Prints findings, and writes a bundle where one is asked for; returns the exit code, 1 if one is a problem.
+
+    Raises UserError as `write_bundle`.
+    """
+    if bundle is not None:
+        write_bundle(bundle, program, findings, run)
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return int(problems > 0)
+    for finding in findings:
+        print(f"{finding.state:8} {finding.area}: {finding.text}{f'; {finding.remedy}' if finding.remedy else ''}")
+    warnings = sum(finding.state == "warning" for finding in findings)
+    print(f"\n{len(findings)} findings: {problems} problems, {warnings} warnings")
+    if bundle is not None:
+        print(f"written to {bundle}; look through it before you send it")
+    return int(problems > 0)
+
+
+def write_bundle(file: Path, program: str, findings: Sequence[Finding], run: Path | None) -> None:
+    """Writes a zip file for a report of a fault: versions, findings and, of a run, its configuration, what it ran on
+    and its last metrics.  Secrets, names of users and home folders are replaced.
+
+    Raises UserError if the file exists or cannot be written, or `run` is no run folder.
+    """
+    if file.exists():
+        raise UserError(f"{file}: exists; give another name")
+    parts = {
+        "environment.json": json.dumps(environment([program, *sys.argv[1:]]), indent=1),
+        "findings.json": json.dumps([asdict(finding) for finding in findings], indent=1),
+    }
+    if run is not None:
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{run}: no run folder (it has no {CONFIG}); give one with --run, or leave it out")
+        for name in (CONFIG, ENVIRONMENT, METRICS):
+            if (run / name).is_file():
+                lines = (run / name).read_text("utf-8", "replace").splitlines()
+                parts[f"run/{name}"] = "\n".join(lines[-LAST_METRICS:] if name == METRICS else lines)
+    with writing(file), zipfile.ZipFile(file, "x", zipfile.ZIP_DEFLATED) as bundle:
+        for name, text in parts.items():
+            bundle.writestr(name, without_secrets(text))
+
+
+def without_secrets(text: str) -> str:
+    """A text without what may be secret: values of such variables, keys and passwords, and the user's name and home."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 6:
+            text = text.replace(value, "(removed)")
+    text = re.sub(r"(://)[^/\s\"'@]+@", r"\1(removed)@", text)
+    text = re.sub(r"\b(hf_|sk-|ghp_|glpat-)[A-Za-z0-9_-]{8,}", "(removed)", text)
+    text = re.sub(r"(?i)(bearer\s+)\S+", r"\1(removed)", text)
+    text = text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return text
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "USER", text) if len(user) > 2 else text

@@ -1,0 +1,114 @@
+"""What a machine offers, and bundles without secrets."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgen_common import doctor
+from imgen_common.doctor import Finding, examine, run_doctor, without_secrets, write_bundle
+from imgen_common.errors import UserError
+
+
+def states(runs: Path) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for finding in examine(runs):
+        found.setdefault(finding.area, set()).add(finding.state)
+    return found
+
+
+def test_a_folder_that_is_not_there_yet_is_examined_where_it_would_be(tmp_path: Path) -> None:
+    found = states(tmp_path / "not" / "there")
+    assert found["file system of the runs"] == {"ok"}
+    assert found["clock"] == {"ok"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_file_system_lacks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*given: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(doctor.fcntl, "flock", lacking)
+    found = [finding for finding in examine(tmp_path) if finding.state == "warning" and "flock" in finding.text]
+    assert [finding.text for finding in found] == ["no locks (flock) (Function not implemented)"]
+    assert "only one process" in found[0].remedy
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**given: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor.tempfile, "TemporaryDirectory", refused)
+    assert states(tmp_path)["file system of the runs"] == {"problem"}
+
+
+def test_tokens_are_named_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmn")
+    monkeypatch.setenv("JUDGE_API_KEY", "top-secret-value")
+    text = json.dumps([vars(finding) for finding in examine(tmp_path)])
+    assert "Hugging Face: there" in text
+    assert "JUDGE_API_KEY" in text
+    assert "abcdefghijklmn" not in text
+    assert "top-secret-value" not in text
+
+
+def test_licenses_of_cached_models_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path))
+    assert [f.text for f in examine(tmp_path) if f.area == "models"] == ["org/name, 0.00 GiB, license: apache-2.0"]
+
+
+@pytest.mark.parametrize(("state", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])
+def test_only_a_problem_is_a_failure(state: Any, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [Finding("disk", state, "2 GiB free", "make room")]
+    assert run_doctor("flowbp", found, as_json=False) == code
+    assert "disk: 2 GiB free; make room" in capsys.readouterr().out
+    assert run_doctor("flowbp", found, as_json=True) == code
+    assert json.loads(capsys.readouterr().out) == [
+        {"area": "disk", "state": state, "text": "2 GiB free", "remedy": "make room"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "http://me:pa55word@host/v1",
+        "sk-abcdefgh12345678",
+        "Authorization: Bearer abc.def-ghi",
+        "value-of-my-key",
+        "hf_qwertzuiop",
+    ],
+)
+def test_secrets_are_taken_out(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "value-of-my-key")
+    cleaned = without_secrets(f"url: {secret} end")
+    for part in ("pa55word", "abcdefgh12345678", "abc.def-ghi", "value-of-my-key", "qwertzuiop"):
+        assert part not in cleaned
+    assert cleaned.startswith("url: ")
+    assert cleaned.endswith(" end")
+
+
+def test_a_bundle_holds_findings_and_the_last_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, file = tmp_path / "run", tmp_path / "report.zip"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"name: x\nplace: {Path.home()}/models\n")
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1000)))
+    write_bundle(file, "flowbp", [Finding("gpu", "ok", "none")], run)
+    with zipfile.ZipFile(file) as bundle:
+        parts = {name: bundle.read(name).decode() for name in bundle.namelist()}
+    assert set(parts) == {"environment.json", "findings.json", "run/config.yaml", "run/metrics.jsonl"}
+    assert "place: ~/models" in parts["run/config.yaml"]
+    assert parts["run/metrics.jsonl"].splitlines()[-1] == '{"step": 999}'
+    assert len(parts["run/metrics.jsonl"].splitlines()) == 200
+    with pytest.raises(UserError, match=r"report\.zip: exists; give another name"):
+        write_bundle(file, "flowbp", [], None)
+    with pytest.raises(UserError, match="no run folder"):
+        write_bundle(tmp_path / "other.zip", "flowbp", [], tmp_path)
+    assert not os.path.exists(tmp_path / "other.zip")
