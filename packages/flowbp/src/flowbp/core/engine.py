@@ -169,10 +169,7 @@ def sweep(
     trainable, or graphs were kept where several steps share a forward or a regulariser asks for other passes.
     Source: FlowBP, arXiv 2606.11075; the sweep is the adjoint of its surrogate losses.
     """
-    if missing := [term.step for term in plan.terms if term.step not in trajectory.states]:
-        raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.rollout_spec")
-    if trajectory.graphs and (steps_per_forward > 1 or penalty is not None):
-        raise ValueError("graphs of a rollout go with one step per forward and without a regulariser")
+    _check_trajectory(plan, trajectory, alone=steps_per_forward == 1 and penalty is None)
     num_backward_passes = 0
     for group in _groups(_passes(plan, penalty is not None), steps_per_forward):
         num_backward_passes += 1
@@ -190,6 +187,14 @@ def sweep(
         if coupling and x.grad is not None:
             cotangent = cotangent + coupling * x.grad
     return num_backward_passes
+
+
+def _check_trajectory(plan: Plan, trajectory: Trajectory, *, alone: bool) -> None:
+    """Raises ValueError where states are missing, or where graphs were kept of steps that are not swept alone."""
+    if missing := [term.step for term in plan.terms if term.step not in trajectory.states]:
+        raise ValueError(f"the trajectory kept no state at steps {missing}; roll out with plan.rollout_spec")
+    if trajectory.graphs and not alone:
+        raise ValueError("graphs of a rollout go with one step per forward and without a regulariser")
 
 
 def _sweep_kept(term: Term, x: Tensor, v: Tensor, cotangent: Tensor) -> Tensor:

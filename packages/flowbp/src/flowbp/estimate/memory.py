@@ -90,15 +90,8 @@ def estimate_run(job: CheckedRun) -> Estimate:
     models = FakeModels(config, job.sources)
     weights = WeightSizes.of(models, config, job.num_processes)
     sent = sent_bytes(models.backbone, job)
-    if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
-        models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
-    copied = keeps_working_copy(config)
-    with FakeTensorMode(allow_non_fake_inputs=True), autocast_weights_once() if copied else contextlib.nullcontext():
-        models.allocate()
-        # what the first evaluation leaves behind
-        copy = trace_stage(lambda: rollout_stage(models, 1) is None, models).held if copied else 0
-        stages, untraced = trace_stages(models, job, batch.per_device)
-        graph = trace_kept_graph(models, job, batch.per_device) if config.keep_graphs else StageCost(0, 0)
+    traced = TracedRun.of(models, job, batch.per_device)
+    stages, graph = traced.stages, traced.kept_graph
 
     # a rollout holds the state, its velocity, and what the most demanding plan keeps
     state = batch.per_device * FLOAT32_BYTES * math.prod(models.shape)
@@ -107,7 +100,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     activation = {name: stage.bytes + trajectory + weights.unsharded for name, stage in stages.items()}
     num_kept = max(len(plan.keep_graphs(config.keep_graphs).graphs) for plan in job.plans)
     for name, number in (("rollout", num_kept), ("reward", num_kept), ("swept step", num_kept - 1)):
-        activation[name] += max(0, number) * graph.held
+        activation[name] += max(0, number) * graph
     activation["optimizer step"] = weights.optimizer_step
     # gradients are freed after every update: they are not there yet in the first rollout and reward stage
     accumulates = batch.gradient_accumulation_steps > 1
@@ -120,15 +113,15 @@ def estimate_run(job: CheckedRun) -> Estimate:
     activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
     return Estimate(
-        static=weights.static | ({"bfloat16 copy": copy} if copied else {}),
+        static=weights.static | traced.static,
         activation=activation,
-        kept_graph=graph.held,
+        kept_graph=graph,
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
         flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job, models.backbone.guidance_rescale),
         sent=sent,
-        untraced=untraced,
+        untraced=traced.untraced,
     )
 
 
@@ -279,6 +272,34 @@ class StageCost:
     bytes: int
     flops: float
     held: int = 0
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """Costs of the stages, rewards that could not be traced, and bytes of a kept graph and of further static parts."""
+
+    stages: Mapping[str, StageCost]
+    untraced: tuple[str, ...]
+    kept_graph: int
+    static: dict[str, int]
+
+    @classmethod
+    def of(cls, models: FakeModels, job: CheckedRun, batch: int) -> "TracedRun":
+        """Of micro-batches of `batch` samples."""
+        config = job.config
+        if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
+            models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
+        copied = keeps_working_copy(config)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            autocast_weights_once() if copied else contextlib.nullcontext(),
+        ):
+            models.allocate()
+            # what the first evaluation leaves behind
+            copy = trace_stage(lambda: rollout_stage(models, 1) is None, models).held if copied else 0
+            stages, untraced = trace_stages(models, job, batch)
+            graph = trace_kept_graph(models, job, batch).held if config.keep_graphs else 0
+        return cls(stages, untraced, graph, {"bfloat16 copy": copy} if copied else {})
 
 
 def trace_stages(models: FakeModels, job: CheckedRun, batch: int) -> tuple[dict[str, StageCost], tuple[str, ...]]:
