@@ -24,9 +24,9 @@ def doctor(
     run: Annotated[str | None, typer.Option(metavar="RUN", help="Run whose files go in.")] = None,
 ) -> None:
     """Look at what this machine offers: Python, torch, GPUs and attention kernels, disks, shared memory, the file
-    system of the runs (locks, fsync), cached models with their licenses, tokens (whether there are any; their values are never
-    shown), and optional packages. Each finding that is not ok comes with its remedy. The exit code is 1 if there is
-    a problem that would stop a run.
+    system of the runs (locks, fsync), cached models with their licenses, tokens (whether there are any; their values
+    are never shown), and optional packages. Each finding that is not ok comes with its remedy. The exit code is 1 if
+    there is a problem that would stop a run.
 
     Example:
 
