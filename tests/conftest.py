@@ -8,7 +8,21 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 # Where this is set, each of the hundreds of processes of the tests compiles torch, diffusers and transformers anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; skipped where there is none."""
+    from browser import CHROMIUM, open_browser
+
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with open_browser() as chromium:
+        yield chromium
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

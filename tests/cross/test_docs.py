@@ -5,9 +5,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
+from browser import find_faults
 from command_lines import FEW, ONE, ROLLOUT, parse
 from PIL import Image
 
@@ -134,15 +140,34 @@ def run_line(line: str, place: Path) -> None:
         assert done.returncode == 0 or (done.returncode == 1 and words[1] == "interleave"), output
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """The built site, and its address."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    )
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    pages = list((tmp_path / "site").rglob("*.html"))
+    handler = partial(SilentHandler, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield tmp_path / "site", f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_reads_well(browser: Any, site: tuple[Path, str]) -> None:
+    folder, address = site
+    pages = list(folder.rglob("*.html"))
     assert len(pages) > 50
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:)?//', text), page
+    for name in ("index", "tutorials/method", "reference/flowbp_configuration", "results/methods"):
+        assert find_faults(browser, f"{address}/{name}.html") == []

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from browser import find_faults
 
 ROOT = Path(__file__).parents[2]
 FEW = "max_train_steps=1 total_batch_size=2 eval.num_prompts=4 eval.quick_num_prompts=2 eval.num_inference_steps=2"
@@ -33,14 +35,16 @@ def run(installed: Path, place: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_main_job_runs_from_wheels(installed: Path, tmp_path: Path) -> None:
+def test_the_main_job_runs_from_wheels(browser: Any, installed: Path, tmp_path: Path) -> None:
     where = (
         "import flowbp, imgen_common, interleave; print(*(m.__path__[0] for m in (flowbp, imgen_common, interleave)))"
     )
     assert all(Path(path).is_relative_to(installed) for path in run(installed, tmp_path, "-c", where).split())
     sets = [part for one in FEW.split() for part in ("--set", one)]
     run(installed, tmp_path, "-m", "flowbp", "train", *sets)
-    assert (tmp_path / "runs" / "flowbp_bridge" / "report.html").is_file()
+    report = tmp_path / "runs" / "flowbp_bridge" / "report.html"
+    report.write_text(report.read_text(encoding="utf-8").replace("<details", "<details open"), encoding="utf-8")
+    assert find_faults(browser, report.as_uri()) == []
     run(installed, tmp_path, "-m", "interleave", "sft", "critic", "--help")
 
 

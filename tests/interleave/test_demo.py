@@ -1,7 +1,6 @@
 """The demo: a story appears step by step in a real browser, and nobody else gets in or is told of it."""
 
 import asyncio
-import shutil
 import socket
 import sys
 import threading
@@ -21,7 +20,6 @@ from interleave.protocols import HashedImage
 from interleave.records import Attempt, GeneratorInfo, PlannerRecord, PlanRecord, Record, Request, Trajectory
 from interleave.serve import open_listener, required_token
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TOKEN = "correct horse"
 
 
@@ -109,17 +107,6 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(socket.socket, "connect", noted)
     return hosts
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as session:
-        chromium = session.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @contextmanager

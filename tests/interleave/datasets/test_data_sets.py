@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from backends import FakeGenerator, FakeJudge
+from browser import CHROMIUM, find_faults, open_browser
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_build import build as go_on_building
@@ -1037,6 +1038,15 @@ def test_the_page_needs_no_other_file_and_says_what_was_left_out(tmp_path: Path,
         assert one.filter in page.text
     assert page.tags.count("image") > 0
     assert "judge: fake judge" in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_reads_well_on_a_phone_and_in_the_dark(tmp_path: Path, asked: Path) -> None:
+    build(tmp_path / "set", asked)
+    page = write_page(tmp_path / "set").as_uri()
+    with open_browser() as browser:  # not the fixture: while it is open, no event loop can be started here
+        assert find_faults(browser, page) == []
 
 
 RECIPES = sorted((ROOT / "configs" / "interleave").glob("data_*.yaml"))

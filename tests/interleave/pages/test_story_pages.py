@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from browser import find_faults
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import Page
@@ -157,6 +158,14 @@ def test_the_page_stands_alone(num: int) -> None:
     assert "@media print" in html
     assert 'name="viewport"' in html
     assert all(drawings(page))
+
+
+@pytest.mark.slow
+def test_the_page_reads_well_on_a_phone_and_in_the_dark(browser: Any, tmp_path: Path) -> None:
+    album = Album()
+    html, _ = page_of([told(album, f"story {i}", f"r{i}", i) for i in range(3)], album)
+    (tmp_path / "report.html").write_text(html.replace("<details", "<details open"), encoding="utf-8")
+    assert find_faults(browser, (tmp_path / "report.html").as_uri()) == []
 
 
 def test_every_image_is_in_the_page_once() -> None:
