@@ -374,6 +374,22 @@ def test_training_without_a_configuration_builds_the_miniatures_set_once(
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sft", "critic", "--set", "trl.learning_rat=1"), "did you mean 'learning_rate'"),
+        (("grpo", "--set", "reward_weights={x: 1}"), "reward_weights"),
+    ],
+)
+def test_a_setting_that_is_refused_builds_no_set(
+    interleave: Call, called: list[tuple[str, Any]], words: tuple[str, ...], said: str
+) -> None:
+    code, _, err = interleave(*words)
+    assert code == 2
+    assert said in err
+    assert called == []
+
+
+@pytest.mark.parametrize(
     ("words", "processes"),
     [(("sft", "critic", "--dry-run"), "1"), (("grpo", "--dry-run"), "1"), (("sft", "planner"), "2")],
 )

@@ -88,13 +88,15 @@ def build(
     _print_set(info, folder, page, as_json)
 
 
-def ensure_miniature_set(folder: Path, as_json: bool, may_build: bool) -> None:
-    """Builds the set that the miniature's recipes read where it is not there, or goes on with it; other folders are
-    left to the user.  Raises UserError unless `may_build`."""
+def lacks_miniature_set(folder: Path) -> bool:
+    """Whether it is the folder of the set that the miniature's recipes read, and has none."""
     from interleave.datasets.filters import INFO
 
-    if folder != MINIATURE_SET or (folder / INFO).is_file():
-        return
+    return folder == MINIATURE_SET and not (folder / INFO).is_file()
+
+
+def build_miniature_set(folder: Path, as_json: bool, may_build: bool) -> None:
+    """Builds the set that the miniature's recipes read, or goes on with it.  Raises UserError unless `may_build`."""
     if not may_build:
         raise UserError(f"{folder}: not there; make it first ({MINIATURE_COST}) with: interleave data build")
     print(f"{folder}: not there; building it, once ({MINIATURE_COST})", file=sys.stderr)

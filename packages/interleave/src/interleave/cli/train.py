@@ -148,12 +148,18 @@ def _load_config(
 def _ensure_set(
     run: Path | None, configs: list[Path] | None, config: "TrainingConfig", as_json: bool, dry_run: bool
 ) -> None:
-    """Builds the miniature's set where its recipe is run and the set is not there.  Raises UserError if it may not."""
-    if run is None and not configs:
-        from interleave.training.run import num_processes
+    """Builds the miniature's set where its recipe is run and the set is not there, if what the training is to do is
+    possible.  Raises UserError if it is not, or the set may not be built."""
+    if run is None and not configs and data.lacks_miniature_set(Path(config.data)):
+        from interleave.training import run as launch
 
-        may_build = not dry_run and num_processes("interleave") == 1
-        data.ensure_miniature_set(Path(config.data), as_json, may_build)
+        launch.prepare_environment()
+        from interleave.training import grpo, sft
+        from interleave.training.config import SftConfig
+
+        (sft if isinstance(config, SftConfig) else grpo).check_settings(config)
+        may_build = not dry_run and launch.num_processes("interleave") == 1
+        data.build_miniature_set(Path(config.data), as_json, may_build)
 
 
 def _check_files(config: "TrainingConfig", rows: str, *, weights: bool) -> None:

@@ -49,6 +49,16 @@ REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
 """The parts of each reward and their weights, by the key `reward`."""
 
 
+def check_settings(config: GrpoConfig) -> None:
+    """Checks what needs neither rows nor a model.  Raises UserError."""
+    from trl import GRPOConfig
+
+    check_options("trl", config.trl, GRPOConfig, RESERVED_GRPO)
+    check_values(config.trl, GRPOConfig)
+    reward_weights(config)
+    build_lora_config(config)
+
+
 def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True) -> GrpoJob:
     """Checks all that can be checked before the model is loaded.  Raises UserError.
 
@@ -56,10 +66,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     """
     from trl import GRPOConfig
 
-    check_options("trl", config.trl, GRPOConfig, RESERVED_GRPO)
-    check_values(config.trl, GRPOConfig)
-    reward_weights(config)
-    build_lora_config(config)
+    check_settings(config)
     check_sharding(config, processes)
     hub.resolve(config.model, weights=needs_weights)
     if needs_weights:

@@ -43,6 +43,16 @@ class SftJob:
     batch_plan: SftBatchPlan
 
 
+def check_settings(config: SftConfig) -> None:
+    """Checks what needs neither rows nor a model.  Raises UserError."""
+    from trl import SFTConfig
+
+    check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
+    check_values(config.trl, SFTConfig)
+    build_lora_config(config)
+    TrlBatchOptions.from_trl(config.trl)
+
+
 def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: bool = True) -> SftJob:
     """Checks all that can be checked before the model is loaded.  Raises UserError.
 
@@ -50,10 +60,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     """
     from trl import SFTConfig
 
-    check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
-    check_values(config.trl, SFTConfig)
-    build_lora_config(config)
-    TrlBatchOptions.from_trl(config.trl)
+    check_settings(config)
     check_arguments(config.trl, SFTConfig, processes)
     hub.resolve(config.model, weights=needs_weights)
     if needs_weights:
