@@ -193,6 +193,7 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
             )
         return lora.target_modules
     ends = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in layers})
+    ends = [end for end in ends if not any(end.endswith(f".{other}") for other in ends)]  # each layer counts once
     return tuple(ends) if chosen(ends) == layers else tuple(sorted(layers))
 
 
