@@ -164,7 +164,9 @@ def format_name(package: str, name: str, value: Any) -> str:
         signature = str(inspect.signature(value))
     except (TypeError, ValueError):
         signature = ""
-    return f"{head}\n    {name}{re.sub(r'<([^<>]*)>', r'...', signature)}\n\n{text}\n"
+    for address in (r"<lambda>", r"<[^<>]*>"):  # of functions, which differs each time
+        signature = re.sub(address, "...", signature)
+    return f"{head}\n    {name}{signature}\n\n{text}\n"
 
 
 def pages() -> dict[str, str]:

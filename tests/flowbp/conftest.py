@@ -1,4 +1,4 @@
-"""Tiny models of every family.  Property tests are not timed one by one: the machine may be busy."""
+"""Tiny models of every family."""
 
 import sys
 from collections.abc import Callable
@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, LATER, folder_of
-from hypothesis import settings
 
 from flowbp import backbones, cli
 from flowbp.core.types import Backbone
-
-settings.register_profile("flowbp", deadline=None)
-settings.load_profile("flowbp")
 
 
 @pytest.fixture(

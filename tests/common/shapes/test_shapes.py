@@ -149,7 +149,7 @@ def test_balanced_captions_repeat_only_when_all_were_used() -> None:
         assert len(set(fresh)) == len(fresh)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(CATEGORIES), st.sampled_from(SPLITS))
 def test_a_hard_negative_is_another_caption(seed: int, category: str, split: str) -> None:
     rng = np.random.default_rng(seed)

@@ -51,7 +51,7 @@ def picture(*placed: Placed) -> torch.Tensor:
     return torch.from_numpy(render(Scene(0.1, placed)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.sampled_from(SPLITS), st.booleans())
 def test_every_image_of_a_story_belongs_to_its_split(seed: int, split: str, riddle: bool) -> None:
     made = story(seed, split, riddle)
@@ -60,7 +60,7 @@ def test_every_image_of_a_story_belongs_to_its_split(seed: int, split: str, ridd
     assert all(isinstance(step, Change) for step in made.steps[1:])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seeds, st.booleans())
 def test_the_steps_follow_on_each_other_and_stay_in_the_generators_world(seed: int, riddle: bool) -> None:
     made = story(seed, riddle=riddle)
@@ -71,7 +71,7 @@ def test_the_steps_follow_on_each_other_and_stay_in_the_generators_world(seed: i
         assert 1 <= len(after.after) <= 3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seeds, st.booleans())
 def test_a_storys_prompts_are_a_correct_plan_and_any_shorter_or_other_one_is_not(seed: int, riddle: bool) -> None:
     made = story(seed, riddle=riddle)
@@ -86,7 +86,7 @@ def test_a_storys_prompts_are_a_correct_plan_and_any_shorter_or_other_one_is_not
         assert not plan_is_correct([*prompts[:i], wrong, *prompts[i + 1 :]], made)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seeds)
 def test_reading_a_prompt_gives_the_step_back(seed: int) -> None:
     made = story(seed)
@@ -202,7 +202,7 @@ def test_a_later_step_cannot_be_right_on_a_wrong_image() -> None:
     assert verify_story(torch.stack([wrong, second]), Story(EXAMPLE, EXAMPLE_STEPS)) == [False, False, False]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds)
 def test_the_oracle_accepts_exact_edits_and_refuses_the_image_before(seed: int) -> None:
     edit = sample_edit(np.random.default_rng(seed))
@@ -214,7 +214,7 @@ def test_the_oracle_accepts_exact_edits_and_refuses_the_image_before(seed: int) 
     assert not step_holds(None, detect(after[None])[0], step)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds)
 def test_the_oracle_judges_a_first_image_by_its_caption(seed: int) -> None:
     made = story(seed, num_steps=1).steps[0]

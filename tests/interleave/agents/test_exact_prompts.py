@@ -215,7 +215,7 @@ def flat(message: Message) -> str:
 WORDS = st.text(st.sampled_from("ab \n<>[]{}|_/\u2060") | st.characters(codec="utf-8"), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WORDS, WORDS, WORDS, st.sampled_from(["", "<image><image>", "a <image> b <image>"]))
 def test_every_prompt_of_run_time_is_known_as_one(first: str, second: str, third: str, prefix: str) -> None:
     shown = CriticInput(RED, BLUE, first, second, third, ((first, RED), (third, None), (second, BLUE)))

@@ -37,7 +37,7 @@ from scripts.miniature.agents.vision import COLOR_NAMES, SHAPE_NAMES, label_cell
 EXAMPLE = "draw a red circle, then add a blue square on its right, then make the circle green"
 PROMPTS = ["a red circle", "add a blue square right of the circle", "make the circle green"]
 seeds = st.integers(0, 2**32 - 1)
-few = settings(max_examples=20, deadline=None)
+few = settings(max_examples=20)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_rejections_take_the_wordings_in_turn(seed: int) -> None:
     assert verdict(replace(blank, used=first.refined_prompt)).refined_prompt == case.original
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seeds)
 def test_another_wording_asks_for_no_less(seed: int) -> None:
     """Whatever image another wording accepts, the original accepts too."""

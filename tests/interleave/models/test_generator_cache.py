@@ -74,7 +74,7 @@ def test_what_differs_is_generated(other: GenerationRequest, tmp_path: Path) -> 
     assert inner.calls == 2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))
 def test_keys_tell_generators_and_parameters_apart(params: dict[str, Any]) -> None:
     key = CachedGenerator(ScriptedGenerator(params=params), Path("unused")).key(JOB)

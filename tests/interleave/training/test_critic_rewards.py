@@ -149,7 +149,7 @@ def test_unchanged_success_may_be_skipped() -> None:
 BAD = ["", "x", "[]", "null", '"quoted"', "[1, 2]", '{"previous_step_success": [true], "refine_prompt": {}}', "{" * 900]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bodies=st.lists(st.one_of(st.sampled_from(BAD), st.text(max_size=40)), min_size=1, max_size=6),
     think=st.booleans(),
@@ -176,7 +176,7 @@ def test_bad_answers_never_raise_and_never_change_others(bodies: list[str], thin
     assert asyncio.run(reward(order)) == [plain[i] for i in order]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 10), st.floats(0, 10), st.booleans())
 def test_rewards_are_bounded_and_grow_with_the_scores(
     sc: float, pq: float, old: float, more: float, said: bool
