@@ -44,6 +44,7 @@ from imgen_common.streams import numpy_generator
 COMMANDS = (
     *("train", "estimate", "methods", "families", "explain", "sample", "eval", "benchmark", "table"),
     *("report", "prefetch", "export", "convert-reward"),
+    "runs",
 )
 SMALL = (
     *(

@@ -7,6 +7,7 @@ import typer
 from flowbp.cli import evaluate, export, inspect, train
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
+from imgen_common.run_folder.commands import build_runs_app
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(build_runs_app("flowbp", ("flowbp_bridge", "refl")), name="runs")
 
 add_version(app, "flowbp")
 
