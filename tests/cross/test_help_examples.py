@@ -52,6 +52,8 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ('flowbp estimate configs/flowbp/sd3_5_medium/lora_24gb.yaml --memory 24GB --gpu "RTX 4090"', "missing"),
         ("flowbp estimate configs/flowbp/flux1_dev/flowbp_bridge.yaml --gpus 8 --memory 80GB --gpu H100", "missing"),
         ("flowbp estimate --calibrate", FEW),
+        ("flowbp init my-run --family sd3_5_medium --reward pickscore --memory 24GiB", ""),
+        ("flowbp init my-run-8 --family flux1_dev --memory 80GB --gpus 8", ""),
         ("flowbp methods", ""),
         ("flowbp methods --json", ""),
         ("flowbp families", ""),

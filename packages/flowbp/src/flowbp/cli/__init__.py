@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import typer
 
-from flowbp.cli import evaluate, export, inspect, train
+from flowbp.cli import evaluate, export, init, inspect, train
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
 from imgen_common.run_folder.commands import build_runs_app
@@ -19,6 +19,7 @@ app = typer.Typer(
     "Example: flowbp train",
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init.init,
     "train": train.train,
     "estimate": train.estimate,
     "methods": inspect.methods,
