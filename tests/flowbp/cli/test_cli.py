@@ -41,8 +41,9 @@ from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator
 
 COMMANDS = (
-    *("train", "estimate", "methods", "families", "explain", "sample", "eval", "benchmark", "table"),
+    *("init", "train", "estimate", "methods", "families", "explain", "sample", "eval", "benchmark", "table"),
     *("report", "doctor", "prefetch", "export", "convert-reward"),
+    "runs",
 )
 SMALL = (
     *(

@@ -23,7 +23,7 @@ from interleave.storage.trace import read_trace
 from interleave.training.config import GrpoConfig, SftConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"
-COMMANDS = ("run", "batch", "merge", "plan", "report", "prefetch", "serve", "demo")
+COMMANDS = ("runs", "run", "batch", "merge", "plan", "report", "prefetch", "serve", "demo")
 PLAN = Plan(steps=(PlanStep(index=1, prompt="a cat"), PlanStep(index=2, prompt="a hat", text="It likes it.")))
 YES = render_verdict(Verdict(success=True, refined_prompt="same", reasoning="good"))
 NO = render_verdict(Verdict(success=False, refined_prompt="a bigger cat", reasoning="too small"))

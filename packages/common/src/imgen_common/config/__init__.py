@@ -7,10 +7,21 @@ replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by t
 `no` and `on` are words.  A file may have 512 KiB, 64 values inside each other, and integers of 64 bits.
 """
 
-from imgen_common.config.merge import load
+from imgen_common.config.merge import load, read_layers
 from imgen_common.config.reference import FieldRow, fields_table
 from imgen_common.config.schema import Config, Presets
 from imgen_common.config.secrets import NO_SECRETS
-from imgen_common.config.yaml_files import read_yaml, to_yaml
+from imgen_common.config.yaml_files import dump_yaml, read_yaml, to_yaml
 
-__all__ = ["NO_SECRETS", "Config", "FieldRow", "Presets", "fields_table", "load", "read_yaml", "to_yaml"]
+__all__ = [
+    "NO_SECRETS",
+    "Config",
+    "FieldRow",
+    "Presets",
+    "dump_yaml",
+    "fields_table",
+    "load",
+    "read_layers",
+    "read_yaml",
+    "to_yaml",
+]

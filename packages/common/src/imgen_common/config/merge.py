@@ -36,7 +36,7 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     """
     merge = _Merge()
     tree: Any = {}
-    for path, content in (layer for file in files for layer in _layers(file)):
+    for path, content in (layer for file in files for layer in read_layers(file)):
         for key in cls.beside_file:
             _find_beside(path, content, key.split("."))
         tree = merge.apply(cls, tree, content, (), str(path))
@@ -52,8 +52,11 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
         raise UserError(describe_errors(cls, tree, merge.origins, error)) from None
 
 
-def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A file and, before it, those it `extends`, each with its content."""
+def read_layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A file and, before it, those it `extends`, each with its content as plain data.
+
+    Raises UserError if one cannot be read, or extends itself.
+    """
     if len(below) > MAX_FILES:
         raise UserError(f"{path}: more than {MAX_FILES} files that extend each other; write fewer")
     content = read_yaml(path)
@@ -63,7 +66,7 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path, di
     if parent is not None:
         if not isinstance(parent, str):
             raise UserError(f"{path}: {EXTENDS}: must be the path of a file, from this one, got {shortened(parent)}")
-        yield from _layers(path.parent / parent, (*below, path))
+        yield from read_layers(path.parent / parent, (*below, path))
     yield path, content
 
 

@@ -29,7 +29,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """`config` with every value spelled out; `load` reads it back to an equal value."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(value: object) -> str:
+    """Plain data as YAML that `read_yaml` reads back to an equal value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 MAX_CHARACTERS, MAX_DEPTH, MAX_SIZE = 2**19, 64, 2**18

@@ -340,8 +340,8 @@ def _refuse_used(path: Path) -> None:
 
 def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]) -> None:
     """A key that the run does not have was added by a later version: its default is what the run was made with."""
-    old, new = _leaves(read_yaml(path / CONFIG)), _leaves(config.model_dump(mode="json"))
-    changed = _leaves(config.model_dump(mode="json", exclude_defaults=True))
+    old, new = leaves(read_yaml(path / CONFIG)), leaves(config.model_dump(mode="json"))
+    changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
     given = {prefix for key in old for prefix in _prefixes(key)}
     for key in [*new, *(key for key in old if key not in new)]:
         added = [prefix for prefix in _prefixes(key) if prefix not in given]
@@ -361,7 +361,7 @@ def _prefixes(key: str) -> list[str]:
     return list(accumulate(key.split("."), "{}.{}".format))
 
 
-def _leaves(node: object, prefix: str = "") -> dict[str, Any]:
+def leaves(node: object, prefix: str = "") -> dict[str, Any]:
     """Nested data as dotted keys."""
     items: Sequence[tuple[object, object]] = ()
     if isinstance(node, dict):
@@ -373,7 +373,7 @@ def _leaves(node: object, prefix: str = "") -> dict[str, Any]:
     return {
         key: value
         for name, child in items
-        for key, value in _leaves(child, f"{prefix}.{name}" if prefix else str(name)).items()
+        for key, value in leaves(child, f"{prefix}.{name}" if prefix else str(name)).items()
     }
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import typer
 
-from flowbp.cli import doctor, evaluate, export, inspect, train
+from flowbp.cli import doctor, evaluate, export, init, inspect, train
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
+from imgen_common.run_folder.commands import build_runs_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +18,7 @@ app = typer.Typer(
     "Example: flowbp train",
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init.init,
     "train": train.train,
     "estimate": train.estimate,
     "methods": inspect.methods,
@@ -34,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+app.add_typer(build_runs_app("flowbp", ("flowbp_bridge", "refl")), name="runs")
 
 add_version(app, "flowbp")
 

@@ -7,6 +7,7 @@ import typer
 
 from imgen_common.console import add_version
 from imgen_common.errors import run_cli
+from imgen_common.run_folder.commands import build_runs_app
 from interleave.cli import benchmark, data, export_reward, machine, run, serve, train
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app.command()(train.sft)
 app.command()(train.grpo)
 app.command()(export_reward.export_reward)
 app.command()(machine.doctor)
+app.add_typer(build_runs_app("interleave", ("requests", "requests-2")), name="runs")
 
 add_version(app, "interleave")
 

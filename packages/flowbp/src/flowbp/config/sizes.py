@@ -1,0 +1,13 @@
+"""Sizes of memory as users write them."""
+
+import re
+
+from imgen_common.errors import UserError
+
+
+def parse_memory_size(text: str) -> int:
+    """Bytes of `24GiB`, `80GB` or a plain number.  Raises UserError for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(MB|MiB|GB|GiB)?", text)
+    if match is None or not float(match[1]):
+        raise UserError(f"--memory {text!r}: give a number of bytes, or one with a unit, such as 24GiB or 80GB")
+    return int(float(match[1]) * {None: 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}[match[2]])
