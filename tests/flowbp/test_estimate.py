@@ -87,7 +87,7 @@ def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_source_images_are_counted() -> None:
     plain, edits = estimated(), estimated("data.prompts=builtin:shapes/edits")
     assert edits.activation["encoding sources"] > 0
@@ -174,7 +174,7 @@ def test_live_bytes_are_those_that_live() -> None:
         assert (live.now, live.peak) == (0, 8000)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_operations_are_counted() -> None:
     """Twice the images, twice the operations; micro-batches and chunks change nothing."""
     one, two = estimated().flops, estimated("total_batch_size=8").flops
@@ -494,7 +494,7 @@ def test_a_recipe_fits_into_the_memory_that_it_says(recipe: Path, models: Path) 
     assert 1.1 * found.peak <= gigabytes * 1e9, found.phases
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_fastest_setting_that_fits_is_said() -> None:
     """All graphs where there is room, fewer with less, and what fits is what its estimate says."""
 

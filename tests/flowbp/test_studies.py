@@ -25,7 +25,7 @@ def test_every_study_shares_all_but_the_method() -> None:
         assert list(study.parts) == sorted({*study.parts, 1.0})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     first = run_study("refill", SMALL, [0], tmp_path, CPU)
     file = tmp_path / "refill" / "mass-seed0.json"

@@ -279,7 +279,7 @@ def test_a_network_in_bfloat16_scores_and_pulls_alike(name: str, tmp_path: Path)
         assert scores.dtype == torch.float32
         found.append((scores.detach(), torch.autograd.grad(scores.sum(), leaf)[0].flatten()))
     (exact, slope), (rounded, other) = found
-    assert not torch.equal(exact, rounded)
+    assert torch.equal(exact, rounded) == (not list(modules_of([reward])))
     torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.05)
     assert torch.cosine_similarity(slope, other, dim=0) > 0.95
 

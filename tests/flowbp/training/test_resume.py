@@ -54,7 +54,7 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
     return {f"{group}/{k}": v for group, tensors in checkpoint.tensors.items() for k, v in tensors.items()}
 
 
-@pytest.mark.parametrize("adapters", tiers(ADAPTERS, slow=["lora"]))
+@pytest.mark.parametrize("adapters", tiers(ADAPTERS))
 def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
     sets = [part for text in [*SETS, *ADAPTERS[adapters]] for part in ("--set", text)]
     log = tmp_path / "log"

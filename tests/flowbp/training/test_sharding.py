@@ -61,7 +61,7 @@ CASES = {
 }
 ALL_CASES = "sd3"  # the family that runs every case and resumes; the others run those below
 OTHERS = ("checkpointing", "each-step", "zero3", "zero2-lora")
-SLOW = ("full", "lora", "zero2-lora")
+SLOW = ("full", "lora")
 """Cases of the first family that run in the slow tier; all others but that of edits are exhaustive."""
 EDITS = ("flux2", "edits")
 PROMPTS = ["a red circle", "two blue crosses", "a green square"]
