@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("packages", "tests", "configs", "scripts", "benchmarks", "docs", "pyproject.toml", "CONTRIBUTING.md")
+COPIED = ("packages", "tests", "configs", "scripts", "benchmarks", "docs", "pyproject.toml", "mkdocs.yml")
+COPIED += ("CONTRIBUTING.md", "README.md", "CHANGELOG.md")
 NEW_FILE = re.compile(r"New file\s+`(\S+)`:\n\n```python\n(.*?)```", re.DOTALL)
 NEW_LINES = re.compile(r"In `(\S+)`, before `([^`]*)`[^`]*(?:`[^`]*`[^`]*)?:\n\n```python\n(.*?)```", re.DOTALL)
 TOYS = {
@@ -48,17 +49,22 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         before = (copy / path).read_text(encoding="utf-8")
         assert before.count(f"\n{anchor}\n") == 1, (path, anchor)
         (copy / path).write_text(before.replace(f"\n{anchor}\n", f"\n{content}{anchor}\n"), encoding="utf-8")
+    run(copy, "scripts/reference.py")
     return copy
 
 
-def run_tests(copy: Path, *arguments: str) -> str:
-    """The output of pytest in the copy, whose packages come before those that are installed."""
+def run(copy: Path, *words: str) -> str:
+    """The output of Python in the copy, whose packages come before those that are installed."""
     sources = [str(copy / "packages" / name / "src") for name in ("common", "flowbp", "interleave")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sources)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = subprocess.run([sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return done.stdout
+
+
+def run_tests(copy: Path, *arguments: str) -> str:
+    """The output of pytest in the copy."""
+    return run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
 @pytest.mark.slow
