@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +11,7 @@ import typer.main
 PROGRAMS = ("flowbp", "interleave")
 
 
+@cache
 def program(name: str) -> Any:
     """The program as a click command, whose commands do nothing."""
     root = typer.main.get_command(import_module(f"{name}.cli").app)

@@ -418,7 +418,7 @@ FAMILIES = {
 
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
-LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive", "krea2": "slow"}
+LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive", "krea2": "exhaustive"}
 """Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 
