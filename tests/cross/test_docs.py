@@ -105,7 +105,9 @@ def small(line: str) -> str:
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_does_what_it_says(page: Path, tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "requests.jsonl").write_text('{"text": "draw a red circle, then make it blue"}\n')
+    (tmp_path / "requests.jsonl").write_text(
+        '{"text": "draw a red circle, then make it blue"}\n{"text": "draw two blue squares"}\n'
+    )
     Image.new("RGB", (32, 32), "red").save(tmp_path / "circle.png")
     text = page.read_text(encoding="utf-8")
     for name, content in recipes(page).items():
