@@ -20,7 +20,8 @@ def test_a_notebook_has_fifteen_cells_and_pictures(file: Path) -> None:
     assert len(cells) == 15
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any(output.output_type == "error" for output in outputs)
-    assert not any(place in str(output) for output in outputs for place in ("/tmp/", "/root/", "/home/"))
+    places = [f"/{name}/" for name in ("tmp", "root", "home", "work", "Users")]  # of the machine that ran it
+    assert not any(place in str(output) for output in outputs for place in places)
 
 
 @pytest.mark.slow
