@@ -39,8 +39,8 @@ def format_study(study: Study, result: StudyResult) -> str:
     """The table of a study as Markdown: every variant after each part of its seconds."""
     header = [study.axis, "seconds per update", "updates", "right %", "change", "by seed", "reward", "held-out reward"]
     base = {score: float(np.mean(values)) for score, values in result.base.items()}
-    lines = [["base", "-", "0", f"{100 * base['verifier']:.1f}", "-", "-", f"{base['reward']:.2f}"]]
-    lines[0].append(f"{base['heldout']:.2f}")
+    rewards = [f"{base[name]:.2f}" for name in ("reward", "heldout")]
+    lines = [["base", "-", "0", f"{100 * base['verifier']:.1f}", "-", "-", *rewards]]
     for variant, runs in result.runs.items():
         for number in range(len(study.parts)):
             points = [run[number] for run in runs]

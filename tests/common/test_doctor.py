@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from imgen_common import doctor
-from imgen_common.doctor import Finding, examine, run_doctor, without_secrets, write_bundle
+from imgen_common.doctor import findings
+from imgen_common.doctor.bundle import without_secrets, write_bundle
+from imgen_common.doctor.commands import build_doctor
+from imgen_common.doctor.findings import Finding, examine
 from imgen_common.errors import UserError
 
 
@@ -31,7 +34,7 @@ def test_what_a_file_system_lacks_is_a_warning(tmp_path: Path, monkeypatch: pyte
     def lacking(*given: Any) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(doctor.fcntl, "flock", lacking)
+    monkeypatch.setattr(findings.fcntl, "flock", lacking)
     found = [finding for finding in examine(tmp_path) if finding.state == "warning" and "flock" in finding.text]
     assert [finding.text for finding in found] == ["no locks (flock) (Function not implemented)"]
     assert "only one process" in found[0].remedy
@@ -41,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatc
     def refused(**given: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryDirectory", refused)
+    monkeypatch.setattr(findings.tempfile, "TemporaryDirectory", refused)
     assert states(tmp_path)["file system of the runs"] == {"problem"}
 
 
@@ -66,14 +69,23 @@ def test_licenses_of_cached_models_are_shown(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("state", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])
-def test_only_a_problem_is_a_failure(state: Any, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_problem_is_a_failure(
+    state: Any, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = [Finding("disk", state, "2 GiB free", "make room")]
-    assert run_doctor("flowbp", found, as_json=False) == code
-    assert "disk: 2 GiB free; make room" in capsys.readouterr().out
-    assert run_doctor("flowbp", found, as_json=True) == code
-    assert json.loads(capsys.readouterr().out) == [
-        {"area": "disk", "state": state, "text": "2 GiB free", "remedy": "make room"}
-    ]
+    monkeypatch.setattr(findings, "examine", lambda runs: found)
+    doctor = build_doctor("flowbp", lambda: [])
+    for as_json in (False, True):
+        with pytest.raises(typer.Exit) as ending:
+            doctor(as_json=as_json)
+        assert ending.value.exit_code == code
+        said = capsys.readouterr().out
+        assert (json.loads(said) == [vars(found[0])]) if as_json else ("disk: 2 GiB free; make room" in said)
+
+
+def test_a_run_without_a_bundle_is_refused() -> None:
+    with pytest.raises(UserError, match="add --bundle"):
+        build_doctor("flowbp", lambda: [])(run="x")
 
 
 @pytest.mark.parametrize(

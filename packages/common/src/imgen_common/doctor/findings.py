@@ -1,31 +1,19 @@
-"""What a machine offers to this project, with a remedy for what it lacks, and a bundle of it for reports of faults."""
+"""What a machine offers to this project, with a remedy for what it lacks."""
 
 import fcntl
-import getpass
-import json
 import os
 import platform
 import re
 import shutil
-import sys
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from imgen_common.errors import UserError
-from imgen_common.files import writing
-from imgen_common.run_folder.environment import environment
-from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, METRICS
-
 GIB = 2**30
-SECRET = re.compile(r"(?i)(token|key|secret|password|credential)")
-LAST_METRICS = 200
-"""Lines of a run's metrics in a bundle."""
 
 
 @dataclass(frozen=True)
@@ -175,63 +163,8 @@ def _tokens() -> Iterator[Finding]:
         yield Finding("network", "warning", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset it, or prefetch")
 
 
-def run_doctor(
-    program: str, findings: Sequence[Finding], as_json: bool, bundle: Path | None = None, run: Path | None = None
-) -> int:
-    """Prints findings, and writes a bundle where one is asked for; returns the exit code, 1 if one is a problem.
-
-    Raises UserError as `write_bundle`.
-    """
-    if bundle is not None:
-        write_bundle(bundle, program, findings, run)
-    problems = sum(finding.state == "problem" for finding in findings)
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
-        return int(problems > 0)
-    for finding in findings:
-        print(f"{finding.state:8} {finding.area}: {finding.text}{f'; {finding.remedy}' if finding.remedy else ''}")
-    warnings = sum(finding.state == "warning" for finding in findings)
-    print(f"\n{len(findings)} findings: {problems} problems, {warnings} warnings")
-    if bundle is not None:
-        print(f"written to {bundle}; look through it before you send it")
-    return int(problems > 0)
-
-
-def write_bundle(file: Path, program: str, findings: Sequence[Finding], run: Path | None) -> None:
-    """Writes a zip file for a report of a fault: versions, findings and, of a run, its configuration, what it ran on
-    and its last metrics.  Secrets, names of users and home folders are replaced.
-
-    Raises UserError if the file exists or cannot be written, or `run` is no run folder.
-    """
-    if file.exists():
-        raise UserError(f"{file}: exists; give another name")
-    parts = {
-        "environment.json": json.dumps(environment([program, *sys.argv[1:]]), indent=1),
-        "findings.json": json.dumps([asdict(finding) for finding in findings], indent=1),
-    }
-    if run is not None:
-        if not (run / CONFIG).is_file():
-            raise UserError(f"{run}: no run folder (it has no {CONFIG}); give one with --run, or leave it out")
-        for name in (CONFIG, ENVIRONMENT, METRICS):
-            if (run / name).is_file():
-                lines = (run / name).read_text("utf-8", "replace").splitlines()
-                parts[f"run/{name}"] = "\n".join(lines[-LAST_METRICS:] if name == METRICS else lines)
-    with writing(file), zipfile.ZipFile(file, "x", zipfile.ZIP_DEFLATED) as bundle:
-        for name, text in parts.items():
-            bundle.writestr(name, without_secrets(text))
-
-
-def without_secrets(text: str) -> str:
-    """A text without what may be secret: values of such variables, keys and passwords, and the user's name and home."""
-    for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= 6:
-            text = text.replace(value, "(removed)")
-    text = re.sub(r"(://)[^/\s\"'@]+@", r"\1(removed)@", text)
-    text = re.sub(r"\b(hf_|sk-|ghp_|glpat-)[A-Za-z0-9_-]{8,}", "(removed)", text)
-    text = re.sub(r"(?i)(bearer\s+)\S+", r"\1(removed)", text)
-    text = text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        return text
-    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(user)}(?![A-Za-z0-9])", "USER", text) if len(user) > 2 else text
+def extras(packages: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether optional packages are installed.  packages: {name: what it is for}."""
+    for package, purpose in packages.items():
+        there = find_spec(package) is not None
+        yield Finding("extras", "ok", f"{package} ({purpose}): {'installed' if there else 'not installed'}")
