@@ -44,6 +44,8 @@ ROWS = (
     ("krea2", "flowbp_bridge", 8, ()),
     ("qwen_image", "lora_80gb", 1, ()),
     ("qwen_image", "flowbp_bridge", 8, ()),
+    ("qwen_image_edit", "lora_80gb", 1, ()),
+    ("qwen_image_edit", "flowbp_bridge", 8, ()),
 )
 """Model, recipe, number of GPUs, and the settings that are changed in the recipe."""
 NUM_GPUS = (8, 64)
@@ -70,6 +72,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
     "qwen_image": pipelines.qwen_image,
+    "qwen_image_edit": pipelines.qwen_image_edit,
 }
 
 
@@ -128,7 +131,7 @@ def check_recipe(root: Path, model: str, recipe: str, gpus: int, changes: Sequen
     sets = [f"model.ref={root / model}"]
     for part in ("rewards", "heldout"):
         sets += [f"{part}.{i}.ref={root / FOLDERS[one.score, one.name]}" for i, one in enumerate(getattr(plain, part))]
-    prompts = _write_edit(root) if recipe.startswith("edits") else "builtin:shapes/test"
+    prompts = _write_edit(root) if "edit" in f"{model} {recipe}" else "builtin:shapes/test"
     sets += [f"{key}={prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
     return preflight.check_run(load(TrainConfig, [file], [*sets, *changes]), gpus, estimate_only=True)
 

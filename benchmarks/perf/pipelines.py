@@ -22,6 +22,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -42,6 +43,9 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -52,6 +56,8 @@ from transformers import (
 
 from scripts.miniature.world.vocabulary import clip_tokenizer, qwen_tokenizer
 
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Tokens around and in the place of the images that a Qwen reads."""
 Size = Literal["published", "shallow", "tiny"]
 """`shallow`: as published, but the text encoders keep only their width and as few layers as the adapter reads.
 `tiny`: a few thousand weights everywhere, to see whether code runs."""
@@ -223,6 +229,17 @@ def qwen_image() -> DiffusionPipeline:
         text_encoder=qwen2_5_vl_7b(),
         tokenizer=with_max_length(qwen_tokenizer(), 4096),
     )
+
+
+def qwen_image_edit() -> DiffusionPipeline:
+    """Qwen-Image-Edit: the networks of Qwen-Image, and a processor that shows the text encoder the source image."""
+    parts = qwen_image().components
+    tokenizer = parts["tokenizer"]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)})
+    bounds = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 16384}
+    images, videos = Qwen2VLImageProcessor(**bounds), Qwen2VLVideoProcessor()
+    processor = Qwen2VLProcessor(images, tokenizer, videos, chat_template="")
+    return QwenImageEditPipeline(**parts, processor=processor)
 
 
 def krea2() -> DiffusionPipeline:

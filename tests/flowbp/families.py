@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -19,6 +20,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -26,6 +29,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -37,6 +41,9 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -51,6 +58,16 @@ WIDTH = 32
 SIZE = (16, 24)
 FLUX2_TEXT = {"max_sequence_length": 12, "text_encoder_out_layers": (1, 2, 3)}
 """Height and width of the images: not square, so that rows and columns cannot be mistaken for each other."""
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An image of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+SOURCE = picture(40, 56)
+"""What the contract suite edits where a family needs a source."""
 
 
 def autoencoder(**changed) -> AutoencoderKL:
@@ -386,6 +403,31 @@ def krea2() -> Krea2Pipeline:
     )
 
 
+EDIT_WORDS = (
+    "Describe color".split(),
+    "key features input ( shape size texture objects background then explain how user text instruction should alter or "
+    "modify image Generate a new that meets requirements while maintaining consistency with original where appropriate",
+)
+
+
+def qwen_image_edit(kind: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """As Qwen-Image-Edit, or -2511, whose sources are modulated at level 0: the text encoder is shown the sources.
+
+    The template before the sources has as many tokens as with the published tokenizer, 64.
+    """
+    parts, tokenizer = qwen_image().components, qwen_image_tokenizer()
+    tokenizer.add_tokens([*EDIT_WORDS[0], "),", "'s", *(f" {word}" for word in EDIT_WORDS[1].split())])
+    parts |= {"tokenizer": tokenizer, "text_encoder": qwen2_5_vl(tokenizer)}
+    if kind is QwenImageEditPlusPipeline:
+        parts["transformer"] = type(parts["transformer"]).from_config(parts["transformer"].config, zero_cond_t=True)
+    for parameter in parts["transformer"].parameters():
+        parameter.data *= 2 if parameter.ndim == 2 else 1  # so that sources show in images
+    sizes = {"patch_size": QWEN_PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    bounds = {"min_pixels": (2 * QWEN_PATCH) ** 2, "max_pixels": (4 * QWEN_PATCH) ** 2}
+    images, videos = Qwen2VLImageProcessor(**sizes, **bounds), Qwen2VLVideoProcessor(**sizes)
+    return kind(**parts, processor=Qwen2VLProcessor(images, tokenizer, videos, chat_template=""))
+
+
 def true_guidance(scale: float) -> dict[str, Any]:
     """Classifier-free guidance of a pipeline whose `guidance_scale` is an input of the model."""
     return {} if scale == 1 else {"true_cfg_scale": scale, "negative_prompt": ""}
@@ -394,13 +436,15 @@ def true_guidance(scale: float) -> dict[str, Any]:
 class Family(NamedTuple):
     """A family of models: a tiny pipeline, and the arguments of its call for a scale of classifier-free guidance.
 
-    true_guidance: whether the pipeline has such guidance.
+    true_guidance: whether the pipeline has such guidance.  max_sources: images that a prompt may have; min_sources:
+    and that it must have: then the prompts of the contract suite are edits of `SOURCE` (see `given`).
     """
 
-    make: Callable[[], diffusers.DiffusionPipeline]
+    make: Callable[[], DiffusionPipeline]
     guided: Callable[[float], dict[str, Any]] = lambda scale: {"guidance_scale": scale}
     max_sources: int = 0
     true_guidance: bool = True
+    min_sources: int = 0
 
 
 FAMILIES = {
@@ -411,6 +455,18 @@ FAMILIES = {
     "flux2_dev": Family(flux2_dev, lambda scale: FLUX2_TEXT, 10, true_guidance=False),
     "krea2": Family(krea2, lambda scale: {"guidance_scale": scale - 1}),
     "qwen_image": Family(qwen_image, true_guidance),
+    "qwen_edit": Family(
+        lambda: qwen_image_edit(QwenImageEditPipeline),
+        lambda scale: {"image": SOURCE, **true_guidance(scale)},
+        1,
+        min_sources=1,
+    ),
+    "qwen_edit_plus": Family(
+        lambda: qwen_image_edit(QwenImageEditPlusPipeline),
+        lambda scale: {"image": [SOURCE], **true_guidance(scale)},
+        3,
+        min_sources=1,
+    ),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
@@ -419,6 +475,7 @@ FAMILIES = {
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
 LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive", "krea2": "exhaustive"}
+LATER |= {"qwen_edit": "exhaustive", "qwen_edit_plus": "exhaustive"}
 """Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 

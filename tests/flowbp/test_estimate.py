@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from families import FAMILIES
+from given import data_of
 from tiers import tiers
 from typer.testing import CliRunner
 from vlms import vlm_folder
@@ -104,6 +105,7 @@ def test_every_family_is_traced(folder: Path) -> None:
         "model.width=24",
         "method=refl",
         "method.active.num_active_steps=2",
+        *data_of(folder.name),
     ]
     found = estimated(*sets)
     assert found.flops > 0

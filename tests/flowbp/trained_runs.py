@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from families import FAMILIES, SIZE
+from given import prompt_for
 
 from flowbp import backbones
 from flowbp.backbones.loading import load_trained_weights, mark_trainable
@@ -52,4 +53,4 @@ def ours(run: Path, model: Path, *, base: bool = False) -> torch.Tensor:
     backbone = backbones.load(str(model))
     if not base:
         load_trained_weights(backbone, run)
-    return sampling.generate_images(backbone, "a red circle", [3], SIZE, 3, 1.0)
+    return sampling.generate_images(backbone, prompt_for(backbone, "a red circle"), [3], SIZE, 3, 1.0)

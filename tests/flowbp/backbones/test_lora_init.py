@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from families import FAMILIES, SIZE, folder_of
+from given import data_of, prompt_for
 from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor, nn
@@ -34,18 +35,19 @@ from imgen_common.run_folder.folder import RunFolder
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
 PIPELINES |= {"flux_kontext": "FluxKontextPipeline", "z_image": "ZImagePipeline", "flux2_dev": "Flux2Pipeline"}
 PIPELINES |= {"qwen_image": "QwenImagePipeline", "krea2": "Krea2Pipeline"}
+PIPELINES |= {"qwen_edit": "QwenImageEditPipeline", "qwen_edit_plus": "QwenImageEditPlusPipeline"}
 RANK, ALPHA = 4, 2.0
 
 
 def config_of(model: Path, init: Path | str, *sets: str) -> TrainConfig:
     size = (f"model.height={SIZE[0]}", f"model.width={SIZE[1]}")
-    return load(TrainConfig, [], [f"model.ref={model}", *size, f"lora.init={init}", *sets])
+    return load(TrainConfig, [], [f"model.ref={model}", *size, f"lora.init={init}", *data_of(model.name), *sets])
 
 
 def drawn(config: TrainConfig) -> Tensor:
     """What the model draws before its first update."""
     models = load_models(check_run(config, 1).config, torch.device("cpu"), with_rewards=False)
-    return generate_images(models.backbone, "a red circle", [3], SIZE, 3, 1.0)
+    return generate_images(models.backbone, prompt_for(models.backbone, "a red circle"), [3], SIZE, 3, 1.0)
 
 
 def adapters_of(run: Path) -> dict[str, Adapter]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from families import SIZE, folder_of
+from given import data_of, encode
 from torch import Tensor
 
 from flowbp import backbones
@@ -51,7 +52,7 @@ def decoded(folder: Path, **vae: object) -> tuple[Backbone, Tensor, Tensor]:
 @pytest.fixture
 def recomputable(folder: Path) -> Path:
     """A family whose autoencoder can be recomputed."""
-    if folder.name in ("krea2", "qwen_image"):
+    if folder.name in ("krea2", "qwen_image", "qwen_edit", "qwen_edit_plus"):
         with pytest.raises(UserError, match=r"vae.gradient_checkpointing: AutoencoderKLQwenImage has none"):
             decoded(folder, gradient_checkpointing=True)
         pytest.skip("its autoencoder has no checkpointing")
@@ -116,12 +117,12 @@ def swept(folder: Path, attention: str | None, compiled: bool = False) -> Tensor
         options.compile_blocks(backbone.net)
     backbone.net.requires_grad_(True)
     x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
-    backbone.velocity(x, torch.tensor([0.9, 0.2]), backbone.encode(PROMPTS)).pow(2).sum().backward()
+    backbone.velocity(x, torch.tensor([0.9, 0.2]), encode(backbone, PROMPTS)).pow(2).sum().backward()
     return torch.cat([p.grad.flatten() for p in backbone.net.parameters() if p.grad is not None])
 
 
 def test_kernels_of_attention_agree(folder: Path) -> None:
-    if folder.name in ("sd3", "z_image", "qwen_image"):
+    if folder.name in ("sd3", "z_image", "qwen_image", "qwen_edit", "qwen_edit_plus"):
         with pytest.raises(UserError, match=r"Transformer2DModel has no choice of backends.*set it to null"):
             swept(folder, "native")
         return
@@ -175,6 +176,7 @@ def config_of(folder: Path, *sets: str) -> TrainConfig:
         "num_inference_steps=6",
         "total_batch_size=4",
     ]
+    common += data_of(folder.name)
     return load(TrainConfig, [], [*common, "method=flowbp_bridge", "guidance_scale=1.5", *sets])
 
 

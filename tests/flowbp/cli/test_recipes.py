@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from families import folder_of
+from families import FAMILIES, folder_of
 
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
@@ -15,6 +15,7 @@ from imgen_common.errors import UserError
 
 IN_PAPER = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
 FAMILY_OF = IN_PAPER | {name: name for name in ("z_image", "krea2", "qwen_image", "flux2_dev")}
+FAMILY_OF |= {"qwen_image_edit": "qwen_edit"}
 """Families by the folder of their recipes: models of the paper's runs, or with its settings for them; and others."""
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
@@ -53,7 +54,8 @@ def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str
     sets = [f"model.ref={tiny[recipe.parent.name]}", "rewards.0.ref=builtin:shapes/reward"]
     for i, _ in enumerate(load(TrainConfig, [recipe]).heldout):
         sets += [f"heldout.{i}.ref=builtin:shapes/heldout", f"heldout.{i}.score=clip"]
-    sets += [f"{key}=builtin:shapes/test" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
+    prompts = "edits/test" if FAMILIES[FAMILY_OF[recipe.parent.name]].min_sources else "test"
+    sets += [f"{key}=builtin:shapes/{prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
     job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if recipe.stem.endswith("gb") else 8)
     cost = preflight.update_arithmetic(job)
     assert cost["images_per_update"] == job.config.total_batch_size

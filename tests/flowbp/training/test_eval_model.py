@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from families import FAMILIES, SIZE, folder_of
+from given import prompt_for
 from tiers import tiers
 from trained_runs import TARGETS, targets_of, theirs, trained
 
@@ -51,7 +52,9 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     run = trained(tmp_path, model, *(f"{k}={v}" for k, v in (("eval.model", sibling), ("lora", "{rank: 4, alpha: 2}"))),
                   "eval.guidance_scale=[1.0]", targets_of(family))  # fmt: skip
     source = model_source(str(run), tmp_path)
-    ours = generate_images(source.load(torch.device("cpu")), "a red circle", [3], SIZE, 3, 1.0)
+    backbone = source.load(torch.device("cpu"))
+    prompt = prompt_for(backbone, "a red circle")
+    ours = generate_images(backbone, prompt, [3], SIZE, 3, 1.0)
     merged = export_run(run, "merged", tmp_path / "merged", model=str(sibling))
     assert "which was not trained" in (merged / "README.md").read_text()
     if family == "flux2":  # its pipeline asks for other inputs once it is distilled
@@ -60,7 +63,7 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     pipe = DiffusionPipeline.from_pretrained(merged, dtype=torch.float32)
     assert (theirs(pipe, family) - ours).abs().max() < 1e-5
     base = generate_images(model_source(str(run), tmp_path, base=True).load(torch.device("cpu")),
-                           "a red circle", [3], SIZE, 3, 1.0)  # fmt: skip
+                           prompt, [3], SIZE, 3, 1.0)  # fmt: skip
     assert (ours - base).abs().max() > 5e-3
     assert (theirs(DiffusionPipeline.from_pretrained(model, dtype=torch.float32), family) - base).abs().max() > 5e-3
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from families import FAMILIES, SIZE, folder_of
+from given import data_of
 from tiers import tiers
 from torch import Tensor
 
@@ -31,7 +32,7 @@ WEIGHT = "regularise.weight=30"
 def config_of(model: Path, *sets: str) -> TrainConfig:
     size = (f"model.height={SIZE[0]}", f"model.width={SIZE[1]}", "num_inference_steps=5", "total_batch_size=2")
     more = ("method.active.num_active_steps=3", "guidance_scale=2", "heldout=[]", "optim.learning_rate=0.01")
-    return load(TrainConfig, [], [f"model.ref={model}", *size, *more, *sets])
+    return load(TrainConfig, [], [f"model.ref={model}", *size, *more, *data_of(model.name), *sets])
 
 
 def trainer_of(config: TrainConfig) -> Trainer:

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from families import FAMILIES, folder_of
 from forking import command, forked
+from given import data_of, prompt_for
 from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor, distributed
@@ -88,7 +89,7 @@ def config_of(folder: Path, *sets: str) -> TrainConfig:
         "guidance_scale=1.5",
     ]
     common += ["method.active.num_active_steps=3", "eval.num_inference_steps=2", "eval.batch_size=1"]
-    return load(TrainConfig, [], [*common, *sets])
+    return load(TrainConfig, [], [*common, *data_of(folder.name), *sets])
 
 
 def fresh(config: TrainConfig, accelerator: Accelerator) -> Trainer:
@@ -107,7 +108,8 @@ def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None =
 def flat(trainer: Trainer) -> dict[str, Tensor]:
     """State and scores after the updates; whole on the main process."""
     with trainer.state.ema_weights():
-        scores = trainer.evaluate(PROMPTS, "", 1.5).scores
+        prompts = [prompt_for(trainer.models.backbone, text) for text in PROMPTS]
+        scores = trainer.evaluate(prompts, "", 1.5).scores
     state = {
         f"{group}/{name}": t for group, tensors in trainer.state.state_dict().items() for name, t in tensors.items()
     }

@@ -23,6 +23,8 @@ FAMILIES = {
     "ZImagePipeline": ("flowbp.backbones.families.z_image", "ZImage"),
     "Krea2Pipeline": ("flowbp.backbones.families.krea2", "Krea2"),
     "QwenImagePipeline": ("flowbp.backbones.families.qwen_image", "QwenImage"),
+    "QwenImageEditPipeline": ("flowbp.backbones.families.qwen_image_edit", "QwenImageEdit"),
+    "QwenImageEditPlusPipeline": ("flowbp.backbones.families.qwen_image_edit", "QwenImageEditPlus"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.families.sd3", "SD3"),
 }
 """Adapter of each diffusers pipeline: its module, imported when it is needed, and its class."""

@@ -11,7 +11,7 @@ KNOWN_LICENSES = (
     (r"black-forest-labs/FLUX\.1-schnell", "Apache-2.0"),
     (r"Tongyi-MAI/Z-Image(-Turbo)?", "Apache-2.0"),
     (r"krea/Krea-2-(Raw|Turbo)", "Krea 2 Community"),
-    (r"Qwen/Qwen-Image(-2512)?", "Apache-2.0"),
+    (r"Qwen/Qwen-Image(-2512|-Edit|-Edit-2509|-Edit-2511)?", "Apache-2.0"),
     (r"stabilityai/stable-diffusion-3(\.5)?-.*", "Stability AI Community"),
     (r"builtin:shapes/.*", "Apache-2.0"),
 )
@@ -45,6 +45,8 @@ PUBLISHED = (
     PublishedModel("black-forest-labs/FLUX.1-Kontext-dev", "FluxKontextPipeline", 11.90),
     PublishedModel("krea/Krea-2-Raw", "Krea2Pipeline", 12.82, 48),
     PublishedModel("Qwen/Qwen-Image", "QwenImagePipeline", 20.43, 80),
+    PublishedModel("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", 20.43, 80),
+    PublishedModel("Qwen/Qwen-Image-Edit-2511", "QwenImageEditPlusPipeline", 20.43, 80),
     PublishedModel("black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 32.22, 141),
 )
 """Models whose sizes are known here; others of the same families can be trained too."""

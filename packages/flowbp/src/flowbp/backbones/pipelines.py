@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -148,8 +149,12 @@ class PipelineBackbone(ABC):
 
     max_tokens = 512
     """Tokens to which the longest-reading text encoder pads and cuts a prompt: by default as the pipeline does."""
+    min_sources = 0
+    """Source images that every prompt must have; 0: it may have none."""
     max_sources = 0
     """Source images that an edit may have; 0: the family cannot edit."""
+    reads_sources = False
+    """Whether the text encoder sees the sources: then `encode_edit` embeds, otherwise `encode`."""
     embedded_guidance = 3.5
     """Guidance input of a guidance-distilled network, unless another is set: the pipeline's own default."""
     guidance_rescale: GuidanceRescale = "none"
@@ -188,6 +193,14 @@ class PipelineBackbone(ABC):
         """What `encode_source` takes.  Raises UserError as `source_size`."""
         raise self._cannot_edit()
 
+    def encode_edit(self, instruction: str, sources: Sequence[Image.Image]) -> Cond:
+        """Conditioning of one instruction, (1, ...), whose sources the text encoder sees."""
+        raise self._cannot_edit()
+
+    def source_text_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of text that stand for a source, prepared at `size`; 0 where the text encoder does not see it."""
+        return 0
+
     @torch.no_grad()
     def encode_source(self, pixels: Float[Tensor, "1 3 h w"]) -> Float[Tensor, "c rows columns"]:
         """Latents of a prepared source image, one token in each place: the pipeline's, normalized as it does."""
@@ -201,7 +214,7 @@ class PipelineBackbone(ABC):
 
     def _cannot_edit(self) -> UserError:
         return UserError(
-            f"{type(self.pipe).__name__} cannot edit; take out the images, or train FLUX.2 or FLUX.1-Kontext"
+            f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can (flowbp families)"
         )
 
     @abstractmethod

@@ -53,6 +53,12 @@ def by_layout(
     return torch.cat(parts)[torch.tensor([i for rows in samples for i in rows]).argsort().to(x.device)]
 
 
+def append_sources(tokens: Tensor, cond: Cond, layout: Layout) -> Tensor:
+    """Tokens (b, n, c) of latents followed by those of their sources."""
+    count = sum(rows * columns for rows, columns in layout)
+    return torch.cat([tokens, cond[TOKENS][:, :count].to(tokens)], 1) if count else tokens
+
+
 def with_sources(
     tokens: Tensor, ids: Tensor, cond: Cond, layout: Layout, positions: Callable[[int, int, int], Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -60,8 +66,5 @@ def with_sources(
 
     positions(k, rows, columns): of the tokens of source k.
     """
-    if not layout:
-        return tokens, ids
-    count = sum(rows * columns for rows, columns in layout)
     own = [positions(k, rows, columns) for k, (rows, columns) in enumerate(layout)]
-    return torch.cat([tokens, cond[TOKENS][:, :count].to(tokens)], 1), torch.cat([ids, *own])
+    return append_sources(tokens, cond, layout), torch.cat([ids, *own])

@@ -87,11 +87,25 @@ class Backbone(Protocol):
     def unused_layers(self) -> tuple[str, ...]:
         """Names of layers of `net` that no image depends on, and that hence get no gradient."""
 
+    max_tokens: int
+    """Tokens to which the longest-reading text encoder pads and cuts a prompt."""
+
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Conditioning of the prompts, batch-first."""
 
+    min_sources: int
+    """Source images that every prompt must have; 0: it may have none."""
     max_sources: int
     """Source images that an edit may have; 0: the family cannot edit."""
+    reads_sources: bool
+    """Whether the text encoder sees the sources, so that the conditioning of a prompt, and of the empty one, depends on
+    them: then `encode_edit` embeds, otherwise `encode`."""
+
+    def encode_edit(self, instruction: str, sources: Sequence[Image.Image]) -> Cond:
+        """Conditioning of one instruction, (1, ...), whose sources the text encoder sees."""
+
+    def source_text_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of text that stand for a source, prepared at `size`; 0 where the text encoder does not see it."""
 
     def source_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) to which a source image of `size` is brought.  Raises UserError where it cannot be."""

@@ -89,7 +89,7 @@ def describe_row(prompt: str) -> str:
 def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: bool = False) -> list[Sizes]:
     """The layouts of the prompts' sources, from the fewest to the most pixels.
 
-    Raises UserError unless the family takes the sources of all prompts.
+    Raises UserError unless the family takes the sources of all prompts, as many as they have.
 
     one_layout: whether all must have sources of the same number and sizes, as processes that share the weights of a
     network need, which have to evaluate it equally often.
@@ -98,6 +98,11 @@ def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: boo
     for prompt in prompts:
         found = sources_of(prompt)
         place = f"the prompt {one_line(prompt, 60)!r}"
+        if len(found) < backbone.min_sources:
+            raise UserError(
+                f"{place} has no image, and {type(backbone.pipe).__name__} only edits; give every prompt one, of the "
+                "training and of its evaluations, or take a family that needs none (flowbp families)"
+            )
         if len(found) > backbone.max_sources > 0:
             raise UserError(
                 f"{place} has {len(found)} images, and {type(backbone.pipe).__name__} takes {backbone.max_sources} at "

@@ -14,8 +14,8 @@ from torch import Tensor
 from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import ModelConfig
-from flowbp.core.types import Backbone, Cond, repeat_batch
-from flowbp.data.edits import Source, sources_of
+from flowbp.core.types import Backbone, Cond
+from flowbp.data.edits import Edit, Source, sources_of
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 
@@ -104,37 +104,61 @@ class PromptEmbeddings:
         self._latents = SourceLatents(backbone)
 
     def _key(self, prompt: str) -> str:
-        return digest(self._fingerprint, prompt)
+        read = sources_of(prompt) if self._backbone.reads_sources else ()
+        return digest(self._fingerprint, prompt, *(source.digest for source in read))
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Embeds those prompts that are new."""
-        new = [p for p in dict.fromkeys(prompts) if self._key(p) not in self._store]
+        """Embeds those prompts that are new, and what guidance compares them with."""
+        wanted = [*prompts, *(negative_of(self._backbone, prompt) for prompt in prompts)]
+        new = {key: prompt for prompt in wanted if (key := self._key(prompt)) not in self._store}
+        size = 1 if self._backbone.reads_sources else ENCODE_BATCH_SIZE
         rows: dict[str, dict[str, Tensor]] = {}
-        for start in range(0, len(new), ENCODE_BATCH_SIZE):
-            texts = new[start : start + ENCODE_BATCH_SIZE]
-            cond = self._backbone.encode([*texts, *[""] * (ENCODE_BATCH_SIZE - len(texts))])
-            for i, text in enumerate(texts):
+        for start in range(0, len(new), size):
+            keys = list(new)[start : start + size]
+            texts = [new[key] for key in keys]
+            if self._backbone.reads_sources:
+                cond = encode_one(self._backbone, texts[0])
+            else:
+                cond = self._backbone.encode([*texts, *[""] * (size - len(texts))])
+            for i, key in enumerate(keys):
                 # in the host's memory: those of a long run are larger than a GPU's
-                rows[self._key(text)] = {name: value[i].to("cpu", copy=True) for name, value in cond.items()}
-            if len(rows) >= PROMPTS_PER_FILE or start + ENCODE_BATCH_SIZE >= len(new):
+                rows[key] = {name: value[i].to("cpu", copy=True) for name, value in cond.items()}
+            if len(rows) >= PROMPTS_PER_FILE or start + size >= len(new):
                 self._store.update(rows)
                 rows = {}
 
     def rows(self, prompts: Sequence[str]) -> Cond:
-        """Conditioning of the prompts, on the device of the network."""
+        """Conditioning of the prompts, on the device of the network; shorter texts are filled up with zeros."""
         device = next(self._backbone.net.parameters()).device
         found = [self._store[self._key(p)] for p in prompts]
-        return {name: torch.stack([row[name] for row in found]).to(device) for name in found[0]}
+        return {name: _stack([row[name] for row in found]).to(device) for name in found[0]}
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Cond, Cond]:
         """Conditioning of the prompts, and of the empty one: a single row, or with the sources of each edit."""
-        self.add([*prompts, ""])
-        positive, negative = self.rows(prompts), self.rows([""])
+        self.add(prompts)
         sources = pack_sources([[self._latents(source) for source in sources_of(prompt)] for prompt in prompts])
         if not sources:
-            return positive, negative
+            return self.rows(prompts), self.rows([""])
         sources[TOKENS] = sources[TOKENS].to(next(self._backbone.net.parameters()).device)
-        return {**positive, **sources}, {**repeat_batch(negative, len(prompts)), **sources}
+        negatives = [negative_of(self._backbone, prompt) for prompt in prompts]
+        return {**self.rows(prompts), **sources}, {**self.rows(negatives), **sources}
+
+
+def negative_of(backbone: Backbone, prompt: str) -> str:
+    """What guidance compares a prompt with: the empty one, with the same sources where the text encoder sees them."""
+    return Edit("", sources_of(prompt)) if backbone.reads_sources else ""
+
+
+def encode_one(backbone: Backbone, prompt: str) -> Cond:
+    """Conditioning of a prompt, (1, ...), without the latents of its sources."""
+    if not backbone.reads_sources:
+        return backbone.encode([prompt])
+    return backbone.encode_edit(str(prompt), [source.load() for source in sources_of(prompt)])
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Rows as one tensor; those with fewer tokens, as texts with smaller sources, are filled up with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) if rows[0].dim() else torch.stack(list(rows))
 
 
 def digest(*parts: str) -> str:
@@ -151,7 +175,13 @@ def fingerprint(folder: Path, backbone: Backbone, model: ModelConfig) -> str:
     encoders = {name: backbone.pipe.components[name] for name in text_encoder_names(backbone.pipe)}
     found = [f"{name} {part.dtype} {part.device.type}" for name, part in encoders.items() if part is not None]
     found += [model.model_dump_json(exclude=set(UNRELATED)), *(f"{name} {version(name)}" for name in LIBRARIES)]
-    patterns = ("text_encoder*/**/*", "tokenizer*/**/*", "transformer/config.json", "model_index.json")
+    patterns = (
+        "text_encoder*/**/*",
+        "tokenizer*/**/*",
+        "processor/**/*",
+        "transformer/config.json",
+        "model_index.json",
+    )
     for file in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
         found += [str(file.relative_to(folder)), str(file.stat().st_size), _sample(file)]
     return digest(*found)

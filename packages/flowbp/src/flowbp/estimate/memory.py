@@ -177,11 +177,15 @@ class FakeModels:
             allocate(part, self.device)
         for p in self.trained:
             p.grad = torch.zeros_like(p)
+        # what text encoders see of sources depends on content: as many tokens of text stand for them
+        shown = sum(map(self.backbone.source_text_tokens, self.sources))
+        self.backbone.set_max_tokens(self.backbone.max_tokens + shown)
         with LiveBytes(held(self.networks())) as live:
-            encoded = self.backbone.encode(["a picture"] * ENCODE_BATCH_SIZE)
+            encoded = self.backbone.encode(["a picture"] * (1 if self.backbone.reads_sources else ENCODE_BATCH_SIZE))
         self.embedding_bytes = live.peak
         self.cond = {name: value[:1].clone() for name, value in encoded.items() if name != LENGTHS}
-        self.text_bytes = nbytes(self.cond.values())
+        # where text encoders see sources, the empty prompt is embedded with those of every edit
+        self.text_bytes = nbytes(self.cond.values()) * (2 if self.backbone.reads_sources else 1)
         with LiveBytes(held(self.networks())) as live:
             latents = [self.backbone.encode_source(torch.empty(1, 3, *size)) for size in self.sources]
         self.source_bytes, self.layout = live.peak, tuple((one.shape[1], one.shape[2]) for one in latents)

@@ -11,7 +11,7 @@ from flowbp.backbones.source_tokens import pack_sources
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward, repeat_batch
 from flowbp.data.edits import check_edits, sources_of
-from flowbp.data.embeddings import PromptEmbeddings, SourceLatents
+from flowbp.data.embeddings import PromptEmbeddings, SourceLatents, encode_one, negative_of
 from flowbp.data.prompts import is_shapes_source
 from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
@@ -37,8 +37,8 @@ def generate_images(
     check_edits([prompt], backbone)
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
     sources = pack_sources([[*map(SourceLatents(backbone), sources_of(prompt))]])
-    cond = repeat_batch({**backbone.encode([prompt]), **sources}, len(seeds))
-    negative = {**backbone.encode([""]), **sources}
+    cond = repeat_batch({**encode_one(backbone, prompt), **sources}, len(seeds))
+    negative = {**encode_one(backbone, negative_of(backbone, prompt)), **sources}
     latents = generate_latents(backbone, cond, negative, noise, size, num_inference_steps, guidance_scale)
     return decode_finite(backbone, latents)
 

@@ -18,7 +18,7 @@ def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str,
     FLUX has its original names, with query, key and value as one layer; SD3, Z-Image and Qwen-Image have those of
     diffusers.  widths: number of outputs of every linear layer of the transformer.
     """
-    if pipeline in ("StableDiffusion3Pipeline", "ZImagePipeline", "QwenImagePipeline"):
+    if pipeline in ("StableDiffusion3Pipeline", "ZImagePipeline") or pipeline.startswith("QwenImage"):
         return to_diffusers(found)
     left = dict(found)
     keys: dict[str, Tensor] = {}

@@ -263,7 +263,7 @@ class Trainer:
 
     def embed_prompts(self, prompts: Sequence[str]) -> None:
         """Embeds them and the empty prompt, then unloads the text encoders, which may be larger than the network."""
-        self.models.embeddings.add([*prompts, ""])
+        self.models.embeddings.add(prompts)
         for backbone in (self.models.backbone, self.models.eval_backbone, self.models.base):
             if backbone is not None:
                 backbone.unload_text_encoders()

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
+from flowbp.backbones.source_tokens import append_sources, by_layout
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import GuidanceRescale
-from flowbp.core.types import Cond
+from flowbp.core.types import Cond, Layout
 
 
 class QwenLatents(pipelines.PipelineBackbone):
@@ -53,7 +54,7 @@ class QwenImage(QwenLatents):
     guidance_rescale: GuidanceRescale = "norm"
     guidance_kind = "rescaled"
 
-    def __init__(self, pipe: QwenImagePipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
         rope = pipe.transformer.pos_embed
         if rope.pos_freqs.is_meta:  # neither a weight nor a buffer: nothing else would fill it
@@ -85,14 +86,18 @@ class QwenImage(QwenLatents):
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""
+        return by_layout(self.velocity_of_layout, x, sigma, cond)
+
+    def velocity_of_layout(self, x: Tensor, sigma: Tensor, cond: Cond, layout: Layout) -> Tensor:
+        """`velocity` of samples that all have sources of one layout; this network sees them where they are given."""
         _, _, height, width = x.shape
         with pipelines.autocast(x, self.bfloat16):
             tokens = self.net(
-                hidden_states=x.flatten(2).transpose(1, 2),
+                hidden_states=append_sources(x.flatten(2).transpose(1, 2), cond, layout),
                 timestep=pipelines.flux_time(self.pipe.scheduler, sigma),
                 encoder_hidden_states=cond["text"],
                 encoder_hidden_states_mask=cond["mask"],
-                img_shapes=[[(1, height, width)]] * len(x),
+                img_shapes=[[(1, rows, columns) for rows, columns in ((height, width), *layout)]] * len(x),
                 return_dict=False,
             )[0]
-        return tokens.transpose(1, 2).unflatten(2, (height, width))
+        return tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))

@@ -24,7 +24,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
+from flowbp import backbones
 from flowbp.core.noise import initial_noise
+from flowbp.data.edits import check_edits
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import describe_unread_prompts
 from flowbp.evaluation import vlm_judge
@@ -140,7 +142,7 @@ class Benchmark:
             return
         config, backbone = self.config, self.source.load(self.device)
         embeddings = PromptEmbeddings(backbone)
-        embeddings.add([*(self.prompts[i].text for i, _ in todo), ""])
+        embeddings.add([self.prompts[i].text for i, _ in todo])
         backbone.unload_text_encoders()
         size = (config.model.height, config.model.width)
         for start in range(0, len(todo), self.batch_size):
@@ -215,6 +217,9 @@ def prepare_benchmark(
 ) -> Benchmark:
     """The benchmark of a request; nothing is written.  Raises UserError for what is wrong without loading weights."""
     prompts = read_prompts(request, source.config.data)
+    model = source.config.model
+    backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
+    check_edits([prompt.text for prompt in prompts], backbone)
     config = benchmark_config(source, request, prompts)
     check_benchmark(config, judge.url)
     return Benchmark(source, config, prompts, out, batch_size, judge)
