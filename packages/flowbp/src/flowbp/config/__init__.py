@@ -92,7 +92,8 @@ class ModelConfig(Config):
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
     """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of FLUX.2 and Qwen-Image pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.
-    Images depend on it, but for Z-Image, Krea 2 and Qwen-Image, which see no padding: there fewer only save time."""
+    Images depend on it, but for Z-Image, Krea 2 and Qwen-Image, which see no padding: there fewer only save time.
+    Tokens of source images, which Qwen-Image-Edit reads beside the prompt, do not count."""
     recompute: Recompute = "none"
     """What the backward pass computes again, block by block, instead of keeping it: `all`, the least memory, about a
     third more time; `selective`, all but products of matrices and attention, which are kept; `none`."""
