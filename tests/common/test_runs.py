@@ -441,9 +441,10 @@ def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
 def test_kill_9_in_the_middle_of_saving_leaves_whole_checkpoints(folder: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from imgen_common.run_folder.folder import RunFolder\n"
-        "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True)\n"
+        "run = RunFolder.open(Path(sys.argv[1]))\n"
         "for step in range(10**6):\n"
-        "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})"
+        "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})\n"
+        "    print('saved', flush=True)"
     )
     new_run(folder).close()
     with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as process:
