@@ -42,6 +42,8 @@ ROWS = (
     *((model, "flowbp_lagrange", 8, ()) for model in ("flux2_klein_base_9b", "flux1_dev")),
     ("krea2", "lora_48gb", 1, ()),
     ("krea2", "flowbp_bridge", 8, ()),
+    ("qwen_image_21", "lora_40gb", 1, ()),
+    ("qwen_image_21", "flowbp_bridge", 8, ()),
     ("qwen_image", "lora_80gb", 1, ()),
     ("qwen_image", "flowbp_bridge", 8, ()),
     ("qwen_image_edit", "lora_80gb", 1, ()),
@@ -72,6 +74,7 @@ PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "flux2_klein_base_4b": pipelines.flux2_klein_base_4b,
     "flux2_klein_base_9b": pipelines.flux2_klein_base_9b,
     "qwen_image": pipelines.qwen_image,
+    "qwen_image_21": pipelines.qwen_image_21,
     "qwen_image_edit": pipelines.qwen_image_edit,
 }
 

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -22,6 +23,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -49,7 +52,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -228,6 +234,24 @@ def qwen_image() -> DiffusionPipeline:
         vae=AutoencoderKLQwenImage(),
         text_encoder=qwen2_5_vl_7b(),
         tokenizer=with_max_length(qwen_tokenizer(), 4096),
+    )
+
+
+def qwen_image_21() -> DiffusionPipeline:
+    """Qwen-Image-2.1: 32 blocks of 32 heads x 128, diffusers' defaults, with Qwen3-VL-8B."""
+    text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096}
+    tokenizer = with_max_length(qwen_tokenizer(), 4096)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(VISION_TOKENS)})
+    template = "{% for m in messages %}{{ m.role }}{% for c in m.content %}{{ c.text[:99] }}{% endfor %}{% endfor %}"
+    images, videos = Qwen2VLImageProcessor(), Qwen3VLVideoProcessor()
+    return QwenImage21Pipeline(
+        transformer=QwenImage21Transformer2DModel(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage21(),
+        text_encoder=Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)),
+        processor=Qwen3VLProcessor(images, tokenizer, videos, chat_template=template),
     )
 
 

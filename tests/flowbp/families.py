@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -20,6 +21,8 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -47,7 +50,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -403,6 +409,41 @@ def krea2() -> Krea2Pipeline:
     )
 
 
+def qwen_image_21() -> QwenImage21Pipeline:
+    """As Qwen-Image-2.1: latents of 16x16 pixels, images with opacity."""
+    tokenizer = qwen_image_tokenizer()
+    turn = "<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    images, videos = Qwen2VLImageProcessor(), Qwen3VLVideoProcessor()
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    for parameter in transformer.parameters():
+        parameter.data *= 2 if parameter.ndim == 2 else 1  # so that prompts show in images
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1] * 5,
+        num_res_blocks=1,
+        latents_mean=[-0.8, 0.2, 0.1, -0.3],
+        latents_std=[2.8, 1.5, 2.3, 1.9],
+    )
+    return QwenImage21Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192),
+        vae=vae,
+        text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl(tokenizer)),
+        processor=Qwen3VLProcessor(images, tokenizer, videos, chat_template=template),
+    )
+
+
 EDIT_WORDS = (
     "Describe color".split(),
     "key features input ( shape size texture objects background then explain how user text instruction should alter or "
@@ -437,7 +478,7 @@ class Family(NamedTuple):
     """A family of models: a tiny pipeline, and the arguments of its call for a scale of classifier-free guidance.
 
     true_guidance: whether the pipeline has such guidance.  max_sources: images that a prompt may have; min_sources:
-    and that it must have: then the prompts of the contract suite are edits of `SOURCE` (see `given`).
+    and that it must have: then the prompts of the contract suite are edits of `SOURCE` (see `given`).  size: of images.
     """
 
     make: Callable[[], DiffusionPipeline]
@@ -445,6 +486,7 @@ class Family(NamedTuple):
     max_sources: int = 0
     true_guidance: bool = True
     min_sources: int = 0
+    size: tuple[int, int] = SIZE
 
 
 FAMILIES = {
@@ -467,15 +509,28 @@ FAMILIES = {
         3,
         min_sources=1,
     ),
+    "qwen_image_21": Family(qwen_image_21, true_guidance, size=(32, 64)),
     "flux2": Family(flux2, lambda scale: {"guidance_scale": scale, **FLUX2_TEXT}, 10),
 }
 """Every family of `flowbp.backbones`; the contract suite runs on each."""
 
 
+def size_of(model: Any) -> tuple[int, int]:
+    """Height and width of the images of a family, which its folder or a backbone tells."""
+    if isinstance(model, Path):
+        return FAMILIES[model.name].size if model.name in FAMILIES else SIZE
+    return FAMILIES["qwen_image_21"].size if isinstance(model.pipe, QwenImage21Pipeline) else SIZE
+
+
+def sides_of(model: Any) -> dict[str, int]:
+    """`size_of` as arguments of a pipeline."""
+    return dict(zip(("height", "width"), size_of(model), strict=True))
+
+
 LIKE_FLUX = "flux_kontext"
 """A family whose adapter is another's but for its sources: in the default tier only these are tested."""
 LATER = {LIKE_FLUX: "exhaustive", "z_image": "slow", "flux2_dev": "exhaustive", "krea2": "exhaustive"}
-LATER |= {"qwen_edit": "exhaustive", "qwen_edit_plus": "exhaustive"}
+LATER |= dict.fromkeys(("qwen_edit", "qwen_edit_plus", "qwen_image_21"), "exhaustive")
 """Tiers of the families that run the contract suite after the default one; tests of their own stay in it."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from families import FAMILIES
+from families import FAMILIES, sides_of
 from given import data_of
 from tiers import tiers
 from typer.testing import CliRunner
@@ -101,8 +101,7 @@ def test_source_images_are_counted() -> None:
 def test_every_family_is_traced(folder: Path) -> None:
     sets = [
         f"model.ref={folder}",
-        "model.height=16",
-        "model.width=24",
+        *(f"model.{side}={pixels}" for side, pixels in sides_of(folder).items()),
         "method=refl",
         "method.active.num_active_steps=2",
         *data_of(folder.name),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from families import FAMILIES, SIZE
+from families import FAMILIES, size_of
 from given import prompt_for
 
 from flowbp import backbones
@@ -20,6 +20,7 @@ TARGETS = (
 
 
 ONE_STREAM = {"z_image": "feed_forward.w1, adaLN_modulation.0", "krea2": "ff.up, to_gate"}
+ONE_STREAM |= {"qwen_image_21": "img_mlp.proj, img_mlp.out"}
 """Families of one stream of tokens, which have no layers for text alone, and other layers of theirs."""
 
 
@@ -44,13 +45,14 @@ def trained(place: Path, model: Path, *sets: str) -> Path:
 def theirs(pipe: DiffusionPipeline, family: str) -> torch.Tensor:
     """What the unmodified pipeline generates."""
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "output_type": "pt", "height": SIZE[0], "width": SIZE[1]}
+    height, width = FAMILIES[family].size
+    options = {"num_inference_steps": 3, "output_type": "pt", "height": height, "width": width}
     options |= FAMILIES[family].guided(1.0)
-    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(3), **options).images
+    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(3), **options).images[:, :3]
 
 
 def ours(run: Path, model: Path, *, base: bool = False) -> torch.Tensor:
     backbone = backbones.load(str(model))
     if not base:
         load_trained_weights(backbone, run)
-    return sampling.generate_images(backbone, prompt_for(backbone, "a red circle"), [3], SIZE, 3, 1.0)
+    return sampling.generate_images(backbone, prompt_for(backbone, "a red circle"), [3], size_of(backbone), 3, 1.0)

@@ -6,7 +6,7 @@ import torch
 
 from tests.flowbp import families
 
-NOT_HERE = (families.LIKE_FLUX, "krea2")
+NOT_HERE = (families.LIKE_FLUX, "krea2", "qwen_image_21")
 """Families of flowbp whose pipelines are made below, or do not generate for interleave."""
 PIPELINES = {name: family.make for name, family in families.FAMILIES.items() if name not in NOT_HERE} | {
     "kontext": families.flux_kontext,

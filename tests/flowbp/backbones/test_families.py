@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from families import FAMILIES, SIZE, folder_of
+from families import FAMILIES, folder_of, sides_of, size_of
 from given import data_of, encode, prompt_for
 from safetensors.torch import load_file, save_file
 from sweeps import assert_sweep_is_joint
@@ -61,7 +61,8 @@ def published_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(folder: Path) -> list[str]:
     """Settings for a tiny model."""
-    return [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}", *data_of(folder.name)]
+    height, width = size_of(folder)
+    return [f"model={{ref: {folder}, height: {height}, width: {width}}}", *data_of(folder.name)]
 
 
 def theirs(
@@ -70,9 +71,10 @@ def theirs(
     """The unmodified pipeline and what it makes of the first prompt."""
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": steps, "output_type": output, "height": SIZE[0], "width": SIZE[1]}
+    options = {"num_inference_steps": steps, "output_type": output, **sides_of(folder)}
     options |= {"prompt": PROMPTS[0]} | FAMILIES[folder.name].guided(guidance) | changed
-    return pipe, pipe(generator=torch.Generator().manual_seed(seed), **options).images
+    images = pipe(generator=torch.Generator().manual_seed(seed), **options).images
+    return pipe, images[:, :3] if output == "pt" else images  # some have a channel of opacity
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,9 @@ def test_weights_that_do_not_fit_are_found_before_a_run(how: str, part: str, sd3
 def test_an_image_is_the_pipelines_own(backbone: Backbone, folder: Path, guidance: float) -> None:
     if guidance != 1 and not FAMILIES[folder.name].true_guidance:
         pytest.skip("its pipeline has no guidance but the distilled one")
-    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], SIZE, 4, guidance)
+    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 4, guidance)
     _, expected = theirs(folder, 4, guidance, 5, "pt")
-    assert ours.shape == expected.shape == (1, 3, *SIZE)
+    assert ours.shape == expected.shape == (1, 3, *size_of(backbone))
     assert ours.std() > 0.01
     assert (ours - expected).abs().max() < 1e-5
 
@@ -113,7 +115,7 @@ def test_an_image_is_the_pipelines_own(backbone: Backbone, folder: Path, guidanc
 @pytest.mark.parametrize("steps", [4, 25])
 def test_noise_levels_are_the_pipelines_own(backbone: Backbone, folder: Path, steps: int) -> None:
     pipe, _ = theirs(folder, steps, 1.0, 0, "latent")
-    sigmas = backbone.sigmas(steps, SIZE)
+    sigmas = backbone.sigmas(steps, size_of(backbone))
     assert torch.equal(sigmas, pipe.scheduler.sigmas)
     assert sigmas.shape == (steps + 1,)
     assert sigmas[0] == 1
@@ -168,13 +170,13 @@ def test_every_configuration_of_the_scheduler_is_sampled_as_the_pipeline_does(
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(SCHEDULERS[name])
     monkeypatch.setattr(backbone.pipe, "scheduler", scheduler)
     backbone.pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 3, "output_type": "pt", "height": SIZE[0], "width": SIZE[1]}
+    options = {"num_inference_steps": 3, "output_type": "pt", **sides_of(folder)}
     generator = torch.Generator().manual_seed(5)
     expected = backbone.pipe(
         prompt=PROMPTS[0], generator=generator, **options, **FAMILIES[folder.name].guided(1.0)
-    ).images
-    assert torch.equal(backbone.sigmas(3, SIZE), scheduler.sigmas)
-    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], SIZE, 3, 1.0)
+    ).images[:, :3]
+    assert torch.equal(backbone.sigmas(3, size_of(backbone)), scheduler.sigmas)
+    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 3, 1.0)
     assert (ours - expected).abs().max() < 1e-5
 
 
@@ -203,7 +205,7 @@ def test_what_is_not_sampled_exactly_is_refused(sd3_folder: Path, reason: str) -
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", name]}))
     file.write_text(json.dumps({"_class_name": name} | REFUSED[reason]))
     with pytest.raises(UserError, match=reason):
-        backbones.init_empty_weights(str(sd3_folder)).sigmas(4, SIZE)
+        backbones.init_empty_weights(str(sd3_folder)).sigmas(4, size_of(sd3_folder))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ SD3_LINEAR = (1, 0.986301, 0.971831, 0.956522, 0.940299, 0.923077)
 @pytest.mark.parametrize("steps", [2, 8, 25])
 def test_linear_levels_are_those_that_the_papers_code_trains_on(backbone: Backbone, steps: int) -> None:
     """linspace(1, 1/N, N) with the shift of the model: other levels than the pipeline's for SD3 alone."""
-    found, own = (backbone.sigmas(steps, SIZE, levels) for levels in ("linear", "pipeline"))
+    found, own = (backbone.sigmas(steps, size_of(backbone), levels) for levels in ("linear", "pipeline"))
     s = np.linspace(1, 1 / steps, steps)
     if isinstance(backbone, SD3):
         assert found.numpy() == pytest.approx(np.append(3 * s / (1 + 2 * s), 0), abs=1e-6)
@@ -327,7 +329,7 @@ def test_linear_levels_need_a_scheduler_that_keeps_them(backbone: Backbone, key:
     pipe = copy.copy(backbone.pipe)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **{key: True})
     with pytest.raises(UserError, match=f"train_sigmas linear: the model's scheduler has {key}"):
-        type(backbone)(pipe).sigmas(4, SIZE, "linear")
+        type(backbone)(pipe).sigmas(4, size_of(backbone), "linear")
 
 
 @pytest.mark.parametrize("folder", ["sd3"], indirect=True)
@@ -336,16 +338,18 @@ def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monk
     config = load(TrainConfig, [], [*sets, "num_inference_steps=6", "eval.num_inference_steps=3", "total_batch_size=1"])
     trainer = Trainer(config, load_models(config, torch.device("cpu")), Accelerator(cpu=True))
     backbone, asked = trainer.models.backbone, []
-    assert torch.equal(trainer.sigmas, backbone.sigmas(6, SIZE, "linear"))
+    assert torch.equal(trainer.sigmas, backbone.sigmas(6, size_of(backbone), "linear"))
     assert preflight.check_run(config, 1).sigmas == tuple(trainer.sigmas.tolist())
     sigmas = backbone.sigmas
     monkeypatch.setattr(backbone, "sigmas", lambda *given: asked.append(given) or sigmas(*given))
     trainer.evaluate(PROMPTS[:1], "prompts", 1.0)
-    assert asked == [(3, SIZE)]
+    assert asked == [(3, size_of(backbone))]
 
 
 SAME_IMAGE = (("flux", 512), ("krea2", 100), ("krea2", 512))
-PADDED = [(family, length) for family, one in FAMILIES.items() if not one.min_sources for length in (7, 100, 512)]
+UNCUT = ("qwen_edit", "qwen_edit_plus", "qwen_image_21")
+"""Families whose pipelines read prompts of any length."""
+PADDED = [(family, length) for family in FAMILIES if family not in UNCUT for length in (7, 100, 512)]
 
 
 @pytest.mark.parametrize(
@@ -365,10 +369,10 @@ def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int)
         with pytest.raises(UserError, match=rf"max_sequence_length {length}: the model reads at most 12 tokens"):
             apply_model_options(backbone, ModelConfig(max_sequence_length=length))
         return
-    default = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], SIZE, 3, 1.0)
+    default = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 3, 1.0)
     apply_model_options(backbone, ModelConfig(max_sequence_length=length))
     assert encode(backbone, PROMPTS)["text"].shape[1] == length + (13 if folder.name == "sd3" else 0)
-    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], SIZE, 3, 1.0)
+    ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 3, 1.0)
     expected = theirs(folder, 3, 1.0, 5, "pt", max_sequence_length=length)[1]
     assert (ours - expected).abs().max() < 1e-5
     # the others see no padding
@@ -379,8 +383,8 @@ def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int)
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:
     cond = encode(backbone, PROMPTS)
-    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
-    assert x.shape == (2, *backbone.latent_shape(SIZE))
+    x = backbone.noise(2, size_of(backbone), torch.Generator().manual_seed(0))
+    assert x.shape == (2, *backbone.latent_shape(size_of(backbone)))
     sigma = torch.full((2,), 0.6)
     for dtype in (torch.float32, torch.bfloat16):
         backbone.bfloat16 = dtype == torch.bfloat16
@@ -394,7 +398,7 @@ def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:
 
 def test_samples_do_not_see_each_other(backbone: Backbone) -> None:
     cond = encode(backbone, PROMPTS)
-    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+    x = backbone.noise(2, size_of(backbone), torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.9, 0.2])
     both = backbone.velocity(x, sigma, cond)
     for i in range(2):
@@ -405,13 +409,13 @@ def test_samples_do_not_see_each_other(backbone: Backbone) -> None:
 
 def test_the_skeleton_is_the_model_without_weights(backbone: Backbone, folder: Path) -> None:
     bones = backbones.init_empty_weights(str(folder))
-    assert torch.equal(bones.sigmas(7, SIZE), backbone.sigmas(7, SIZE))
-    assert bones.latent_shape(SIZE) == backbone.latent_shape(SIZE)
+    assert torch.equal(bones.sigmas(7, size_of(backbone)), backbone.sigmas(7, size_of(backbone)))
+    assert bones.latent_shape(size_of(backbone)) == backbone.latent_shape(size_of(backbone))
     names = {name: p.shape for name, p in backbone.net.named_parameters()}
     assert {name: p.shape for name, p in bones.net.named_parameters()} == names
     assert all(p.is_meta for p in bones.net.parameters())
     with pytest.raises(UserError, match="multiples of"):
-        bones.latent_shape((17, 24))
+        bones.latent_shape((17, size_of(backbone)[1]))
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
@@ -421,7 +425,7 @@ def test_gradient_reaches_every_trained_weight(folder: Path, lora: LoraConfig | 
     for name, parameter in parameters.items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)  # they start at zero, and so hide the other factor
-    x = backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
+    x = backbone.noise(2, size_of(backbone), torch.Generator().manual_seed(0))
     v = backbone.velocity(x, torch.tensor([0.9, 0.2]), encode(backbone, PROMPTS))
     (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     silent = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
@@ -492,7 +496,7 @@ def test_distilled_guidance_is_an_input(folder: Path) -> None:
     """An image at the pipeline's own guidance and at another; true guidance goes around it in the sweep."""
     for guidance in (None, 2.5):
         backbone = backbones.load(str(folder), embedded_guidance=guidance)
-        ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], SIZE, 3, 1.0)
+        ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 3, 1.0)
         given = {} if guidance is None else {"guidance_scale": guidance}
         assert (ours - theirs(folder, 3, 1.0, 5, "pt", **given)[1]).abs().max() < 1e-5
     exact = backbones.load(str(folder), dtype=torch.float64)
@@ -509,11 +513,48 @@ def test_texts_of_several_lengths_are_seen_whole(folder: Path) -> None:
     assert_sweep_is_joint(backbone, cond, negative, GUIDANCE["guided"], "flowbp_bridge")
     backbone = backbones.load(str(folder))
     for guidance in (1.0, 3.0):
-        ours = sampling.generate_images(backbone, LONG, [5], SIZE, 3, guidance)
+        ours = sampling.generate_images(backbone, LONG, [5], size_of(backbone), 3, guidance)
         assert (ours - theirs(folder, 3, guidance, 5, "pt", prompt=LONG)[1]).abs().max() < 1e-5
     cut = ModelConfig(max_sequence_length=20)
     apply_model_options(backbone, cut)
     assert backbone.encode([LONG])[LENGTHS].tolist() == [20]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["qwen_image_21"], indirect=True)
+def test_qwen_image_21_is_the_pipelines_own(folder: Path, backbone: Backbone) -> None:
+    """Long and empty prompts, each at its own length; the model's own levels where it has as many."""
+    size = size_of(backbone)
+    for prompt in (PROMPTS[0], LONG, ""):
+        for guidance in (1.0, 3.0):
+            ours = sampling.generate_images(backbone, prompt, [5], size, 3, guidance)
+            assert (ours - theirs(folder, 3, guidance, 5, "pt", prompt=prompt)[1]).abs().max() < 1e-5
+    cond = backbone.encode([PROMPTS[0], LONG])
+    assert cond[LENGTHS].tolist() == [11, 57]
+    backbone.set_max_tokens(20)
+    cut = backbone.encode([LONG])
+    backbone.set_max_tokens(512)
+    assert cut[LENGTHS].tolist() == [20]
+    assert torch.allclose(cut["text"], cond["text"][1:, :20], atol=1e-5)
+    x, time, text = backbone.noise(2, size, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.2]), cond["text"]
+    rows, columns = x.shape[2:]
+    is_image = torch.arange(11 + rows * columns) >= 11
+    rotary = backbone.net.pos_embed([(1, rows, columns)], is_image, device=x.device)
+    alike = {"text": text[:1].expand(2, -1, -1), LENGTHS: torch.tensor([11, 11])}
+    traced = backbone.traceable(x, time, alike["text"][:, :11], rotary)
+    assert torch.allclose(backbone.velocity(x, time, alike), traced, atol=1e-5)
+    linear = backbone.sigmas(3, size)
+    index = folder / "model_index.json"
+    content = index.read_text()
+    index.write_text(json.dumps(json.loads(content) | {"sample_sigmas": [1.0, 0.9, 0.4]}))
+    try:
+        own = backbones.load(str(folder))
+        assert torch.equal(own.sigmas(3, size), theirs(folder, 3, 1.0, 0, "latent")[0].scheduler.sigmas)
+        assert torch.equal(own.sigmas(3, size, "linear"), linear)
+        assert torch.equal(own.sigmas(4, size), backbone.sigmas(4, size))
+        assert not torch.equal(own.sigmas(3, size), linear)
+    finally:
+        index.write_text(content)
 
 
 @pytest.mark.slow
@@ -522,16 +563,16 @@ def test_long_empty_and_distilled_krea_is_the_pipelines_own(folder: Path, backbo
     """Padding lies between a prompt and the end of the template; a step-distilled model has a shift of its own."""
     for prompt in (LONG, ""):
         for guidance in (1.0, 3.0):
-            ours = sampling.generate_images(backbone, prompt, [5], SIZE, 3, guidance)
+            ours = sampling.generate_images(backbone, prompt, [5], size_of(backbone), 3, guidance)
             assert (ours - theirs(folder, 3, guidance, 5, "pt", prompt=prompt)[1]).abs().max() < 1e-5
     index = folder / "model_index.json"
     content = index.read_text()
-    own = backbone.sigmas(4, SIZE)
+    own = backbone.sigmas(4, size_of(backbone))
     index.write_text(json.dumps(json.loads(content) | {"is_distilled": True}))
     try:
         with pytest.raises(UserError, match="step-distilled, as its model_index"):
             backbones.load(str(folder))
-        found = backbones.load(str(folder), distilled=True).sigmas(4, SIZE)
+        found = backbones.load(str(folder), distilled=True).sigmas(4, size_of(backbone))
         assert torch.equal(found, theirs(folder, 4, 1.0, 0, "latent")[0].scheduler.sigmas)
         assert (found - own).abs().max() > 0.01
     finally:
@@ -553,8 +594,8 @@ def test_guidance_is_rescaled_in_training_and_evaluation_as_it_is_set(folder: Pa
         config = load(TrainConfig, [], [*small(folder), "guidance_scale=3", "model.max_sequence_length=12", *sets])
         trainer = Trainer(config, load_models(config, torch.device("cpu"), with_rewards=False), Accelerator(cpu=True))
         conds = trainer.models.embeddings(PROMPTS)
-        noise = trainer.models.backbone.noise(2, SIZE, torch.Generator().manual_seed(0))
-        sampled = generate_latents(trainer.models.backbone, *conds, noise, SIZE, 2, 3.0)
+        noise = trainer.models.backbone.noise(2, size_of(trainer.models.backbone), torch.Generator().manual_seed(0))
+        sampled = generate_latents(trainer.models.backbone, *conds, noise, size_of(trainer.models.backbone), 2, 3.0)
         velocity, sigmas = trainer._velocity(conds), trainer.sigmas[[0, 12, -1]]
         return [sampled, rollout(velocity, noise, sigmas, RolloutSpec(frozenset(), frozenset(), 2)).x_end]
 
@@ -565,10 +606,10 @@ def test_guidance_is_rescaled_in_training_and_evaluation_as_it_is_set(folder: Pa
 
 
 def test_decoding_is_differentiable(backbone: Backbone) -> None:
-    x = backbone.noise(1, SIZE, torch.Generator().manual_seed(0)).requires_grad_()
+    x = backbone.noise(1, size_of(backbone), torch.Generator().manual_seed(0)).requires_grad_()
     images = backbone.decode(x)
     images.sum().backward()
-    assert images.shape == (1, 3, *SIZE)
+    assert images.shape == (1, 3, *size_of(backbone))
     assert x.grad is not None
     assert x.grad.isfinite().all()
     assert x.grad.any()
@@ -601,7 +642,7 @@ def test_an_update_in_bfloat16_trains_float32_weights(folder: Path, lora: str) -
     prompts = [prompt_for(parts.backbone, text) for text in PROMPTS]
     cond, negative = parts.embeddings(prompts)
     velocity = guided_velocity(parts.backbone.velocity, cond, negative, config.classifier_free_guidance)
-    x, sigma = parts.backbone.noise(2, SIZE, torch.Generator().manual_seed(0)), torch.full((2,), 0.6)
+    x, sigma = parts.backbone.noise(2, size_of(parts.backbone), torch.Generator().manual_seed(0)), torch.full((2,), 0.6)
     with torch.no_grad():
         cached = velocity(x, sigma)
     assert torch.equal(cached, velocity(x.clone().requires_grad_(), sigma))

@@ -14,7 +14,7 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 
 IN_PAPER = {"sd3_5_medium": "sd3", "flux1_dev": "flux", "flux2_klein_base_4b": "flux2", "flux2_klein_base_9b": "flux2"}
-FAMILY_OF = IN_PAPER | {name: name for name in ("z_image", "krea2", "qwen_image", "flux2_dev")}
+FAMILY_OF = IN_PAPER | {name: name for name in ("z_image", "krea2", "qwen_image", "qwen_image_21", "flux2_dev")}
 FAMILY_OF |= {"qwen_image_edit": "qwen_edit"}
 """Families by the folder of their recipes: models of the paper's runs, or with its settings for them; and others."""
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))

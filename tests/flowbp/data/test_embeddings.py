@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import size_of
 from given import encode, prompt_for
 
 from flowbp import backbones
@@ -95,7 +96,7 @@ def test_text_encoders_are_let_go(folder: Path) -> None:
     again, _ = conditions(prompts)
     for name, value in cond.items():
         assert torch.equal(value, again[name])
-    x = backbone.noise(len(PROMPTS), (16, 16), torch.Generator().manual_seed(0))
+    x = backbone.noise(len(PROMPTS), size_of(backbone), torch.Generator().manual_seed(0))
     assert backbone.velocity(x, torch.full((len(PROMPTS),), 0.5), cond).isfinite().all()
 
 

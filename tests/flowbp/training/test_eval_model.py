@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from families import FAMILIES, SIZE, folder_of
+from families import FAMILIES, SIZE, folder_of, size_of
 from given import prompt_for
 from tiers import tiers
 from trained_runs import TARGETS, targets_of, theirs, trained
@@ -54,7 +54,7 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     source = model_source(str(run), tmp_path)
     backbone = source.load(torch.device("cpu"))
     prompt = prompt_for(backbone, "a red circle")
-    ours = generate_images(backbone, prompt, [3], SIZE, 3, 1.0)
+    ours = generate_images(backbone, prompt, [3], size_of(backbone), 3, 1.0)
     merged = export_run(run, "merged", tmp_path / "merged", model=str(sibling))
     assert "which was not trained" in (merged / "README.md").read_text()
     if family == "flux2":  # its pipeline asks for other inputs once it is distilled
@@ -63,7 +63,7 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     pipe = DiffusionPipeline.from_pretrained(merged, dtype=torch.float32)
     assert (theirs(pipe, family) - ours).abs().max() < 1e-5
     base = generate_images(model_source(str(run), tmp_path, base=True).load(torch.device("cpu")),
-                           prompt, [3], SIZE, 3, 1.0)  # fmt: skip
+                           prompt, [3], size_of(backbone), 3, 1.0)  # fmt: skip
     assert (ours - base).abs().max() > 5e-3
     assert (theirs(DiffusionPipeline.from_pretrained(model, dtype=torch.float32), family) - base).abs().max() > 5e-3
 

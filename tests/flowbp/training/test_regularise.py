@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from families import FAMILIES, SIZE, folder_of
+from families import FAMILIES, folder_of, sides_of
 from given import data_of
 from tiers import tiers
 from torch import Tensor
@@ -30,7 +30,8 @@ WEIGHT = "regularise.weight=30"
 
 
 def config_of(model: Path, *sets: str) -> TrainConfig:
-    size = (f"model.height={SIZE[0]}", f"model.width={SIZE[1]}", "num_inference_steps=5", "total_batch_size=2")
+    size = [f"model.{side}={pixels}" for side, pixels in sides_of(model).items()]
+    size += ["num_inference_steps=5", "total_batch_size=2"]
     more = ("method.active.num_active_steps=3", "guidance_scale=2", "heldout=[]", "optim.learning_rate=0.01")
     return load(TrainConfig, [], [f"model.ref={model}", *size, *more, *data_of(model.name), *sets])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from families import FAMILIES, folder_of
+from families import FAMILIES, folder_of, sides_of
 from forking import command, forked
 from given import data_of, prompt_for
 from safetensors.torch import load_file, save_file
@@ -82,7 +82,8 @@ SMALL += ["max_train_steps=2", "eval.guidance_scale=[1.0]", "eval.num_prompts=3"
 def config_of(folder: Path, *sets: str) -> TrainConfig:
     # a large eps and rate: AdamW divides by the root of the second moment, which magnifies rounding where that is
     # small, and a small step drowns in the rounding of the weight it is added to
-    common = [f"model.ref={folder}", "model.height=16", "model.width=24", "num_inference_steps=4", "total_batch_size=4"]
+    common = [f"model.ref={folder}", "num_inference_steps=4", "total_batch_size=4"]
+    common += [f"model.{side}={pixels}" for side, pixels in sides_of(folder).items()]
     common += [
         "optim.learning_rate=0.01",
         "optim.eps=0.01",

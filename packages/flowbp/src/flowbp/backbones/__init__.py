@@ -23,6 +23,7 @@ FAMILIES = {
     "ZImagePipeline": ("flowbp.backbones.families.z_image", "ZImage"),
     "Krea2Pipeline": ("flowbp.backbones.families.krea2", "Krea2"),
     "QwenImagePipeline": ("flowbp.backbones.families.qwen_image", "QwenImage"),
+    "QwenImage21Pipeline": ("flowbp.backbones.families.qwen_image_21", "QwenImage21"),
     "QwenImageEditPipeline": ("flowbp.backbones.families.qwen_image_edit", "QwenImageEdit"),
     "QwenImageEditPlusPipeline": ("flowbp.backbones.families.qwen_image_edit", "QwenImageEditPlus"),
     "StableDiffusion3Pipeline": ("flowbp.backbones.families.sd3", "SD3"),

@@ -12,6 +12,7 @@ KNOWN_LICENSES = (
     (r"Tongyi-MAI/Z-Image(-Turbo)?", "Apache-2.0"),
     (r"krea/Krea-2-(Raw|Turbo)", "Krea 2 Community"),
     (r"Qwen/Qwen-Image(-2512|-Edit|-Edit-2509|-Edit-2511)?", "Apache-2.0"),
+    (r"Qwen/Qwen-Image-2\.1", "Qwen Research"),
     (r"stabilityai/stable-diffusion-3(\.5)?-.*", "Stability AI Community"),
     (r"builtin:shapes/.*", "Apache-2.0"),
 )
@@ -40,6 +41,7 @@ PUBLISHED = (
     PublishedModel("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", 2.24, 24),
     PublishedModel("black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", 3.88, 24),
     PublishedModel("Tongyi-MAI/Z-Image", "ZImagePipeline", 6.15, 32),
+    PublishedModel("Qwen/Qwen-Image-2.1", "QwenImage21Pipeline", 7.12, 40),
     PublishedModel("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline", 9.08),
     PublishedModel("black-forest-labs/FLUX.1-dev", "FluxPipeline", 11.90),
     PublishedModel("black-forest-labs/FLUX.1-Kontext-dev", "FluxKontextPipeline", 11.90),

@@ -5,7 +5,13 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel, ModelMixin
+from diffusers import (
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    Krea2Transformer2DModel,
+    ModelMixin,
+    QwenImage21Transformer2DModel,
+)
 from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -67,7 +73,8 @@ def _recompute_cheap_parts(block: Any, *args: Any) -> Any:
 def set_attention(net: nn.Module, backend: str) -> None:
     """Which kernel the transformer's attention calls, in every layer."""
     layers = [module for module in net.modules() if isinstance(module, AttentionModuleMixin)]
-    if not layers:
+    # the attention of Qwen-Image-2.1 asks for none where it sees the text
+    if not layers or isinstance(net, QwenImage21Transformer2DModel):
         raise UserError(
             f"model.attention {backend}: the attention of {type(net).__name__} has no choice of backends here; "
             "set it to null"
@@ -118,7 +125,7 @@ def compile_blocks(net: nn.Module) -> None:
 
 def set_vae_tiling(vae: Any, side: int, size: tuple[int, int]) -> None:
     """Makes the autoencoder decode larger images in tiles of `side` pixels that overlap by a quarter."""
-    videos = isinstance(vae, AutoencoderKLQwenImage)
+    videos = isinstance(vae, AutoencoderKLQwenImage | AutoencoderKLQwenImage21)
     factor = vae.spatial_compression_ratio if videos else 2 ** (len(vae.config.block_out_channels) - 1)
     if side % (4 * factor) or side >= max(size):
         raise UserError(

@@ -320,9 +320,9 @@ def linear_levels(steps: int) -> list[float]:
     return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
-def decode(vae: ModelMixin, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b 3 *t height width"]:
+def decode(vae: ModelMixin, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b channels *t height width"]:
     """Images, or t frames, in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the
-    clamp)."""
+    clamp): three colors and, of some autoencoders, opacity."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 

@@ -90,7 +90,7 @@ class ModelConfig(Config):
     """Whether the model may be step-distilled (klein without base, Turbo).  Such a model is made to generate in few
     steps: trained or sampled at more of them it can lose that, and what it generates then is not what was measured."""
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
-    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of FLUX.2 and Qwen-Image pads and cuts a
+    """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of the other families pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.
     Images depend on it, but for Z-Image, Krea 2 and Qwen-Image, which see no padding: there fewer only save time.
     Tokens of source images, which Qwen-Image-Edit reads beside the prompt, do not count."""

@@ -10,6 +10,11 @@ from flowbp.export.adapters import Adapter, to_diffusers
 from imgen_common.errors import UserError
 
 COMFYUI_FILE = "comfyui_lora.safetensors"
+SAME_NAMES = (
+    *("StableDiffusion3Pipeline", "ZImagePipeline", "QwenImagePipeline"),
+    *("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+)
+"""Pipelines whose layers have the names of diffusers in ComfyUI."""
 
 
 def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str, int]) -> dict[str, Tensor]:
@@ -18,7 +23,7 @@ def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str,
     FLUX has its original names, with query, key and value as one layer; SD3, Z-Image and Qwen-Image have those of
     diffusers.  widths: number of outputs of every linear layer of the transformer.
     """
-    if pipeline in ("StableDiffusion3Pipeline", "ZImagePipeline") or pipeline.startswith("QwenImage"):
+    if pipeline in SAME_NAMES:
         return to_diffusers(found)
     left = dict(found)
     keys: dict[str, Tensor] = {}
