@@ -2,12 +2,11 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from families import FAMILIES, LATER, folder_of
+from given import shrink_sources
 
 from flowbp import backbones, cli
 from flowbp.core.types import Backbone
@@ -15,15 +14,8 @@ from flowbp.core.types import Backbone
 
 @pytest.fixture(scope="session", autouse=True)
 def _small_sources() -> Iterator[None]:
-    """Qwen-Image-Edit turns every source into a million pixels, for tiny networks too many tokens; here 40 x 40, about,
-    and at least 32 x 32."""
-
-    def small(wanted: Callable[..., tuple[int, ...]], area: int, ratio: float) -> tuple[int, ...]:
-        return wanted(max(area * (40 / 1024) ** 2, 32 * 32), ratio)
-
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
-            patch.setattr(module, "calculate_dimensions", partial(small, module.calculate_dimensions))
+        shrink_sources(patch)
         yield
 
 

@@ -1,8 +1,11 @@
 """What tests give a family: prompts, which are edits where it needs source images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from families import FAMILIES, SOURCE
 from PIL import Image
 
@@ -33,6 +36,17 @@ def encode(backbone: Backbone, texts: Sequence[str]) -> Cond:
     latents = backbone.encode_source(backbone.prepare_source(SOURCE))
     found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return found | pack_sources([[latents] * backbone.min_sources] * len(texts))
+
+
+def shrink_sources(patch: pytest.MonkeyPatch) -> None:
+    """Qwen-Image-Edit turns every source into a million pixels, for tiny networks too many tokens; here 40 x 40, about,
+    and at least 32 x 32."""
+
+    def small(wanted: Callable[..., tuple[int, ...]], area: int, ratio: float) -> tuple[int, ...]:
+        return wanted(max(area * (40 / 1024) ** 2, 32 * 32), ratio)
+
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        patch.setattr(module, "calculate_dimensions", partial(small, module.calculate_dimensions))
 
 
 def data_of(family: str) -> list[str]:

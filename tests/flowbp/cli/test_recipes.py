@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from families import FAMILIES, folder_of
+from families import FAMILIES, SOURCE, folder_of
 
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
@@ -49,13 +49,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if r.parent.name != "miniature"
     ],
 )
-def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str, Path]) -> None:
+def test_a_recipe_passes_every_check_before_loading(recipe: Path, tiny: dict[str, Path], tmp_path: Path) -> None:
     """With a tiny model of the same family and prompts of the miniature in the place of what is not here."""
     sets = [f"model.ref={tiny[recipe.parent.name]}", "rewards.0.ref=builtin:shapes/reward"]
     for i, _ in enumerate(load(TrainConfig, [recipe]).heldout):
         sets += [f"heldout.{i}.ref=builtin:shapes/heldout", f"heldout.{i}.score=clip"]
-    prompts = "edits/test" if FAMILIES[FAMILY_OF[recipe.parent.name]].min_sources else "test"
-    sets += [f"{key}=builtin:shapes/{prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
+    prompts: object = "builtin:shapes/test"
+    if FAMILIES[FAMILY_OF[recipe.parent.name]].min_sources:
+        SOURCE.save(tmp_path / "source.png")
+        prompts = tmp_path / "edits.jsonl"
+        prompts.write_text('{"prompt": "make it red", "images": "source.png"}\n' * 8)
+    sets += [f"{key}={prompts}" for key in ("data.prompts", "eval.prompts", "eval.quick_prompts")]
     job = preflight.check_run(load(TrainConfig, [recipe], sets), 1 if recipe.stem.endswith("gb") else 8)
     cost = preflight.update_arithmetic(job)
     assert cost["images_per_update"] == job.config.total_batch_size

@@ -141,8 +141,9 @@ def evaluate(
     for start in range(0, -(-len(prompts) // processes.size), config.eval.batch_size):
         processes.before_batch()
         batch = mine[start : start + config.eval.batch_size]
-        indices = batch or range(1)  # a process without prompts of its own takes part in the passes of the others
-        cond, negative = embed_prompts([prompts[i] for i in batch] or [""])
+        # a process without prompts left takes part in the passes of the others, with one that it has embedded
+        indices = batch or mine[:1] or range(1)
+        cond, negative = embed_prompts([prompts[i] for i in indices])
         noise = initial_noise(backbone, size, config.eval.seed, "eval-noise", indices)
         steps = config.eval.num_inference_steps
         # what is not finite becomes a score that is not finite, about which the watchdog alerts

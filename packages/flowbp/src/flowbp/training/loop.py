@@ -109,7 +109,9 @@ class TrainingLoop:
             return
         self.reporter.stage("embedding prompts")
         rank, world = self.trainer.accelerator.process_index, self.trainer.accelerator.num_processes
-        evaluated = [*self.full_prompts[rank::world], *self.quick_prompts[rank::world]]
+        # of fewer prompts than processes, the first
+        parts = [prompts[rank::world] or prompts[:1] for prompts in (self.full_prompts, self.quick_prompts)]
+        evaluated = [prompt for part in parts for prompt in part]
         self.trainer.embed_prompts([*self.trainer.training_prompts(), *evaluated])
 
     def evaluate_base(self) -> None:
