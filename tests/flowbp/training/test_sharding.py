@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from families import FAMILIES, folder_of, sides_of
 from forking import command, forked
-from given import data_of, prompt_for
+from given import data_of, prompt_for, shrink_sources
 from safetensors.torch import load_file, save_file
 from tiers import tiers
 from torch import Tensor, distributed
@@ -290,6 +290,7 @@ def count_sent(call: Callable[[], object]) -> float:
 
 def _worker(place: Path, library: str, slow: bool) -> None:
     torch.set_num_threads(1)
+    shrink_sources(pytest.MonkeyPatch())  # to the end of the process
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
 

@@ -48,7 +48,7 @@ PUBLISHED = (
     PublishedModel("krea/Krea-2-Raw", "Krea2Pipeline", 12.82, 48),
     PublishedModel("Qwen/Qwen-Image", "QwenImagePipeline", 20.43, 80),
     PublishedModel("Qwen/Qwen-Image-Edit", "QwenImageEditPipeline", 20.43, 80),
-    PublishedModel("Qwen/Qwen-Image-Edit-2511", "QwenImageEditPlusPipeline", 20.43, 80),
+    PublishedModel("Qwen/Qwen-Image-Edit-2511", "QwenImageEditPlusPipeline", 20.43),
     PublishedModel("black-forest-labs/FLUX.2-dev", "Flux2Pipeline", 32.22, 141),
 )
 """Models whose sizes are known here; others of the same families can be trained too."""
