@@ -6,7 +6,7 @@ reward, backward, AdamW) is made with flowbp's sweep and with the joint graph of
 Memory is that of live storages, beside what `flowbp estimate` says of the same configuration.  One evaluation of the
 network is compared with the same call of diffusers' transformer.
 
-The exit code is 1 if a claim fails.  It needs about 12 GB of memory; on two cores it takes a quarter of an hour.
+The exit code is 1 if a claim fails.  It needs about 10 GB of memory and ten minutes of computing.
 
     python -m benchmarks.perf.real_size
     python -m benchmarks.perf.real_size --tiny        # tiny sizes, to see that the code works

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interleave.datasets.filters import SetInfo
 
 app = typer.Typer(
+    name="data",
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Make training sets of planner and critic: build them from trajectories, import, check and show them.\n\n"
