@@ -37,9 +37,10 @@ Task = Literal["run", "resume", "pages"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a process: seconds of work, and its memory (peak resident set) before and after, in bytes."""
+    """Of a process: seconds of work and of computing, and its memory (peak resident set) before and after, in bytes."""
 
     seconds: float
+    cpu: float
     before: int
     after: int
 
@@ -78,7 +79,7 @@ def work(task: Task, folder: Path, number: int) -> Cost:
     config = scripted_config()
     components = build_components(config)
     texts = [f"story {i}" for i in range(number)]
-    before, start = peak_memory(), time.perf_counter()
+    before, start, cpu = peak_memory(), time.perf_counter(), time.process_time()
     if task == "run":
         create_run(folder, config, lambda store: [make_request(text, [], store) for text in texts])
     if task == "pages":
@@ -87,7 +88,7 @@ def work(task: Task, folder: Path, number: int) -> Cost:
         stories = asyncio.run(run_requests(folder, components, config, [MODULE], lambda record: None))
         if [story.status for story in stories] != ["complete"] * number:
             raise RuntimeError("a story is not complete")
-    return Cost(time.perf_counter() - start, before, peak_memory())
+    return Cost(time.perf_counter() - start, time.process_time() - cpu, before, peak_memory())
 
 
 def measure(number: int, folder: Path) -> Row:
@@ -104,7 +105,7 @@ def measure(number: int, folder: Path) -> Row:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    header = ["requests", "ms per request", "driver MiB", "KiB per request", "records MB"]
+    header = ["requests", "ms per request", "CPU ms", "driver MiB", "KiB per request", "records MB"]
     header += ["resume s", "resume MiB", "pages s", "pages MiB"]
     return markdown_table(
         header,
@@ -112,6 +113,7 @@ def format_table(rows: Sequence[Row]) -> str:
             [
                 f"{row.requests:,}",
                 f"{1000 * row.run.seconds / row.requests:.2f}",
+                f"{1000 * row.run.cpu / row.requests:.2f}",
                 f"{row.run.after / MIB:,.0f}",
                 f"{(row.run.after - row.run.before) / 1024 / row.requests:.1f}",
                 f"{row.trace / 1e6:,.1f}",
@@ -148,10 +150,10 @@ def main(
     cpu, load = torch.device("cpu"), os.getloadavg()[0]
     first, last = rows[0], rows[-1]
     growth = last.requests / first.requests
-    time_ratio = last.run.seconds / first.run.seconds / growth
+    time_ratio = last.run.cpu / first.run.cpu / growth
     memory_ratio = (last.run.after - last.run.before) / (first.run.after - first.run.before) / growth
     claims = [
-        Claim("seconds per request, most requests / fewest <= 1.25", time_ratio, time_ratio <= 1.25),
+        Claim("CPU seconds per request, most requests / fewest <= 1.25", time_ratio, time_ratio <= 1.25),
         Claim("memory per request, most requests / fewest <= 1.25", memory_ratio, memory_ratio <= 1.25),
     ]
     print(f"{hardware_name(cpu)}, {os.cpu_count()} cores, load average {load:.1f}\n\n{format_table(rows)}\n")
