@@ -41,5 +41,10 @@ lock *arguments:
     git add uv.lock
     git update-index --skip-worktree uv.lock
 
+# the version of all packages, here alone: `just version 0.2.0`
+version new:
+    for package in imgen imgen-common flowbp interleave; do uv version --frozen --package $package {{new}}; done
+    sed -i 's/^version: .*/version: {{new}}/' CITATION.cff
+
 # what CI runs, without the installation
 check: lint type test

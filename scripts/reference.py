@@ -1,4 +1,4 @@
-"""Writes the pages of docs/reference from the code: every configuration key, every command, and the Python API.
+"""Writes the pages of docs/reference from the code: every configuration key, every command, the Python API, licenses.
 
 python scripts/reference.py            write them
 python scripts/reference.py --check    exit 1 if one is out of date
@@ -10,10 +10,13 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import Any
 
 import typer.main
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from flowbp.config import TrainConfig
 from imgen_common.config import Config, FieldRow, fields_table
@@ -38,6 +41,13 @@ FLOWBP_HEAD = """- `method` also takes a name (`flowbp methods` lists them), or 
   `{preset: refl, tail: 0.5}`.
 - Defaults below `method` are those of the default method, where it has the key.
 - `flowbp train --dry-run` prints the resolved configuration and what it costs.
+"""
+PACKAGES = ("flowbp", "interleave", "imgen-common")
+LICENSES_HEAD = """Everything that `pip install` of the three packages brings on Linux, at the versions of `uv.lock`.
+The libraries of NVIDIA are needed on a GPU only. A bill of materials in CycloneDX's form is written by
+`uv export --format cyclonedx1.5 --all-packages --no-dev`. Models and data have licenses of their own: `flowbp families`
+lists those of the families, and each recipe those of its models and prompts. The miniature was made here, under the
+license of this repository.
 """
 AGENTS: Mapping[str, tuple[type[Config], str]] = {
     "stories": (RunConfig, "`interleave run`, `batch`, `plan`, `export-reward` and `demo`"),
@@ -169,9 +179,42 @@ def format_name(package: str, name: str, value: Any) -> str:
     return f"{head}\n    {name}{signature}\n\n{text}\n"
 
 
+def licenses_page() -> str:
+    """The license of every package that an installation brings on Linux, as its own metadata gives it."""
+    rows = [f"| {name} | {one.version} | {license_of(one)} |" for name, one in sorted(installed_packages().items())]
+    table = "\n".join(["| package | version | license |", "| --- | --- | --- |", *rows])
+    return f"# Licenses\n\n{NOTE}\n{LICENSES_HEAD}\n{table}\n"
+
+
+def installed_packages() -> dict[str, Distribution]:
+    """Our packages and all that they require here, by name."""
+    found: dict[str, Distribution] = {}
+    todo, seen = [Requirement(name) for name in PACKAGES], set[str]()
+    while todo:
+        wanted = todo.pop()
+        if (key := f"{canonicalize_name(wanted.name)} {sorted(wanted.extras)}") in seen:
+            continue
+        seen.add(key)
+        found[canonicalize_name(wanted.name)] = one = distribution(wanted.name)
+        for needed in map(Requirement, one.requires or ()):
+            extras = wanted.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                todo.append(needed)
+    return found
+
+
+def license_of(package: Distribution) -> str:
+    """The expression, classifier or words with which a package states its license."""
+    about = package.metadata
+    classifiers = [text for text in about.get_all("Classifier", []) if text.startswith("License :: OSI Approved :: ")]
+    words = [text.rpartition(" :: ")[2] for text in classifiers] or (about.get("License") or "").splitlines()[:1]
+    return about.get("License-Expression") or ", ".join(words) or "not stated in its metadata"
+
+
 def pages() -> dict[str, str]:
     """{file name: text} of all pages."""
     found = {"flowbp_configuration.md": train_page(), "commands.md": commands_page(), "python.md": python_page()}
+    found["licenses.md"] = licenses_page()
     return found | {f"{name}_configuration.md": agents_page(name) for name in AGENTS}
 
 

@@ -441,9 +441,10 @@ def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
 def test_kill_9_in_the_middle_of_saving_leaves_whole_checkpoints(folder: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from imgen_common.run_folder.folder import RunFolder\n"
-        "run = RunFolder.open(Path(sys.argv[1])); print('open', flush=True)\n"
+        "run = RunFolder.open(Path(sys.argv[1]))\n"
         "for step in range(10**6):\n"
-        "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})"
+        "    run.save_checkpoint(step % 3, {'m': {'x': torch.full((100000,), float(step))}}, {'step': step})\n"
+        "    print('saved', flush=True)"
     )
     new_run(folder).close()
     with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE, text=True) as process:
@@ -483,6 +484,18 @@ def test_write_atomic_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.M
         assert file.read_text() == "old"
     write_atomic(file, "new")
     assert file.read_text() == "new"
+
+
+def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path) -> None:
+    for name, command in (("story", ["interleave", "run", "x"]), ("aligned", ["flowbp", "train"]), ("own", ["a.py"])):
+        RunFolder.create(tmp_path / name, Settings(), command).close()
+    assert find_run("aligned", tmp_path, "flowbp train") == find_run("aligned", tmp_path) == tmp_path / "aligned"
+    assert find_run("story", tmp_path, "interleave batch", "interleave run") == tmp_path / "story"
+    assert find_run("own", tmp_path, "flowbp train") == tmp_path / "own"  # of a script: what it holds must tell
+    with pytest.raises(UserError, match="story: a run of `interleave run`, not of `flowbp train`"):
+        find_run("story", tmp_path, "flowbp train")
+    with pytest.raises(UserError, match="aligned: a run of `flowbp train`, not of `interleave sft`"):
+        find_run(str(tmp_path / "aligned"), tmp_path, "interleave sft", "interleave grpo")
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "é" * 130, "ключ" * 70, "中" * 100])

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import yaml
 from browser import find_faults
 from command_lines import FEW, ONE, ROLLOUT, parse
 from PIL import Image
@@ -99,6 +101,14 @@ def small(line: str) -> str:
         if line.startswith(start):
             return options
     return ""
+
+
+def test_all_packages_have_one_version() -> None:
+    files = [ROOT / "pyproject.toml", *(ROOT / "packages").glob("*/pyproject.toml")]
+    versions = {tomllib.loads(file.read_text(encoding="utf-8"))["project"]["version"] for file in files}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    assert len(files) == 4
+    assert versions == {citation}
 
 
 @pytest.mark.exhaustive

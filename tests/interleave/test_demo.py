@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from backends import plan_of
+from browser import FAULTS, WIDTHS, find_faults
 from PIL import Image
 
 from imgen_common.errors import UserError
@@ -123,6 +124,15 @@ def page_at(browser: Any, address: str) -> Iterator[Any]:
     assert wrong == []
 
 
+def faults_of(page: Any) -> list[str]:
+    """What is wrong with the page at the widths of a phone and of a desk, as it is now."""
+    found = []
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 800})
+        found += [f"at {width}: {fault}" for fault in page.evaluate(FAULTS)]
+    return found
+
+
 @pytest.mark.slow
 def test_a_story_appears_step_by_step(browser: Any, connections: list[str], tmp_path: Path) -> None:
     pytest.importorskip("gradio")
@@ -149,10 +159,12 @@ def test_a_story_appears_step_by_step(browser: Any, connections: list[str], tmp_
         keep = page.get_by_text("Download the story as one HTML page")
         keep.wait_for()
         assert page.locator(".story-live .chip").first.inner_text() == "complete"
+        assert faults_of(page) == []
         with page.expect_download() as download:
             keep.click()
         download.value.save_as(tmp_path / "story.html")
     kept = (tmp_path / "story.html").read_text(encoding="utf-8")
+    assert find_faults(browser, (tmp_path / "story.html").as_uri()) == []
     assert kept.count("data:image/png") == 3
     assert "&lt;b&gt;two&lt;/b&gt;" in kept
     given = HashedImage.from_pil(Image.new("RGB", (9, 9), "green")).id

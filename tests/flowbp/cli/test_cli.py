@@ -41,8 +41,8 @@ from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator
 
 COMMANDS = (
-    *("init", "train", "estimate", "methods", "families", "explain", "sample", "eval", "benchmark", "table"),
-    *("report", "doctor", "prefetch", "export", "convert-reward"),
+    *("train", "init", "estimate", "methods", "explain", "families", "sample", "eval", "benchmark", "table"),
+    *("report", "export", "convert-reward", "doctor", "prefetch"),
     "runs",
 )
 SMALL = (
@@ -101,6 +101,14 @@ def test_every_command_has_an_example(flowbp: Call, command: str) -> None:
     assert "Example:" in text
     assert f"flowbp {command}" in text.partition("Example:")[2]
     assert len(text.partition("Example:")[0]) > 150
+
+
+def test_commands_stand_under_headings(flowbp: Call) -> None:
+    _, text, _ = flowbp("--help")
+    headings = [line for line in text.partition("Options:")[2].splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == ["Training:", "Methods and models:", "Evaluation:", "Files:", "This machine:"]
+    assert all(text.count(f"\n  {command} ") == 1 for command in COMMANDS)
+    assert text.index("Training:") < text.index("\n  train ") < text.index("Methods and models:")
 
 
 def test_the_examples_are_all_commands() -> None:

@@ -24,9 +24,11 @@ from flowbp.config import TrainConfig
 from flowbp.estimate import estimate_run
 from flowbp.training.loading import load_models
 from flowbp.training.preflight import check_launcher, check_run
+from flowbp.training.state import full_tensor
 from flowbp.training.trainer import Trainer
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.run_folder.checkpoints import Tensors, find_checkpoints, load_checkpoint, save_checkpoint
 from imgen_common.run_folder.folder import RunFolder
 
 TOLERANCE = 1e-5
@@ -95,7 +97,7 @@ def fresh(config: TrainConfig, accelerator: Accelerator) -> Trainer:
     return Trainer(config, load_models(config, accelerator.device, is_main=accelerator.is_main_process), accelerator)
 
 
-def trained(config: TrainConfig, accelerator: Accelerator, resume: dict | None = None) -> Trainer:
+def trained(config: TrainConfig, accelerator: Accelerator, resume: Tensors | None = None) -> Trainer:
     trainer = fresh(config, accelerator)
     if resume is not None:
         trainer.restore(1, resume)
@@ -109,7 +111,9 @@ def flat(trainer: Trainer) -> dict[str, Tensor]:
     with trainer.state.ema_weights():
         scores = trainer.evaluate(PROMPTS, "", 1.5).scores
     state = {
-        f"{group}/{name}": t for group, tensors in trainer.state.state_dict().items() for name, t in tensors.items()
+        f"{group}/{name}": full_tensor(t)
+        for group, tensors in trainer.state.state_dict().items()
+        for name, t in tensors.items()
     }
     return {**state, **{f"score/{name}": torch.tensor(values) for name, values in scores.items()}}
 
@@ -220,6 +224,23 @@ def test_a_sharded_run_goes_on_with_one_process(tmp_path: Path, kind: str) -> No
     changes = [f"--set={text}" for text in (*common, f"distributed.kind={kind}")]
     resumed = ["--resume", "flowbp", "--set=distributed.kind=ddp", "--set=max_train_steps=3"]
     forked(2, command, *words, *changes, "--set=name=flowbp", log=tmp_path / "log")
+    newest = max(find_checkpoints(tmp_path / "flowbp" / "checkpoints").values())
+    shards = ["shard-00001-model-00001-of-00001.safetensors", "shard-00002-model-00001-of-00001.safetensors"]
+    assert sorted(file.name for file in newest.glob("weights/*")) == (shards if kind == "fsdp2" else [])
+    exported = [
+        "export",
+        str(tmp_path / "flowbp"),
+        "--to",
+        "diffusers",
+        "--weights",
+        "last",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    forked(1, command, "flowbp", *exported, log=tmp_path / "log")
+    adapter = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    weights = load_checkpoint({2: newest}, 2).tensors["weights"]
+    assert sum(map(torch.numel, adapter.values())) == sum(map(torch.numel, weights.values())) > 0
     forked(1, command, *words, *resumed, log=tmp_path / "log")
     run = RunFolder.open(tmp_path / "flowbp", is_main=False)
     assert [line["step"] for line in run.metrics() if "train/loss" in line] == [1, 2, 3]
@@ -287,6 +308,9 @@ def _worker(place: Path, library: str, slow: bool) -> None:
         if family == ALL_CASES and len(CASES[library][case]) == 1:
             first = fresh(config, accelerator)
             first.step()
-            saved = {group: keep(f"{family}-{group}", part) for group, part in first.state.state_dict().items()}
+            folder, state = place / f"{family}-{case}-checkpoints", first.state.state_dict()
+            save_checkpoint(folder, 1, state, {}, is_main=accelerator.is_main_process)
+            accelerator.wait_for_everyone()
+            saved = load_checkpoint(find_checkpoints(folder), 1).tensors
             keep(f"{family}-{case}-resumed", flat(trained(config, accelerator, saved)))
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """Every recipe of interleave is read, and would notice a misspelt key."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,19 @@ def test_a_misspelt_key_is_refused_with_the_nearest(recipe: Path, tmp_path: Path
     wrong.write_text(yaml.safe_dump({name[:-1] + "x" + name[-1]: content[name]}), encoding="utf-8")
     with pytest.raises(UserError, match=f"did you mean '{name}'"):
         load(config, [wrong])
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://localhost:8000/v1/chat/completions", "give the address before it: http://localhost:8000/v1"),
+        ("http://localhost:8000/v1/models/", "give the address before it: http://localhost:8000/v1"),
+        ("localhost:8000", "must be like http://HOST:PORT/v1"),
+        ("ftp://localhost/v1", "must be like http://HOST:PORT/v1"),
+    ],
+)
+def test_an_address_that_cannot_serve_is_refused_with_the_configuration(url: str, said: str) -> None:
+    recipe = next(path for path in RUNS if path.stem == "endpoints")
+    for key in ("planner.model.url", "critic.model.url"):
+        with pytest.raises(UserError, match=re.escape(said)):
+            load(RunConfig, [recipe], [f"{key}={url}"])

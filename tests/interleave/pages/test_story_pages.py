@@ -17,6 +17,7 @@ from imgen_common.errors import UserError
 from imgen_common.page import environment, text
 from interleave.loop import requests as request_files
 from interleave.pages import TEMPLATES
+from interleave.pages import run as run_pages
 from interleave.pages.images import PIXELS, SIDES, SMALL, PageImages
 from interleave.pages.run import render_stories, write_report
 from interleave.pages.story import StoryView
@@ -504,6 +505,24 @@ def test_a_run_folder_becomes_a_page(tmp_path: Path) -> None:
     assert html == render_stories(rest, album.get_image, tmp_path / "run")
     assert write_report(tmp_path / "run", tmp_path / "elsewhere.html").read_text(encoding="utf-8") == html
     assert "1 not started" in Page(html).text
+
+
+def test_a_run_of_many_stories_has_several_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_pages, "MAX_STORIES", 2)
+    album = Album()
+    stories = [told(album, f"story {i}", f"r{i}", i) for i in range(5)]
+    run_folder(tmp_path / "run", album, stories, keep=lambda story: True)
+    assert write_report(tmp_path / "run") == tmp_path / "run" / "report.html"
+    names = ["report.html", "report-2.html", "report-3.html"]
+    assert sorted(file.name for file in (tmp_path / "run").glob("*.html")) == sorted(names)
+    for number, name in enumerate(names):
+        html = (tmp_path / "run" / name).read_text(encoding="utf-8")
+        others = [other for other in names if other != name]
+        assert [other for other in names if f'href="{other}"' in html] == others
+        shown = range(2 * number + 1, min(2 * number + 2, 5) + 1)
+        assert f"the stories {shown[0]} to {shown[-1]} of 5" in Page(html).text
+        assert [i for i in range(1, 7) if f"story {i - 1}" in Page(html).text] == list(shown)
+        assert len(shown) == 1 or all(f'href="#s{i}"' in html and f'id="s{i}"' in html for i in shown)
 
 
 def test_only_a_run_has_a_report(tmp_path: Path) -> None:

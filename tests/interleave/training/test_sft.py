@@ -46,7 +46,7 @@ from interleave.training.rows import (
     select_by_length,
 )
 from interleave.training.run import load_model
-from interleave.training.sft import check_sft
+from interleave.training.sft import check_sft, warn_of_unreadable_answers
 from interleave.training.trl_options import (
     BOUNDS,
     CHOICES,
@@ -345,6 +345,19 @@ def test_a_bad_row_is_named(root: Path, tmp_path: Path, spoil: Any, said: str) -
     with pytest.raises(UserError, match=r"critic_sft\.jsonl:3: ") as error:
         read_rows(tmp_path, "critic_sft", SftRow)
     assert said in str(error.value)
+
+
+def test_answers_that_cannot_be_read_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read_rows(root / "set", "critic_sft", SftRow)
+    config = SftConfig(model="m", data=str(root / "set"))
+    warn_of_unreadable_answers("critic", rows, config)
+    assert capsys.readouterr().err == ""
+    wrong = rows[1].model_copy(update={"completion": "<think>so</think><answer>maybe</answer>"})
+    warn_of_unreadable_answers("critic", [rows[0], wrong, rows[2], wrong], config)
+    said = capsys.readouterr().err
+    assert f"{root / 'set'}: 2 of 4 answers cannot be read as those of a critic (first in row 2: " in said
+    warn_of_unreadable_answers("planner", rows, config)
+    assert f"{len(rows)} of {len(rows)} answers cannot be read as those of a planner" in capsys.readouterr().err
 
 
 def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
-if TYPE_CHECKING:
-    import typer
+import typer
+from typer.core import TyperGroup
 
 
 @contextmanager
@@ -25,9 +25,23 @@ def spinner(text: str) -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
-def add_version(app: "typer.Typer", package: str) -> None:
+class GroupedCommands(TyperGroup):
+    """Lists commands under the headings that their `rich_help_panel` gives, in the order of their first commands."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for name, command in self.commands.items():
+            if not command.hidden:
+                heading = getattr(command, "rich_help_panel", None) or "Commands"
+                groups.setdefault(heading, []).append((name, command.get_short_help_str(width)))
+        for heading, rows in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def add_version(app: typer.Typer, package: str) -> None:
     """Gives an application the option `--version`, which prints the version of its package."""
-    import typer
 
     def show(given: bool) -> None:
         if given:

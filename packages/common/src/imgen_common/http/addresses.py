@@ -44,14 +44,13 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def _without_secrets(url: str) -> str:
-    if "@" in url or "?" in url:
-        check_url(url)
+def _checked(url: str) -> str:
+    check_url(url)
     return url
 
 
-ServiceUrl = Annotated[str, AfterValidator(_without_secrets)]
-"""An address in a configuration: one with a name, a password or a query is refused before it is printed or written."""
+ServiceUrl = Annotated[str, AfterValidator(_checked)]
+"""An address in a configuration, as it was given; one that `check_url` refuses is refused before it is written."""
 
 
 def redacted(url: str) -> str:

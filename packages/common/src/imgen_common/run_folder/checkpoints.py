@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, each with a manifest by which damage is found before a run resumes.
 
 step-000123/   GROUP.safetensors  state.json  manifest.json (size and SHA-256 of every other file)
+               GROUP/shard-*.safetensors  in place of GROUP.safetensors, of tensors that are sharded over processes
 checkpoint-123/                   those of TRL, in place; their manifest, written last, says that they are complete
 """
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, StringConstraints
 
 from imgen_common.errors import DiskFullError, UserError, is_disk_full, system_error, warn_once
 from imgen_common.files import read_json, sync, write_atomic
+from imgen_common.run_folder.sharded import ShardedTensors, is_sharded, on_main, save_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,7 @@ class Checkpoint(NamedTuple):
     """What `save_checkpoint` was given, read back (tensors on the CPU)."""
 
     step: int
-    tensors: dict[str, dict[str, "Tensor"]]
+    tensors: dict[str, Mapping[str, "Tensor"]]
     state: dict[str, Any]
 
 
@@ -108,8 +110,8 @@ def _find_mismatch(folder: Path, names: Collection[str]) -> str | None:
         saved = _read_state(folder)
     except UserError as error:
         return str(error).removeprefix(f"{folder}/")
-    needed = (STATE, *(f"{group}.safetensors" for group in saved.groups))
-    return next((f"{name} is not in {MANIFEST}" for name in needed if name not in names), None)
+    found = {name.partition("/")[0].removesuffix(".safetensors") for name in names}
+    return next((f"{name} is not in {MANIFEST}" for name in (STATE, *saved.groups) if name not in found), None)
 
 
 def _find_unreadable(folder: Path) -> str | None:
@@ -196,29 +198,50 @@ def mend_checkpoints(folder: Path) -> None:
 # --- those of tensors ------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any], *, is_main: bool = True
+) -> None:
     """Writes folder/step-000123, whole or not at all.
 
+    is_main: whether this process writes; of tensors that are sharded every process calls it, and writes its parts.
     Raises DiskFullError, with the checkpoints before it untouched, if the disk has not room enough.
     """
-    folder.mkdir(exist_ok=True)
+    sharded = any(map(is_sharded, tensors.values()))
+    if not is_main and not sharded:
+        return
     content = json.dumps({"step": step, "groups": sorted(tensors), "state": state})
     needed = len(content) + sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-    _refuse_full_disk(folder, needed)
     fresh = folder / f".new-step-{step:06d}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
+
+    def begin() -> None:
+        folder.mkdir(exist_ok=True)
+        _refuse_full_disk(folder, needed)
+        shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        for name, group in tensors.items():
-            _save_group(fresh / f"{name}.safetensors", group)
+
+    def finish() -> None:
         write_atomic(fresh / STATE, content)
         write_manifest(fresh)
+        _move_into_place(fresh, folder, step)
+
+    try:
+        on_main(begin, is_main, alone=not sharded)
+        for name, group in tensors.items():
+            if sharded:
+                save_sharded(fresh / name, group)
+            else:
+                _save_group(fresh / f"{name}.safetensors", group)
+        on_main(finish, is_main, alone=not sharded)
     except Exception as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, DiskFullError) or is_disk_full(error):
             _refuse_full_disk(folder, needed, surely=True)
         raise
-    # what is there is set aside first; `mend_checkpoints` finishes this after a kill
+
+
+def _move_into_place(fresh: Path, folder: Path, step: int) -> None:
+    """What is there is set aside first; `mend_checkpoints` finishes this after a kill."""
     final, aside = folder / f"step-{step:06d}", folder / f".old-step-{step:06d}"
     if final.exists():
         final.rename(aside)
@@ -244,14 +267,21 @@ def _read_state(folder: Path) -> SavedState:
 
 def _read(folder: Path) -> Checkpoint:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     saved = _read_state(folder)
     try:
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in saved.groups}
+        tensors = {name: _read_group(folder / name) for name in saved.groups}
     except (OSError, SafetensorError) as error:
         raise UserError(str(error)) from None
     return Checkpoint(saved.step, tensors, saved.state)
+
+
+def _read_group(path: Path) -> Mapping[str, "Tensor"]:
+    from safetensors.torch import load_file
+
+    if path.is_dir():
+        return ShardedTensors(path)
+    return load_file(path.with_name(f"{path.name}.safetensors"))
 
 
 def check_tensors(what: str, found: Mapping[str, "Tensor"], expected: Mapping[str, "Tensor"]) -> None:

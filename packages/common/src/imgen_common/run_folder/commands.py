@@ -37,6 +37,7 @@ class ListByDefault(typer.core.TyperGroup):
 def build_runs_app(program: str, names: tuple[str, str]) -> typer.Typer:
     """The group `runs` of a program.  names: of two runs, for the examples of its help."""
     app = typer.Typer(
+        name="runs",
         cls=ListByDefault,
         rich_markup_mode=None,
         help="List run folders with their state and last scores, compare two of them, and free the disk space that "

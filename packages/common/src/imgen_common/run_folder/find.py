@@ -13,21 +13,39 @@ MAX_NAME_BYTES = 240
 """Longest name of a run folder; a number may follow."""
 
 
-def find_run(text: str, root: Path) -> Path:
+MAKERS = (
+    *("flowbp train", "interleave run", "interleave batch", "interleave demo"),
+    *("interleave sft", "interleave grpo", "interleave data", "interleave benchmark"),
+)
+"""Commands that make run folders."""
+
+
+def find_run(text: str, root: Path, *made_by: str) -> Path:
     """The run folder that `text` names: a path, or the name of a run under `root`.
 
-    Raises UserError with the nearest name if there is none.
+    made_by: commands, as in `MAKERS`, whose runs are meant; none: any.
+    Raises UserError with the nearest name if there is none, and for a run of another command.
     """
     if not text:  # of a variable of the shell that is not set; as a path it would mean this folder
         raise UserError("run '': the name is empty; give the name of a run, or its folder")
     for path in (Path(text), root / text):
         if os.path.isfile(path / CONFIG):  # False, too, for a name that is too long
+            check_maker(path, *made_by)
             return path
     if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
     names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
     known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are none in {root}"
     raise UserError(f"{text}: no such run{nearest(Path(text).name, names)}{known}")
+
+
+def check_maker(path: Path, *made_by: str) -> None:
+    """Raises UserError for a run that says that another command made it."""
+    from imgen_common.run_folder.environment import read_environment
+
+    maker = " ".join(read_environment(path).get("command", ())[:2])
+    if made_by and maker in MAKERS and maker not in made_by:
+        raise UserError(f"{path}: a run of `{maker}`, not of `{made_by[0]}`; give that command the run, or another run")
 
 
 def is_run(text: str, root: Path) -> bool:

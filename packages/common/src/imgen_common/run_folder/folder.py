@@ -4,8 +4,9 @@
     metrics.jsonl      one JSON object a line            tensorboard/       the same numbers and the images
     samples/           images that were logged           checkpoints/step-000123/{GROUP.safetensors, state.json}
 
-Only the main process writes; on every other process the writing methods do nothing, so that the caller's loop is the
-same everywhere.  A lock, released by the system when its process ends, keeps a second writer out.
+Only the main process writes, but for its part of sharded checkpoints; on every other process the writing methods do
+nothing, so that the caller's loop is the same everywhere.  A lock, released by the system when its process ends, keeps
+a second writer out.
 """
 
 import contextlib
@@ -248,11 +249,11 @@ class RunFolder:
     def save_checkpoint(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
         """Write checkpoints/step-000123, whole or not at all.
 
-        tensors: group name to tensors by name, one safetensors file a group.  state: anything JSON can hold.
+        tensors: group name to tensors by name, one safetensors file a group; sharded ones (DTensor), of which every
+        process has a part to write, one a process.  state: anything JSON can hold.
         Raises UserError, with the checkpoints before it untouched, if the disk has not room enough.
         """
-        if self.is_main:
-            checkpoints.save_checkpoint(self._checkpoints, step, tensors, state)
+        checkpoints.save_checkpoint(self._checkpoints, step, tensors, state, is_main=self.is_main)
 
     def checkpoints(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""

@@ -45,7 +45,8 @@ def read_trained_weights(
     chosen = run.latest_checkpoint() if step is None else step
     if chosen is None:
         raise UserError(f"{run.path}: no checkpoint yet; continue the run (flowbp train --resume {run.path})")
-    return run.config(TrainConfig), load_checkpoint(run, chosen).tensors["weights" if weights == "last" else "ema"]
+    group = load_checkpoint(run, chosen).tensors["weights" if weights == "last" else "ema"]
+    return run.config(TrainConfig), dict(group)
 
 
 @torch.no_grad()

@@ -5,11 +5,12 @@ from collections.abc import Callable
 import typer
 
 from flowbp.cli import doctor, evaluate, export, init, inspect, train
-from imgen_common.console import add_version
+from imgen_common.console import GroupedCommands, add_version
 from imgen_common.errors import run_cli
 from imgen_common.run_folder.commands import build_runs_app
 
 app = typer.Typer(
+    cls=GroupedCommands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -17,26 +18,24 @@ app = typer.Typer(
     help="Align a text-to-image flow-matching model to a differentiable reward by reward backpropagation.\n\n"
     "Example: flowbp train",
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init.init,
-    "train": train.train,
-    "estimate": train.estimate,
-    "methods": inspect.methods,
-    "families": inspect.families,
-    "explain": inspect.explain,
-    "sample": evaluate.sample,
-    "eval": evaluate.evaluate,
-    "benchmark": evaluate.benchmark,
-    "table": evaluate.table,
-    "report": inspect.report,
-    "doctor": doctor.doctor,
-    "prefetch": export.prefetch,
-    "export": export.export,
-    "convert-reward": export.convert_reward,
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Training": {"train": train.train, "init": init.init, "estimate": train.estimate},
+    "Methods and models": {"methods": inspect.methods, "explain": inspect.explain, "families": inspect.families},
+    "Evaluation": {
+        "sample": evaluate.sample,
+        "eval": evaluate.evaluate,
+        "benchmark": evaluate.benchmark,
+        "table": evaluate.table,
+        "report": inspect.report,
+    },
+    "Files": {"export": export.export, "convert-reward": export.convert_reward},
+    "This machine": {"doctor": doctor.doctor, "prefetch": export.prefetch},
 }
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.add_typer(build_runs_app("flowbp", ("flowbp_bridge", "refl")), name="runs")
+"""Commands by the heading of `flowbp --help` under which they stand."""
+for heading, commands in COMMANDS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=heading)(command)
+app.add_typer(build_runs_app("flowbp", ("flowbp_bridge", "refl")), rich_help_panel="This machine")
 
 add_version(app, "flowbp")
 

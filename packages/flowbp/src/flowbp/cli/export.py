@@ -60,7 +60,7 @@ def export(
         from imgen_common.run_folder.find import find_run
 
         chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
-        path = find_run(run, runs)
+        path = find_run(run, runs, "flowbp train")
         # from here on torch is needed
         from flowbp import export
         from imgen_common.console import quiet_libraries

@@ -157,7 +157,7 @@ def report(
     """
     from imgen_common.run_folder.find import find_run
 
-    path = find_run(run, runs)  # before torch is imported
+    path = find_run(run, runs, "flowbp train")  # before torch is imported
     from flowbp.reports import report as reports
 
     page = reports.write_report(path)

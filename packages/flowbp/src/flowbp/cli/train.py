@@ -65,7 +65,7 @@ def train(
             from imgen_common.run_folder.find import CONFIG, find_run
             from imgen_common.run_folder.folder import choose_checkpoint
 
-            run_path = find_run(resume, runs) if resume is not None else None
+            run_path = find_run(resume, runs, "flowbp train") if resume is not None else None
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
             job, path = check_training(config, runs, run_path)

@@ -49,6 +49,8 @@ def fastest_that_fits(
     most = max(len(plan.terms) for plan in check_run(config_of(()), count, estimate_only=True).plans)
     fitting: dict[tuple[str, str], tuple[float, int]] = {}
     for how in typing.get_args(Recompute):
+        if how == "all" and any(settings[0] == "model.recompute=none" for settings in fitting):
+            break  # it repeats every evaluation that carries gradient, as `none` does which keeps no graph
         try:
             kept, found = _keep_most(partial(estimate, how), most, limit)
         except UserError:  # graphs or this recomputing do not go with the rest

@@ -63,7 +63,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     them.
     """
     if is_run(text, root):
-        path = find_run(text, root)
+        path = find_run(text, root, "flowbp train")
         config = load(TrainConfig, [path / CONFIG], sets)
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
     config = load(TrainConfig, [], sets)

@@ -71,10 +71,7 @@ def load_models(
     if sharded:
         shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
         parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    rolled = None
-    if config.rollout.changes_network:
-        check_rollout(config.rollout)
-        rolled = RolloutNetwork(backbone, config.rollout, compiled=config.model.compile)
+    rolled = make_rollout_network(backbone, config)
     if config.model.compile:
         for one in (net,) if base is None else (net, base.net):
             compile_blocks(one)
@@ -85,6 +82,14 @@ def load_models(
     embeddings = PromptEmbeddings(backbone, store, key)
     rewards = load_rewards(config, device) if with_rewards else {}
     return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base, rolled)
+
+
+def make_rollout_network(backbone: Backbone, config: TrainConfig) -> RolloutNetwork | None:
+    """What rollouts evaluate, if that is not the network as it is trained."""
+    if not config.rollout.changes_network:
+        return None
+    check_rollout(config.rollout)
+    return RolloutNetwork(backbone, config.rollout, compiled=config.model.compile)
 
 
 def share_adapter(net: nn.Module, config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> None:

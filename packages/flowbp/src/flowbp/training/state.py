@@ -1,6 +1,7 @@
 """The trained weights, their average (EMA) and AdamW: full on every process (DDP), or sharded (FSDP2, ZeRO).
 
-Checkpoints hold full tensors either way, so that a run may continue with another number of processes or layout.
+A run may continue with another number of processes or another layout: checkpoints hold whole tensors, or, of FSDP2, the
+parts that each process held, from which any other number of processes reads what it needs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,10 @@ from flowbp.config import OptimConfig
 from flowbp.core.types import Velocity
 from imgen_common.errors import UserError
 from imgen_common.run_folder.checkpoints import check_tensors
+from imgen_common.run_folder.sharded import ShardedTensors
 
 StateDict = Mapping[str, Mapping[str, Tensor]]
-"""Full tensors by name: `weights`, `ema` (their average), `optimizer` (NAME/step, NAME/exp_avg, NAME/exp_avg_sq)."""
+"""Tensors by name: `weights`, `ema` (their average), `optimizer` (NAME/step, NAME/exp_avg, NAME/exp_avg_sq)."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -55,10 +57,12 @@ class TrainState(Protocol):
         """The averaged weights as full tensors on the main process; empty tensors on the others."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Everything, as full tensors on the main process; empty tensors on the others."""
+        """Everything: under FSDP2 sharded tensors (DTensor); otherwise full tensors on the main process and empty ones
+        on the others."""
 
     def load_state_dict(self, state: StateDict, update: int) -> None:
-        """Restores what `state_dict` returned after `update` updates; every process passes all of it.
+        """Restores what `state_dict` returned after `update` updates: full tensors, the same on every process, or
+        `ShardedTensors`.
 
         Raises UserError, with nothing changed, if it is not a state of these weights (`check_state`).
         """
@@ -167,13 +171,17 @@ class TorchTrainState:
         return {name: self._gather(mean) for name, mean in self.ema.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        moments = {
-            f"{name}/{key}": self._gather(value)
-            for name, p in self.parameters.items()
-            for key, value in self.optimizer.state.get(p, {}).items()
-        }
-        weights = {name: self._gather(p.detach()) for name, p in self.parameters.items()}
-        return {"weights": weights, "ema": self.gather_ema(), "optimizer": moments}
+        found = {"weights": self._weights(), "ema": self.ema, "optimizer": self._moments()}
+        if isinstance(self.net, FSDPModule):
+            return found
+        return {group: {name: self._gather(t) for name, t in tensors.items()} for group, tensors in found.items()}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    def _moments(self) -> dict[str, Tensor]:
+        states = ((name, self.optimizer.state.get(p, {})) for name, p in self.parameters.items())
+        return {f"{name}/{key}": value for name, state in states for key, value in state.items()}
 
     def _gather(self, tensor: Tensor) -> Tensor:
         found = full_tensor(tensor)
@@ -182,14 +190,21 @@ class TorchTrainState:
     @torch.no_grad()
     def load_state_dict(self, state: StateDict, update: int) -> None:
         check_state(state, self.parameters, update)
-        for name, p in self.parameters.items():
-            p.copy_(shard_like(p, state["weights"][name]))
-            self.ema[name].copy_(shard_like(p, state["ema"][name]))
-            if state["optimizer"]:
-                moments = {key: state["optimizer"][f"{name}/{key}"] for key in MOMENTS}
-                step = moments.pop("step")
-                self.optimizer.state[p] = {"step": step.to(p.device) if self.fused else step}
-                self.optimizer.state[p] |= {key: shard_like(p, value) for key, value in moments.items()}
+        for p in self.parameters.values() if update else ():
+            step = torch.zeros((), device=p.device if self.fused else None)
+            self.optimizer.state[p] = {"step": step} | {key: torch.zeros_like(p) for key in MOMENTS[1:]}
+        overwrite(self._weights(), state["weights"])
+        overwrite(self.ema, state["ema"])
+        overwrite(self._moments(), state["optimizer"])
+
+
+def overwrite(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copies what was saved into tensors that may be sharded."""
+    if isinstance(saved, ShardedTensors):
+        saved.read_into(tensors)
+        return
+    for name, tensor in tensors.items():
+        tensor.copy_(shard_like(tensor, saved[name]))
 
 
 def check_state(state: StateDict, parameters: Mapping[str, Tensor], update: int) -> None:
@@ -197,8 +212,12 @@ def check_state(state: StateDict, parameters: Mapping[str, Tensor], update: int)
     moments = {f"{name}/{key}": p for name, p in parameters.items() for key in MOMENTS[1:]}
     moments |= {f"{name}/{MOMENTS[0]}": torch.tensor(float(update)) for name in parameters}
     for group, expected in (("weights", parameters), ("ema", parameters), ("optimizer", moments if update else {})):
-        check_tensors(f"the checkpoint of update {update}: {group}", state[group], expected)
-    steps = {value.item() for name, value in state["optimizer"].items() if name.endswith(f"/{MOMENTS[0]}")}
+        found = state[group]
+        like = found.like if isinstance(found, ShardedTensors) else found
+        check_tensors(f"the checkpoint of update {update}: {group}", like, expected)
+    counts = {name: torch.zeros(()) for name in state["optimizer"] if name.endswith(f"/{MOMENTS[0]}")}
+    overwrite(counts, state["optimizer"])
+    steps = {count.item() for count in counts.values()}
     if steps - {float(update)}:
         raise UserError(f"the checkpoint of update {update}: its optimizer has made {max(steps):g} updates")
 

@@ -3,14 +3,17 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
+from collections.abc import Callable
+
 import typer
 
-from imgen_common.console import add_version
+from imgen_common.console import GroupedCommands, add_version
 from imgen_common.errors import run_cli
 from imgen_common.run_folder.commands import build_runs_app
 from interleave.cli import benchmark, data, export_reward, machine, run, serve, train
 
 app = typer.Typer(
+    cls=GroupedCommands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -19,15 +22,19 @@ app = typer.Typer(
     "image and rewrites the prompt.\n\n"
     'Example: interleave run "draw a yellow circle, then make it red"',
 )
-for command in (run.run, run.batch, run.merge, run.plan, run.report, machine.prefetch, serve.serve, serve.demo):
-    app.command()(command)
-app.add_typer(data.app, name="data")
-app.add_typer(benchmark.app, name="benchmark")
-app.command()(train.sft)
-app.command()(train.grpo)
-app.command()(export_reward.export_reward)
-app.command()(machine.doctor)
-app.add_typer(build_runs_app("interleave", ("requests", "requests-2")), name="runs")
+COMMANDS: dict[str, tuple[typer.Typer | Callable[..., None], ...]] = {
+    "Stories": (run.run, run.batch, run.merge, run.plan, run.report),
+    "Services": (serve.serve, serve.demo),
+    "Training and evaluation": (data.app, train.sft, train.grpo, export_reward.export_reward, benchmark.app),
+    "This machine": (machine.doctor, machine.prefetch, build_runs_app("interleave", ("requests", "requests-2"))),
+}
+"""Commands by the heading of `interleave --help` under which they stand."""
+for heading, commands in COMMANDS.items():
+    for command in commands:
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, rich_help_panel=heading)
+        else:
+            app.command(rich_help_panel=heading)(command)
 
 add_version(app, "interleave")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from interleave.benchmarks.run import BenchmarkWork
 
 app = typer.Typer(
+    name="benchmark",
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Official benchmarks with any generator, agents and judge: UEval, WISE, RISEBench and CoMM.\n\n"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interleave.datasets.filters import SetInfo
 
 app = typer.Typer(
+    name="data",
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Make training sets of planner and critic: build them from trajectories, import, check and show them.\n\n"
@@ -68,7 +69,7 @@ def build(
         raise UserError("give --out DIR to start a build, or --resume DIR to continue one (one of the two)")
     if retry and resume is None:
         raise UserError("--retry goes with --resume DIR: it tries the failed trajectories of that build again")
-    from imgen_common.run_folder.find import CONFIG
+    from imgen_common.run_folder.find import CONFIG, check_maker
     from interleave.datasets.build import has_records
 
     files = configs or []
@@ -76,6 +77,7 @@ def build(
         folder, files = resume, [resume / CONFIG, *files]
         if not files[0].is_file():
             raise UserError(f"{folder}: no build in it (no {CONFIG}); start one with --out {folder}")
+        check_maker(folder, "interleave data")
     else:
         assert out is not None
         folder, files = out, files or [RECIPES / "data_miniature.yaml"]

@@ -66,7 +66,7 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
                 "`interleave run` in which it is the critic"
             )
         return text, []
-    run = find_run(text, runs)
+    run = find_run(text, runs, "interleave sft", "interleave grpo")
     if not (run / "model").is_dir():
         raise UserError(f"{run}: has no model yet; finish it with --resume {run}, or name a folder of weights")
     if configs:

@@ -21,6 +21,8 @@ Images = Annotated[
     list[Path] | None,
     typer.Option("--image", "-i", metavar="FILE", help="An image that belongs to the request; may be repeated."),
 ]
+MAKERS = ("interleave batch", "interleave run", "interleave demo", "interleave benchmark")
+"""Commands whose run folders hold stories."""
 Request_ = Annotated[str, typer.Argument(metavar="REQUEST", help="What the story is about.")]
 
 
@@ -99,7 +101,7 @@ def batch(
         if retry and resume is None:
             raise UserError("--retry goes with --resume RUN: it tries the failed stories of that run again")
         if resume is not None:
-            path = find_run(resume, runs)
+            path = find_run(resume, runs, *MAKERS)
             config = load_run_config([path / "config.yaml", *(configs or [])], sets)
         else:
             assert file is not None
@@ -210,7 +212,7 @@ def report(
     from imgen_common.run_folder.find import find_run
     from interleave.pages.run import write_report
 
-    page = write_report(find_run(run, runs))
+    page = write_report(find_run(run, runs, *MAKERS))
     print(page)
     if open_page:
         typer.launch(str(page))

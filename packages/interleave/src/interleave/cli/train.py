@@ -141,7 +141,7 @@ def _load_config(
         return None, load(cls, configs or [data.RECIPES / f"{recipe}.yaml"], sets or [])
     if configs:
         raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
-    run = find_run(resume, runs)
+    run = find_run(resume, runs, f"interleave {recipe.partition('_')[0]}")
     return run, load(cls, [run / CONFIG], sets or [])
 
 

@@ -108,7 +108,7 @@ class Engine:
         self._attempts = AttemptRunner(components, loop, seed, images)
         self._trace, self._images, self._on_record = trace, images, on_record
         self._retry_failed = retry_failed
-        self._recorded = trace.read()
+        self._recorded = trace.read(forget_whole=True)
         self._writing = asyncio.Lock()
 
     async def run_all(self, requests: Sequence[Request]) -> list[Trajectory]:

@@ -58,9 +58,12 @@ class Trace:
         with self._lock:
             append(self._file, line, durable=True)
 
-    def read(self) -> dict[str, TraceEntry]:
-        """All records by trajectory id, in the order of their first lines.  Raises UserError if a line is damaged."""
-        return read_trace(self.path.parent)
+    def read(self, *, forget_whole: bool = False) -> dict[str, TraceEntry]:
+        """All records by trajectory id, in the order of their first lines.  Raises UserError if a line is damaged.
+
+        forget_whole: as for `read_trace`.
+        """
+        return read_trace(self.path.parent, forget_whole=forget_whole)
 
     def close(self) -> None:
         """Let another writer in."""
@@ -73,9 +76,10 @@ class Trace:
         self.close()
 
 
-def read_trace(folder: Path) -> dict[str, TraceEntry]:
+def read_trace(folder: Path, *, forget_whole: bool = False) -> dict[str, TraceEntry]:
     """The records in a run folder by trajectory id; of two for the same thing the later one counts.
 
+    forget_whole: whether of stories that are whole the trajectory alone is kept, to save memory.
     A last line that is still being written is left out; without a file there are none.
     Raises UserError naming the line if one is damaged, and for a run of an earlier version.
     """
@@ -101,5 +105,7 @@ def read_trace(folder: Path) -> dict[str, TraceEntry]:
                 attempts = found.setdefault(record.trajectory_id, TraceEntry()).attempts
                 attempts[record.step, record.attempt] = record
             case Trajectory():
+                if forget_whole and record.is_whole:
+                    found[record.id] = TraceEntry()
                 found.setdefault(record.id, TraceEntry()).trajectory = record
     return found

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
+from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.datasets.rows import SftRow
 from interleave.training import run
 from interleave.training.batch_plan import SftBatchPlan, TrlBatchOptions, plan_sft_batches
@@ -70,6 +71,8 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     has_val = (folder / f"{name}.val.jsonl").exists()
     rows = read_rows(folder, name, SftRow, reasoning=config.reasoning)
     val = read_rows(folder, f"{name}.val", SftRow, reasoning=config.reasoning) if has_val else []
+    if run.is_main_process():
+        warn_of_unreadable_answers(role, rows, config)
     processor = run.load_processor(config)
     check_adapters(config)
     check_chat_template(processor, rows[0])
@@ -85,6 +88,19 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     num_with_images = sum(bool(row.image_ids) for row in kept) if has_both_kinds(kept) else None
     batch_plan = plan_sft_batches(config.trl, len(kept), len(rows) - len(kept), processes, num_with_images)
     return SftJob(config, tuple(kept), tuple(kept_val), batch_plan)
+
+
+def warn_of_unreadable_answers(role: Role, rows: Sequence[SftRow], config: SftConfig) -> None:
+    """Says once how many answers an agent that learned them could not use, as they cannot be read at run time."""
+    parse = parse_plan if role == "planner" else parse_verdict
+    answers = [parse(row.completion, "strict" if config.reasoning else "direct") for row in rows]
+    found = [(i, answer.reason) for i, answer in enumerate(answers) if isinstance(answer, ParseFailure)]
+    if found:
+        (row, reason), of = found[0], f"{len(found)} of {len(rows)}"
+        warn_once(
+            f"{config.data}: {of} answers cannot be read as those of a {role} (first in row {row + 1}: {reason}); "
+            "interleave data check names all"
+        )
 
 
 def plan_sft(role: Role, config: SftConfig, processes: int) -> tuple[SftBatchPlan, MemoryEstimate]:
