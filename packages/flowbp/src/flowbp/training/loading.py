@@ -75,7 +75,6 @@ def load_models(
     if config.model.compile:
         for one in (net,) if base is None else (net, base.net):
             compile_blocks(one)
-
     # embeddings on disk are shared by all runs, so their keys contain all that they depend on
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
