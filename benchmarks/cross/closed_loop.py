@@ -78,7 +78,7 @@ class Recipes(Config):
 
     text: CommandRecipe = CommandRecipe(sets=("guidance_scale=2", "num_inference_steps=12", *EVAL_LITTLE))
     """Of `flowbp train` on captions."""
-    clip: CommandRecipe = CommandRecipe(files=("configs/flowbp/miniature/edits.yaml",), sets=EVAL_LITTLE)
+    clip: CommandRecipe = CommandRecipe(files=("configs/flowbp/miniature/edits_bridge.yaml",), sets=EVAL_LITTLE)
     """Of `flowbp train` on edits."""
     critic: CommandRecipe = CommandRecipe(files=("configs/flowbp/miniature/edits_critic.yaml",), sets=EVAL_LITTLE)
     """Of `flowbp train` on edits with a critic, `rewards.0`."""

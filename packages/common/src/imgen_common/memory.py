@@ -11,6 +11,15 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 
+def _scaled_mm_flops(a: Tensor, b: Tensor, *rest: Any, out_val: Tensor, **options: Any) -> int:
+    """Of a product of matrices with scales, (m, k) and (k, n)."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+# torch counts `_scaled_mm` alone, and not the operation that its public `scaled_mm` calls
+flop_registry.setdefault(torch.ops.aten._scaled_mm_v2, _scaled_mm_flops)
+
+
 class FlopCounter(TorchDispatchMode):
     """Counts the floating-point operations while it is active: `flops`, of which `recomputed` are those of forward
     passes that activation checkpointing repeats in a backward pass."""

@@ -98,17 +98,17 @@ def load_eval_backbone(config: TrainConfig, backbone: Backbone, device: torch.de
         net.to(device)
     if config.model.attention is not None:
         set_attention(net, config.model.attention)
-    other = _with_network(backbone, net)
+    other = with_network(backbone, net)
     other.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     return other
 
 
 def copy_frozen(backbone: Backbone) -> Backbone:
     """The backbone with a frozen copy of its network; all else is shared."""
-    return _with_network(backbone, copy.deepcopy(backbone.net).requires_grad_(False))
+    return with_network(backbone, copy.deepcopy(backbone.net).requires_grad_(False))
 
 
-def _with_network(backbone: Backbone, net: nn.Module) -> Backbone:
+def with_network(backbone: Backbone, net: nn.Module) -> Backbone:
     other = copy.copy(backbone)
     other.pipe = copy.copy(backbone.pipe)
     other.net = other.pipe.transformer = net

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from flowbp.config.rollout import RolloutConfig
 from flowbp.config.trained import LoraConfig as LoraConfig
 from flowbp.config.trained import OptimConfig as OptimConfig
 from flowbp.core.settings import Combination, Guidance, GuidanceOptions, GuidanceScale, NoiseLevels
@@ -297,6 +298,8 @@ class TrainConfig(Config):
     """Up to so many active steps keep the graph of their evaluation in the rollout until the sweep, instead of being
     evaluated again: memory for speed, the same gradient.  With a detached negative they run both branches one after the
     other, as `guidance.batched: false` does for all.  With `ddp` only."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How the rollouts compute."""
     reward_batch_size: PositiveInt | None = None
     """Images per decode-and-reward graph; null: the micro-batch."""
     offload_trajectory: bool = False
@@ -353,6 +356,12 @@ class TrainConfig(Config):
             )
         if self.model.compile and kind != "ddp":
             raise ValueError(f"model.compile: not under distributed.kind {kind}; set it to false, or the kind to ddp")
+        if self.rollout.changes_network and kind != "ddp":
+            raise ValueError(f"rollout: not under distributed.kind {kind}; set its keys to null, or the kind to ddp")
+        low = self.rollout.dtype
+        if low is not None and (quantization is not None or low == self.model.dtype):
+            other = f"model.quantization {quantization}" if quantization else f"model.dtype {low}, which it is then"
+            raise ValueError(f"rollout.dtype {low}: not with {other}; set it to null")
         return self
 
     @property

@@ -23,6 +23,7 @@ from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
 from flowbp.backbones.pipelines import text_encoder_names
+from flowbp.backbones.rollout import RolloutNetwork
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
@@ -243,6 +244,7 @@ class WeightSizes:
             "frozen weights": frozen // weight_shards,
             "trained weights": trained // weight_shards,
             "base copy": trained if config.regularise is not None and config.lora is None else 0,
+            "rollout copy": rollout_copy_bytes(models),
             "eval.model": 0 if config.eval.model is None else frozen,
             "AdamW": 2 * trained // optimizer_shards,
             "EMA": trained // (1 if kind == "zero2" else optimizer_shards),
@@ -251,7 +253,7 @@ class WeightSizes:
             "text encoders": text_encoders if config.data.embeddings == "live" else 0,
         }
         startup = {"weights": static["frozen weights"] + static["trained weights"], "autoencoder": others}
-        startup |= {name: static[name] for name in ("EMA", "AdamW", "eval.model", "base copy")}
+        startup |= {name: static[name] for name in ("EMA", "AdamW", "eval.model", "base copy", "rollout copy")}
         startup["text encoders"] = text_encoders
         largest_block = max(nbytes(block.parameters()) for block in blocks_of(net))
         return cls(
@@ -261,6 +263,16 @@ class WeightSizes:
             unsharded=2 * largest_block if weight_shards > 1 else 0,
             optimizer_step=max(trained // optimizer_shards, trained if kind == "ddp" and count > 1 else 0),
         )
+
+
+def rollout_copy_bytes(models: FakeModels) -> int:
+    """What `rollout.dtype` holds beside the network.  Rollouts compute in less memory than is counted then."""
+    rollout, net = models.config.rollout, models.backbone.net
+    if rollout.dtype is None:
+        return 0
+    shared = {id(t) for t in held([net])}
+    rolled = RolloutNetwork(models.backbone, rollout.model_copy(update={"compile": None})).net
+    return nbytes(t for t in held([rolled]) if id(t) not in shared)
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------

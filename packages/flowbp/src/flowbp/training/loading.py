@@ -12,6 +12,7 @@ from torch import nn
 from flowbp.backbones.loading import copy_frozen, load_backbone, load_eval_backbone, mark_trainable
 from flowbp.backbones.lora import load_adapter, read_adapter
 from flowbp.backbones.options import compile_blocks
+from flowbp.backbones.rollout import RolloutNetwork, check_rollout
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward
 from flowbp.data.embeddings import EmbeddingStore, PromptEmbeddings, fingerprint
@@ -26,7 +27,8 @@ class LoadedModels:
 
     parameters: what is trained, by name; of a sharded network this process's part.  eval_backbone: the network of
     `eval.model`, with the very same adapter; None: the generator itself draws the images of evaluations.  base: the
-    network before training, where a regulariser needs a copy of it; None: the generator's without adapters.
+    network before training, where a regulariser needs a copy of it; None: the generator's without adapters.  rollout:
+    what rollouts evaluate, if that is not the generator.
     """
 
     backbone: Backbone
@@ -36,6 +38,7 @@ class LoadedModels:
     parameters: dict[str, nn.Parameter]
     eval_backbone: Backbone | None = None
     base: Backbone | None = None
+    rollout: RolloutNetwork | None = None
 
 
 def load_models(
@@ -68,16 +71,24 @@ def load_models(
     if sharded:
         shard(net, device, torch.bfloat16 if backbone.bfloat16 and config.lora is None else None)
         parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    rolled = make_rollout_network(backbone, config)
     if config.model.compile:
         for one in (net,) if base is None else (net, base.net):
             compile_blocks(one)
-
     # embeddings on disk are shared by all runs, so their keys contain all that they depend on
     store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
     key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
     embeddings = PromptEmbeddings(backbone, store, key)
     rewards = load_rewards(config, device) if with_rewards else {}
-    return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base)
+    return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base, rolled)
+
+
+def make_rollout_network(backbone: Backbone, config: TrainConfig) -> RolloutNetwork | None:
+    """What rollouts evaluate, if that is not the network as it is trained."""
+    if not config.rollout.changes_network:
+        return None
+    check_rollout(config.rollout)
+    return RolloutNetwork(backbone, config.rollout, compiled=config.model.compile)
 
 
 def share_adapter(net: nn.Module, config: TrainConfig, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -106,6 +106,7 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
     from flowbp import backbones
     from flowbp.backbones.loading import check_same_shapes
     from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.backbones.rollout import check_rollout
     from flowbp.training.loading import load_rewards
 
     model = config.model
@@ -114,6 +115,7 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
     )
     if weights:
         check_machine(model)
+        check_rollout(config.rollout)
         hub.check_networks(hub.resolve(model.ref))
         for reward in load_rewards(config, "meta").values():
             getattr(reward, "check_prompts", lambda given: None)(prompts)

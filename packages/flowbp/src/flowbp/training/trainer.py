@@ -54,7 +54,7 @@ class Trainer:
         self.state = make_train_state(config, models.backbone, accelerator)
         self.reward_weights = torch.tensor([reward.weight for reward in config.rewards], dtype=torch.float64)
         self.update = 0
-        self.clock = StageClock(accelerator.device, counts=not config.model.compile)
+        self.clock = StageClock(accelerator.device, counts=not (config.model.compile or config.rollout.compile))
 
     def step(self) -> dict[str, float]:
         """One update; returns its metrics.  Raises NotFiniteError, with no weight changed, if it is not finite."""
@@ -96,6 +96,8 @@ class Trainer:
         share = batch.per_device / config.total_batch_size
         scale = share * config.classifier_free_guidance.backward_scale * self.state.gradient_scale
         sums: dict[str, float] = {}
+        if self.models.rollout is not None:
+            self.models.rollout.refresh()
         # samples are numbered through the whole run
         first = self.update * config.total_batch_size + self.accelerator.process_index * batch.per_process
         with self.state.gradient_sync(num_passes), self._weights_cast_once():
@@ -129,7 +131,7 @@ class Trainer:
         for start in range(first, first + batch.per_process, batch.per_device):
             samples = range(start, start + batch.per_device)
             prompts, x_0 = self._samples(samples)
-            velocity = self._velocity(self.models.embeddings(prompts))
+            velocity = self._rollout_velocity(self.models.embeddings(prompts))
             x_end = rollout(
                 velocity, x_0, self.sigmas, RolloutSpec(frozenset(), frozenset(), len(self.sigmas) - 1)
             ).x_end
@@ -158,6 +160,12 @@ class Trainer:
         backbone, guidance = self.models.backbone, self.config.classifier_free_guidance
         rescale = backbone.guidance_rescale
         return guided_velocity(backbone.velocity, *conds, guidance, rescale, gradient_only=gradient_only)
+
+    def _rollout_velocity(self, conds: tuple[Cond, Cond]) -> Velocity:
+        """`_velocity` as `config.rollout` says, for evaluations without gradient."""
+        rolled = self.models.rollout or self.models.backbone
+        rescale = self.models.backbone.guidance_rescale
+        return guided_velocity(rolled.velocity, *conds, self.config.classifier_free_guidance, rescale)
 
     def _regulariser(self, conds: tuple[Cond, Cond]) -> Regulariser | None:
         """The anchor to the base, whose velocity is guided as that of the sweep is, one branch after the other too: at
@@ -190,8 +198,14 @@ class Trainer:
         conds = self.models.embeddings(prompts)
         velocity = self.state.sync_on_last_backward(self._velocity(conds))
         spec = plan.keep_graphs(config.keep_graphs)
+        rolled = self._rollout_velocity(conds)
+
+        def rolled_velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            # a graph that is kept is one of the network as it is trained
+            return (velocity if torch.is_grad_enabled() else rolled)(x, sigma)
+
         trajectory = rollout(
-            clock.timed(velocity, "rollout"), x_0, self.sigmas, spec, offload=config.offload_trajectory
+            clock.timed(rolled_velocity, "rollout"), x_0, self.sigmas, spec, offload=config.offload_trajectory
         )
         options = BackwardOptions(
             scale=scale,
