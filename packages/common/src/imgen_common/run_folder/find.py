@@ -41,9 +41,17 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
 
 def check_maker(path: Path, *made_by: str) -> None:
     """Raises UserError for a run that says that another command made it."""
-    from imgen_common.run_folder.environment import read_environment
+    from pydantic import BaseModel
 
-    maker = " ".join(read_environment(path).get("command", ())[:2])
+    from imgen_common.files import read_json
+
+    class Recorded(BaseModel):
+        command: list[str] = []
+
+    try:
+        maker = " ".join(read_json(path / ENVIRONMENT, Recorded).command[:2])
+    except UserError:
+        return
     if made_by and maker in MAKERS and maker not in made_by:
         raise UserError(f"{path}: a run of `{maker}`, not of `{made_by[0]}`; give that command the run, or another run")
 

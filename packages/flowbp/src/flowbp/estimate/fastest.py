@@ -49,7 +49,7 @@ def fastest_that_fits(
     most = max(len(plan.terms) for plan in check_run(config_of(()), count, estimate_only=True).plans)
     fitting: dict[tuple[str, str], tuple[float, int]] = {}
     for how in typing.get_args(Recompute):
-        if how == "all" and any(settings[0] == "model.recompute=none" for settings in fitting):
+        if how == "all" and any("model.recompute=none" in settings for settings in fitting):
             break  # it repeats every evaluation that carries gradient, as `none` does which keeps no graph
         try:
             kept, found = _keep_most(partial(estimate, how), most, limit)
@@ -63,9 +63,8 @@ def fastest_that_fits(
                 break  # whatever computes more again is slower
     if not fitting:
         return None
-    settings = min(fitting, key=lambda one: fitting[one][0])
-    own = time(config_of(()).model.recompute, base)
-    return Fastest(settings, fitting[settings][1], fitting[settings][0] / own)
+    settings, (seconds, peak) = min(fitting.items(), key=lambda one: one[1][0])
+    return Fastest(settings, peak, seconds / time(config_of(()).model.recompute, base))
 
 
 def _keep_most(estimate: Callable[[int], Estimate], most: int, limit: int) -> tuple[int, Estimate]:
