@@ -21,6 +21,9 @@ WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
+SAMPLING_FILE = "sampling.json"
+"""In a pipeline's folder: the height, width, num_inference_steps and guidance_scale to generate with, unless others are
+given.  `flowbp export` writes it, the generators of `interleave` read it."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 LIBRARIES = ("diffusers", "transformers")
@@ -207,7 +210,9 @@ def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Pa
             index = folder / "model_index.json"
             places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
             files = HUB_FILES if weights else DESCRIPTION_FILES
-            folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in files)])
+            folder = fetch(
+                ["model_index.json", SAMPLING_FILE, *(place + pattern for place in places for pattern in files)]
+            )
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions

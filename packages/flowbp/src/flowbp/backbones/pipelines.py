@@ -181,6 +181,10 @@ class PipelineBackbone(ABC):
         embeds = self.pipe.transformer.config.guidance_embeds
         return torch.full_like(sigma, self.embedded_guidance) if embeds else None
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """What the pipeline's own `guidance_scale` (or `true_cfg_scale`) must be for guidance at `scale` here."""
+        return scale
+
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""

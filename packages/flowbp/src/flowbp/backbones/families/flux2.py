@@ -140,6 +140,10 @@ class Flux2Dev(Flux2):
     embedded_guidance = 4.0
     guidance_kind = "distilled"
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """The distilled guidance: `scale` goes around it."""
+        return self.embedded_guidance
+
     @property
     def _tokenizer(self) -> Any:
         return self.pipe.tokenizer.tokenizer  # of a processor that also takes images
