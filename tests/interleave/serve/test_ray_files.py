@@ -36,6 +36,12 @@ def test_a_cluster_of_our_own_has_a_token_that_needs_no_home() -> None:
     assert os.environ["RAY_AUTH_TOKEN"] == token
 
 
+def test_replicas_run_in_the_environment_of_the_service_under_uv_run_too() -> None:
+    from ray._private import ray_constants  # read when Ray was imported
+
+    assert not ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+
 @pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_TOKEN", "mine"), ("RAY_AUTH_TOKEN_PATH", "/secrets/ray")])
 def test_a_token_of_the_users_is_kept(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
