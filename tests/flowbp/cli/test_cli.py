@@ -670,6 +670,7 @@ def test_axes_name_their_numbers() -> None:
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_is_up_to_date() -> None:
     script = Path(__file__).parents[3] / "scripts" / "reference.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
