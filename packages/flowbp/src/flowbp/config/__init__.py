@@ -88,8 +88,9 @@ class ModelConfig(Config):
     """Guidance input of a guidance-distilled model; null: the default of its pipeline, 3.5 for FLUX.1-dev and 4 for
     FLUX.2-dev.  Others have no such input."""
     allow_distilled: bool = False
-    """Whether the model may be step-distilled (klein without base, Turbo).  Such a model is made to generate in few
-    steps: trained or sampled at more of them it can lose that, and what it generates then is not what was measured."""
+    """Whether the model may be step-distilled (klein without base, schnell, Turbo).  Such a model is made to generate
+    in few steps: trained or sampled at more of them it can lose that, and what it generates then is not what was
+    measured."""
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
     """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of the other families pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.
