@@ -75,7 +75,7 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     run = trained(tmp_path, model, f"lora={lora}")
     pipe = DiffusionPipeline.from_pretrained(export_run(run, "merged", tmp_path / "out"), dtype=torch.float32)
     assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
-    scale = {"flux": 3.5, "z_image": 0.0}.get(family, 1.0)
+    scale = {"flux": 3.5, "flux_kontext": 3.5, "flux2_dev": 4.0, "z_image": 0.0, "krea2": 0.0}.get(family, 1.0)
     own = {"height": 32, "width": 32, "num_inference_steps": 25, "guidance_scale": scale}
     assert json.loads((tmp_path / "out" / SAMPLING_FILE).read_text()) == own
     if lora == "null":
