@@ -70,6 +70,11 @@ class VaeConfig(Config):
     """Side, in pixels, of tiles that overlap by a quarter and are decoded one after the other; null: whole images.
     Tiles do not see each other's statistics, so images differ a little; in training it saves memory only together
     with `gradient_checkpointing`."""
+    preview: str | None = None
+    """Tiny decoder that decodes the images of quick evaluations: a diffusers folder of an `AutoencoderTiny` (taesd3 for
+    Stable Diffusion 3, taef1 for FLUX.1 and Z-Image), or the safetensors file of taef2 for FLUX.2, local or on the hub
+    as in `model.ref`.  Their scores are those of other images, and named `eval_preview/...` instead of `eval/...`.
+    Training, the evaluations before and after and all other commands never use it.  null: the autoencoder decodes."""
 
 
 class ModelConfig(Config):
