@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from flowbp.config import Recompute, TrainConfig
-from flowbp.estimate.memory import Estimate, estimate_run
+from flowbp.estimate.memory import Estimate, TracedRun, estimate_traced
 from flowbp.training.preflight import check_run
 from imgen_common.errors import UserError
 
@@ -38,14 +38,7 @@ def fastest_that_fits(
     tried.  Time is taken to be proportional to operations.
     """
 
-    def estimate(how: str, kept: int) -> Estimate:
-        changes = (f"model.recompute={how}", f"keep_graphs={kept}")
-        on_progress(f"trying {' '.join(changes)} ...")
-        return estimate_run(check_run(config_of(changes), count, estimate_only=True))
-
-    def time(how: str, found: Estimate) -> float:
-        return found.flops * (SELECTIVE_TIME if how == "selective" else 1)
-
+    estimate = _trial(config_of, count, on_progress)
     most = max(len(plan.terms) for plan in check_run(config_of(()), count, estimate_only=True).plans)
     fitting: dict[tuple[str, str], tuple[float, int]] = {}
     for how in typing.get_args(Recompute):
@@ -58,13 +51,34 @@ def fastest_that_fits(
                 continue
             kept, found = 0, estimate(how, 0)
         if found.peak <= limit:
-            fitting[f"model.recompute={how}", f"keep_graphs={kept}"] = time(how, found), found.peak
+            fitting[f"model.recompute={how}", f"keep_graphs={kept}"] = _time(how, found), found.peak
             if kept == most:
                 break  # whatever computes more again is slower
     if not fitting:
         return None
     settings, (seconds, peak) = min(fitting.items(), key=lambda one: one[1][0])
-    return Fastest(settings, peak, seconds / time(config_of(()).model.recompute, base))
+    return Fastest(settings, peak, seconds / _time(config_of(()).model.recompute, base))
+
+
+def _trial(
+    config_of: Callable[[Sequence[str]], TrainConfig], count: int, on_progress: Callable[[str], object]
+) -> Callable[[str, int], Estimate]:
+    """The estimate for a `model.recompute` and a number of kept graphs, traced once for each `model.recompute`."""
+    traced: dict[str, TracedRun] = {}
+
+    def estimate(how: str, kept: int) -> Estimate:
+        changes = (f"model.recompute={how}", f"keep_graphs={kept}")
+        on_progress(f"trying {' '.join(changes)} ...")
+        job = check_run(config_of(changes), count, estimate_only=True)
+        if how not in traced:  # first with all graphs, where they go with the rest
+            traced[how] = TracedRun.of(job)
+        return estimate_traced(job, traced[how])
+
+    return estimate
+
+
+def _time(how: str, found: Estimate) -> float:
+    return found.flops * (SELECTIVE_TIME if how == "selective" else 1)
 
 
 def _keep_most(estimate: Callable[[int], Estimate], most: int, limit: int) -> tuple[int, Estimate]:

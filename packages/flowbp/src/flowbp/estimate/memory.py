@@ -27,9 +27,9 @@ from flowbp.backbones.rollout import RolloutNetwork
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
 from flowbp.core.guidance import guided_velocity
-from flowbp.core.settings import GuidanceRescale
 from flowbp.core.types import LENGTHS, Backbone, Reward, Velocity, repeat_batch
 from flowbp.data.embeddings import ENCODE_BATCH_SIZE
+from flowbp.estimate.speed import micro_batch_flops
 from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.loading import modules_of
 from flowbp.rewards.losses import reward_losses
@@ -86,13 +86,17 @@ class Estimate:
 
 def estimate_run(job: CheckedRun) -> Estimate:
     """What each of the run's processes needs."""
-    config = job.config
+    return estimate_traced(job, TracedRun.of(job))
+
+
+def estimate_traced(job: CheckedRun, traced: "TracedRun") -> Estimate:
+    """`estimate_run` of a run that differs from the traced one at most in how many graphs it keeps.
+
+    If it keeps any, the traced one must, too.
+    """
+    config, models, weights, stages = job.config, traced.models, traced.weights, traced.stages
     batch = batch_sizes(config, job.num_processes)
-    models = FakeModels(config, job.sources)
-    weights = WeightSizes.of(models, config, job.num_processes)
-    sent = sent_bytes(models.backbone, job)
-    traced = TracedRun.of(models, job, batch.per_device)
-    stages, graph = traced.stages, traced.kept_graph
+    graph = traced.kept_graph if config.keep_graphs else 0
 
     # a rollout holds the state, its velocity, and what the most demanding plan keeps
     state = batch.per_device * FLOAT32_BYTES * math.prod(models.shape)
@@ -113,6 +117,7 @@ def estimate_run(job: CheckedRun) -> Estimate:
     activation |= {"embedding prompts": models.embedding_bytes} if live else {}
     activation |= {"encoding sources": models.source_bytes} if models.sources else {}
     trained = min(job.num_prompts, config.max_train_steps * batch.per_process)
+    flops = micro_batch_flops({name: one.flops for name, one in stages.items()}, job, models.backbone.guidance_rescale)
     return Estimate(
         static=weights.static | traced.static,
         activation=activation,
@@ -120,27 +125,10 @@ def estimate_run(job: CheckedRun) -> Estimate:
         startup=weights.startup | {"embedding prompts": 0 if live else models.embedding_bytes},
         host=kept if config.offload_trajectory else 0,
         embeddings=models.text_bytes * (0 if live else trained + config.eval.num_prompts),
-        flops=batch.gradient_accumulation_steps * micro_batch_flops(stages, job, models.backbone.guidance_rescale),
-        sent=sent,
+        flops=batch.gradient_accumulation_steps * flops,
+        sent=traced.sent,
         untraced=traced.untraced,
     )
-
-
-def micro_batch_flops(stages: Mapping[str, "StageCost"], job: CheckedRun, rescale: GuidanceRescale) -> float:
-    """Operations of one micro-batch, averaged over the run's plans.  rescale: that of the model's pipeline."""
-    config = job.config
-    num_swept = sum(plan.num_gradient_forwards for plan in job.plans) / len(job.plans)
-    guidance = config.classifier_free_guidance
-    negative = guidance.scale != 1 and not guidance.gradient_needs_negative(rescale)  # is half of a rollout's step
-    step = stages["swept step"].flops / config.active_steps_per_forward  # with a regulariser's base
-    swept = num_swept * step
-    if config.regularise is not None:  # which has a pass of its own at a coupled step; the other needs no value
-        coupled = sum(term.coupling > 0 for plan in job.plans for term in plan.terms) / len(job.plans)
-        swept += coupled * (step - stages["rollout"].flops * (1.5 if negative else 1))
-    # what is kept is not evaluated again, of a guided step with a detached negative the other branch
-    kept = sum(len(plan.keep_graphs(config.keep_graphs).graphs) for plan in job.plans) / len(job.plans)
-    rolled = config.num_inference_steps - kept * (0.5 if negative else 1)
-    return rolled * stages["rollout"].flops + swept + stages["reward"].flops
 
 
 # --- networks without content ----------------------------------------------------------------------------------------
@@ -292,17 +280,24 @@ class StageCost:
 
 @dataclass(frozen=True)
 class TracedRun:
-    """Costs of the stages, rewards that could not be traced, and bytes of a kept graph and of further static parts."""
+    """The networks, their sizes and what they send; costs of the stages, rewards that could not be traced, and bytes of
+    a kept graph and of further static parts."""
 
+    models: FakeModels
+    weights: "WeightSizes"
+    sent: float
     stages: Mapping[str, StageCost]
     untraced: tuple[str, ...]
     kept_graph: int
     static: dict[str, int]
 
     @classmethod
-    def of(cls, models: FakeModels, job: CheckedRun, batch: int) -> "TracedRun":
-        """Of micro-batches of `batch` samples."""
-        config = job.config
+    def of(cls, job: CheckedRun) -> "TracedRun":
+        """Of micro-batches on one device."""
+        config, batch = job.config, batch_sizes(job.config, job.num_processes).per_device
+        models = FakeModels(config, job.sources)
+        weights = WeightSizes.of(models, config, job.num_processes)
+        sent = sent_bytes(models.backbone, job)
         if config.distributed.kind == "fsdp2" and models.backbone.bfloat16:
             models.backbone.net.to(torch.bfloat16)  # as weights are gathered, so that autocast makes no copies
         copied = keeps_working_copy(config)
@@ -315,7 +310,7 @@ class TracedRun:
             copy = trace_stage(lambda: rollout_stage(models, 1) is None, models).held if copied else 0
             stages, untraced = trace_stages(models, job, batch)
             graph = trace_kept_graph(models, job, batch).held if config.keep_graphs else 0
-        return cls(stages, untraced, graph, {"bfloat16 copy": copy} if copied else {})
+        return cls(models, weights, sent, stages, untraced, graph, {"bfloat16 copy": copy} if copied else {})
 
 
 def trace_stages(models: FakeModels, job: CheckedRun, batch: int) -> tuple[dict[str, StageCost], tuple[str, ...]]:
