@@ -202,14 +202,19 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         sync(path.parent)
 
 
+def check_is_new(out: Path) -> None:
+    """Raises UserError where a folder that would be made is there."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another folder, or remove it")
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when all went well, and is removed otherwise.
 
     Raises UserError if `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another folder, or remove it")
+    check_is_new(out)
     fresh = out.with_name(f".{out.name[:32]}-{secrets.token_hex(8)}.tmp")
     with writing(out):
         try:

@@ -50,7 +50,7 @@ def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys
     annotation: Any = cls
     owner: type[Config] | None = None
     keys: Keys = ()
-    node = tree
+    node, is_chosen = tree, False
     for part in map(str, detail["loc"]):
         if not isinstance(node, dict | list):
             break
@@ -61,10 +61,16 @@ def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys
                 keys = (*keys, part)
                 break
             continue  # pydantic puts the chosen member of a union into the path
-        if isinstance(node, dict) and len(config_classes(annotation)) > 1 and part == node.get("kind"):
+        if (
+            not is_chosen
+            and isinstance(node, dict)
+            and len(config_classes(annotation)) > 1
+            and part == node.get("kind")
+        ):
+            is_chosen = True  # the member; a key of the same name may follow
             continue
         annotation = type_under(annotation, node, part)
-        node = node[part] if isinstance(node, dict) else node[int(part)]
+        node, is_chosen = node[part] if isinstance(node, dict) else node[int(part)], False
         keys = (*keys, part)
     if detail["type"].startswith("union_tag"):
         return (*keys, "kind"), _say_kind(annotation, node)
