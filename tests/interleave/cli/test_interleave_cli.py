@@ -187,6 +187,17 @@ def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: P
     assert "2 planner_failed" in out
 
 
+def test_a_batch_says_that_its_judge_cannot_be_read(interleave: Call, tmp_path: Path) -> None:
+    file, config = tmp_path / "some.txt", recipe(tmp_path)
+    file.write_text("a cat\na hat\n")
+    for answer, is_read in (('{"score": ["8/10", "7/10"]}', False), ('{"score": [8, 7]}', True)):
+        judge = "judge=" + json.dumps({"kind": "model", "model": {"kind": "scripted", "answers": [answer]}})
+        code, out, _ = interleave("batch", file, config, "--runs", tmp_path / "runs", "--set", judge)
+        assert code == 0, out
+        assert ("4 of 4 images not scored: judge: malformed_response" in out) != is_read
+        assert ('from 0 to 10, not "8/10"' in out) != is_read
+
+
 def test_a_batch_of_two_machines_is_that_of_one(interleave: Call, tmp_path: Path) -> None:
     file, config, runs = tmp_path / "some.txt", recipe(tmp_path), tmp_path / "runs"
     file.write_text("a cat\na hat\na bat\n")
