@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# What a killed process has written survives without; a test that looks at how files are synced replaces it again.
+os.fsync = lambda handle: None
+
 settings.register_profile("untimed", deadline=None)  # the machine may be busy
 settings.load_profile("untimed")
 
@@ -29,7 +32,11 @@ def browser() -> Iterator[Any]:
         yield chromium
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("exhaustive"):  # by one of its parameters, though another one is slow
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "slow"]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

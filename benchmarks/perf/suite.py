@@ -2,11 +2,11 @@
 
 Two variants of one computation run in turns, on one thread.  Time is the CPU time of the process, because the machine
 may be shared; a ratio is the median over repeats of first / second.  Memory is the peak of live tensor bytes above the
-weights, which does not depend on the machine.
+weights, which does not depend on the machine; it cannot be counted where models work on threads of their own.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.common import time_call
+from benchmarks.perf.stories import NUM_STORIES, make_batches
 from benchmarks.perf.sweep_memory import BackwardPass, Sizes
 from flowbp.config import TrainConfig
 from flowbp.core.engine import rollout, sweep
@@ -40,12 +41,13 @@ SCALE = 3.5
 
 @dataclass(frozen=True)
 class Case:
-    """Two variants of one computation; `make` prepares both as calls, and the tensors that are there before."""
+    """Two variants of one computation; `make` prepares both as calls, and the tensors that are there before, or None
+    where bytes cannot be counted."""
 
     name: str
     first: str
     second: str
-    make: Callable[[torch.device], tuple[Call, Call, Sequence[Tensor]]]
+    make: Callable[[torch.device], tuple[Call, Call, Sequence[Tensor] | None]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Ratio:
     first_seconds: float
     second_seconds: float
     time: float
-    memory: float
+    memory: float | None
 
 
 # Cases ----------------------------------------------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def make_updates(first: Sequence[str], second: Sequence[str], device: torch.devi
 def make_guided_sweeps(device: torch.device) -> tuple[Call, Call, list[Tensor]]:
     """The sweep alone, without the detached negative branch and with it."""
     trainer = make_trainer(device, f"guidance_scale={SCALE}")
-    plan, x_0, conds = _first_update(trainer)
+    plan, x_0, conds = _inputs(trainer)
     velocity = trainer._velocity(conds)
     positive = trainer._velocity(conds, gradient_only=True)
     trajectory = rollout(velocity, x_0, trainer.sigmas, plan.rollout_spec)
@@ -106,7 +108,7 @@ def make_rollouts(device: torch.device) -> tuple[Call, Call, list[Tensor]]:
     calls, known = [], []
     for batched in ("true", "false"):
         trainer = make_trainer(device, f"guidance_scale={SCALE}", f"guidance.batched={batched}")
-        plan, x_0, conds = _first_update(trainer)
+        plan, x_0, conds = _inputs(trainer)
         calls.append(partial(rollout, trainer._velocity(conds), x_0, trainer.sigmas, plan.rollout_spec))
         known += network_tensors(trainer)
     return calls[0], calls[1], known
@@ -124,9 +126,10 @@ def make_executors(device: torch.device) -> tuple[Call, Call, list[Tensor]]:
     return partial(clear_after, calls[0]), partial(clear_after, calls[1]), list(update.net.parameters())
 
 
-def _first_update(trainer: Trainer) -> tuple[Plan, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    plan = draw_plan(trainer.config.method, trainer.sigmas, numpy_generator(0, "plan", 0))
-    prompts, x_0 = trainer._samples(range(trainer.config.total_batch_size))
+def _inputs(trainer: Trainer) -> tuple[Plan, Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    plan = draw_plan(trainer.config.method, trainer.sigmas, numpy_generator(0, "plan", trainer.update))
+    count = trainer.config.total_batch_size
+    prompts, x_0 = trainer._samples(range(trainer.update * count, (trainer.update + 1) * count))
     positive, negative = trainer.models.embeddings(prompts)
     return plan, x_0, (dict(positive), dict(negative))
 
@@ -148,6 +151,7 @@ CASES = (
         "cast each time",
         partial(make_updates, [BFLOAT16], [BFLOAT16, "model.working_copy=false"]),
     ),
+    Case(f"{NUM_STORIES} stories of interleave", "all at once", "one after another", make_batches),
 )
 
 
@@ -160,16 +164,18 @@ def measure(case: Case, device: torch.device, repeats: int) -> Ratio:
     peaks, seconds = [], []
     for call in calls:
         call()
-        with LiveBytes(known) as live:
-            call()
-        peaks.append(live.peak)
+        if known is not None:
+            with LiveBytes(known) as live:
+                call()
+            peaks.append(live.peak)
     for repeat in range(repeats):
         order = (0, 1) if repeat % 2 else (1, 0)
         found = {i: time_call(calls[i], device) for i in order}
         seconds.append((found[0], found[1]))
     first, second = (statistics.median(column) for column in zip(*seconds, strict=True))
     ratio = statistics.median(a / b for a, b in seconds)
-    return Ratio(case.name, case.first, case.second, first, second, ratio, peaks[0] / peaks[1])
+    memory = peaks[0] / peaks[1] if peaks else None
+    return Ratio(case.name, case.first, case.second, first, second, ratio, memory)
 
 
 # Precision ------------------------------------------------------------------------------------------------------------
@@ -177,19 +183,20 @@ def measure(case: Case, device: torch.device, repeats: int) -> Ratio:
 
 @dataclass(frozen=True)
 class Precision:
-    """What bfloat16 changes: error, the root mean square difference of values by their standard deviation over images;
-    cosine and norm of the gradient against float32's."""
+    """What a lower precision changes: error, the root mean square difference of values by their standard deviation over
+    images; cosine and norm of the gradient against float32's; the least of several cosines, of which it is the mean."""
 
     what: str
     error: float
     cosine: float
     norm: float
+    least: float | None = None
 
 
 def compare_precisions(device: torch.device, count: int = 32) -> list[Precision]:
     """The rewards and the autoencoder of the miniature in bfloat16 against float32, on images of the base model."""
     trainer = make_trainer(device, f"total_batch_size={count}")
-    plan, x_0, conds = _first_update(trainer)
+    plan, x_0, conds = _inputs(trainer)
     prompts, _ = trainer._samples(range(count))
     backbone = trainer.models.backbone
     x = rollout(trainer._velocity(conds), x_0, trainer.sigmas, plan.rollout_spec).x_end
@@ -208,15 +215,45 @@ def compare_precisions(device: torch.device, count: int = 32) -> list[Precision]
         for dtype in ("float32", "bfloat16"):
             reward = RewardConfig.model_validate({"ref": ref, "dtype": dtype}).load(device)
             found.append(value_and_gradient(partial(reward, prompts=prompts), images))
-        rows.append(_difference(f"score of {ref.removeprefix('builtin:')}", *found))
+        rows.append(_difference(f"score of {ref.removeprefix('builtin:')} in bfloat16", *found))
     exact = value_and_gradient(backbone.decode, x)
     backbone.pipe.vae.to(torch.bfloat16)
-    rows.append(_difference("images of the autoencoder", exact, value_and_gradient(backbone.decode, x)))
+    rows.append(_difference("images of the autoencoder in bfloat16", exact, value_and_gradient(backbone.decode, x)))
+    return rows
+
+
+def compare_rollouts(device: torch.device, count: int = 16, num_updates: int = 8) -> list[Precision]:
+    """Rollouts of the miniature in lower precisions against float32: their images, and the gradients of updates.
+
+    All weights are trained; the sweep stays in float32.  Means over updates of the same weights with other prompts and
+    noise, since gradients differ much in how they bear a change of the images.
+    """
+
+    def outcomes(dtype: str) -> Iterator[tuple[Tensor, Tensor]]:
+        trainer = make_trainer(device, f"total_batch_size={count}", f"rollout.dtype={dtype}")
+        for update in range(num_updates):
+            trainer.update = update
+            trainer.models.backbone.net.zero_grad(set_to_none=True)
+            trainer.compute_gradient()
+            gradients = [p.grad.flatten() for p in trainer.models.parameters.values() if p.grad is not None]
+            plan, x_0, conds = _inputs(trainer)
+            x_end = rollout(trainer._rollout_velocity(conds), x_0, trainer.sigmas, plan.rollout_spec).x_end
+            with torch.no_grad():
+                yield trainer.models.backbone.decode(x_end), torch.cat(gradients)
+
+    exact, rows = list(outcomes("null")), []
+    for dtype in ("bfloat16", "fp8"):
+        what = f"rollouts in {dtype}, {num_updates} updates"
+        found = [_difference(what, *pair) for pair in zip(exact, outcomes(dtype), strict=True)]
+        error, cosine, norm = (
+            statistics.fmean(getattr(one, name) for one in found) for name in ("error", "cosine", "norm")
+        )
+        rows.append(Precision(what, error, cosine, norm, min(one.cosine for one in found)))
     return rows
 
 
 def _difference(what: str, exact: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor]) -> Precision:
     (value, gradient), (other, slope) = exact, rounded
     error = ((other - value).square().mean().sqrt() / value.std(0).square().mean().sqrt()).item()
-    cosine = torch.cosine_similarity(gradient.flatten(), slope.flatten(), dim=0).item()
+    cosine = torch.cosine_similarity(gradient.double().flatten(), slope.double().flatten(), dim=0).item()
     return Precision(what, error, cosine, (slope.norm() / gradient.norm()).item())

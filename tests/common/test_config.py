@@ -107,6 +107,20 @@ def test_a_default_given_as_a_value_is_merged_into() -> None:
     assert load(Train, (), ["method.weights.refill=none"]).method == Method(weights=Euler(), gap_floor=0.1)
 
 
+class Model(Config):
+    kind: Literal["model"] = "model"
+    model: Weights = Euler()
+
+
+class Agents(Config):
+    critic: Annotated[Model | Leap, Field(discriminator="kind")] = Model()
+
+
+def test_a_key_spelled_as_the_kind_before_it_is_named_in_full() -> None:
+    with pytest.raises(UserError, match=r"^--set critic\.model\.reach=1: unknown key; allowed: kind, refill"):
+        load(Agents, [], ["critic.model.reach=1"])
+
+
 def test_setting_kind_replaces_its_subtree(tmp_path: Path) -> None:
     assert load(Train, (), ["method.weights.kind=leap"]).method.weights == Leap(reach=1.0)
     config = load_text(tmp_path, "method: {weights: {kind: leap, reach: 7}}", "method: {weights: {kind: euler}}")

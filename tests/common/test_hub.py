@@ -247,6 +247,17 @@ def test_a_lora_file_resolves(tmp_path: Path) -> None:
         hub.resolve(str(tmp_path / "lora.safetensors"))
 
 
+def test_a_folder_of_one_weights_file_and_no_description_is_that_file(tmp_path: Path) -> None:
+    write_weights(tmp_path / "lora.safetensors")
+    (tmp_path / "README.md").write_text("words")
+    assert hub.resolve(str(tmp_path), single_file=True) == tmp_path / "lora.safetensors"
+    with pytest.raises(UserError, match="not a model folder"):
+        hub.resolve(str(tmp_path))
+    write_weights(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not a model folder"):
+        hub.resolve(str(tmp_path), single_file=True)
+
+
 STRANGE = [
     "~~",
     "~nobody-here/x",
@@ -522,7 +533,7 @@ def test_a_repository_is_fetched_without_pickles(fake: FakeHub, monkeypatch: pyt
     assert hub.prefetch("org/name@v1.0") == fake.folder
     assert {call["revision"] for call in fake.calls} == {"v1.0"}
     assert not any(call["local_files_only"] for call in fake.calls)
-    assert set(fake.calls[-1]["allow_patterns"]) == {"model_index.json", *hub.HUB_FILES}
+    assert set(fake.calls[-1]["allow_patterns"]) == {"model_index.json", hub.SAMPLING_FILE, *hub.HUB_FILES}
     assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in fake.calls[-1]["allow_patterns"])
 
 

@@ -85,6 +85,15 @@ def test_a_stopped_training_names_the_update_it_goes_on_from(tmp_path: Path) -> 
     assert (run.scores, run.scores_of) == ({"reward": 2.5}, "the quick evaluation at update 3")
 
 
+def test_scores_of_a_tiny_decoders_images_are_said_to_be_that(tmp_path: Path) -> None:
+    path = make_training(tmp_path / "a", finished=False)
+    with RunFolder.open(path, Training(), ["flowbp"]) as run:
+        run.log(4, {"eval_preview/reward": 7.0})
+    found = summarize_run(path)
+    assert found.scores == {"reward": 7.0}
+    assert found.scores_of == "the quick evaluation at update 4, decoded by model.vae.preview"
+
+
 def test_a_finished_training_has_the_scores_at_its_own_scale(tmp_path: Path) -> None:
     run = summarize_run(make_training(tmp_path / "a", finished=True))
     assert (run.state, run.progress, run.scores) == ("finished", "finished", {"reward": 3.0})

@@ -64,6 +64,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("flowbp explain flowbp_lagrange --seed 3", ""),
         ("flowbp explain flowbp_bridge --model builtin:shapes/generator --figure plan.png", ""),
         ("flowbp explain flowbp_sparse --set method.active.num_active_steps=6 --shift 3", ""),
+        ("flowbp explain configs/flowbp/miniature/lora.yaml", ""),
         ('flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge', "--num-images 1"),
         ('flowbp sample "a red circle left of a blue square" --run runs/flowbp_bridge --base', "--num-images 1"),
         ('flowbp sample "two green triangles" --model builtin:shapes/generator --guidance-scale 2 --seed 7', ""),

@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from transformers import CLIPModel, CLIPProcessor
 
-from imgen_common.hub import WEIGHTS
+from imgen_common.hub import SAMPLING_FILE, WEIGHTS
 from imgen_common.images import grid
 from imgen_common.run_folder.environment import environment
 from imgen_common.shapes.edits import sample_edit
@@ -45,6 +45,8 @@ def package_generator(work: Path) -> dict[str, float]:
     source = generator.latest_pipeline(work)
     Flux2KleinPipeline.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
     pipeline = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
+    own = {"height": 32, "width": 32, "num_inference_steps": 12, "guidance_scale": 2.0}
+    (folder / SAMPLING_FILE).write_text(json.dumps(own, indent=2) + "\n")
     rng = numpy_generator(EVALUATION_SEED, "package")
     specs = balanced_specs(NUM_EVALUATED["captions"], rng, "test")
     instructions = [sample_edit(rng, "test") for _ in range(NUM_EVALUATED["edits"])]

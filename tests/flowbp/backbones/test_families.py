@@ -110,6 +110,12 @@ def test_an_image_is_the_pipelines_own(backbone: Backbone, folder: Path, guidanc
     assert ours.shape == expected.shape == (1, 3, *size_of(backbone))
     assert ours.std() > 0.01
     assert (ours - expected).abs().max() < 1e-5
+    assert isinstance(backbone, pipelines.PipelineBackbone)
+    if backbone.guidance_kind == "distilled":
+        assert backbone.pipeline_guidance(guidance) == backbone.embedded_guidance
+    else:
+        given = FAMILIES[folder.name].guided(guidance)
+        assert backbone.pipeline_guidance(guidance) == given.get("guidance_scale", given.get("true_cfg_scale", 1))
 
 
 @pytest.mark.parametrize("steps", [4, 25])

@@ -59,7 +59,15 @@ def recomputable(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("switches", [{}, {"slicing": True}, {"tile": 16}, {"tile": 8, "slicing": True}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"tile": 8, "slicing": True},
+        *(pytest.param(one, marks=pytest.mark.exhaustive) for one in ({"slicing": True}, {"tile": 16})),
+    ],
+    ids=str,
+)
 def test_a_checkpointed_decoder_has_the_same_gradient(recomputable: Path, switches: dict[str, object]) -> None:
     _, _, plain = decoded(recomputable, **switches)
     _, _, again = decoded(recomputable, **switches, gradient_checkpointing=True)

@@ -252,7 +252,9 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
     [
         (["report", "nowhere"], "no such run"),
         (["train", "--resume", "nowhere"], "no such run"),
-        (["sample", "x", "--run", "nowhere"], "nowhere"),
+        (["sample", "x", "--run", "nowhere"], "nowhere: no such run or model; there are no runs in"),
+        (["eval", "nowhere"], "nowhere: no such run or model"),
+        (["explain", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--resume", ""], "run '': the name is empty"),
         (["sample", "x", "--run", ""], "model '': no such folder"),
         (["sample", "x", "--model", ""], "model '': no such folder"),
@@ -622,6 +624,13 @@ def test_explain_shows_every_method(flowbp: Call, method: str) -> None:
     assert "what the reward sees" in output
 
 
+def test_explain_takes_a_recipe(flowbp: Call, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: full\nnum_inference_steps: 9\n")
+    code, output, _ = flowbp("explain", recipe)
+    assert (code, output.splitlines()[0]) == (0, "full: 9 steps, seed 0, linear noise levels, shift 1")
+
+
 def test_explain_writes_a_figure_and_takes_the_models_levels(flowbp: Call, tmp_path: Path) -> None:
     words = [
         "--set",
@@ -661,6 +670,7 @@ def test_axes_name_their_numbers() -> None:
 # --- small parts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_reference_is_up_to_date() -> None:
     script = Path(__file__).parents[3] / "scripts" / "reference.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
@@ -685,6 +695,11 @@ def test_the_sigmoid_of_a_score_counts_images_near_its_center_most() -> None:
 def test_plain_progress_speaks_now_and_then() -> None:
     said: list[str] = []
     lines = TextReporter(25, ["reward"], said.append)
+    lines.stage("evaluating")
+    for done in (*range(8, 104, 8), 104, 60):
+        lines.evaluation("base", done, 100)
+    assert said[1:] == ["  32/100 prompts", "  56/100 prompts", "  80/100 prompts", "  60/100 prompts"]
+    del said[:]
     lines.stage("training")
     for update in range(1, 26):
         lines.update(update, {"reward": 1.0, "grad_norm": 2.0, "seconds": 0.5, "peak_memory_gib": 1.5, "gap_0": 0.1})

@@ -168,7 +168,7 @@ def test_a_stratified_step_stands_for_its_whole_part():
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("num", [1000, pytest.param(2500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("num", [500, pytest.param(2500, marks=pytest.mark.exhaustive)])
 def test_inclusion_refill_is_unbiased(active, num):
     """The mean coefficient of every step is its Euler weight, so the mean gradient is the full detached sum."""
     grid = Grid(tuple(GRIDS["flux1"]), first=5)

@@ -137,7 +137,7 @@ def test_going_on_makes_what_is_missing_only(
     assert len(file.read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_the_batch_does_not_matter(finished: Benchmark, tmp_path: Path, batch_size: int) -> None:
     other = done(work(tmp_path / "other", batch_size=batch_size))
     assert scores(other.out) == pytest.approx(scores(finished.out), abs=1e-4)
@@ -418,6 +418,7 @@ METADATA = [
 ]
 
 
+@pytest.mark.slow
 def test_geneval_as_a_command(flowbp: Call, tmp_path: Path) -> None:
     """A random detector that sees cats everywhere, none of them surely, and a CLIP that has never seen one."""
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, METADATA)))

@@ -1,5 +1,6 @@
 """Exports: what others load back draws the same image."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
 from imgen_common.errors import UserError
+from imgen_common.hub import SAMPLING_FILE
 from imgen_common.run_folder.folder import RunFolder
 
 
@@ -73,6 +75,9 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     run = trained(tmp_path, model, f"lora={lora}")
     pipe = DiffusionPipeline.from_pretrained(export_run(run, "merged", tmp_path / "out"), dtype=torch.float32)
     assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
+    scale = {"flux": 3.5, "flux_kontext": 3.5, "flux2_dev": 4.0, "z_image": 0.0, "krea2": 0.0}.get(family, 1.0)
+    own = {"height": 32, "width": 32, "num_inference_steps": 25, "guidance_scale": scale}
+    assert json.loads((tmp_path / "out" / SAMPLING_FILE).read_text()) == own
     if lora == "null":
         with pytest.raises(UserError, match="use --to merged"):
             export_run(run, "comfyui", tmp_path / "other")

@@ -100,7 +100,7 @@ def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, mo
     assert any(gradient.any() for gradient in ours.values())
 
 
-@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+@pytest.mark.parametrize("method", tiers(METHODS, slow=["flowbp_bridge"]))
 def test_kept_graphs_give_the_same_gradient_and_metrics(method: str) -> None:
     for guided in ([], ["guidance_scale=3.5"], ["guidance_scale=3.5", "guidance.detach_negative=false"]):
         without, kept = (gradients(config_of(method, *guided, f"keep_graphs={n}")) for n in (0, 2))

@@ -147,7 +147,7 @@ def test_what_failed_is_counted_and_stands_in_both_figures(tmp_path: Path) -> No
     assert "24 items: 24 generated, 22 judged whole. 24 questions, failed: 2 refused." in table
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiers(NAMES, default=["wise"], slow=["rise"]))
 def test_nothing_becomes_a_zero_unseen(name: str, tmp_path: Path) -> None:
     work = work_on(name, tmp_path / "out", written(name, tmp_path, make_right))
 
@@ -213,7 +213,7 @@ def test_a_token_that_ends_a_turn_does_not_reach_the_judge(token: str) -> None:
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiers(NAMES, default=["wise"], slow=["comm"]))
 def test_the_estimate_is_within_a_tenth_of_what_the_judge_counts(name: str, tmp_path: Path) -> None:
     work = work_on(name, tmp_path / "out", written(name, tmp_path, make_right))
     cost = work.estimate(work.outputs(), ShapesJudge())

@@ -25,6 +25,7 @@ from tiny import drop_weight
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.hub import SAMPLING_FILE
 from interleave.models.generators.loading import load_pipeline
 from interleave.models.generators.pipeline import (
     GenerationSettings,
@@ -373,6 +374,20 @@ def test_the_same_model_generates_with_other_settings(klein_folder: Path) -> Non
         return drawn
 
     assert [picture.image.height for picture in asyncio.run(main())] == [32, 64, 32]
+
+
+def test_a_folder_that_says_how_to_generate_is_followed(place: Path) -> None:
+    folder = folder_of("flux2", place / "sampling")
+    own = {"height": 32, "width": 48, "num_inference_steps": 1, "guidance_scale": 1.5}
+    (folder / SAMPLING_FILE).write_text(json.dumps(own))
+    runner = PipelineRunner(PipelineConfig(ref=str(folder), width=32))
+    assert runner.settings == GenerationSettings(**own | {"width": 32})
+    (picture,) = runner.generate([GenerationRequest("a", (), 1)])
+    assert isinstance(picture, HashedImage)
+    assert picture.image.size == (32, 32)
+    (folder / SAMPLING_FILE).write_text('{"height": "tall"}')
+    with pytest.raises(UserError, match=r"damaged \(height: "):
+        PipelineRunner(PipelineConfig(ref=str(folder)))
 
 
 def test_a_changed_model_has_other_params(klein: PipelineRunner, klein_folder: Path) -> None:

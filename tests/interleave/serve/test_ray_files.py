@@ -17,7 +17,10 @@ from interleave.serve import ray
 with ray.cluster(ServeConfig()):
     pass
 """
-NAMES = ("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+NAMES = (
+    *("RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
+    *("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,16 @@ def test_a_cluster_of_our_own_has_a_token_that_needs_no_home() -> None:
     assert len(token) == 64
     prepare_ray(ServeConfig())
     assert os.environ["RAY_AUTH_TOKEN"] == token
+
+
+def test_replicas_run_in_the_environment_of_the_service_under_uv_run_too() -> None:
+    code = """
+from interleave.serve import ServeConfig, prepare_ray
+prepare_ray(ServeConfig())
+from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV
+print(RAY_ENABLE_UV_RUN_RUNTIME_ENV)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
 
 
 @pytest.mark.parametrize(("name", "value"), [("RAY_AUTH_TOKEN", "mine"), ("RAY_AUTH_TOKEN_PATH", "/secrets/ray")])

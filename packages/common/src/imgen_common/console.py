@@ -1,5 +1,6 @@
 """What is printed: a spinner, tables in Markdown, and the messages of other libraries."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -69,9 +70,15 @@ def quiet_libraries() -> None:
     import transformers.utils.logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what DeepSpeed says wherever it is imported without a GPU, as diffusers does to save a model."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

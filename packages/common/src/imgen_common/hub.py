@@ -21,6 +21,9 @@ WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
+SAMPLING_FILE = "sampling.json"
+"""In a pipeline's folder: the height, width, num_inference_steps and guidance_scale to generate with, unless others are
+given.  `flowbp export` writes it, the generators of `interleave` read it."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 LIBRARIES = ("diffusers", "transformers")
@@ -40,7 +43,7 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
     ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
     missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
     weights=False: only the description (configurations and tokenizers) is downloaded and checked.
-    single_file: whether it may be one safetensors file, as adapters are.
+    single_file: whether it may be one safetensors file, as adapters are, or a folder of nothing else.
     Raises UserError for an unknown, missing, half-downloaded or pickled model.
     """
     if ref.startswith("builtin:"):
@@ -65,10 +68,9 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {ref!r}: no such folder{nearest(ref, _builtins())}; give {allowed}")
     folder = _download(ref, match["repo"], match["revision"], weights=weights)
     try:
-        check_folder(folder, weights=weights)
+        return _check_path(folder, weights, single_file)
     except UserError as error:
         raise UserError(f"model {ref!r}: {error}; {_remedy(ref)}") from None
-    return folder
 
 
 def prefetch(ref: str) -> Path:
@@ -171,6 +173,9 @@ def _builtins() -> list[str]:
 
 def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     if path.is_dir():
+        files = [] if any(path.glob("[!.]*.json")) else [*path.glob("[!.]*.safetensors")]
+        if single_file and len(files) == 1:
+            return _check_path(files[0], weights, single_file)
         check_folder(path, weights=weights)
     elif path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are read from safetensors files and model folders only")
@@ -207,7 +212,9 @@ def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Pa
             index = folder / "model_index.json"
             places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
             files = HUB_FILES if weights else DESCRIPTION_FILES
-            folder = fetch(["model_index.json", *(place + pattern for place in places for pattern in files)])
+            folder = fetch(
+                ["model_index.json", SAMPLING_FILE, *(place + pattern for place in places for pattern in files)]
+            )
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions

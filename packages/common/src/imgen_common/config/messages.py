@@ -50,7 +50,7 @@ def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys
     annotation: Any = cls
     owner: type[Config] | None = None
     keys: Keys = ()
-    node, is_chosen = tree, False
+    node, tag_seen = tree, False  # a tag may be spelled as the key that follows it: critic.model (kind) .model (key)
     for part in map(str, detail["loc"]):
         if not isinstance(node, dict | list):
             break
@@ -61,17 +61,13 @@ def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys
                 keys = (*keys, part)
                 break
             continue  # pydantic puts the chosen member of a union into the path
-        if (
-            not is_chosen
-            and isinstance(node, dict)
-            and len(config_classes(annotation)) > 1
-            and part == node.get("kind")
-        ):
-            is_chosen = True  # the member; a key of the same name may follow
+        is_tag = isinstance(node, dict) and part == node.get("kind") and len(config_classes(annotation)) > 1
+        if is_tag and not tag_seen:
+            tag_seen = True
             continue
         annotation = type_under(annotation, node, part)
-        node, is_chosen = node[part] if isinstance(node, dict) else node[int(part)], False
-        keys = (*keys, part)
+        node = node[part] if isinstance(node, dict) else node[int(part)]
+        keys, tag_seen = (*keys, part), False
     if detail["type"].startswith("union_tag"):
         return (*keys, "kind"), _say_kind(annotation, node)
     return keys, _say(detail, owner, annotation)

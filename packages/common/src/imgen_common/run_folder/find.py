@@ -34,9 +34,14 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
             return path
     if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
+    raise UserError(f"{text}: no such run{describe_runs(text, root)}")
+
+
+def describe_runs(text: str, root: Path) -> str:
+    """The runs under `root` for a message about a `text` that is none of them, the nearest name first."""
     names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
-    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are none in {root}"
-    raise UserError(f"{text}: no such run{nearest(Path(text).name, names)}{known}")
+    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are no runs in {root}"
+    return nearest(Path(text).name, names) + known
 
 
 def check_maker(path: Path, *made_by: str) -> None:

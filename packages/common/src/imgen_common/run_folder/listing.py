@@ -177,14 +177,16 @@ def _read_train(path: Path, config: Mapping[str, Any], is_running: bool) -> _Fou
     if trained is not None:
         scale, scores = trained
         return _Found(True, done, total, scores, f"the evaluation after training, guidance scale {scale:g}")
-    quick = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    quick = {name: value for name, value in metrics.items() if name.startswith(("eval/", "eval_preview/"))}
     at = max((step for step, _ in quick.values()), default=0)
+    previewed = any(step == at and name.startswith("eval_preview/") for name, (step, _) in quick.items())
+    prefix, mark = ("eval_preview/", ", decoded by model.vae.preview") if previewed else ("eval/", "")
     return _Found(
         False,
         done,
         total,
-        {name.removeprefix("eval/"): value for name, (_, value) in quick.items()},
-        f"the quick evaluation at update {at}" if quick else "",
+        {name.removeprefix(prefix): value for name, (_, value) in quick.items() if name.startswith(prefix)},
+        f"the quick evaluation at update {at}{mark}" if quick else "",
     )
 
 

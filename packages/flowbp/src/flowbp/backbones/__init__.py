@@ -1,6 +1,7 @@
 """One small adapter per model family; `load` picks it by what the folder says."""
 
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ def _resolve_family(
     family = str(content.get("_class_name"))
     if family not in FAMILIES:
         raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
-    said = "its model_index.json" if content.get("is_distilled") else "its name" if _is_turbo(ref) else ""
+    said = "its model_index.json" if content.get("is_distilled") else "its name" if _is_called_distilled(ref) else ""
     if said and not distilled:
         raise UserError(
             f"{ref}: this model is step-distilled, as {said} says: training at many steps would undo that; use the "
@@ -118,6 +119,6 @@ def _resolve_family(
     return folder, getattr(diffusers, family), adapter
 
 
-def _is_turbo(ref: str) -> bool:
-    """Whether a model is called Turbo, as step-distilled ones are whose model_index.json does not say what they are."""
-    return "turbo" in Path(ref.split("@")[0]).name.lower()
+def _is_called_distilled(ref: str) -> bool:
+    """Whether a model is called Turbo or schnell, as step-distilled ones are whose model_index.json does not say so."""
+    return re.search("turbo|schnell", Path(ref.split("@")[0]).name.lower()) is not None

@@ -115,6 +115,14 @@ def with_network(backbone: Backbone, net: nn.Module) -> Backbone:
     return other
 
 
+def with_decoder(backbone: Backbone, vae: nn.Module) -> Backbone:
+    """The backbone with another decoder of its latents; all else is shared."""
+    other = copy.copy(backbone)
+    other.pipe = copy.copy(backbone.pipe)
+    other.pipe.vae = vae
+    return other
+
+
 @contextmanager
 def without_adapters(net: nn.Module) -> Iterator[None]:
     """Within it the network is as it was before `mark_trainable` added adapters."""

@@ -181,6 +181,10 @@ class PipelineBackbone(ABC):
         embeds = self.pipe.transformer.config.guidance_embeds
         return torch.full_like(sigma, self.embedded_guidance) if embeds else None
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """What the pipeline's own `guidance_scale` (or `true_cfg_scale`) must be for guidance at `scale` here."""
+        return scale
+
     @abstractmethod
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels."""
@@ -320,9 +324,9 @@ def linear_levels(steps: int) -> list[float]:
     return np.linspace(1.0, 1 / steps, steps).tolist()
 
 
-def decode(vae: ModelMixin, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b channels *t height width"]:
+def decode(vae: Any, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b channels *t height width"]:
     """Images, or t frames, in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the
-    clamp): three colors and, of some autoencoders, opacity."""
+    clamp): three colors and, of some autoencoders, opacity.  vae: of diffusers, or what decodes as one."""
     images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 

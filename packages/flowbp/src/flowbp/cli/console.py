@@ -91,10 +91,10 @@ def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
 
 def print_families(rows: Sequence[Mapping[str, object]]) -> None:
     """The models that can be trained, one in each row."""
-    table = _table("model", "license", "guidance", "1e9", "sources", "LoRA GB", right=(3, 4, 5))
+    table = _table("model", "license", "guidance", "billions", "source images", "LoRA on", right=(3, 4, 5))
     for row in rows:
-        cells = (row[key] for key in ("license", "guidance", "billions", "max_source_images", "lora_gb"))
-        table.add_row(str(row["model"]), *("-" if one is None else str(one) for one in cells))
+        cells = (str(row[key]) for key in ("license", "guidance", "billions", "max_source_images"))
+        table.add_row(str(row["model"]), *cells, "-" if row["lora_gb"] is None else f"{row['lora_gb']} GB")
     _print(standard_output(), table)
 
 

@@ -38,11 +38,11 @@ def methods(as_json: Json = False) -> None:
 
 def families(as_json: Json = False) -> None:
     """List the model families that can be trained, by their published models: license, guidance, parameters of the
-    transformer in 1e9, how many source images an edit may have (0: it cannot edit), and the memory of the one GPU
-    for which configs/flowbp has a recipe with adapters. Guidance is classifier-free (guidance_scale; "1 +
-    pipeline's" where the pipeline counts it from 0, "rescaled" where it keeps the norm of the conditional velocity)
-    or distilled, an input of the model (model.embedded_guidance). flowbp estimate says what your own configuration
-    needs.
+    transformer in billions, how many source images an edit may have (0: it cannot edit), and the memory of the one GPU
+    for which configs/flowbp has a recipe with adapters (-: it has none). Guidance is classifier-free (guidance_scale;
+    "1 + pipeline's" where the pipeline counts it from 0, "rescaled" where it keeps the norm of the conditional
+    velocity) or distilled, an input of the model (model.embedded_guidance). flowbp estimate says what your own
+    configuration needs.
 
     Example:
 
@@ -65,7 +65,9 @@ def families(as_json: Json = False) -> None:
 
 
 def explain(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Name of a method (see flowbp methods).")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="Name of a method (see flowbp methods), or a .yaml of flowbp train.")
+    ],
     steps: Annotated[
         int | None,
         typer.Option("--num-inference-steps", help="Number of denoising steps; by default 25.", min=2, max=1000),
@@ -89,6 +91,7 @@ def explain(
       flowbp explain flowbp_lagrange --seed 3
       flowbp explain flowbp_bridge --model builtin:shapes/generator --figure plan.png
       flowbp explain flowbp_sparse --set method.active.num_active_steps=6 --shift 3
+      flowbp explain configs/flowbp/miniature/lora.yaml
     """
     from flowbp.cli import console
     from flowbp.config import TrainConfig
@@ -99,14 +102,16 @@ def explain(
     from imgen_common.streams import numpy_generator
 
     kind = _figure_kind(figure)
-    get_method(method)
-    changes = [f"method={method}", *(sets or []), *([f"num_inference_steps={steps}"] if steps else [])]
-    config = load(TrainConfig, [], changes)
+    changes = [*(sets or []), *([f"num_inference_steps={steps}"] if steps else [])]
+    if Path(method).suffix in (".yaml", ".yml"):
+        config = load(TrainConfig, [Path(method)], changes)
+    else:
+        get_method(method)
+        config = load(TrainConfig, [], [f"method={method}", *changes])
     sigmas = _noise_levels(config, model, shift)
     plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
-    heading = (
-        f"{method}: {plan.num_inference_steps} steps, seed {seed}, {model or f'linear noise levels, shift {shift:g}'}"
-    )
+    levels = model or f"linear noise levels, shift {shift:g}"
+    heading = f"{config.method.name}: {plan.num_inference_steps} steps, seed {seed}, {levels}"
     console.print_plan(config, plan, heading)
     if figure is not None:
         from flowbp.reports.figure import plot_plan

@@ -70,6 +70,11 @@ class VaeConfig(Config):
     """Side, in pixels, of tiles that overlap by a quarter and are decoded one after the other; null: whole images.
     Tiles do not see each other's statistics, so images differ a little; in training it saves memory only together
     with `gradient_checkpointing`."""
+    preview: str | None = None
+    """Tiny decoder that decodes the images of quick evaluations: a diffusers folder of an `AutoencoderTiny` (taesd3 for
+    Stable Diffusion 3, taef1 for FLUX.1 and Z-Image), or the safetensors file of taef2 for FLUX.2, local or on the hub
+    as in `model.ref`.  Their scores are those of other images, and named `eval_preview/...` instead of `eval/...`.
+    Training, the evaluations before and after and all other commands never use it.  null: the autoencoder decodes."""
 
 
 class ModelConfig(Config):
@@ -88,8 +93,9 @@ class ModelConfig(Config):
     """Guidance input of a guidance-distilled model; null: the default of its pipeline, 3.5 for FLUX.1-dev and 4 for
     FLUX.2-dev.  Others have no such input."""
     allow_distilled: bool = False
-    """Whether the model may be step-distilled (klein without base, Turbo).  Such a model is made to generate in few
-    steps: trained or sampled at more of them it can lose that, and what it generates then is not what was measured."""
+    """Whether the model may be step-distilled (klein without base, schnell, Turbo).  Such a model is made to generate
+    in few steps: trained or sampled at more of them it can lose that, and what it generates then is not what was
+    measured."""
     max_sequence_length: Annotated[int, Ge(1), Le(512)] | None = None
     """Tokens to which T5 (Stable Diffusion 3, FLUX.1) or the text encoder of the other families pads and cuts a
     prompt, under diffusers' name; null: the default of the model's pipeline, 256 for Stable Diffusion 3, else 512.

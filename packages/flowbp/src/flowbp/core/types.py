@@ -128,6 +128,9 @@ class Backbone(Protocol):
     def set_max_tokens(self, length: int) -> None:
         """Pads and cuts prompts to so many tokens.  Raises UserError where the text encoder does not read them."""
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """What the pipeline's own `guidance_scale` (or `true_cfg_scale`) must be for guidance at `scale` here."""
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of one latent, without the batch, for images of `size` (height, width) pixels."""
 

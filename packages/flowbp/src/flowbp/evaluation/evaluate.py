@@ -35,10 +35,15 @@ class ScoredPrompts:
 
 @dataclass(frozen=True)
 class Evaluation(ScoredPrompts):
-    """With the first images, (n, 3, h, w) in [0, 1], and the statistics of all (`image_statistics`), per prompt."""
+    """With the first images, (n, 3, h, w) in [0, 1], and the statistics of all (`image_statistics`), per prompt.
+
+    preview: the tiny decoder that made the images (`model.vae.preview`), whose scores compare with no others; None: the
+    autoencoder did.
+    """
 
     images: Tensor = field(repr=False)
     statistics: dict[str, list[float]] = field(default_factory=dict)
+    preview: str | None = None
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ class SavedEvaluation(ScoredPrompts):
     source_files: dict[int, list[Path]]
     """Of edits: the images that prompt i changed."""
     statistics: dict[str, list[float]] = field(default_factory=dict)
+    preview: str | None = None
+    """As of `Evaluation`."""
 
     def images(self) -> Tensor:
         """The images, (n, 3, h, w) in [0, 1]."""
@@ -43,6 +45,7 @@ class SavedScores(BaseModel):
     scores: dict[str, list[float]]
     groups: list[str] | None
     statistics: dict[str, list[float]] = {}
+    preview: str | None = None
 
     @model_validator(mode="after")
     def _one_number_per_prompt(self) -> "SavedScores":
@@ -70,7 +73,7 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
                 image.save(folder / f"{i:03d}.png")
                 for k, source in enumerate(sources_of(evaluation.prompts[i])):
                     source.load().save(folder / f"{i:03d}-source{k}.png")
-        kept = ("prompts", "scores", "groups", "statistics")
+        kept = ("prompts", "scores", "groups", "statistics", *(("preview",) if evaluation.preview else ()))
         content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
         write_atomic(folder / "scores.json", json.dumps(content) + "\n")
     except UserError:

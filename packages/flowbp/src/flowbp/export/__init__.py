@@ -1,5 +1,6 @@
 """Writes trained weights as files that other programs load.  Knows nothing of the command line."""
 
+import json
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -7,12 +8,13 @@ from torch import nn
 
 from flowbp import backbones
 from flowbp.backbones.loading import read_trained_weights
-from flowbp.config import ExportedWeights, ExportFormat
+from flowbp.config import ExportedWeights, ExportFormat, TrainConfig
 from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
 from flowbp.export.model_card import model_card
 from imgen_common.errors import UserError, one_line
 from imgen_common.files import atomic_folder, write_atomic
+from imgen_common.hub import SAMPLING_FILE
 from imgen_common.run_folder.folder import RunFolder
 
 
@@ -40,6 +42,7 @@ def export_run(
     with atomic_folder(out) as folder:
         if to == "merged":
             merge_weights(config, weights, model).save_pretrained(folder)
+            write_atomic(folder / SAMPLING_FILE, json.dumps(_sampling(config, model), indent=2) + "\n")
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
         else:
@@ -49,6 +52,17 @@ def export_run(
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
         write_atomic(folder / "README.md", model_card(run, config, to, kept, step, model))
     return out
+
+
+def _sampling(config: TrainConfig, model: str | None) -> dict[str, int | float]:
+    """How the run generated the images of its evaluations; for a model that it did not evaluate, their size alone."""
+    found: dict[str, int | float] = {"height": config.model.height, "width": config.model.width}
+    if model in (None, config.eval.model):
+        distilled = config.model.embedded_guidance if model is None else None
+        backbone = backbones.init_empty_weights(model or config.model.ref, embedded_guidance=distilled, distilled=True)
+        scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
+        found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
+    return found
 
 
 def push_to_hub(folder: Path, repo: str) -> str:

@@ -51,6 +51,7 @@ def render_report(run: RunData) -> str:
         f"guidance {config.guidance_scale:g}",
         f"model {config.model.ref}",
         *([f"evaluated with {config.eval.model}"] if config.eval.model else []),
+        *([f"quick evaluations decoded by {config.model.vae.preview}"] if config.model.vae.preview else []),
     ]
     values = {
         "name": run.name,
@@ -192,13 +193,11 @@ def _categories(run: RunData) -> list[Values]:
 def _curves(run: RunData) -> Values | None:
     if not run.metrics:
         return None
-    updates, accuracy = run.series("eval/verifier")
-    verifier = Series(_quick_label(run), "--orange", updates, [100 * value for value in accuracy], "dots")
     peak = Series("", "--blue", *run.series("train/peak_memory_gib"))
     max_norm = run.config.optim.max_grad_norm
     charts = [
         *(_score_chart(run, scorer.name) for scorer in run.config.scorers),
-        line_chart("Verifier", "% of images", [verifier], run.updates),
+        line_chart("Verifier", "% of images", _quick_series(run, "verifier", 100), run.updates),
         _metric_chart(run, "Gradient norm", "before clipping", "train/grad_norm", max_norm),
         _gap_chart(run),
         *_distance_charts(run),
@@ -214,9 +213,15 @@ def _distance_charts(run: RunData) -> list[Markup]:
     return [_metric_chart(run, "Distance to the base", "mean squared difference of velocities", "train/regularise")]
 
 
-def _quick_label(run: RunData) -> str:
+def _quick_series(run: RunData, name: str, unit: float = 1) -> list[Series]:
+    """A score of the quick evaluations, and apart from it that of images which a tiny decoder made."""
     num = run.config.eval.quick_num_prompts
-    return f"quick evaluation: {num} prompts, averaged weights, guidance {run.own_scale:g}"
+    label = f"quick evaluation: {num} prompts, averaged weights, guidance {run.own_scale:g}"
+    found = []
+    for kind, color, mark in (("eval", "--orange", ""), ("eval_preview", "--violet", ", images of a tiny decoder")):
+        updates, values = run.series(f"{kind}/{name}")
+        found.append(Series(label + mark, color, updates, [unit * value for value in values], "dots"))
+    return found
 
 
 def _score_chart(run: RunData, name: str) -> Markup:
@@ -224,7 +229,7 @@ def _score_chart(run: RunData, name: str) -> Markup:
     lines = [
         Series("training batches", "--blue", updates, values, "faint"),
         Series("mean of the last 10", "--blue", updates, moving_average(values)),
-        Series(_quick_label(run), "--orange", *run.series(f"eval/{name}"), "dots"),
+        *_quick_series(run, name),
     ]
     return line_chart(score_title(name), "score", lines, run.updates)
 

@@ -12,6 +12,7 @@ from torch import nn
 from flowbp.backbones.loading import copy_frozen, load_backbone, load_eval_backbone, mark_trainable
 from flowbp.backbones.lora import load_adapter, read_adapter
 from flowbp.backbones.options import compile_blocks
+from flowbp.backbones.preview import load_preview
 from flowbp.backbones.rollout import RolloutNetwork, check_rollout
 from flowbp.config import TrainConfig
 from flowbp.core.types import Backbone, Reward
@@ -28,7 +29,8 @@ class LoadedModels:
     parameters: what is trained, by name; of a sharded network this process's part.  eval_backbone: the network of
     `eval.model`, with the very same adapter; None: the generator itself draws the images of evaluations.  base: the
     network before training, where a regulariser needs a copy of it; None: the generator's without adapters.  rollout:
-    what rollouts evaluate, if that is not the generator.
+    what rollouts evaluate, if that is not the generator.  preview: decodes the images of quick evaluations, if that is
+    not the autoencoder.
     """
 
     backbone: Backbone
@@ -39,6 +41,7 @@ class LoadedModels:
     eval_backbone: Backbone | None = None
     base: Backbone | None = None
     rollout: RolloutNetwork | None = None
+    preview: nn.Module | None = None
 
 
 def load_models(
@@ -63,6 +66,8 @@ def load_models(
     adapter = read_adapter(init, net, type(backbone.pipe).__name__) if init is not None else {}
     base = copy_frozen(backbone) if config.regularise is not None and config.lora is None else None
     evaluated = None if config.eval.model is None else load_eval_backbone(config, backbone, device)
+    ref = config.model.vae.preview
+    preview = None if ref is None else load_preview(backbone.pipe.vae, ref, device)
     # what is trained is float32 from here on; under adapters of a bfloat16 network the frozen weights are bfloat16
     parameters = mark_trainable(net, config)
     load_adapter(adapter, parameters)
@@ -75,12 +80,18 @@ def load_models(
     if config.model.compile:
         for one in (net,) if base is None else (net, base.net):
             compile_blocks(one)
-    # embeddings on disk are shared by all runs, so their keys contain all that they depend on
-    store = EmbeddingStore(Path(config.data.cache)) if config.data.embeddings == "disk" else None
-    key = fingerprint(hub.resolve(config.model.ref), backbone, config.model) if store else ""
-    embeddings = PromptEmbeddings(backbone, store, key)
+    embeddings = make_embeddings(config, backbone)
     rewards = load_rewards(config, device) if with_rewards else {}
-    return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base, rolled)
+    return LoadedModels(backbone, rewards, prompts, embeddings, parameters, evaluated, base, rolled, preview)
+
+
+def make_embeddings(config: TrainConfig, backbone: Backbone) -> PromptEmbeddings:
+    """Embeddings of prompts, kept where the configuration says."""
+    if config.data.embeddings != "disk":
+        return PromptEmbeddings(backbone)
+    # those on disk are shared by all runs, so their keys contain all that they depend on
+    key = fingerprint(hub.resolve(config.model.ref), backbone, config.model)
+    return PromptEmbeddings(backbone, EmbeddingStore(Path(config.data.cache)), key)
 
 
 def make_rollout_network(backbone: Backbone, config: TrainConfig) -> RolloutNetwork | None:

@@ -24,6 +24,9 @@ from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown
 
+QUICK_METRICS = ("eval/", "eval_preview/")
+"""How the names of the scores of quick evaluations begin: of the autoencoder's images, and of a tiny decoder's."""
+
 
 def train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, reporter: NullReporter) -> None:
     """The run, from its last checkpoint if it has one, to its last update; evaluates before and after.
@@ -152,7 +155,8 @@ class TrainingLoop:
     def is_evaluation_missing(self) -> bool:
         """Whether the run was stopped between the checkpoint that it resumed from and the evaluation that follows."""
         update = self.trainer.update
-        done = any(line["step"] == update and any(k.startswith("eval/") for k in line) for line in self.run.metrics())
+        logged = [name for line in self.run.metrics() if line["step"] == update for name in line]
+        done = any(name.startswith(QUICK_METRICS) for name in logged)
         due = self.run.is_main and self.evaluation_due and not done
         return any_process(due, self.trainer.accelerator.device)
 
@@ -213,12 +217,14 @@ class TrainingLoop:
         config, update = self.config, self.trainer.update
         source, scale = config.eval.quick_prompts, config.eval_guidance_scales[0]
         quick = self._evaluate(self.quick_prompts, source, scale, "quick")
-        self.run.log(update, {f"eval/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
+        mark = "_preview" if quick.preview else ""  # nobody is to compare them with scores of true images
+        self.run.log(update, {f"eval{mark}/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
             cells = []
             for prompt, image in zip(quick.prompts, to_pil(quick.images[:24]), strict=False):
                 cells += [*source_thumbnails(prompt, image.size)[:1], image]
-            self.run.log_image(update, "quick", grid(cells, columns=8, scale=max(1, 96 // quick.images.shape[-1])))
+            enlarged = grid(cells, columns=8, scale=max(1, 96 // quick.images.shape[-1]))
+            self.run.log_image(update, f"quick{mark}", enlarged)
         return quick
 
     def _evaluate(self, prompts: Sequence[str], source: str, scale: float, label: str) -> Evaluation:
@@ -231,7 +237,7 @@ class TrainingLoop:
         def on_progress(done: int) -> None:
             self.reporter.evaluation(label, done, len(prompts))
 
-        return self.trainer.evaluate(prompts, source, scale, on_progress, stop_if_asked)
+        return self.trainer.evaluate(prompts, source, scale, on_progress, stop_if_asked, quick=label == "quick")
 
     def run_watchdog(self, quick: Evaluation) -> bool:
         """Compares the model with its base, logs what was found; whether there is an alert (on the main process)."""
@@ -243,8 +249,9 @@ class TrainingLoop:
         if not self.run.is_main:
             return False
         base = load_evaluations(path / watchdog.FOLDER).get(("base", config.eval_guidance_scales[0]))
-        if base is None or base.prompts != quick.prompts:
-            self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on these quick prompts")
+        if base is None or (base.prompts, base.preview) != (quick.prompts, quick.preview):
+            what = "these quick prompts with this decoder"
+            self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on {what}")
             return False
         trained, heldout = ([scorer.name for scorer in part] for part in (config.rewards, config.heldout))
         drift = watchdog.image_drift(base.images(), quick.images)

@@ -106,6 +106,7 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
     from flowbp import backbones
     from flowbp.backbones.loading import check_same_shapes
     from flowbp.backbones.options import apply_model_options, check_machine
+    from flowbp.backbones.preview import load_preview
     from flowbp.backbones.rollout import check_rollout
     from flowbp.training.loading import load_rewards
 
@@ -117,6 +118,8 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
         check_machine(model)
         check_rollout(config.rollout)
         hub.check_networks(hub.resolve(model.ref))
+        if model.vae.preview is not None:
+            load_preview(backbone.pipe.vae, model.vae.preview, "meta")
         for reward in load_rewards(config, "meta").values():
             getattr(reward, "check_prompts", lambda given: None)(prompts)
     apply_model_options(backbone, model)

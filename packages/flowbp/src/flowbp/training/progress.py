@@ -118,10 +118,11 @@ class ProgressState:
 
 
 class TextReporter(NullReporter):
-    """Plain lines: every stage, the first update, every tenth and the last."""
+    """Plain lines: every stage, quarters of evaluations, the first update, every tenth and the last."""
 
     def __init__(self, num_updates: int, scores: Sequence[str], write: Callable[[str], None]) -> None:
         self._track, self._write = ProgressState(num_updates, scores), write
+        self._quarter = 0
 
     def stage(self, text: str) -> None:
         self._track.begin_stage(text)
@@ -135,6 +136,12 @@ class TextReporter(NullReporter):
             self._write(
                 f"update {update}/{track.num_updates}  {numbers}  left {format_duration(track.seconds_left(update))}"
             )
+
+    def evaluation(self, name: str, done: int, total: int) -> None:
+        quarter = 4 * min(done, total) // total
+        if quarter not in (self._quarter, 4):
+            self._write(f"  {done}/{total} prompts")
+        self._quarter = quarter
 
     def alert(self, text: str) -> None:
         self._write(f"ALERT {text}")

@@ -27,6 +27,7 @@ MAY_DIFFER = (
     *("reward_batch_size", "offload_trajectory", "watchdog", "distributed"),
     *("data.prompts", "data.key", "eval.prompts"),  # other places of equal prompts: `check_data` compares hashes
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
+    "model.vae.preview",
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
 evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowbp.backbones.loading import without_adapters
+from flowbp.backbones.loading import with_decoder, without_adapters
 from flowbp.config import TrainConfig
 from flowbp.core.engine import BackwardOptions, Outcome, Regulariser, backpropagate, num_backward_passes, rollout
 from flowbp.core.guidance import guided_velocity
@@ -289,17 +290,23 @@ class Trainer:
         guidance: float,
         on_progress: Callable[[int], None] = lambda done: None,
         before_batch: Callable[[], None] = lambda: None,
+        *,
+        quick: bool = False,
     ) -> Evaluation:
         """Images and scores of the network as it is now, at the evaluation's fixed seeds.
 
         on_progress: called with the number of images that all processes have scored.  before_batch: of `ProcessGroup`.
+        quick: images are decoded by `model.vae.preview`, if there is one.
         """
-        accelerator = self.accelerator
+        accelerator, models = self.accelerator, self.models
+        backbone, preview = models.eval_backbone or models.backbone, None
+        if quick and models.preview is not None:
+            backbone, preview = with_decoder(backbone, models.preview), self.config.model.vae.preview
         task = EvaluationTask(prompts, self.models.rewards, is_shapes_source(source), NUM_SAVED_IMAGES)
         gather = gather_object if accelerator.num_processes > 1 else list
         with self._weights_cast_once():
-            return evaluate(
-                self.models.eval_backbone or self.models.backbone,
+            found = evaluate(
+                backbone,
                 self.models.embeddings,
                 task,
                 self.config,
@@ -307,6 +314,7 @@ class Trainer:
                 ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
                 lambda done: on_progress(done * accelerator.num_processes),
             )
+        return replace(found, preview=preview)
 
 
 def learning_rate_at(config: TrainConfig, update: int) -> float:

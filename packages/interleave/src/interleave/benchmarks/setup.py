@@ -107,11 +107,15 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
     left, right = read_facts(first), read_facts(second)
     if left is None or right is None:
         raise UserError(f"{first if left is None else second}: not a folder of `interleave benchmark`; give one")
-    for name in ("benchmark", "items", "prompts"):
+    remedies = {
+        "benchmark": f"{left.benchmark} and {right.benchmark}",
+        "items": "give both the same --data and --limit",
+        "prompts": "give both the same questions (--prompts-from)",
+    }
+    for name, remedy in remedies.items():
         if getattr(left, name) != getattr(right, name):
             raise UserError(
-                f"{first} and {second}: their {name} differ ({getattr(left, name)!r}, {getattr(right, name)!r}); two "
-                "judges are compared on the same questions"
+                f"{first} and {second}: their {name} differ; two judges are compared on the same questions ({remedy})"
             )
     answers = read_answers(first), read_answers(second)
     if others := differently_shown(*answers):

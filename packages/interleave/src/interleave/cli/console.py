@@ -110,7 +110,7 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
     out.print(
         f"{len(trajectories)} request{'s' * (len(trajectories) != 1)}: "
         + ", ".join(f"{count} {status}" for status, count in ends.most_common())
-        + f"; {len(attempts)} images: "
+        + f"; {len(attempts)} image{'s' * (len(attempts) != 1)}: "
         + ", ".join(f"{count} {status}" for status, count in tries.most_common())
     )
     unscored = [a for a in attempts if a.error and a.status in STATUS_COLORS]  # they count without the judge's scores

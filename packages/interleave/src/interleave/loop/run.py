@@ -13,7 +13,7 @@ from pathlib import Path
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
-from imgen_common.run_folder.find import free_path
+from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from interleave.agents.critic import ChatCritic, RandomRewrite, RubricCritic
@@ -209,8 +209,10 @@ def run_and_close(
     on_record: Callable[[Record], None],
     retry_failed: bool = False,
 ) -> list[Trajectory]:
-    """`run_requests` with components built for it, from code that is not asynchronous."""
-    components = build_components(config)
+    """`run_requests` with components built for it, from code that is not asynchronous.
+
+    Raises UserError where a component cannot be had; a run folder that never ran is then removed.
+    """
 
     async def main() -> list[Trajectory]:
         try:
@@ -219,4 +221,10 @@ def run_and_close(
         finally:
             await components.close()
 
-    return asyncio.run(main())
+    try:
+        components = build_components(config)
+        return asyncio.run(main())
+    except UserError:
+        if not (path / ENVIRONMENT).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise

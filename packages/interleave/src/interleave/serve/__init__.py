@@ -88,6 +88,8 @@ def prepare_ray(config: ServeConfig) -> None:
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # under `uv run` Ray would copy the working folder and start every process in an environment made for it
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
 def required_secret(host: str) -> bytes | None:

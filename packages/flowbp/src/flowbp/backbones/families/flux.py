@@ -19,6 +19,10 @@ class Flux(pipelines.PipelineBackbone):
     guidance_kind = "distilled"
     longest_reader = "text_encoder_2"
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """The distilled guidance: `scale` goes around it."""
+        return self.embedded_guidance
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width" of T5, padded to `max_tokens`, "pooled": "b width" of CLIP}."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
+from flowbp.backbones.preview import Flux2TinyDecoder
 from flowbp.backbones.source_tokens import by_layout, with_sources
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond, Layout
@@ -129,6 +130,8 @@ class Flux2(pipelines.PipelineBackbone):
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], differentiable (but for the clamp)."""
         vae = self.pipe.vae
+        if isinstance(vae, Flux2TinyDecoder):  # made for normalized latents
+            return pipelines.decode(vae, nn.functional.pixel_shuffle(x, 2))
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
         patches = x.to(vae.dtype) * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
         return pipelines.decode(vae, nn.functional.pixel_shuffle(patches, 2))
@@ -139,6 +142,10 @@ class Flux2Dev(Flux2):
 
     embedded_guidance = 4.0
     guidance_kind = "distilled"
+
+    def pipeline_guidance(self, scale: float) -> float:
+        """The distilled guidance: `scale` goes around it."""
+        return self.embedded_guidance
 
     @property
     def _tokenizer(self) -> Any:

@@ -25,6 +25,10 @@ class Krea2(QwenLatents):
     pipe: Krea2Pipeline
     guidance_kind = "1 + pipeline's"
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """One less: the pipeline adds to the guided velocity itself."""
+        return scale - 1
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens layers width", `max_tokens` of them, "mask": "b tokens", which are not padding}."""

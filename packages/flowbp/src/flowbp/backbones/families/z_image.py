@@ -24,6 +24,10 @@ class ZImage(pipelines.PipelineBackbone):
     pipe: ZImagePipeline
     guidance_kind = "1 + pipeline's"
 
+    def pipeline_guidance(self, scale: float) -> float:
+        """One less: the pipeline adds to the guided velocity itself."""
+        return scale - 1
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """{"text": "b tokens width", padded to `max_tokens`, LENGTHS: "b", how many of them the network sees}."""

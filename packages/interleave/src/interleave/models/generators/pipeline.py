@@ -14,6 +14,7 @@ from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
+from imgen_common.files import read_json
 from imgen_common.images import enlarge
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
@@ -31,7 +32,6 @@ from interleave.protocols import BackendError, GenerationRequest, HashedImage, c
 
 log = logging.getLogger(__name__)
 Item = tuple[GenerationRequest, "GenerationSettings"]
-MINIATURE = "builtin:shapes/generator"
 SMALLEST_REFERENCE = 64
 """Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
 MAX_REFERENCE_RATIO = 8
@@ -41,17 +41,18 @@ MAX_REFERENCE_PIXELS = 64 * 10**6
 
 
 class GenerationSettings(Config):
-    """What an image depends on besides model, prompt, sources and seed.  null: the pipeline's own default."""
+    """What an image depends on besides model, prompt, sources and seed.  null: what the sampling.json of
+    the model's folder says, if `flowbp export` wrote one, else the pipeline's own default."""
 
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
-    """Steps; null: 12 for the miniature."""
+    """Steps; the miniature's own are 12."""
     guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None
-    """Guidance as the pipeline counts it; 1 is none (Z-Image: 0), but for guidance-distilled models; null: 2 for the
-    miniature."""
+    """Guidance as the pipeline counts it; 1 is none (Z-Image: 0), but for guidance-distilled models; the miniature's
+    own is 2."""
     height: Annotated[int, Ge(8), Le(4096)] | None = None
-    """Height of the image in pixels; null: 32 for the miniature."""
+    """Height of the image in pixels; the miniature's own is 32."""
     width: Annotated[int, Ge(8), Le(4096)] | None = None
-    """Width of the image in pixels; null: 32 for the miniature."""
+    """Width of the image in pixels; the miniature's own is 32."""
     strength: Annotated[float, Gt(0), Le(1)] | None = None
     """How much of a source an image-to-image edit (SD3, Z-Image, FLUX.1) generates anew: 1 is all of it."""
     negative_prompt: str | None = None
@@ -68,7 +69,7 @@ class PipelineConfig(GenerationSettings):
     """A diffusers pipeline on this machine."""
 
     kind: Literal["pipeline"] = "pipeline"
-    ref: str = MINIATURE
+    ref: str = "builtin:shapes/generator"
     """The model: `builtin:shapes/generator`, a folder, or `org/name@revision`; safetensors only."""
     lora: str | None = None
     """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads."""
@@ -104,8 +105,10 @@ class PipelineRunner:
         most = self.family.max_references
         if config.max_references > most:
             raise UserError(f"generator.max_references {config.max_references}: {self.name} takes {most} at most")
-        defaults = GenerationSettings(num_inference_steps=12, guidance_scale=2.0, height=32, width=32)
-        self.settings = config.with_defaults(defaults if config.ref == MINIATURE else GenerationSettings())
+        own = folder / hub.SAMPLING_FILE
+        self.settings = config.with_defaults(
+            read_json(own, GenerationSettings) if own.exists() else GenerationSettings()
+        )
         self._multiple = 1  # until the model is loaded
         self.check(self.settings)
         self._device = device_of(config.device)
