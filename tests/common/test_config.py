@@ -362,6 +362,40 @@ def test_files_without_an_end_are_not_read_whole(tmp_path: Path) -> None:
         load(Train, [tmp_path / "0.yaml"])
 
 
+class Inner(Config):
+    kind: Literal["inner"] = "inner"
+    size: int = 1
+
+
+class Named(Config):
+    kind: Literal["leap"] = "leap"
+    leap: Annotated[Inner | Euler, Field(discriminator="kind")] = Inner()
+    """A key whose name is that of the kind."""
+
+
+class Outer(Config):
+    agent: Annotated[Named | Euler, Field(discriminator="kind")] = Named()
+    agents: tuple[Annotated[Named | Euler, Field(discriminator="kind")], ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("agent.leap.sise=2", "sise=2: unknown key; did you mean 'size'?"),
+        ("agent.leap.size=x", "size=x: must be a valid integer, got 'x'"),
+        ("agent.leap={kind: euler, refill: x}", "agent.leap.refill: must be 'none' or 'mass', got 'x'"),
+        ("agent.leap.kind=innr", "unknown kind 'innr'; did you mean 'inner'?"),
+        ("agent.leaps=1", "unknown key; did you mean 'leap'?"),
+        ("agents=[{kind: leap, leap: {kind: inner, sise: 2}}]", "agents.0.leap.sise: unknown key"),
+    ],
+)
+def test_a_mistake_below_a_key_named_as_its_kind_is_named(given: str, expected: str) -> None:
+    """As in `planner.model` of a planner whose kind is `model`."""
+    with pytest.raises(UserError) as caught:
+        load(Outer, (), [given])
+    assert expected in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "expected"), MISTAKES)
 def test_a_mistake_in_a_file_is_named(text: str, expected: str, tmp_path: Path) -> None:
     said = message(tmp_path, text)

@@ -127,6 +127,22 @@ def test_vocabularies_of_published_folders_pass(names: list[str], tmp_path: Path
         hub.check_folder(folder)
 
 
+@pytest.mark.parametrize("place", [".", "tokenizer"])
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [("77", r'"77"'), (0, "0"), (-1, "-1"), (True, "true"), ([77], r"\[77\]"), (float("nan"), "NaN")],
+)
+def test_a_tokenizer_of_no_length_is_refused(place: str, length: object, said: str, tmp_path: Path) -> None:
+    folder = diffusers_folder(tmp_path) if place == "tokenizer" else transformers_folder(tmp_path)
+    (folder / place / "spiece.model").write_bytes(bytes(32))
+    for good in (77, 1e30, int(1e30), None):
+        write_json(folder / place / "tokenizer_config.json", {"model_max_length": good})
+        hub.resolve(str(folder))
+    write_json(folder / place / "tokenizer_config.json", {"model_max_length": length})
+    with pytest.raises(UserError, match=rf"tokenizer_config.json: model_max_length {said}: must be a number of tokens"):
+        hub.resolve(str(folder), weights=False)
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -307,6 +323,33 @@ def test_weights_of_a_variant_are_taken_where_there_are_no_plain_ones(
     folder = make(tmp_path / "model")
     assert hub.resolve(str(folder)) == folder
     assert weight_files(folder) == (variant, tuple(folder / name for name in names))
+
+
+def whole_and_sharded_folder(folder: Path) -> Path:
+    return transformers_folder(sharded_folder(folder))
+
+
+def whole_and_stale_index_folder(folder: Path) -> Path:
+    part = diffusers_folder(folder) / "transformer"
+    write_json(part / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"w": "gone.safetensors"}})
+    return folder
+
+
+def twice_a_variant_folder(folder: Path) -> Path:
+    write_weights(sharded_variant_folder(folder) / "model.bf16.safetensors")
+    write_json(folder / "model.bf16.safetensors.index.json", {"weight_map": {"w": "one.safetensors"}})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [whole_and_sharded_folder, whole_and_stale_index_folder, twice_a_variant_folder],
+    ids=lambda make: make.__name__,
+)
+def test_weights_that_are_there_twice_are_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """diffusers reads the shards, transformers the whole file: either may be the stale one."""
+    with pytest.raises(UserError, match=r"holds weights twice \(.*safetensors and .*index.*\); remove those that"):
+        hub.resolve(str(make(tmp_path / "model")))
 
 
 @pytest.mark.parametrize("name", ["flux1-dev.safetensors", "consolidated.safetensors", "Model.safetensors"])

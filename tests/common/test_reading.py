@@ -11,7 +11,8 @@ import typer
 
 from imgen_common import files
 from imgen_common.errors import UserError, run_cli
-from imgen_common.files import numbered_lines, read_table, read_text
+from imgen_common.files import numbered_lines, read_text
+from imgen_common.tables import read_table
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"]
 """What `str.splitlines` splits at, and files of lines do not."""
@@ -41,6 +42,10 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("p.csv", 'id,prompt\n1,"a red circle, big"\n2,a blue square\n', ["a red circle, big", "a blue square"]),
         ("p.CSV", '\ufeffprompt, note\r\n"a ""b""\r\nc", x\r\n,\r\n\r\nd, "e, f"\r\n', ['a "b"\nc', "d"]),
         ("semicolons.csv", '\ufeffid;prompt\r\n1;a, b\r\n2;"c; d"\r\n', ["a, b", "c; d"]),
+        ("excel.csv", "\ufeffsep=;\r\nprompt;n\r\na, b;1\r\n", ["a, b"]),
+        ("excel.csv", "sep=,\nn,prompt\n1;2,a\n", ["a"]),
+        ("bars.csv", "sep=|\nn|prompt\n1|a, b; c\n", ["a, b; c"]),
+        ("no_line.csv", "prompt,sep=\nsep=;,b\n", ["sep=;"]),
         ("blank.csv", "id,prompt\n1,\n2,b", ["", "b"]),
         (
             "parti.tsv",
@@ -85,6 +90,8 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "a cat\na dog".encode("utf-16"), "p.txt:1: not UTF-8 at byte 0"),
         ("p.csv", "prompt\na cat".encode("utf-16-le"), "p.csv:1: holds a zero byte"),
         ("p.txt", "a cat\ra dog\r", "p.txt:1: has carriage returns inside"),
+        ("mac.tsv", "prompt\tid\ra cat\t1\ra dog\t2\r", "mac.tsv:1: has carriage returns inside"),
+        ("mixed.tsv", "prompt\tid\na cat\t1\ra dog\t2\n", "mixed.tsv:2: has carriage returns inside"),
         (
             "p.txt",
             "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",

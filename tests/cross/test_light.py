@@ -38,6 +38,8 @@ FLOWBP = {
     f"report {'x' * 300}": "no such run",
     "export nothing --to diffusers": "nothing: no such run",
     "export x --to diffuserz": "did you mean 'diffusers'",
+    "export run --to diffusers --out empty": "empty: exists already",
+    "convert-reward hpsv2 bad.yaml empty --with x": "empty: exists already",
     "convert-reward hpsv9 f o --with x": "did you mean 'hpsv3'",
     "convert-reward hpsv2 missing.pt o --with x": "missing.pt: no such file",
     "table missing": "missing: not a run folder",
@@ -63,6 +65,7 @@ INTERLEAVE = {
     "benchmark ueval --out o --set jugde.kind=shapes": "did you mean 'judge'",
     "benchmark rise --out o --stage judge": "allowed: all, generate, score",
     "benchmark agree none bad.yaml": "none: not a folder of `interleave benchmark`",
+    "export-reward builtin:shapes/critic --out empty": "empty: exists already",
     "data check missing": "missing",
     "serve --set a=1": "--set a=1",
     "demo --set a=1": "--set a=1",
@@ -83,6 +86,8 @@ FEW = {"flowbp": dict(list(FLOWBP.items())[::7]), "interleave": dict(list(INTERL
 )
 def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: str, mistakes: dict[str, str]) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "bad.yaml").write_text("max_train_step: 3\n")
     (tmp_path / "sft.yaml").write_text("model: builtin:shapes/critic\ndata: empty\n")
     before = {path.name for path in tmp_path.iterdir()}

@@ -245,6 +245,7 @@ def test_files_that_are_none_are_refused(flux2: Path, tmp_path: Path) -> None:
     torch.save(GOOD, tmp_path / "pickle" / "adapter_model.bin")
     save_file(GOOD, tmp_path / "whole.safetensors")
     (tmp_path / "short.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-9])
+    (tmp_path / "run").mkdir()
     (tmp_path / "two").mkdir()
     for name in ("a", "b"):
         save_file(GOOD, tmp_path / "two" / f"{name}.safetensors")
@@ -253,6 +254,7 @@ def test_files_that_are_none_are_refused(flux2: Path, tmp_path: Path) -> None:
         "pickle/adapter_model.bin": "read from safetensors files",
         "pickle": "only pickled weights",
         "short.safetensors": "is cut short",
+        "run": "give an adapter, which `flowbp export --to diffusers` makes of a run",
         "two": r"2 safetensors files \(a\.safetensors, b\.safetensors\); give one of them",
     }
     for name, message in cases.items():

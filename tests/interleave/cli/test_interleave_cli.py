@@ -187,6 +187,17 @@ def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: P
     assert "2 planner_failed" in out
 
 
+def test_a_batch_says_that_its_judge_cannot_be_read(interleave: Call, tmp_path: Path) -> None:
+    file, config = tmp_path / "some.txt", recipe(tmp_path)
+    file.write_text("a cat\na hat\n")
+    for answer, is_read in (('{"score": ["8/10", "7/10"]}', False), ('{"score": [8, 7]}', True)):
+        judge = "judge=" + json.dumps({"kind": "model", "model": {"kind": "scripted", "answers": [answer]}})
+        code, out, _ = interleave("batch", file, config, "--runs", tmp_path / "runs", "--set", judge)
+        assert code == 0, out
+        assert ("4 of 4 images not scored: judge: malformed_response" in out) != is_read
+        assert ('from 0 to 10, not "8/10"' in out) != is_read
+
+
 def test_a_batch_of_two_machines_is_that_of_one(interleave: Call, tmp_path: Path) -> None:
     file, config, runs = tmp_path / "some.txt", recipe(tmp_path), tmp_path / "runs"
     file.write_text("a cat\na hat\na bat\n")
@@ -194,7 +205,15 @@ def test_a_batch_of_two_machines_is_that_of_one(interleave: Call, tmp_path: Path
     for part in ("1/2", "2/2"):
         assert interleave("batch", file, config, "--runs", runs, "--shard", part)[0] == 0
     parts = [runs / f"some-{number}-of-2" for number in (1, 2)]
-    code, out, _ = interleave("merge", *parts, "--out", runs / "all")
+    third = ("--shard", "1/3", "--name", "third")
+    assert interleave("batch", file, config, "--runs", runs, *third)[0] == 0
+    for wrong, said in {
+        (parts[0],): "some-1-of-2 is 1/2; give all 2 parts of one batch or build, and nothing else",
+        (runs / "third", parts[1]): "third is 1/3, ",
+        (parts[1], runs / "third"): "some-2-of-2 is 2/2; give all 3 parts",
+    }.items():
+        assert_refused(interleave("merge", *wrong, "--out", runs / "all"), said)
+    code, out, _ = interleave("merge", *parts[::-1], "--out", runs / "all")  # a shell sorts 10-of-12 before 2-of-12
     assert (code, out) == (0, f"3 requests: {runs / 'all'}\n")
     assert interleave("batch", "--resume", "all", "--runs", runs)[0] == 0
     assert (runs / "all" / "requests.jsonl").read_bytes() == (runs / "whole" / "requests.jsonl").read_bytes()

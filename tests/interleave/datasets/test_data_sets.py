@@ -335,7 +335,9 @@ def test_a_build_of_many_machines_is_that_of_one(tmp_path: Path, asked: Path, co
         budget = BudgetConfig(max_images=1 if number == count else None)
         build(part, asked, shard=f"{number}/{count}", budget=budget)
         assert len(load_requests(part)) in (12 // count, 12 // count + 1)
-    assert merge_shards(parts_, tmp_path / "all") == 12
+    with pytest.raises(UserError, match=rf"part-1 is 1/{count}.*; give all {count} parts of one batch or build"):
+        merge_shards(parts_[:-1], tmp_path / "all")
+    assert merge_shards(sorted(parts_, reverse=True), tmp_path / "all") == 12
     again = build(tmp_path / "all", asked)
     assert again.rows == whole.rows
     assert files(tmp_path / "all") == files(tmp_path / "whole")

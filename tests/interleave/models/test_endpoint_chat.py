@@ -386,6 +386,9 @@ def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPat
         {"extra": {"options": [{"password": "pass-word"}]}},
         {"extra": {"authorization": "pass-word"}},
         {"extra": {"user": "sk-pass-word"}},
+        {"key_env": "sk-pass-word"},
+        {"key_env": "hf_pass-word"},
+        {"key_env": "$pass-word"},
         {"url": "http://me:pass-word@host/v1"},
         {"url": "http://host/v1?token=pass-word"},
     ],
@@ -399,6 +402,14 @@ def test_a_secret_in_a_configuration_is_refused_and_not_shown(settings: dict[str
         RunConfig(**tree)  # type: ignore[arg-type]
     assert "pass-word" not in str(caught.value)
     assert "environment" in str(caught.value)
+
+
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown() -> None:
+    for given in ("hf_abc123", "'a'", "MY_KEY ", ""):
+        with pytest.raises(UserError, match="must be the name of a variable of the environment") as caught:
+            EndpointChatConfig(key_env=given)
+        assert "abc123" not in str(caught.value)
+    assert EndpointChatConfig(key_env="_KEY_2").key_env == "_KEY_2"
 
 
 def test_other_keys_of_a_request_are_no_secrets() -> None:

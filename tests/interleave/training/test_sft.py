@@ -528,6 +528,27 @@ def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: st
         check_adapters(quick(root, {"r": 2} | lora))
 
 
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"r": "16"}, r"lora\.r: must be a whole number, got '16'"),
+        ({"r": 0}, r"lora\.r: must be above 0, got 0"),
+        ({"lora_alpha": 0}, r"lora\.lora_alpha: must be above 0, got 0; adapters would change nothing"),
+        ({"lora_alpha": True}, r"lora\.lora_alpha: must be a whole number, got True"),
+        ({"use_rslora": "no"}, r"lora\.use_rslora: must be true or false, got 'no'"),
+        ({"lora_dropout": "0.1"}, r"lora\.lora_dropout: must be a finite number, got '0\.1'"),
+        ({"peft_type": "IA3"}, r"lora\.peft_type: cannot be set, it is LORA"),
+        ({"trainable_token_indices": [1]}, r"lora\.trainable_token_indices: cannot be set"),
+    ],
+)
+def test_values_that_no_option_of_lora_has_are_refused(lora: dict[str, Any], said: str) -> None:
+    from interleave.training.trl_options import build_lora_config
+
+    with pytest.raises(UserError, match=said):
+        build_lora_config(SftConfig(lora={"r": 2} | lora))
+    assert build_lora_config(SftConfig(lora={"r": 2, "lora_alpha": 1, "lora_dropout": 0})).r == 2
+
+
 def test_entries_of_lora_that_match_are_taken(root: Path) -> None:
     lora = {
         "modules_to_save": ["lm_head"],

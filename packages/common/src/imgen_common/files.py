@@ -1,4 +1,4 @@
-"""Files and folders: read as UTF-8, as lines or as tables, written whole or not at all, locked against a second writer.
+"""Files and folders: read as UTF-8, whole or as lines, written whole or not at all, locked against a second writer.
 
 A kill at any instant leaves the old content or the new: what is written goes to a file of another name first, reaches
 the disk, and is then renamed.
@@ -6,18 +6,15 @@ the disk, and is then renamed.
 
 import codecs
 import contextlib
-import csv
 import errno
 import fcntl
-import io
-import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,11 +22,8 @@ from imgen_common.errors import (
     DiskFullError,
     UserError,
     WriteError,
-    check_lines,
-    check_text,
     is_disk_full,
     nearest,
-    one_line,
     system_error,
     warn_once,
 )
@@ -37,8 +31,6 @@ from imgen_common.errors import (
 Model = TypeVar("Model", bound=BaseModel)
 MAX_LINE_BYTES = 64 * 2**20
 """Length from which a line is taken for something else than text."""
-TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
-"""What `read_table` reads."""
 MAX_JSON_BYTES = 2**28
 """Size of the largest JSON file that is read."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
@@ -50,7 +42,7 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
 
     Raises UserError if it is missing (with the nearest name beside it), unreadable, not UTF-8, or larger than allowed.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         data = file.read() if max_bytes is None else file.read(max_bytes + 1)
     if max_bytes is not None and len(data) > max_bytes:
         raise UserError(f"{path}: more than the allowed {max_bytes} bytes; give another file")
@@ -63,7 +55,7 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     Line ends and byte order marks, which stay inside where files were joined, are taken off.
     Raises UserError as `read_text` does, and for a line of more than `MAX_LINE_BYTES`; decoding is left to the caller.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -86,134 +78,23 @@ def local_path(text: str) -> Path:
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, stripped, with their numbers; only a line feed ends a line.
 
-    Raises UserError as `byte_lines` does, and naming a line that is not UTF-8.
+    Raises UserError as `text_lines`.
     """
-    found = [(number, _decode(line, path, number).strip()) for number, line in byte_lines(path)]
-    for number, line in found:
-        if "\r" in line:
-            raise UserError(f"{path}:{number}: has carriage returns inside; end its lines with line feeds")
-    return [(number, line) for number, line in found if line]
+    return [(number, line) for number, line in ((number, line.strip()) for number, line in text_lines(path)) if line]
 
 
-def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
-
-    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv (with commas or semicolons), .tsv:
-    the first line names the columns; cells that are empty are left out of a row, but for that of `key`.  A row that is
-    text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the line or item that
-    cannot be read.
-    """
-    rows: Iterator[tuple[str, Any]]
-    match path.suffix.lower():
-        case ".txt":
-            lines = numbered_lines(path)
-            check_lines(lines[0][1] if lines else "", path)
-            rows = ((f"{path}:{number}", line) for number, line in lines)
-        case ".jsonl":
-            rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))
-        case ".json":
-            rows = _json_items(path)
-        case ".csv":
-            rows = _with_columns(path, _csv_cells(path), key)
-        case ".tsv":
-            rows = _with_columns(path, _tsv_cells(path), key)
-        case suffix:
-            with _opened(path):  # a missing file is said to be missing
-                pass
-            raise UserError(
-                f"{path}: cannot read rows of {suffix or 'a file without suffix'}; allowed: {', '.join(TABLE_SUFFIXES)}"
-            )
-    return ((where, _object(row, key, where)) for where, row in rows)
-
-
-def describe_type(value: object) -> str:
-    """What JSON, or Python, calls a value: `null`, `a list`, `a number`."""
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", bytes: "binary data"}
-    names[dict] = "an object"
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _object(row: object, key: str, where: str) -> dict[str, Any]:
-    if not isinstance(row, str | dict):
-        raise UserError(f"{where}: must be an object or a text, got {describe_type(row)}")
-    return {key: row} if isinstance(row, str) else row
-
-
-def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text.  Raises UserError naming `where` for no JSON, a key that occurs twice, and for half a
-    surrogate pair."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-        if "\\ud" in text.lower():
-            check_text(json.dumps(value, ensure_ascii=False), where)
-    except (ValueError, RecursionError) as error:
-        whole = "; write each object on one line, or a list of them in a .json" if text.strip() in ("{", "[") else ""
-        raise UserError(f"{where}: not JSON ({error}){whole}") from None
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError for a key that occurs twice, of which json would keep the last."""
-    value: dict[str, Any] = {}
-    for name, item in pairs:
-        if name in value:
-            raise ValueError(f"the key {one_line(name, 60)!r} occurs twice")
-        value[name] = item
-    return value
-
-
-def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
-    items = parse_json(read_text(path), str(path))
-    if not isinstance(items, list):
-        raise UserError(
-            f"{path}: must be a JSON array of rows, got {describe_type(items)}; write one object a line in a .jsonl"
-        )
-    yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
-
-
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    text = read_text(path)
-    columns = text.partition("\n")[0]
-    separator = ";" if ";" in columns and "," not in columns else ","  # as spreadsheets write where numbers have commas
-    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
-    try:
-        yield from ((reader.line_num, cells) for cells in reader)
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
-
-
-def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Tabs divide cells, whatever quotes there are; quotes around a whole cell, as of a spreadsheet, are taken off."""
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """`byte_lines` as text.  Raises UserError as they do, and naming a line that is not UTF-8 or holds several."""
     for number, line in byte_lines(path):
-        yield number, [_unquote(cell) for cell in _decode(line, path, number).split("\t")]
-
-
-def _unquote(cell: str) -> str:
-    inside = cell[1:-1].replace('""', "")
-    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside else cell
-
-
-def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) -> Iterator[tuple[str, dict[str, str]]]:
-    columns: list[str] = []
-    for number, cells in lines:
-        if not any(cell.strip() for cell in cells):
-            continue
-        if not columns:
-            columns = [cell.strip() for cell in cells]
-            if twice := sorted({name for name in columns if columns.count(name) > 1}):
-                raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
-            continue
-        if len(cells) != len(columns):
-            raise UserError(
-                f"{path}:{number}: {len(cells)} cells, but the first line names {len(columns)} columns; put a text "
-                "with separators in double quotes, or write one text a line in a .txt"
-            )
-        row = zip(columns, cells, strict=True)
-        yield f"{path}:{number}", {name: cell for name, cell in row if cell or name == key}
+        text = _decode(line, path, number)
+        if "\r" in text.strip():
+            raise UserError(f"{path}:{number}: has carriage returns inside; end its lines with line feeds")
+        yield number, text
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read.  Raises UserError if it is missing (with the nearest name beside it) or cannot be read."""
     try:
         with path.open("rb") as file:
             yield file
@@ -321,14 +202,19 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         sync(path.parent)
 
 
+def check_is_new(out: Path) -> None:
+    """Raises UserError where a folder that would be made is there."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; give another folder, or remove it")
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when all went well, and is removed otherwise.
 
     Raises UserError if `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another folder, or remove it")
+    check_is_new(out)
     fresh = out.with_name(f".{out.name[:32]}-{secrets.token_hex(8)}.tmp")
     with writing(out):
         try:

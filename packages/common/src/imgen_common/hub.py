@@ -281,10 +281,16 @@ def _check_component(folder: Path, name: str, class_name: str, weights: bool) ->
 
 
 def _check_vocabulary(folder: Path, part: Path, class_name: str) -> None:
-    """Raises UserError for a tokenizer without its words: one of that class, or what a tokenizer_config.json is of."""
+    """Raises UserError for a tokenizer without its words, or of a length that is none: one of that class, or what a
+    tokenizer_config.json is of."""
     config = part / "tokenizer_config.json"
     if config.exists():
-        class_name = f"{class_name} Tokenizer {read_json(config, folder).get('tokenizer_class')}"
+        settings = read_json(config, folder)
+        class_name = f"{class_name} Tokenizer {settings.get('tokenizer_class')}"
+        length = settings.get("model_max_length")
+        if length is not None and (not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1):
+            given = one_line(json.dumps(length), 40)
+            raise UserError(f"{config}: model_max_length {given}: must be a number of tokens; copy that file again")
     if "Tokenizer" not in class_name or NO_VOCABULARY in class_name:
         return
     if not any(all(_is_filled(part, name) for name in names) for names in VOCABULARIES):

@@ -106,20 +106,24 @@ def check_numbers(file: Path, config: dict[str, Any]) -> None:
 def weight_files(folder: Path) -> WeightFiles:
     """The weights of a transformers folder or of a diffusers component: the plain ones, or else those of a variant.
 
-    Raises UserError where there are none of a name that the library of its config.json loads, or shards are missing.
+    Raises UserError where there are none of a name that the library of its config.json loads, or shards are missing,
+    or there are both a whole file and the index of shards.
     """
     config = folder / "config.json"
     library = "diffusers" if config.exists() and "_class_name" in read_json(config) else "transformers"
     pattern = re.compile(WEIGHT_FILE.format(stem=STEMS[library]))
-    found: dict[str | None, Path] = {}
-    for file in sorted(folder.glob("[!.]*"), key=lambda path: path.suffix == ".json"):  # a whole file before an index
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("[!.]*")):
         match = pattern.fullmatch(file.name)
         if match is not None:
-            found.setdefault(match["file"] or match["index"], file)
+            found.setdefault(match["file"] or match["index"], []).append(file)
     if not found:
         raise _no_weights(folder, library)
-    choices = [(variant, _shards(found[variant])) for variant in sorted(found, key=lambda name: name or "")]
+    choices = [(name, _shards(found[name][0])) for name in sorted(found, key=lambda name: name or "")]
     variant, files = next((choice for choice in choices if any(file.exists() for file in choice[1])), choices[0])
+    if len(found[variant]) > 1:  # diffusers would read the shards, transformers the whole file
+        both = " and ".join(file.name for file in found[variant])
+        raise UserError(f"{folder}: holds weights twice ({both}); remove those that are not meant")
     missing = next((file for file in files if not file.exists()), None)
     if missing is not None:
         raise incomplete(folder, f"{missing.name} is missing")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, ValidationInfo
 
@@ -12,6 +12,7 @@ SECRET_NAME = re.compile(
     r"(api|access|secret|private|subscription|auth)key$|(^|access|auth|api|bearer|refresh|session|hf|hub)token$|secret|"
     r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
 )
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
 
 
@@ -42,5 +43,17 @@ def _refuse_secrets(value: Mapping[str, Any], info: ValidationInfo) -> Mapping[s
     return value
 
 
+def _check_variable(name: str) -> str:
+    if not VARIABLE.fullmatch(name):
+        raise UserError(
+            "key_env: must be the name of a variable of the environment, in capital letters, digits and underscores, "
+            "not the key itself; export MY_KEY=..., and give MY_KEY"
+        )
+    return name
+
+
+KeyVariable = Annotated[str, AfterValidator(_check_variable)]
+"""Name of the variable that holds a key; what may be the key itself is refused with a UserError that does not show it.
+"""
 NO_SECRETS = AfterValidator(_refuse_secrets)
 """Of a mapping of further options: a key or a password in it is refused with a UserError that does not show it."""

@@ -81,7 +81,8 @@ def adapter_file(ref: str) -> Path:
     chosen = [file for file in files if file.name in FILES] or files
     if len(chosen) != 1:
         pickled = any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*"))
-        none = "only pickled weights; convert them to safetensors" if pickled else "no *.safetensors file in it"
+        made = "no *.safetensors file in it; give an adapter, which `flowbp export --to diffusers` makes of a run"
+        none = "only pickled weights; convert them to safetensors" if pickled else made
         several = f"{len(files)} safetensors files ({', '.join(file.name for file in files[:4])}); give one of them"
         raise UserError(f"lora.init {ref}: {several if chosen else none}")
     hub.check_file(chosen[0], folder)

@@ -8,6 +8,7 @@ import typer
 from flowbp.cli.options import Runs
 from imgen_common.console import spinner
 from imgen_common.errors import UserError, check_choice
+from imgen_common.files import check_is_new
 
 
 def prefetch(
@@ -61,12 +62,14 @@ def export(
 
         chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
         path = find_run(run, runs, "flowbp train")
+        target = out or path / f"export-{to}"
+        check_is_new(target)
         # from here on torch is needed
         from flowbp import export
         from imgen_common.console import quiet_libraries
 
         quiet_libraries()
-        folder = export.export_run(path, chosen, out or path / f"export-{to}", kept, step, model)
+        folder = export.export_run(path, chosen, target, kept, step, model)
     print(folder)
     if push is not None:
         print(export.push_to_hub(folder, push))
@@ -112,6 +115,7 @@ def convert_reward(
         chosen: ConvertibleReward = check_choice("KIND", kind, ConvertibleReward)
         if not file.is_file():
             raise UserError(f"{file}: no such file; download {PUBLISHED_FILES[chosen]} first")
+        check_is_new(out)
         # from here on torch is needed
         from flowbp.rewards.convert import convert_checkpoint
         from imgen_common.console import quiet_libraries

@@ -8,9 +8,10 @@ from flowbp.config import DataConfig, ModelConfig
 from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
-from imgen_common.files import TABLE_SUFFIXES, describe_type, local_path, read_table
+from imgen_common.files import local_path
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
+from imgen_common.tables import TABLE_SUFFIXES, describe_type, read_table
 
 if TYPE_CHECKING:
     from imgen_common.shapes.scene import Split

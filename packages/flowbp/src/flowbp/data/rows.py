@@ -12,9 +12,9 @@ from PIL import Image
 from flowbp.config import DataConfig
 from flowbp.data.edits import Edit, Source
 from imgen_common.errors import UserError, is_blank, nearest, one_line
-from imgen_common.files import describe_type
 from imgen_common.images import content_hash, decode
 from imgen_common.streams import numpy_generator
+from imgen_common.tables import describe_type
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -113,6 +113,9 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
         + f"; {len(attempts)} image{'s' * (len(attempts) != 1)}: "
         + ", ".join(f"{count} {status}" for status, count in tries.most_common())
     )
+    unscored = [a for a in attempts if a.error and a.status in STATUS_COLORS]  # they count without the judge's scores
+    if unscored:
+        out.print(f"  {len(unscored)} of {len(attempts)} images not scored: {sanitize(unscored[0].error or '')}")
     for trajectory in [t for t in trajectories if t.status != "complete"][:5]:
         color = STORY_COLORS.get(trajectory.status, "red")
         out.print(f"  {sanitize(trajectory.id)}: [{color}]{trajectory.status}[/] {sanitize(trajectory.error or '')}")

@@ -40,7 +40,11 @@ def export_reward(
     """
     with spinner("exporting"):
         from imgen_common.config import load
+        from imgen_common.files import check_is_new
         from interleave.loop.config import RunConfig
+
+        check_is_new(out)
+        # from here on torch is needed
         from interleave.loop.reward_folder import export_reward as write
 
         model, template = _find_critic(critic, runs, configs)

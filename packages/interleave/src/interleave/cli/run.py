@@ -109,11 +109,12 @@ def batch(
             part = shards.Shard.parse(shard or "1/1")
             path = free_path(runs, name, f"{file.stem}-{part.part}" if part.part else file.stem)
             session.create_run(path, config, lambda store: part.of(requests.read_requests(file, store)))
+            part.record(path)
     _resume(path, config, as_json, one=False, retry=retry)
 
 
 def merge(
-    folders: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Folders of all parts, in their order.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="SHARD...", help="Folders of all parts.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to create.")],
     as_json: Json = False,
 ) -> None:

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from imgen_common.errors import UserError, one_line
-from imgen_common.files import numbered_lines, parse_json, read_text, write_atomic, writing
+from imgen_common.files import numbered_lines, read_text, write_atomic, writing
 from imgen_common.images import decode
+from imgen_common.tables import parse_json
 from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 

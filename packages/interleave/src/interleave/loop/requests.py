@@ -9,8 +9,9 @@ from typing import Annotated
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from imgen_common.errors import UserError, check_text, is_blank, nearest
-from imgen_common.files import numbered_lines, read_table, write_atomic
+from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.images import decode
+from imgen_common.tables import read_table
 from interleave.protocols import HashedImage
 from interleave.records import Request
 from interleave.storage.images import ImageStore

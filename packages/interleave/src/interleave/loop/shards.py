@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from imgen_common.config import read_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_folder, whole_lines
+from imgen_common.files import atomic_folder, read_text, whole_lines, write_atomic
 from imgen_common.run_folder.find import CONFIG
 from interleave.loop.requests import REQUESTS, load_requests, save_requests
 from interleave.storage.images import IMAGES
@@ -20,6 +20,8 @@ from interleave.storage.trace import TRACE
 Part = TypeVar("Part")
 OF_MACHINES = {"shard", "budget", "cache", "concurrency", "url", "urls"}
 """Keys that may differ between the parts."""
+PART = "shard.txt"
+"""Where a part of a batch says which it is, as `2/8`; that of a build says it in its configuration."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Shard:
         """What its files are named by; empty where it is all."""
         return f"{self.number}-of-{self.count}" if self.count > 1 else ""
 
+    def record(self, run: Path) -> None:
+        """Keeps in a run folder which part it is, for `merge_shards`."""
+        if self.count > 1:
+            write_atomic(run / PART, f"{self.number}/{self.count}\n")
+
     def of(self, items: Sequence[Part]) -> list[Part]:
         """Its items.  Raises UserError where there are more parts than items."""
         if self.count > max(1, len(items)):
@@ -55,22 +62,25 @@ ALL = Shard()
 
 
 def merge_shards(shards: Sequence[Path], out: Path) -> int:
-    """Makes one folder, as if one machine had done all, of the folders of all parts in their order; the number of
-    requests.
+    """Makes one folder, as if one machine had done all, of the folders of all parts; the number of requests.
 
+    Folders that do not say which part they are, as of earlier versions, are taken in the order in which they are given.
     Records, images and answers of judges are copied; what is made of them (sets, pages) is made anew by resuming.
-    Raises UserError unless all are folders of one batch or one build, with requests that differ, or if `out` exists.
+    Raises UserError unless all are folders of one batch or one build, with requests that differ, where a part is not
+    among them, or if `out` exists.
     """
     configs = [_read_config(shard) for shard in shards]
     for shard, config in zip(shards[1:], configs[1:], strict=True):
         if config != configs[0]:
             keys = sorted(key for key in {*config, *configs[0]} if config.get(key) != configs[0].get(key))
             raise UserError(f"{shard}: another configuration than {shards[0]} in {', '.join(keys)}; merge parts of one")
+    shards = sorted(shards, key=lambda shard: _part(shard).number)
     rounds = zip_longest(*(load_requests(shard) for shard in shards))
     requests = [request for each in rounds for request in each if request is not None]
     ids = [request.id for request in requests]
     if twice := next((one for one, count in Counter(ids).items() if count > 1), None):
         raise UserError(f"request {twice!r} is in two of the folders; give every part once")
+    _check_whole(shards)
     with atomic_folder(out) as fresh:
         text = (shards[0] / CONFIG).read_text(encoding="utf-8")
         (fresh / CONFIG).write_text(re.sub(r"(?m)^shard:.*$", "shard: 1/1", text), encoding="utf-8")
@@ -87,6 +97,21 @@ def _read_config(shard: Path) -> dict[str, Any]:
     if not ((shard / CONFIG).is_file() and (shard / REQUESTS).is_file()):
         raise UserError(f"{shard}: no {CONFIG} or no {REQUESTS} in it; give the folders of a batch or of data build")
     return _without(read_yaml(shard / CONFIG))
+
+
+def _part(shard: Path) -> Shard:
+    """Which part a folder says it is; all where it says none."""
+    file = shard / PART
+    return Shard.parse(read_text(file).strip() if file.is_file() else read_yaml(shard / CONFIG).get("shard") or "1/1")
+
+
+def _check_whole(shards: Sequence[Path]) -> None:
+    """Raises UserError where folders say which parts they are, and are not all parts of one."""
+    parts = [_part(shard) for shard in shards]
+    count = max(part.count for part in parts)
+    if count > 1 and parts != [Shard(number, count) for number in range(1, count + 1)]:
+        given = ", ".join(f"{shard} is {part.number}/{part.count}" for shard, part in zip(shards, parts, strict=True))
+        raise UserError(f"{given}; give all {count} parts of one batch or build, and nothing else")
 
 
 def _without(tree: Any) -> Any:

@@ -59,6 +59,8 @@ RESERVED_LORA: Mapping[str, str] = {
     "task_type": "it is CAUSAL_LM",
     "inference_mode": "an adapter is trained here",
     "base_model_name_or_path": "use the key model",
+    "peft_type": "it is LORA",
+    "trainable_token_indices": "not all models let single tokens be trained beside their tied embeddings",
 }
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
@@ -177,11 +179,7 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
                 hint = nearest(str(value), words)
                 raise UserError(f"trl.{key}: is {shortened(value)}{hint}; allowed: {', '.join(words)}")
         elif parts <= PLAIN.keys():
-            allowed = " or ".join(words for kind, words in PLAIN.items() if kind in parts)
-            try:
-                TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
-            except ValidationError:
-                raise UserError(f"trl.{key}: must be {allowed}, got {shortened(value)}") from None
+            _check_plain(f"trl.{key}", value, hints[key])
             bound, holds = BOUNDS.get(key, ("", bool))
             if bound and not holds(value):
                 raise UserError(f"trl.{key}: must be {bound}, got {value}")
@@ -253,6 +251,15 @@ def check_trackers_installed(reported: Sequence[str]) -> None:
             raise UserError(f"trl.report_to: {name} is not installed; run: pip install {name}, or leave it out")
 
 
+def _check_plain(name: str, value: object, hint: Any) -> None:
+    """Raises UserError for a value of another type than `hint`, of types in `PLAIN`."""
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        allowed = " or ".join(words for kind, words in PLAIN.items() if kind in union_members(hint))
+        raise UserError(f"{name}: must be {allowed}, got {shortened(value)}") from None
+
+
 def build_lora_config(config: TrainingConfig) -> Any:
     """peft's LoraConfig, None without `lora`; adapters sit on all linear layers unless `lora` says otherwise, on the
     vision tower's only where `vision` is `train`.  Raises UserError for a key or value that peft does not take."""
@@ -261,6 +268,12 @@ def build_lora_config(config: TrainingConfig) -> Any:
     from peft import LoraConfig
 
     check_options("lora", config.lora, LoraConfig, RESERVED_LORA)
+    hints = get_type_hints(LoraConfig)
+    for key, value in config.lora.items():
+        if set(union_members(hints[key])) <= PLAIN.keys():  # PEFT takes anything, and "no" for true
+            _check_plain(f"lora.{key}", value, hints[key])
+            if key in ("r", "lora_alpha") and not value > 0:
+                raise UserError(f"lora.{key}: must be above 0, got {value}; adapters would change nothing")
     if config.vision == "reference":
         raise UserError("vision: reference is of full training; with lora use frozen or train")
     options: dict[str, Any] = {"target_modules": "all-linear", **config.lora}

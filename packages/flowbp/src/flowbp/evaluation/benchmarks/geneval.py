@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import read_table
+from imgen_common.tables import read_table
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
 Relation = Literal["left of", "right of", "above", "below"]

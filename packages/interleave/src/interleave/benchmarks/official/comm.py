@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
-from imgen_common.files import describe_type
 from imgen_common.judging.questions import Message, Question
+from imgen_common.tables import describe_type
 from interleave.agents.sources import text_file
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
 from interleave.benchmarks.official import comm_rules as rules

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import NO_SECRETS, Config
+from imgen_common.config import NO_SECRETS, Config, KeyVariable
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete
@@ -27,7 +27,7 @@ class EndpointChatConfig(Config):
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
-    key_env: str = "INTERLEAVE_API_KEY"
+    key_env: KeyVariable = "INTERLEAVE_API_KEY"
     """Variable of the environment that holds the key; nothing is sent where it is not set."""
     max_new_tokens: Annotated[int, Ge(1)] = 4096
     """Longest answer in tokens."""

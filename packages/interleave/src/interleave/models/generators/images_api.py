@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
-from imgen_common.config import NO_SECRETS, Config
+from imgen_common.config import NO_SECRETS, Config, KeyVariable
 from imgen_common.http import HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, error_in_answer, version_hint
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
@@ -27,7 +27,7 @@ class ImagesApiConfig(Config):
     """Address up to the version."""
     model: str = "default"
     """Name by which the server knows the model."""
-    key_env: str = "INTERLEAVE_API_KEY"
+    key_env: KeyVariable = "INTERLEAVE_API_KEY"
     """Variable of the environment that holds the key; nothing is sent where it is not set."""
     size: str | None = None
     """Size as the server names it, such as `1024x1024`; null: the server's own."""

@@ -1,0 +1,136 @@
+"""Tables: rows of objects or texts, from files of lines, of JSON and of cells."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from imgen_common.errors import UserError, check_lines, check_text, one_line
+from imgen_common.files import numbered_lines, opened, read_text, text_lines
+
+TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
+"""What `read_table` reads."""
+SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\n")
+"""The first line of a .csv by which Excel knows what divides its cells."""
+
+
+def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
+
+    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv (with commas or semicolons), .tsv:
+    the first line names the columns; cells that are empty are left out of a row, but for that of `key`.  A row that is
+    text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the line or item that
+    cannot be read.
+    """
+    rows: Iterator[tuple[str, Any]]
+    match path.suffix.lower():
+        case ".txt":
+            lines = numbered_lines(path)
+            check_lines(lines[0][1] if lines else "", path)
+            rows = ((f"{path}:{number}", line) for number, line in lines)
+        case ".jsonl":
+            rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))
+        case ".json":
+            rows = _json_items(path)
+        case ".csv":
+            rows = _with_columns(path, _csv_cells(path), key)
+        case ".tsv":
+            rows = _with_columns(path, _tsv_cells(path), key)
+        case suffix:
+            with opened(path):  # a missing file is said to be missing
+                pass
+            raise UserError(
+                f"{path}: cannot read rows of {suffix or 'a file without suffix'}; allowed: {', '.join(TABLE_SUFFIXES)}"
+            )
+    return ((where, _object(row, key, where)) for where, row in rows)
+
+
+def describe_type(value: object) -> str:
+    """What JSON, or Python, calls a value: `null`, `a list`, `a number`."""
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", bytes: "binary data"}
+    names[dict] = "an object"
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _object(row: object, key: str, where: str) -> dict[str, Any]:
+    if not isinstance(row, str | dict):
+        raise UserError(f"{where}: must be an object or a text, got {describe_type(row)}")
+    return {key: row} if isinstance(row, str) else row
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text.  Raises UserError naming `where` for no JSON, a key that occurs twice, and for half a
+    surrogate pair."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+        if "\\ud" in text.lower():
+            check_text(json.dumps(value, ensure_ascii=False), where)
+    except (ValueError, RecursionError) as error:
+        whole = "; write each object on one line, or a list of them in a .json" if text.strip() in ("{", "[") else ""
+        raise UserError(f"{where}: not JSON ({error}){whole}") from None
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that occurs twice, of which json would keep the last."""
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"the key {one_line(name, 60)!r} occurs twice")
+        value[name] = item
+    return value
+
+
+def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
+    items = parse_json(read_text(path), str(path))
+    if not isinstance(items, list):
+        raise UserError(
+            f"{path}: must be a JSON array of rows, got {describe_type(items)}; write one object a line in a .jsonl"
+        )
+    yield from ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+
+
+def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    text = read_text(path)
+    named = SEPARATOR_LINE.match(text)  # a spreadsheet's word to itself, no row
+    columns = text[named.end() if named else 0 :].partition("\n")[0]
+    guessed = ";" if ";" in columns and "," not in columns else ","  # as spreadsheets write where numbers have commas
+    separator = named[1] if named else guessed
+    reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
+    try:
+        yield from ((reader.line_num, cells) for cells in reader if not (named and reader.line_num == 1))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+
+
+def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Tabs divide cells, whatever quotes there are; quotes around a whole cell, as of a spreadsheet, are taken off."""
+    for number, line in text_lines(path):
+        yield number, [_unquote(cell) for cell in line.split("\t")]
+
+
+def _unquote(cell: str) -> str:
+    inside = cell[1:-1].replace('""', "")
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inside else cell
+
+
+def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) -> Iterator[tuple[str, dict[str, str]]]:
+    columns: list[str] = []
+    for number, cells in lines:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not columns:
+            columns = [cell.strip() for cell in cells]
+            if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
+            continue
+        if len(cells) != len(columns):
+            raise UserError(
+                f"{path}:{number}: {len(cells)} cells, but the first line names {len(columns)} columns; put a text "
+                "with separators in double quotes, or write one text a line in a .txt"
+            )
+        row = zip(columns, cells, strict=True)
+        yield f"{path}:{number}", {name: cell for name, cell in row if cell or name == key}
