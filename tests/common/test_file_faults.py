@@ -124,6 +124,12 @@ def test_what_cannot_be_written_is_a_typed_error_and_leaves_the_old_file_alone(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "log": "first\n"}
 
 
+def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "gone" / "away")
+    with pytest.raises(UserError, match="a part of this path is a file, or a link to nothing"):
+        make_folder(tmp_path / "runs" / "mine")
+
+
 def test_a_name_of_the_greatest_length_can_be_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "\U0001f600" * 63, "é" * 127):
         write_atomic(tmp_path / name, "x")

@@ -286,6 +286,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "loop.select=best"), ("loop.select",)),
         (("run", "x", "--name", "../up"), ("plain name",)),
         (("run", "x", "--image", "none.png"), ("none.png",)),
+        (("run", "x", "--image", "https://example.org/a.png"), ("an address; download",)),
         (("run", "a short story about a cat"), ("shapes/planner", "4 words 'short', 'story', 'about', 'cat'")),
         (("run", "draw a red circle, then a Drache"), ("the word 'Drache'", "circles, squares", "give a CONFIG")),
         (("run", "dessine un cercle"), ("'dessine', 'cercle'",)),

@@ -282,5 +282,7 @@ def writing(path: Path) -> Iterator[None]:
             raise DiskFullError(f"{path}: the disk is full") from None
         if (failure := system_error(error)) is not None:
             reason = failure.strerror or failure
+            if isinstance(failure, FileExistsError | NotADirectoryError):
+                reason = "a part of this path is a file, or a link to nothing"
             raise WriteError(f"{path}: cannot be written ({reason}); choose another folder") from None
         raise

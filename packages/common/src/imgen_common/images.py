@@ -110,7 +110,10 @@ def decode(
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: no name of a file
-        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        if re.match("https?:/", name):
+            reason = "an address; download the image, and give its file"
+        raise UserError(f"{name}: cannot be read ({reason})") from None
     if len(data) > max_bytes:
         raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
     try:

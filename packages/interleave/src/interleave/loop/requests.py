@@ -142,8 +142,11 @@ def save_requests(requests: Sequence[Request], run: Path) -> None:
 
 
 def load_requests(run: Path) -> list[Request]:
-    """The requests of a run.  Raises UserError if it was killed before they were written."""
+    """The requests of a run.  Raises UserError if it was killed before they were written, or they cannot be read."""
     try:
         return [Request.model_validate_json(line) for _, line in numbered_lines(run / REQUESTS)]
     except (UserError, ValidationError):
-        raise UserError(f"{run}: holds no requests; it was killed as it began, so start it again") from None
+        raise UserError(
+            f"{run}: has no requests that can be read ({REQUESTS}): it was killed as it began, or that file was "
+            "changed; start it again"
+        ) from None
