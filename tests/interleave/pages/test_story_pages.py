@@ -526,5 +526,5 @@ def test_a_run_of_many_stories_has_several_pages(tmp_path: Path, monkeypatch: py
 
 
 def test_only_a_run_has_a_report(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no requests that can be read .*start it again"):
+    with pytest.raises(UserError, match=r"no requests that can be read .*start it again"):
         write_report(tmp_path)
