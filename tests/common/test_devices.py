@@ -17,6 +17,7 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
         ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, (0, 1)),
         (PLACE | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4)),
     ],
 )
@@ -37,6 +38,8 @@ def test_processes_of_launchers(environment: dict[str, str], process: tuple[int,
         PLACE | {"RANK": "first", "WORLD_SIZE": "2"},
         PLACE | {"RANK": "0", "WORLD_SIZE": "0"},
         {"RANK": "-1", "WORLD_SIZE": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"},
+        {"PMI_SIZE": "8"},
     ],
 )
 def test_what_is_left_over_is_refused(environment: dict[str, str]) -> None:

@@ -364,6 +364,15 @@ def test_a_certificate_that_cannot_be_verified_has_its_remedy(tmp_path: Path) ->
     assert "set SSL_CERT_FILE" in str(error)
 
 
+def test_https_to_a_server_without_tls_is_not_tried_again() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+
+    error = failure(client(handler), "https://host/v1")
+    assert (error.kind, error.can_retry) == ("unreachable", False)
+    assert "give its address with http://" in str(error)
+
+
 @pytest.mark.parametrize("usage", ["lots", 3, [], None, {"prompt_tokens": "9", "completion_tokens": -1}])
 def test_an_odd_count_of_tokens_does_not_spoil_an_answer(usage: object) -> None:
     body = {"choices": [{"message": {"content": "yes"}}], "usage": usage}

@@ -201,3 +201,14 @@ def test_no_bytes_are_read_otherwise_than_as_rows_or_refused(tmp_path: Path, suf
             json.dumps([row for _, row in found], ensure_ascii=False).encode()
     assert 100 < len(messages) < 2_900
     assert not any("\n" in message for message in messages)
+
+
+def test_an_address_in_the_place_of_a_file_is_not_shown() -> None:
+    with pytest.raises(UserError, match=r"^https://\.\.\.: is an address, not a file; download it") as refused:
+        read_text(Path("https://someone:secret@host/prompts.txt?token=secret"))
+    assert "secret" not in str(refused.value)
+
+
+def test_a_quote_that_does_not_end_is_said_where_it_begins(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"p\.csv:3: not CSV .*in line 5\); put a cell with quotes in double quotes"):
+        rows(tmp_path, "p.csv", 'prompt\na cat\n"Untitled, 1960\na dog\na bird\n')

@@ -37,3 +37,8 @@ def test_unknown_words_are_named(ref: str, text: str, unknown: str) -> None:
 
 def test_other_models_are_not_asked() -> None:
     assert describe_unknown_words("org/model", "a cat") is None
+
+
+@pytest.mark.parametrize("text", ["\U0001f534\U0001f534", "?!", "1 2 3"])
+def test_what_has_no_words_is_not_known(text: str) -> None:
+    assert "there is no word in what it is given" in str(describe_unknown_words(PLANNER, text))

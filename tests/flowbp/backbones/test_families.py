@@ -235,6 +235,21 @@ def test_latents_are_not_scaled_by_what_is_no_number(name: str, value: object, s
         backbones.init_empty_weights(str(sd3_folder))
 
 
+def test_an_autoencoder_of_another_model_is_refused(sd3_folder: Path) -> None:
+    file = sd3_folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"latent_channels": 1}))
+    with pytest.raises(UserError, match=r"transformer reads 4 channels, and the autoencoder has 1 of its own"):
+        backbones.init_empty_weights(str(sd3_folder))
+
+
+def test_a_tokenizer_with_more_words_than_embeddings_is_refused(sd3_folder: Path) -> None:
+    file = sd3_folder / "text_encoder" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] - 1}))
+    with pytest.raises(UserError, match=r"text_encoder: its tokenizer has \d+ words, its CLIP\w+ embeddings of \d+"):
+        backbones.init_empty_weights(str(sd3_folder))
+
+
 def test_beta_sigmas_need_scipy(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (sd3_folder / "scheduler" / "scheduler_config.json").write_text('{"use_beta_sigmas": true}')
     monkeypatch.setattr(pipelines, "find_spec", lambda name: None)

@@ -195,3 +195,15 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for() -> None:
     whole = prompt_indices(7, seed=1, first=0, number=30)
     assert [prompt_indices(7, seed=1, first=i, number=1)[0] for i in range(30)] == whole
     assert prompt_indices(7, seed=1, first=11, number=5) == whole[11:16]
+
+
+def test_an_address_in_the_place_of_prompts_is_not_shown() -> None:
+    with pytest.raises(UserError, match=r"^hf://\.\.\.: is an address, not a file; download it"):
+        load("hf://datasets/someone/secret")
+
+
+@pytest.mark.parametrize("end", ["\x1a", "\x07 \x1b\n"])
+def test_control_characters_alone_are_no_prompt(end: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a cat\n" + end)
+    assert load(file) == ["a cat"]

@@ -101,6 +101,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""By which MPI says how many processes there are: accelerate and DeepSpeed read them in the place of WORLD_SIZE."""
+
+
 class LaunchedProcess(NamedTuple):
     """This process among those that a launcher started."""
 
@@ -119,6 +123,13 @@ def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
     rank, size = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    sizes = {name: environment[name] for name in MPI_SIZES if environment.get(name, "1") not in ("", "0", "1")}
+    if sizes and missing:
+        raise UserError(
+            f"the environment has {', '.join(f'{name}={text}' for name, text in sizes.items())}, but not "
+            f"{', '.join(missing)}, as under mpirun; for one process: unset {' '.join(sizes)}; for several: start them "
+            "with torchrun or accelerate launch"
+        )
     if (missing and any(value != alone[name] for name, value in values.items())) or not 0 <= rank < size:
         said = ", ".join(f"{name}={text}" for name, text in given.items())
         lacking = f", but not {', '.join(missing)}" if missing else ""

@@ -86,8 +86,8 @@ def one_line(text: str, limit: int | None = 300) -> str:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: spaces and characters without a shape, such as U+200B, alone."""
-    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
+    """Whether a text shows nothing: spaces, and characters without a shape, such as U+200B and Ctrl-Z, alone."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc") for character in text)
 
 
 def check_text(text: str, where: str) -> None:

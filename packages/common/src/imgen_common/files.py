@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ MAX_LINE_BYTES = 64 * 2**20
 """Length from which a line is taken for something else than text."""
 MAX_JSON_BYTES = 2**28
 """Size of the largest JSON file that is read."""
+ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+"""How an address begins, also one that was taken for a path, which has no two slashes together."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
 """What file systems answer that do not offer fsync, or not for folders."""
 
@@ -75,6 +78,12 @@ def local_path(text: str) -> Path:
         raise UserError(f"{text}: there is no such home folder; write the path in full") from None
 
 
+def check_no_address(text: str) -> None:
+    """Raises UserError, which does not show what may be secret, for an address in the place of a file."""
+    if found := ADDRESS.match(text):
+        raise UserError(f"{found[1]}://...: is an address, not a file; download it, and give the path of that file")
+
+
 def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, stripped, with their numbers; only a line feed ends a line.
 
@@ -99,6 +108,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as file:
             yield file
     except FileNotFoundError:
+        check_no_address(str(path))
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file{nearest(path.name, siblings)}") from None
     except (OSError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""How a program stops: Ctrl-C, SIGTERM (a scheduler) and SIGHUP (a closed terminal) take the same path."""
+"""How a program stops: Ctrl-C, SIGTERM (a scheduler), SIGHUP (a closed terminal), and SIGUSR1 and SIGXCPU, by which
+schedulers say that the time is nearly used up, take the same path."""
 
 import contextlib
 import os
@@ -10,14 +11,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OTHER_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+SIGNALS = (signal.SIGINT, *OTHER_SIGNALS)
 REPEAT_SECONDS = 1.0
 """Signals so soon after the first are the same request: a launcher passes on what its terminal has sent already."""
 _received: int = signal.SIGINT
 
 
 def exit_code() -> int:
-    """The exit code of a program that was stopped: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """The exit code of a program that was stopped: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and so on."""
     return 128 + _received
 
 
@@ -47,7 +49,7 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: signal.
 
 
 def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
-    """Within it SIGTERM and SIGHUP do what Ctrl-C does at that moment: KeyboardInterrupt, or as asyncio wants it."""
+    """Within it `OTHER_SIGNALS` do what Ctrl-C does at that moment: KeyboardInterrupt, or as asyncio wants it."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         on_interrupt = signal.getsignal(signal.SIGINT)
@@ -55,7 +57,7 @@ def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
             raise KeyboardInterrupt
         on_interrupt(signal.SIGINT, frame)
 
-    return _handled(interrupt, signal.SIGTERM, signal.SIGHUP)
+    return _handled(interrupt, *OTHER_SIGNALS)
 
 
 class GracefulShutdown:

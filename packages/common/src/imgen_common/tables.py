@@ -100,10 +100,17 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     guessed = ";" if ";" in columns and "," not in columns else ","  # as spreadsheets write where numbers have commas
     separator = named[1] if named else guessed
     reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
+    begun = 1
     try:
-        yield from ((reader.line_num, cells) for cells in reader if not (named and reader.line_num == 1))
+        for cells in reader:
+            begun = reader.line_num + 1
+            if not (named and reader.line_num == 1):
+                yield reader.line_num, cells
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+        raise UserError(
+            f"{path}:{begun}: not CSV ({error}, in line {reader.line_num}); put a cell with quotes in double quotes, "
+            "and write each quote inside it twice"
+        ) from None
 
 
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:

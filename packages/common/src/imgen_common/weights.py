@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,16 +132,35 @@ def weight_files(folder: Path) -> WeightFiles:
 
 def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """The JSON object in a file of a model.  Raises UserError where there is none."""
+    why = ""
     try:
         if path.stat().st_size > MAX_JSON:
-            raise ValueError
+            raise ValueError("it is too large")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
+    except (OSError, ValueError, RecursionError) as error:
+        content, why = None, f" ({one_line(str(error), 100)})"
     if not isinstance(content, dict):
         folder = folder or path.parent
-        raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object")
+        raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object{why}")
     return content
+
+
+def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
+    """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone."""
+    words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if words > rows:
+        raise UserError(
+            f"{ref}: its tokenizer has {words} words, its {type(model).__name__} embeddings of {rows}; copy both from "
+            "one place, or take out what was added to the tokenizer"
+        )
+
+
+def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
+    """`check_vocabulary` of a pipeline's text encoders, each with the tokenizer of the same number."""
+    for name, part in components.items():
+        tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and part is not None and hasattr(tokenizer, "get_vocab"):
+            check_vocabulary(tokenizer, part, f"{ref}: {name}")
 
 
 def incomplete(folder: Path, what: str) -> UserError:

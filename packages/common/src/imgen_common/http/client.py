@@ -147,6 +147,10 @@ class HttpClient(RetryingCaller):
             what = "its certificate cannot be verified"
             remedy = "set SSL_CERT_FILE to a file with the certificate of its authority"
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
+        if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+            what = "it does not speak TLS"
+            remedy = "give its address with http:// instead of https://"
+            return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
         remedy = "; correct the proxy, or name the host in NO_PROXY" if is_proxied else ""
         return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
 

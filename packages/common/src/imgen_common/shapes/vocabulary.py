@@ -23,14 +23,16 @@ def _known_words(ref: str) -> frozenset[str]:
 
 
 def describe_unknown_words(ref: str, text: str) -> str | None:
-    """A sentence that names the words of `text` which the built-in model `ref` does not know.
+    """A sentence that names the words of `text` which the built-in model `ref` does not know, or says that it has none.
 
     None where it knows them all, and for every other model.
     """
     if not ref.startswith(BUILTIN):
         return None
-    known = _known_words(ref)
-    unknown = [word for word in dict.fromkeys(_WORD.findall(text)) if word not in known]
+    known, words = _known_words(ref), _WORD.findall(text)
+    if text and not words:
+        return f"{ref} knows nothing but {WORLD}; there is no word in what it is given"
+    unknown = [word for word in dict.fromkeys(words) if word not in known]
     if not unknown:
         return None
     listed = ", ".join(map(repr, unknown[:MAX_LISTED])) + (", ..." if len(unknown) > MAX_LISTED else "")

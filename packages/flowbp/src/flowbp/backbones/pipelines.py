@@ -23,7 +23,7 @@ from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
-from imgen_common.weights import loading, read_json
+from imgen_common.weights import check_vocabularies, loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
 """By how much rounding may lift a noise level above 1."""
@@ -54,6 +54,7 @@ def load_pipeline(
     with loading(f"{folder}: not a {kind.__name__} that can be loaded"):
         given |= hub.load_networks(folder, skip=tuple(given), dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
+    check_vocabularies(pipe.components, str(folder))
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             where = device if net_device is None or name != "transformer" else net_device
@@ -114,7 +115,9 @@ def init_empty_pipeline(kind: type[P], folder: Path) -> P:
             for name, value in kind.load_config(folder).items()
             if not name.startswith("_")
         }
-        return kind(**parts)
+        pipe = kind(**parts)
+    check_vocabularies(pipe.components, str(folder))
+    return pipe
 
 
 def _empty_component(folder: Path, library: str | None, name: str | None) -> Any:
@@ -164,7 +167,18 @@ class PipelineBackbone(ABC):
     longest_reader: ClassVar[str] = "text_encoder"
     """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
 
+    pixels_per_token: ClassVar[int] = 4
+    """Pixels of the latents whose channels the transformer is given as one; 1: those of one, which it puts together."""
+
     def __init__(self, pipe: Any) -> None:
+        """Raises UserError where the transformer does not read what the autoencoder makes."""
+        vae, read = pipe.vae.config, pipe.transformer.config.in_channels
+        made = vae.get("latent_channels") or vae.get("z_dim")
+        if made is not None and read != self.pixels_per_token * made:
+            raise UserError(
+                f"the transformer reads {read} channels, and the autoencoder has {made} of its own, which makes "
+                f"{self.pixels_per_token * made}; copy transformer/ and vae/ from one place"
+            )
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
     @property

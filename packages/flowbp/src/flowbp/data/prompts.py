@@ -8,7 +8,7 @@ from flowbp.config import DataConfig, ModelConfig
 from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
-from imgen_common.files import local_path
+from imgen_common.files import check_no_address, local_path
 from imgen_common.shapes.vocabulary import describe_unknown_words
 from imgen_common.streams import numpy_generator
 from imgen_common.tables import TABLE_SUFFIXES, describe_type, read_table
@@ -41,6 +41,7 @@ def load_prompts(source: str, data: DataConfig | None = None, limit: int | None 
     else:
         path = local_path(source)
         if not _exists(path):
+            check_no_address(source)
             place = "" if path.is_absolute() else f" in {Path.cwd()}"
             raise UserError(
                 f"{source}: no such prompt file or dataset folder{place}; give a {', '.join(TABLE_SUFFIXES)} or a "

@@ -14,6 +14,8 @@ from flowbp.core.types import Cond
 class SD3(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder."""
 
+    pixels_per_token = 1
+
     pipe: StableDiffusion3Pipeline
     max_tokens = 256
     longest_reader = "text_encoder_3"

@@ -21,6 +21,8 @@ TEXT_LAYER = -2
 class ZImage(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
+    pixels_per_token = 1
+
     pipe: ZImagePipeline
     guidance_kind = "1 + pipeline's"
 

@@ -13,6 +13,7 @@ from flowbp.evaluation.benchmarks.settings import GENEVAL_KINDS, GENEVAL_SHAPES,
 from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
 from imgen_common.console import markdown_table
 from imgen_common.files import write_atomic
+from imgen_common.run_folder.find import check_maker
 from imgen_common.run_folder.folder import RunFolder
 
 OVERALL = "overall"
@@ -56,6 +57,7 @@ class BenchmarkRow:
 
 def read_row(folder: Path) -> BenchmarkRow:
     """The row of a folder, finished or not.  Raises UserError if it is not a folder of `flowbp benchmark`."""
+    check_maker(folder, "flowbp benchmark")
     config = RunFolder.open(folder, is_main=False).config(BenchmarkConfig)
     found = {spec.name: read_scores(folder, spec.name).values() for spec in config.scorers}
     scored = {name: len(rows) for name, rows in found.items()}

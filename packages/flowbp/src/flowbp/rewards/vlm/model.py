@@ -23,7 +23,7 @@ from transformers import (
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_part
 from imgen_common.errors import UserError
-from imgen_common.weights import read_json
+from imgen_common.weights import check_vocabulary, read_json
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -83,6 +83,7 @@ class VisionLanguageModel:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        check_vocabulary(self.tokenizer, model, model.name_or_path)
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.special = re.compile("|".join(map(re.escape, sorted(special | {processor.image_token}))))
         ends = model.generation_config.eos_token_id

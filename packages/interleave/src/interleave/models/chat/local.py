@@ -10,7 +10,7 @@ from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
-from imgen_common.weights import load_whole, loading, read_json
+from imgen_common.weights import check_vocabulary, load_whole, loading, read_json
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
 
@@ -112,6 +112,7 @@ class LocalChat:
                 attn_implementation=config.attention,
             )
         check_processor(self._processor, folder, c.ref)
+        check_vocabulary(self._processor.tokenizer, self._model, c.ref)
         self._model.eval().requires_grad_(False).to(self._device)
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.weights import loading
+from imgen_common.weights import check_vocabularies, loading
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
         given = absent | hub.load_networks(folder, dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
+    check_vocabularies(pipe.components, str(folder))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
