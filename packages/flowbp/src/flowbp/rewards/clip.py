@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_part, scoring_head
-from imgen_common.weights import check_vocabulary
 
 MIN_CHANGE = 1e-3
 """Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""
@@ -37,7 +36,6 @@ class ClipReward:
         crop_rounding: Callable[[float], int] = int,
     ) -> None:
         self.model, self.tokenizer, self.cosine, self.letterbox = model, tokenizer, cosine, letterbox
-        check_vocabulary(tokenizer, model.text_model, model.name_or_path)
         self.side: int = model.config.vision_config.image_size
         self.steps = preprocess.ProcessorSteps.of(processor, Path(model.name_or_path), self.side)
         self.crop_rounding = crop_rounding
