@@ -253,7 +253,7 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
     def make() -> demo.StoryStreamer:
         raise AssertionError("models are loaded before the extra is looked for")
 
-    with pytest.raises(UserError, match="uv sync --extra demo"):
+    with pytest.raises(UserError, match="uv pip install gradio"):
         demo.serve_demo(make, "127.0.0.1", 0)
 
 

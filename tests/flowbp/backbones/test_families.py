@@ -367,7 +367,13 @@ def test_training_and_its_evaluation_have_levels_of_their_own(folder: Path, monk
     assert asked == [(3, size_of(backbone))]
 
 
-SAME_IMAGE = (("flux", 512), ("krea2", 100), ("krea2", 512))
+SAME_IMAGE = (
+    *(("flux", 512), ("flux_kontext", 512)),  # their default
+    *((family, length) for family in ("z_image", "krea2", "qwen_image") for length in (100, 512)),
+    ("z_image", 7),
+)
+"""Families that see no padding, at lengths that do not cut the prompt: 7 tokens of krea2 are the end of the template
+and two of the prompt, and the last of qwen_image's template is the eighth."""
 UNCUT = ("qwen_edit", "qwen_edit_plus", "qwen_image_21")
 """Families whose pipelines read prompts of any length."""
 PADDED = [(family, length) for family in FAMILIES if family not in UNCUT for length in (7, 100, 512)]
@@ -396,10 +402,7 @@ def test_prompts_are_padded_to_the_length_that_is_set(folder: Path, length: int)
     ours = sampling.generate_images(backbone, prompt_for(backbone, PROMPTS[0]), [5], size_of(backbone), 3, 1.0)
     expected = theirs(folder, 3, 1.0, 5, "pt", max_sequence_length=length)[1]
     assert (ours - expected).abs().max() < 1e-5
-    # the others see no padding
-    # 7 of krea2 are the end of the template and two of the prompt
-    same = folder.name in ("z_image", "qwen_image") or (folder.name, length) in SAME_IMAGE
-    assert torch.allclose(ours, default, atol=1e-5) == same
+    assert torch.allclose(ours, default, atol=1e-5) == ((folder.name, length) in SAME_IMAGE)
 
 
 def test_a_cached_velocity_is_the_reforwarded_one(backbone: Backbone) -> None:

@@ -252,7 +252,7 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
     [
         (["report", "nowhere"], "no such run"),
         (["train", "--resume", "nowhere"], "no such run"),
-        (["sample", "x", "--run", "nowhere"], "nowhere: no such run or model; there are no runs in"),
+        (["sample", "x", "--run", "nowhere"], "nowhere: no such run or model; there are no such runs in"),
         (["eval", "nowhere"], "nowhere: no such run or model"),
         (["explain", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "--resume", ""], "run '': the name is empty"),
@@ -698,7 +698,7 @@ def test_plain_progress_speaks_now_and_then() -> None:
     lines.stage("evaluating")
     for done in (*range(8, 104, 8), 104, 60):
         lines.evaluation("base", done, 100)
-    assert said[1:] == ["  32/100 prompts", "  56/100 prompts", "  80/100 prompts", "  60/100 prompts"]
+    assert said[1:] == [f"  base: {done} of 100" for done in (32, 56, 80, 60)]
     del said[:]
     lines.stage("training")
     for update in range(1, 26):

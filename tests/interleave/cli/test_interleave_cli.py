@@ -132,7 +132,7 @@ def test_a_story_with_steps_that_were_never_accepted_is_not_plainly_complete(
     (tmp_path / "some.txt").write_text("a cat\n")
     code, out, _ = interleave("batch", tmp_path / "some.txt", *words)
     assert code == 1
-    assert f"1/1 steps_not_accepted (the critic accepted no image of {steps})" in out
+    assert f"1/1: steps_not_accepted (the critic accepted no image of {steps})" in out
     assert interleave("batch", "--resume", "some", "--runs", tmp_path)[0] == 1
 
 

@@ -106,16 +106,7 @@ def decode(
     Raises UserError for an image that is too large, of another format, damaged or cut short.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
-    try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except (OSError, ValueError) as error:  # ValueError: no name of a file
-        reason = getattr(error, "strerror", None) or error
-        if re.match("https?:/", name):
-            reason = "an address; download the image, and give its file"
-        raise UserError(f"{name}: cannot be read ({reason})") from None
-    if len(data) > max_bytes:
-        raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
+    data = _read(source, name, max_bytes)
     try:
         bare, orientation = _without_metadata(data, max_pixels)
         with warnings.catch_warnings():
@@ -137,6 +128,20 @@ def decode(
         return _upright_rgb(image, orientation, drop_alpha)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{name}: damaged or cut short ({error}); save or download it again") from None
+
+
+def _read(source: bytes | Path, name: str, max_bytes: int) -> bytes:
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        reason = getattr(error, "strerror", None) or error
+        if re.match("https?:/", name):
+            reason = "an address; download the image, and give its file"
+        raise UserError(f"{name}: cannot be read ({reason})") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
+    return data
 
 
 class _Refused(Exception):

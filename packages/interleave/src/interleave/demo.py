@@ -242,7 +242,5 @@ def _import_gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise UserError(
-            "the demo needs gradio; install it with `uv sync --extra demo` or `pip install 'interleave[demo]'`"
-        ) from None
+        raise UserError("the demo needs gradio; run: uv pip install gradio") from None
     return gradio

@@ -34,18 +34,29 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
             return path
     if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
-    raise UserError(f"{text}: no such run{describe_runs(text, root)}")
+    raise UserError(f"{text}: no such run{describe_runs(text, root, *made_by)}")
 
 
-def describe_runs(text: str, root: Path) -> str:
-    """The runs under `root` for a message about a `text` that is none of them, the nearest name first."""
-    names = [path.parent.name for path in root.glob(f"*/{CONFIG}")]
-    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are no runs in {root}"
+def describe_runs(text: str, root: Path, *made_by: str) -> str:
+    """The runs under `root` for a message about a `text` that is none of them, the nearest name first.
+
+    made_by: as for `find_run`; runs of other commands are left out.
+    """
+    paths = [path.parent for path in root.glob(f"*/{CONFIG}")]
+    names = [path.name for path in paths if not made_by or _maker_of(path) in (None, *made_by)]
+    known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are no such runs in {root}"
     return nearest(Path(text).name, names) + known
 
 
 def check_maker(path: Path, *made_by: str) -> None:
     """Raises UserError for a run that says that another command made it."""
+    maker = _maker_of(path)
+    if made_by and maker not in (None, *made_by):
+        raise UserError(f"{path}: a run of `{maker}`, not of `{made_by[0]}`; give that command the run, or another run")
+
+
+def _maker_of(path: Path) -> str | None:
+    """Which of `MAKERS` a run says made it; None where it says none of them."""
     from pydantic import BaseModel
 
     from imgen_common.files import read_json
@@ -56,9 +67,8 @@ def check_maker(path: Path, *made_by: str) -> None:
     try:
         maker = " ".join(read_json(path / ENVIRONMENT, Recorded).command[:2])
     except UserError:
-        return
-    if made_by and maker in MAKERS and maker not in made_by:
-        raise UserError(f"{path}: a run of `{maker}`, not of `{made_by[0]}`; give that command the run, or another run")
+        return None
+    return maker if maker in MAKERS else None
 
 
 def is_run(text: str, root: Path) -> bool:

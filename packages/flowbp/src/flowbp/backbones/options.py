@@ -102,7 +102,7 @@ def check_torchao() -> None:
     """Raises UserError unless torchao, which quantizes, is installed; an estimate needs it too."""
     if find_spec("torchao") is None:
         raise UserError(
-            "model.quantization int8: torchao is not installed; pip install 'flowbp[int8]', or set it to null"
+            "model.quantization int8: torchao is not installed; run: uv pip install torchao, or set it to null"
         )
 
 

@@ -8,7 +8,6 @@ import typer
 from flowbp.cli.options import Runs
 from imgen_common.console import spinner
 from imgen_common.errors import UserError, check_choice
-from imgen_common.files import check_is_new
 
 
 def prefetch(
@@ -58,6 +57,7 @@ def export(
     """
     with spinner("exporting"):
         from flowbp.config import ExportedWeights, ExportFormat
+        from imgen_common.files import check_is_new
         from imgen_common.run_folder.find import find_run
 
         chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
@@ -111,6 +111,7 @@ def convert_reward(
     """
     with spinner("converting"):
         from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward
+        from imgen_common.files import check_is_new
 
         chosen: ConvertibleReward = check_choice("KIND", kind, ConvertibleReward)
         if not file.is_file():

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,11 +46,16 @@ def print_notes(notes: Iterable[str]) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """on_progress(label, done, total): a progress bar on standard error, if that is a terminal."""
+    """on_progress(label, done, total): a progress bar on standard error, or a line there at each quarter."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    if not sys.stderr.isatty():
+        from flowbp.training.progress import Quarters
+
+        yield Quarters(partial(print, file=sys.stderr, flush=True))
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)
 
         def on_progress(label: str, done: int, total: int) -> None:

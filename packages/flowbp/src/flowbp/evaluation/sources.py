@@ -69,7 +69,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
     if re.fullmatch(r"[\w.-]+", text) and not Path(text).exists():  # a model of the hub has a slash in its name
         models = "a model is a folder, org/name[@revision] or builtin:shapes/generator"
-        raise UserError(f"{text}: no such run or model{describe_runs(text, root)}; {models}")
+        raise UserError(f"{text}: no such run or model{describe_runs(text, root, 'flowbp train')}; {models}")
     config = load(TrainConfig, [], sets)
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 

@@ -117,12 +117,25 @@ class ProgressState:
         return shown
 
 
+class Quarters:
+    """Says of a long job when a quarter, half and three quarters of it are done."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write, self._last = write, 0
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        quarter = 4 * min(done, total) // total
+        if quarter not in (self._last, 4):
+            self._write(f"  {label}: {done} of {total}")
+        self._last = quarter
+
+
 class TextReporter(NullReporter):
     """Plain lines: every stage, quarters of evaluations, the first update, every tenth and the last."""
 
     def __init__(self, num_updates: int, scores: Sequence[str], write: Callable[[str], None]) -> None:
         self._track, self._write = ProgressState(num_updates, scores), write
-        self._quarter = 0
+        self._quarters = Quarters(write)
 
     def stage(self, text: str) -> None:
         self._track.begin_stage(text)
@@ -138,10 +151,7 @@ class TextReporter(NullReporter):
             )
 
     def evaluation(self, name: str, done: int, total: int) -> None:
-        quarter = 4 * min(done, total) // total
-        if quarter not in (self._quarter, 4):
-            self._write(f"  {done}/{total} prompts")
-        self._quarter = quarter
+        self._quarters(name, done, total)
 
     def alert(self, text: str) -> None:
         self._write(f"ALERT {text}")

@@ -83,7 +83,7 @@ class BatchProgressPrinter:
             color = STORY_COLORS.get(record.status, "red")
             error = f" ({sanitize(record.error)})" if record.error else ""
             self._out.print(
-                f"{self._done}/{self._total} [{color}]{record.status}[/]{error} "
+                f"{self._done}/{self._total}: [{color}]{record.status}[/]{error} "
                 f"{sanitize(record.request.text[:80])} [dim]{record.spent.generations} images, "
                 f"{record.spent.seconds:.1f} s[/]"
             )

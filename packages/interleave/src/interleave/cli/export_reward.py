@@ -1,6 +1,7 @@
 """The command `interleave export-reward`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,9 @@ import typer
 from imgen_common.console import spinner
 from imgen_common.errors import UserError
 from interleave.cli.options import Configs, Json, Runs, Sets
+
+MAKERS = ("interleave sft", "interleave grpo")
+"""Commands that train critics."""
 
 
 def export_reward(
@@ -60,17 +64,20 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
     Raises UserError for a run that is not finished, and where no template is known.
     """
     from imgen_common.config import read_yaml
-    from imgen_common.run_folder.find import CONFIG, find_run, is_run
+    from imgen_common.run_folder.find import CONFIG, describe_runs, find_run, is_run
     from interleave.datasets.check import read_set_info
 
     if not is_run(text, runs):
+        if re.fullmatch(r"[\w.-]+", text) and not Path(text).exists():
+            known = describe_runs(text, runs, *MAKERS)
+            raise UserError(f"{text}: no such run or model{known}; a model is a folder, org/name or builtin:...")
         if not configs and not text.startswith("builtin:"):
             raise UserError(
                 f"{text}: a model alone does not say with which template it judges; give the CONFIG of "
                 "`interleave run` in which it is the critic"
             )
         return text, []
-    run = find_run(text, runs, "interleave sft", "interleave grpo")
+    run = find_run(text, runs, *MAKERS)
     if not (run / "model").is_dir():
         raise UserError(f"{run}: has no model yet; finish it with --resume {run}, or name a folder of weights")
     if configs:

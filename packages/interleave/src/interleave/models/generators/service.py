@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from annotated_types import Ge, Gt, Le, MinLen
 
 from imgen_common.config import Config
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 from imgen_common.http import (
     CONNECT_SECONDS,
     HttpClient,
@@ -109,12 +109,15 @@ class ServiceGenerator:
         Raises UserError if none is ready in time, the token is refused, or their models differ.
         """
         urls = [check_url(url) for url in config.urls]
-        end = time.monotonic() + config.startup
+        end, said = time.monotonic() + config.startup, False
         while True:
             answers = run_in_thread(_describe_all(config, urls))
             found = {url: answer for url, answer in answers.items() if isinstance(answer, ServiceInfo)}
             if found:
                 break
+            if not said and time.monotonic() < end:
+                warn_once(f"{'; '.join(map(str, answers.values()))}; waiting up to {config.startup:g} s")
+                said = True
             if time.monotonic() >= end:
                 reasons = "; ".join(map(str, answers.values()))
                 raise UserError(f"no service is ready ({reasons}); start `interleave serve` or correct generator.urls")
