@@ -116,6 +116,14 @@ class Agents(Config):
     critic: Annotated[Model | Leap, Field(discriminator="kind")] = Model()
 
 
+@pytest.mark.parametrize("value", ["a #b", "#b", "[1, 2] # two", "{a: 1, #b\n}"])
+def test_no_part_of_an_option_is_a_comment(value: str) -> None:
+    with pytest.raises(UserError, match="after a space begins a comment; put the value in quotes"):
+        load(Train, [], [f"name={value}"])
+    assert load(Train, [], ['name="a #b"']).name == "a #b"
+    assert load(Train, [], ["name=a#b"]).name == "a#b"
+
+
 def test_a_key_spelled_as_the_kind_before_it_is_named_in_full() -> None:
     with pytest.raises(UserError, match=r"^--set critic\.model\.reach=1: unknown key; allowed: kind, refill"):
         load(Agents, [], ["critic.model.reach=1"])

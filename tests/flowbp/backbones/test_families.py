@@ -19,7 +19,7 @@ from given import data_of, encode, prompt_for
 from safetensors.torch import load_file, save_file
 from sweeps import assert_sweep_is_joint
 from tiers import tiers
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from flowbp import backbones
 from flowbp.backbones import pipelines
@@ -245,6 +245,10 @@ def test_an_autoencoder_of_another_model_is_refused(sd3_folder: Path) -> None:
 def test_a_tokenizer_with_more_words_than_embeddings_is_refused(sd3_folder: Path) -> None:
     file = sd3_folder / "text_encoder" / "config.json"
     settings = json.loads(file.read_text())
+    tokenizer = CLIPTokenizer.from_pretrained(sd3_folder / "tokenizer")
+    tokenizer.add_tokens(["<for images>"], special_tokens=True)
+    tokenizer.save_pretrained(sd3_folder / "tokenizer")
+    backbones.init_empty_weights(str(sd3_folder))
     file.write_text(json.dumps(settings | {"vocab_size": settings["vocab_size"] - 1}))
     with pytest.raises(UserError, match=r"text_encoder: its tokenizer has \d+ words, its CLIP\w+ embeddings of \d+"):
         backbones.init_empty_weights(str(sd3_folder))

@@ -146,8 +146,16 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
 
 
 def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
-    """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone."""
-    words, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone.
+
+    Special tokens that no text gets may go beyond, as that for images does in Gemma 3's models of text.
+    """
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added - {
+        getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk", "cls", "sep")
+    }
+    words = 1 + max((number for number in tokenizer.get_vocab().values() if number not in special), default=-1)
+    rows = model.get_input_embeddings().weight.shape[0]
     if words > rows:
         raise UserError(
             f"{ref}: its tokenizer has {words} words, its {type(model).__name__} embeddings of {rows}; copy both from "

@@ -87,7 +87,7 @@ def _parse_set(text: str) -> tuple[Keys, Any, str]:
     source = f"--set {text}" if len(text) <= MAX_SHOWN else f"--set {text[:MAX_SHOWN]}..."
     if not equals or not all(keys) or len(keys) > MAX_KEYS:
         raise UserError(f"{source}: write --set key=value or --set section.key=value")
-    return keys, parse_yaml(value, source), source
+    return keys, parse_yaml(value, source, is_option=True), source
 
 
 @dataclass

@@ -183,12 +183,29 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_core_map)
 _Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_core_list)
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text.  Raises UserError, which begins with `source`, if it is none, or too large."""
+class _OptionLoader(_Loader):
+    """Of a value on a command line, where a comment would be a part of the value that is lost."""
+
+    def scan_to_next_token(self) -> None:
+        while self.peek() == " ":
+            self.forward()
+        if self.peek() == "#":
+            problem = (
+                "a # at the beginning or after a space begins a comment; put the value in quotes, as in 'k=\"a #b\"'"
+            )
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().scan_to_next_token()
+
+
+def parse_yaml(text: str, source: str, *, is_option: bool = False) -> Any:
+    """The value of a YAML text.  Raises UserError, which begins with `source`, if it is none, or too large.
+
+    is_option: of a command line, in which a comment is refused.
+    """
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{source}: {len(text)} characters; a configuration may have {MAX_CHARACTERS}")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+        return yaml.load(text, Loader=_OptionLoader if is_option else _Loader)  # noqa: S506, SafeLoaders
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source

@@ -20,6 +20,7 @@ class QwenImage21(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder, a token each.  Positions follow the length of the text, so that every
     sample is evaluated alone, at its own length.  The keys and values of the text are computed in every evaluation."""
 
+    pixels_per_token = 1
     pipe: QwenImage21Pipeline
 
     def __init__(self, pipe: QwenImage21Pipeline) -> None:
