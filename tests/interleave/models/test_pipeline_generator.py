@@ -150,6 +150,23 @@ def test_edits_have_references_of_their_own(family: str, folder: Path, painter: 
     assert not same(edited[1], painter.generate([GenerationRequest(PROMPTS[1], (), 7)])[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["krea2", "qwen_image_21"])
+def test_families_without_edits_generate_as_their_pipelines(name: str, place: Path) -> None:
+    folder, size = folder_of(name, place / "newest"), {"height": 32, "width": 64}
+    config = PipelineConfig(ref=str(folder), num_inference_steps=STEPS, guidance_scale=2.0, **size)
+    runner = PipelineRunner(config)
+    given = size | {"num_inference_steps": STEPS, runner.family.guidance: 2.0}
+    given |= {"negative_prompt": runner.family.negative, "generator": torch.Generator().manual_seed(1)}
+    drawn = runner.generate([GenerationRequest(prompt, (), seed) for seed, prompt in enumerate(PROMPTS)])
+    assert same(drawn[1], HashedImage.from_pil(unmodified(folder)(prompt=PROMPTS[1], **given).images[0]))
+    assert not same(drawn[0], drawn[1])
+    assert same(drawn[1], runner.generate([GenerationRequest(PROMPTS[1], (), 1)])[0])
+    assert runner.max_references == 0
+    with pytest.raises(UserError, match=r"max_references 1: .* takes 0 at most"):
+        PipelineRunner(config.model_copy(update={"max_references": 1}))
+
+
 @pytest.mark.parametrize("name", ["flux2", pytest.param("qwen_edit_plus", marks=pytest.mark.slow)])
 def test_several_references_make_one_image(name: str, place: Path) -> None:
     folder = folder_of(name, place / "several")

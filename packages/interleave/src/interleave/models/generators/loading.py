@@ -20,12 +20,13 @@ class PipelineFamily:
     """How a pipeline class wants to be called.
 
     edit: `references` (several for one image, each its own position), `reference` (one per prompt), `alone` (one prompt
-    per call), `image` (another pipeline, `img2img`, starts from the noised source).  guidance: its argument.
+    per call), `image` (another pipeline, `img2img`, starts from the noised source), `none` (no edits).  guidance: its
+    argument.
     negative: the negative prompt without which it has no guidance; None: it takes none.  needs_image: it cannot
     generate without an image and is given a white one.
     """
 
-    edit: Literal["references", "reference", "alone", "image"]
+    edit: Literal["references", "reference", "alone", "image", "none"]
     max_references: int = 1
     guidance: str = "guidance_scale"
     negative: str | None = None
@@ -39,6 +40,8 @@ FAMILIES: Mapping[str, PipelineFamily] = {
     "FluxKontextPipeline": PipelineFamily("reference"),
     "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", " ", needs_image=True),
     "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", " ", needs_image=True),
+    "QwenImage21Pipeline": PipelineFamily("alone", 0, "true_cfg_scale", " "),
+    "Krea2Pipeline": PipelineFamily("none", 0, negative=""),
     "QwenImagePipeline": PipelineFamily(
         "image", guidance="true_cfg_scale", negative=" ", img2img="QwenImageImg2ImgPipeline"
     ),

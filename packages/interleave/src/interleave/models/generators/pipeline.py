@@ -47,8 +47,8 @@ class GenerationSettings(Config):
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
     """Steps; the miniature's own are 12."""
     guidance_scale: Annotated[float, Ge(0), Le(100)] | None = None
-    """Guidance as the pipeline counts it; 1 is none (Z-Image: 0), but for guidance-distilled models; the miniature's
-    own is 2."""
+    """Guidance as the pipeline counts it; 1 is none (Z-Image, Krea 2: 0), but for guidance-distilled models; the
+    miniature's own is 2."""
     height: Annotated[int, Ge(8), Le(4096)] | None = None
     """Height of the image in pixels; the miniature's own is 32."""
     width: Annotated[int, Ge(8), Le(4096)] | None = None
@@ -56,7 +56,7 @@ class GenerationSettings(Config):
     strength: Annotated[float, Gt(0), Le(1)] | None = None
     """How much of a source an image-to-image edit (SD3, Z-Image, FLUX.1) generates anew: 1 is all of it."""
     negative_prompt: str | None = None
-    """What the image must not show, for the families that take it (SD3, Z-Image, Qwen-Image-Edit)."""
+    """What the image must not show, for the families that take it (SD3, Z-Image, Krea 2, Qwen-Image)."""
 
     def with_defaults(self, other: "GenerationSettings") -> "GenerationSettings":
         """These settings, and those of `other` where these have none."""
@@ -75,8 +75,9 @@ class PipelineConfig(GenerationSettings):
     """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads."""
     lora_weight: Annotated[float, Ge(-10), Le(10)] = 1.0
     """Factor of the adapter."""
-    max_references: Annotated[int, Ge(0), Le(16)] = 1
-    """How many images an edit may be given, up to what the family takes; 0: text to image only."""
+    max_references: Annotated[int, Ge(0), Le(16)] | None = None
+    """How many images an edit may be given, up to what the family takes; 0: text to image only; null: 1, or 0 for a
+    family that makes no edits here (Krea 2, Qwen-Image-2.1)."""
     reference_scale: Annotated[int, Ge(1), Le(16)] | None = None
     """Factor by which references are enlarged; null: the smallest that the pipeline accepts (FLUX.2: 64 pixels)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -103,8 +104,9 @@ class PipelineRunner:
         folder = hub.resolve(config.ref)
         self.name, self.family = family_of(config.ref, folder)
         most = self.family.max_references
-        if config.max_references > most:
-            raise UserError(f"generator.max_references {config.max_references}: {self.name} takes {most} at most")
+        self.max_references = min(1, most) if config.max_references is None else config.max_references
+        if self.max_references > most:
+            raise UserError(f"generator.max_references {self.max_references}: {self.name} takes {most} at most")
         own = folder / hub.SAMPLING_FILE
         self.settings = config.with_defaults(
             read_json(own, GenerationSettings) if own.exists() else GenerationSettings()
@@ -248,7 +250,7 @@ class PipelineGenerator:
         """on_batch: called with the number of requests of each batch.  Raises UserError as `PipelineRunner`."""
         self._runner = runner = PipelineRunner(config)
         self._settings = runner.settings
-        self.id, self.max_sources = config.ref, config.max_references
+        self.id, self.max_sources = config.ref, runner.max_references
 
         def generate(items: Sequence[Item]) -> list[HashedImage | BackendError]:
             on_batch(len(items))
