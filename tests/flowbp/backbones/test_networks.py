@@ -172,7 +172,7 @@ def test_what_this_machine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="flash_attn is not installed"):
         options.check_machine(model_of(attention="flash"))
     monkeypatch.setattr(options, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"torchao is not installed; pip install 'flowbp\[int8\]'"):
+    with pytest.raises(UserError, match="torchao is not installed; run: uv pip install torchao"):
         options.check_machine(model_of(quantization="int8"))
     with pytest.raises(UserError, match="torchao is not installed"):
         options.quantize(torch.nn.Linear(2, 2))

@@ -20,7 +20,7 @@ FAMILY_OF |= {"qwen_image_edit": "qwen_edit"}
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "flowbp").rglob("*.yaml"))
 
 
-QUICK = ("flowbp_bridge", "lora_24gb", "edits_lora_24gb")
+QUICK = ("lora_24gb", "edits_lora_24gb", "lora_48gb")
 """Recipes that are checked whole in the default tier."""
 
 

@@ -364,6 +364,7 @@ def hpdv2(out: Path, *more: object) -> list[object]:
     return [*words, "--guidance-scale", 2, "--out", out, "--score", "clip=builtin:shapes/reward", *more]
 
 
+@pytest.mark.slow
 def test_hpdv2_as_a_command(flowbp: Call, finished: Benchmark, tmp_path: Path) -> None:
     code, output, errors = flowbp(*hpdv2(tmp_path / "a", "--score", "heldout:clip=builtin:shapes/heldout"))
     assert code == 0, errors

@@ -179,7 +179,7 @@ VERDICTS = st.lists(st.sampled_from(["yes", "no", "same", "unreadable"]), min_si
 PROMPTS = st.lists(st.one_of(st.none(), st.sampled_from(["p", "q", "r"])), min_size=1, max_size=5)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=PROMPTS,
     verdicts=VERDICTS,
