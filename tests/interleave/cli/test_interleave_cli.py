@@ -18,6 +18,9 @@ from interleave.agents.prompts import render_plan, render_verdict
 from interleave.cli import console, main
 from interleave.datasets.config import DataConfig
 from interleave.datasets.filters import SetInfo
+from interleave.loop.config import RunConfig
+from interleave.loop.requests import make_request
+from interleave.loop.run import create_run
 from interleave.records import Plan, PlanStep, Request, Spent, Trajectory, Verdict
 from interleave.storage.trace import read_trace
 from interleave.training.config import GrpoConfig, SftConfig
@@ -286,7 +289,10 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "loop.select=best"), ("loop.select",)),
         (("run", "x", "--name", "../up"), ("plain name",)),
         (("run", "x", "--image", "none.png"), ("none.png",)),
-        (("run", "x", "--image", "https://example.org/a.png"), ("an address; download",)),
+        (
+            ("run", "x", "--image", "https://example.org/a.png"),
+            ("https://...: is an address, not a file; download it",),
+        ),
         (("run", "a short story about a cat"), ("shapes/planner", "4 words 'short', 'story', 'about', 'cat'")),
         (("run", "draw a red circle, then a Drache"), ("the word 'Drache'", "circles, squares", "give a CONFIG")),
         (("run", "dessine un cercle"), ("'dessine', 'cercle'",)),
@@ -311,6 +317,17 @@ def test_mistakes(
     (tmp_path / "words.jsonl").write_text('{"text": "a red circle"}\n{"text": "a cat"}\n', encoding="utf-8")
     assert_refused(interleave(*words), *told)
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_folder_that_was_there_is_kept_where_its_models_are_away(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that `merge` made, or that was killed before it began."""
+    monkeypatch.chdir(tmp_path)
+    config = load(RunConfig, [], ["generator.ref=none"])
+    create_run(tmp_path / "runs" / "mine", config, lambda store: [make_request("draw a red circle", [], store)])
+    assert_refused(interleave("batch", "--resume", "mine"), "no such folder")
+    assert (tmp_path / "runs" / "mine" / "requests.jsonl").is_file()
 
 
 @pytest.mark.parametrize(

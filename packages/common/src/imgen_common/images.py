@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imgen_common.errors import UserError
+from imgen_common.files import check_no_address
 
 if TYPE_CHECKING:
     import torch
@@ -135,10 +136,8 @@ def _read(source: bytes | Path, name: str, max_bytes: int) -> bytes:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: no name of a file
-        reason = getattr(error, "strerror", None) or error
-        if re.match("https?:/", name):
-            reason = "an address; download the image, and give its file"
-        raise UserError(f"{name}: cannot be read ({reason})") from None
+        check_no_address(name)
+        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(data) > max_bytes:
         raise UserError(f"{name}: more than the allowed {max_bytes} bytes; give a smaller file")
     return data

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from pathlib import Path
 
 from imgen_common.errors import UserError, nearest
@@ -34,14 +35,21 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
             return path
     if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
-    raise UserError(f"{text}: no such run{describe_runs(text, root, *made_by)}")
+    raise UserError(f"{text}: no such run{_describe_runs(text, root, *made_by)}")
 
 
-def describe_runs(text: str, root: Path, *made_by: str) -> str:
-    """The runs under `root` for a message about a `text` that is none of them, the nearest name first.
+def check_is_model(text: str, root: Path, *made_by: str) -> None:
+    """Raises UserError, with the runs there are, for a `text` that is no run and cannot name a model either.
 
-    made_by: as for `find_run`; runs of other commands are left out.
+    made_by: as for `find_run`.
     """
+    if re.fullmatch(r"[\w.-]+", text) and not Path(text).exists():  # a model of the hub has a slash in its name
+        models = "a model is a folder, org/name[@revision] or builtin:shapes/..."
+        raise UserError(f"{text}: no such run or model{_describe_runs(text, root, *made_by)}; {models}")
+
+
+def _describe_runs(text: str, root: Path, *made_by: str) -> str:
+    """The runs under `root` of some commands for a message about a `text` that is none, the nearest name first."""
     paths = [path.parent for path in root.glob(f"*/{CONFIG}")]
     names = [path.name for path in paths if not made_by or _maker_of(path) in (None, *made_by)]
     known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are no such runs in {root}"

@@ -1,6 +1,5 @@
 """Which model a command means, and on which prompts; found without importing torch, so that a typo costs no time."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.run_folder.find import CONFIG, describe_runs, find_run, is_run
+from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +66,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         path = find_run(text, root, "flowbp train")
         config = load(TrainConfig, [path / CONFIG], sets)
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
-    if re.fullmatch(r"[\w.-]+", text) and not Path(text).exists():  # a model of the hub has a slash in its name
-        models = "a model is a folder, org/name[@revision] or builtin:shapes/generator"
-        raise UserError(f"{text}: no such run or model{describe_runs(text, root, 'flowbp train')}; {models}")
+    check_is_model(text, root, "flowbp train")
     config = load(TrainConfig, [], sets)
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 

@@ -1,7 +1,6 @@
 """The command `interleave export-reward`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -64,13 +63,11 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
     Raises UserError for a run that is not finished, and where no template is known.
     """
     from imgen_common.config import read_yaml
-    from imgen_common.run_folder.find import CONFIG, describe_runs, find_run, is_run
+    from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
     from interleave.datasets.check import read_set_info
 
     if not is_run(text, runs):
-        if re.fullmatch(r"[\w.-]+", text) and not Path(text).exists():
-            known = describe_runs(text, runs, *MAKERS)
-            raise UserError(f"{text}: no such run or model{known}; a model is a folder, org/name or builtin:...")
+        check_is_model(text, runs, *MAKERS)
         if not configs and not text.startswith("builtin:"):
             raise UserError(
                 f"{text}: a model alone does not say with which template it judges; give the CONFIG of "

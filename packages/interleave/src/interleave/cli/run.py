@@ -54,7 +54,7 @@ def run(
 
         path = free_path(runs, name, session.slug(request))
         session.create_run(path, config, lambda store: [requests.make_request(request, image or [], store)])
-    _resume(path, config, as_json, one=True)
+    _resume(path, config, as_json, one=True, is_new=True)
 
 
 def batch(
@@ -110,7 +110,7 @@ def batch(
             path = free_path(runs, name, f"{file.stem}-{part.part}" if part.part else file.stem)
             session.create_run(path, config, lambda store: part.of(requests.read_requests(file, store)))
             part.record(path)
-    _resume(path, config, as_json, one=False, retry=retry)
+    _resume(path, config, as_json, one=False, retry=retry, is_new=resume is None)
 
 
 def merge(
@@ -136,7 +136,9 @@ def merge(
     print(json.dumps(made) if as_json else f"{count} requests: {out}")
 
 
-def _resume(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bool = False) -> None:
+def _resume(
+    path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bool = False, is_new: bool = False
+) -> None:
     """Runs what is left of a run folder, prints it and writes its page."""
     from interleave.cli import console
     from interleave.loop import requests
@@ -151,7 +153,7 @@ def _resume(path: Path, config: "RunConfig", as_json: bool, one: bool, retry: bo
     if not as_json:
         on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, total)
     with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {path}"):
-        trajectories = session.run_and_close(path, config, sys.argv, on_record, retry)
+        trajectories = session.run_and_close(path, config, sys.argv, on_record, retry, is_new=is_new)
     attempts = [a for recorded in read_trace(path).values() for a in recorded.attempts.values()]
     page = write_report(path)
     if as_json:

@@ -208,10 +208,12 @@ def run_and_close(
     command: Sequence[str],
     on_record: Callable[[Record], None],
     retry_failed: bool = False,
+    *,
+    is_new: bool = False,
 ) -> list[Trajectory]:
     """`run_requests` with components built for it, from code that is not asynchronous.
 
-    Raises UserError where a component cannot be had; a run folder that never ran is then removed.
+    is_new: the folder was made for this call, and is removed where a component cannot be had (UserError).
     """
 
     async def main() -> list[Trajectory]:
@@ -225,6 +227,6 @@ def run_and_close(
         components = build_components(config)
         return asyncio.run(main())
     except UserError:
-        if not (path / ENVIRONMENT).exists():
+        if is_new and not (path / ENVIRONMENT).exists():  # nothing ran in it
             shutil.rmtree(path, ignore_errors=True)
         raise

@@ -41,8 +41,8 @@ MAX_REFERENCE_PIXELS = 64 * 10**6
 
 
 class GenerationSettings(Config):
-    """What an image depends on besides model, prompt, sources and seed.  null: what the sampling.json of
-    the model's folder says, if `flowbp export` wrote one, else the pipeline's own default."""
+    """What an image depends on besides model, prompt, sources and seed.  null: what the sampling.json of the
+    model's folder says, if `flowbp export` wrote one, else the pipeline's own default."""
 
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
     """Steps; the miniature's own are 12."""
