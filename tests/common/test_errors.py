@@ -188,6 +188,48 @@ def test_memory_that_ran_out_is_one_line_with_what_to_do(
     assert "flowbp estimate --memory" in said
 
 
+@pytest.mark.parametrize("library", ["libtorch_cpu.so", "libtorch_cuda.so"])
+def test_libraries_that_a_limit_of_memory_keeps_out_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], library: str
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command()
+    def sample() -> None:
+        raise ImportError(f"{library}: failed to map segment from shared object")
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(app, "prog")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith(f"prog: error: memory ran out as libraries were loaded ({library}: ")
+    assert said.endswith("lift the limit (ulimit -v)\n")
+
+
+@pytest.mark.parametrize(("encoding", "hint"), [("utf-8", False), ("ascii", True), ("iso8859-1", True)])
+def test_an_argument_that_is_not_utf8_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoding: str, hint: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "train", b"caf\xc3".decode("ascii", "surrogateescape")])
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(program(), "prog")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("prog: error: argument 2, 'caf?': holds half of a surrogate pair")
+    assert (f"but as {encoding}: PYTHONUTF8=1" in said) == hint
+
+
+@pytest.mark.parametrize("name", ["random.py", "datetime.py"])
+@pytest.mark.parametrize("program", ["flowbp", "interleave"])
+def test_files_named_as_modules_of_python_are_not_imported(tmp_path: Path, program: str, name: str) -> None:
+    (tmp_path / name).write_text("raise SystemExit('imported')")
+    command = [sys.executable, "-m", program, "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prog", "train", "--steps", "4"])
     with pytest.raises(RuntimeError, match="a bug"):

@@ -597,7 +597,7 @@ ANSWERS: list[tuple[Exception, str]] = [
         r"\(Enable access to",
     ),
     (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
-    (NETWORK, r"\(An error happened.*Please check your connection\.\); check the name and the network, then run"),
+    (NETWORK, r"\(Name or service not known\); check the name and the network, then run"),
     (ValueError(), r"\(ValueError\)"),
 ]
 
@@ -615,6 +615,30 @@ def test_the_hubs_refusal_says_what_to_do(
         with pytest.raises(UserError, match=said) as found:
             ask("org/gated@v9")
         assert "prefetch" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "error"),
+    [
+        ("HF_ENDPOINT", "mirror", httpx2.UnsupportedProtocol("Request URL is missing a protocol.")),
+        ("HF_HOME", "a-file", NotADirectoryError(20, "Not a directory", "a-file/token")),
+        ("HF_TOKEN", "hf_caf\xe9", UnicodeEncodeError("ascii", "Bearer hf_caf\xe9", 13, 14, "ordinal not in range")),
+    ],
+)
+def test_variables_that_the_hub_is_reached_by_are_named(
+    variable: str, value: str, error: Exception, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=f"check the name, the variable {variable} and the network") as found:
+        hub.resolve("org/name")
+    assert "hf_caf" not in str(found.value)
 
 
 def test_a_complete_cached_repository_resolves_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

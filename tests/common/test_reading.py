@@ -88,6 +88,13 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "\ufeffa\ncaf".encode() + b"\xe9", "p.txt:2: not UTF-8 at byte 3; save it as UTF-8"),
         ("p.csv", b"\xef\xbb\xbfprompt\na\ncaf\xe9\n", "p.csv:3: not UTF-8 at byte 3"),
         ("p.txt", "a cat\na dog".encode("utf-16"), "p.txt:1: not UTF-8 at byte 0"),
+        (
+            "p.csv",
+            b"PK\x03\x04\x14\0\x06\0\n",
+            "p.csv: is a .zip or a spreadsheet (.xlsx, .ods); save the table as .csv",
+        ),
+        ("p.jsonl", b"\x1f\x8b\x08\0\n", "p.jsonl: is compressed; unpack it"),
+        ("p.txt", b"%PDF-1.7\n%\xe2\xe3\n", "p.txt: is a PDF; save its text as .txt"),
         ("p.csv", "prompt\na cat".encode("utf-16-le"), "p.csv:1: holds a zero byte"),
         ("p.txt", "a cat\ra dog\r", "p.txt:1: has carriage returns inside"),
         ("mac.tsv", "prompt\tid\ra cat\t1\ra dog\t2\r", "mac.tsv:1: has carriage returns inside"),

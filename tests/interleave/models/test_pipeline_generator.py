@@ -484,6 +484,17 @@ def test_a_network_smaller_than_its_weights_is_refused(
         PipelineRunner(PipelineConfig(ref=str(folder)))
 
 
+@pytest.mark.parametrize("channels", [1, 8])
+def test_an_autoencoder_of_another_model_is_refused(klein_folder: Path, tmp_path: Path, channels: int) -> None:
+    folder = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    autoencoder = load_pipeline("Flux2KleinPipeline", klein_folder, torch.float32, torch.device("cpu")).components[
+        "vae"
+    ]
+    autoencoder.from_config(autoencoder.config | {"latent_channels": channels}).save_pretrained(folder / "vae")
+    with pytest.raises(UserError, match=rf"changed: the transformer reads \d+ channels, .* has {channels} of its own"):
+        PipelineRunner(PipelineConfig(ref=str(folder)))
+
+
 def test_a_folder_that_does_not_hold_what_it_says_is_refused(klein_folder: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
     (changed / "scheduler" / "scheduler_config.json").write_text(

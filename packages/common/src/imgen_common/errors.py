@@ -159,7 +159,7 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         _check_interpreter()
         _check_working_directory()
         for place, word in enumerate(sys.argv[1:]):
-            check_text(word, f"argument {place + 1}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
+            _check_argument(word, place + 1)
             option = word.partition("=")[0]
             if option in renamed and (option.startswith("-") or place == 0):
                 raise UserError(f"{option}: renamed; write {renamed[option]}")
@@ -188,6 +188,16 @@ def _check_interpreter() -> None:
         )
 
 
+def _check_argument(word: str, place: int) -> None:
+    """Raises UserError for a word of the command line, the `place`-th, that is not UTF-8, or not read as such."""
+    encoding = sys.getfilesystemencoding()
+    wrong = "" if encoding == "utf-8" else f", as which Python reads no argument here, but as {encoding}: PYTHONUTF8=1"
+    try:
+        check_text(word, f"argument {place}, {one_line(word.encode('utf-8', 'replace').decode(), 60)!r}")
+    except UserError as error:
+        raise UserError(f"{error}{wrong}") from None
+
+
 def _check_working_directory() -> None:
     """Raises UserError where the working directory was removed, which torch answers with a failure of its own."""
     try:
@@ -206,6 +216,8 @@ def _explain(error: Exception) -> str | None:
         return str(DiskFullError(where or f"the disk is full ({one_line(str(error))})"))
     if where and failure is not None and failure.errno in MENDABLE:
         return f"{where}; {MENDABLE[failure.errno]}"
+    if isinstance(error, ImportError) and "failed to map segment" in str(error):  # by the dynamic loader, of libtorch
+        return f"memory ran out as libraries were loaded ({one_line(str(error))}); lift the limit (ulimit -v)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
         return f"memory ran out ({one_line(str(error) or 'of the machine')}); {LESS_MEMORY}"
     return None

@@ -36,6 +36,14 @@ MAX_JSON_BYTES = 2**28
 """Size of the largest JSON file that is read."""
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 """How an address begins, also one that was taken for a path, which has no two slashes together."""
+OTHER_BYTES = {
+    b"PK\x03\x04": "a .zip or a spreadsheet (.xlsx, .ods); save the table as .csv",
+    b"\x1f\x8b": "compressed; unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed; unpack it",
+    b"PAR1\x15": "a table of parquet; name it .parquet where that is read, or save it as .jsonl",
+    b"%PDF-": "a PDF; save its text as .txt",
+}
+"""What a file is instead of text that begins so."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
 """What file systems answer that do not offer fsync, or not for folders."""
 
@@ -116,6 +124,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
+    if what := next((what for start, what in OTHER_BYTES.items() if data.startswith(start)), None):
+        raise UserError(f"{path}: is {what}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -235,7 +235,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
         return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
     if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
-    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    *_, root = _causes(error)
+    said = getattr(error, "server_message", None) or str(root) or type(root).__name__
     return f"the hub gave none ({one_line(said)}); {_remedy(ref)}"
 
 
@@ -248,7 +249,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _remedy(ref: str) -> str:
     if _offline():
         return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without HF_HUB_OFFLINE"
-    return "check the name and the network, then run this command again: a download continues where it stopped"
+    named = [name for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN") if name in os.environ]
+    checked = ", ".join(["check the name", *(f"the variable {name}" for name in named)])
+    return f"{checked} and the network, then run this command again: a download continues where it stopped"
 
 
 def _components(folder: Path) -> dict[str, tuple[str, str]]:

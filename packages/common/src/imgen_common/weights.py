@@ -171,6 +171,20 @@ def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
             check_vocabulary(tokenizer, part, f"{ref}: {name}")
 
 
+def check_channels(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any], pixels: int, where: str) -> None:
+    """Raises UserError where a transformer does not read what an autoencoder makes, by the configurations of both.
+
+    pixels: of the latents, whose channels the transformer is given as one token; 1: those of one, which it puts
+    together itself.
+    """
+    read, made = transformer["in_channels"], autoencoder.get("latent_channels") or autoencoder.get("z_dim")
+    if made is not None and read != pixels * made:
+        raise UserError(
+            f"{where}the transformer reads {read} channels, and the autoencoder has {made} of its own, which makes "
+            f"{pixels * made}; copy transformer/ and vae/ from one place"
+        )
+
+
 def incomplete(folder: Path, what: str) -> UserError:
     return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
 

@@ -23,7 +23,7 @@ from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
-from imgen_common.weights import check_vocabularies, loading, read_json
+from imgen_common.weights import check_channels, check_vocabularies, loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
 """By how much rounding may lift a noise level above 1."""
@@ -172,13 +172,7 @@ class PipelineBackbone(ABC):
 
     def __init__(self, pipe: Any) -> None:
         """Raises UserError where the transformer does not read what the autoencoder makes."""
-        vae, read = pipe.vae.config, pipe.transformer.config.in_channels
-        made = vae.get("latent_channels") or vae.get("z_dim")
-        if made is not None and read != self.pixels_per_token * made:
-            raise UserError(
-                f"the transformer reads {read} channels, and the autoencoder has {made} of its own, which makes "
-                f"{self.pixels_per_token * made}; copy transformer/ and vae/ from one place"
-            )
+        check_channels(pipe.transformer.config, pipe.vae.config, self.pixels_per_token, "")
         self.pipe, self.net, self.bfloat16 = pipe, pipe.transformer, False
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.weights import check_vocabularies, loading
+from imgen_common.weights import check_channels, check_vocabularies, loading
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ class PipelineFamily:
     edit: `references` (several for one image, each its own position), `reference` (one per prompt), `alone` (one prompt
     per call), `image` (another pipeline, `img2img`, starts from the noised source), `none` (no edits).  guidance: its
     argument.
+    pixels_per_token: of the latents, whose channels its transformer reads as one token; 1: it puts them together.
     negative: the negative prompt without which it has no guidance; None: it takes none.  needs_image: it cannot
     generate without an image and is given a white one.
     """
@@ -29,6 +30,7 @@ class PipelineFamily:
     edit: Literal["references", "reference", "alone", "image", "none"]
     max_references: int = 1
     guidance: str = "guidance_scale"
+    pixels_per_token: int = 4
     negative: str | None = None
     needs_image: bool = False
     img2img: str = ""
@@ -38,15 +40,17 @@ FAMILIES: Mapping[str, PipelineFamily] = {
     "Flux2KleinPipeline": PipelineFamily("references", 10),
     "Flux2Pipeline": PipelineFamily("references", 10),
     "FluxKontextPipeline": PipelineFamily("reference"),
-    "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", " ", needs_image=True),
-    "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", " ", needs_image=True),
-    "QwenImage21Pipeline": PipelineFamily("alone", 0, "true_cfg_scale", " "),
+    "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", negative=" ", needs_image=True),
+    "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", negative=" ", needs_image=True),
+    "QwenImage21Pipeline": PipelineFamily("alone", 0, "true_cfg_scale", pixels_per_token=1, negative=" "),
     "Krea2Pipeline": PipelineFamily("none", 0, negative=""),
     "QwenImagePipeline": PipelineFamily(
         "image", guidance="true_cfg_scale", negative=" ", img2img="QwenImageImg2ImgPipeline"
     ),
-    "StableDiffusion3Pipeline": PipelineFamily("image", negative="", img2img="StableDiffusion3Img2ImgPipeline"),
-    "ZImagePipeline": PipelineFamily("image", negative="", img2img="ZImageImg2ImgPipeline"),
+    "StableDiffusion3Pipeline": PipelineFamily(
+        "image", pixels_per_token=1, negative="", img2img="StableDiffusion3Img2ImgPipeline"
+    ),
+    "ZImagePipeline": PipelineFamily("image", pixels_per_token=1, negative="", img2img="ZImageImg2ImgPipeline"),
     "FluxPipeline": PipelineFamily("image", img2img="FluxImg2ImgPipeline"),
 }
 """Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""
@@ -72,6 +76,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
         pipe = pipe.to(device)
     check_vocabularies(pipe.components, str(folder))
+    check_channels(pipe.transformer.config, pipe.vae.config, FAMILIES[name].pixels_per_token, f"{folder}: ")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
