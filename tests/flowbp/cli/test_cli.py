@@ -334,6 +334,12 @@ def test_a_finished_run_is_not_evaluated_again(flowbp: Call, trained: Path, monk
     assert json.loads(output.splitlines()[-1])["event"] == "done"
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_is_not_resumed_to_fewer_updates_than_it_made(flowbp: Call, trained: Path, number: int) -> None:
+    answer = flowbp("train", "--resume", trained, *sets(f"max_train_steps={number}"))
+    assert_refused(answer, f"max_train_steps {number}: {trained} has made ")
+
+
 def test_sampling_edits_images(flowbp: Call, trained: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 48), "red").save(tmp_path / "source.png")
     out = tmp_path / "images"

@@ -13,7 +13,7 @@ from golden.inputs import pictures as waves
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import center_crop
-from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from vlms import load_vlm, vlm_folder
 
 from flowbp.config import TrainConfig
@@ -164,8 +164,24 @@ def published(name: str) -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(weights(key, tuple(shape))) for key, shape in GOLDEN[name]["shapes"].items()}
 
 
+def small_tokenizer() -> CLIPTokenizer:
+    """Of as many words as the goldens' models have embeddings: 19 letters, also at ends of words, and two marks."""
+    letters = "abcdefghilmnoprstuw"
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward"])
+def test_a_tokenizer_with_more_words_than_its_model_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    {"hpsv2": golden_clip, "imagereward": golden_image_reward}[name](folder)
+    clip_tokenizer().save_pretrained(folder)
+    with pytest.raises(UserError, match=r"reward: its tokenizer has 619 words, its \w+TextModel embeddings of 40"):
+        RewardConfig(score=name, ref=str(folder)).load()
+
+
 def golden_clip(folder: Path) -> ClipReward:
-    save_clip(clip_from_open_clip(published("open_clip"), vision_heads=4, text_heads=4), clip_tokenizer(), folder)
+    save_clip(clip_from_open_clip(published("open_clip"), vision_heads=4, text_heads=4), small_tokenizer(), folder)
     reward = RewardConfig(score="hpsv2", ref=str(folder)).load()
     reward.tokenizer = Ids([[*row[:-1], 39] for row in TOKENS])
     return reward
@@ -173,7 +189,7 @@ def golden_clip(folder: Path) -> ClipReward:
 
 def golden_image_reward(folder: Path) -> ImageReward:
     folder.mkdir()
-    save_image_reward(published("image_reward"), clip_tokenizer(), folder, heads=4)
+    save_image_reward(published("image_reward"), small_tokenizer(), folder, heads=4)
     reward = RewardConfig(score="imagereward", ref=str(folder)).load()
     reward.tokenizer = Ids(TOKENS)
     return reward
@@ -311,7 +327,7 @@ def test_a_reward_knows_what_it_reads(name: str, tmp_path: Path) -> None:
     reward.tokenizer = tokenize
     reward(pictures(32, 32), ["a red circle"] * len(TOKENS))
     assert (given["truncation"], given["max_length"]) == (True, limit.max_length)
-    texts = [" ".join(["red"] * (limit.max_tokens + extra)) for extra in (0, 1)]
+    texts = [" ".join(["a"] * (limit.max_tokens + extra)) for extra in (0, 1)]
     assert [limit.num_longer([text]) for text in ("", *texts, "K\u00e4se " * limit.max_tokens)] == [0, 0, 1, 1]
     cut = limit.tokenizer(texts, truncation=True, max_length=limit.max_length).input_ids
     assert cut[0] == cut[1]

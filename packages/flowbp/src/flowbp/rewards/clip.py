@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_part, scoring_head
+from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_part, load_tokenizer, scoring_head
 
 MIN_CHANGE = 1e-3
 """Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""
@@ -48,7 +48,7 @@ class ClipReward:
         options: further arguments of the class.  Raises UserError for an image processor that is not reproduced.
         """
         model = load_frozen(CLIPModel, folder, device, torch.float32)
-        return cls(model, load_part(CLIPImageProcessor, folder), load_part(AutoTokenizer, folder), **options)
+        return cls(model, load_part(CLIPImageProcessor, folder), load_tokenizer(folder, model.text_model), **options)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
         """The differentiable steps of the image processor, or of HPSv2's own; see `ProcessorSteps`."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLImageProcessor, Qwen2VLModel
+from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessor, Qwen2VLModel
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_head, load_part
+from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_head, load_part, load_tokenizer
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 
@@ -77,7 +77,7 @@ class HPSv3:
         checkpoint_layers((*model.visual.blocks, *model.language_model.layers))
         processor = load_part(Qwen2VLImageProcessor, folder)
         preprocess.require_fields(processor, folder, preprocess.QWEN_FIELDS)
-        tokenizer = load_part(AutoTokenizer, folder)
+        tokenizer = load_tokenizer(folder, model)
         head = load_head(folder, ranking_head(model.config.text_config.hidden_size), device)
         return cls(model, head, processor, tokenizer, template)
 

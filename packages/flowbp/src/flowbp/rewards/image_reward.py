@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
+from transformers import BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
@@ -15,6 +15,7 @@ from flowbp.rewards.loading import (
     at_least_float32,
     load_head,
     load_part,
+    load_tokenizer,
     load_weights,
     read_tensors,
     scoring_head,
@@ -48,7 +49,7 @@ class ImageReward:
                 own = {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
                 load_weights(tower, folder, own)
         head = load_head(folder, scoring_head(text.config.hidden_size), device)
-        return cls(vision, text, head, load_part(AutoTokenizer, folder))
+        return cls(vision, text, head, load_tokenizer(folder, text))
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 size size"]:
         """As the package does with torchvision: the shorter side is resized, the center cut out."""

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from imgen_common.errors import UserError
-from imgen_common.weights import load_whole, loading
+from imgen_common.weights import check_vocabulary, load_whole, loading
 
 HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
@@ -110,6 +110,13 @@ def load_part(kind: Any, folder: Path, **options: Any) -> Any:
     """The model, processor, tokenizer or configuration of class `kind` in a folder.  Raises UserError without it."""
     with loading(f"{folder}: has no {kind.__name__} that can be loaded"):
         return kind.from_pretrained(folder, local_files_only=True, **options)
+
+
+def load_tokenizer(folder: Path, model: PreTrainedModel) -> Any:
+    """The tokenizer of a folder, for the model of text in it.  Raises UserError without it, or if they do not fit."""
+    tokenizer = load_part(AutoTokenizer, folder)
+    check_vocabulary(tokenizer, model, str(folder))
+    return tokenizer
 
 
 def load_frozen(

@@ -57,6 +57,11 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
         run = RunFolder.open(resume, is_main=False)
         config, checkpoint = _with_recorded_adapter(config, run.config(TrainConfig)), run.latest_checkpoint()
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
+        if checkpoint is not None and config.max_train_steps < checkpoint:
+            raise UserError(
+                f"max_train_steps {config.max_train_steps}: {resume} has made {checkpoint} updates already; give "
+                f"{checkpoint} or more"
+            )
     path = resume or new_run_path(config, root)
     check_launcher(config.distributed.kind, os.environ)
     job = check_run(config, launched_process(os.environ).size, with_adapter=checkpoint is None)
