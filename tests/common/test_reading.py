@@ -43,6 +43,9 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("p.CSV", '\ufeffprompt, note\r\n"a ""b""\r\nc", x\r\n,\r\n\r\nd, "e, f"\r\n', ['a "b"\nc', "d"]),
         ("semicolons.csv", '\ufeffid;prompt\r\n1;a, b\r\n2;"c; d"\r\n', ["a, b", "c; d"]),
         ("excel.csv", "\ufeffsep=;\r\nprompt;n\r\na, b;1\r\n", ["a, b"]),
+        ("tabs.csv", "prompt\tn\na, b\t1\n", ["a, b"]),
+        ("tabs.csv", 'n\tprompt\n1\t"a; ""b"""\n', ['a; "b"']),
+        ("pandas.csv", ",prompt\n0,a cat\n1,a dog\n", ["a cat", "a dog"]),
         ("excel.csv", "sep=,\nn,prompt\n1;2,a\n", ["a"]),
         ("bars.csv", "sep=|\nn|prompt\n1|a, b; c\n", ["a, b; c"]),
         ("no_line.csv", "prompt,sep=\nsep=;,b\n", ["sep=;"]),
@@ -109,6 +112,8 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>\n", "is a web page"),
         ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "p.txt: is JSON; name it .jsonl"),
         ("p.txt", '["a", "b"]\n', "p.txt: is JSON"),
+        ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
+        ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_line(

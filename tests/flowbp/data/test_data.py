@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from flowbp.config import DataConfig, ModelConfig
+from flowbp.data.edits import Edit
 from flowbp.data.prompts import describe_unread_prompts, load_prompts, prompt_indices
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
@@ -114,7 +115,7 @@ def test_built_in_splits_are_disjoint() -> None:
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
         ("spread.jsonl", b'{\n "prompt": "a cat"\n}\n', "write each object on one line, or a list of them in a .json"),
-        ("index.csv", b",text\n0,a cat\n", "(there is: a column without a name, text); set data.key"),
+        ("index.csv", b",text\n0,a cat\n", "(there is: column 1 without a name, text); set data.key"),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: must be an object or a text, got a list"),
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt' (there is: a number)"),
         (
@@ -177,6 +178,16 @@ def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: st
     assert said[:-1] == expected
     words = ("word 'blau'", "3 words 'ein', 'Käse', 'blau'")[num_long - 1]
     assert said[-1].endswith(f"it does not know the {words}; images of such prompts mean nothing")
+
+
+@pytest.mark.parametrize(("score", "counted"), [("clip", "2 of 3"), ("edit_clip", "3 of 6")])
+def test_rewards_read_the_captions_of_edits(score: str, counted: str) -> None:
+    long = "a red circle " * 9
+    edits = [Edit("a blue circle", (), caption=f"{long}{n}", source_caption=f"{n}") for n in (1, 2)]
+    edits += [Edit("a blue circle", (), caption="a red circle", source_caption=f"{long}3")]
+    rewards = {"r": RewardConfig.model_validate({"score": score, "ref": "builtin:shapes/heldout"})}
+    said = describe_unread_prompts(edits, ModelConfig(), rewards)
+    assert said == [f"{counted} prompts are longer than the 11 tokens that reward r reads; the rest of each is ignored"]
 
 
 def test_prompts_of_its_world_are_read_whole_by_the_miniature() -> None:

@@ -105,6 +105,7 @@ def check_text(text: str, where: str) -> None:
 OTHER_FILES = {
     "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
     **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
+    "{\\rtf": "rich text (RTF); save it as plain text",
     **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
 }
 """What a file of lines is instead that begins so."""
@@ -114,6 +115,8 @@ def check_lines(first: str, path: Path) -> None:
     """Raises UserError where the first line of a file says that its lines are no texts to be used one by one."""
     if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
         raise UserError(f"{path}: is {what}")
+    if "\t" in first:
+        raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
 
 
 def check_choice(option: str, given: str, choices: Any) -> Any:

@@ -20,10 +20,10 @@ SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\n")
 def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
 
-    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv (with commas or semicolons), .tsv:
-    the first line names the columns; cells that are empty are left out of a row, but for that of `key`.  A row that is
-    text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the line or item that
-    cannot be read.
+    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons or
+    tabs divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for that of
+    `key`.  A row that is text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the
+    line or item that cannot be read.
     """
     rows: Iterator[tuple[str, Any]]
     match path.suffix.lower():
@@ -97,7 +97,8 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path)
     named = SEPARATOR_LINE.match(text)  # a spreadsheet's word to itself, no row
     columns = text[named.end() if named else 0 :].partition("\n")[0]
-    guessed = ";" if ";" in columns and "," not in columns else ","  # as spreadsheets write where numbers have commas
+    # spreadsheets write semicolons where numbers have commas, and tabs as "text"
+    guessed = next((mark for mark in ";\t" if mark in columns and "," not in columns), ",")
     separator = named[1] if named else guessed
     reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
     begun = 1
@@ -130,7 +131,7 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
         if not any(cell.strip() for cell in cells):
             continue
         if not columns:
-            columns = [cell.strip() for cell in cells]
+            columns = [cell.strip() or f"column {place} without a name" for place, cell in enumerate(cells, 1)]
             if twice := sorted({name for name in columns if columns.count(name) > 1}):
                 raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
             continue

@@ -21,7 +21,7 @@ class PromptLimit:
     def max_tokens(self) -> int:
         """Tokens of a prompt that are read, without special ones and those of the template."""
         empty, letter = self._lengths(["", "a"])
-        return self.max_length - min(empty, letter - 1)  # a space of the template may be one token with a word
+        return max(0, self.max_length - min(empty, letter - 1))  # a space of the template may be one token with a word
 
     def num_longer(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are cut."""

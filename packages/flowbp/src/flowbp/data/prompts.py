@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import DataConfig, ModelConfig
+from flowbp.data.edits import caption_of
 from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
@@ -88,7 +89,7 @@ def _exists(path: Path) -> bool:
 
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
-        found = ", ".join(name or "a column without a name" for name in row) or "nothing"
+        found = ", ".join(row) or "nothing"
         raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key")
     value = row[key]
     if not isinstance(value, str):
@@ -103,26 +104,29 @@ def describe_unread_prompts(
     """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; and one
     where they have words that the built-in model does not know.
 
-    No weights are read; equal prompts count once.
+    No weights are read; equal texts count once.  Of edits, text encoders read the instructions, rewards with a limit
+    the captions.
     """
     from flowbp import backbones
     from flowbp.backbones.options import apply_model_options
 
     backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
     apply_model_options(backbone, model)
-    limits = dict(backbone.prompt_limits())
-    for name, reward in rewards.items():
-        if (limit := getattr(reward.load("meta"), "prompt_limit", None)) is not None:
-            limits[f"reward {name}"] = limit
-    different = list(dict.fromkeys(prompts))
-    found = {reader: limit.num_longer(different) for reader, limit in limits.items()}
+    readers = [(name, limit, list(dict.fromkeys(prompts))) for name, limit in backbone.prompt_limits().items()]
+    for name, config in rewards.items():
+        reward = config.load("meta")
+        if (limit := getattr(reward, "prompt_limit", None)) is not None:
+            captions = [caption_of(prompt) for prompt in prompts]
+            if getattr(reward, "sees_sources", False):
+                captions += [getattr(prompt, "source_caption", "") for prompt in prompts]
+            readers.append((f"reward {name}", limit, list(dict.fromkeys(captions))))
     cut = [
-        f"{count} of {len(different)} prompts {'is' if count == 1 else 'are'} longer than the "
-        f"{limits[reader].max_tokens} tokens that {reader} reads; the rest of each is ignored"
-        for reader, count in found.items()
-        if count
+        f"{count} of {len(texts)} prompts {'is' if count == 1 else 'are'} longer than the {limit.max_tokens} tokens "
+        f"that {reader} reads; the rest of each is ignored"
+        for reader, limit, texts in readers
+        if (count := limit.num_longer(texts))
     ]
-    unknown = describe_unknown_words(model.ref, " ".join(different))
+    unknown = describe_unknown_words(model.ref, " ".join(dict.fromkeys(prompts)))
     return cut if unknown is None else [*cut, f"{unknown}; images of such prompts mean nothing"]
 
 
