@@ -39,6 +39,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points links to the places of their files in the site; a link to a file that is not in it becomes its words."""
     source, own = Path(page.file.abs_src_path), page.file.src_uri
+    if own.startswith("results/"):  # wide tables take the place of the contents
+        page.meta.setdefault("hide", ["toc"])
 
     def relink(found: re.Match[str]) -> str:
         sign, words, target, anchor = found.groups(default="")

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,7 @@ def list_runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         return
     rows = [_row(run, time.time()) for run in found]
     _print_table(("run", "kind", "state", "last scores", "size", "written"), rows, right=(4, 5))
+    _print_origins([run for run in found if run.kind == "train" and run.state == "finished"])
     print(f"\n{len(found)} run{'s' * (len(found) != 1)} in {runs}, {format_bytes(sum(run.size for run in found))}")
 
 
@@ -130,9 +131,13 @@ def _print_comparison(
     for name in dict.fromkeys(name for run in runs for name in run.scores):
         rows.append((name, *(f"{run.scores[name]:.4g}" if name in run.scores else "-" for run in runs)))
     _print_table(("", *names), rows, right=(1, 2))
+    _print_origins([replace(run, name=name) for name, run in zip(names, runs, strict=True)])
+
+
+def _print_origins(runs: "Sequence[RunSummary]") -> None:
+    """What the scores of runs are those of."""
     for of in dict.fromkeys(run.scores_of for run in runs if run.scores_of):
-        whose = " and ".join(one_line(name) for name, run in zip(names, runs, strict=True) if run.scores_of == of)
-        print(f"scores of {whose}: {of}")
+        print(f"scores of {', '.join(one_line(run.name) for run in runs if run.scores_of == of)}: {of}")
 
 
 def _text(side: Mapping[str, Any], key: str) -> str:

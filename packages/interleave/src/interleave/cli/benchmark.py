@@ -96,7 +96,12 @@ def run(
         if chosen != "generate":
             _score(work, outputs, yes)
     report = work.write_report(outputs, differences)
-    print(json.dumps(asdict(report), indent=1) if as_json else table_markdown(report).rstrip())
+    if as_json:
+        print(json.dumps(asdict(report), indent=1))
+    elif chosen == "generate":
+        print(f"{len(outputs)} of {len(work.items)} items are generated; --stage score asks the judge about them")
+    else:
+        print(table_markdown(report).rstrip())
 
 
 for benchmark, title in TITLES.items():

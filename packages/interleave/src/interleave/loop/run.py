@@ -40,6 +40,8 @@ from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import Trace
 
+MAX_SLUG = 40
+"""Characters of a folder's name that is made of a request."""
 MAY_DIFFER = ("loop.concurrency", "cache")
 """What may change between the sessions of a run: nothing that a record depends on."""
 
@@ -198,8 +200,8 @@ class StoryStream:
 
 def slug(request: str) -> str:
     """A folder's name made of a request's first words."""
-    words = re.findall(r"[a-z0-9]+", request.lower())
-    return "_".join(words)[:40].strip("_") or "story"
+    name = "_".join(re.findall(r"[a-z0-9]+", request.lower())) or "story"
+    return name if len(name) <= MAX_SLUG else name[: MAX_SLUG + 1].rpartition("_")[0] or name[:MAX_SLUG]
 
 
 def run_and_close(

@@ -203,11 +203,27 @@ def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
+    _print_lines(trainer)
     trainer.add_callback(build_gradient_check(trainer.model))
     with callback.shutdown, refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None):
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
+
+
+def _print_lines(trainer: Any) -> None:
+    """Where transformers would print what it logs as a Python dictionary: its main numbers as a line."""
+    from transformers.trainer_callback import PrinterCallback
+
+    class LinePrinter(PrinterCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            main = {name: value for name, value in logs.items() if "/" not in name and isinstance(value, int | float)}
+            if state.is_local_process_zero:
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
+                print(f"update {state.global_step}/{state.max_steps}: {shown}", flush=True)
+
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(LinePrinter)
 
 
 def build_run_callback(
