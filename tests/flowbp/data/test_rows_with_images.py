@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from PIL import Image
 from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, caption_of, describe_row, score_images, source_thumbnails, sources_of
 from flowbp.data.prompts import load_prompts
-from flowbp.training.preflight import all_prompts
+from flowbp.training.preflight import all_prompts, unread_prompts
+from flowbp.training.trainer import Trainer
 from imgen_common.errors import UserError
 from imgen_common.images import content_hash, from_pil
 from imgen_common.shapes.edits import verify_edits
@@ -31,6 +33,38 @@ def picture(name: Path, seed: int = 0) -> Image.Image:
 def row_file(folder: Path, *rows: object) -> str:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "rows.jsonl")
+
+
+@pytest.mark.parametrize("names", [("make it red",) * 3, ("make it red", "make it blue", "make it red")])
+def test_edits_with_equal_words_are_all_trained_on(tmp_path: Path, names: Sequence[str]) -> None:
+    for number in range(3):
+        picture(tmp_path / f"{number}.png", number)
+    file = row_file(tmp_path, *({"prompt": name, "images": f"{i}.png"} for i, name in enumerate(names)))
+    config = TrainConfig(max_train_steps=2, total_batch_size=3)
+    run: Any = SimpleNamespace(
+        config=config,
+        batch=SimpleNamespace(per_process=3),
+        models=SimpleNamespace(prompts=load_prompts(file)),
+        accelerator=SimpleNamespace(process_index=0),
+    )
+    used = Trainer.training_prompts(run)
+    assert len({sources_of(prompt)[0].digest for prompt in used}) == len(used) == 3
+
+
+@pytest.mark.parametrize("captions", [["", "a red house", ""], ["a red house"] * 3])
+def test_edits_without_captions_or_evaluation_are_said(tmp_path: Path, captions: Sequence[str]) -> None:
+    picture(tmp_path / "a.png")
+    rows = ({"prompt": "a red circle", "images": "a.png"} | ({"caption": c} if c else {}) for c in captions)
+    file = row_file(tmp_path, *rows)
+    config = TrainConfig(data=DataConfig(prompts=file))
+    missing = captions.count("")
+    notes = " ".join(unread_prompts(config))
+    assert (f"{missing} of 3 edits have no caption (data.caption); reward, heldout will score" in notes) == bool(
+        missing
+    )
+    assert "data.prompts has edits; set eval.prompts and eval.quick_prompts" in notes
+    evaluation = config.eval.model_copy(update={"prompts": file, "quick_prompts": file})
+    assert "eval.prompts" not in " ".join(unread_prompts(config.model_copy(update={"eval": evaluation})))
 
 
 def test_rows_of_a_file_may_have_images(tmp_path: Path) -> None:

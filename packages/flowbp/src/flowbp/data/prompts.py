@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import DataConfig, ModelConfig
-from flowbp.data.edits import caption_of
+from flowbp.data.edits import caption_of, sources_of
 from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
@@ -101,8 +101,8 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
 def describe_unread_prompts(
     prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]
 ) -> list[str]:
-    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; and one
-    where they have words that the built-in model does not know.
+    """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; one where
+    edits lack the captions that rewards read; and one where prompts have words that the built-in model does not know.
 
     No weights are read; equal texts count once.  Of edits, text encoders read the instructions, rewards with a limit
     the captions.
@@ -113,12 +113,15 @@ def describe_unread_prompts(
     backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
     apply_model_options(backbone, model)
     readers = [(name, limit, list(dict.fromkeys(prompts))) for name, limit in backbone.prompt_limits().items()]
+    of_captions = []
     for name, config in rewards.items():
         reward = config.load("meta")
         if (limit := getattr(reward, "prompt_limit", None)) is not None:
             captions = [caption_of(prompt) for prompt in prompts]
             if getattr(reward, "sees_sources", False):
                 captions += [getattr(prompt, "source_caption", "") for prompt in prompts]
+            else:
+                of_captions.append(name)
             readers.append((f"reward {name}", limit, list(dict.fromkeys(captions))))
     cut = [
         f"{count} of {len(texts)} prompts {'is' if count == 1 else 'are'} longer than the {limit.max_tokens} tokens "
@@ -126,6 +129,11 @@ def describe_unread_prompts(
         for reader, limit, texts in readers
         if (count := limit.num_longer(texts))
     ]
+    edits = [prompt for prompt in prompts if sources_of(prompt)]
+    bare = sum(caption_of(edit) == edit for edit in edits)
+    if bare and of_captions:
+        which = f"{'has' if bare == 1 else 'have'} no caption (data.caption)"
+        cut.append(f"{bare} of {len(edits)} edits {which}; {', '.join(of_captions)} will score the instruction instead")
     unknown = describe_unknown_words(model.ref, " ".join(dict.fromkeys(prompts)))
     return cut if unknown is None else [*cut, f"{unknown}; images of such prompts mean nothing"]
 

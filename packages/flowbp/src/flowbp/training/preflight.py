@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import DataConfig, TrainConfig
-from flowbp.data.edits import Edit, check_edits, describe_row
+from flowbp.data.edits import Edit, check_edits, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -159,9 +159,14 @@ def all_prompts(config: TrainConfig) -> Prompts:
 
 
 def unread_prompts(config: TrainConfig) -> list[str]:
-    """A sentence for each text encoder and reward of a run that does not read all of its prompts."""
-    prompts = [prompt for part in all_prompts(config) for prompt in part]
-    return describe_unread_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
+    """As `describe_unread_prompts` says of a run, and a sentence where it trains on edits and evaluates none."""
+    found = all_prompts(config)
+    prompts = [prompt for part in found for prompt in part]
+    notes = describe_unread_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
+    trained, *evaluated = (any(map(sources_of, part)) for part in found)
+    if trained and not all(evaluated):
+        notes.append("data.prompts has edits; set eval.prompts and eval.quick_prompts, which have none, to edits too")
+    return notes
 
 
 def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = True) -> Prompts:

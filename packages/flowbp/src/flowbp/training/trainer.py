@@ -274,7 +274,8 @@ class Trainer:
         starts = range(0, config.max_train_steps * config.total_batch_size, config.total_batch_size)
         first = self.accelerator.process_index * batch.per_process
         chosen = (prompt_indices(len(prompts), config.seed, start + first, batch.per_process) for start in starts)
-        return list(dict.fromkeys(prompts[i] for indices in chosen for i in indices))
+        used = dict.fromkeys(i for indices in chosen for i in indices)  # edits with equal words are not the same
+        return [prompts[i] for i in used]
 
     def embed_prompts(self, prompts: Sequence[str]) -> None:
         """Embeds them and the empty prompt, then unloads the text encoders, which may be larger than the network."""
