@@ -39,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points links to the places of their files in the site; a link to a file that is not in it becomes its words."""
     source, own = Path(page.file.abs_src_path), page.file.src_uri
-    if own.startswith("results/"):  # wide tables take the place of the contents
+    if own.startswith(("results/", "studies/")):  # wide tables take the place of the contents
         page.meta.setdefault("hide", ["toc"])
 
     def relink(found: re.Match[str]) -> str:
@@ -53,3 +53,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return f"{sign}[{words}]({os.path.relpath(place, os.path.dirname(own) or '.')}{anchor})"
 
     return LINK.sub(relink, markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Messages on the page of errors are wrapped, so that the whole of each is seen (see `stylesheets/extra.css`)."""
+    return html.replace('class="highlight"', 'class="highlight wrapped"') if page.file.src_uri == "errors.md" else html

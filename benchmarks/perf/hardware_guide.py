@@ -170,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         num_parameters = write_models(root)
-        print("| model | recipe | GPUs | settings | peak GiB a GPU | of which in an update | TFLOP an update and GPU |")
+        print("| model | recipe | GPUs | settings | peak GiB per GPU | GiB in an update | TFLOP per update and GPU |")
         print("| --- | --- | --: | --- | --: | --: | --: |")
         for model, recipe, gpus, changes in ROWS:
             estimate = estimate_recipe(root, model, recipe, gpus, changes)

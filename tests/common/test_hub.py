@@ -587,6 +587,11 @@ ANSWERS: list[tuple[Exception, str]] = [
         r"gated: accept its license at \S+/org/gated, log in with `hf auth login` or set HF_TOKEN, then run this",
     ),
     (LATER, r"gated: accept its license"),
+    (
+        answer(403, "GatedRepo", GatedRepoError, "Please enable access to public gated repositories in your token."),
+        r"then run this command again \(the hub says: Please enable access to public gated repositories",
+    ),
+    (json.JSONDecodeError("Expecting value", "<html>", 0), r"answered something else than the hub does, as a proxy's"),
     (answer(401, "RepoNotFound", RepositoryNotFoundError, "Invalid username."), r"no org/gated that.*private, log in"),
     (
         answer(404, "RevisionNotFound", RevisionNotFoundError, "Invalid rev id"),

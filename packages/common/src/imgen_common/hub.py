@@ -230,13 +230,17 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     kinds = [type(link) for link in _causes(error)]
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
         page = f"{constants.ENDPOINT}/{repo}"
-        return f"the repository is gated: accept its license at {page}, {login}, then run this command again"
+        told = next((link.server_message for link in _causes(error) if getattr(link, "server_message", None)), "")
+        words = f" (the hub says: {one_line(told)})" if told else ""
+        return f"the repository is gated: accept its license at {page}, {login}, then run this command again{words}"
     if any(issubclass(kind, errors.RevisionNotFoundError) for kind in kinds):
         return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
     if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
     *_, root = _causes(error)
     said = getattr(error, "server_message", None) or str(root) or type(root).__name__
+    if isinstance(root, json.JSONDecodeError):
+        said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
     return f"the hub gave none ({one_line(said)}); {_remedy(ref)}"
 
 

@@ -98,7 +98,8 @@ def sample(
             on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
     grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4).save(file)
-    print(f"{num * len(prompts)} images of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
+    total = num * len(prompts)
+    print(f"{total} image{'s' * (total != 1)} of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 
 def evaluate(
