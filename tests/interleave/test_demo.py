@@ -187,6 +187,8 @@ def test_what_the_user_can_mend_is_said(browser: Any, tmp_path: Path) -> None:
         page.get_by_role("button", name="Generate").click()
         said = page.get_by_text("not an image of an allowed format").inner_text()
         assert said.startswith("no.png")
+        assert page.get_by_text("the request is").count() == 0  # nothing is left of the message before
+        assert faults_of(page) == []
     assert len(teller.asked) == 1
 
 

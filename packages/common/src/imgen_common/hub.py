@@ -227,21 +227,20 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     from huggingface_hub import constants, errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
-    kinds = [type(link) for link in _causes(error)]
+    causes = [*_causes(error)]
+    kinds = [type(one) for one in causes]
+    said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
-        page = f"{constants.ENDPOINT}/{repo}"
-        told = next((link.server_message for link in _causes(error) if getattr(link, "server_message", None)), "")
-        words = f" (the hub says: {one_line(told)})" if told else ""
+        page, words = f"{constants.ENDPOINT}/{repo}", f" (the hub says: {said})" if said else ""
         return f"the repository is gated: accept its license at {page}, {login}, then run this command again{words}"
     if any(issubclass(kind, errors.RevisionNotFoundError) for kind in kinds):
         return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
     if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
-    *_, root = _causes(error)
-    said = getattr(error, "server_message", None) or str(root) or type(root).__name__
-    if isinstance(root, json.JSONDecodeError):
+    said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
+    if isinstance(causes[-1], json.JSONDecodeError):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
-    return f"the hub gave none ({one_line(said)}); {_remedy(ref)}"
+    return f"the hub gave none ({said}); {_remedy(ref)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

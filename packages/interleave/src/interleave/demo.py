@@ -137,6 +137,7 @@ def build_page(streamer: StoryStreamer) -> "gradio.Blocks":
     gr = _import_gradio()
 
     async def generate(text: str, files: "list[tuple[str, str | None]] | None", seed: int | None) -> AsyncIterator[Any]:
+        html = ""
         try:
             images = await asyncio.to_thread(_read_uploads, files)
             if seed is None or seed < 0:
@@ -145,7 +146,8 @@ def build_page(streamer: StoryStreamer) -> "gradio.Blocks":
                 async for html, file in pages:
                     yield html, gr.DownloadButton(value=file, visible=file is not None)
         except UserError as error:
-            raise gr.Error(page.text(str(error)), duration=None, print_exception=False) from None
+            # below the story as far as it came: Gradio's own message would stay over the next one
+            yield f'{html}<p role="alert">{page.text(str(error))}</p>', gr.DownloadButton(visible=False)
 
     with gr.Blocks(title="interleave", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as blocks:
         gr.Markdown("# A story in images and words")
