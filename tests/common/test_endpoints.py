@@ -110,6 +110,11 @@ def test_why_an_answer_ended_is_kept() -> None:
         (answer({"content": ""}, finish_reason="content_filter: PROHIBITED_CONTENT"), "PROHIBITED_CONTENT"),
         (answer({"content": None}, finish_reason="SAFETY"), "SAFETY"),
         (answer({"content": "No.", "refusal": None}, finish_reason="refusal"), "No."),
+        (answer({"content": None}, finish_reason="sensitive"), "finish_reason sensitive"),
+        (answer({"content": None}, finish_reason="RECITATION"), "finish_reason RECITATION"),
+        (answer({"content": None}, finish_reason="IMAGE_SAFETY"), "finish_reason IMAGE_SAFETY"),
+        (b'{"choices": [], "promptFeedback": {"blockReason": "OTHER"}}', 'prompt is blocked: {"blockReason": "OTHER"}'),
+        (b'{"choices": [], "prompt_filter_results": [{"violence": {"filtered": true}}]}', "the prompt is blocked: ["),
     ],
 )
 def test_a_refusal_is_typed_and_has_its_words(body: bytes, words: str) -> None:
@@ -161,9 +166,10 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
     with pytest.raises(Refusal, match="calls a tool instead of answering; serve it without tools"):
         read_completion(answer({"content": None, "tool_calls": calls}))
     assert read_completion(answer({"content": "a", "tool_calls": calls})).text == "a"
-    with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
-        read_completion(b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
-    assert not error.value.can_retry
+    for start in (b"", b": OPENROUTER PROCESSING\n\n", b"event: message\n"):
+        with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
+            read_completion(start + b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
+        assert not error.value.can_retry
 
 
 def test_refusals_never_open_the_breaker() -> None:

@@ -104,6 +104,25 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: st
     assert {path.name for path in tmp_path.iterdir()} == before  # and nothing is written
 
 
+SERVED = """
+import sys
+from imgen_common.config import load
+from interleave.loop.config import RunConfig
+from interleave.loop.run import build_components
+
+server = "{kind: endpoint, url: http:" + "//127.0.0.1:1/v1, model: x}"
+given = [f"{key}={server}" for key in ("planner.model", "critic.model")]
+given.append(sys.argv[1].replace("SERVER", server))
+build_components(load(RunConfig, [], [*given, "generator.kind=scripted"]))
+assert not {"torch", "transformers", "diffusers"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("judge", ["judge=null", "judge={kind: model, model: SERVER}"])
+def test_models_that_servers_run_need_no_torch(judge: str) -> None:
+    subprocess.run([sys.executable, "-c", SERVED, judge], check=True)
+
+
 @pytest.mark.parametrize("program", ["flowbp", "interleave"])
 def test_the_version_is_that_of_the_package(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", program, "--version"], capture_output=True, text=True, check=True)

@@ -60,6 +60,8 @@ def score(*marks: Any, **more: Any) -> str:
         (f"hm, [1, 2]</think>```json\n{score(3, 4)}```", (3, 4)),
         (f"<think></think><answer>{score(3, 4)}</answer>", (3, 4)),
         ('{"score": [3, 4], "reasoning": "sharp,\nbut\tdull"}', (3, 4)),
+        (f"I think {score(3, 4)}", (3, 4)),
+        (f"Here is my rating:\n```json\n{score(3, 4)}\n```\nI hope it helps.", (3, 4)),
         ('```\n{"reasoning": "a\r\nb", "score": [3, 4.0]}\n```', (3, 4)),
     ],
 )
@@ -87,7 +89,8 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
         ("null", "a list of two"),
         ("", "not JSON"),
         ("The score is 7 and 8.", "not JSON"),
-        (f"I think {score(7, 8)}", "not JSON"),
+        (f"{score(7, 8)}, or {score(8, 8)}", "not JSON"),
+        (f"I think {score(7, 8)} {{", "not JSON (more than one object)"),
         ('{"score": [7, 8]', "not JSON"),
         (f"<think>{score(7, 8)}", "not JSON"),
         (f"<think>{score(7, 8)}</think>", "not JSON"),

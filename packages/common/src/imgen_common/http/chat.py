@@ -15,8 +15,11 @@ from imgen_common.http.addresses import version_hint
 from imgen_common.http.client import HttpClient
 from imgen_common.http.failures import HttpError, Refusal, error_in_answer
 
-FILTERED = ("content_filter", "safety", "prohibited_content", "refusal")
+FILTERED = ("content_filter", "safety", "prohibited_content", "refusal", "sensitive")  # OpenAI, Google, Anthropic, GLM
+FILTERED += ("recitation", "blocklist", "spii", "image_safety")
 """Reasons for which a server ends an answer that it will not give, as they begin."""
+BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
+"""Where an answer without choices says that the prompt was blocked."""
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
@@ -78,13 +81,15 @@ def read_completion(data: bytes) -> Completion:
     Raises Refusal where the model or a filter refused, HttpError where the body is an error (`error_in_answer`) or no
     chat completion (`malformed_response`).
     """
-    if data.lstrip().startswith(b"data:"):
+    if data.lstrip().startswith((b"data:", b"event:", b":")):
         what = "it streams its answers (text/event-stream), which are read whole here; remove `stream` from `extra`"
         raise HttpError("malformed_response", what, can_retry=False)
     try:
         answer = json.loads(data)
         if (error := error_in_answer(answer)) is not None:
             raise error
+        if not answer.get("choices") and (why := [answer[name] for name in BLOCKED if answer.get(name)]):
+            raise Refusal(f"the prompt is blocked: {json.dumps(why[0], ensure_ascii=False)[:200]}")
         choice = answer["choices"][0]
         if (error := error_in_answer(choice)) is not None:
             raise error

@@ -107,6 +107,17 @@ def load_json(body: str) -> Any:
     return json.loads(body, strict=False, object_pairs_hook=_unique)
 
 
+def only_object(text: str) -> Any:
+    """The one JSON object among other words, as before and after a code fence.
+
+    Raises ValueError where there is none, or a second one may begin.
+    """
+    value, end = json.JSONDecoder(strict=False, object_pairs_hook=_unique).raw_decode(text, max(text.find("{"), 0))
+    if "{" in text[end:]:
+        raise ValueError("more than one object")
+    return value
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):

@@ -15,6 +15,7 @@ from imgen_common.judging.objects import (
     UnreadableAnswer,
     answer_bodies,
     load_json,
+    only_object,
     read_object,
     unfenced,
 )
@@ -70,12 +71,16 @@ def parse_verdict(answer: str, mode: ParseMode = "strict") -> Verdict | ParseFai
 def parse_json(answer: str) -> Any | ParseFailure:
     """The JSON value of an answer in free form, such as a judge's, after whatever reasoning stands before it.
 
-    It may stand in `<answer>`, in a code fence, or alone; its strings may have raw line breaks.
+    It may stand in `<answer>`, in a code fence, or alone; its strings may have raw line breaks.  An object may have
+    other words around it.
     """
     answer = split_reasoning(answer)[1]
     try:
-        body = next(answer_bodies(answer), "") if "<answer>" in answer else answer
-        return load_json(unfenced(body))
+        body = unfenced(next(answer_bodies(answer), "") if "<answer>" in answer else answer)
+        try:
+            return load_json(body)
+        except ValueError:
+            return only_object(body)
     except UnreadableAnswer as error:
         return ParseFailure(str(error))
     except (ValueError, RecursionError) as error:

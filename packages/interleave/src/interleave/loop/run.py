@@ -10,7 +10,6 @@ import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
@@ -48,7 +47,6 @@ MAY_DIFFER = ("loop.concurrency", "cache")
 
 def build_planner(config: RunConfig) -> ChatPlanner | None:
     """The planner that a configuration names.  Raises UserError where its model cannot be had."""
-    quiet_libraries()
     planner = config.planner
     if isinstance(planner, NoPlanner):
         return None

@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from interleave.models.generators.pipeline import GenerationSettings, PipelineConfig, PipelineGenerator
 from interleave.models.generators.scripted import ScriptedConfig
@@ -111,7 +110,6 @@ def build_worker_generator(config: ServeConfig, on_batch: Callable[[int], None])
     """The generator that `config` names.  Raises UserError where it cannot be loaded."""
     match config.generator:
         case PipelineConfig():
-            quiet_libraries()  # which imports them
             return PipelineGenerator(config.generator, on_batch)
         case ScriptedConfig():
             return config.generator.build()

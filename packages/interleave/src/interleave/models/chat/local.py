@@ -8,6 +8,7 @@ from annotated_types import Ge, Gt, Le
 
 from imgen_common import hub
 from imgen_common.config import Config
+from imgen_common.console import quiet_libraries
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from imgen_common.weights import check_vocabulary, load_whole, loading, read_json
@@ -98,6 +99,7 @@ class LocalChat:
         """Load model and processor.  Raises UserError where they cannot be had."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        quiet_libraries()
         self.config = c = config
         self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
         self._device = device_of(config.device)

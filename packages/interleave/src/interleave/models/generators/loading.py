@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
+from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.weights import check_channels, check_vocabularies, loading
 
@@ -69,6 +70,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
     """The pipeline of class `name`.  No code of the folder is run.  Raises UserError if it cannot be loaded."""
     import diffusers
 
+    quiet_libraries()
     kind = getattr(diffusers, name)
     absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
     with loading(f"{folder}: not a {name} that can be loaded"):
