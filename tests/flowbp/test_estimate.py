@@ -22,6 +22,7 @@ from benchmarks.perf import hardware_guide
 from flowbp.cli import app
 from flowbp.cli.console import print_estimate
 from flowbp.config import TrainConfig
+from flowbp.config.sizes import parse_memory_size
 from flowbp.estimate import (
     Advice,
     Estimate,
@@ -31,7 +32,6 @@ from flowbp.estimate import (
     estimate_run,
     fastest_that_fits,
     measure_run,
-    parse_memory_size,
     speed_of,
 )
 from flowbp.estimate.advice import DRASTIC, MAX_ADVISED, SWITCHES, harmless_settings

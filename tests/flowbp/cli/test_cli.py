@@ -340,6 +340,18 @@ def test_a_run_is_not_resumed_to_fewer_updates_than_it_made(flowbp: Call, traine
     assert_refused(answer, f"max_train_steps {number}: {trained} has made ")
 
 
+def test_what_a_damaged_checkpoint_had_led_to_is_evaluated_anew(flowbp: Call, trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    scores = run / "evaluations" / "trained-g1" / "scores.json"
+    before = scores.read_text()
+    *_, whole, last = sorted((run / "checkpoints").glob("step-*"))
+    (last / "weights.safetensors").write_bytes(b"")
+    fewer = sets(f"max_train_steps={int(whole.name.removeprefix('step-'))}")
+    code, _, said = flowbp("train", "--resume", run, "--resume-from", "last-good", *fewer, "--json")
+    assert code == 0, said
+    assert json.loads(scores.read_text()) != json.loads(before)
+
+
 def test_sampling_edits_images(flowbp: Call, trained: Path, tmp_path: Path) -> None:
     Image.new("RGB", (32, 48), "red").save(tmp_path / "source.png")
     out = tmp_path / "images"

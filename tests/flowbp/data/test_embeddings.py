@@ -15,7 +15,14 @@ from flowbp import backbones
 from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone
 from flowbp.data import embeddings
-from flowbp.data.embeddings import ENCODE_BATCH_SIZE, PROMPTS_PER_FILE, EmbeddingStore, PromptEmbeddings, fingerprint
+from flowbp.data.embeddings import (
+    ENCODE_BATCH_SIZE,
+    PROMPTS_PER_FILE,
+    EmbeddingStore,
+    PromptEmbeddings,
+    encode_one,
+    fingerprint,
+)
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -78,6 +85,20 @@ def test_the_next_run_reads_them_from_disk(backbone: Backbone, tmp_path: Path) -
     PromptEmbeddings(second, EmbeddingStore(tmp_path / "cache"), "another").add(many[: len(PROMPTS)])
     assert second.encoded == (len(PROMPTS) if backbone.reads_sources else ENCODE_BATCH_SIZE)
     assert not list((tmp_path / "cache").glob("*.new"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    class Spoilt(Counted):
+        def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+            return {name: torch.full(one.shape, value) for name, one in super().encode(prompts).items()}
+
+    spoilt: Any = Spoilt(backbones.load("builtin:shapes/generator"))
+    with pytest.raises(UserError, match="not finite: the embeddings of prompts; check the weights of the text enc"):
+        PromptEmbeddings(spoilt, EmbeddingStore(tmp_path / "cache")).add(["a red circle"])
+    with pytest.raises(UserError, match="not finite: the embeddings of prompts"):
+        encode_one(spoilt, "a red circle")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,14 @@ def find_card(name: str) -> str | None:
     parts = {card: set(card.lower().split()) for card in PEAK_TFLOPS}
     fitting = [card for card, known in parts.items() if known - {"rtx"} <= words and not words & VARIANTS - known]
     return max(fitting, key=lambda card: len(parts[card]), default=None)
+
+
+def known_card(name: str) -> str:
+    """As `find_card`.  Raises UserError where it is None."""
+    if (card := find_card(name)) is None:
+        known = ", ".join(PEAK_TFLOPS)
+        raise UserError(f"--gpu {name}: not known{nearest(name, PEAK_TFLOPS)}; give --tflops, or one of {known}")
+    return card
 
 
 def device_of(name: str) -> "torch.device":

@@ -15,8 +15,10 @@ from imgen_common.http.addresses import version_hint
 from imgen_common.http.client import HttpClient
 from imgen_common.http.failures import HttpError, Refusal, error_in_answer
 
-FILTERED = ("content_filter", "safety", "prohibited_content", "refusal", "sensitive")  # OpenAI, Google, Anthropic, GLM
-FILTERED += ("recitation", "blocklist", "spii", "image_safety")
+FILTERED = (
+    *("content_filter", "refusal", "sensitive"),  # OpenAI, Anthropic, GLM
+    *("safety", "prohibited_content", "recitation", "blocklist", "spii", "image_safety"),  # Google
+)
 """Reasons for which a server ends an answer that it will not give, as they begin."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""

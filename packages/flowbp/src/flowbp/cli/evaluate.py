@@ -98,8 +98,7 @@ def sample(
             on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
     grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4).save(file)
-    total = num * len(prompts)
-    print(f"{total} image{'s' * (total != 1)} of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
+    print(f"images: {num * len(prompts)} of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 
 def evaluate(

@@ -189,17 +189,21 @@ def estimate(
     """
     with spinner("tracing") as say:
         from flowbp.config import TrainConfig
+        from flowbp.config.sizes import parse_memory_size
         from flowbp.training import preflight
         from imgen_common.config import load
+        from imgen_common.devices import device_of, known_card
+
+        limit = parse_memory_size(memory) if memory is not None else None
+        if gpu is not None and tflops is None:
+            known_card(gpu)  # before torch is imported
 
         def config_of(changes: Sequence[str] = ()) -> "TrainConfig":
             return load(TrainConfig, configs or [], [*(sets or []), *changes])
 
         preflight.check_inputs(config_of(), gpus, weights=calibrate)
         from flowbp import estimate as estimates
-        from imgen_common.devices import device_of
 
-        limit = estimates.parse_memory_size(memory) if memory is not None else None
         speed = estimates.speed_of(gpu, tflops)
         job = preflight.check_run(config_of(), gpus, estimate_only=not calibrate)
         say("tracing embedding, a rollout, a swept step, rewards and an evaluation ...")

@@ -108,7 +108,10 @@ class PromptEmbeddings:
         return digest(self._fingerprint, prompt, *(source.digest for source in read))
 
     def add(self, prompts: Sequence[str]) -> None:
-        """Embeds those prompts that are new, and what guidance compares them with."""
+        """Embeds those prompts that are new, and what guidance compares them with.
+
+        Raises UserError where an embedding is not finite, before it is stored.
+        """
         wanted = [*prompts, *(negative_of(self._backbone, prompt) for prompt in prompts)]
         new = {key: prompt for prompt in wanted if (key := self._key(prompt)) not in self._store}
         size = 1 if self._backbone.reads_sources else ENCODE_BATCH_SIZE
@@ -119,7 +122,7 @@ class PromptEmbeddings:
             if self._backbone.reads_sources:
                 cond = encode_one(self._backbone, texts[0])
             else:
-                cond = self._backbone.encode([*texts, *[""] * (size - len(texts))])
+                cond = _finite(self._backbone.encode([*texts, *[""] * (size - len(texts))]))
             for i, key in enumerate(keys):
                 # in the host's memory: those of a long run are larger than a GPU's
                 rows[key] = {name: value[i].to("cpu", copy=True) for name, value in cond.items()}
@@ -150,10 +153,16 @@ def negative_of(backbone: Backbone, prompt: str) -> str:
 
 
 def encode_one(backbone: Backbone, prompt: str) -> Cond:
-    """Conditioning of a prompt, (1, ...), without the latents of its sources."""
+    """Conditioning of a prompt, (1, ...), without the latents of its sources.  Raises UserError if it is not finite."""
     if not backbone.reads_sources:
-        return backbone.encode([prompt])
-    return backbone.encode_edit(str(prompt), [source.load() for source in sources_of(prompt)])
+        return _finite(backbone.encode([prompt]))
+    return _finite(backbone.encode_edit(str(prompt), [source.load() for source in sources_of(prompt)]))
+
+
+def _finite(cond: Cond) -> Cond:
+    if not all(value.isfinite().all() for value in cond.values()):
+        raise UserError("not finite: the embeddings of prompts; check the weights of the text encoders")
+    return cond
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

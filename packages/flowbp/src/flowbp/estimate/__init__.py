@@ -3,7 +3,6 @@
 No weight is read and no GPU is needed; only `measure` runs real updates, to compare with.
 """
 
-from flowbp.config.sizes import parse_memory_size
 from flowbp.estimate.advice import Advice, advise_settings, estimate_as_json
 from flowbp.estimate.fastest import Fastest, fastest_that_fits
 from flowbp.estimate.measure import measure_run, measure_updates, network_tensors
@@ -23,7 +22,6 @@ __all__ = [
     "measure_run",
     "measure_updates",
     "network_tensors",
-    "parse_memory_size",
     "speed_of",
     "trace_stages",
 ]

@@ -7,8 +7,7 @@ import torch
 
 from flowbp.core.settings import GuidanceRescale
 from flowbp.training.preflight import CheckedRun
-from imgen_common.devices import PEAK_TFLOPS, find_card
-from imgen_common.errors import UserError, nearest
+from imgen_common.devices import PEAK_TFLOPS, find_card, known_card
 
 SHARE = 0.5
 """Part of the peak that training with large batches reaches."""
@@ -30,16 +29,13 @@ def speed_of(gpu: str | None, tflops: float | None) -> Speed | str:
     """
     if tflops is not None:
         return Speed(tflops, "as given")
-    given = torch.cuda.get_device_name() if gpu is None and torch.cuda.is_available() else gpu
-    if given is None:
+    if gpu is None and not torch.cuda.is_available():
         return "not estimated: torch sees no GPU; name one with --gpu, or give --tflops"
-    found = find_card(given)
+    found = known_card(gpu) if gpu is not None else find_card(torch.cuda.get_device_name())
     if found is not None:
         return Speed(SHARE * PEAK_TFLOPS[found], f"half the peak of {found}")
-    known = ", ".join(PEAK_TFLOPS)
-    if gpu is None:
-        return f"not estimated: the peak of {given} is not known here; give --tflops, or --gpu with one of {known}"
-    raise UserError(f"--gpu {gpu}: not known{nearest(gpu, PEAK_TFLOPS)}; give --tflops, or one of {known}")
+    given, known = torch.cuda.get_device_name(), ", ".join(PEAK_TFLOPS)
+    return f"not estimated: the peak of {given} is not known here; give --tflops, or --gpu with one of {known}"
 
 
 def micro_batch_flops(stages: Mapping[str, float], job: CheckedRun, rescale: GuidanceRescale) -> float:

@@ -94,10 +94,12 @@ class TrainingLoop:
             self.evaluation_due = bool(checkpoint.state.get("evaluation_due"))
         self.trainer.accelerator.wait_for_everyone()
         update = self.trainer.update
+        # what a damaged checkpoint of the end had led to is dropped with it
+        ended = update == self.config.max_train_steps and all(line["step"] <= update for line in self.run.metrics())
         self.run.rewind(update or -1)  # before the first update the base is evaluated again
         if self.run.is_main:
             watchdog.drop_findings_after(self.run.path, update)
-            if update < self.config.max_train_steps:
+            if not ended:
                 delete_evaluations(self.run.path, "trained")
 
     def report_unread_prompts(self) -> None:

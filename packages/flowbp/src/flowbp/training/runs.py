@@ -17,6 +17,7 @@ from imgen_common.files import read_text, write_atomic
 from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.trackers import tracker_module
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,12 +58,9 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
         run = RunFolder.open(resume, is_main=False)
         config, checkpoint = _with_recorded_adapter(config, run.config(TrainConfig)), run.latest_checkpoint()
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
-        if checkpoint is not None and config.max_train_steps < checkpoint:
-            raise UserError(
-                f"max_train_steps {config.max_train_steps}: {resume} has made {checkpoint} updates already; give "
-                f"{checkpoint} or more"
-            )
     path = resume or new_run_path(config, root)
+    for tracker in config.trackers:
+        tracker_module(tracker)
     check_launcher(config.distributed.kind, os.environ)
     job = check_run(config, launched_process(os.environ).size, with_adapter=checkpoint is None)
     check_disk(job, path, resume=resume is not None)
@@ -93,6 +91,9 @@ def open_run(
                 record_data(run.path, job.data)
             else:
                 run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
+                if config.max_train_steps < (made := run.latest_checkpoint() or 0):
+                    given = f"max_train_steps {config.max_train_steps}"
+                    raise UserError(f"{given}: {resume} has made {made} updates already; give {made} or more")
                 _change_config(run, config)
             write_atomic(run.path / GRID, json.dumps({"sigmas": job.sigmas}) + "\n")
             answer[0] = str(run.path)

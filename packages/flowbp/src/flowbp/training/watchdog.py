@@ -82,10 +82,7 @@ def compare_with_base(
         if abs(shift) > config.shift:
             alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
     if config.drift is not None and drift > config.drift:
-        alerts.append(
-            f"the images are {drift:.2f} times as unlike the base's as those are unlike each other (watchdog.drift "
-            f"{config.drift:g})"
-        )
+        alerts.append(f"the images drifted: {drift:.2f} times as unlike the base's as those are unlike each other")
     return Finding(alerts, changes | shifts | {"drift": drift})
 
 

@@ -14,12 +14,11 @@ from interleave.cli import data
 from interleave.cli.options import Json, MiniatureConfigs, Name, Runs, Sets
 
 if TYPE_CHECKING:
-    from imgen_common.config import Config
     from interleave.training.batch_plan import GrpoBatchPlan, SftBatchPlan
     from interleave.training.config import TrainingConfig
     from interleave.training.memory import MemoryEstimate
 
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound="TrainingConfig")
 Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")]
 ResumeFrom = Annotated[
     Literal["last", "last-good"],
@@ -136,13 +135,16 @@ def _load_config(
     """The run to resume, if any, and its configuration; without either that of the miniature's recipe."""
     from imgen_common.config import load
     from imgen_common.run_folder.find import CONFIG, find_run
+    from interleave.training.trl_options import check_spelling
 
-    if resume is None:
-        return None, load(cls, configs or [data.RECIPES / f"{recipe}.yaml"], sets or [])
-    if configs:
-        raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
-    run = find_run(resume, runs, f"interleave {recipe.partition('_')[0]}")
-    return run, load(cls, [run / CONFIG], sets or [])
+    run, command = None, recipe.partition("_")[0]
+    if resume is not None:
+        if configs:
+            raise UserError("give a CONFIG to start a run, or --resume RUN to continue one (one of the two)")
+        run = find_run(resume, runs, f"interleave {command}")
+    config = load(cls, [run / CONFIG] if run else configs or [data.RECIPES / f"{recipe}.yaml"], sets or [])
+    check_spelling(config.trl, f"{command.upper()}Config")
+    return run, config
 
 
 def _ensure_set(

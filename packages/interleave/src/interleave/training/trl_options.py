@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_origin, get_type_hints
 
@@ -13,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from imgen_common.config.messages import shortened
 from imgen_common.config.schema import union_members
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.files import read_text
 from interleave.training.config import TrainingConfig
 
 UPLOADS = (
@@ -141,6 +145,18 @@ def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: s
     for key in given:
         if key not in known:
             raise UserError(f"{section}.{key}: unknown option of {owner}{nearest(key, known)}")
+
+
+def check_spelling(given: Mapping[str, Any], owner: str) -> None:
+    """Raises UserError for an option that no configuration of TRL or transformers declares.
+
+    `check_options` knows which do, for which it imports them, in ten seconds; here their sources are only read.
+    """
+    places = {"trl": "trainer/*_config.py", "transformers": "training_args.py"}
+    folders = {name: spec.submodule_search_locations or [] for name in places if (spec := find_spec(name))}
+    files = [file for name, folder in folders.items() for file in Path(*folder).glob(places[name])]
+    declared = {name for file in files for name in re.findall(r"^    (\w+):", read_text(file), re.MULTILINE)}
+    check_keys("trl", given, declared or set(given), owner)
 
 
 def check_reserved(section: str, given: Mapping[str, Any], owned: Mapping[str, str]) -> None:
