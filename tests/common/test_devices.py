@@ -47,6 +47,22 @@ def test_what_is_left_over_is_refused(environment: dict[str, str]) -> None:
         launched_process(environment)
 
 
+@pytest.mark.parametrize(("host", "own"), [("node17.invalid", False), ("192.0.2.7", False), ("127.0.0.1", True)])
+def test_the_only_process_does_not_wait_for_another_machine(
+    monkeypatch: pytest.MonkeyPatch, host: str, own: bool
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in (PLACE | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": host}).items():
+        monkeypatch.setenv(name, value)
+    if own:
+        assert announce_process() == (0, 1)
+        return
+    with pytest.raises(UserError, match=rf"MASTER_ADDR={host} is not this machine, and WORLD_SIZE is 1: unset RANK"):
+        announce_process()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert announce_process() == (0, 1)
+
+
 @pytest.mark.parametrize(("torchrun", "said"), [(False, "process 1 of 2, as RANK and WORLD_SIZE"), (True, "")])
 def test_a_process_that_prints_nothing_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torchrun: bool, said: str

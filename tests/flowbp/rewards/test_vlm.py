@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from vlms import FAMILIES, TEMPLATE, TOKEN, load_vlm, processor_of, vlm_folder, write_settings
 
 from flowbp.config import TrainConfig
+from flowbp.data.edits import Edit, Source
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.preprocess import extract_patches
 from flowbp.rewards.vlm import model as vlm_model
@@ -326,6 +328,19 @@ def test_neither_neighbours_nor_padding_change_a_score(family: str, name: str, f
     if name != "sampled":
         swapped = reward(images, PROMPTS[::-1], SOURCES[::-1])
         assert (together - swapped).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize(("size", "allowed"), [((1, 300), False), ((402, 2), False), ((200, 1), True)])
+def test_sources_that_the_model_does_not_take_are_refused(
+    folders: dict[str, Path], size: tuple[int, int], allowed: bool
+) -> None:
+    edit = Edit("make it red", [Source("digest", size, lambda: pil(pictures(*size)[0]))])
+    template = {"template": "<source><image>{prompt}"}
+    reward = load_vlm(with_settings(next(iter(folders.values())), TOKEN, **template))
+    with (
+        nullcontext() if allowed else pytest.raises(UserError, match=rf"{size[1]}x{size[0]} pixels; the model takes at")
+    ):
+        reward.check_prompts(["a red circle", edit])
 
 
 @pytest.mark.usefixtures("in_float64")

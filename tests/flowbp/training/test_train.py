@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from families import folder_of
 from forking import forked
 from safetensors.torch import load_file, save_file
 from tiers import tiers
@@ -105,6 +107,17 @@ def test_kept_graphs_give_the_same_gradient_and_metrics(method: str) -> None:
     for guided in ([], ["guidance_scale=3.5"], ["guidance_scale=3.5", "guidance.detach_negative=false"]):
         without, kept = (gradients(config_of(method, *guided, f"keep_graphs={n}")) for n in (0, 2))
         assert distance(without, kept) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("target", "used"),
+    [("2.attn.add_q_proj", False), ("transformer_blocks.2.attn.add_q_proj", False), ("add_q_proj", True)],
+)
+def test_adapters_that_no_image_depends_on_are_refused(tmp_path: Path, target: str, used: bool) -> None:
+    model = (f"model.ref={folder_of('sd3', tmp_path)}", "model.height=32", "model.width=32", "lora.rank=2")
+    config = config_of("full", *model, f"lora.target_modules=[{target}]", "heldout=[]")
+    with nullcontext() if used else pytest.raises(UserError, match=rf"{target}': no image depends on transformer_bl"):
+        check_run(config, 1)
 
 
 def first_update(*sets: str) -> dict[str, Tensor]:

@@ -423,6 +423,8 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
         ({"error": {"message": "later", "code": 429}}, "rate_limited", "later"),
         ({"data": None, "error": {"message": "broke", "status": 500}}, "server_error", "broke"),
         ({"data": None}, "malformed_response", "no image in the answer"),
+        ({"id": "job-1", "status": "queued"}, "malformed_response", "no image in the answer"),
+        ({"task_id": 7, "polling_url": "/7"}, "malformed_response", "no image in the answer"),
         ({"data": [{"b64_json": None, "url": 7}]}, "malformed_response", "no image in the answer"),
         ({"detail": "the model loads"}, "malformed_response", "the model loads"),
     ],
@@ -431,6 +433,17 @@ def test_errors_of_an_images_endpoint_under_status_200(body: Any, kind: str, wor
     failed = failure(endpoint(answering(json=body)))
     assert failed.kind == kind
     assert words in str(failed)
+
+
+@pytest.mark.parametrize(
+    ("body", "tries"),
+    [({"id": "1", "status": "queued"}, 1), ({"polling_url": "/7"}, 1), ({"detail": "the model loads"}, 3)],
+)
+def test_a_job_that_is_no_image_is_asked_for_once(body: Any, tries: int) -> None:
+    asked: list[int] = []
+    retry = RetryPolicy(max_tries=3, initial_backoff=0.001)
+    failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, json=body), retry=retry))
+    assert len(asked) == tries
 
 
 def test_errors_of_an_images_endpoint_open_the_breaker() -> None:

@@ -2,10 +2,11 @@
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgen_common.errors import UserError, nearest
 
@@ -148,9 +149,31 @@ def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
     return LaunchedProcess(rank, size)
 
 
+def _is_of_this_machine(host: str) -> bool:
+    for family, kind, protocol, _, address in _addresses(host):
+        with socket.socket(family, kind, protocol) as own, suppress(OSError):
+            own.bind((address[0], 0))
+            return True
+    return False
+
+
+def _addresses(host: str) -> list[Any]:
+    try:
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+
+
 def announce_process() -> LaunchedProcess:
-    """Which process this is.  Where no torchrun shows that there are others, one that prints nothing says so."""
-    process = launched_process(os.environ)
+    """Which process this is.  Where no torchrun shows that there are others, one that prints nothing says so.
+
+    Raises UserError as `launched_process`, and where the only process would wait at another machine's address for
+    itself, which torch does for many minutes and no signal ends.
+    """
+    process, host = launched_process(os.environ), os.environ.get("MASTER_ADDR")
+    names = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
+    if process.size == 1 and host and "TORCHELASTIC_RUN_ID" not in os.environ and not _is_of_this_machine(host):
+        raise UserError(f"MASTER_ADDR={host} is not this machine, and WORLD_SIZE is 1: unset {' '.join(names)}")
     if process.rank > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         print(
             f"process {process.rank} of {process.size}, as RANK and WORLD_SIZE in the environment say: process 0 "

@@ -88,6 +88,7 @@ def check_run(
         lora = adopt_adapter(config.lora, backbone.net, type(backbone.pipe).__name__)
         config = config.model_copy(update={"lora": lora})
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
+    _check_used(layers, backbone.unused_layers)
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
@@ -95,6 +96,16 @@ def check_run(
     return CheckedRun(
         config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
     )
+
+
+def _check_used(layers: Mapping[str, Sequence[str]], unused: tuple[str, ...]) -> None:
+    """Raises UserError for a target module whose layers no image depends on, so that its adapters would stay zero."""
+    for target, names in layers.items():
+        if names and all(name.startswith(unused) for name in names):
+            raise UserError(
+                f"lora.target_modules {target!r}: no image depends on {names[0]}, so that nothing of it would be "
+                "trained; take it out"
+            )
 
 
 def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool) -> "Backbone":

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from imgen_common.files import byte_lines
+from imgen_common.images import MAX_ASPECT_RATIO
 from interleave.agents.prompts import (
     CONTROL_TOKEN,
     Template,
@@ -23,9 +24,6 @@ from interleave.agents.prompts import (
 from interleave.datasets.files import describe_mistake, read_json
 from interleave.protocols import CriticInput, HashedImage, Message
 from interleave.records import Attempt, PlanStep, Record, Trajectory, Verdict
-
-MAX_ASPECT_RATIO = 200
-"""The processors of Qwen2-VL and its successors refuse an image beyond it."""
 
 
 @dataclass(frozen=True)

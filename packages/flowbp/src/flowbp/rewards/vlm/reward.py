@@ -22,7 +22,8 @@ from flowbp.rewards.vlm.settings import (
     TokenAnswer,
     VlmSettings,
 )
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
+from imgen_common.images import MAX_ASPECT_RATIO
 from imgen_common.judging.escaping import escape_control_tokens
 from imgen_common.streams import numpy_generator
 
@@ -63,7 +64,16 @@ class VlmReward:
         return cls(VisionLanguageModel.load(folder, device), settings)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises UserError for a prompt whose image cannot be scored: it brings no answer, where answers are given."""
+        """Raises UserError for a prompt whose image cannot be scored: it brings no answer, where answers are given, or
+        a source image that is too long for the model."""
+        sources = ((prompt, source) for prompt in prompts for source in getattr(prompt, "sources", ()))
+        for prompt, source in sources if SOURCE in self.settings.template else ():
+            height, width = source.size
+            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+                raise UserError(
+                    f"{self.vlm.model.name_or_path}: the source of {one_line(prompt, 60)!r} has {width}x{height} "
+                    f"pixels; the model takes at most {MAX_ASPECT_RATIO} times as long as wide; cut it, or drop the row"
+                )
         if isinstance(self.settings.answer, GivenAnswer):
             _given_texts(self.settings.answer, prompts)
 

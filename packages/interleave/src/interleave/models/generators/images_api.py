@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import httpx
 
 
+JOB_KEYS = (b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
+"""Of answers that give a job, whose image is to be fetched later, instead of an image."""
+
+
 class ImagesApiConfig(Config):
     """An OpenAI-compatible images endpoint, hosted or on a server of one's own."""
 
@@ -136,4 +140,5 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         return encoded, address, revised if isinstance(revised, str) and revised.strip() else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         shown = data[:1000].decode("utf-8", "replace")
-        raise HttpError("malformed_response", f"no image in the answer: {shown}") from None
+        is_job = any(key in data for key in JOB_KEYS)  # which is paid for each time that it is asked
+        raise HttpError("malformed_response", f"no image in the answer: {shown}", can_retry=not is_job) from None
