@@ -172,6 +172,17 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
         assert not error.value.can_retry
 
 
+@pytest.mark.parametrize("name", ["content", "reasoning_content"])
+def test_a_token_in_escapes_of_json_is_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", KEY)
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
+    body = answer({"content": "", name: "KEY"}).replace(b"KEY", escaped.encode())
+    made = client(lambda request: httpx.Response(200, content=body))
+    read = asyncio.run(complete(made, "http" + "://host/v1", b"{}", 9.0))
+    assert KEY not in f"{read.content}{read.reasoning}"
+    assert "..." in f"{read.content}{read.reasoning}"
+
+
 def test_refusals_never_open_the_breaker() -> None:
     made = client(lambda request: httpx.Response(200, content=answer({"content": None, "refusal": "No."})))
     asked = 0
@@ -284,6 +295,9 @@ def test_a_placeholder_for_a_key_changes_no_answer(monkeypatch: pytest.MonkeyPat
         ({"HTTP_PROXY": "http://proxy", "no_proxy": ".lan"}, "http://gpu.lan:8000/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "*"}, "http://host/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "other"}, "http://host/v1", "http://proxy"),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "a.b,10.0.0.0/8"}, "http://10.1.2.3:8000", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "fd00::/8"}, "http://[fd00::1]/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "10.0.0.0/8"}, "http://11.1.2.3/v1", "http://proxy"),
     ],
 )
 def test_which_proxy_is_asked(

@@ -288,7 +288,7 @@ def test_the_recipe_of_fsdp_goes_over_others_and_names_layers_that_there_are(rec
         assert name in vars(modeling_qwen3_vl)
 
 
-@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config"])
+@pytest.mark.parametrize("key", ["deepspeed", "fsdp_config", "accelerator_config"])
 def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -897,6 +897,7 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
         "output_dir: cannot be set": {"output_dir": "x"},
         "eval_strategy": {"eval_strategy": "steps"},
         "cannot be read": {"deepspeed": "none.json"},
+        "No such file or directory: 'none.json'": {"accelerator_config": "none.json"},
         "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},
         "does not shard weights on a CPU": SHARDS["fsdp2"],
     }

@@ -1,4 +1,4 @@
-"""A page on which a user asks for a story, which appears step by step (extra `demo`).
+"""A page on which a user asks for a story, which appears step by step (needs the package gradio).
 
 By default it listens on this machine only; on another address it asks for the token in INTERLEAVE_DEMO_TOKEN.  Neither
 the server nor the browser fetches anything from elsewhere, and nothing is reported to anyone.

@@ -5,6 +5,7 @@ import ipaddress
 import os
 import re
 import urllib.request
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
@@ -76,7 +77,20 @@ def proxy_of(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or urllib.request.proxy_bypass(parts.netloc):
         return None
+    if _is_in_networks(host, proxies.get("no", "")):
+        return None
     return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _is_in_networks(host: str, listed: str) -> bool:
+    """Whether an address is in a network of NO_PROXY, such as 10.0.0.0/8, as clusters write it and Python reads not."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        for entry in listed.split(","):
+            with suppress(ValueError):
+                if address in ipaddress.ip_network(entry.strip(" []"), strict=False):
+                    return True
+    return False
 
 
 def is_loopback(host: str) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from imgen_common.http.addresses import version_hint
@@ -72,7 +72,9 @@ async def complete(client: HttpClient, url: str, body: bytes, seconds: float) ->
     headers = {"Content-Type": "application/json"}
     data = await client.request("POST", url, "/chat/completions", seconds=seconds, content=body, headers=headers)
     try:
-        return read_completion(data)
+        read = read_completion(data)
+        reasoning = None if read.reasoning is None else client.without_token(read.reasoning)
+        return replace(read, content=client.without_token(read.content), reasoning=reasoning)
     except HttpError as error:
         raise client.named(url, error, version_hint(url) if error.kind == "malformed_response" else "") from None
 

@@ -109,9 +109,13 @@ class HttpClient(RetryingCaller):
 
     def clean(self, text: str) -> str:
         """Words of the server on one line, cut short, without the token."""
+        return one_line(self.without_token(text))
+
+    def without_token(self, text: str) -> str:
+        """Words of the server without the token, which it may write in the escapes of JSON."""
         for spelling in self._spellings:
             text = text.replace(spelling, "...")
-        return one_line(text)
+        return text
 
     async def close(self) -> None:
         """Close the connections; the client can be used again."""

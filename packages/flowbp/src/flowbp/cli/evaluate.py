@@ -210,7 +210,7 @@ def benchmark(
       flowbp benchmark builtin:shapes/generator --prompts builtin:shapes/test --num-prompts 100 --out scores/base \\
         --score clip=builtin:shapes/reward
       flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test \\
-        --out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier
+        --out scores/geneval_shapes --score geneval_shapes=builtin:shapes/verifier
       flowbp benchmark my-run --prompts hpdv2.txt --out hpdv2/my-run --score hpsv2=rewards/hpsv2 \\
         --score pickscore:clip=yuvalkirstain/PickScore_v1 --score ur_iq=UnifiedReward --judge $JUDGE_URL
       torchrun --nproc_per_node 8 -m flowbp benchmark my-run --protocol geneval --prompts evaluation_metadata.jsonl \\

@@ -16,6 +16,7 @@ from interleave.benchmarks.run import BenchmarkWork, read_facts
 from interleave.loop.config import RunConfig
 from interleave.loop.shards import Shard
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
+from interleave.protocols import HashedImage
 
 BUILTIN = "builtin:shapes"
 RUN = "run."
@@ -136,7 +137,7 @@ def check_judge(config: Config) -> None:
 
     async def check(judge: EndpointChat) -> None:
         try:
-            await judge.check()
+            await judge.check((HashedImage.white(32, 32), "Say yes."))
         finally:
             await judge.close()
 

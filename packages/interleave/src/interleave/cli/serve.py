@@ -49,7 +49,7 @@ def demo(
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Serve a web page that makes stories and shows their steps as they come (extra `demo`).
+    """Serve a web page that makes stories and shows their steps as they come (needs the package gradio).
 
     Example: interleave demo --port 7861
     """

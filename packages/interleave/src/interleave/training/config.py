@@ -20,7 +20,7 @@ Vision = Literal["frozen", "train", "reference"]
 class TrainingConfig(Config):
     """The settings that both trainers share."""
 
-    beside_file: ClassVar = ("trl.deepspeed", "trl.fsdp_config")
+    beside_file: ClassVar = ("trl.deepspeed", "trl.fsdp_config", "trl.accelerator_config")
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""
@@ -32,8 +32,8 @@ class TrainingConfig(Config):
     """Vision tower: `frozen`, `train`, or `reference`: frozen except for the position embedding and the deepstack
     mergers, which the released code leaves trainable."""
     max_pixels: Annotated[int, Ge(1)] | None = None
-    """Largest image in pixels; a larger one is scaled down, as `chat.max_pixels` does at run time.  null: the limit of
-    the model's processor."""
+    """Largest image in pixels; a larger one is scaled down, as `max_pixels` of an agent's model does at
+    run time.  null: the limit of the model's processor."""
     max_length: Annotated[int, Ge(1)] | None = 16384
     """Longest example in tokens, prompt and answer.  A longer one is dropped, never truncated.  null: no limit."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
