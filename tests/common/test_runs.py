@@ -486,8 +486,10 @@ def test_write_atomic_replaces_whole_files(tmp_path: Path, monkeypatch: pytest.M
     assert file.read_text() == "new"
 
 
-def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path) -> None:
-    for name, command in (("story", ["interleave", "run", "x"]), ("aligned", ["flowbp", "train"]), ("own", ["a.py"])):
+@pytest.mark.parametrize("program", ["{}", "env/bin/{}", "packages/{}/__main__.py"])
+def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path, program: str) -> None:
+    story, aligned = program.format("interleave"), program.format("flowbp")
+    for name, command in (("story", [story, "run", "x"]), ("aligned", [aligned, "train"]), ("own", ["a.py"])):
         RunFolder.create(tmp_path / name, Settings(), command).close()
     assert find_run("aligned", tmp_path, "flowbp train") == find_run("aligned", tmp_path) == tmp_path / "aligned"
     assert find_run("story", tmp_path, "interleave batch", "interleave run") == tmp_path / "story"

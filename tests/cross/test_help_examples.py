@@ -79,7 +79,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ),
         (
             "flowbp benchmark builtin:shapes/generator --protocol geneval_shapes --prompts builtin:shapes/test "
-            "--out geneval_shapes/base --score geneval_shapes=builtin:shapes/verifier",
+            "--out scores/geneval_shapes --score geneval_shapes=builtin:shapes/verifier",
             "--num-prompts 2 --images 1",
         ),
         (

@@ -226,6 +226,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     """Why the hub gave no files, and what to do."""
     from huggingface_hub import constants, errors
 
+    if _offline():
+        return f"HF_HUB_OFFLINE is set, and the cache has no complete copy of it; {_remedy(ref)}"
     login = "log in with `hf auth login` or set HF_TOKEN"
     causes = [*_causes(error)]
     kinds = [type(one) for one in causes]

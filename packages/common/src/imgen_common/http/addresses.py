@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
+from imgen_common.config.secrets import SECRET_VALUE
 from imgen_common.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def check_url(url: str) -> str:
             f"url {redacted(url)!r}: must be like http://HOST:PORT/v1, without name, password, key or query in it; "
             "keys belong into the environment"
         )
+    if any(map(SECRET_VALUE.match, parts.path.split("/"))):
+        raise UserError("url: a part of its path is a key; keys belong into the environment, not into an address")
     base, _, method = url.rstrip("/").rpartition("/")
     if method in METHODS:
         base = base.removesuffix("/chat").removesuffix("/images")

@@ -73,9 +73,11 @@ def _maker_of(path: Path) -> str | None:
         command: list[str] = []
 
     try:
-        maker = " ".join(read_json(path / ENVIRONMENT, Recorded).command[:2])
+        program, command, *_ = [*read_json(path / ENVIRONMENT, Recorded).command, "", ""]
     except UserError:
         return None
+    file = Path(program)  # as sys.argv has it, also of `python -m`
+    maker = f"{file.parent.name if file.name == '__main__.py' else file.name} {command}"
     return maker if maker in MAKERS else None
 
 

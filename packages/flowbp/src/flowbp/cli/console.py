@@ -47,7 +47,7 @@ def _table(*columns: str, right: Iterable[int] = (), title: str | None = None) -
         box=None, header_style="bold", title=title, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0)
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in set(right) else "left")
+        table.add_column(column, justify="right" if index in set(right) else "left", overflow="fold")
     return table
 
 
