@@ -170,6 +170,9 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
         with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
             read_completion(start + b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
         assert not error.value.can_retry
+    with pytest.raises(HttpError, match="streams its answers") as error:
+        read_completion(b'{"message": {"content": "a"}, "done": false}\n{"done": true}\n')
+    assert not error.value.can_retry
 
 
 @pytest.mark.parametrize("name", ["content", "reasoning_content"])

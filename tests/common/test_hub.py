@@ -581,6 +581,9 @@ NETWORK = LocalEntryNotFoundError("An error happened while trying to locate the 
 NETWORK.__cause__ = ConnectionError("Name or service not known")
 LATER = LocalEntryNotFoundError("no file")
 LATER.__cause__ = answer(403, "GatedRepo", GatedRepoError, "Access to model org/gated is restricted.")
+PORTAL = json.JSONDecodeError("Expecting value", "<html>", 0)
+PORTAL.__context__ = StopIteration(0)
+PORTAL.__suppress_context__ = True
 ANSWERS: list[tuple[Exception, str]] = [
     (
         answer(401, "GatedRepo", GatedRepoError, "You must have access to it and be authenticated. Please log in."),
@@ -591,7 +594,7 @@ ANSWERS: list[tuple[Exception, str]] = [
         answer(403, "GatedRepo", GatedRepoError, "Please enable access to public gated repositories in your token."),
         r"then run this command again \(the hub says: Please enable access to public gated repositories",
     ),
-    (json.JSONDecodeError("Expecting value", "<html>", 0), r"answered something else than the hub does, as a proxy's"),
+    (PORTAL, r"answered something else than the hub does, as a proxy's page to log in: Expecting value"),
     (answer(401, "RepoNotFound", RepositoryNotFoundError, "Invalid username."), r"no org/gated that.*private, log in"),
     (
         answer(404, "RevisionNotFound", RevisionNotFoundError, "Invalid rev id"),

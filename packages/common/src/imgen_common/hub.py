@@ -240,7 +240,7 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
     said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
-    if isinstance(causes[-1], json.JSONDecodeError):
+    if any(isinstance(one, json.JSONDecodeError) for one in causes):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
     return f"the hub gave none ({said}); {_remedy(ref)}"
 
@@ -248,7 +248,7 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _remedy(ref: str) -> str:

@@ -22,6 +22,7 @@ FILTERED = (
 """Reasons for which a server ends an answer that it will not give, as they begin."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""
+STREAMED = "it streams its answers, which are read whole here; remove `stream` from `extra`"
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
@@ -85,9 +86,9 @@ def read_completion(data: bytes) -> Completion:
     Raises Refusal where the model or a filter refused, HttpError where the body is an error (`error_in_answer`) or no
     chat completion (`malformed_response`).
     """
+    streamed = HttpError("malformed_response", STREAMED, can_retry=False)
     if data.lstrip().startswith((b"data:", b"event:", b":")):
-        what = "it streams its answers (text/event-stream), which are read whole here; remove `stream` from `extra`"
-        raise HttpError("malformed_response", what, can_retry=False)
+        raise streamed
     try:
         answer = json.loads(data)
         if (error := error_in_answer(answer)) is not None:
@@ -109,6 +110,8 @@ def read_completion(data: bytes) -> Completion:
             token_probabilities=_token_probabilities(choice.get("logprobs")),
         )
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # an object in each line
+            raise streamed from None
         shown = data[:200].decode("utf-8", "replace")
         raise HttpError(
             "malformed_response", f"not a chat completion ({type(error).__name__}: {str(error)[:100]}): {shown}"
