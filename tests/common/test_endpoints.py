@@ -167,7 +167,7 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
         read_completion(answer({"content": None, "tool_calls": calls}))
     assert read_completion(answer({"content": "a", "tool_calls": calls})).text == "a"
     for start in (b"", b": OPENROUTER PROCESSING\n\n", b"event: message\n"):
-        with pytest.raises(HttpError, match=r"streams its answers .*remove `stream` from `extra`") as error:
+        with pytest.raises(HttpError, match=r"streams its answers, .*remove `stream` from `extra`") as error:
             read_completion(start + b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
         assert not error.value.can_retry
     with pytest.raises(HttpError, match="streams its answers") as error:
