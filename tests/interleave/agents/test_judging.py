@@ -63,6 +63,9 @@ def score(*marks: Any, **more: Any) -> str:
         (f"I think {score(3, 4)}", (3, 4)),
         (f"Here is my rating:\n```json\n{score(3, 4)}\n```\nI hope it helps.", (3, 4)),
         ('```\n{"reasoning": "a\r\nb", "score": [3, 4.0]}\n```', (3, 4)),
+        ('{"score": [3, 4], "reasoning": "so, }",}', (3, 4)),
+        ('```json\n{"score": [3, 4,],}\n```', (3, 4)),
+        ("{'score': [3, 4]}", (3, 4)),
     ],
 )
 def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None:
@@ -96,7 +99,8 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
         (f"<think>{score(7, 8)}</think>", "not JSON"),
         (f'{{"score": [{"[" * 300}{"]" * 300}, 8]}}', "not list"),
         (f"<answer>{score(7, 8)}", "not closed"),
-        ("{'score': [7, 8]}", "not JSON"),
+        ('{"score": [7, 8],', "not JSON"),
+        ('{"score": [7, 8},', "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
 )

@@ -386,6 +386,8 @@ def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPat
         {"extra": {"options": [{"password": "pass-word"}]}},
         {"extra": {"authorization": "pass-word"}},
         {"extra": {"user": "sk-pass-word"}},
+        {"model": "sk-pass-word"},
+        {"model": "hf_pass-word"},
         {"key_env": "sk-pass-word"},
         {"key_env": "hf_pass-word"},
         {"key_env": "$pass-word"},
@@ -413,6 +415,7 @@ def test_a_key_in_place_of_its_variable_is_refused_and_not_shown() -> None:
 
 
 def test_other_keys_of_a_request_are_no_secrets() -> None:
+    assert EndpointChatConfig(model="hf_models/Qwen3-VL").model == "hf_models/Qwen3-VL"
     extra = {"prompt_cache_key": "a", "max_completion_tokens": 9, "stop_token_ids": [1], "api_key": None}
     assert EndpointChatConfig(extra=extra).extra == extra
     with pytest.raises(UserError, match=r"--set generator.api_key=\.\.\.: unknown key") as caught:

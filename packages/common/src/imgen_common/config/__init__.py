@@ -10,7 +10,7 @@ replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by t
 from imgen_common.config.merge import load, read_layers
 from imgen_common.config.reference import FieldRow, fields_table
 from imgen_common.config.schema import Config, Presets
-from imgen_common.config.secrets import NO_SECRETS, KeyVariable
+from imgen_common.config.secrets import NO_SECRETS, KeyVariable, ServedModel
 from imgen_common.config.yaml_files import dump_yaml, read_yaml, to_yaml
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "FieldRow",
     "KeyVariable",
     "Presets",
+    "ServedModel",
     "dump_yaml",
     "fields_table",
     "load",

@@ -52,8 +52,16 @@ def _check_variable(name: str) -> str:
     return name
 
 
+def _check_model(name: str) -> str:
+    if SECRET_VALUE.match(name) and "/" not in name:  # servers name models by their folders, too
+        raise UserError("model: is a key, not a name; keys belong into the environment, in the variable that key_env names")
+    return name
+
+
 KeyVariable = Annotated[str, AfterValidator(_check_variable)]
 """Name of the variable that holds a key; what may be the key itself is refused with a UserError that does not show it.
 """
+ServedModel = Annotated[str, AfterValidator(_check_model)]
+"""Name by which a server knows a model; a key in its place is refused with a UserError that does not show it."""
 NO_SECRETS = AfterValidator(_refuse_secrets)
 """Of a mapping of further options: a key or a password in it is refused with a UserError that does not show it."""

@@ -108,11 +108,14 @@ def load_json(body: str) -> Any:
 
 
 def only_object(text: str) -> Any:
-    """The one JSON object among other words, as before and after a code fence.
+    """The one JSON object among other words, as before and after a code fence; alone, slips in it are mended.
 
     Raises ValueError where there is none, or a second one may begin.
     """
-    value, end = json.JSONDecoder(strict=False, object_pairs_hook=_unique).raw_decode(text, max(text.find("{"), 0))
+    try:
+        value, end = json.JSONDecoder(strict=False, object_pairs_hook=_unique).raw_decode(text, max(text.find("{"), 0))
+    except json.JSONDecodeError:
+        return _value(text, "tolerant")
     if "{" in text[end:]:
         raise ValueError("more than one object")
     return value

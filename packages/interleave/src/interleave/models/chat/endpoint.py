@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import NO_SECRETS, Config, KeyVariable
+from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete
@@ -25,7 +25,7 @@ class EndpointChatConfig(Config):
     kind: Literal["endpoint"] = "endpoint"
     url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
-    model: str = "default"
+    model: ServedModel = "default"
     """Name by which the server knows the model."""
     key_env: KeyVariable = "INTERLEAVE_API_KEY"
     """Variable of the environment that holds the key; nothing is sent where it is not set."""

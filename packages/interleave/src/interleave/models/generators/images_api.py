@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
-from imgen_common.config import NO_SECRETS, Config, KeyVariable
+from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
 from imgen_common.http import HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, error_in_answer, version_hint
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
@@ -29,7 +29,7 @@ class ImagesApiConfig(Config):
     kind: Literal["images_api"] = "images_api"
     url: ServiceUrl = "http://127.0.0.1:8000/v1"
     """Address up to the version."""
-    model: str = "default"
+    model: ServedModel = "default"
     """Name by which the server knows the model."""
     key_env: KeyVariable = "INTERLEAVE_API_KEY"
     """Variable of the environment that holds the key; nothing is sent where it is not set."""
