@@ -133,25 +133,24 @@ def with_gap_to_best(row: MethodRow, own: Sequence[float], best: Sequence[float]
 
 def format_table(rows: Sequence[MethodRow]) -> str:
     """A table as Markdown."""
-    header = ["method", "rate", "seeds", "updates", "seconds", "verifier %", "change", "over seeds", "best less this"]
-    header += ["reward", "change", "held-out", "change"]
+    header = ["method", "verifier %", "change", "reward", "change", "held-out", "change", "over seeds"]
+    header += ["best minus this", "rate", "seeds", "updates", "seconds"]
     return markdown_table(header, [format_row(row) for row in rows])
 
 
 def format_row(row: MethodRow) -> list[str]:
     """The texts of one line of a table."""
     trained = row.rate is not None
-    start = [row.name, f"{row.rate:g}" if trained else "-", str(len(row.seeds)) if trained else "-"]
-    start += [f"{row.updates:.0f}", f"{row.seconds:.0f}", f"{100 * row.scores['verifier']:.1f}"]
-    start += [format_interval(row.changes.get("verifier"), 100, 1)]
-    start += [f"{100 * row.seeds_low:.1f} to {100 * row.seeds_high:.1f}" if trained else "-"]
-    start += [format_interval(row.behind, 100, 1)]
+    cells = [row.name, f"{100 * row.scores['verifier']:.1f}", format_interval(row.changes.get("verifier"), 100, 1)]
     for name in ("reward", "heldout"):
-        start += [
+        cells += [
             f"{row.scores[name]:.2f}" if name in row.scores else "-",
             format_interval(row.changes.get(name), 1, 2),
         ]
-    return start
+    cells += [f"{100 * row.seeds_low:.1f} to {100 * row.seeds_high:.1f}" if trained else "-"]
+    cells += [format_interval(row.behind, 100, 1)]
+    cells += [f"{row.rate:g}" if trained else "-", str(len(row.seeds)) if trained else "-"]
+    return [*cells, f"{row.updates:.0f}", f"{row.seconds:.0f}"]
 
 
 def format_interval(found: Interval | None, factor: float, digits: int) -> str:

@@ -413,7 +413,7 @@ def test_evaluating_a_model_alone(flowbp: Call) -> None:
 
 def test_the_report_command_writes_the_page_anew(flowbp: Call, trained: Path) -> None:
     (trained / "report.html").unlink()
-    assert flowbp("report", trained.name, "--runs", trained.parent)[:2] == (0, f"{trained / 'report.html'}\n")
+    assert flowbp("report", trained.name, "--runs", trained.parent)[:2] == (0, f"report: {trained / 'report.html'}\n")
     assert (trained / "report.html").exists()
 
 

@@ -64,12 +64,15 @@ def add_version(app: typer.Typer, package: str) -> None:
 def quiet_libraries() -> None:
     """Turns off the progress bars and the advice of diffusers and transformers, which are meant for their callers.
 
-    It also turns off the deprecation warnings of transformers, since TRL and accelerate still use the old names.
+    It also turns off what no user can act on: deprecations in transformers, whose old names TRL and accelerate still
+    use; that TRL's environments are experimental; that torch normalizes bfloat16 by weights in float32 unfused.
     """
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for message in ("You are using 'environment_factory'", "Mismatch dtype between input and weight"):
+        warnings.filterwarnings("ignore", message, UserWarning)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
         library.set_verbosity_error()

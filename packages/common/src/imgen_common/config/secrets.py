@@ -54,7 +54,9 @@ def _check_variable(name: str) -> str:
 
 def _check_model(name: str) -> str:
     if SECRET_VALUE.match(name) and "/" not in name:  # servers name models by their folders, too
-        raise UserError("model: is a key, not a name; keys belong into the environment, in the variable that key_env names")
+        raise UserError(
+            "model: is a key, not a name; keys belong into the environment, in the variable that key_env names"
+        )
     return name
 
 

@@ -70,9 +70,9 @@ def export(
 
         quiet_libraries()
         folder = export.export_run(path, chosen, target, kept, step, model)
-    print(folder)
+    print(f"exported as {chosen}: {folder}")
     if push is not None:
-        print(export.push_to_hub(folder, push))
+        print(f"pushed: {export.push_to_hub(folder, push)}")
 
 
 def convert_reward(
@@ -123,4 +123,4 @@ def convert_reward(
 
         quiet_libraries()
         folder = convert_checkpoint(chosen, file, companion, out, prompt_source)
-    print(folder)
+    print(f"reward: {folder}")

@@ -166,7 +166,7 @@ def report(
     from flowbp.reports import report as reports
 
     page = reports.write_report(path)
-    print(page)
+    print(f"report: {page}")
     if open_page:
         import webbrowser
 

@@ -53,7 +53,7 @@ def export_reward(
         model, template = _find_critic(critic, runs, configs)
         config = load(RunConfig, configs or [], [*template, *(sets or [])])
         folder = write(model, config, out)
-    print(json.dumps({"type": "Reward", "path": str(folder)}) if as_json else folder)
+    print(json.dumps({"type": "Reward", "path": str(folder)}) if as_json else f"reward: {folder}")
 
 
 def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str, list[str]]:

@@ -216,7 +216,7 @@ def report(
     from interleave.pages.run import write_report
 
     page = write_report(find_run(run, runs, *MAKERS))
-    print(page)
+    print(f"report: {page}")
     if open_page:
         typer.launch(str(page))
 
