@@ -273,7 +273,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
     page.unlink()
     code, out, _ = interleave("report", "r", "--runs", tmp_path)
     assert code == 0
-    assert out.strip() == str(page)
+    assert out.strip() == f"report: {page}"
     assert page.is_file()
     assert_refused(interleave("report", "rr", "--runs", tmp_path), "did you mean 'r'")
 
