@@ -16,6 +16,8 @@ OUTSIDE = (
     "benchmarks/README.md",
     "benchmarks/results/*",
 )
+BLOCK = re.compile(r'<div class="highlight">(<pre>.*?</pre>)</div>', re.DOTALL)
+COMMANDS = ("accelerate", "curl", "flowbp", "hf", "interleave", "pip", "torchrun", "uv")
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#:\s]*)(#[^)\s]*)?\)")
 
 
@@ -39,8 +41,6 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Points links to the places of their files in the site; a link to a file that is not in it becomes its words."""
     source, own = Path(page.file.abs_src_path), page.file.src_uri
-    if own.startswith(("results/", "studies/")):  # wide tables take the place of the contents
-        page.meta.setdefault("hide", ["toc"])
 
     def relink(found: re.Match[str]) -> str:
         sign, words, target, anchor = found.groups(default="")
@@ -56,5 +56,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Messages on the page of errors are wrapped, so that the whole of each is seen (see `stylesheets/extra.css`)."""
-    return html.replace('class="highlight"', 'class="highlight wrapped"') if page.file.src_uri == "errors.md" else html
+    """Commands, and the messages on the page of errors, are wrapped, so that all of them is seen (`extra.css`)."""
+
+    def wrap(found: re.Match[str]) -> str:
+        words = [line.split()[0] for line in re.sub("<[^>]*>", "", found[1]).splitlines() if re.match(r"[^\s#]", line)]
+        if page.file.src_uri == "errors.md" or set(words) <= set(COMMANDS):
+            return f'<div class="highlight wrapped">{found[1]}</div>'
+        return found[0]
+
+    return BLOCK.sub(wrap, html)

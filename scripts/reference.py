@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import typer.main
@@ -42,6 +43,7 @@ FLOWBP_HEAD = """- `method` also takes a name (`flowbp methods` lists them), or 
 - Defaults below `method` are those of the default method, where it has the key.
 - `flowbp train --dry-run` prints the resolved configuration and what it costs.
 """
+MAX_SIGNATURE = 90
 PACKAGES = ("flowbp", "interleave", "imgen-common")
 LICENSES_HEAD = """Everything that `pip install` of the three packages brings on Linux, at the versions of `uv.lock`.
 The libraries of NVIDIA are needed on a GPU only. A bill of materials in CycloneDX's form is written by
@@ -162,21 +164,40 @@ def format_name(package: str, name: str, value: Any) -> str:
     head = f"### `{package}.{name}`\n"
     if isinstance(value, Mapping):
         return f"{head}\nNames: {', '.join(f'`{key}`' for key in value)}.\n"
-    text = (
-        "\n".join(f"    {line}".rstrip() for line in inspect.getdoc(value).splitlines())
-        if inspect.getdoc(value)
-        else ""
-    )
+    text = inspect.getdoc(value) or ""
     if inspect.isclass(value) and issubclass(value, Config):
         page = "flowbp_configuration.md" if package == "flowbp" else "stories_configuration.md"
         return f"{head}\n{text}\n\nA [configuration class](../reference/{page}); its fields are the keys.\n"
+    signature = format_signature(value)
+    names = "|".join(re.findall(r"(\w+):", signature))
+    text = re.sub(rf"(^|  )({names}):(?=\s)", r"\1`\2`:", text, flags=re.MULTILINE) if names else text
+    return f"{head}\n{indent(name + signature, '    ')}\n\n{text}\n"
+
+
+def format_signature(value: Any) -> str:
+    """The parameters, one a line where they are many; empty where none are known."""
     try:
-        signature = str(inspect.signature(value))
+        signature = inspect.signature(value)
     except (TypeError, ValueError):
-        signature = ""
-    for address in (r"<lambda>", r"<[^<>]*>"):  # of functions, which differs each time
-        signature = re.sub(address, "...", signature)
-    return f"{head}\n    {name}{signature}\n\n{text}\n"
+        return ""
+    parameters = [shorten(str(one)) for one in signature.parameters.values()]
+    keywords = [one.kind is one.KEYWORD_ONLY for one in signature.parameters.values()]
+    if any(keywords):
+        parameters.insert(keywords.index(True), "*")
+    returned = shorten(str(signature.replace(parameters=[])).removeprefix("()"))
+    whole = f"({', '.join(parameters)}){returned}"
+    lines = ["(", *(f"    {one}," for one in parameters), f"){returned}"]
+    return whole if len(whole) < MAX_SIGNATURE else "\n".join(lines)
+
+
+def shorten(parameter: str) -> str:
+    """A parameter with the last names of its types, and without what is in a default that is an object."""
+    kind, equals, default = parameter.partition(" = ")
+    kind = re.sub(r"(: |-> )'([^']*)'", r"\1\2", kind)
+    kind = re.sub(r"\b(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_~])", "", kind).replace("~", "")
+    for inside in (r"<lambda>", r"<[^<>]*>", r"(?<=\w\().+(?=\)$)"):
+        default = re.sub(inside, "...", default)
+    return f"{kind}{equals}{default}"
 
 
 def licenses_page() -> str:
