@@ -629,6 +629,8 @@ def test_the_hubs_refusal_says_what_to_do(
     ("variable", "value", "error"),
     [
         ("HF_ENDPOINT", "mirror", httpx2.UnsupportedProtocol("Request URL is missing a protocol.")),
+        ("HTTPS_PROXY", "http://me:hf_caf\xe9@127.0.0.1:1", httpx2.ProxyError("407 Proxy Authentication Required")),
+        ("all_proxy", "socks5h://127.0.0.1:9", ImportError("Using SOCKS proxy, but the package is not installed.")),
         ("HF_HOME", "a-file", NotADirectoryError(20, "Not a directory", "a-file/token")),
         ("HF_TOKEN", "hf_caf\xe9", UnicodeEncodeError("ascii", "Bearer hf_caf\xe9", 13, 14, "ordinal not in range")),
     ],
@@ -640,7 +642,8 @@ def test_variables_that_the_hub_is_reached_by_are_named(
         raise error
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN"):
+    names = "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"
+    for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)

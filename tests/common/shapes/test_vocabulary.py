@@ -25,6 +25,7 @@ def test_every_request_of_the_world_is_known(riddle: bool) -> None:
         (PLANNER, "draw a red circle and a dog, dog", "word 'dog'"),
         (GENERATOR, "ein roter Kreis", "3 words 'ein', 'roter', 'Kreis'"),
         (GENERATOR, "\u8d64\u3044\u5186 of a red circle", "word '\u8d64\u3044\u5186'"),
+        (PLANNER, "Draw a RED circle", "word 'RED'; write it in small letters"),
         (GENERATOR, "a b cc dd ee ff gg hh", "6 words 'cc', 'dd', 'ee', 'ff', 'gg', ..."),
     ],
 )

@@ -114,7 +114,17 @@ def test_built_in_splits_are_disjoint() -> None:
         ("latin.txt", "a caf\u00e9".encode("latin-1"), "not UTF-8 at byte 5; save it as UTF-8"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', "other.jsonl:1: no text under 'prompt' (there is: text); set data.key"),
-        ("spread.jsonl", b'{\n "prompt": "a cat"\n}\n', "write each object on one line, or a list of them in a .json"),
+        (
+            "spread.jsonl",
+            b'{\n "prompt": "a cat"\n}\n',
+            "write each object on one line of a .jsonl, or a list of them in a .json",
+        ),
+        (
+            "lines.json",
+            b'{"prompt": "a cat"}\n{"prompt": "a hat"}\n',
+            "write each object on one line of a .jsonl, or a",
+        ),
+        ("pair.jsonl", b'{"prompt": "a cat"} {"prompt": "a hat"}\n', "write each object on one line of a .jsonl, or a"),
         ("index.csv", b",text\n0,a cat\n", "(there is: column 1 without a name, text); set data.key"),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: must be an object or a text, got a list"),
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt' (there is: a number)"),

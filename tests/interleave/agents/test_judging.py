@@ -531,7 +531,7 @@ def test_a_judge_behind_an_endpoint_is_checked_at_once_and_as_it_will_be_asked()
 
     with pytest.raises(UserError, match="cannot be reached"):
         asyncio.run(check_judge(judge(gone)))
-    assert [part["type"] for part in asked[0]["messages"][0]["content"]] == ["image_url", "text"]
+    assert [part["type"] for part in asked[0]["messages"][0]["content"]] == ["image_url", "image_url", "text"]
     assert len(asked) == 1
     thinking = {"content": score(7, 8), "reasoning_content": "The image is white."}
     asyncio.run(check_judge(judge(lambda r: httpx.Response(200, json={"choices": [{"message": thinking}]}))))

@@ -120,6 +120,22 @@ def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("reasoning", "shown"),
+    [
+        ("", "why: the critic gave no reason\n"),
+        ("too small. " * 1900, "too small. ... (20899 characters; the report has all)\n"),
+    ],
+)
+def test_odd_reasons_leave_the_terminal_readable(interleave: Call, tmp_path: Path, reasoning: str, shown: str) -> None:
+    no = render_verdict(Verdict(success=False, refined_prompt="a bigger cat", reasoning=reasoning))
+    code, out, _ = interleave("run", "a cat", recipe(tmp_path, critic=(no, YES)), "--runs", tmp_path, "--name", "r")
+    assert code == 0
+    assert shown in out
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert (reasoning.strip() or "the critic gave no reason") in page
+
+
+@pytest.mark.parametrize(
     ("critic", "attempts", "steps"),
     [((NO,), 3, "steps 1, 2"), ((NO, NO, YES), 2, "step 1"), ((YES, NO), 1, "step 2")],
 )

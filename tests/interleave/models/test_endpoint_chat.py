@@ -352,7 +352,24 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
     asyncio.run(endpoint(picky(key), **(settings | mended)).check())
 
 
-def test_the_check_of_a_critic_shows_an_image() -> None:
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("At most 1 image(s) may be provided in one prompt.", "--limit-mm-per-prompt"),
+        ("image input is not supported", "name one that reads them"),
+        ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
+    ],
+)
+def test_the_check_says_what_to_do_about_the_servers_words(words: str, remedy: str) -> None:
+    refusing = endpoint(lambda request: httpx.Response(400, json={"error": {"message": words}}))
+    with pytest.raises(UserError) as caught:
+        asyncio.run(refusing.check())
+    assert words in str(caught.value)
+    assert remedy in str(caught.value)
+    assert "send_seed" not in str(caught.value)
+
+
+def test_the_check_of_a_critic_shows_two_images() -> None:
     seen: list[Any] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -367,7 +384,7 @@ def test_the_check_of_a_critic_shows_an_image() -> None:
         ChatPlanner(built(), text, images), ChatCritic(built(), load_template("critic")), FakeGenerator()
     )
     asyncio.run(check_endpoints(parts))
-    assert [[part["type"] for part in content] for content in seen] == [["text"], ["image_url", "text"]]
+    assert [[part["type"] for part in content] for content in seen] == [["text"], ["image_url", "image_url", "text"]]
 
 
 def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:

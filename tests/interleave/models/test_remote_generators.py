@@ -422,6 +422,8 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
         ({"error": {"message": "not allowed by our policy"}}, "refused", "not allowed by our policy"),
         ({"error": {"message": "later", "code": 429}}, "rate_limited", "later"),
         ({"data": None, "error": {"message": "broke", "status": 500}}, "server_error", "broke"),
+        ({"data": [{"error": {"code": "content_policy_violation", "message": "no"}}]}, "refused", ": no"),
+        ({"data": None, "base_resp": {"status_code": 1026, "status_msg": "input new_sensitive"}}, "refused", "new_s"),
         ({"data": None}, "malformed_response", "no image in the answer"),
         ({"id": "job-1", "status": "queued"}, "malformed_response", "no image in the answer"),
         ({"task_id": 7, "polling_url": "/7"}, "malformed_response", "no image in the answer"),
@@ -437,9 +439,16 @@ def test_errors_of_an_images_endpoint_under_status_200(body: Any, kind: str, wor
 
 @pytest.mark.parametrize(
     ("body", "tries"),
-    [({"id": "1", "status": "queued"}, 1), ({"polling_url": "/7"}, 1), ({"detail": "the model loads"}, 3)],
+    [
+        ({"id": "1", "status": "queued"}, 1),
+        ({"polling_url": "/7"}, 1),
+        ({"data": [{"b64_json": ""}]}, 1),
+        ({"data": [{"b64_json": "%"}]}, 1),
+        ({"data": [{"b64_json": base64.b64encode(png(RED.image)[:60]).decode()}]}, 1),
+        ({"detail": "the model loads"}, 3),
+    ],
 )
-def test_a_job_that_is_no_image_is_asked_for_once(body: Any, tries: int) -> None:
+def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> None:
     asked: list[int] = []
     retry = RetryPolicy(max_tries=3, initial_backoff=0.001)
     failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, json=body), retry=retry))

@@ -376,6 +376,8 @@ def test_a_story_that_ended_early_says_why_and_how_to_go_on(
         ),
         ("The hat is missing. It was asked for.", "The hat is missing. It was asked for."),
         ("before: a. after: b", "before: a. after: b"),
+        ("", "the critic gave no reason"),
+        (" \n", "the critic gave no reason"),
     ],
 )
 def test_the_notes_of_the_miniatures_critic_are_shown_in_words(reasoning: str, words: str) -> None:

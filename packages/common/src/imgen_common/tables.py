@@ -69,8 +69,9 @@ def parse_json(text: str, where: str) -> Any:
         if "\\ud" in text.lower():
             check_text(json.dumps(value, ensure_ascii=False), where)
     except (ValueError, RecursionError) as error:
-        whole = "; write each object on one line, or a list of them in a .json" if text.strip() in ("{", "[") else ""
-        raise UserError(f"{where}: not JSON ({error}){whole}") from None
+        is_split = text.strip() in ("{", "[") or (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data")
+        remedy = "; write each object on one line of a .jsonl, or a list of them in a .json" if is_split else ""
+        raise UserError(f"{where}: not JSON ({error}){remedy}") from None
     return value
 
 

@@ -16,7 +16,7 @@ from imgen_common.http.client import HttpClient
 from imgen_common.http.failures import HttpError, Refusal, error_in_answer
 
 FILTERED = (
-    *("content_filter", "refusal", "sensitive"),  # OpenAI, Anthropic, GLM
+    *("content_filter", "refusal", "sensitive", "guardrail"),  # OpenAI, Anthropic, GLM, Bedrock
     *("safety", "prohibited_content", "recitation", "blocklist", "spii", "image_safety"),  # Google
 )
 """Reasons for which a server ends an answer that it will not give, as they begin."""
@@ -91,7 +91,7 @@ def read_completion(data: bytes) -> Completion:
         raise streamed
     try:
         answer = json.loads(data)
-        if (error := error_in_answer(answer)) is not None:
+        if (error := error_in_answer(answer, "choices")) is not None:
             raise error
         if not answer.get("choices") and (why := [answer[name] for name in BLOCKED if answer.get(name)]):
             raise Refusal(f"the prompt is blocked: {json.dumps(why[0], ensure_ascii=False)[:200]}")
@@ -156,7 +156,7 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     reason = _finish_reason(choice) or ""
     if refusal and isinstance(refusal, str):
         raise Refusal(f"the model refuses: {refusal}")
-    if reason.lower().startswith(FILTERED):
+    if reason.lower().replace("-", "_").startswith(FILTERED):
         said = f": {content}" if content else ""
         raise Refusal(f"stopped by a content filter (finish_reason {reason}){said}")
     if content is None and message.get("tool_calls"):

@@ -177,7 +177,7 @@ class HttpClient(RetryingCaller):
             target = redacted(self.clean(answer.headers.get("location", "nowhere")))
             message += f"; it points to {target}: give that address as url"
         if status in (401, 403):
-            message += f"; set {self._token_env} to a valid key"
+            message += f"; {'' if status == 401 else 'if it asks for a key, '}set {self._token_env} to a valid key"
         if status in (404, 405):
             message += version_hint(base + path)
         if status == 407:

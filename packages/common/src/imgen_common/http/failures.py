@@ -2,6 +2,7 @@
 
 import email.utils
 import json
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,9 +14,12 @@ DOWN_STATUSES = (502, 503, 504, 529)
 """What a gateway answers while the server behind it is gone or starts, and a server that has too much to do."""
 MAX_ERROR_BYTES = 1000
 """Bytes that are shown of an answer which is not JSON."""
+RATE_LIMIT = re.compile("rate.?limit", re.IGNORECASE)
 HTTP_ERRORS = frozenset(map(str, range(400, 600)))
-ERROR_KEYS = ("error", "errors", "message", "detail", "reason")
+ERROR_KEYS = ("error", "errors", "base_resp", "message", "detail", "reason", "status_msg", "error_msg", "msg")
 """Where servers write what went wrong, from the outermost mapping inwards."""
+INSTEAD = ("base_resp", "message", "error_msg", "msg")
+"""Where they write it in the place of what was asked for."""
 
 
 class HttpError(Exception):
@@ -58,15 +62,17 @@ def failure_of_status(status: int) -> tuple[HttpFailure, bool]:
     return ("server_error", True) if status >= 500 else ("refused", False)
 
 
-def error_in_answer(answer: Any) -> HttpError | None:
+def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     """The failure that a body reports under status 200, with the server's words, as gateways do; None if it has none.
 
+    wanted: the key of what was asked for; where that is missing or empty, a message in its place is a failure too.
     It counts as its own `code` or `status` says where that is one of HTTP, and as refused otherwise.
     """
     if not isinstance(answer, dict):
         return None
     error = next((answer[name] for name in ("error", "errors") if answer.get(name)), None)
-    if error is None and answer.get("object") == "error":
+    is_missing = wanted is not None and not answer.get(wanted) and any(answer.get(key) for key in INSTEAD)
+    if error is None and (answer.get("object") == "error" or is_missing):
         error = answer
     if error is None:
         return None
@@ -74,8 +80,10 @@ def error_in_answer(answer: Any) -> HttpError | None:
     given = [place.get(key) for place in (inner, answer) if isinstance(place, dict) for key in ("code", "status")]
     codes = [int(code) for code in given if isinstance(code, int | str) and str(code) in HTTP_ERRORS]
     status = codes[0] if codes else None
+    words = _words({"error": error})
+    status = 429 if status is None and RATE_LIMIT.search(words) else status
     kind, can_retry = failure_of_status(status) if status else ("refused", False)
-    return HttpError(kind, _words({"error": error}), can_retry=can_retry, status=status)
+    return HttpError(kind, words, can_retry=can_retry, status=status)
 
 
 def error_message(data: bytes) -> str:

@@ -37,4 +37,5 @@ def describe_unknown_words(ref: str, text: str) -> str | None:
         return None
     listed = ", ".join(map(repr, unknown[:MAX_LISTED])) + (", ..." if len(unknown) > MAX_LISTED else "")
     what = "word" if len(unknown) == 1 else f"{len(unknown)} words"
-    return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}"
+    remedy = "; write it in small letters" if any(word.lower() in known for word in unknown) else ""
+    return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}{remedy}"

@@ -104,7 +104,7 @@ async def check_judge(judge: Judge) -> None:
     """Raises UserError if the judge does not answer; what it says of a white image does not matter."""
     white = HashedImage.white(32, 32)
     if isinstance(judge, ChatJudge) and isinstance(judge.model, EndpointChat):
-        await judge.model.check((white, "Say yes."))  # at once, where `score` waits for a service that is down
+        await judge.model.check((white, white, "Say yes."))  # at once, where `score` waits for a service that is down
     try:
         await judge.score(CriticInput(white, white, PROBE, PROBE))
     except BackendError as failure:

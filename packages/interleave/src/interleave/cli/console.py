@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 STORY_COLORS = {"complete": "green", "steps_not_accepted": "yellow"}
 """Colors of the status of a story; others are red."""
+MAX_REASON = 1000
+"""Characters of a critic's reason that the terminal shows."""
 STATUS_COLORS = {"accepted": "green", "rejected": "yellow", "unjudged": "default"}
 """Colors of the status of an attempt; others are red."""
 
@@ -65,8 +67,9 @@ class ProgressPrinter:
             f"[dim]{sanitize(attempt.prompt_used)}  {sum(attempt.timings.values()):.1f} s[/]"
         )
         if attempt.status == "rejected":
-            if attempt.reasoning:
-                self._out.print(f"     why: {sanitize(explain_reasoning(attempt.reasoning))}")
+            why = explain_reasoning(attempt.reasoning or "")
+            whole = f" ... ({len(why)} characters; the report has all)" if len(why) > MAX_REASON else ""
+            self._out.print(f"     why: {sanitize(why[:MAX_REASON])}{whole}")
             if attempt.refined_prompt != attempt.prompt_used:
                 self._out.print(f"     next prompt: {sanitize(attempt.refined_prompt or '')}")
 

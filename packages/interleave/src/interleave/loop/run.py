@@ -136,7 +136,7 @@ async def check_endpoints(components: Components) -> None:
         models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
         for model in part.models if isinstance(part, RubricCritic) else models:
             if isinstance(model, EndpointChat):
-                await model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, "Say yes."))
+                await model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, white, "Say yes."))
 
 
 async def run_requests(

@@ -43,11 +43,12 @@ def encode_base64_png(image: HashedImage) -> str:
 
 
 def decode_image(data: bytes, max_pixels: int) -> HashedImage:
-    """An untrusted image file.  Raises HttpError, `malformed_response`, if it is none, or too large once decoded."""
+    """An untrusted image file.  Raises HttpError, `malformed_response`, if it is none, or too large once decoded; it is
+    not asked for again, since its server would generate, and charge for, another one each time."""
     try:
         return HashedImage.from_pil(decode(data, max_bytes=len(data), max_pixels=max_pixels))
     except UserError as error:
-        raise HttpError("malformed_response", f"the server's answer: {error}") from None
+        raise HttpError("malformed_response", f"the server's answer: {error}", can_retry=False) from None
 
 
 def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
@@ -60,5 +61,5 @@ def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
         packed = "".join(text.split()).rstrip("=")
         data = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (TypeError, ValueError):  # binascii.Error is a ValueError
-        raise HttpError("malformed_response", "the server's answer: no image in base64") from None
+        raise HttpError("malformed_response", "the server's answer: no image in base64", can_retry=False) from None
     return decode_image(data, max_pixels)

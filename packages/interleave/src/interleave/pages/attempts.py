@@ -46,8 +46,8 @@ class AttemptView:
 
     @property
     def reasons(self) -> str:
-        """The critic's reasons in words."""
-        return explain_reasoning(self.record.reasoning or "")
+        """The critic's reasons in words; "" where it did not judge."""
+        return "" if self.record.verdict is None else explain_reasoning(self.record.reasoning or "")
 
     @property
     def prompts(self) -> list[tuple[str, list[Change]]]:

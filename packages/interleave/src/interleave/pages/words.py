@@ -77,7 +77,7 @@ def explain_reasoning(reasoning: str) -> str:
     are."""
     notes = _NOTES.fullmatch(reasoning)
     if notes is None:
-        return reasoning
+        return reasoning if reasoning.strip() else "the critic gave no reason"
     shown = " and ".join(_THING.findall(notes["after"])) or "nothing"
     asked = " and ".join(_THING.findall(notes["want"])) or "something else"
     return f"the image shows {shown}, {_FINDINGS.get(notes['finding'], f'but the step asks for {asked}')}"

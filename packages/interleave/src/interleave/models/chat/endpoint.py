@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import httpx
 
 
+REMEDIES = {
+    "image": "a critic and a judge show two images in a prompt: serve the model so (vLLM: --limit-mm-per-prompt), or "
+    "name one that reads them",
+    "context length": "set max_new_tokens lower, or serve the model with a longer context",
+}
+"""What to do where a server's words about a request that it does not take hold one of these."""
+
+
 class EndpointChatConfig(Config):
     """An OpenAI-compatible endpoint."""
 
@@ -84,11 +92,12 @@ class EndpointChat:
             reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
             if isinstance(failure, HttpError) and failure.status in (400, 422):
-                remedy = (
+                left_out = (
                     "leave out what the model does not take: send_seed: false, top_logprobs: 0, extra: {temperature: "
                     "null, top_p: null}, or extra: {max_completion_tokens: "
                     f"{c.max_new_tokens}}} instead of max_tokens"
                 )
+                remedy = next((words for sign, words in REMEDIES.items() if sign in reason), left_out)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     import httpx
 
 
-JOB_KEYS = (b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
-"""Of answers that give a job, whose image is to be fetched later, instead of an image."""
+PAID_KEYS = (b'"data"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
+"""Of answers that are images or jobs, for each of which the server may charge."""
+LONG_BASE64 = re.compile(r"[\w+/=]{100,}")
 
 
 class ImagesApiConfig(Config):
@@ -129,9 +131,11 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
     """The image in base64, or its address, and the prompt as the endpoint revised it.  Raises HttpError."""
     try:
         answer = json.loads(data)
-        if (error := error_in_answer(answer)) is not None:
+        if (error := error_in_answer(answer, "data")) is not None:
             raise error
         entry = answer["data"][0]
+        if (error := error_in_answer(entry)) is not None:
+            raise error
         encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
@@ -139,6 +143,6 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
             raise TypeError("neither b64_json nor url")
         return encoded, address, revised if isinstance(revised, str) and revised.strip() else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        shown = data[:1000].decode("utf-8", "replace")
-        is_job = any(key in data for key in JOB_KEYS)  # which is paid for each time that it is asked
-        raise HttpError("malformed_response", f"no image in the answer: {shown}", can_retry=not is_job) from None
+        shown = LONG_BASE64.sub("...", data.decode("utf-8", "replace"))[:1000]
+        is_paid = any(key in data for key in PAID_KEYS)
+        raise HttpError("malformed_response", f"no image in the answer: {shown}", can_retry=not is_paid) from None
