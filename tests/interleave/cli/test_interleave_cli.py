@@ -123,6 +123,7 @@ def test_a_story_is_made(interleave: Call, tmp_path: Path) -> None:
     ("reasoning", "shown"),
     [
         ("", "why: the critic gave no reason\n"),
+        (":warning: small", "why: :warning: small\n"),
         ("too small. " * 1900, "too small. ... (20899 characters; the report has all)\n"),
     ],
 )

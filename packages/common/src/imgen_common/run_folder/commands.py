@@ -214,7 +214,7 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Se
         table.add_column(Text(one_line(title)), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(one_line(cell)) for cell in row))
-    out = Console(highlight=False)
+    out = Console(highlight=False, emoji=False)
     if not out.is_terminal:
-        out = Console(highlight=False, width=Console(width=10**4).measure(table).maximum)
+        out = Console(highlight=False, emoji=False, width=Console(width=10**4).measure(table).maximum)
     out.print(table)

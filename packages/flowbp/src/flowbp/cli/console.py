@@ -38,8 +38,8 @@ ARITHMETIC_LABELS = {
 
 def standard_output() -> Console:
     """A console; where standard output is not a terminal, tables are 120 characters wide."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    out = Console(highlight=False, emoji=False)
+    return out if out.is_terminal else Console(highlight=False, emoji=False, width=120)
 
 
 def _table(*columns: str, right: Iterable[int] = (), title: str | None = None) -> Table:

@@ -26,8 +26,8 @@ STATUS_COLORS = {"accepted": "green", "rejected": "yellow", "unjudged": "default
 
 def open_console(stderr: bool = False) -> Console:
     """Standard output or error; lines are not wrapped unless it is a terminal."""
-    out = Console(highlight=False, stderr=stderr)
-    return out if out.is_terminal else Console(highlight=False, stderr=stderr, width=200)
+    out = Console(highlight=False, emoji=False, stderr=stderr)
+    return out if out.is_terminal else Console(highlight=False, emoji=False, stderr=stderr, width=200)
 
 
 def sanitize(text: str) -> str:
