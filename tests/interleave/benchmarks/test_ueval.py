@@ -449,6 +449,11 @@ def test_predictions_of_others(tmp_path: Path, items: list[Item], monkeypatch: p
     [
         ({"id": "1", "image_answer": ["gone.png"]}, "item 1: no image 'gone.png'"),
         ({"id": "1", "image_answer": ["x" * 5000]}, "item 1: no image 'xxx"),
+        (
+            {"id": "1", "image_answer": "data:image/png;base64,iVBORw0KGgo"},
+            "data:...: is the content of a file, not its",
+        ),
+        ({"id": "1", "image_answer": "https://host/a.png?token=secret"}, "https://...: is an address, not a file"),
         ({"id": "1", "image_answer": "bad.png"}, "bad.png: "),
         ({"id": "1", "image_answer": {"path": "a.png"}}, "item 1: image_answer"),
         ({"id": "1", "text_answer": ["a"]}, "item 1: text_answer: "),

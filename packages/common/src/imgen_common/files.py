@@ -87,7 +87,9 @@ def local_path(text: str) -> Path:
 
 
 def check_no_address(text: str) -> None:
-    """Raises UserError, which does not show what may be secret, for an address in the place of a file."""
+    """Raises UserError, which shows neither secrets nor contents, for an address or an image in the place of a file."""
+    if text.startswith("data:"):
+        raise UserError("data:...: is the content of a file, not its path; write it into a file, and give the path")
     if found := ADDRESS.match(text):
         raise UserError(f"{found[1]}://...: is an address, not a file; download it, and give the path of that file")
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from imgen_common.errors import UserError
-from imgen_common.files import write_atomic, writing
+from imgen_common.files import check_no_address, write_atomic, writing
 from imgen_common.images import decode
 
 SUFFIXES = ("png", "jpg", "jpeg")
@@ -37,6 +37,7 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
         with contextlib.suppress(OSError, ValueError):  # no name of a file
             if (file := folder / name).is_file():
                 return file
+    check_no_address(name)
     places = " nor ".join(str(folder.absolute()) for folder in folders)
     raise UserError(f"{where}: no image {name[:200]!r} in {places}; put it there, or correct the path")
 
