@@ -597,6 +597,30 @@ def test_adapters_on_the_vision_tower_exclude_reentrant_checkpointing(root: Path
         check_adapters(quick(root, lora, vision, **trl))
 
 
+@pytest.mark.parametrize(
+    ("lora", "vision"),
+    [
+        (None, "train"),
+        (None, "reference"),
+        ({"target_modules": r".*(qkv|q_proj)"}, "train"),
+        ({"target_modules": r".*visual.*(qkv|proj)"}, "train"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["merger"]}, "train"),
+    ],
+)
+def test_a_vision_tower_is_not_trained_on_rows_without_images(root: Path, lora: Any, vision: str) -> None:
+    config = quick(root, lora and {"r": 2} | lora, vision)
+    with pytest.raises(UserError, match=r"the vision tower, but no row of .* has an image, .*; set vision: frozen"):
+        check_adapters(config, has_images=False)
+    check_adapters(config)
+    check_adapters(quick(root, {"r": 2, "target_modules": ["q_proj"]}, "train"), has_images=False)
+
+
+@pytest.mark.parametrize("targets", [r".*visual.*(qkv|proj)", ["qkv"]])
+def test_adapters_of_a_frozen_vision_tower_are_refused(root: Path, targets: Any) -> None:
+    with pytest.raises(UserError, match="lora"):
+        check_adapters(quick(root, {"r": 2, "target_modules": targets}, "frozen"), has_images=False)
+
+
 @pytest.mark.parametrize("case", tiers(["asked for", "torch's default"], slow=["asked for"]))
 def test_weights_without_gradient_end_the_run_by_name(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
@@ -605,7 +629,7 @@ def test_weights_without_gradient_end_the_run_by_name(
     from interleave.training import sft
 
     config = quick(root, {"r": 2}, "train", gradient_checkpointing=True, **REENTRANT[case])
-    monkeypatch.setattr(sft, "check_adapters", lambda config: None)
+    monkeypatch.setattr(sft, "check_adapters", lambda config, has_images: None)
     with pytest.raises(UserError, match=r"no gradient reaches \S+visual\.blocks\.0\.\S+lora_A\S+, .* and \d+ more"):
         sft.train_sft("critic", config, ["t"], runs=tmp_path)
     assert sft.train_sft("planner", quick(root, {"r": 2}, "train"), ["t"], runs=tmp_path).is_dir()

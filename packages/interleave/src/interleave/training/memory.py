@@ -191,15 +191,24 @@ def build_meta_model(config: TrainingConfig) -> Any:
             raise UserError(f"lora: {one_line(str(error))}") from None
 
 
-def check_adapters(config: TrainingConfig) -> None:
-    """Raises UserError where `lora` does not fit the model, or adapters would get no gradient.
+def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
+    """Raises UserError where `lora` does not fit the model, or weights of the vision tower would get no gradient.
 
-    Re-entrant checkpointing passes no gradient to what is within a block whose inputs need none, as those of the vision
-    tower do under adapters.
+    has_images: whether any row has an image; without one the tower gets none.  Re-entrant checkpointing passes no
+    gradient to what is within a block whose inputs need none, as those of the tower do under adapters.
     """
-    if config.lora is None:
+    if config.lora is None and (has_images or config.vision == "frozen"):
         return
     model = build_meta_model(config)
+    in_tower = any(w.requires_grad and is_frozen(name, "frozen") for name, w in model.named_parameters())
+    if in_tower and not has_images:
+        what = "lora adapts" if config.lora is not None else f"vision: {config.vision} trains"
+        raise UserError(
+            f"{what} the vision tower, but no row of {config.data} has an image, so that it gets no gradient; set "
+            "vision: frozen, or lora.target_modules that are not in it"
+        )
+    if config.lora is None:
+        return
     checkpointing = config.trl.get("gradient_checkpointing", True) or config.trl.get("activation_checkpointing")
     options: dict[str, Any] = {}
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
@@ -208,8 +217,7 @@ def check_adapters(config: TrainingConfig) -> None:
     # TRL makes checkpointing re-entrant under ZeRO-3, whatever is asked for; torch where options leave it open
     forced = zero_options(config.trl).get("stage") == 3
     reentrant = forced or (bool(options) and options.get("use_reentrant") in (None, True))
-    trained = (name for name, weight in model.named_parameters() if weight.requires_grad)
-    if checkpointing and reentrant and any(is_frozen(name, "frozen") for name in trained):
+    if checkpointing and reentrant and in_tower:
         raise UserError(
             "lora on the vision tower gets no gradient under re-entrant checkpointing"
             f"{', which TRL uses with ZeRO-3' if forced else ''}; set vision: frozen, or "

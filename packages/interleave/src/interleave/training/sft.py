@@ -74,7 +74,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     if run.is_main_process():
         warn_of_unreadable_answers(role, rows, config)
     processor = run.load_processor(config)
-    check_adapters(config)
+    check_adapters(config, has_images=any(row.image_ids for row in rows))
     check_chat_template(processor, rows[0])
     store = image_store(config)
     kept = [rows[i] for i in select_by_length(rows, processor, store, config.max_length)]
