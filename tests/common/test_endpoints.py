@@ -219,6 +219,12 @@ def test_an_address_without_its_version_is_told_apart(base: str) -> None:
         asyncio.run(complete(page, base, b"{}", 5))
 
 
+def test_ollamas_own_address_is_told_apart() -> None:
+    missing = client(lambda request: httpx.Response(404, text="Not Found"))
+    assert "Ollama's with /v1 in the place of /api" in str(failure(missing, "http://host/api", "/chat/completions"))
+    assert "Ollama" not in str(failure(missing, "http://host/openai", "/chat/completions"))
+
+
 def test_an_address_with_its_version_is_left_alone() -> None:
     missing = client(lambda request: httpx.Response(404, text="no such model"))
     assert "/v1 at its end" not in str(failure(missing, "http://host/api/v3", "/chat/completions"))

@@ -1,5 +1,6 @@
 """Training sets: what the filters keep, builds that are stopped and go on, and mistakes that are named."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -860,6 +861,10 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     for said, start in zip(told, expected, strict=True):
         assert said.startswith(start), said
     assert sum("its pixels are not those it was stored with" in said for said in told) == 3
+    critics.write_bytes(gzip.compress(good))
+    with pytest.raises(UserError, match=r"critic_sft\.jsonl: is compressed; unpack it"):
+        list(SetChecker(folder).problems())
+    critics.write_bytes(good)
     (folder / "set.json").unlink()
     assert "the set is not complete" in str(list(SetChecker(folder).problems())[-1])
 

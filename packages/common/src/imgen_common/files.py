@@ -57,6 +57,7 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         data = file.read() if max_bytes is None else file.read(max_bytes + 1)
     if max_bytes is not None and len(data) > max_bytes:
         raise UserError(f"{path}: more than the allowed {max_bytes} bytes; give another file")
+    _check_kind(data, path)
     return _decode(data, path).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -70,6 +71,8 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            if number == 1:
+                _check_kind(line, path)
             if len(line) > MAX_LINE_BYTES:
                 raise UserError(
                     f"{path}:{number}: the line is longer than {MAX_LINE_BYTES // 2**20} MiB; is it a file of lines?"
@@ -125,9 +128,12 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
+def _check_kind(data: bytes, path: Path) -> None:
     if what := next((what for start, what in OTHER_BYTES.items() if data.startswith(start)), None):
         raise UserError(f"{path}: is {what}")
+
+
+def _decode(data: bytes, path: Path, first_line: int = 1) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

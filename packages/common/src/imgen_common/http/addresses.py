@@ -65,9 +65,11 @@ def redacted(url: str) -> str:
 
 def version_hint(url: str) -> str:
     """What to try where an address without a version does not know a path; empty for others."""
-    return (
-        "" if VERSION.search(urlsplit(url).path) else "; if the address lacks its version, give it with /v1 at its end"
-    )
+    path = urlsplit(url).path
+    if VERSION.search(path):
+        return ""
+    ollama = ", Ollama's with /v1 in the place of /api" if path.startswith("/api/") else ""
+    return f"; if the address lacks its version, give it with /v1 at its end{ollama}"
 
 
 def proxy_of(url: str) -> str | None:
