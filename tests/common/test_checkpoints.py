@@ -409,15 +409,15 @@ def test_other_data_is_refused_and_its_lack_is_said(folder: Path, capsys: pytest
     record_data(folder, of("a", "b"))
     check_data(folder, of("a", "b"))
     for rows, said in (
-        (("a", "c"), "2 rows"),
-        (("b", "a"), "2 rows"),
-        (("ab",), "2 rows then, 1 now"),
-        (("a", "b", ""), "2 rows then, 3 now"),
-        ((), "2 rows then, 0 now"),
-        (("a\0b",), "2 rows then, 1 now"),
-        (("a", "\ud800"), "2 rows"),
+        (("a", "c"), "; restore it"),
+        (("b", "a"), "; restore it"),
+        (("ab",), r" \(2 rows then, 1 now\)"),
+        (("a", "b", ""), r" \(2 rows then, 3 now\)"),
+        ((), r" \(2 rows then, 0 now\)"),
+        (("a\0b",), r" \(2 rows then, 1 now\)"),
+        (("a", "\ud800"), "; restore it"),
     ):
-        with pytest.raises(UserError, match=rf"data.prompts has changed since the run was started \({said}\)"):
+        with pytest.raises(UserError, match=rf"data.prompts has changed since the run was started{said}"):
             check_data(folder, of(*rows))
     (folder / "data.json").write_text("[]")
     with pytest.raises(UserError, match=r"data\.json: damaged"):

@@ -170,18 +170,21 @@ def test_files_that_other_systems_leave_are_left_alone(name: str, tmp_path: Path
     assert [file.name for file in weight_files(folder).files] == ["model.safetensors"]
 
 
-def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".cache/abc.incomplete", "model.safetensors.aria2", "tokenizer.json.crdownload"])
+def test_an_unfinished_download_is_noticed(tmp_path: Path, name: str) -> None:
     folder = transformers_folder(tmp_path)
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "abc.incomplete").touch()
-    with pytest.raises(UserError, match=r"abc\.incomplete is an unfinished download"):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(UserError, match=rf"{name} is an unfinished download"):
         hub.resolve(str(folder))
 
 
-def test_a_git_lfs_pointer_is_no_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "merges.txt"])
+def test_a_git_lfs_pointer_is_no_model(tmp_path: Path, name: str) -> None:
     folder = transformers_folder(tmp_path)
-    (folder / "model.safetensors").write_text("version git-lfs.example/spec/v1\noid sha256:123\nsize 12345\n")
-    with pytest.raises(UserError, match=r"model\.safetensors: is a pointer of Git LFS.*run `git lfs pull`"):
+    (folder / name).write_text("version git-lfs.example/spec/v1\noid sha256:123\nsize 12345\n")
+    (folder / "single-file.safetensors").symlink_to("gone")
+    with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS.*run `git lfs pull`"):
         hub.resolve(str(folder))
 
 
@@ -471,11 +474,11 @@ def test_an_index_that_names_no_components_is_refused(name: str, tmp_path: Path)
         hub.resolve(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["transformer", "vae", "tokenizer", "text_encoder_2"])
+@pytest.mark.parametrize("name", ["transformer", "vae", "tokenizer", "text_encoder_2", "text_encoder_3"])
 @pytest.mark.parametrize("entry", [[None, None], None, ["diffusers", None], ["diffusers"], "diffusers"])
 def test_a_required_part_is_not_null(name: str, entry: object, tmp_path: Path) -> None:
     index = diffusers_folder(tmp_path) / "model_index.json"
-    write_json(index, json.loads(index.read_text()) | {"text_encoder_3": [None, None]})
+    write_json(index, json.loads(index.read_text()) | {"image_encoder": [None, None]})
     hub.pipeline_index("org/model", tmp_path)
     write_json(index, json.loads(index.read_text()) | {name: entry})
     with pytest.raises(UserError, match=rf"org/model: model_index\.json {name}: is .*; must be the library and the"):

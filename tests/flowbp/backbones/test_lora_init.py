@@ -1,6 +1,7 @@
 """`lora.init`: adapters of every form are taken up, exactly, or refused in one line."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from flowbp.backbones.loading import read_trained_weights
 from flowbp.backbones.lora import LayerAdapter, read_adapter, take_apart
 from flowbp.config import TrainConfig
 from flowbp.evaluation.sampling import generate_images
+from flowbp.evaluation.sources import ModelSource
 from flowbp.export import export_run
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter, lora_adapters
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters
 from flowbp.training.loading import load_models
-from flowbp.training.preflight import check_run
+from flowbp.training.preflight import check_run, hash_settings
 from flowbp.training.runs import check_training
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.hub import WEIGHTS
+from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.folder import RunFolder
 
 PIPELINES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux2": "Flux2KleinPipeline"}
@@ -324,6 +328,30 @@ def test_a_description_of_another_rank_is_refused(tmp_path: Path, described: dic
     for good in ({"r": 2}, {}, {"r": 64, "rank_pattern": {"to_q": 2}}):
         describe(good)
         assert read_adapter(str(tmp_path), net, "Flux2KleinPipeline")["to_q"].alpha == 8
+
+
+def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path: Path) -> None:
+    adapter, reward = tmp_path / "a.safetensors", tmp_path / "reward"
+    save_file(GOOD, adapter)
+    shutil.copytree(WEIGHTS / "reward", reward)
+    (reward / "reward.json").write_text('{"template": "<image>{prompt}?"}')
+    sets = [f"lora.init={adapter}", f"rewards=[{{ref: {reward}, name: asked}}]"]
+    config = load(TrainConfig, [], sets)
+    record_data(tmp_path, before := hash_settings(config))
+    assert set(before) == {"lora.init", "reward.json of asked"}
+    check_data(tmp_path, before)
+    base = ModelSource("base", config, None, begun=tmp_path)
+    save_file({name: 2 * value for name, value in GOOD.items()}, adapter)
+    with pytest.raises(UserError, match=r"lora\.init has changed since the run was started; restore it"):
+        check_data(tmp_path, hash_settings(config))
+    with pytest.raises(UserError, match=r"lora\.init has changed"):
+        base.load(torch.device("cpu"))
+    save_file(GOOD, adapter)
+    (reward / "reward.json").write_text('{"template": "<image>Is it {prompt}?"}')
+    with pytest.raises(UserError, match=r"reward\.json of asked has changed since the run was started; restore it"):
+        check_data(tmp_path, hash_settings(config))
+    adapter.unlink()  # a run goes on without it
+    assert "lora.init" not in hash_settings(config)
 
 
 @pytest.mark.slow

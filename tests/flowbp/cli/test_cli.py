@@ -27,7 +27,7 @@ from flowbp.cli import app, console
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.data.prompts import load_prompts
-from flowbp.evaluation.compare import Change, MeanScore
+from flowbp.evaluation.compare import Change, MeanScore, mean_score
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
@@ -263,6 +263,11 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["eval", "builtin:shapes/generator", "--prompts", ""], "not a dataset folder"),
         (["estimate", "--memory", ""], "--memory '': give a number"),
         (["estimate", "--gpu", ""], "--gpu : not known"),
+        (["train", "--dry-run", *sets("data.embeddings=disk", f"data.cache={__file__}")], "is a file; name another"),
+        (
+            ["train", "--dry-run", *sets("data.embeddings=disk", f"data.cache={__file__}/a/b")],
+            "is a file; name another",
+        ),
         (["sample", "x", "--base"], "is for --run"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
@@ -731,7 +736,13 @@ def test_plain_progress_speaks_now_and_then() -> None:
         assert shown in said[-1]
 
 
-SHOWN = [(22.3141, "22.31"), (0.27314, "0.2731"), (-0.05123, "\N{MINUS SIGN}0.05123"), (1.0444, "1.044")]
+SHOWN = [
+    (22.3141, "22.31"),
+    (0.27314, "0.2731"),
+    (-0.05123, "\N{MINUS SIGN}0.05123"),
+    (1.0444, "1.044"),
+    (2.5e-7, "2.50e\N{MINUS SIGN}07"),
+]
 """Scores of several sizes, and how many of their digits are shown."""
 
 
@@ -748,6 +759,8 @@ def test_progress_and_tables_show_the_digits_of_a_score(
     console.print_mean_scores({1.0: {"held": MeanScore(score, score, score, 40)}}, {}, "a model")
     console.print_comparison({1.0: {"held": Change(score, score, 0.0, 0.0, 0.0, 40)}}, 1.0, "base", "trained")
     assert out.getvalue().count(f" {shown} ") + out.getvalue().count(f" {shown}\n") == 5
+    console.print_mean_scores({1.0: {"held": mean_score([score, math.inf])}}, {}, "a model")
+    assert "inf     not finite" in out.getvalue()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -169,9 +169,15 @@ def test_bad_sources_are_reported_in_one_line(source: str, said: str) -> None:
     assert said in str(error.value)
 
 
-def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_dataset_or_lacks_a_part(tmp_path: Path) -> None:
+    from datasets import Dataset
+
     with pytest.raises(UserError, match="not a dataset folder"):
         load(tmp_path)
+    Dataset.from_dict({"prompt": ["a cat"] * 3}).save_to_disk(str(tmp_path / "parts"), num_shards=3)
+    (tmp_path / "parts" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"damaged dataset folder: data-00001-of-00003\.arrow is missing; copy it"):
+        load(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("num_long", "verb"), [(1, "is"), (2, "are")])

@@ -119,6 +119,7 @@ def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
         ("text.png", r"rows\.jsonl:2: images: .*text\.png: not an image of an allowed format"),
         (3, r"rows\.jsonl:2: images: must be the path of an image or a list, got a number"),
         ([3], r"rows\.jsonl:2: images: must be the path of an image, got a number"),
+        ("", r"rows\.jsonl:2: images: must be the path of an image, got a text without a name in it"),
         (["a.png", None], r"rows\.jsonl:2: images: must be the path of an image, got null"),
         ("https" + "://a.b/c.png?token=SECRET", "an image is a file, not an address; download it"),
     ],

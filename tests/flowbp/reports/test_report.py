@@ -248,6 +248,9 @@ def test_numbers_for_people() -> None:
     assert compare.format_score("verifier", 0.5238) == "52.4 %"
     assert compare.format_change("verifier", -0.031) == "\N{MINUS SIGN}3.1"
     assert compare.format_change("reward", 22.5) == "+22.50"
+    assert compare.format_score("reward", 0.00021) == "0.000210"
+    assert compare.format_score("reward", -1.041e-8) == "\N{MINUS SIGN}1.04e\N{MINUS SIGN}08"
+    assert compare.format_change("reward", 2.5e-7, 0.31) == "+0.0000"
 
 
 @pytest.mark.parametrize(

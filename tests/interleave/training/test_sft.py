@@ -498,6 +498,7 @@ TARGETS = {
     "none": ([], "train", "any of them"),
     "a pattern": (r".*self_attention\.q_proj", "train", "lora: "),
     "a layer without weights to adapt": (["norm"], "frozen", "lora: Target module"),
+    "a module of layers": (["self_attn"], "frozen", r"lora: Target module \w+ is not supported.*give names of linear"),
 }
 
 

@@ -24,17 +24,23 @@ HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 SAMPLING_FILE = "sampling.json"
 """In a pipeline's folder: the height, width, num_inference_steps and guidance_scale to generate with, unless others are
 given.  `flowbp export` writes it, the generators of `interleave` read it."""
+UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
+"""How the files end that the hub's client, aria2 (as hfd.sh uses it) and browsers keep until a download ends."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
-REQUIRED_PARTS = (*("scheduler", "transformer", "vae"), *("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+REQUIRED_PARTS = (
+    *("scheduler", "transformer", "vae"),
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+)
 """Components of a pipeline that it has, where its model_index.json names them at all; others may be null there."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
 """Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
 NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
 MAX_REF = 4096
+POINTER = "{}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there"
 
 
 def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Path:
@@ -96,9 +102,12 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         raise UserError(
             f"{folder}: not a model folder (none of {index.name}, config.json, {', '.join(LORA_FILES)} in it)"
         )
-    unfinished = next(folder.rglob("*.incomplete"), None)
+    unfinished = next((file for mark in UNFINISHED for file in folder.rglob(f"*{mark}")), None)
     if weights and unfinished is not None:
         raise incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
+    pointers = (file for pattern in DESCRIPTION_FILES for file in folder.rglob(pattern) if _is_pointer(file))
+    if (pointer := next(pointers, None)) is not None:
+        raise UserError(POINTER.format(pointer))
     if index.exists():
         for name, (library, class_name) in _components(folder).items():
             if library not in LIBRARIES:
@@ -123,10 +132,17 @@ def check_file(file: Path, folder: Path | None = None) -> None:
         with safe_open(file, "np"):
             return
     except (OSError, SafetensorError) as error:
-        if file.is_file() and b"git-lfs" in file.open("rb").read(64):
-            raise UserError(f"{file}: is a pointer of Git LFS, not the weights; run `git lfs pull` there") from None
+        if _is_pointer(file):
+            raise UserError(POINTER.format(file)) from None
         reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
         raise incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
+
+
+def _is_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return b"git-lfs" in content.read(64)
 
 
 def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:

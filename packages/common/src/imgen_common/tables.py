@@ -137,9 +137,9 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
                 raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
             continue
         if len(cells) != len(columns):
-            raise UserError(
-                f"{path}:{number}: {len(cells)} cells, but the first line names {len(columns)} columns; put a text "
-                "with separators in double quotes, or write one text a line in a .txt"
-            )
+            quoted = "put a text with separators in double quotes, or write one text a line in a .txt"
+            remedy = quoted if len(cells) > len(columns) else "give the row all its cells, also empty ones"
+            what = f"{len(cells)} cells, but the first line names {len(columns)} columns"
+            raise UserError(f"{path}:{number}: {what}; {remedy}")
         row = zip(columns, cells, strict=True)
         yield f"{path}:{number}", {name: cell for name, cell in row if cell or name == key}

@@ -31,6 +31,12 @@ def hash_rows(rows: Iterable[str]) -> DataHash:
     return DataHash(rows=len(digests), sha256=hashlib.sha256(b"".join(digests)).hexdigest())
 
 
+def hash_file(path: Path) -> DataHash:
+    """The hash of a file, such as an adapter, as one row."""
+    with path.open("rb") as file:
+        return DataHash(rows=1, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
 def record_data(run: Path, data: Mapping[str, DataHash]) -> None:
     """Keeps the hashes with the run."""
     write_atomic(run / DATA, DataHashes(data=dict(data)).model_dump_json(indent=1) + "\n")
@@ -47,7 +53,5 @@ def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
     recorded = read_json(run / DATA, DataHashes).data
     for key, now in data.items():
         if (before := recorded.get(key)) is not None and before != now:
-            counts = f"{before.rows} rows then, {now.rows} now" if before.rows != now.rows else f"{now.rows} rows"
-            raise UserError(
-                f"{run}: {key} has changed since the run was started ({counts}); restore it to resume, or train anew"
-            )
+            counts = f" ({before.rows} rows then, {now.rows} now)" if before.rows != now.rows else ""
+            raise UserError(f"{run}: {key} has changed since the run was started{counts}; restore it, or train anew")

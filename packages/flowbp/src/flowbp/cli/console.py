@@ -263,7 +263,7 @@ def print_mean_scores(
         first = f"{scale:g}"
         for text, name, one in rows:
             mean, low, high = (format_score(name, value, one.mean) for value in (one.mean, one.low, one.high))
-            table.add_row(first, text, mean, f"{low} to {high}")
+            table.add_row(first, text, mean, f"{low} to {high}" if math.isfinite(one.mean) else "not finite")
             first = ""
     _print(standard_output(), table)
 

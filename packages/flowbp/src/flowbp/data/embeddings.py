@@ -17,7 +17,7 @@ from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone, Cond
 from flowbp.data.edits import Edit, Source, sources_of
 from imgen_common.errors import UserError
-from imgen_common.files import write_atomic
+from imgen_common.files import write_atomic, writing
 
 ENCODE_BATCH_SIZE = 16
 """Prompts per forward, always: the last batch is filled up, so that kernels round alike whatever is new."""
@@ -39,7 +39,8 @@ class EmbeddingStore:
         self.folder = folder
         self._files: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob("*.safetensors")):
             self._index(file)
 

@@ -72,7 +72,8 @@ def _stored(value: object, folder: Path) -> bytes | Path:
         return bytes(value["bytes"])
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or is_blank(path):
-        raise UserError(f"must be the path of an image, got {describe_type(path)}")
+        what = "a text without a name in it" if isinstance(path, str) else describe_type(path)
+        raise UserError(f"must be the path of an image, got {what}")
     if "://" in path:
         raise UserError("an image is a file, not an address; download it, and give its path")
     return folder / path
@@ -122,8 +123,11 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
 
     try:
         dataset: Dataset | DatasetDict = load_from_disk(str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a dataset folder (made by datasets' save_to_disk); give one, or a file") from None
+    except FileNotFoundError as error:
+        what = "not a dataset folder (made by datasets' save_to_disk); give one, or a file"
+        if (path / "state.json").is_file():
+            what = f"damaged dataset folder: {Path(error.filename or 'a file').name} is missing; copy it again"
+        raise UserError(f"{path}: {what}") from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: empty or damaged dataset folder ({one_line(str(error))}); save it again") from None
     if isinstance(dataset, DatasetDict):

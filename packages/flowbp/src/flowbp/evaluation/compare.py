@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SCORE_TITLES = {"verifier": "Verifier", "reward": "Reward", "heldout": "Held-out reward"}
 """Names of the scores as people read them, in the order in which they are shown."""
+SMALL = 1e-5
+"""Scores below it are shown with their power of ten."""
 MIN_PROMPTS = 10
 """Number of prompts below which there is no verdict."""
 
@@ -98,19 +100,21 @@ def format_score(name: str, value: float, *others: float) -> str:
     others: numbers shown beside it.  The largest sets the number of decimals, so that they line up: two for rewards
     around 20 (CLIP, PickScore), four for those around 0.3 (HPSv2, cosines).
     """
-    text = f"{100 * value:.1f} %" if name == "verifier" else f"{value:.{_num_decimals(value, *others)}f}"
+    text = f"{100 * value:.1f} %" if name == "verifier" else f"{value:{_format_of(value, *others)}}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def format_change(name: str, value: float, *others: float) -> str:
     """A difference as people read it: that of the verifier in percentage points.  others: as of `format_score`."""
-    text = f"{100 * value:+.1f}" if name == "verifier" else f"{value:+.{_num_decimals(value, *others)}f}"
+    text = f"{100 * value:+.1f}" if name == "verifier" else f"{value:+{_format_of(value, *others)}}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _num_decimals(*values: float) -> int:
+def _format_of(*values: float) -> str:
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0)
-    return min(6, max(2, 3 - math.floor(math.log10(largest)))) if largest else 2
+    if 0 < largest < SMALL:
+        return ".2e"
+    return f".{min(6, max(2, 3 - math.floor(math.log10(largest)))) if largest else 2}f"
 
 
 class ChangeText(NamedTuple):

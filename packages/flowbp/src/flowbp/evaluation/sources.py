@@ -10,6 +10,7 @@ from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import check_data, hash_file
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModelSource:
     """The model of a configuration, or its `eval.model`, with the trained weights of `run` if there is one, else with
-    the adapter of `lora.init`."""
+    the adapter of `lora.init`, which must be that which the run `begun` began with."""
 
     label: str
     config: TrainConfig
     run: Path | None
+    begun: Path | None = None
 
     def check(self, *, scorers: bool = False) -> None:
         """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
@@ -43,7 +45,7 @@ class ModelSource:
     def load(self, device: "torch.device") -> "Backbone":
         """The backbone with its weights."""
         from flowbp.backbones.loading import load_backbone, load_eval_backbone, load_trained_weights
-        from flowbp.backbones.lora import attach_adapter
+        from flowbp.backbones.lora import adapter_file, attach_adapter
 
         config = self.config
         backbone = load_backbone(config, device, None if config.eval.model is None else "meta")
@@ -52,6 +54,8 @@ class ModelSource:
         if self.run is not None:
             load_trained_weights(backbone, self.run)
         elif config.lora is not None and config.lora.init is not None:
+            if self.begun is not None:
+                check_data(self.begun, {"lora.init": hash_file(adapter_file(config.lora.init))})
             attach_adapter(backbone, config)
         return backbone
 
@@ -65,7 +69,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     if is_run(text, root):
         path = find_run(text, root, "flowbp train")
         config = load(TrainConfig, [path / CONFIG], sets)
-        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path)
+        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, path)
     check_is_model(text, root, "flowbp train")
     config = load(TrainConfig, [], sets)
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)

@@ -3,8 +3,10 @@
 What needs no torch is checked before torch is imported, so that a typo costs no time.
 """
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,10 +15,11 @@ from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
+from flowbp.rewards.vlm.settings import FILE as REWARD_FILE
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
-from imgen_common.run_folder.data import DataHash, hash_rows
+from imgen_common.run_folder.data import DataHash, hash_file, hash_rows
 from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class Prompts(NamedTuple):
 @dataclass(frozen=True)
 class CheckedRun:
     """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
-    its prompts.
+    its prompts, of the adapter that it begins with and of the questions of its rewards.
 
     lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.  sources: (height,
     width) of the source images, as the family prepares them, of the edit that has most of them; empty without edits.
@@ -92,10 +95,25 @@ def check_run(
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
+    data |= {} if estimate_only else hash_settings(config)
     num_layers = {target: len(names) for target, names in layers.items()}
     return CheckedRun(
         config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
     )
+
+
+def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
+    """Hashes of the adapter that the run begins with, if it is still there, and of the questions of its rewards."""
+    from flowbp.backbones.lora import adapter_file
+
+    found: dict[str, DataHash] = {}
+    if config.lora is not None and config.lora.init is not None:
+        with suppress(UserError):  # a run goes on without it
+            found["lora.init"] = hash_file(adapter_file(config.lora.init))
+    for scorer in config.scorers:
+        if (file := hub.resolve(scorer.ref, weights=False) / REWARD_FILE).is_file():
+            found[f"{REWARD_FILE} of {scorer.name}"] = hash_file(file)
+    return found
 
 
 def _check_used(layers: Mapping[str, Sequence[str]], unused: tuple[str, ...]) -> None:
@@ -191,7 +209,19 @@ def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = Tru
             hub.resolve(ref, weights=weights)
     for scorer in config.scorers:
         resolve_reward(scorer, weights=weights)
+    if config.data.embeddings == "disk":
+        _check_cache(Path(config.data.cache))
     return all_prompts(config)
+
+
+def _check_cache(folder: Path) -> None:
+    """Raises UserError where a file is in the folder's place, or it cannot be made; what is there may be read-only."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or (place != folder.absolute() and not os.access(place, os.W_OK)):
+        why = "cannot be written" if place.is_dir() else "is a file"
+        raise UserError(f"data.cache {folder}: {place} {why}; name another folder, or set data.embeddings to memory")
 
 
 class BatchSizes(NamedTuple):

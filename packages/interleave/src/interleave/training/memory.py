@@ -188,7 +188,9 @@ def build_meta_model(config: TrainingConfig) -> Any:
                 return get_peft_model(model, options)
         # none is found, or peft has no adapter for a layer of this kind, or leaves an entry of a pattern out
         except (ValueError, NotImplementedError, re.error, RuntimeWarning) as error:
-            raise UserError(f"lora: {one_line(str(error))}") from None
+            # it shows the whole module
+            said = re.sub(r"^Target module (\w+)\(.*\) is not", r"Target module \1 is not", str(error), flags=re.DOTALL)
+            raise UserError(f"lora: {one_line(said)}; give names of linear layers, such as q_proj") from None
 
 
 def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
