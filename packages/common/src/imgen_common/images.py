@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imgen_common.errors import UserError
-from imgen_common.files import check_no_address
+from imgen_common.files import atomic_file, check_no_address
 
 if TYPE_CHECKING:
     import torch
@@ -319,6 +319,12 @@ def _gray_to_8_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         gray.putalpha(Image.fromarray((values != transparent).astype(np.uint8) * 255))
     return gray
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file whole or not at all.  Raises UserError if it cannot be written."""
+    with atomic_file(path) as file:
+        image.save(file, "PNG")
 
 
 def content_hash(image: Image.Image) -> str:

@@ -28,7 +28,6 @@ from imgen_common.config import Config, load, read_yaml, to_yaml
 from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
-    atomic_file,
     lock,
     read_json_lines,
     write_atomic,
@@ -211,10 +210,11 @@ class RunFolder:
             return
         import numpy as np
 
+        from imgen_common.images import save_png
+
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
-        with atomic_file(folder / f"{name}-{step:06d}.png") as file:
-            image.save(file, "PNG")
+        save_png(image, folder / f"{name}-{step:06d}.png")
         self._tensorboard().add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def metrics(self) -> list[dict[str, Any]]:

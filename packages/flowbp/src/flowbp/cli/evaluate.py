@@ -63,7 +63,7 @@ def sample(
     with spinner("loading"):
         from flowbp.data.rows import edits_of_files
         from flowbp.evaluation import sources
-        from imgen_common.files import atomic_file, make_folder
+        from imgen_common.files import make_folder
 
         if run is not None and model is not None:
             raise UserError("--run and --model: give one of them")
@@ -84,7 +84,7 @@ def sample(
         from flowbp.evaluation import sampling
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
-        from imgen_common.images import grid, to_pil
+        from imgen_common.images import grid, save_png, to_pil
     quiet_libraries()
     print_notes(source.unread_prompts(prompts))
     backbone = source.load(device_of("auto"))
@@ -93,14 +93,11 @@ def sample(
         for index, prompt in enumerate(prompts):
             made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
             for which, image in zip(seeds, made, strict=True):
-                name = f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png"
-                with atomic_file(out / name) as written:
-                    image.save(written, "PNG")
+                save_png(image, out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
             cells += [*source_thumbnails(prompt, made[0].size), *made]
             on_progress(source.label, index + 1, len(prompts))
     file = out / f"{number:03d}-grid.png"
-    with atomic_file(file) as written:
-        grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4).save(written, "PNG")
+    save_png(grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4), file)
     print(f"images: {num * len(prompts)} of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 

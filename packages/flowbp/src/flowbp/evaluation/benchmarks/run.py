@@ -52,8 +52,8 @@ from flowbp.evaluation.sources import ModelSource
 from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_file, numbered_lines, write_atomic
-from imgen_common.images import decode, from_pil, to_pil
+from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.images import decode, from_pil, save_png, to_pil
 from imgen_common.judging.answers import AnswerLog
 from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
@@ -155,8 +155,7 @@ class Benchmark:
                 file, row = image_file(self.out, image_id), self.prompts[image_id[0]].row()
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(file.parent.parent / "metadata.jsonl", row + "\n")
-                with atomic_file(file) as fresh:
-                    image.save(fresh, "PNG")
+                save_png(image, file)
             self.on_progress(f"generating images of {config.label}", start + len(batch), len(todo))
 
     def score_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
