@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,24 @@ def test_a_processor_that_is_not_reproduced_is_refused(reason: str, tmp_path: Pa
     folder = reward_folder(tmp_path, REFUSED[reason])
     with pytest.raises(UserError, match=reason):
         preprocess.ProcessorSteps.of(load_part(CLIPImageProcessor, folder), folder, 32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_read"),
+    [
+        ("CLIPImageProcessorFast", True),
+        ("CLIPFeatureExtractor", True),
+        ("SiglipImageProcessor", True),
+        ("ConvNextImageProcessor", False),
+        ("BitImageProcessor", False),
+    ],
+)
+def test_a_processor_with_other_steps_is_refused_by_its_name(kind: str, is_read: bool, tmp_path: Path) -> None:
+    folder = reward_folder(tmp_path, {"image_processor_type": kind, "crop_pct": 0.875})
+    with (
+        nullcontext() if is_read else pytest.raises(UserError, match=f"image_processor_type {kind}: is not reproduced")
+    ):
+        RewardConfig(ref=str(folder)).load()
 
 
 def test_a_reward_without_its_processor_is_refused(tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ class ClipReward:
 
         options: further arguments of the class.  Raises UserError for an image processor that is not reproduced.
         """
-        model = load_frozen(CLIPModel, folder, device, torch.float32)
-        return cls(model, load_part(CLIPImageProcessor, folder), load_tokenizer(folder, model.text_model), **options)
+        model, processor = load_frozen(CLIPModel, folder, device, torch.float32), load_part(CLIPImageProcessor, folder)
+        preprocess.check_processor_type(CLIPImageProcessor.get_image_processor_dict(folder)[0], folder)
+        return cls(model, processor, load_tokenizer(folder, model.text_model), **options)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:
         """The differentiable steps of the image processor, or of HPSv2's own; see `ProcessorSteps`."""

@@ -20,6 +20,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Filter = Literal["bilinear", "bicubic"]
 PIL_FILTERS: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
 """Filters by their numbers in PIL, which a preprocessor_config.json gives; torch has no antialiased others."""
+CLIP_LIKE = ("CLIP", "Siglip", "ViT")
+"""How the names of image processors begin that resize, crop and normalize as CLIP's does, by the same fields."""
 QWEN_FIELDS = {
     "do_resize": True,
     "resample": 3,
@@ -178,6 +180,13 @@ def require_fields(processor: Any, where: Path, expected: Mapping[str, object]) 
         found = getattr(processor, field)
         if found != value:
             raise _refused(where, field, found, str(value))
+
+
+def check_processor_type(fields: Mapping[str, Any], where: Path) -> None:
+    """Raises UserError where the configuration of a processor is that of a class with other steps than CLIP's."""
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or CLIP_LIKE[0]
+    if not str(kind).startswith(CLIP_LIKE):
+        raise _refused(where, "image_processor_type", kind, f"those of {', '.join(CLIP_LIKE)}")
 
 
 def _refused(where: Path, field: str, found: object, allowed: str) -> UserError:
