@@ -607,6 +607,10 @@ ANSWERS: list[tuple[Exception, str]] = [
         answer(403, "", HfHubHTTPError, "Enable access to public gated repositories in your token."),
         r"\(Enable access to",
     ),
+    (
+        answer(401, "", HfHubHTTPError, "Invalid credentials in Authorization header"),
+        r"refuses the token that it was given \(Invalid credentials in .*\); log in with `hf auth login` or set HF_TOKEN",
+    ),
     (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
     (NETWORK, r"\(Name or service not known\); check the name and the network, then run"),
     (ValueError(), r"\(ValueError\)"),

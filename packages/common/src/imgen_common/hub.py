@@ -255,6 +255,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
         return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
     if any(issubclass(kind, errors.RepositoryNotFoundError) for kind in kinds):
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
+    if any(getattr(getattr(one, "response", None), "status_code", None) == 401 for one in causes):
+        return f"the hub refuses the token that it was given ({said or 'status 401'}); {login} anew"
     said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
     if any(isinstance(one, json.JSONDecodeError) for one in causes):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
