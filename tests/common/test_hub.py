@@ -609,7 +609,7 @@ ANSWERS: list[tuple[Exception, str]] = [
     ),
     (
         answer(401, "", HfHubHTTPError, "Invalid credentials in Authorization header"),
-        r"refuses the token that it was given \(Invalid credentials in .*\); log in with `hf auth login` or set HF_TOKEN",
+        r"refuses the token that it was given \(Invalid credentials in .*\); log in with `hf auth login`",
     ),
     (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
     (NETWORK, r"\(Name or service not known\); check the name and the network, then run"),
