@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -328,6 +329,9 @@ def test_a_description_of_another_rank_is_refused(tmp_path: Path, described: dic
     for good in ({"r": 2}, {}, {"r": 64, "rank_pattern": {"to_q": 2}}):
         describe(good)
         assert read_adapter(str(tmp_path), net, "Flux2KleinPipeline")["to_q"].alpha == 8
+    for options, alpha in (({"r": 2}, peft.LoraConfig().lora_alpha), ({}, 2)):  # PEFT's default, the rank without any
+        (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+        assert read_adapter(str(tmp_path), net, "Flux2KleinPipeline")["to_q"].alpha == alpha
 
 
 def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path: Path) -> None:

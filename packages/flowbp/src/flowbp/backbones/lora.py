@@ -24,6 +24,8 @@ from imgen_common.files import local_path
 from imgen_common.weights import read_json
 
 PEFT_CONFIG = "adapter_config.json"
+PEFT_ALPHA = 8
+"""lora_alpha of a description that does not give it."""
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Files of PEFT and of diffusers, looked for first in a folder."""
 KEY = re.compile(
@@ -95,7 +97,7 @@ def read_adapter(ref: str, net: nn.Module, pipeline: str) -> dict[str, LayerAdap
     It may have the keys of diffusers, PEFT, kohya or ComfyUI, with the layers' names in diffusers or in the original
     model.  What a file stacks, as query, key and value, is taken apart: exactly, with its rank for each part, or with
     its own where the parts do not share columns.  net: without adapters, may be on the meta device.  pipeline: class
-    name of its pipeline.  alpha is that of the file, or the rank where it has none.
+    name of its pipeline.  alpha is that of the file, PEFT's 8 where its description has none, and the rank without one.
     Raises UserError for a file of which not everything is an adapter of linear layers of this network.
     """
     file = adapter_file(ref)
@@ -281,8 +283,8 @@ def _whole(ref: str, name: str, parts: Mapping[str, Tensor], options: Mapping[st
         raise UserError(f"lora.init {ref}: {name} has matrices of {shapes}; must be [rank, in] and [out, rank]")
     rank, alpha = len(down), float(len(down))
     layer = name.removeprefix("base_model.model.").removeprefix("transformer.")
-    if "lora_alpha" in options:
-        alpha = _described(ref, options, "alpha_pattern", layer, options["lora_alpha"])
+    if options:
+        alpha = _described(ref, options, "alpha_pattern", layer, options.get("lora_alpha", PEFT_ALPHA))
     # alpha counts by the rank that it was chosen for; PEFT takes no matrices of another one
     if (described := _described(ref, options, "rank_pattern", layer, options.get("r", rank))) != rank:
         raise UserError(

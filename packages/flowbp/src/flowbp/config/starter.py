@@ -27,6 +27,10 @@ CONVERTED: Mapping[str, str] = {
     "hpsv3": "HPSv3.safetensors --with Qwen/Qwen2-VL-7B-Instruct --prompt-source data_collator_qwen.py",
 }
 """Rewards that `flowbp convert-reward` must convert first: the published file, and the rest of the command."""
+SOURCES: Mapping[str, str] = {
+    "aesthetic": "christophschuhmann/improved-aesthetic-predictor on GitHub; see there for its license",
+}
+"""Where the file of a reward is published that no recipe names."""
 PLACES = (Path("configs") / "flowbp", Path(__file__).absolute().parents[5] / "configs" / "flowbp")
 """Where the recipes are: below the working directory, or beside the packages of a clone."""
 STARTERS = ("lora_*.yaml", "flowbp_bridge.yaml")
@@ -109,6 +113,7 @@ def write_starter(name: str, starter: Starter, reward: str) -> str:
         if key == "rewards" and reward in CONVERTED:
             file, _, rest = CONVERTED[reward].partition(" ")
             lines.append(f"# First: flowbp convert-reward {reward} downloads/{file} rewards/{reward} {rest}")
+            lines += [f"# {file}: {SOURCES[reward]}"] if reward in SOURCES else []
         blocks.append([*lines, dump_yaml({key: data[key]}).rstrip()])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
