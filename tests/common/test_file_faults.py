@@ -67,7 +67,7 @@ def test_only_a_lock_that_would_block_is_in_use(
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EACCES, errno.EBADF, errno.ENOTTY])
 @pytest.mark.parametrize("call", ["fsync", "open"])
 def test_a_folder_that_cannot_be_synced_does_not_end_a_run(
     number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

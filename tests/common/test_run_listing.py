@@ -239,6 +239,17 @@ def test_json(call: Callable[..., str]) -> None:
     assert [run["scores"] for run in both["runs"]] == [{"reward": 3.0}, {"reward": 2.5}]
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_a_score_that_is_not_finite_is_null_in_json(call: Callable[..., str], tmp_path: Path, value: str) -> None:
+    (scores,) = (tmp_path / "runs" / "done" / "evaluations").glob("trained-g1/scores.json")
+    scores.write_text(scores.read_text().replace('"reward": [1.0', f'"bad": [{value}, {value}], "reward": [1.0'))
+    (tmp_path / "runs" / "done" / "evaluations" / "trained-g2" / "scores.json").unlink()
+    for words in (("--json",), ("compare", "done", "open", "--json")):
+        found = json.loads(call(*words), parse_constant=pytest.fail)
+        runs = {run["name"]: run for run in (found["runs"] if "compare" in words else found)}
+        assert runs["done"]["scores"] == {"bad": None, "reward": 1.5}
+
+
 def test_two_runs_side_by_side(call: Callable[..., str]) -> None:
     lines = [line.split() for line in call("compare", "done", "open").splitlines()]
     assert ["configuration", "done", "open"] in lines

@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +366,21 @@ def test_a_full_disk_is_noticed_before_writing(folder: Path, monkeypatch: pytest
         with pytest.raises(UserError, match=r"no room for a checkpoint: \d+ bytes .* needed, 1000 free"):
             run.save_checkpoint(2, weights(2), {})
         assert files(folder) == before
+
+
+@pytest.mark.parametrize("said", [Usage(0, 0, 0), OSError(errno.ENOSYS, "Function not implemented")])
+def test_a_file_system_that_does_not_say_its_room_is_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Usage | OSError
+) -> None:
+    def ask(path: Path) -> Usage:
+        if isinstance(said, OSError):
+            raise said
+        return said
+
+    monkeypatch.setattr(shutil, "disk_usage", ask)
+    with new_run(folder) as run:
+        run.save_checkpoint(1, weights(1), {})
+        assert run.checkpoints() == [1]
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(

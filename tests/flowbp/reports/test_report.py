@@ -263,7 +263,6 @@ def test_numbers_for_people() -> None:
         (8.5, 8.75, "8.500 8.750 +0.250"),  # HPSv3
         (1234.5, 1300, "1234.50 1300.00 +65.50"),
         (0, 0, "0.00 0.00 +0.00"),
-        (math.nan, 0.25, "nan 0.2500 +nan"),
     ],
 )
 def test_scores_are_shown_with_the_digits_of_their_size(before: float, after: float, shown: str) -> None:
@@ -272,6 +271,12 @@ def test_scores_are_shown_with_the_digits_of_their_size(before: float, after: fl
     text = compare.describe_change("reward", change)
     assert f"{text.before} {text.after} {text.difference}".replace("\N{MINUS SIGN}", "-") == shown
     assert text.interval == f"{text.difference} to {text.difference}"
+
+
+@pytest.mark.parametrize("before", [math.nan, math.inf])
+def test_a_change_that_is_not_finite_has_no_interval(before: float) -> None:
+    change = compare.paired_change([before] * 40, [0.25] * 40)
+    assert compare.describe_change("reward", change) == (str(before), "0.2500", "-", "-", "not finite")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6)])

@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import secrets
@@ -45,6 +46,7 @@ OTHER_BYTES = {
 }
 """What a file is instead of text that begins so."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}
+CANNOT_SYNC |= {errno.EBADF, errno.ENOTTY}
 """What file systems answer that do not offer fsync, or not for folders."""
 
 
@@ -272,6 +274,15 @@ def sync(what: Path | int) -> None:
             f"the file system does not say when a file has reached the disk (fsync: {error.strerror}); what is "
             "written last may be lost if the machine loses power"
         )
+
+
+def free_bytes(folder: Path) -> float:
+    """Bytes that the disk of a folder has room for; infinite where the file system does not say."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
 
 
 def lock(file: IO[bytes] | int) -> bool:

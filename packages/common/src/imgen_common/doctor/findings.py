@@ -1,10 +1,10 @@
 """What a machine offers to this project, with a remedy for what it lacks."""
 
 import fcntl
+import math
 import os
 import platform
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+from imgen_common.files import free_bytes
 
 GIB = 2**30
 
@@ -79,8 +81,9 @@ def _disks(runs: Path) -> Iterator[Finding]:
         ("shared memory", Path("/dev/shm"), 1, "give the container more (docker run --shm-size=8g)"),
     ):
         if folder.is_dir():
-            free = shutil.disk_usage(folder).free / GIB
-            yield _finding(f"disk, {name}", free >= least, f"{free:.1f} GiB free", remedy)
+            free = free_bytes(folder) / GIB
+            said = f"{free:.1f} GiB free" if math.isfinite(free) else "the file system does not say what is free"
+            yield _finding(f"disk, {name}", free >= least, said, remedy)
 
 
 def _finding(area: str, good: bool, text: str, remedy: str) -> Finding:

@@ -7,6 +7,7 @@ checkpoint-123/                   those of TRL, in place; their manifest, writte
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from annotated_types import Ge
 from pydantic import BaseModel, StringConstraints
 
 from imgen_common.errors import DiskFullError, UserError, is_disk_full, system_error, warn_once
-from imgen_common.files import read_json, sync, write_atomic
+from imgen_common.files import free_bytes, read_json, sync, write_atomic
 from imgen_common.run_folder.sharded import ShardedTensors, is_sharded, on_main, save_sharded
 
 if TYPE_CHECKING:
@@ -298,11 +299,11 @@ def check_tensors(what: str, found: Mapping[str, "Tensor"], expected: Mapping[st
 
 
 def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if surely or free < needed + SPARE_BYTES:
         raise DiskFullError(
-            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed, {free} free; "
-            "earlier ones are untouched"
+            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed"
+            f"{f', {free} free' if math.isfinite(free) else ''}; earlier ones are untouched"
         )
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +68,7 @@ def list_runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
 
     found = listing.list_runs(runs)
     if as_json:
-        print(json.dumps([asdict(run) for run in found]))
+        print(json.dumps([run.as_json() for run in found]))
         return
     if not found:
         print(f"no runs in {runs}")
@@ -113,7 +113,7 @@ def compare(
         if sides[0].get(key) != sides[1].get(key)
     }
     if as_json:
-        print(json.dumps({"configuration": differ, "runs": [asdict(run) for run in summaries]}))
+        print(json.dumps({"configuration": differ, "runs": [run.as_json() for run in summaries]}))
         return
     _print_comparison(differ, [{key: _text(side, key) for key in differ} for side in sides], summaries)
 

@@ -3,9 +3,10 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,11 @@ class RunSummary:
     scores_of: str
     size: int
     changed: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields; a score that is not finite is None."""
+        scores = {name: value if math.isfinite(value) else None for name, value in self.scores.items()}
+        return asdict(self) | {"scores": scores}
 
     @property
     def progress(self) -> str:

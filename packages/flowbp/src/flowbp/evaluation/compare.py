@@ -131,6 +131,8 @@ def describe_change(name: str, change: Change) -> ChangeText:
     """The texts of a table row about the change of a score."""
     scale = change.before, change.after, change.difference
     before, after = (format_score(name, value, *scale) for value in (change.before, change.after))
+    if not math.isfinite(change.difference):
+        return ChangeText(before, after, "-", "-", change.verdict)
     difference, low, high = (format_change(name, v, *scale) for v in (change.difference, change.low, change.high))
     return ChangeText(before, after, difference, f"{low} to {high}", change.verdict)
 

@@ -4,7 +4,6 @@ What needs no torch is checked before torch is imported, so that a typo costs no
 """
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from flowbp.rewards.vlm.settings import FILE as REWARD_FILE
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
+from imgen_common.files import free_bytes
 from imgen_common.run_folder.data import DataHash, hash_file, hash_rows
 from imgen_common.streams import numpy_generator
 
@@ -279,7 +279,7 @@ def check_disk(job: CheckedRun, folder: Path, *, resume: bool) -> None:
         place = place.parent
     checkpoints = 1 if resume else job.config.checkpoint.keep + 1
     needed = job.num_weights * 4 * TENSORS_PER_WEIGHT * checkpoints
-    free = shutil.disk_usage(place).free
+    free = free_bytes(place)
     if free < needed:
         raise UserError(
             f"{folder}: no room for {checkpoints} checkpoints: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB "

@@ -74,7 +74,7 @@ class ProgressState:
         self.stage = ""
         self._stage_start = time.monotonic()
         self._evaluation_seconds = 0.0
-        self._first = 0
+        self._ends: deque[float] = deque(maxlen=WINDOW + 1)
 
     def begin_stage(self, stage: str) -> float:
         """Begins a stage; returns the seconds that the one before took."""
@@ -87,14 +87,15 @@ class ProgressState:
 
     def update(self, update: int, metrics: Mapping[str, float]) -> None:
         """Remembers the metrics of an update."""
-        if not self.recent:
-            self._first = update - 1
+        if not self._ends:
+            self._ends.append(self._stage_start)
+        self._ends.append(time.monotonic())
         self.recent.append(metrics)
         self.rewards.append(metrics[self.scores[0]])
 
     def seconds_left(self, update: int) -> float:
-        """Seconds to the end, about, if updates keep their pace and the last evaluation takes as long as the first."""
-        pace = (time.monotonic() - self._stage_start) / max(1, update - self._first)
+        """About how many seconds are left, at the pace of the last updates and of the first evaluation."""
+        pace = (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
         return (self.num_updates - update) * pace + self._evaluation_seconds
 
     def mean(self, name: str) -> float:
