@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_the_error_handler_that_a_user_chose_is_kept(errors: str, kept: str) -> 
     original = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors, line_buffering=True)
     wrapped = terminal._wrap(original, terminal._Descriptor(os.devnull, "w"))
     assert (wrapped.encoding, wrapped.errors, wrapped.line_buffering) == ("ascii", kept, True)  # type: ignore[attr-defined]
+
+
+def test_a_pipe_that_does_not_wait_is_waited_for() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    text, got = "0123456789\n" * 40_000, bytearray()  # more than a pipe holds
+
+    def read() -> None:
+        while piece := os.read(reading, 4096):
+            got.extend(piece)
+
+    reader = threading.Thread(target=read)
+    stream = terminal._wrap(None, terminal._Descriptor(writing, "w"))
+    timer = threading.Timer(0.2, reader.start)
+    timer.start()
+    stream.write(text)
+    stream.close()
+    timer.join()
+    reader.join()
+    os.close(reading)
+    assert got.decode() == text
 
 
 def test_a_writer_outlives_its_reader() -> None:

@@ -16,7 +16,7 @@ NEW_FILE = re.compile(r"New file\s+`(\S+)`:\n\n```python\n(.*?)```", re.DOTALL)
 NEW_LINES = re.compile(r"In `(\S+)`, before `([^`]*)`[^`]*(?:`[^`]*`[^`]*)?:\n\n```python\n(.*?)```", re.DOTALL)
 TOYS = {
     "method": "stratified",
-    "backbone": "flux1_kontext",
+    "backbone": "sd3_pag",
     "reward": "brightness",
     "generator": "plain",
     "chat model": "echo",
@@ -41,7 +41,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(source, copy)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files, lines = NEW_FILE.findall(text), NEW_LINES.findall(text)
-    assert (len(files), len(lines)) == (7, 20)
+    assert (len(files), len(lines)) == (7, 21)
     for path, content in files:
         assert not (copy / path).exists()
         (copy / path).write_text(content, encoding="utf-8")

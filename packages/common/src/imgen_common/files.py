@@ -21,6 +21,7 @@ from typing import IO, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from imgen_common.errors import (
+    MENDABLE,
     DiskFullError,
     UserError,
     WriteError,
@@ -323,5 +324,6 @@ def writing(path: Path) -> Iterator[None]:
             reason = failure.strerror or failure
             if isinstance(failure, FileExistsError | NotADirectoryError):
                 reason = "a part of this path is a file, or a link to nothing"
-            raise WriteError(f"{path}: cannot be written ({reason}); choose another folder") from None
+            remedy = MENDABLE[errno.EFBIG] if failure.errno == errno.EFBIG else "choose another folder"
+            raise WriteError(f"{path}: cannot be written ({reason}); {remedy}") from None
         raise

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -43,9 +44,9 @@ class _Descriptor(io.FileIO):
 
     def write(self, data: object, /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
-        except BlockingIOError:
-            raise
+            while (written := super().write(data)) is None:  # type: ignore[arg-type]
+                select.select((), (self,), ())  # a pipe that does not wait for its reader itself
+            return written
         except OSError as error:
             if error.errno not in GONE:
                 self.failure = error

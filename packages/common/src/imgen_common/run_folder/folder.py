@@ -25,7 +25,7 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
 from imgen_common.config import Config, load, read_yaml, to_yaml
-from imgen_common.errors import DiskFullError, UserError, WriteError, is_disk_full
+from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
     lock,
@@ -161,7 +161,8 @@ class RunFolder:
             what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
             return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
         if isinstance(error, OSError) and Path(str(error.filename or "")).is_relative_to(self.path):
-            return UserError(f"{error.filename}: {error.strerror}; mend it and go on with --resume {self.path}")
+            remedy = MENDABLE.get(error.errno or 0, "mend it")
+            return UserError(f"{error.filename}: {error.strerror}; {remedy}; then go on with --resume {self.path}")
         return None
 
     def close(self) -> None:
