@@ -1,6 +1,7 @@
 """`runs list`, `compare` and `clean`: what run folders hold, told from their files, and what may be removed."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -248,6 +249,14 @@ def test_a_score_that_is_not_finite_is_null_in_json(call: Callable[..., str], tm
         found = json.loads(call(*words), parse_constant=pytest.fail)
         runs = {run["name"]: run for run in (found["runs"] if "compare" in words else found)}
         assert runs["done"]["scores"] == {"bad": None, "reward": 1.5}
+
+
+def test_a_narrow_terminal_shows_runs_below_each_other(
+    call: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "last scores reward=3\n" in re.sub(r"\x1b\[[0-9;]*m", "", call())
 
 
 def test_two_runs_side_by_side(call: Callable[..., str]) -> None:

@@ -4,6 +4,8 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,6 +273,15 @@ def test_scores_are_shown_with_the_digits_of_their_size(before: float, after: fl
     text = compare.describe_change("reward", change)
     assert f"{text.before} {text.after} {text.difference}".replace("\N{MINUS SIGN}", "-") == shown
     assert text.interval == f"{text.difference} to {text.difference}"
+
+
+def test_scores_that_are_not_finite_are_named() -> None:
+    def evaluated(*scores: float) -> Any:
+        return {1.0: SimpleNamespace(scores={"reward": [0.5, 0.5], "heldout": list(scores)})}
+
+    assert compare.describe_not_finite([evaluated(1, 2)]) == []
+    (said,) = compare.describe_not_finite([evaluated(1, 2), evaluated(1, math.nan)])
+    assert said.startswith("not finite: scores of heldout; `flowbp sample` says")
 
 
 @pytest.mark.parametrize("before", [math.nan, math.inf])

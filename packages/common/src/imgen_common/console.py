@@ -5,10 +5,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 @contextmanager
@@ -82,6 +86,31 @@ def quiet_libraries() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for what DeepSpeed says wherever it is imported without a GPU, as diffusers does to save a model."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+def print_table(out: "Console", table: "Table") -> None:
+    """Prints a table, or where it would be squeezed to less than its longest words, its rows below each other."""
+    if _least_width(out, table) <= out.width:
+        out.print(table)
+        return
+    if table.title:
+        out.print(table.title)
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        for column, cell in zip(table.columns, row, strict=True):
+            if cell:
+                out.print(f"[dim]{column.header}[/] {cell}" if column.header else cell)
+        out.print()
+
+
+def _least_width(out: "Console", table: "Table") -> int:
+    """The width at which no word of a table is cut."""
+    from rich.text import Text
+
+    widths = [
+        max(out.measure(Text.from_markup(str(cell))).minimum for cell in (column.header, *column.cells))
+        for column in table.columns
+    ]
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

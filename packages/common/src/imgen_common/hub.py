@@ -26,6 +26,8 @@ SAMPLING_FILE = "sampling.json"
 given.  `flowbp export` writes it, the generators of `interleave` read it."""
 UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 """How the files end that the hub's client, aria2 (as hfd.sh uses it) and browsers keep until a download ends."""
+ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Adapters of PEFT and of diffusers, looked for first in a folder."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
 LIBRARIES = ("diffusers", "transformers")
@@ -88,6 +90,32 @@ def prefetch(ref: str) -> Path:
     if (path / "model_index.json").exists():
         check_networks(path)
     return path
+
+
+def resolve_adapter(ref: str, key: str) -> Path:
+    """The safetensors file of an adapter: `ref` itself, or the one in a folder or a repository of the hub.
+
+    key: of the configuration, for errors.  Raises UserError where there is none, several, a pickle or a file that is
+    cut short.
+    """
+    folder = local_path(ref)
+    if not (ref and folder.is_dir()):
+        try:
+            folder = resolve(ref, single_file=True)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        if folder.is_file():
+            return folder
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    chosen = [file for file in files if file.name in ADAPTER_FILES] or files
+    if len(chosen) != 1:
+        pickled = any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*"))
+        made = "no *.safetensors file in it; give an adapter, which `flowbp export --to diffusers` makes of a run"
+        none = "only pickled weights; convert them to safetensors" if pickled else made
+        several = f"{len(files)} safetensors files ({', '.join(file.name for file in files[:4])}); give one of them"
+        raise UserError(f"{key} {ref}: {several if chosen else none}")
+    check_file(chosen[0], folder)
+    return chosen[0]
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:

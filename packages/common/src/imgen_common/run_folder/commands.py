@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from imgen_common.console import print_table
 from imgen_common.errors import one_line
 
 if TYPE_CHECKING:
@@ -206,15 +207,15 @@ def format_age(seconds: float) -> str:
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table; its text is shown as it is, without control characters.  Not on a terminal it is as wide as it needs."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for index, title in enumerate(header):
-        table.add_column(Text(one_line(title)), justify="right" if index in right else "left", overflow="fold")
+        table.add_column(escape(one_line(title)), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(one_line(cell)) for cell in row))
+        table.add_row(*(escape(one_line(cell)) for cell in row))
     out = Console(highlight=False, emoji=False)
     if not out.is_terminal:
         out = Console(highlight=False, emoji=False, width=Console(width=10**4).measure(table).maximum)
-    out.print(table)
+    print_table(out, table)

@@ -20,14 +20,11 @@ from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
-from imgen_common.files import local_path
 from imgen_common.weights import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_ALPHA = 8
 """lora_alpha of a description that does not give it."""
-FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""Files of PEFT and of diffusers, looked for first in a folder."""
 KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>A|B|down|up)(?:\.default)?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
 )
@@ -66,31 +63,6 @@ class _Target(NamedTuple):
     is_original: bool
 
 
-def adapter_file(ref: str) -> Path:
-    """The safetensors file of an adapter: `ref` itself, or the one in a folder or a repository of the hub.
-
-    Raises UserError where there is none, several, a pickle or a file that is cut short.
-    """
-    folder = local_path(ref)
-    if not (ref and folder.is_dir()):
-        try:
-            folder = hub.resolve(ref, single_file=True)
-        except UserError as error:
-            raise UserError(f"lora.init: {error}") from None
-        if folder.is_file():
-            return folder
-    files = sorted(folder.glob("[!.]*.safetensors"))
-    chosen = [file for file in files if file.name in FILES] or files
-    if len(chosen) != 1:
-        pickled = any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*"))
-        made = "no *.safetensors file in it; give an adapter, which `flowbp export --to diffusers` makes of a run"
-        none = "only pickled weights; convert them to safetensors" if pickled else made
-        several = f"{len(files)} safetensors files ({', '.join(file.name for file in files[:4])}); give one of them"
-        raise UserError(f"lora.init {ref}: {several if chosen else none}")
-    hub.check_file(chosen[0], folder)
-    return chosen[0]
-
-
 def read_adapter(ref: str, net: nn.Module, pipeline: str) -> dict[str, LayerAdapter]:
     """The adapter in a file, by the name of its layer in the network, float32.
 
@@ -100,7 +72,7 @@ def read_adapter(ref: str, net: nn.Module, pipeline: str) -> dict[str, LayerAdap
     name of its pipeline.  alpha is that of the file, PEFT's 8 where its description has none, and the rank without one.
     Raises UserError for a file of which not everything is an adapter of linear layers of this network.
     """
-    file = adapter_file(ref)
+    file = hub.resolve_adapter(ref, "lora.init")
     with safe_open(file, "pt") as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no mapping)
         options = _options(ref, file, content.metadata() or {})
@@ -203,7 +175,7 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
 def _options(ref: str, file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's description of the adapter: adapter_config.json beside the file, or what diffusers put into its header."""
     described = file.parent / PEFT_CONFIG
-    if file.name == FILES[0] and described.exists():
+    if file.name == hub.ADAPTER_FILES[0] and described.exists():
         options = read_json(described)
     else:
         try:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan
@@ -17,6 +16,7 @@ from flowbp.evaluation.compare import Change, MeanScore, describe_change, format
 from flowbp.reports.explain import describe_axes, describe_reward_input, plan_costs, plan_strip
 from flowbp.training.progress import format_duration
 from imgen_common.config import to_yaml
+from imgen_common.console import print_table
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.tables import BenchmarkRow
@@ -51,29 +51,6 @@ def _table(*columns: str, right: Iterable[int] = (), title: str | None = None) -
     return table
 
 
-def _print(out: Console, table: Table) -> None:
-    """Prints a table, or where it would be squeezed to less than its longest words, its rows below each other."""
-    if _least_width(out, table) <= out.width:
-        out.print(table)
-        return
-    if table.title:
-        out.print(table.title)
-    for row in zip(*(column.cells for column in table.columns), strict=True):
-        for column, cell in zip(table.columns, row, strict=True):
-            if cell:
-                out.print(f"[dim]{column.header}[/] {cell}" if column.header else cell)
-        out.print()
-
-
-def _least_width(out: Console, table: Table) -> int:
-    """The width at which no word of a table is cut."""
-    widths = [
-        max(out.measure(Text.from_markup(str(cell))).minimum for cell in (column.header, *column.cells))
-        for column in table.columns
-    ]
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
 def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
     """The named methods on their axes, then what each does."""
     out = standard_output()
@@ -81,12 +58,12 @@ def print_methods(rows: Sequence[Mapping[str, str]]) -> None:
     table = _table("method", *axes)
     for row in rows:
         table.add_row(f"[bold]{row['name']}[/]", *(escape(row[axis]) for axis in axes))
-    _print(out, table)
+    print_table(out, table)
     out.print()
     lines = _table("method", "what it does", "source")
     for row in rows:
         lines.add_row(f"[bold]{row['name']}[/]", escape(row["about"]), escape(row["source"]))
-    _print(out, lines)
+    print_table(out, lines)
 
 
 def print_families(rows: Sequence[Mapping[str, object]]) -> None:
@@ -95,7 +72,7 @@ def print_families(rows: Sequence[Mapping[str, object]]) -> None:
     for row in rows:
         cells = (str(row[key]) for key in ("license", "guidance", "billions", "max_source_images"))
         table.add_row(str(row["model"]), *cells, "-" if row["lora_gb"] is None else f"{row['lora_gb']} GB")
-    _print(standard_output(), table)
+    print_table(standard_output(), table)
 
 
 def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
@@ -105,7 +82,7 @@ def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
     axes = _table("axis", "choice")
     for name, text in describe_axes(config.method).items():
         axes.add_row(name, escape(text))
-    _print(out, axes)
+    print_table(out, axes)
     out.print(f"\nThe reward sees {escape(describe_reward_input(plan))}.\n")
     for label, line in plan_strip(plan):
         out.print(f"[dim]{label:<8}[/]{escape(line)}", soft_wrap=True)
@@ -115,19 +92,19 @@ def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
         coupling = f"{row['coupling']:g}" if row["coupling"] else "-"
         values = (f"{row['sigma']:.4f}", f"{row['weight']:+.4f}", f"{row['euler_steps']:.2f}", coupling)
         terms.add_row(str(row["step"]), *values)
-    _print(out, terms)
+    print_table(out, terms)
     if plan.legs:
         legs = _table("leg", "from", "to", "velocities and their weights", right=(0, 1, 2))
         for k, leg in enumerate(plan.legs, 1):
             nodes = "  ".join(f"v_{q} {w:+.4f}" for q, w in leg.nodes)
             legs.add_row(str(k), f"x_{leg.start}", f"x_{leg.stop}", nodes)
         out.print()
-        _print(out, legs)
+        print_table(out, legs)
     cost = _table("per image", "")
     for name, text in plan_costs(plan, config.keep_graphs):
         cost.add_row(name, escape(text))
     out.print()
-    _print(out, cost)
+    print_table(out, cost)
 
 
 def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) -> None:
@@ -157,7 +134,7 @@ def print_estimate(content: Mapping[str, Any]) -> None:
         table.add_row(f"  during {name}", format_gib(size))
     table.add_row("while prompts are embedded, in total", format_gib(sum(content["startup"].values())))
     table.add_row("[bold]peak[/]", f"[bold]{format_gib(content['peak'])}[/]")
-    _print(out, table)
+    print_table(out, table)
     for line in _cost_lines(content):
         out.print(line)
     if "measured" in content:
@@ -232,7 +209,7 @@ def print_comparison(changes: Mapping[float, Mapping[str, Change]], own: float |
             table.add_row(label, score_title(name).removesuffix(" reward"), *describe_change(name, one))
             label = ""
     out = standard_output()
-    _print(out, table)
+    print_table(out, table)
     starred = "* the scale it was trained with. " if own in changes else ""
     out.print(
         f"[dim]{starred}Verifier: images that show what the prompt says, changes in percentage points. "
@@ -248,7 +225,7 @@ def print_categories(changes: Mapping[str, Change], title: str) -> None:
         table.add_row(group, str(one.num), *describe_change("verifier", one))
     out = standard_output()
     out.print()
-    _print(out, table)
+    print_table(out, table)
 
 
 def print_mean_scores(
@@ -265,7 +242,7 @@ def print_mean_scores(
             mean, low, high = (format_score(name, value, one.mean) for value in (one.mean, one.low, one.high))
             table.add_row(first, text, mean, f"{low} to {high}" if math.isfinite(one.mean) else "not finite")
             first = ""
-    _print(standard_output(), table)
+    print_table(standard_output(), table)
 
 
 def print_benchmark(rows: "Sequence[BenchmarkRow]") -> None:
@@ -279,6 +256,6 @@ def print_benchmark(rows: "Sequence[BenchmarkRow]") -> None:
         table.add_row(f"[bold]{escape(label)}[/]", *(mean for mean, _ in cells))
         table.add_row("", *(f"[dim]{interval}[/]" for _, interval in cells))
     if names:
-        _print(out, table)
+        print_table(out, table)
     for note in tables.table_notes(rows):
         out.print(f"[dim]{escape(note)}[/]")

@@ -156,6 +156,7 @@ def evaluate(
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
+    print_notes(compare.describe_not_finite(found))
     if as_json:
         print(json.dumps({"prompts": config.eval.prompts, "results": compare.results_as_json(labels, found)}))
     elif len(found) == 1:

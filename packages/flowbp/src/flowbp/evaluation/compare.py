@@ -63,6 +63,17 @@ def paired_change(before: Sequence[float], after: Sequence[float]) -> Change:
     return Change(float(np.mean(before)), float(np.mean(after)), difference, low, high, len(before))
 
 
+def describe_not_finite(evaluations: Iterable["EvaluationsByScale"]) -> list[str]:
+    """A sentence that names the scores of which some are NaN or infinite, if there are any."""
+    scores = [one.scores.items() for by_scale in evaluations for one in by_scale.values()]
+    names = {name for found in scores for name, values in found if not all(map(math.isfinite, values))}
+    return [
+        f"not finite: scores of {name}; `flowbp sample` says whether the model's images are finite, else check the "
+        "weights of that reward"
+        for name in sort_scores(names)
+    ]
+
+
 def score_title(name: str) -> str:
     """The name of a score as people read it."""
     return SCORE_TITLES.get(name, name)

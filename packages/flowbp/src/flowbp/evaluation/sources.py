@@ -45,7 +45,7 @@ class ModelSource:
     def load(self, device: "torch.device") -> "Backbone":
         """The backbone with its weights."""
         from flowbp.backbones.loading import load_backbone, load_eval_backbone, load_trained_weights
-        from flowbp.backbones.lora import adapter_file, attach_adapter
+        from flowbp.backbones.lora import attach_adapter
 
         config = self.config
         backbone = load_backbone(config, device, None if config.eval.model is None else "meta")
@@ -55,7 +55,7 @@ class ModelSource:
             load_trained_weights(backbone, self.run)
         elif config.lora is not None and config.lora.init is not None:
             if self.begun is not None:
-                check_data(self.begun, {"lora.init": hash_file(adapter_file(config.lora.init))})
+                check_data(self.begun, {"lora.init": hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))})
             attach_adapter(backbone, config)
         return backbone
 

@@ -71,7 +71,7 @@ def check_run(
     Raises UserError: a batch that does not divide, missing models, no prompts, more active steps than there are,
     image sizes, adapters or switches that do not fit the model.
     """
-    prompts = check_inputs(config, num_processes, weights=not estimate_only)
+    prompts = check_inputs(config, num_processes, weights=not estimate_only, with_adapter=with_adapter)
     from flowbp.backbones.loading import layers_of_targets, mark_trainable
     from flowbp.backbones.lora import adopt_adapter
     from flowbp.core.plan import draw_plan
@@ -104,12 +104,10 @@ def check_run(
 
 def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
     """Hashes of the adapter that the run begins with, if it is still there, and of the questions of its rewards."""
-    from flowbp.backbones.lora import adapter_file
-
     found: dict[str, DataHash] = {}
     if config.lora is not None and config.lora.init is not None:
         with suppress(UserError):  # a run goes on without it
-            found["lora.init"] = hash_file(adapter_file(config.lora.init))
+            found["lora.init"] = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
     for scorer in config.scorers:
         if (file := hub.resolve(scorer.ref, weights=False) / REWARD_FILE).is_file():
             found[f"{REWARD_FILE} of {scorer.name}"] = hash_file(file)
@@ -198,12 +196,16 @@ def unread_prompts(config: TrainConfig) -> list[str]:
     return notes
 
 
-def check_inputs(config: TrainConfig, num_processes: int, *, weights: bool = True) -> Prompts:
+def check_inputs(
+    config: TrainConfig, num_processes: int, *, weights: bool = True, with_adapter: bool = True
+) -> Prompts:
     """Checks the batch, models and prompts that the configuration names; returns the prompts.
 
-    weights: whether those of the models must be there.  Raises UserError.
+    weights: whether those of the models must be there, with_adapter: the file of `lora.init`.  Raises UserError.
     """
     batch_sizes(config, num_processes)
+    if config.lora is not None and config.lora.init is not None and with_adapter:
+        hub.resolve_adapter(config.lora.init, "lora.init")
     for ref in (config.model.ref, config.eval.model):
         if ref is not None:
             hub.resolve(ref, weights=weights)

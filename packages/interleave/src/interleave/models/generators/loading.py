@@ -99,11 +99,7 @@ def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline
 
 def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
     """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
-    path, name = hub.resolve(ref, single_file=True), type(pipe).__name__
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"lora {path}: has {len(files)} *.safetensors files; give the one to use")
-    file = files[0]
+    file, name = hub.resolve_adapter(ref, "lora"), type(pipe).__name__
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
