@@ -270,10 +270,6 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
             ["train", "--dry-run", *sets("data.embeddings=disk", f"data.cache={__file__}/a/b")],
             "is a file; name another",
         ),
-        (
-            ["train", "--dry-run", *sets("lora.init=gone.safetensors")],
-            "lora.init: model 'gone.safetensors': no such folder",
-        ),
         (["sample", "x", "--base"], "is for --run"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
