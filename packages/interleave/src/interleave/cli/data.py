@@ -164,7 +164,7 @@ def import_(
 
 @app.command()
 def export_edits(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a set that `data build` made.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or the folder of a set that `data build` made.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for edits.jsonl and its images.")],
     as_json: Json = False,
 ) -> None:
@@ -178,9 +178,10 @@ def export_edits(
       interleave data export-edits runs/requests --out sets/edits
       flowbp train --set data.prompts=sets/edits/edits.jsonl
     """
+    from imgen_common.run_folder.find import find_run
     from interleave.datasets.formats import edits
 
-    count = edits.export_edits(run, out)
+    count = edits.export_edits(run if run.exists() else find_run(str(run), Path("runs")), out)
     file = out / edits.FILE
     print(json.dumps({"type": "Edits", "path": str(file), "rows": count}) if as_json else f"{file}: {count} edits")
 

@@ -96,6 +96,8 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
     if not any_words and (unknown := describe_unknown_words(ref, request.text)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
+    if isinstance(config.critic, SelfCritic) and ref.startswith(BUILTIN):
+        raise UserError(f"critic.kind: self: {ref} takes no images; name another planner, or set critic.kind to model")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
         key = "run.planner.kind" if any_words else "planner.kind"
         raise UserError(
