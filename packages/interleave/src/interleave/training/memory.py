@@ -194,23 +194,20 @@ def build_meta_model(config: TrainingConfig) -> Any:
 
 
 def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
-    """Raises UserError where `lora` does not fit the model, or weights of the vision tower would get no gradient.
+    """Raises UserError where `lora` does not fit the model, or adapters of the vision tower would get no gradient.
 
     has_images: whether any row has an image; without one the tower gets none.  Re-entrant checkpointing passes no
     gradient to what is within a block whose inputs need none, as those of the tower do under adapters.
     """
-    if config.lora is None and (has_images or config.vision == "frozen"):
+    if config.lora is None:
         return
     model = build_meta_model(config)
     in_tower = any(w.requires_grad and is_frozen(name, "frozen") for name, w in model.named_parameters())
     if in_tower and not has_images:
-        what = "lora adapts" if config.lora is not None else f"vision: {config.vision} trains"
         raise UserError(
-            f"{what} the vision tower, but no row of {config.data} has an image, so that it gets no gradient; set "
+            f"lora adapts the vision tower, but no row of {config.data} has an image, so that it gets no gradient; set "
             "vision: frozen, or lora.target_modules that are not in it"
         )
-    if config.lora is None:
-        return
     checkpointing = config.trl.get("gradient_checkpointing", True) or config.trl.get("activation_checkpointing")
     options: dict[str, Any] = {}
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
