@@ -249,7 +249,7 @@ def test_a_torn_row_is_reported(copied: Benchmark) -> None:
         ({"num_inference_steps": 4}, "num_inference_steps = 3, now 4"),
         ({"seed": 1}, "seed = 0, now 1"),
         ({"images": 1}, "images = 2, now 1"),
-        ({"num_prompts": 3}, "content = "),
+        ({"num_prompts": 3}, "num_prompts = "),
     ],
 )
 def test_other_settings_are_refused(copied: Benchmark, changed: dict[str, Any], said: str) -> None:

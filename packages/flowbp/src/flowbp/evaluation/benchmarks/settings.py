@@ -71,14 +71,14 @@ class BenchmarkConfig(Config):
     update: int | None = None
     """The update of the run that they are of."""
     prompts: str
-    content: str
-    """Digest of the prompts, or of the metadata of GenEval."""
     num_prompts: PositiveInt
     images: PositiveInt
     """Images per prompt."""
     num_inference_steps: PositiveInt
     guidance_scale: float
     seed: int
+    content: str
+    """Digest of the prompts, or of the metadata of GenEval; last, so that what changed it is named first."""
     scorers: tuple[ScorerSpec, ...] = ()
 
     @property
