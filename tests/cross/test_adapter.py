@@ -80,8 +80,9 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other = folder_of("sd3", tmp_path)
     with pytest.raises(UserError, match="does not fit StableDiffusion3Pipeline"):
         drawn_by_interleave("sd3", other, out)
-    (out / "second.safetensors").write_bytes((out / "pytorch_lora_weights.safetensors").read_bytes())
-    with pytest.raises(UserError, match="has 2"):
+    first = (out / "pytorch_lora_weights.safetensors").rename(out / "first.safetensors")
+    (out / "second.safetensors").write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"2 safetensors files \(first.safetensors, second.safetensors\); give one of"):
         drawn_by_interleave("flux2", model, out)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 REMEDIES = {
-    "image": "a critic and a judge show two images in a prompt: serve the model so (vLLM: --limit-mm-per-prompt), or "
+    " image": "a critic and a judge show two images in a prompt: serve the model so (vLLM: --limit-mm-per-prompt), or "
     "name one that reads them",
     "context length": "set max_new_tokens lower, or serve the model with a longer context",
 }
