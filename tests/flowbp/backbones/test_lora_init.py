@@ -339,7 +339,7 @@ def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path:
     save_file(GOOD, adapter)
     shutil.copytree(WEIGHTS / "reward", reward)
     (reward / "reward.json").write_text('{"template": "<image>{prompt}?"}')
-    sets = [f"lora.init={adapter}", f"rewards=[{{ref: {reward}, name: asked}}]"]
+    sets = [f"lora.init={adapter}", f"rewards=[{{ref: {reward}, name: asked, score: vlm}}]"]
     config = load(TrainConfig, [], sets)
     record_data(tmp_path, before := hash_settings(config))
     assert set(before) == {"lora.init", "reward.json of asked"}

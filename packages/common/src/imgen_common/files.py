@@ -277,6 +277,14 @@ def sync(what: Path | int) -> None:
         )
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest part of it that is there."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
 def free_bytes(folder: Path) -> float:
     """Bytes that the disk of a folder has room for; infinite where the file system does not say."""
     try:

@@ -130,12 +130,11 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         raise UserError(
             f"{folder}: not a model folder (none of {index.name}, config.json, {', '.join(LORA_FILES)} in it)"
         )
-    unfinished = next((file for mark in UNFINISHED for file in folder.rglob(f"*{mark}")), None)
-    if weights and unfinished is not None:
-        raise incomplete(folder, f"{unfinished.relative_to(folder)} is an unfinished download")
-    pointers = (file for pattern in DESCRIPTION_FILES for file in folder.rglob(pattern) if _is_pointer(file))
-    if (pointer := next(pointers, None)) is not None:
-        raise UserError(POINTER.format(pointer))
+    for file in sorted(folder.rglob("*")):
+        if weights and file.name.endswith(UNFINISHED):
+            raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")
+        if any(map(file.match, DESCRIPTION_FILES)) and _is_pointer(file):
+            raise UserError(POINTER.format(file))
     if index.exists():
         for name, (library, class_name) in _components(folder).items():
             if library not in LIBRARIES:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from imgen_common.files import free_bytes
+from imgen_common.files import free_bytes, nearest_existing
 
 GIB = 2**30
 
@@ -69,14 +69,14 @@ def _devices() -> Iterator[Finding]:
     yield Finding("attention", "ok", f"kernels: {', '.join(name for name, found in kernels.items() if found)}")
 
 
-def _nearest_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-
-
 def _disks(runs: Path) -> Iterator[Finding]:
     for name, folder, least, remedy in (
-        ("runs", _nearest_folder(runs), 10, "make room, or give another --runs; flowbp estimate says what a run needs"),
+        (
+            "runs",
+            nearest_existing(runs),
+            10,
+            "make room, or give another --runs; flowbp estimate says what a run needs",
+        ),
         ("temporary files", Path(tempfile.gettempdir()), 1, "make room, or set TMPDIR"),
         ("shared memory", Path("/dev/shm"), 1, "give the container more (docker run --shm-size=8g)"),
     ):
@@ -94,7 +94,7 @@ def _finding(area: str, good: bool, text: str, remedy: str) -> Finding:
 def _file_system(runs: Path) -> Iterator[Finding]:
     area = "file system of the runs"
     try:
-        with tempfile.TemporaryDirectory(dir=_nearest_folder(runs), prefix=".doctor-") as folder:
+        with tempfile.TemporaryDirectory(dir=nearest_existing(runs), prefix=".doctor-") as folder:
             yield from _try_files(area, Path(folder))
     except OSError as error:
         yield Finding(area, "problem", f"files cannot be written ({error.strerror})", "give another folder as --runs")

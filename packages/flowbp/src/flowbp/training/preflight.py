@@ -18,7 +18,7 @@ from flowbp.rewards.vlm.settings import FILE as REWARD_FILE
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
-from imgen_common.files import free_bytes
+from imgen_common.files import free_bytes, nearest_existing
 from imgen_common.run_folder.data import DataHash, hash_file, hash_rows
 from imgen_common.streams import numpy_generator
 
@@ -109,8 +109,8 @@ def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
         with suppress(UserError):  # a run goes on without it
             found["lora.init"] = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
     for scorer in config.scorers:
-        if (file := hub.resolve(scorer.ref, weights=False) / REWARD_FILE).is_file():
-            found[f"{REWARD_FILE} of {scorer.name}"] = hash_file(file)
+        if scorer.score == "vlm":
+            found[f"{REWARD_FILE} of {scorer.name}"] = hash_file(hub.resolve(scorer.ref, weights=False) / REWARD_FILE)
     return found
 
 
@@ -218,9 +218,7 @@ def check_inputs(
 
 def _check_cache(folder: Path) -> None:
     """Raises UserError where a file is in the folder's place, or it cannot be made; what is there may be read-only."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest_existing(folder)
     if not place.is_dir() or (place != folder.absolute() and not os.access(place, os.W_OK)):
         why = "cannot be written" if place.is_dir() else "is a file"
         raise UserError(f"data.cache {folder}: {place} {why}; name another folder, or set data.embeddings to memory")
@@ -276,12 +274,9 @@ def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
 
 def check_disk(job: CheckedRun, folder: Path, *, resume: bool) -> None:
     """Raises UserError unless the disk of `folder` (or of its nearest parent) has room for the run's checkpoints."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
     checkpoints = 1 if resume else job.config.checkpoint.keep + 1
     needed = job.num_weights * 4 * TENSORS_PER_WEIGHT * checkpoints
-    free = free_bytes(place)
+    free = free_bytes(nearest_existing(folder))
     if free < needed:
         raise UserError(
             f"{folder}: no room for {checkpoints} checkpoints: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB "
