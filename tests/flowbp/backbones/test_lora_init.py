@@ -24,7 +24,7 @@ from flowbp.backbones.loading import read_trained_weights
 from flowbp.backbones.lora import LayerAdapter, read_adapter, take_apart
 from flowbp.config import TrainConfig
 from flowbp.evaluation.sampling import generate_images
-from flowbp.evaluation.sources import ModelSource
+from flowbp.evaluation.sources import ModelSource, model_source
 from flowbp.export import export_run
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter, lora_adapters
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters
@@ -342,7 +342,7 @@ def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path:
     sets = [f"lora.init={adapter}", f"rewards=[{{ref: {reward}, name: asked, score: vlm}}]"]
     config = load(TrainConfig, [], sets)
     record_data(tmp_path, before := hash_settings(config))
-    assert set(before) == {"lora.init", "reward.json of asked"}
+    assert set(before) == {"model.ref", "the reward asked", "the reward heldout", "lora.init", "reward.json of asked"}
     check_data(tmp_path, before)
     base = ModelSource("base", config, None, begun=tmp_path)
     save_file({name: 2 * value for name, value in GOOD.items()}, adapter)
@@ -356,6 +356,37 @@ def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path:
         check_data(tmp_path, hash_settings(config))
     adapter.unlink()  # a run goes on without it
     assert "lora.init" not in hash_settings(config)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_another_model_in_its_place_is_noticed(part: str, tmp_path: Path) -> None:
+    model, reward, run = tmp_path / "model", tmp_path / "reward", tmp_path / "run"
+    shutil.copytree(WEIGHTS / "generator", model)
+    shutil.copytree(WEIGHTS / "reward", reward)
+    config = load(TrainConfig, [], [f"model.ref={model}", f"rewards=[{{ref: {reward}, name: seen, score: clip}}]"])
+    RunFolder.create(run, config).close()
+    record_data(run, before := hash_settings(config))
+    (model / part / "notes.safetensors.bak").write_text("not read")
+    assert hash_settings(config) == before
+    file = next((model / part).glob("*.safetensors"))
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-4] + bytes(4))
+    for refused in (lambda: check_data(run, hash_settings(config)), lambda: _loaded(model_source(str(run), tmp_path))):
+        with pytest.raises(UserError, match=r"model\.ref has changed since the run was started; restore it"):
+            refused()
+    other = model.rename(tmp_path / "other")  # asked for another by its name, it is what is wanted
+    _loaded(model_source(str(run), tmp_path, [f"model.ref={other}"], base=True))
+    (other / part / file.name).write_bytes(kept)
+    other.rename(model)
+    _loaded(model_source(str(run), tmp_path, base=True))
+    seen = next(reward.glob("*.safetensors"))
+    seen.write_bytes(seen.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match=r"the reward seen has changed since the run was started; restore it"):
+        check_data(run, hash_settings(config))
+
+
+def _loaded(source: ModelSource) -> object:
+    return source.load(torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from flowbp.data.embeddings import (
 )
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.run_folder import data
 
 PROMPTS = ["a red circle", "two blue crosses", "", "a green square left of a red circle"]
 
@@ -165,9 +166,9 @@ def test_a_fingerprint_has_the_length_of_prompts_and_the_libraries(
 def test_a_change_anywhere_in_a_large_file_changes_its_fingerprint(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    monkeypatch.setattr(embeddings, "WHOLE_FILE", 1000)
-    monkeypatch.setattr(embeddings, "STRIDE", 500)
-    monkeypatch.setattr(embeddings, "BLOCK", 100)
+    monkeypatch.setattr(data, "WHOLE_FILE", 1000)
+    monkeypatch.setattr(data, "STRIDE", 500)
+    monkeypatch.setattr(data, "BLOCK", 100)
     (tmp_path / "tokenizer").mkdir()
     file = tmp_path / "tokenizer" / "big.bin"
     file.write_bytes(bytes(10_000))

@@ -112,6 +112,12 @@ def test_other_rows_are_refused(root: Path, stopped: Path, tmp_path: Path) -> No
         with pytest.raises(UserError, match="critic_sft has changed since the run was started"):
             sft.train_sft("critic", config, ["t"], resume=run)
     file.write_text(kept, encoding="utf-8")
+    weights = changed / "model" / "model.safetensors"
+    trained_on = weights.read_bytes()
+    weights.write_bytes(trained_on[:-4] + bytes(4))
+    with pytest.raises(UserError, match="model has changed since the run was started"):
+        sft.train_sft("critic", config, ["t"], resume=run)
+    weights.write_bytes(trained_on)
     sft.train_sft("critic", config, ["t"], resume=run)
 
 

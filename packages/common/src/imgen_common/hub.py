@@ -118,6 +118,17 @@ def resolve_adapter(ref: str, key: str) -> Path:
     return chosen[0]
 
 
+def model_files(ref: str) -> tuple[Path, ...]:
+    """The files of the weights that are loaded of the model that `ref` names, which `resolve` has checked."""
+    path = resolve(ref, single_file=True)
+    if path.is_file():
+        return (path,)
+    if not (path / "model_index.json").exists():
+        return weight_files(path).files
+    parts = [path / name for name, (_, class_name) in _components(path).items() if _has_weights(class_name)]
+    return tuple(file for part in parts for file in weight_files(part).files)
+
+
 def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Raise UserError unless `folder` is a whole diffusers, transformers or LoRA folder.
 

@@ -10,6 +10,9 @@ from imgen_common.errors import UserError, warn_once
 from imgen_common.files import read_json, write_atomic
 
 DATA = "data.json"
+WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
+"""Bytes of the largest file that `sample_file` reads whole, of one reading, and from one to the next in larger files: a
+layer is larger, so that none can differ unseen."""
 
 
 class DataHash(BaseModel):
@@ -35,6 +38,23 @@ def hash_file(path: Path) -> DataHash:
     """The hash of a file, such as an adapter, as one row."""
     with path.open("rb") as file:
         return DataHash(rows=1, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def hash_weights(files: Iterable[Path]) -> DataHash:
+    """The hash of a model's files, as one row: of their names, their sizes and what `sample_file` reads of each."""
+    found = hash_rows(f"{file.name} {file.stat().st_size} {sample_file(file)}" for file in files)
+    return found.model_copy(update={"rows": 1})
+
+
+def sample_file(file: Path) -> str:
+    """A hash of a file: of all of it, or of `BLOCK` bytes in every `STRIDE` and the last ones of a large one."""
+    size, found = file.stat().st_size, hashlib.blake2b()
+    stride = STRIDE if size > WHOLE_FILE else BLOCK
+    with file.open("rb") as stream:
+        for start in (*range(0, size, stride), max(0, size - BLOCK)):
+            stream.seek(start)
+            found.update(stream.read(BLOCK))
+    return found.hexdigest()
 
 
 def record_data(run: Path, data: Mapping[str, DataHash]) -> None:

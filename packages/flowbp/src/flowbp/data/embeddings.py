@@ -18,14 +18,12 @@ from flowbp.core.types import Backbone, Cond
 from flowbp.data.edits import Edit, Source, sources_of
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
+from imgen_common.run_folder.data import sample_file
 
 ENCODE_BATCH_SIZE = 16
 """Prompts per forward, always: the last batch is filled up, so that kernels round alike whatever is new."""
 PROMPTS_PER_FILE = 64
 """Prompts that are stored together."""
-WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
-"""Bytes of the largest file that a fingerprint reads whole, of one reading, and from one to the next in larger files: a
-layer is larger, so that none can differ unseen."""
 UNRELATED = frozenset({"ref", "height", "width", "dtype", "embedded_guidance", "recompute", "attention", "vae"})
 UNRELATED |= {"allow_distilled", "compile", "quantization", "working_copy"}
 """Keys of `model` that change no embedding; a new key is part of every fingerprint unless it is named here."""
@@ -193,16 +191,5 @@ def fingerprint(folder: Path, backbone: Backbone, model: ModelConfig) -> str:
         "model_index.json",
     )
     for file in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
-        found += [str(file.relative_to(folder)), str(file.stat().st_size), _sample(file)]
+        found += [str(file.relative_to(folder)), str(file.stat().st_size), sample_file(file)]
     return digest(*found)
-
-
-def _sample(file: Path) -> str:
-    """A digest of a file: of all of it, or of `BLOCK` bytes in every `STRIDE` and the last ones of a large one."""
-    size, found = file.stat().st_size, hashlib.blake2b()
-    stride = STRIDE if size > WHOLE_FILE else BLOCK
-    with file.open("rb") as stream:
-        for start in (*range(0, size, stride), max(0, size - BLOCK)):
-            stream.seek(start)
-            found.update(stream.read(BLOCK))
-    return found.hexdigest()

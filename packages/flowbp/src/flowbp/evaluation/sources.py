@@ -10,7 +10,7 @@ from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
-from imgen_common.run_folder.data import check_data, hash_file
+from imgen_common.run_folder.data import check_data, hash_file, hash_weights
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ModelSource:
     """The model of a configuration, or its `eval.model`, with the trained weights of `run` if there is one, else with
-    the adapter of `lora.init`, which must be that which the run `begun` began with."""
+    the adapter of `lora.init`.  begun: the run that began with these, which must be the same still."""
 
     label: str
     config: TrainConfig
@@ -48,6 +48,9 @@ class ModelSource:
         from flowbp.backbones.lora import attach_adapter
 
         config = self.config
+        if self.begun is not None:
+            models = {"model.ref": config.model.ref, "eval.model": config.eval.model}
+            check_data(self.begun, {key: hash_weights(hub.model_files(ref)) for key, ref in models.items() if ref})
         backbone = load_backbone(config, device, None if config.eval.model is None else "meta")
         if config.eval.model is not None:
             backbone = load_eval_backbone(config, backbone, device)
@@ -68,11 +71,16 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     """
     if is_run(text, root):
         path = find_run(text, root, "flowbp train")
-        config = load(TrainConfig, [path / CONFIG], sets)
-        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, path)
+        config, recorded = load(TrainConfig, [path / CONFIG], sets), load(TrainConfig, [path / CONFIG])
+        begun = path if _models(config) == _models(recorded) else None
+        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
     check_is_model(text, root, "flowbp train")
     config = load(TrainConfig, [], sets)
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+
+
+def _models(config: TrainConfig) -> tuple[str | None, ...]:
+    return (config.model.ref, config.eval.model, config.lora.init if config.lora else None)
 
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:

@@ -19,7 +19,7 @@ from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.files import free_bytes, nearest_existing
-from imgen_common.run_folder.data import DataHash, hash_file, hash_rows
+from imgen_common.run_folder.data import DataHash, hash_file, hash_rows, hash_weights
 from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
@@ -103,8 +103,11 @@ def check_run(
 
 
 def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
-    """Hashes of the adapter that the run begins with, if it is still there, and of the questions of its rewards."""
-    found: dict[str, DataHash] = {}
+    """Hashes of the weights of the models that a run reads, of the adapter that it begins with, if that is still there,
+    and of the questions of its rewards."""
+    models = {"model.ref": config.model.ref, "eval.model": config.eval.model}
+    models |= {f"the reward {scorer.name}": scorer.ref for scorer in config.scorers}
+    found = {key: hash_weights(hub.model_files(ref)) for key, ref in models.items() if ref is not None}
     if config.lora is not None and config.lora.init is not None:
         with suppress(UserError):  # a run goes on without it
             found["lora.init"] = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))

@@ -22,7 +22,7 @@ from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
 from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
-from imgen_common.run_folder.data import check_data, hash_rows, record_data
+from imgen_common.run_folder.data import check_data, hash_rows, hash_weights, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
@@ -170,14 +170,15 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
         raise
 
 
-def bind_rows(run: RunFolder, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
-    """Keeps hashes of the rows, by the name of their set, with a new run; resume: the folder of one that is resumed.
+def bind_data(run: RunFolder, model: str, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
+    """Keeps hashes of the model and of the rows, by the name of their set, with a new run.
 
-    Raises UserError, on all processes, if those of a resumed run are not what it was started with.
+    Raises UserError, on all processes, if the run is resumed and was started with others.
     """
-    data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}
 
     def work() -> str:
+        data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}
+        data["model"] = hash_weights(hub.model_files(model))
         check_data(run.path, data) if resume else record_data(run.path, data)
         return ""
 
