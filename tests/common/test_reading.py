@@ -48,6 +48,7 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("pandas.csv", ",prompt\n0,a cat\n1,a dog\n", ["a cat", "a dog"]),
         ("excel.csv", "sep=,\nn,prompt\n1;2,a\n", ["a"]),
         ("bars.csv", "sep=|\nn|prompt\n1|a, b; c\n", ["a, b; c"]),
+        ("no_value.csv", "prompt,seed\nnan bread,NaN\nnone of them,NULL\n", ["nan bread", "none of them"]),
         ("no_line.csv", "prompt,sep=\nsep=;,b\n", ["sep=;"]),
         ("blank.csv", "id,prompt\n1,\n2,b", ["", "b"]),
         (
@@ -113,6 +114,15 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>\n", "is a web page"),
         ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "p.txt: is JSON; name it .jsonl"),
         ("p.txt", '["a", "b"]\n', "p.txt: is JSON"),
+        ("p.txt", "['a red circle', 'b']\n", "p.txt: is a list of a program; write each text on a line"),
+        ("p.txt", "[\n'a red circle',\n]\n", "p.txt: begins a list of a program or of JSON ([); write each text"),
+        ("p.txt", "\nPROMPTS = [ \n  'a',\n]\n", "p.txt: begins a list of a program or of JSON (PROMPTS = [)"),
+        ("p.txt", '{\n "prompts": ["a"]\n}\n', "p.txt: begins a list of a program or of JSON ({)"),
+        *(
+            (name, f"id{mark}prompt\n1{mark}a\n2{mark}{cell}\n", f"{name}:3: prompt is {cell}, as programs write")
+            for name, mark in (("p.csv", ","), ("p.tsv", "\t"))
+            for cell in ("NaN", "nan", "NULL", "None", "#N/A", "<NA>", "#NAME?", "\\N", "NA")
+        ),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),
     ],

@@ -14,11 +14,12 @@ import pytest
 
 from imgen_common.config import load
 from interleave.benchmarks.registry import BENCHMARKS
-from interleave.benchmarks.setup import judge_differences, load_config
+from interleave.benchmarks.setup import check_judge, judge_differences, load_config
 from interleave.cli import main
 from interleave.cli.benchmark import TITLES
 from interleave.loop.config import RunConfig
-from interleave.models.chat.endpoint import EndpointChatConfig
+from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
+from interleave.protocols import HashedImage, Message
 
 RECIPES = Path(__file__).parents[3] / "configs" / "interleave"
 FAST = ("run.planner.kind=none", "run.critic.kind=none", "run.generator.num_inference_steps=2", "run.cache=null")
@@ -106,6 +107,21 @@ def test_a_judge_that_is_down_is_refused_before_anything_is_generated(
     assert "chat endpoint http" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "generation").exists()
     assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=down)) == 0
+
+
+@pytest.mark.parametrize(("name", "images"), [("ueval", 2), ("rise", 2), ("comm", 2), ("wise", 1), ("wise_legacy", 1)])
+def test_a_judge_is_first_asked_about_as_many_images_as_later(
+    name: str, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some servers are started with a limit of one image."""
+    asked: list[Message] = []
+
+    async def check(_: EndpointChat, message: Message) -> None:
+        asked.append(message)
+
+    monkeypatch.setattr(EndpointChat, "check", check)
+    check_judge(load(EndpointChatConfig, [], ["url=http" + "://127.0.0.1:9/v1", "model=m"]), BENCHMARKS[name].judge)
+    assert [sum(isinstance(part, HashedImage) for part in message) for message in asked] == [images]
 
 
 def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

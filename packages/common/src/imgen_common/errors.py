@@ -107,6 +107,7 @@ OTHER_FILES = {
     **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
     "{\\rtf": "rich text (RTF); save it as plain text",
     **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
+    "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
 }
 """What a file of lines is instead that begins so."""
 
@@ -115,6 +116,9 @@ def check_lines(first: str, path: Path) -> None:
     """Raises UserError where the first line of a file says that its lines are no texts to be used one by one."""
     if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
         raise UserError(f"{path}: is {what}")
+    if first.rstrip().endswith(("[", "{")):
+        what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
+        raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
     if "\t" in first:
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
 

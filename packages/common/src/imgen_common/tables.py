@@ -13,6 +13,10 @@ from imgen_common.files import numbered_lines, opened, read_text, text_lines
 
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 """What `read_table` reads."""
+NO_VALUE = frozenset(
+    {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n", "#name?", "#ref!", "#value!", "#div/0!"}
+)
+"""What pandas, R, SQL and spreadsheets write, in any case, into a cell that has no value."""
 SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\n")
 """The first line of a .csv by which Excel knows what divides its cells."""
 
@@ -141,5 +145,10 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
             remedy = quoted if len(cells) > len(columns) else "give the row all its cells, also empty ones"
             what = f"{len(cells)} cells, but the first line names {len(columns)} columns"
             raise UserError(f"{path}:{number}: {what}; {remedy}")
-        row = zip(columns, cells, strict=True)
-        yield f"{path}:{number}", {name: cell for name, cell in row if cell or name == key}
+        row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell or name == key}
+        if row.get(key, "").strip().lower() in NO_VALUE:
+            raise UserError(
+                f"{path}:{number}: {key} is {row[key].strip()}, as programs write a cell without a value; remove the "
+                "row, or write the texts one a line in a .txt if it is one"
+            )
+        yield f"{path}:{number}", row

@@ -71,10 +71,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class OfficialJudge:
-    """The judge of published figures: its model, and settings of its requests."""
+    """The judge of published figures: its model, settings of its requests, and whether one shows several images."""
 
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    sees_several: bool = True
 
 
 class Benchmark(Protocol):

@@ -130,14 +130,15 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
     return found
 
 
-def check_judge(config: Config) -> None:
+def check_judge(config: Config, official: OfficialJudge) -> None:
     """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer."""
+    images = [HashedImage.white(32, 32)] * (2 if official.sees_several else 1)
     if not isinstance(config, EndpointChatConfig):
         return
 
     async def check(judge: EndpointChat) -> None:
         try:
-            await judge.check((HashedImage.white(32, 32), "Say yes."))
+            await judge.check((*images, "Say yes."))
         finally:
             await judge.close()
 

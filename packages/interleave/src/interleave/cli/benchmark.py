@@ -88,7 +88,7 @@ def run(
         config = load_config(configs or [], run_configs or [], sets or [])
         work, differences = prepare(request, config, sys.argv)
         if chosen != "generate":
-            check_judge(config.judge)
+            check_judge(config.judge, work.benchmark.judge)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if outputs_from is None and chosen != "score":
             _generate(work, as_json)

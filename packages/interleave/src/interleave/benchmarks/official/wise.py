@@ -137,7 +137,7 @@ class WiseVerified(_Wise):
     """WISE_Verified, the edition of April 2026: an image is right or not.  Scores and figures are in [0, 1]."""
 
     name, title = "wise", "WISE_Verified"
-    judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING})
+    judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING}, sees_several=False)
     other = "wise_legacy"
     sizes = (400, 120, 120, 120, 120, 120)
     folders = ("data_verified", "")
@@ -165,7 +165,7 @@ class WiseLegacy(_Wise):
     """WISE as first published: three marks of 0 to 2 make a WiScore in [0, 1], of which figures are means."""
 
     name, title = "wise_legacy", "WISE (legacy)"
-    judge = OfficialJudge("gpt-4o-2024-05-13", {"temperature": 0.0, "max_tokens": 2000})
+    judge = OfficialJudge("gpt-4o-2024-05-13", {"temperature": 0.0, "max_tokens": 2000}, sees_several=False)
     other = "wise"
     sizes = (400, 167, 133, 100, 100, 100)
     folders = ("WISE_legacy/data", "data", "")
