@@ -391,6 +391,42 @@ def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatc
     assert failure(large).kind == "malformed_response"
 
 
+@pytest.mark.parametrize(
+    ("get", "said", "gets"),
+    [
+        (httpx.ConnectError("Name or service not known"), "cannot be reached", 3),
+        (httpx.ReadTimeout("slow"), "no answer within", 3),
+        (httpx.Response(503, text="busy"), "status 503: busy", 3),
+        (httpx.Response(404, text="gone"), "status 404: gone", 1),
+        (httpx.Response(403, text="<Code>AccessDenied</Code>"), "status 403", 1),
+        (httpx.Response(302, headers={"location": "https://other.test/b.png?sig=SIGNATURE"}), "status 302", 1),
+        (httpx.Response(200, text="<html>Just a moment...</html>"), "not an image of an allowed format", 1),
+    ],
+    ids=["no host", "slow", "busy", "gone", "not allowed", "elsewhere", "a page"],
+)
+def test_a_file_that_cannot_be_fetched_does_not_buy_another_image(
+    get: httpx.Response | Exception, said: str, gets: int
+) -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.method)
+        if request.method == "POST":
+            return httpx.Response(200, json={"data": [{"url": "https://files.test/a.png?sig=SIGNATURE"}]})
+        if isinstance(get, Exception):
+            raise get
+        return get
+
+    retry = {"max_tries": 3, "initial_backoff": 0.001}
+    message = str(failure(endpoint(answer, allow_addresses=True, retry=retry)))
+    assert (seen.count("POST"), seen.count("GET")) == (1, gets)
+    assert said in message
+    assert message.count("https://files.test/a.png: ") == (said in message and "allowed format" not in said)
+    assert "set it to get the image itself" in message
+    for wrong in ("SIGNATURE", "INTERLEAVE_API_KEY", "/v1", "as url"):
+        assert wrong not in message
+
+
 def wrapped_lines(text: str) -> str:
     return "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)) + "\n"
 

@@ -68,7 +68,8 @@ class HttpClient(RetryingCaller):
     ) -> bytes:
         """The body of a good answer to one request, without retries and without the token, should the server repeat it.
 
-        content: as httpx takes it.  Raises HttpError, whose messages begin with `base`, and UserError where proxies or
+        with_token: False for an address that the service answered, of which nobody can correct anything.  content: as
+        httpx takes it.  Raises HttpError, whose messages begin with `base`, and UserError where proxies or
         certificates of the environment cannot be used.
         """
         import httpx
@@ -93,7 +94,8 @@ class HttpClient(RetryingCaller):
         if with_token and len(self._token) >= MIN_SECRET:
             data = self._without_token(data)
         if answer.status_code >= 300:
-            raise self._status_error(base, path, through, answer, data)
+            remedy = self._remedy(answer, base + path) if with_token else ""
+            raise self._status_error(base + through, answer, data, remedy)
         return data
 
     def malformed(self, base: str, reason: str) -> HttpError:
@@ -167,23 +169,25 @@ class HttpClient(RetryingCaller):
                 raise HttpError("malformed_response", what, can_retry=False)
         return bytes(data)
 
-    def _status_error(self, base: str, path: str, through: str, answer: "httpx.Response", data: bytes) -> HttpError:
+    def _status_error(self, place: str, answer: "httpx.Response", data: bytes, remedy: str) -> HttpError:
         status = answer.status_code
         kind, can_retry = failure_of_status(status)
         if USED_UP in data:  # waiting brings none back
             kind, can_retry = "refused", False
-        message = f"{base}{through}: status {status}: {self.clean(error_message(data))}"
-        if status < 400:
-            target = redacted(self.clean(answer.headers.get("location", "nowhere")))
-            message += f"; it points to {target}: give that address as url"
-        if status in (401, 403):
-            message += f"; {'' if status == 401 else 'if it asks for a key, '}set {self._token_env} to a valid key"
-        if status in (404, 405):
-            message += version_hint(base + path)
         if status == 407:
-            message += "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+            remedy = "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+        message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
         wait = retry_after(answer.headers)
         return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)
+
+    def _remedy(self, answer: "httpx.Response", url: str) -> str:
+        status = answer.status_code
+        if status < 400:
+            target = redacted(self.clean(answer.headers.get("location", "nowhere")))
+            return f"; it points to {target}: give that address as url"
+        if status in (401, 403):
+            return f"; {'' if status == 401 else 'if it asks for a key, '}set {self._token_env} to a valid key"
+        return version_hint(url) if status in (404, 405) else ""
 
 
 def run_in_thread(work: Coroutine[Any, Any, T]) -> T:

@@ -6,12 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Ge, Le
 
 from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
-from imgen_common.http import HttpClient, HttpError, RetryPolicy, ServiceUrl, check_url, error_in_answer, version_hint
+from imgen_common.http import (
+    HttpClient,
+    HttpError,
+    RetryPolicy,
+    ServiceUrl,
+    check_url,
+    error_in_answer,
+    redacted,
+    version_hint,
+)
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
 
@@ -74,20 +82,26 @@ class ImagesApiGenerator:
         self._config, self._url = config, check_url(config.url)
         self.id, self.max_sources = config.model, config.max_references
         self.params = config.model_dump(mode="json", include={"url", "size", "quality", "send_seed", "extra"})
-        self._client = HttpClient(
-            self._url, config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport
-        )
+        more = (config.key_env, config.retry, config.concurrency, config.max_answer_bytes, transport)
+        self._client, self._files = HttpClient(self._url, *more), HttpClient(f"the files of {self._url}", *more)
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image.  Raises BackendError."""
         check_sources(self, request)
         content = await asyncio.to_thread(self._content, request)
         with backend_errors():
-            return await self._client.call(lambda seconds: self._send(content, seconds))
+            encoded, address, revised = await self._client.call(lambda seconds: self._send(content, seconds))
+            # what follows has calls of its own: another answer would be another image, which has its price
+            if encoded is not None:
+                image = await asyncio.to_thread(decode_base64_image, encoded, self._config.max_pixels)
+            else:
+                image = await self._fetch(address)
+        return replace(image, revised_prompt=revised)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+        await self._files.close()
 
     def _content(self, request: GenerationRequest) -> dict[str, Any]:
         """Path and content of the HTTP request, as `HttpClient.request` takes them."""
@@ -102,29 +116,35 @@ class ImagesApiGenerator:
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
         return {"path": "/images/edits", "data": form, "files": files}
 
-    async def _send(self, content: dict[str, Any], seconds: float) -> HashedImage:
+    async def _send(self, content: dict[str, Any], seconds: float) -> tuple[str | None, str, str | None]:
         data = await self._client.request("POST", self._url, seconds=seconds, **content)
-        max_pixels = self._config.max_pixels
         try:
-            encoded, address, revised = _read_entry(data)
+            return _read_entry(data)
         except HttpError as error:
             hint = version_hint(self._url) if error.kind == "malformed_response" else ""
             raise self._client.named(self._url, error, hint) from None
-        if encoded is not None:
-            image = await asyncio.to_thread(decode_base64_image, encoded, max_pixels)
-        else:
-            file = await self._fetch(address, seconds)
-            image = await asyncio.to_thread(decode_image, file, max_pixels)
-        return replace(image, revised_prompt=revised)
 
-    async def _fetch(self, address: str, seconds: float) -> bytes:
-        """The file at an address that the endpoint answered."""
+    async def _fetch(self, address: str) -> HashedImage:
+        """The image at an address that the endpoint answered.
+
+        What follows `?` in the address is often a signature that opens it, so that no message has it.
+        """
+        place, mark, query = address.partition("?")
         if not self._config.allow_addresses:
             remedy = "set response_format: b64_json or allow_addresses: true"
             raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
-        if urlsplit(address).scheme != "https":
-            raise HttpError("refused", f"{self._url} answers an address that is not https", can_retry=False)
-        return await self._client.request("GET", address, seconds=seconds, with_token=False)
+        if not address.startswith("https://"):
+            what = f"{self._url} answers an address that is not https ({redacted(address)})"
+            raise HttpError("refused", f"{what}; set response_format: b64_json", can_retry=False)
+
+        async def get(seconds: float) -> bytes:
+            return await self._files.request("GET", place, mark + query, seconds=seconds, with_token=False)
+
+        try:
+            return await asyncio.to_thread(decode_image, await self._files.call(get), self._config.max_pixels)
+        except HttpError as error:
+            remedy = "where the server knows response_format: b64_json, set it to get the image itself"
+            raise HttpError(error.kind, f"{error}; {remedy}", can_retry=False, status=error.status) from None
 
 
 def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
