@@ -197,9 +197,14 @@ REFUSED = {
     "time_shift_type": {"time_shift_type": "quadratic"},
     "noise levels do not fall": {"shift": 0.0},
     "shift_terminal.*noise levels|noise levels": {"shift_terminal": 1.0},
-    "correct its shift|can be loaded": {"shift": "three"},
+    'shift "three": must be a number': {"shift": "three"},
     "base_image_seq_len": {"use_dynamic_shifting": True, "base_image_seq_len": 4096},
     "num_train_timesteps|can be loaded": {"num_train_timesteps": 0},
+    'use_karras_sigmas "false": must be true or false': {"use_karras_sigmas": "false"},
+    'stochastic_sampling "false": must be true or false': {"stochastic_sampling": "false"},
+    r"num_train_timesteps 1000\.0: must be a whole number": {"num_train_timesteps": 1000.0},
+    'max_image_seq_len "4096": must be a whole number': {"max_image_seq_len": "4096"},
+    "shift true: must be a number": {"shift": True},
 }
 """What is not sampled as the pipeline would: settings by the words that name them."""
 

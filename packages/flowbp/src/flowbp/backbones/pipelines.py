@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,6 +33,13 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 """The one scheduler that is sampled; its other options only choose the noise levels, which it computes itself."""
 NOT_SAMPLED = ("stochastic_sampling", "invert_sigmas")
 """Options of it that change the steps themselves, or their direction: refused."""
+OPTION_KINDS = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a text", (str,)),
+}
+"""By the type of its options' defaults: what they are in words, and which types they may have."""
 RESPACED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 """Options of it that replace the noise levels it is given."""
 
@@ -82,11 +90,15 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
             "scheduler/scheduler_config.json if the model was trained with it"
         )
     settings = read_json(folder / "scheduler" / "scheduler_config.json", folder)
+    for field, parameter in signature(FlowMatchEulerDiscreteScheduler).parameters.items():
+        what, kinds = OPTION_KINDS.get(type(parameter.default), ("", ()))
+        value = settings.get(field)
+        if kinds and value is not None and type(value) not in kinds:
+            shown = one_line(json.dumps(value), 40)
+            raise UserError(f"{ref}: scheduler/scheduler_config.json {field} {shown}: must be {what}; correct it")
     for field in NOT_SAMPLED:
         if settings.get(field):
-            raise UserError(
-                f"{ref}: scheduler/scheduler_config.json {field} {settings[field]}: is not sampled; set it to false"
-            )
+            raise UserError(f"{ref}: scheduler/scheduler_config.json {field} true: is not sampled; set it to false")
     if settings.get("use_beta_sigmas") and find_spec("scipy") is None:
         raise UserError(f"{ref}: scheduler/scheduler_config.json use_beta_sigmas: needs scipy; pip install scipy")
 
