@@ -421,12 +421,19 @@ def test_a_mistake_in_a_file_is_named(text: str, expected: str, tmp_path: Path) 
         ("steps", "--set steps: write --set key=value or --set section.key=value"),
         ("optim..steps=1", "write --set key=value"),
         ("=1", "write --set key=value"),
+        ("x={url: u, api_key: SECRET, }}", "--set x={url: u, api_key: ..., }}:1:"),
+        (
+            "x={token: [ {'apiKey': 'SECRET one', \"secret\" : \"SECRET\", k: hf_SECRET1, l: sk-SECRET}",
+            "k: ..., l: ...}:1",
+        ),
         ("name=[a", "--set name=[a:1:3: expected ',' or ']'"),
         ("name.first=1", "--set name.first=1: name: must be a valid string"),
     ],
 )
 def test_a_mistake_in_a_set_is_named(text: str, expected: str, tmp_path: Path) -> None:
-    assert expected in message(tmp_path, "name: x", sets=(text,))
+    said = message(tmp_path, "name: x", sets=(text,))
+    assert expected in said
+    assert "SECRET" not in said
 
 
 def test_the_layer_that_gave_the_value_is_named(tmp_path: Path) -> None:

@@ -232,6 +232,17 @@ def test_runs_are_listed_by_default(words: tuple[str, ...], call: Callable[..., 
     assert lines[-1].startswith("2 runs in runs, ")
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [("[1000000.5, 1000000.58]", "reward=1000000.54"), ("[null, 1.5]", "reward=not finite"), ("[NaN]", "reward=not")],
+)
+def test_scores_are_shown_with_the_digits_of_their_size(values: str, shown: str, call: Callable[..., str]) -> None:
+    content = f'{{"name": "trained", "guidance": 2.0, "prompts": ["a", "b"], "scores": {{"reward": {values}}}}}'
+    (Path("runs") / "done" / "evaluations" / "trained-g2" / "scores.json").write_text(content)
+    assert f" {shown} " in " ".join(call("list").splitlines()[1].split())
+    assert shown.removeprefix("reward=") in call("compare", "done", "open")
+
+
 def test_json(call: Callable[..., str]) -> None:
     runs = {run["name"]: run for run in json.loads(call("--json"))}
     assert runs["open"]["state"] == "stopped"

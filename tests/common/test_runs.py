@@ -295,6 +295,41 @@ def test_a_missing_tracker_is_a_user_error(folder: Path, monkeypatch: pytest.Mon
     assert not folder.exists()
 
 
+def test_a_tracker_that_does_not_start_is_a_user_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class LoggedOutError(Exception):
+        pass
+
+    def init(**options: Any) -> None:
+        raise LoggedOutError("api_key not configured (no-tty).\ncall wandb.login()")
+
+    recorder = Recorder("wandb")
+    monkeypatch.setattr(recorder, "init", init)
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    said = r"tracker wandb: cannot be started \(api_key not configured \(no-tty\)\. call wandb\.login\(\)\); log in"
+    with pytest.raises(UserError, match=said):
+        RunFolder.create(folder, Settings(), COMMAND, trackers=["wandb"])
+    assert not folder.exists()
+    new_run(folder).close()
+    with pytest.raises(UserError, match=said):
+        RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"])
+
+
+def test_a_tracker_that_fails_in_mid_run_does_not_end_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def log(values: dict[str, float], step: int) -> None:
+        raise ConnectionError("network down")
+
+    recorder = Recorder()
+    monkeypatch.setattr(recorder, "log", log)
+    monkeypatch.setitem(sys.modules, "trackio", recorder)
+    with RunFolder.create(folder, Settings(), COMMAND, trackers=["trackio"]) as run:
+        for step in (1, 2, 3):
+            run.log(step, {"loss": 1.0})
+        assert [line["step"] for line in run.metrics()] == [1, 2, 3]
+    assert capsys.readouterr().err.count("tracker trackio: did not take numbers (network down); metrics.jsonl") == 1
+
+
 def test_checkpoints_come_back_equal(folder: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     tensors = {

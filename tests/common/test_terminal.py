@@ -57,6 +57,18 @@ def test_the_error_handler_that_a_user_chose_is_kept(errors: str, kept: str) -> 
     assert (wrapped.encoding, wrapped.errors, wrapped.line_buffering) == ("ascii", kept, True)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_are_written_at_once(unbuffered: str) -> None:
+    """Those of standard error always, those of standard output where Python is told so."""
+    program = "import os, sys\nfrom imgen_common.terminal import safe_streams\nwith safe_streams():\n"
+    program += f"    print('first', file=sys.stderr)\n    print('second', flush={not unbuffered})\n"
+    program += "    os.write(2, b'third')\n"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, text=True, check=True, **both)  # type: ignore[call-overload]
+    assert done.stdout == "first\nsecond\nthird"
+
+
 def test_a_pipe_that_does_not_wait_is_waited_for() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -23,6 +23,8 @@ FLOWBP = {
     "train --set lora.init=gone.safetensors": "lora.init: model 'gone.safetensors': no such folder",
     "train --set total_batch_size=7 --set per_device_batch_size=2": "per_device_batch_size 2",
     "train --set distributed.kind=fsdp2": "needs processes",
+    "train --set method.active.num_active_steps=99": "asks for 99 of 25 steps; lower method.active.num_active_steps",
+    "train --set method=refl --set num_inference_steps=9": "asks for 11 of 9 steps",
     "estimate --set a=1": "--set a=1",
     "estimate --set heldout.0.ref=./empty": "empty",
     "estimate --gpu RTX9999": "--gpu RTX9999: not known",

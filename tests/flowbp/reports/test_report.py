@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -282,6 +283,14 @@ def test_scores_that_are_not_finite_are_named() -> None:
     assert compare.describe_not_finite([evaluated(1, 2)]) == []
     (said,) = compare.describe_not_finite([evaluated(1, 2), evaluated(1, math.nan)])
     assert said.startswith("not finite: scores of heldout; `flowbp sample` says")
+
+
+def test_scores_that_are_not_finite_are_null_on_disk(tmp_path: Path) -> None:
+    given = replace(evaluation(["a", "b", "c"], 0.4, 0.0), scores={"reward": [0.5, math.nan, -math.inf]})
+    file = save_evaluation(tmp_path, "base", 1.0, given) / "scores.json"
+    assert json.loads(file.read_text(), parse_constant=pytest.fail)["scores"] == {"reward": [0.5, None, None]}
+    (read,) = load_evaluations(tmp_path).values()
+    assert str(read.scores["reward"]) == "[0.5, nan, nan]"
 
 
 @pytest.mark.parametrize("before", [math.nan, math.inf])

@@ -347,6 +347,7 @@ def test_a_weight_without_gradient_ends_the_run_by_name(cut: Callable[[Backbone]
         (0, "decode", "the VAE's images", "check the weights of the VAE"),
         (0, "reward", "the scores of reward", "check its weights"),
         (7, "gradient", "the gradient", "lower optim.learning_rate or optim.max_grad_norm"),
+        (0, "gradient", "the gradient", "check the weights of the model and of the rewards, or compute in float32"),
     ],
 )
 def test_what_was_not_finite_first_is_said(

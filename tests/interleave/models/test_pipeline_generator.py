@@ -163,6 +163,9 @@ def test_families_without_edits_generate_as_their_pipelines(name: str, place: Pa
     assert not same(drawn[0], drawn[1])
     assert same(drawn[1], runner.generate([GenerationRequest(PROMPTS[1], (), 1)])[0])
     assert runner.max_references == 0
+    if name == "qwen_image_21":
+        with pytest.raises(UserError, match="max_sequence_length: QwenImage21Pipeline takes none"):
+            PipelineRunner(config.model_copy(update={"max_sequence_length": 9}))
     with pytest.raises(UserError, match=r"max_references 1: .* takes 0 at most"):
         PipelineRunner(config.model_copy(update={"max_references": 1}))
 
@@ -225,6 +228,10 @@ def test_settings_reach_the_pipeline(family: str, folder: Path, painter: Pipelin
     canvas = {"image": Image.new("RGB", (48, 32), "white")} if family.startswith("qwen_edit") else {}
     guided = painter.generate([job], GenerationSettings(guidance_scale=2.5))[0]
     assert same(guided, alone(family, folder, job.prompt, 3, **{argument: 2.5}, **canvas))
+    short = painter.generate([job], GenerationSettings(max_sequence_length=7))[0]
+    assert same(short, alone(family, folder, job.prompt, 3, max_sequence_length=7, **canvas))
+    if family in ("flux2", "sd3", "flux"):  # others see no padding
+        assert not same(before, short)
     assert same(before, painter.generate([job])[0])
 
 
@@ -450,6 +457,19 @@ def test_words_that_the_miniature_does_not_know_are_said(
     assert [f"does not know the {unknown}, and what it generates" in said for said in caplog.messages] == (
         [True] if unknown else []
     )
+
+
+def test_a_photo_is_no_source_for_the_miniature() -> None:
+    async def edit(size: tuple[int, int]) -> HashedImage:
+        generator = PipelineConfig(num_inference_steps=1).build()
+        try:
+            return await generator.generate(GenerationRequest("a red circle", (noise(0, size),), 0))
+        finally:
+            await generator.close()
+
+    assert asyncio.run(edit((48, 32))).image.size == (32, 32)
+    with pytest.raises(BackendError, match=r"edits images of 32x32 pixels, .* one of 800x600 .*; give one of 128 at m"):
+        asyncio.run(edit((600, 800)))
 
 
 @pytest.mark.parametrize("variant", ["fp16", pytest.param("ema", marks=pytest.mark.exhaustive)])

@@ -16,9 +16,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Annotated, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from imgen_common.errors import (
     MENDABLE,
@@ -32,6 +32,8 @@ from imgen_common.errors import (
 )
 
 Model = TypeVar("Model", bound=BaseModel)
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number in a JSON file, where null stands for one that was not finite."""
 MAX_LINE_BYTES = 64 * 2**20
 """Length from which a line is taken for something else than text."""
 MAX_JSON_BYTES = 2**28

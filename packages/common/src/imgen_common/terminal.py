@@ -89,6 +89,8 @@ def _wrap(stream: TextIO | None, descriptor: _Descriptor) -> TextIO:
     if stream is not None:
         stream.flush()
         wanted = {name: getattr(stream, name) for name in ("encoding", "errors", "line_buffering", "write_through")}
+        # with PYTHONUNBUFFERED, what is written through stays in the buffer that is put around the descriptor
+        wanted["line_buffering"] |= wanted["write_through"]
     if wanted["errors"] in ("strict", "surrogateescape", "backslashreplace"):
         wanted["errors"] = "look-alikes"
     return io.TextIOWrapper(io.BufferedWriter(descriptor), **wanted)

@@ -20,6 +20,7 @@ from imgen_common.config.schema import (
     type_under,
     union_members,
 )
+from imgen_common.config.secrets import mask_secrets
 from imgen_common.config.yaml_files import parse_yaml, read_yaml
 from imgen_common.errors import UserError, nearest
 
@@ -84,7 +85,8 @@ def _find_beside(file: Path, content: Any, keys: Sequence[str]) -> None:
 def _parse_set(text: str) -> tuple[Keys, Any, str]:
     dotted, equals, value = text.partition("=")
     keys = tuple(dotted.strip().split("."))
-    source = f"--set {text}" if len(text) <= MAX_SHOWN else f"--set {text[:MAX_SHOWN]}..."
+    shown = mask_secrets(text)
+    source = f"--set {shown}" if len(shown) <= MAX_SHOWN else f"--set {shown[:MAX_SHOWN]}..."
     if not equals or not all(keys) or len(keys) > MAX_KEYS:
         raise UserError(f"{source}: write --set key=value or --set section.key=value")
     return keys, parse_yaml(value, source, is_option=True), source

@@ -13,12 +13,19 @@ SECRET_NAME = re.compile(
     r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
 )
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+NAMED_VALUE = re.compile(r"""([\w-]+)(["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}\]]+)""")
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a key's name says that its value is a key or a password."""
     return bool(SECRET_NAME.search(re.sub("[^a-z]", "", name.lower())))
+
+
+def mask_secrets(text: str) -> str:
+    """YAML that may not be valid, with `...` in the place of what looks like a key or a password."""
+    text = NAMED_VALUE.sub(lambda match: f"{match[1]}{match[2]}..." if is_secret_name(match[1]) else match[0], text)
+    return re.sub(rf"{SECRET_VALUE.pattern}[^\s,}}\]]*", "...", text)
 
 
 def _secrets(value: Any, name: str) -> Iterator[str]:

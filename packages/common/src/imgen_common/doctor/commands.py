@@ -64,7 +64,8 @@ def print_findings(findings: "Sequence[Finding]", bundle: Path | None, as_json: 
         return int(problems > 0)
     for finding in findings:
         print(f"{finding.state:8} {finding.area}: {finding.text}{f'; {finding.remedy}' if finding.remedy else ''}")
-    print(f"\n{len(findings)} findings: {problems} problems, {warnings} warnings")
+    counts = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((problems, "problem"), (warnings, "warning"))]
+    print(f"\n{len(findings)} findings: {', '.join(counts)}")
     if bundle is not None:
         print(f"written to {bundle}; look through it before you send it")
     return int(problems > 0)

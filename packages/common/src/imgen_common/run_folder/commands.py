@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,8 +82,15 @@ def list_runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
 
 
 def _row(run: "RunSummary", now: float) -> tuple[str, ...]:
-    scores = " ".join(f"{name}={value:.4g}" for name, value in run.scores.items()) or "-"
+    scores = " ".join(f"{name}={_score(value)}" for name, value in run.scores.items()) or "-"
     return run.name, run.kind, run.progress, scores, format_bytes(run.size), format_age(now - run.changed)
+
+
+def _score(value: float) -> str:
+    """Four significant digits, and two decimals of a large number."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4g}" if abs(value) < 10**4 else f"{value:.2f}"
 
 
 def compare(
@@ -130,7 +138,7 @@ def _print_comparison(
     print()
     rows = [("kind", *(run.kind for run in runs)), ("state", *(run.progress for run in runs))]
     for name in dict.fromkeys(name for run in runs for name in run.scores):
-        rows.append((name, *(f"{run.scores[name]:.4g}" if name in run.scores else "-" for run in runs)))
+        rows.append((name, *(_score(run.scores[name]) if name in run.scores else "-" for run in runs)))
     _print_table(("", *names), rows, right=(1, 2))
     _print_origins([replace(run, name=name) for name, run in zip(names, runs, strict=True)])
 

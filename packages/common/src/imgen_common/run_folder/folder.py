@@ -37,7 +37,7 @@ from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.checkpoints import Checkpoint, Tensors
 from imgen_common.run_folder.environment import environment, read_environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
-from imgen_common.run_folder.trackers import Tracker, start_tracker, tracker_module
+from imgen_common.run_folder.trackers import Tracker, log_to, start_tracker, tracker_module
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -203,7 +203,7 @@ class RunFolder:
         # a tracker cannot forget what a killed process sent it after the checkpoint
         if (step, frozenset(values)) not in self._replayed:
             for tracker in self._trackers:
-                tracker.log(values, step=step)
+                log_to(tracker, values, step)
 
     def log_image(self, step: int, name: str, image: "Image.Image") -> None:
         """Keep an image as samples/NAME-000123.png and show it in TensorBoard."""

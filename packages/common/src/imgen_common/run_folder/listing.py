@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from imgen_common.config import read_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import byte_lines, read_json, read_json_lines
+from imgen_common.files import Number, byte_lines, read_json, read_json_lines
 from imgen_common.run_folder.checkpoints import MANIFEST, find_checkpoints
 from imgen_common.run_folder.find import CONFIG, LOCK, METRICS
 from imgen_common.run_folder.folder import CHECKPOINTS, MetricsLine
@@ -83,7 +83,7 @@ class _Found:
 class _Evaluation(BaseModel):
     name: str
     guidance: float
-    scores: dict[str, list[float]]
+    scores: dict[str, list[Number]]
 
 
 class _Rows(BaseModel):

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line, warn_once
 from imgen_common.files import read_text, write_atomic
+from imgen_common.run_folder.find import METRICS
 
 Tracker = Literal["wandb", "trackio"]
 TRACKERS = "trackers.json"
@@ -26,6 +27,15 @@ def tracker_module(name: Tracker) -> Any:
         ) from None
 
 
+def log_to(module: Any, values: Mapping[str, float], step: int) -> None:
+    """Passes numbers on; a tracker that fails in mid-run, as without its network, does not end the run."""
+    try:
+        module.log(values, step=step)
+    except Exception as error:  # each tracker has its own classes
+        reason = one_line(str(error) or type(error).__name__)
+        warn_once(f"tracker {module.__name__}: did not take numbers ({reason}); {METRICS} has all")
+
+
 def start_tracker(module: Any, run: Path, config: Mapping[str, Any] | None) -> None:
     """Starts a run of the tracker, or goes on with the one that was started for the folder `run`."""
     name, file = module.__name__, run / TRACKERS
@@ -36,7 +46,13 @@ def start_tracker(module: Any, run: Path, config: Mapping[str, Any] | None) -> N
         raise UserError(f"{file}: damaged; remove it to go on as a new run of {name}") from None
     project = run.resolve().parent.name or "runs"
     options = {"project": project, "name": run.name, "config": config} | dict(found)
-    started = module.init(**options, resume="allow" if found else "never")
+    try:
+        started = module.init(**options, resume="allow" if found else "never")
+    except Exception as error:  # each tracker has its own classes
+        raise UserError(
+            f"tracker {name}: cannot be started ({one_line(str(error) or type(error).__name__)}); log in, or leave it "
+            "out of trackers"
+        ) from error
     if not found:
         identity = {key: getattr(started, key, None) for key in ("project", *IDENTITY[name])}
         # trackio changes the name of a new run where another has it

@@ -50,12 +50,14 @@ def families(as_json: Json = False) -> None:
       flowbp families
       flowbp families --json
     """
-    from imgen_common.console import quiet_libraries
+    from imgen_common.console import quiet_libraries, spinner
 
-    quiet_libraries()
-    from flowbp.backbones import families_table
+    with spinner("counting the weights of each family ...") as say:
+        say("counting the weights of each family ...")
+        quiet_libraries()
+        from flowbp.backbones import families_table
 
-    rows = families_table()
+        rows = families_table()
     if as_json:
         print(json.dumps(rows))
         return

@@ -1,9 +1,10 @@
 """Evaluations on disk: `RUN/evaluations/NAME-gSCALE/{scores.json, 000.png, ...}`."""
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from flowbp.data.edits import sources_of
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.errors import UserError
-from imgen_common.files import read_json, write_atomic, writing
+from imgen_common.files import Number, read_json, write_atomic, writing
 from imgen_common.images import from_pil, to_pil
 
 
@@ -42,9 +43,9 @@ class SavedScores(BaseModel):
     name: str
     guidance: float
     prompts: list[str]
-    scores: dict[str, list[float]]
+    scores: dict[str, list[Number]]
     groups: list[str] | None
-    statistics: dict[str, list[float]] = {}
+    statistics: dict[str, list[Number]] = {}
     preview: str | None = None
 
     @model_validator(mode="after")
@@ -75,11 +76,18 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
                     source.load().save(folder / f"{i:03d}-source{k}.png")
         kept = ("prompts", "scores", "groups", "statistics", *(("preview",) if evaluation.preview else ()))
         content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
+        for key in ("scores", "statistics"):
+            content[key] = {name: _as_json(column) for name, column in content[key].items()}
         write_atomic(folder / "scores.json", json.dumps(content) + "\n")
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def _as_json(column: Sequence[float]) -> list[float | None]:
+    """What is not finite as null: JSON has neither NaN nor infinity."""
+    return [value if math.isfinite(value) else None for value in column]
 
 
 def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:

@@ -1,6 +1,7 @@
 """Writes trained weights as files that other programs load.  Knows nothing of the command line."""
 
 import json
+from inspect import signature
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -55,11 +56,15 @@ def export_run(
 
 
 def _sampling(config: TrainConfig, model: str | None) -> dict[str, int | float]:
-    """How the run generated the images of its evaluations; for a model that it did not evaluate, their size alone."""
+    """How the run generated the images of its evaluations; for a model that it did not evaluate, their size and the
+    length of prompts alone."""
+    distilled = config.model.embedded_guidance if model is None else None
+    backbone = backbones.init_empty_weights(model or config.model.ref, embedded_guidance=distilled, distilled=True)
     found: dict[str, int | float] = {"height": config.model.height, "width": config.model.width}
+    length = config.model.max_sequence_length
+    if length is not None and "max_sequence_length" in signature(backbone.pipe.__call__).parameters:
+        found["max_sequence_length"] = length
     if model in (None, config.eval.model):
-        distilled = config.model.embedded_guidance if model is None else None
-        backbone = backbones.init_empty_weights(model or config.model.ref, embedded_guidance=distilled, distilled=True)
         scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
         found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
     return found

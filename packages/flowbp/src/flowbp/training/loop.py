@@ -52,7 +52,9 @@ def _train(config: TrainConfig, run: RunFolder, accelerator: Accelerator, report
         with_adapter=run.latest_checkpoint() is None,
     )
     # until here there is nothing to save, and a signal stops at once
-    shutdown = GracefulShutdown("stopping after this update; once more to stop at once" if run.is_main else "")
+    shutdown = GracefulShutdown(
+        "stopping after this update, or this batch of an evaluation; once more to stop at once" if run.is_main else ""
+    )
     loop = TrainingLoop(Trainer(config, models, accelerator), run, reporter, shutdown)
     loop.resume()
     loop.report_unread_prompts()

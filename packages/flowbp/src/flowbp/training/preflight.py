@@ -202,11 +202,16 @@ def unread_prompts(config: TrainConfig) -> list[str]:
 def check_inputs(
     config: TrainConfig, num_processes: int, *, weights: bool = True, with_adapter: bool = True
 ) -> Prompts:
-    """Checks the batch, models and prompts that the configuration names; returns the prompts.
+    """Checks the batch, the method's steps, models and prompts that the configuration names; returns the prompts.
 
     weights: whether those of the models must be there, with_adapter: the file of `lora.init`.  Raises UserError.
     """
+    from flowbp.core.plan import draw_plan
+
     batch_sizes(config, num_processes)
+    # steps that are too few for the method are too few at any noise levels
+    levels = tuple(1 - step / config.num_inference_steps for step in range(config.num_inference_steps + 1))
+    draw_plan(config.method, levels, numpy_generator(config.seed, "plan", 0))
     if config.lora is not None and config.lora.init is not None and with_adapter:
         hub.resolve_adapter(config.lora.init, "lora.init")
     for ref in (config.model.ref, config.eval.model):

@@ -37,6 +37,8 @@ from imgen_common.streams import normal, numpy_generator
 
 LOWER = "lower optim.learning_rate or optim.max_grad_norm"
 """What helps a training that diverges."""
+FIRST = "check the weights of the model and of the rewards, or compute in float32 (model.dtype, dtype of each reward)"
+"""What helps where nothing was trained yet."""
 NUM_SAVED_IMAGES = 48
 """Images kept of every evaluation."""
 
@@ -147,7 +149,7 @@ class Trainer:
                     found = found or NotFiniteError(f"the scores of {name}", "check its weights, or leave it out")
         gather = gather_object if self.accelerator.num_processes > 1 else list
         every = [(one.what, one.advice) for one in gather([found]) if one is not None]
-        return NotFiniteError(*every[0]) if every else NotFiniteError("the gradient", LOWER)
+        return NotFiniteError(*every[0]) if every else NotFiniteError("the gradient", LOWER if self.update else FIRST)
 
     def _samples(self, samples: range) -> tuple[list[str], Tensor]:
         """Prompts and noise, which depend on a sample's number alone, not on the rank or its micro-batch."""

@@ -9,7 +9,9 @@ from imgen_common.config import Config
 from interleave.models.generators.pipeline import PipelineConfig
 from interleave.models.generators.scripted import ScriptedConfig
 
-Setting = Literal["num_inference_steps", "guidance_scale", "height", "width", "strength", "negative_prompt"]
+Setting = Literal[
+    "num_inference_steps", "guidance_scale", "height", "width", "strength", "max_sequence_length", "negative_prompt"
+]
 
 
 class ServeConfig(Config):

@@ -171,10 +171,8 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
 
 
 def bind_data(run: RunFolder, model: str, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
-    """Keeps hashes of the model and of the rows, by the name of their set, with a new run.
-
-    Raises UserError, on all processes, if the run is resumed and was started with others.
-    """
+    """Keeps hashes of the model and of the rows, by the name of their set, with a new run.  Raises UserError, on all
+    processes, if the run is resumed and was started with others."""
 
     def work() -> str:
         data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}

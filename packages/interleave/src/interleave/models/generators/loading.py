@@ -25,7 +25,7 @@ class PipelineFamily:
     argument.
     pixels_per_token: of the latents, whose channels its transformer reads as one token; 1: it puts them together.
     negative: the negative prompt without which it has no guidance; None: it takes none.  needs_image: it cannot
-    generate without an image and is given a white one.
+    generate without an image and is given a white one.  has_length: it takes the number of tokens that are read.
     """
 
     edit: Literal["references", "reference", "alone", "image", "none"]
@@ -34,6 +34,7 @@ class PipelineFamily:
     pixels_per_token: int = 4
     negative: str | None = None
     needs_image: bool = False
+    has_length: bool = True
     img2img: str = ""
 
 
@@ -43,7 +44,9 @@ FAMILIES: Mapping[str, PipelineFamily] = {
     "FluxKontextPipeline": PipelineFamily("reference"),
     "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", negative=" ", needs_image=True),
     "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", negative=" ", needs_image=True),
-    "QwenImage21Pipeline": PipelineFamily("alone", 0, "true_cfg_scale", pixels_per_token=1, negative=" "),
+    "QwenImage21Pipeline": PipelineFamily(
+        "alone", 0, "true_cfg_scale", pixels_per_token=1, negative=" ", has_length=False
+    ),
     "Krea2Pipeline": PipelineFamily("none", 0, negative=""),
     "QwenImagePipeline": PipelineFamily(
         "image", guidance="true_cfg_scale", negative=" ", img2img="QwenImageImg2ImgPipeline"

@@ -36,6 +36,8 @@ SMALLEST_REFERENCE = 64
 """Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
 MAX_REFERENCE_RATIO = 8
 """Of the longer side of a reference to the shorter one, which the FLUX.2 pipelines accept."""
+MAX_MINIATURE_SIDE = 128
+"""Longest side in pixels of a reference of the built-in model."""
 MAX_REFERENCE_PIXELS = 64 * 10**6
 """Of one reference, once enlarged."""
 
@@ -55,6 +57,9 @@ class GenerationSettings(Config):
     """Width of the image in pixels; the miniature's own is 32."""
     strength: Annotated[float, Gt(0), Le(1)] | None = None
     """How much of a source an image-to-image edit (SD3, Z-Image, FLUX.1) generates anew: 1 is all of it."""
+    max_sequence_length: Annotated[int, Ge(1), Le(1024)] | None = None
+    """Tokens of a prompt that the text encoder reads (Stable Diffusion 3: T5); pipelines allow 512 at most, those of
+    Qwen-Image 1024."""
     negative_prompt: str | None = None
     """What the image must not show, for the families that take it (SD3, Z-Image, Krea 2, Qwen-Image)."""
 
@@ -142,6 +147,8 @@ class PipelineRunner:
             raise UserError(f"negative_prompt: {self.name} takes none; leave it null")
         if settings.strength is not None and self.family.edit != "image":
             raise UserError(f"strength: {self.name} edits by reference and takes none; leave it null")
+        if settings.max_sequence_length is not None and not self.family.has_length:
+            raise UserError(f"max_sequence_length: {self.name} takes none; leave it null")
         for name, side in (("height", settings.height), ("width", settings.width)):
             if side is not None and side % self._multiple:
                 below = side // self._multiple * self._multiple
@@ -210,6 +217,7 @@ class PipelineRunner:
             self.family.guidance: settings.guidance_scale,
             "height": settings.height,
             "width": settings.width,
+            "max_sequence_length": settings.max_sequence_length,
         }
         if self.family.negative is not None:
             given = settings.negative_prompt
@@ -217,7 +225,7 @@ class PipelineRunner:
         if self.family.edit == "reference" and settings.height and settings.width:
             found["max_area"] = settings.height * settings.width
         if self.name in ("Flux2KleinPipeline", "Flux2Pipeline"):
-            found |= flux2_text_options(self._pipe)
+            found = flux2_text_options(self._pipe) | {name: value for name, value in found.items() if value is not None}
         return {name: value for name, value in found.items() if value is not None}
 
     def _reference(self, source: HashedImage) -> Image.Image:
@@ -280,6 +288,11 @@ class PipelineGenerator:
         check_sources(self, request)
         if unknown := describe_unknown_words(self.id, request.prompt):
             log.warning("%s, and what it generates for them means nothing", unknown)
+        sides = max((source.image.size for source in request.sources), key=max, default=(0, 0))
+        if self.id.startswith(hub.BUILTIN) and max(sides) > MAX_MINIATURE_SIDE:
+            size = f"one of {sides[0]}x{sides[1]}"
+            message = f"{self.id} edits images of 32x32 pixels, and would take minutes for {size} to make nothing of it"
+            raise BackendError("refused", f"{message}; give one of {MAX_MINIATURE_SIDE} at most, or another generator")
         return await self._batcher((request, self._settings))
 
     async def close(self) -> None:
