@@ -490,6 +490,7 @@ def die_after(count: int, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(owner, name, mortal(getattr(owner, name)))
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_saving_leaves_whole_checkpoints(folder: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from imgen_common.run_folder.folder import RunFolder\n"

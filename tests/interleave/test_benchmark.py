@@ -189,6 +189,7 @@ def test_critics_need_names() -> None:
             critics.main(wrong)
 
 
+@pytest.mark.slow
 def test_a_critic_that_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

@@ -135,7 +135,7 @@ def rows(folder: Path, *, needy: bool) -> Path:
     return file
 
 
-@pytest.mark.parametrize("folder", tiers(EDITORS, default=["flux2"], slow=["flux_kontext"]), indirect=True)
+@pytest.mark.parametrize("folder", tiers(EDITORS, slow=["flux2", "flux_kontext"]), indirect=True)
 def test_updates_on_edits_do_not_depend_on_micro_batches_or_what_was_kept(folder: Path, tmp_path: Path) -> None:
     sets = [
         f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}",

@@ -68,6 +68,7 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
     assert (theirs(DiffusionPipeline.from_pretrained(model, dtype=torch.float32), family) - base).abs().max() > 5e-3
 
 
+@pytest.mark.slow
 def test_training_changes_what_evaluations_draw(tmp_path: Path) -> None:
     """The adapter is one, its averages too; training itself does not know of the sibling."""
     model = folder_of("flux2", tmp_path)

@@ -117,6 +117,7 @@ def test_micro_batches_and_shared_forwards_change_nothing(flux2: Path) -> None:
         assert metrics["regularise"] == pytest.approx(found[0][1]["regularise"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sets", [LORA, ("lora=null",)], ids=["lora", "full"])
 def test_a_resumed_run_has_the_same_base(flux2: Path, sets: tuple[str, ...]) -> None:
     config = config_of(flux2, *sets, WEIGHT)

@@ -90,7 +90,7 @@ def test_accumulation_changes_nothing(method: str) -> None:
     assert distance(whole, singles) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", tiers(METHODS, default=["flowbp_bridge"]))
+@pytest.mark.parametrize("method", tiers(METHODS, slow=["flowbp_bridge"]))
 def test_an_update_without_the_negative_in_its_sweep_is_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(method, "guidance_scale=3.5")
     ours = gradients(config)
@@ -142,13 +142,8 @@ def test_recomputed_blocks_have_the_same_gradient(case: str) -> None:
     assert all(same_bits(kept, other) for other in others)
 
 
-@pytest.mark.parametrize(
-    "sets",
-    [
-        [],
-        pytest.param(["guidance_scale=2", "keep_graphs=2", "model.recompute=selective"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sets", [[], ["guidance_scale=2", "keep_graphs=2", "model.recompute=selective"]])
 def test_a_working_copy_in_bfloat16_gives_the_same_update(sets: list[str]) -> None:
     """And is made of every weight once per update."""
     casts = {}

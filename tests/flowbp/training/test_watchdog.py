@@ -201,6 +201,7 @@ def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path)
     assert run.checkpoints() == [1]
 
 
+@pytest.mark.slow
 def test_without_a_base_to_compare_with_it_says_so(tmp_path: Path) -> None:
     """A run that was begun without the watchdog, or with other quick prompts, and goes on with it."""
     from accelerate import Accelerator
