@@ -133,7 +133,7 @@ class ImagesApiGenerator:
         if not self._config.allow_addresses:
             remedy = "set response_format: b64_json or allow_addresses: true"
             raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
-        if not address.startswith("https://"):
+        if not address.lower().startswith("https://"):
             what = f"{self._url} answers an address that is not https ({redacted(address)})"
             raise HttpError("refused", f"{what}; set response_format: b64_json", can_retry=False)
 
