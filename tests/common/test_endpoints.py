@@ -4,7 +4,6 @@ never shown of a key."""
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -136,6 +135,12 @@ def test_a_refusal_is_typed_and_has_its_words(body: bytes, words: str) -> None:
         ({"object": "error", "message": "too long", "code": 400}, "refused", "too long"),
         ({"errors": [{"message": "bad key", "code": 10000}], "success": False}, "refused", "bad key"),
         ({"choices": [{"error": {"message": "cut", "code": 503}, "message": {"content": "a"}}]}, "server_error", "cut"),
+        ({"error": [{"loc": ["body", "seed"], "msg": "Extra", "type": "x"}]}, "refused", ": seed: Extra"),
+        (
+            {"error": {"detail": [{"loc": ["body", "a", 0], "msg": "Bad"}, {"loc": ["body", "b"], "msg": "Worse"}]}},
+            "refused",
+            ": a.0: Bad; b: Worse",
+        ),
         ({"error": {"deep": [1]}}, "refused", '{"error": {"deep": [1]}}'),
         ({"choices": None, "base_resp": {"status_code": 1027, "status_msg": "sensitive"}}, "refused", ": sensitive"),
         ({"code": 336501, "msg": "Rate limit", "choices": []}, "rate_limited", "Rate limit"),
@@ -255,6 +260,8 @@ def test_an_address_with_the_method_behind_it_is_told_apart(url: str) -> None:
         "http://user:pass/-word?#@host",
         "https://host/v1?api_key=pass-word",
         "https://host/v1#pass-word",
+        "http://host/v1#",
+        "http://host/v1?",
         "user:pass-word@host",
         "http://host:pass-word@/",
     ],
@@ -396,13 +403,40 @@ def test_this_machine_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytes
     assert asyncio.run(main()) == b"ok"
 
 
-def test_a_certificate_that_cannot_be_verified_has_its_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("self-signed certificate", "set SSL_CERT_FILE"),
+        ("unable to get local issuer certificate", "set SSL_CERT_FILE"),
+        ("certificate has expired", "it must be renewed, unless the clock"),
+        ("certificate is not yet valid", "check the clock"),
+        ("Hostname mismatch, certificate is not valid for 'a.test'", "under a name that its certificate has"),
+        ("IP address mismatch, certificate is not valid for '10.0.0.1'", "under a name that its certificate has"),
+    ],
+)
+def test_a_certificate_that_cannot_be_verified_has_its_remedy(said: str, remedy: str) -> None:
     def handler(request: httpx.Request) -> httpx.Response:
-        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+        raise httpx.ConnectError(f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {said} (_ssl.c:1006)")
 
     error = failure(client(handler))
     assert (error.kind, error.can_retry) == ("unreachable", False)
-    assert "set SSL_CERT_FILE" in str(error)
+    assert remedy in str(error)
+
+
+def test_a_proxy_without_tls_is_not_taken_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `HTTPS_PROXY=https://...` of one that speaks plain HTTP."""
+
+    def refuse(self: object, proxy: str, is_secure: bool) -> httpx.AsyncClient:
+        def handler(request: httpx.Request) -> httpx.Response:
+            raise httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+
+        return httpx.AsyncClient(transport=httpx.MockTransport(handler))
+
+    monkeypatch.setenv("HTTPS_PROXY", "https://proxy:3128")
+    monkeypatch.setattr(HttpClient, "_opened", refuse)
+    said = str(failure(client(), "https://host/v1"))
+    assert "the proxy does not speak TLS" in said
+    assert said.endswith("give the proxy's address with http://, also for https")
 
 
 def test_https_to_a_server_without_tls_is_not_tried_again() -> None:

@@ -20,7 +20,7 @@ FLOWBP = {
     "train --set data.prompts=missing.txt": "missing.txt",
     "train --set eval.quick_prompts=missing.txt": "missing.txt",
     "train --set name=a/b": "name 'a/b'",
-    "train --set lora.init=gone.safetensors": "lora.init: model 'gone.safetensors': no such folder",
+    "train --set lora.init=gone.safetensors": "lora.init: model 'gone.safetensors': no such file or folder",
     "train --set total_batch_size=7 --set per_device_batch_size=2": "per_device_batch_size 2",
     "train --set distributed.kind=fsdp2": "needs processes",
     "train --set method.active.num_active_steps=99": "asks for 99 of 25 steps; lower method.active.num_active_steps",

@@ -255,7 +255,7 @@ def test_files_that_are_none_are_refused(flux2: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file(GOOD, tmp_path / "two" / f"{name}.safetensors")
     cases = {
-        "none.safetensors": r"lora\.init: model .*none\.safetensors.*: no such folder",
+        "none.safetensors": r"lora\.init: model .*none\.safetensors.*: no such file or folder",
         "pickle/adapter_model.bin": "read from safetensors files",
         "pickle": "only pickled weights",
         "short.safetensors": "is cut short",
@@ -402,7 +402,7 @@ def test_a_resumed_run_takes_its_checkpoint_and_not_the_adapter(flux2: Path, tmp
     assert check_training(given, tmp_path / "runs", path)[0].config == config  # as `flowbp.train(config, resume=...)`
     # a run without a checkpoint begins again, and reads the adapter again
     file.unlink()
-    with pytest.raises(UserError, match=r"lora\.init: .*no such folder"):
+    with pytest.raises(UserError, match=r"lora\.init: .*no such file or folder"):
         check_training(recorded, tmp_path / "runs", path)
     with RunFolder.open(path) as run:
         run.save_checkpoint(1, {"weights": {}, "ema": {}, "optimizer": {}}, {})

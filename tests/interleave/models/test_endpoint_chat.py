@@ -357,6 +357,7 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
     [
         ("At most 1 image(s) may be provided in one prompt.", "--limit-mm-per-prompt"),
         ("image input is not supported", "name one that reads them"),
+        ("This model only supports streaming, please set stream to true", "answers are read whole here"),
         ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
     ],
 )

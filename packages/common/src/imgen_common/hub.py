@@ -72,8 +72,9 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {one_line(ref, 80)!r}: is an address; give org/name[@revision], here {address[1]}")
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
-        allowed = f"a folder, org/name[@revision] or one of {', '.join(_builtins()) or 'no builtin models'}"
-        raise UserError(f"model {ref!r}: no such folder{nearest(ref, _builtins())}; give {allowed}")
+        places = "a safetensors file, a folder" if single_file else f"a folder, one of {', '.join(_builtins())}"
+        what = f"no such {'file or ' * single_file}folder{nearest(ref, _builtins())}"
+        raise UserError(f"model {ref!r}: {what}; give {places} or org/name[@revision]")
     folder = _download(ref, match["repo"], match["revision"], weights=weights)
     try:
         return _check_path(folder, weights, single_file)
@@ -298,6 +299,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
     if any(isinstance(one, json.JSONDecodeError) for one in causes):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        said += "; set SSL_CERT_FILE to a file with the certificate of its authority"
     return f"the hub gave none ({said}); {_remedy(ref)}"
 
 

@@ -30,7 +30,7 @@ def check_url(url: str) -> str:
     """`url` without a slash at its end.  Raises UserError, which shows no secret, unless it is a plain http address."""
     try:
         parts = urlsplit(url)
-        plain = parts.port != 0 and not (parts.query or parts.fragment)  # `port` raises for what is no number
+        plain = parts.port != 0 and not any(mark in url for mark in "?#")  # `port` raises for what is no number
         plain = plain and parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         parts, plain = None, False

@@ -22,7 +22,9 @@ FILTERED = (
 """Reasons for which a server ends an answer that it will not give, as they begin."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""
-STREAMED = "it streams its answers, which are read whole here; remove `stream` from `extra`"
+STREAMED = (
+    "it streams its answers, which are read whole here; remove `stream` from `extra`, or switch it off at the server"
+)
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"

@@ -28,6 +28,13 @@ T = TypeVar("T")
 MIN_SECRET = 6
 """Characters of the shortest token that is taken out of answers; a shorter one is a placeholder, such as EMPTY."""
 
+AUTHORITY = "set SSL_CERT_FILE to a file with the certificate of its authority"
+CERTIFICATE_REMEDIES = {
+    "expired": "it must be renewed, unless the clock of this machine is wrong",
+    "not yet valid": "check the clock of this machine",
+    "ismatch": "give the server's address under a name that its certificate has",
+}
+"""What to do about a certificate, by OpenSSL's words; `AUTHORITY` about others."""
 USED_UP = b"insufficient_quota"
 """What OpenAI and its likes call a quota or credit that is used up, under the status of a busy server (429)."""
 
@@ -90,7 +97,7 @@ class HttpClient(RetryingCaller):
         except httpx.DecodingError as error:
             raise self.malformed(base + through, f"an answer that cannot be decompressed ({error})") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            raise self._unreachable(base + through, error, bool(proxy)) from None
+            raise self._unreachable(base + through, error, proxy) from None
         if with_token and len(self._token) >= MIN_SECRET:
             data = self._without_token(data)
         if answer.status_code >= 300:
@@ -147,17 +154,19 @@ class HttpClient(RetryingCaller):
             data = data.replace(spelling.encode(), b"...")
         return data
 
-    def _unreachable(self, place: str, error: Exception, is_proxied: bool) -> HttpError:
+    def _unreachable(self, place: str, error: Exception, proxy: str | None) -> HttpError:
         reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             what = "its certificate cannot be verified"
-            remedy = "set SSL_CERT_FILE to a file with the certificate of its authority"
+            remedy = next((words for sign, words in CERTIFICATE_REMEDIES.items() if sign in reason), AUTHORITY)
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
         if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
             what = "it does not speak TLS"
             remedy = "give its address with http:// instead of https://"
+            if (proxy or "").startswith("https:"):
+                what, remedy = "the proxy does not speak TLS", "give the proxy's address with http://, also for https"
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
-        remedy = "; correct the proxy, or name the host in NO_PROXY" if is_proxied else ""
+        remedy = "; correct the proxy, or name the host in NO_PROXY" if proxy else ""
         return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
 
     async def _read(self, answer: "httpx.Response", base: str) -> bytes:

@@ -98,12 +98,24 @@ def _words(said: Any) -> str:
     """The words inside an error, or the whole of it where no place for words is known."""
     whole = said
     for name in ERROR_KEYS:
+        if (located := _located(said)) is not None:
+            return located
         said = said[0] if isinstance(said, list) and len(said) == 1 else said
         said = said[name] if isinstance(said, dict) and said.get(name) else said
     try:
         return said if isinstance(said, str) else json.dumps(whole, ensure_ascii=False)[:MAX_ERROR_BYTES]
     except RecursionError:
         return "an error without words"
+
+
+def _located(said: Any) -> str | None:
+    """What FastAPI's servers say of the keys of a request, each with its key; None for anything else."""
+    if not (isinstance(said, list) and said and all(isinstance(one, dict) for one in said)):
+        return None
+    if not all(isinstance(one.get("loc"), list) and isinstance(one.get("msg"), str) for one in said):
+        return None
+    places = (".".join(str(part) for part in one["loc"] if part != "body") for one in said)
+    return "; ".join(f"{place}: {one['msg']}" for place, one in zip(places, said, strict=True))
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -74,7 +74,10 @@ def parse_json(answer: str) -> Any | ParseFailure:
     It may stand in `<answer>`, in a code fence, or alone; its strings may have raw line breaks.  An object may have
     other words around it.
     """
-    answer = split_reasoning(answer)[1]
+    reasoning, answer = split_reasoning(answer)
+    if reasoning and not answer.strip():
+        empty = "the answer is empty: all words stand in the reasoning"
+        return ParseFailure(f"{empty}; was it cut off, or is the server's reasoning parser that of another model?")
     try:
         body = unfenced(next(answer_bodies(answer), "") if "<answer>" in answer else answer)
         try:
