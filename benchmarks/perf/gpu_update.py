@@ -406,7 +406,7 @@ def run_gpu_update(
     content = {"setting": asdict(setting), "rows": [asdict(row) for row in rows], "rates": [asdict(r) for r in rates]}
     content |= {"fits": [asdict(fit) for fit in fits], "claims": [asdict(claim) for claim in claims]}
     write_json(output, content | {"environment": environment})
-    print(f"\nwritten to {output.name}")
+    print(f"\nwritten to {output}")
     return all(claim.holds for claim in claims)
 
 

@@ -105,7 +105,7 @@ def measure(number: int, folder: Path) -> Row:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The table as Markdown."""
-    header = ["requests", "ms per request", "CPU ms", "driver MiB", "KiB per request", "records MB"]
+    header = ["requests", "ms per request", "CPU ms", "memory MiB", "KiB per request", "records MB"]
     header += ["resume s", "resume MiB", "pages s", "pages MiB"]
     return markdown_table(
         header,
@@ -161,7 +161,7 @@ def main(
     file = output or result_file("many_requests", cpu, "json")
     content = {"rows": [asdict(row) for row in rows], "claims": [asdict(claim) for claim in claims]}
     write_json(file, content | {"load_average": load, "environment": describe_run(MODULE, sys.argv[1:], cpu)})
-    print(f"written to {file.name}")
+    print(f"written to {file}")
     if not all(claim.holds for claim in claims):
         raise typer.Exit(1)
 

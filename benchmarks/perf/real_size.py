@@ -115,7 +115,7 @@ def main(
     file = output or result_file("real_size-tiny" if tiny else "real_size", device, "json")
     content = {"setting": asdict(setting), "rows": [asdict(row) for row in rows], "estimates": estimates}
     write_json(file, content | {"claims": [asdict(claim) for claim in claims], "environment": environment})
-    print(f"\nwritten to {file.name}")
+    print(f"\nwritten to {file}")
     if not tiny and not all(claim.holds for claim in claims):
         raise typer.Exit(1)
 

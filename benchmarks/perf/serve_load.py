@@ -183,7 +183,7 @@ def main(
     content = {"setting": asdict(setting), "seconds": seconds, "load_average": load, "cores": os.cpu_count()}
     results = [asdict(row) | {"ratio": row.ratio} for row in rows]
     write_json(file, content | {"rows": results, "environment": describe_run(MODULE, sys.argv[1:], cpu)})
-    print(f"written to {file.name}")
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":

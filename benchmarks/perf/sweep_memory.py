@@ -385,7 +385,7 @@ def run_sweep_memory(
     method = "max_memory_allocated" if device.type == "cuda" else "VmHWM of a process, less VmRSS before; medians"
     content = {"sizes": asdict(sizes), "repeats": repeats, "memory": method, "rows": [asdict(row) for row in rows]}
     write_json(output, content | {"claims": [asdict(claim) for claim in claims], "environment": environment})
-    print(f"\nwritten to {output.name}")
+    print(f"\nwritten to {output}")
     return all(claim.holds for claim in claims)
 
 

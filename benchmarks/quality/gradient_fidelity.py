@@ -303,7 +303,7 @@ def run_gradient_fidelity(
     content |= {"config": config.model_dump(mode="json"), "rows": [asdict(row) for row in rows]}
     write_json(output, content | {"per_prompt": per_prompt})
     write_atomic(output.with_suffix(".md"), text)
-    print(f"written to {output.name}")
+    print(f"written to {output}")
     return rows
 
 

@@ -146,7 +146,7 @@ def write_study(
     write_atomic(output, text)
     write_atomic(output.with_suffix(".svg"), figure)
     write_json(output.with_suffix(".json"), {"environment": environment, "result": content})
-    print(f"written to {output.name}")
+    print(f"written to {output}")
 
 
 def study_content(result: StudyResult) -> dict[str, Any]:
