@@ -69,7 +69,9 @@ def escape_cell(text: str) -> str:
 def format_table(rows: Sequence[FieldRow]) -> str:
     """The rows as a Markdown table."""
     lines = ["| key | type | default | |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{row.path}` | {escape_cell(row.type)} | `{row.default}` | {escape_cell(row.doc)} |" for row in rows]
+    for row in rows:
+        default = row.default or '""'
+        lines.append(f"| `{row.path}` | {escape_cell(row.type)} | `{default}` | {escape_cell(row.doc)} |")
     return "\n".join(lines)
 
 

@@ -319,6 +319,11 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "rain on a window", "--set", "planner.kind=none"), ("shapes/generator", "'rain', 'window'")),
         (("plan", "how rain forms"), ("'how', 'rain', 'forms'",)),
         (("run", "make the circle green", "--image", "circle.png"), ("takes no images", "--set planner.kind=none")),
+        (("run", "x", "circle.png"), ("circle.png: an image in the place of a CONFIG; write --image before",)),
+        (
+            ("run", "make the circle green", "--image", "photo.png", "--set", "planner.kind=none"),
+            ("edits images of 32x32 pixels", "one of 300x200", "give one of 128 at most"),
+        ),
         (("batch", "words.jsonl"), ("'cat'",)),
         (("batch",), ("FILE", "--resume")),
         (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
@@ -333,6 +338,7 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32), "red").save(tmp_path / "circle.png")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "photo.png")
     (tmp_path / "words.jsonl").write_text('{"text": "a red circle"}\n{"text": "a cat"}\n', encoding="utf-8")
     assert_refused(interleave(*words), *told)
     assert not list(tmp_path.glob("runs/*"))

@@ -1,7 +1,8 @@
-"""Which words the built-in models know: outside the world of shapes, what they answer means nothing."""
+"""What the built-in models know: outside the world of shapes, what they answer means nothing."""
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 
 from imgen_common.hub import BUILTIN, WEIGHTS
@@ -10,6 +11,8 @@ from imgen_common.shapes.scene import COLOURS, SHAPES, plural
 WORLD = " in ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in ([*map(plural, SHAPES)], [*COLOURS]))
 """What the images of the world show."""
 MAX_LISTED = 5
+MAX_SIDE = 128
+"""Longest side in pixels of a source that the built-in generator edits."""
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -39,3 +42,19 @@ def describe_unknown_words(ref: str, text: str) -> str | None:
     what = "word" if len(unknown) == 1 else f"{len(unknown)} words"
     remedy = "; write it in small letters" if any(word.lower() in known for word in unknown) else ""
     return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}{remedy}"
+
+
+def describe_large_image(ref: str, sizes: Iterable[tuple[int, int]]) -> str | None:
+    """A sentence about the first of some sources (width, height) that the built-in model `ref` would take minutes for.
+
+    None where there is none, and for every other model.
+    """
+    if not ref.startswith(BUILTIN):
+        return None
+    large = next((size for size in sizes if max(size) > MAX_SIDE), None)
+    if large is None:
+        return None
+    return (
+        f"{ref} edits images of 32x32 pixels, and would take minutes for one of {large[0]}x{large[1]} to make nothing "
+        f"of it; give one of {MAX_SIDE} at most, or a CONFIG with another generator"
+    )

@@ -23,6 +23,7 @@ Images = Annotated[
 ]
 MAKERS = ("interleave batch", "interleave run", "interleave demo", "interleave benchmark")
 """Commands whose run folders hold stories."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 Request_ = Annotated[str, typer.Argument(metavar="REQUEST", help="What the story is about.")]
 
 
@@ -47,6 +48,8 @@ def run(
       interleave run "four images on how rain forms" configs/interleave/klein_qwen3vl.yaml --set seed=3
     """
     with spinner("loading"):
+        if file := next((file for file in configs or [] if file.suffix.lower() in IMAGE_SUFFIXES), None):
+            raise UserError(f"{file}: an image in the place of a CONFIG; write --image before each image")
         config = load_run_config(configs, sets)
         from imgen_common.run_folder.find import free_path
         from interleave.loop import requests

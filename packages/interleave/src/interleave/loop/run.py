@@ -14,7 +14,7 @@ from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
-from imgen_common.shapes.vocabulary import describe_unknown_words
+from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
 from interleave.agents.critic import ChatCritic, RandomRewrite, RubricCritic
 from interleave.agents.judge import ChatJudge
 from interleave.agents.planner import ChatPlanner
@@ -118,9 +118,13 @@ def create_run(
     is_first = not path.parent.exists()
     with RunFolder.create(path, config):
         try:
-            requests = ask(ImageStore(path / IMAGES))
+            store = ImageStore(path / IMAGES)
+            requests = ask(store)
             for request in requests:
                 check_request(config, request, any_words=any_words)
+                sizes = (store.get(image).image.size for image in request.image_ids)
+                if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
+                    raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
             request_files.save_requests(requests, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)

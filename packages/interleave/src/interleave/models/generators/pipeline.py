@@ -16,7 +16,7 @@ from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from imgen_common.files import read_json
 from imgen_common.images import enlarge
-from imgen_common.shapes.vocabulary import describe_unknown_words
+from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
     family_of,
@@ -36,8 +36,6 @@ SMALLEST_REFERENCE = 64
 """Shortest side in pixels of a reference that the FLUX.2 pipelines accept."""
 MAX_REFERENCE_RATIO = 8
 """Of the longer side of a reference to the shorter one, which the FLUX.2 pipelines accept."""
-MAX_MINIATURE_SIDE = 128
-"""Longest side in pixels of a reference of the built-in model."""
 MAX_REFERENCE_PIXELS = 64 * 10**6
 """Of one reference, once enlarged."""
 
@@ -288,11 +286,8 @@ class PipelineGenerator:
         check_sources(self, request)
         if unknown := describe_unknown_words(self.id, request.prompt):
             log.warning("%s, and what it generates for them means nothing", unknown)
-        sides = max((source.image.size for source in request.sources), key=max, default=(0, 0))
-        if self.id.startswith(hub.BUILTIN) and max(sides) > MAX_MINIATURE_SIDE:
-            size = f"one of {sides[0]}x{sides[1]}"
-            message = f"{self.id} edits images of 32x32 pixels, and would take minutes for {size} to make nothing of it"
-            raise BackendError("refused", f"{message}; give one of {MAX_MINIATURE_SIDE} at most, or another generator")
+        if large := describe_large_image(self.id, (source.image.size for source in request.sources)):
+            raise BackendError("refused", large)
         return await self._batcher((request, self._settings))
 
     async def close(self) -> None:
