@@ -27,6 +27,7 @@ from flowbp.reports.charts import Series, line_chart, moving_average, ticks
 from flowbp.reports.explain import linear_sigmas
 from flowbp.reports.figure import plan_svg
 from flowbp.reports.run_data import read_run
+from flowbp.training.watchdog import Finding, append_finding
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
@@ -76,6 +77,15 @@ def test_the_speed_of_its_updates_is_there(run: Path) -> None:
     text, _ = read(run)
     assert "400 TFLOP/s per process, 40.4% of the peak in bfloat16 (MFU), mean of 30 updates" in text
     assert "rollout 75%, decoder 0%, reward 0%, sweep 25%" in text
+
+
+def test_alerts_stand_in_it_with_their_updates(run: Path) -> None:
+    assert "What the watchdog found" not in read(run)[0]
+    for update, alerts in ((10, []), (20, [f"Drift is above 0.2 {EVIL}"])):
+        append_finding(run, update, Finding(alerts, {}))
+    text = read(run)[0]
+    assert "update 20: Drift is above 0.2 &lt;script&gt;" in text
+    assert "update 10:" not in text
 
 
 def test_a_regulariser_has_a_chart(run: Path) -> None:

@@ -569,6 +569,24 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
 # --- the miniature's prompts and teachers ------------------------------------------------------------------------
 
 
+def test_a_file_of_requests_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"text": "a red circle"}\n')
+    config = FilePrompts(path=str(file))
+    prompts.check_same(tmp_path, config)  # one of an earlier version
+    prompts.record(tmp_path, prompts.make_requests(config, ImageStore(tmp_path)))
+    prompts.check_same(tmp_path, config)
+    for text, said in (
+        ('{"text": "a red circle"}\n{"text": "a blue circle"}\n', r"prompts has changed .* \(1 rows then, 2 now\)"),
+        ('{"text": "a blue circle"}\n', "prompts has changed since the run was started; restore it, or start anew"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=said):
+            prompts.check_same(tmp_path, config)
+    file.unlink()  # it is not needed any more
+    prompts.check_same(tmp_path, config)
+
+
 def test_requests_of_the_world_are_different_and_always_the_same(tmp_path: Path) -> None:
     config = ShapesPrompts(count=20, riddles=0.5)
     found = prompts.make_requests(config, ImageStore(tmp_path))

@@ -561,3 +561,15 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     forked(2, "grpo", "--resume", str(run), **how)
     assert digest(run / "model") == straight
     assert updates(run) == found
+
+
+def test_the_questions_of_the_judge_are_part_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("Was {rewritten_prompt} done?\n<image><image>")
+    sets = ["judge={kind: model, model: {kind: scripted, answers: [x]}}", f"judge.semantics_template={file}"]
+    job = GrpoJob(load(GrpoConfig, [], sets), (), (), None)  # type: ignore[arg-type]
+    before = grpo._bound(job)
+    assert before == grpo._bound(job)
+    file.write_text("Was {rewritten_prompt} done well?\n<image><image>")
+    assert before != grpo._bound(job)
+    assert grpo._bound(GrpoJob(GrpoConfig(), (), (), None))["the templates of judge"] == []  # type: ignore[arg-type]

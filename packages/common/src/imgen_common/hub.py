@@ -121,12 +121,9 @@ def resolve_adapter(ref: str, key: str) -> Path:
 
 def model_files(ref: str) -> tuple[Path, ...]:
     """The files of the weights that are loaded of the model that `ref` names, which `resolve` has checked."""
-    path = resolve(ref, single_file=True)
-    if path.is_file():
-        return (path,)
-    if not (path / "model_index.json").exists():
-        return weight_files(path).files
-    parts = [path / name for name, (_, class_name) in _components(path).items() if _has_weights(class_name)]
+    path = resolve(ref)
+    is_pipeline = (path / "model_index.json").exists()
+    parts = [path / name for name, one in _components(path).items() if _has_weights(one[1])] if is_pipeline else [path]
     return tuple(file for part in parts for file in weight_files(part).files)
 
 
@@ -192,6 +189,8 @@ def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
     content = read_json(index)
     for name in REQUIRED_PARTS:
         entry = content.get(name, ["", ""])
+        if entry in (None, [None, None]):
+            raise UserError(f"{ref}: model_index.json {name}: is null, but is needed here; save the pipeline with it")
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)):
             given = json.dumps(entry)[:60]
             raise UserError(
@@ -233,7 +232,7 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
             return _check_path(files[0], weights, single_file)
         check_folder(path, weights=weights)
     elif path.suffix != ".safetensors":
-        raise UserError(f"{path}: weights are read from safetensors files and model folders only")
+        raise UserError(f"{path}: weights are read from safetensors files and model folders, which configurations name")
     elif not single_file:
         raise UserError(
             f"{path}: is a single file; give a model folder; diffusers converts a checkpoint to one: "
@@ -296,11 +295,12 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
         return f"the hub has no {repo} that you can read; check the name; if it is private, {login}"
     if any(getattr(getattr(one, "response", None), "status_code", None) == 401 for one in causes):
         return f"the hub refuses the token that it was given ({said or 'status 401'}); {login} anew"
+    if UnicodeEncodeError in kinds:
+        return f"the token that it would be given has characters that no token has; {login} anew"
     said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
     if any(isinstance(one, json.JSONDecodeError) for one in causes):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
-    if "CERTIFICATE_VERIFY_FAILED" in said:
-        said += "; set SSL_CERT_FILE to a file with the certificate of its authority"
+    said += "; set SSL_CERT_FILE to the certificate of its authority" if "CERTIFICATE_VERIFY_FAILED" in said else ""
     return f"the hub gave none ({said}); {_remedy(ref)}"
 
 

@@ -74,4 +74,4 @@ def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
     for key, now in data.items():
         if (before := recorded.get(key)) is not None and before != now:
             counts = f" ({before.rows} rows then, {now.rows} now)" if before.rows != now.rows else ""
-            raise UserError(f"{run}: {key} has changed since the run was started{counts}; restore it, or train anew")
+            raise UserError(f"{run}: {key} has changed since the run was started{counts}; restore it, or start anew")

@@ -354,7 +354,7 @@ def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]
             was, now = (json.dumps(side.get(key)) for side in (old, new))
             raise UserError(
                 f"{path}: the run has {key} = {was}, now {now} was given; "
-                f"resume with the configuration of the run or choose another name"
+                f"go on with the configuration of the run, or choose another name or folder"
             )
 
 

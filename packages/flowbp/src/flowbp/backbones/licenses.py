@@ -21,7 +21,7 @@ KNOWN_LICENSES = (
 def license_of(ref: str) -> str:
     """The license of a model reference, whatever the revision, or a text that says that it is not known."""
     known = [license for form, license in KNOWN_LICENSES if re.fullmatch(form, ref.split("@")[0])]
-    return known[0] if known else "not known; see the model's own page"
+    return known[0] if known else "not known; see the model's own page, or whoever made the folder"
 
 
 class PublishedModel(NamedTuple):

@@ -61,6 +61,7 @@ def render_report(run: RunData) -> str:
         "own_scale": f"{run.own_scale:g}",
         "result": _result(run),
         "no_result": _why_no_result(run),
+        "alerts": run.alerts,
         "scores": [_scale(run, scale) | {"rows": _score_rows(run, scale)} for scale in run.scales],
         "outcomes": _outcomes(run),
         "images": _images(run),

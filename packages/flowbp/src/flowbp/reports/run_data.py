@@ -10,6 +10,7 @@ from pydantic import BaseModel, FiniteFloat
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
+from flowbp.training.watchdog import read_alerts
 from imgen_common.files import read_json, read_text
 from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder
@@ -35,6 +36,8 @@ class RunData:
     sigmas: tuple[float, ...] | None
     earlier_configs: dict[int, str] = field(default_factory=dict)
     """The configurations with which it ran up to an update, where it went on with another one."""
+    alerts: dict[int, list[str]] = field(default_factory=dict)
+    """What the watchdog found, by update."""
 
     @property
     def own_scale(self) -> float:
@@ -80,4 +83,5 @@ def read_run(path: Path) -> RunData:
         evaluations=load_evaluations(path),
         sigmas=read_json(grid, NoiseGrid).sigmas if grid.exists() else None,
         earlier_configs={int(file.stem.rpartition("-")[2]): read_text(file) for file in earlier},
+        alerts={update: texts for update, texts in read_alerts(path).items() if texts},
     )

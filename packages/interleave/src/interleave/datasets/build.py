@@ -111,8 +111,11 @@ def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterato
     )
     with folder:
         write_atomic(out / CONFIG, to_yaml(config))
-        if not begun:
+        if begun:
+            prompts.check_same(out, config.prompts)
+        else:
             requests = prompts.make_requests(config.prompts, ImageStore(out / IMAGES))
+            prompts.record(out, requests)
             request_files.save_requests(Shard.parse(config.shard).of(requests), out)
         yield request_files.load_requests(out)
 

@@ -1,14 +1,16 @@
 """The requests of a build, from a file or from the miniature's world."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, record_data
 from imgen_common.streams import numpy_generator
 from interleave.datasets.config import FilePrompts, ShapesPrompts
 from interleave.loop import requests
 from interleave.records import Request
-from interleave.storage.images import ImageStore
+from interleave.storage.images import IMAGES, ImageStore
 
 if TYPE_CHECKING:
     from imgen_common.shapes.steps import Story
@@ -29,6 +31,23 @@ def make_requests(prompts: FilePrompts | ShapesPrompts | None, images: ImageStor
                 requests.make_request(story.request, (), images, f"{prompts.split}-{number:06d}", _category_of(story))
                 for number, story in sample_stories(prompts).items()
             ]
+
+
+def record(out: Path, made: Sequence[Request]) -> None:
+    """Keeps a hash of the requests with the build in `out`."""
+    record_data(out, {"prompts": _hash(made)})
+
+
+def check_same(out: Path, prompts: FilePrompts | ShapesPrompts | None) -> None:
+    """Raises UserError for a file that has changed since the build in `out` was begun, if it is still there."""
+    # a merged folder, and one of an earlier version, has no hashes
+    if not isinstance(prompts, FilePrompts) or not Path(prompts.path).exists() or not (out / DATA).exists():
+        return
+    check_data(out, {"prompts": _hash(make_requests(prompts, ImageStore(out / IMAGES)))})
+
+
+def _hash(made: Sequence[Request]) -> DataHash:
+    return hash_rows(request.model_dump_json() for request in made)
 
 
 def sample_stories(prompts: ShapesPrompts) -> "dict[int, Story]":

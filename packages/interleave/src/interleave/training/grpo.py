@@ -13,6 +13,7 @@ import numpy as np
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.streams import numpy_generator
+from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
 from interleave.datasets.rows import RlRow
 from interleave.protocols import Generator, Judge
@@ -141,6 +142,14 @@ def plan_grpo(config: GrpoConfig, processes: int) -> tuple[GrpoBatchPlan, Memory
     return job.batch_plan, estimate_memory(config, processes, inputs, 0 if config.trl.get("use_vllm") else rollout)
 
 
+def _bound(job: GrpoJob) -> dict[str, Sequence[object]]:
+    """What a run cannot be resumed without: rows, prompts, and the questions of its judge."""
+    judge = job.config.judge
+    questions = (judge.semantics_template, judge.quality_template) if isinstance(judge, ModelJudgeConfig) else ()
+    texts = [load_template(name).text for name in questions]
+    return {"critic_rl": job.rows, "template": job.prompts, "the templates of judge": texts}
+
+
 def train_grpo(
     config: GrpoConfig,
     command: Sequence[str],
@@ -171,7 +180,7 @@ def train_grpo(
         where: dict[str, Any] = {"runs": runs, "name": name, "default_name": "grpo_critic", "resume": resume}
         opened = run.open_run(config, arguments, command, **where)
         with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, "grpo"):
-            run.bind_data(run_folder, config.model, {"critic_rl": job.rows, "template": job.prompts}, resume)
+            run.bind_data(run_folder, config.model, _bound(job), resume)
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import to_json
 
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
@@ -170,12 +170,12 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
         raise
 
 
-def bind_data(run: RunFolder, model: str, sets: Mapping[str, Sequence[BaseModel]], resume: Path | None) -> None:
-    """Keeps hashes of the model and of the rows, by the name of their set, with a new run.  Raises UserError, on all
+def bind_data(run: RunFolder, model: str, sets: Mapping[str, Sequence[object]], resume: Path | None) -> None:
+    """Keeps hashes of the model, and of rows and texts by what they are, with a new run.  Raises UserError, on all
     processes, if the run is resumed and was started with others."""
 
     def work() -> str:
-        data = {name: hash_rows(row.model_dump_json() for row in rows) for name, rows in sets.items()}
+        data = {name: hash_rows(to_json(row).decode() for row in rows) for name, rows in sets.items()}
         data["model"] = hash_weights(hub.model_files(model))
         check_data(run.path, data) if resume else record_data(run.path, data)
         return ""
