@@ -220,6 +220,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Path) -> None:
     before = tree(trained)
     for pair, said in (("seed=33", "now 33 was given"), ("eval.seed=99", "now 99 was given")):
@@ -393,6 +394,7 @@ def test_sampling_keeps_files_and_the_base_differs(flowbp: Call, trained: Path, 
     assert (tmp_path / f"000-{pictures[0]}").read_bytes() != b""
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_compares_it_with_its_base(flowbp: Call, trained: Path) -> None:
     code, output, _ = flowbp("eval", trained, "--num-prompts", 6, "--guidance-scale", 1, "--json")
     assert code == 0
