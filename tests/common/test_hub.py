@@ -661,25 +661,31 @@ def test_variables_that_the_hub_is_reached_by_are_named(
     assert "hf_caf" not in str(found.value)
 
 
-def test_a_token_with_other_characters_is_said(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            UnicodeEncodeError("ascii", "Bearer hf_caf\xe9", 13, 14, "ordinal not in range"),
+            r"has characters that no token has; log in .* or set HF_TOKEN anew",
+        ),
+        (
+            httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed"),
+            "set SSL_CERT_FILE to the certificate of its authority",
+        ),
+    ],
+    ids=["token", "certificate"],
+)
+def test_a_token_and_a_certificate_have_their_remedies(
+    error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> str:
-        raise UnicodeEncodeError("ascii", "Bearer hf_caf\xe9", 13, 14, "ordinal not in range")
+        raise error
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"has characters that no token has; log in .* or set HF_TOKEN anew") as found:
+    with pytest.raises(UserError, match=said) as found:
         hub.resolve("org/name")
     assert "hf_caf" not in str(found.value)
-
-
-def test_a_certificate_that_is_not_known_names_its_variable(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise httpx2.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed")
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match="set SSL_CERT_FILE to the certificate of its authority"):
-        hub.resolve("org/name")
 
 
 def test_a_complete_cached_repository_resolves_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,9 +222,8 @@ class PipelineRunner:
             found["negative_prompt"] = self.family.negative if given is None else given
         if self.family.edit == "reference" and settings.height and settings.width:
             found["max_area"] = settings.height * settings.width
-        if self.name in ("Flux2KleinPipeline", "Flux2Pipeline"):
-            found = flux2_text_options(self._pipe) | {name: value for name, value in found.items() if value is not None}
-        return {name: value for name, value in found.items() if value is not None}
+        own = flux2_text_options(self._pipe) if self.name in ("Flux2KleinPipeline", "Flux2Pipeline") else {}
+        return own | {name: value for name, value in found.items() if value is not None}
 
     def _reference(self, source: HashedImage) -> Image.Image:
         image, scale = source.image, self.config.reference_scale
