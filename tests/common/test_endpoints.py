@@ -176,10 +176,14 @@ def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> Non
     with pytest.raises(Refusal, match="calls a tool instead of answering; serve it without tools"):
         read_completion(answer({"content": None, "tool_calls": calls}))
     assert read_completion(answer({"content": "a", "tool_calls": calls})).text == "a"
-    for start in (b"", b": OPENROUTER PROCESSING\n\n", b"event: message\n"):
+    busy = b": OPENROUTER PROCESSING\n\n"
+    for start in (b"", busy, b"event: message\n", busy * 2 + b"event: message\n"):
         with pytest.raises(HttpError, match=r"streams its answers, .*remove `stream` from `extra`") as error:
             read_completion(start + b'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n')
         assert not error.value.can_retry
+    assert read_completion(busy * 2 + answer({"content": "a"})).text == "a"
+    with pytest.raises(HttpError, match="not a chat completion"):
+        read_completion(busy)
     with pytest.raises(HttpError, match="streams its answers") as error:
         read_completion(b'{"message": {"content": "a"}, "done": false}\n{"done": true}\n')
     assert not error.value.can_retry

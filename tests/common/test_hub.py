@@ -635,6 +635,17 @@ def test_the_hubs_refusal_says_what_to_do(
         assert "prefetch" not in str(found.value)
 
 
+def test_a_setting_that_hides_the_token_is_named(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise LATER
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    with pytest.raises(UserError, match=r"set HF_TOKEN and unset HF_HUB_DISABLE_IMPLICIT_TOKEN, then run this"):
+        hub.resolve("org/gated")
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "error"),
     [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import size_of
 from given import encode, prompt_for
+from safetensors.torch import load_file, save_file
 
 from flowbp import backbones
 from flowbp.config import ModelConfig
@@ -106,6 +107,27 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(UserError, match=r"a\.safetensors: damaged"):
         EmbeddingStore(tmp_path)
+
+
+@pytest.mark.parametrize("place", [-1, -40, -2000])
+def test_a_flipped_bit_of_stored_embeddings_is_found(tmp_path: Path, place: int) -> None:
+    backbone = backbones.load("builtin:shapes/generator")
+    PromptEmbeddings(backbone, EmbeddingStore(tmp_path)).add(PROMPTS)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file.name}: damaged; remove it, its prompts will be encoded again"):
+        PromptEmbeddings(backbone, EmbeddingStore(tmp_path)).rows([*PROMPTS, ""])
+
+
+def test_stored_embeddings_without_a_checksum_are_computed_anew(tmp_path: Path) -> None:
+    counted: Any = Counted(backbones.load("builtin:shapes/generator"))
+    PromptEmbeddings(counted, EmbeddingStore(tmp_path)).add(PROMPTS)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file(load_file(file), file)
+    PromptEmbeddings(counted, EmbeddingStore(tmp_path)).add(PROMPTS)
+    assert counted.encoded == 2 * ENCODE_BATCH_SIZE
 
 
 def test_text_encoders_are_let_go(folder: Path) -> None:

@@ -88,6 +88,21 @@ def test_other_models_are_refused() -> None:
         RewardConfig(score="aesthetic", ref=REF).load()
 
 
+@pytest.mark.parametrize(
+    ("score", "command"),
+    [("hpsv2", "flowbp convert-reward hpsv2"), ("hpsv3", "flowbp convert-reward hpsv3"), ("vlm", "interleave export-")],
+)
+def test_how_to_make_a_missing_folder_is_said(score: str, command: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"rewards/{score}': no such local folder.*; or make that folder with `{command}"
+    ):
+        RewardConfig(score=score, ref=f"rewards/{score}").load()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError) as found:
+        RewardConfig(score=score, ref=str(tmp_path)).load()
+    assert command not in str(found.value)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("how", ["missing", "other shape"])
 def test_weights_that_do_not_fit_are_refused(how: str, device: str, tmp_path: Path) -> None:

@@ -266,9 +266,8 @@ def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Pa
             index = folder / "model_index.json"
             places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
             files = HUB_FILES if weights else DESCRIPTION_FILES
-            folder = fetch(
-                ["model_index.json", SAMPLING_FILE, *(place + pattern for place in places for pattern in files)]
-            )
+            wanted = (place + pattern for place in places for pattern in files)
+            folder = fetch(["model_index.json", SAMPLING_FILE, *wanted])
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
@@ -282,7 +281,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
 
     if _offline():
         return f"HF_HUB_OFFLINE is set, and the cache has no complete copy of it; {_remedy(ref)}"
-    login = "log in with `hf auth login` or set HF_TOKEN"
+    hidden = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    login = f"log in with `hf auth login` or set HF_TOKEN{' and unset HF_HUB_DISABLE_IMPLICIT_TOKEN' if hidden else ''}"
     causes = [*_causes(error)]
     kinds = [type(one) for one in causes]
     said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))

@@ -7,6 +7,7 @@ What is read beyond OpenAI's own form: content in parts; reasoning that a server
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,8 @@ BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 STREAMED = (
     "it streams its answers, which are read whole here; remove `stream` from `extra`, or switch it off at the server"
 )
+COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
+"""Lines by which a server keeps a connection open while the model is busy, before an answer of either form."""
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
@@ -89,7 +92,8 @@ def read_completion(data: bytes) -> Completion:
     chat completion (`malformed_response`).
     """
     streamed = HttpError("malformed_response", STREAMED, can_retry=False)
-    if data.lstrip().startswith((b"data:", b"event:", b":")):
+    data = COMMENTS.sub(b"", data, count=1)
+    if data.startswith((b"data:", b"event:")):
         raise streamed
     try:
         answer = json.loads(data)

@@ -31,11 +31,16 @@ LIBRARIES = ("torch", "transformers", "diffusers")
 
 
 class EmbeddingStore:
-    """Embeddings of single prompts by key, in a growing folder of memory-mapped safetensors files."""
+    """Embeddings of single prompts by key, in a growing folder of memory-mapped safetensors files.
+
+    The metadata of a file holds the checksum of each of its keys, which is compared when the key is first read.
+    Embeddings without one, as earlier versions stored them, count as missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Path] = {}
+        self._unverified: dict[str, str] = {}
         self._open: dict[Path, safe_open] = {}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +52,9 @@ class EmbeddingStore:
             opened = self._open[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it, its prompts will be encoded again") from None
-        self._files |= {key.split("/")[0]: file for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        checksums = opened.metadata() or {}
+        self._files |= dict.fromkeys(checksums, file)
+        self._unverified |= checksums
 
     def __contains__(self, key: object) -> bool:
         return key in self._files
@@ -55,15 +62,19 @@ class EmbeddingStore:
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         opened = self._open[self._files[key]]
         names = [name for name in opened.keys() if name.startswith(f"{key}/")]  # noqa: SIM118
-        return {name.split("/")[1]: opened.get_tensor(name) for name in names}
+        row = {name.split("/")[1]: opened.get_tensor(name) for name in names}
+        if key in self._unverified and checksum(row) != self._unverified.pop(key):
+            raise UserError(f"{self._files[key]}: damaged; remove it, its prompts will be encoded again")
+        return row
 
     def update(self, rows: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Adds a file, whole or not at all.  Raises UserError if it cannot be written."""
+        checksums = {key: checksum(row) for key, row in rows.items()}
         tensors = {
             f"{key}/{name}": value.cpu().contiguous() for key, row in rows.items() for name, value in row.items()
         }
         file = self.folder / f"{digest(*sorted(rows))}.safetensors"
-        write_atomic(file, save(tensors))
+        write_atomic(file, save(tensors, metadata=checksums))
         self._index(file)
 
 
@@ -167,6 +178,15 @@ def _finite(cond: Cond) -> Cond:
 def _stack(rows: Sequence[Tensor]) -> Tensor:
     """Rows as one tensor; those with fewer tokens, as texts with smaller sources, are filled up with zeros."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True) if rows[0].dim() else torch.stack(list(rows))
+
+
+def checksum(row: Mapping[str, Tensor]) -> str:
+    """Of the names, data types and numbers of one prompt's embeddings."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(row.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def digest(*parts: str) -> str:

@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
+from imgen_common.files import local_path
 from imgen_common.weights import read_json
 
 if TYPE_CHECKING:
@@ -107,7 +108,14 @@ class RewardConfig(Config):
 def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
     """The folder of a reward, with its weights or without.  Raises UserError for a model of another type."""
     kind = REWARDS[config.score]
-    folder = hub.resolve(config.ref, weights=weights)
+    try:
+        folder = hub.resolve(config.ref, weights=weights)
+    except UserError as error:
+        command = "interleave export-reward" if config.score == "vlm" else f"flowbp convert-reward {config.score}"
+        is_made = config.score == "vlm" or config.score in PUBLISHED_FILES
+        if not is_made or local_path(config.ref).exists():
+            raise
+        raise UserError(f"{error}; or make that folder with `{command}`") from None
     about = folder / "config.json"
     model_type = read_json(about).get("model_type") if about.exists() else None
     allowed = (kind.model_type,) if isinstance(kind.model_type, str) else kind.model_type
