@@ -491,6 +491,24 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     assert len(asked) == tries
 
 
+@pytest.mark.parametrize("answer", [httpx.ReadTimeout("slow"), httpx.WriteTimeout("slow"), 504, 524, None])
+def test_an_image_that_took_too_long_is_not_asked_for_again(answer: Any) -> None:
+    asked: list[int] = []
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        asked.append(1)
+        if isinstance(answer, Exception):
+            raise answer
+        if answer is None:
+            await asyncio.sleep(60)
+        return httpx.Response(answer, text="the origin took too long")
+
+    retry = RetryPolicy(max_tries=3, initial_backoff=0.001, timeout=0.2)
+    said = failure(endpoint(slow, retry=retry))
+    assert len(asked) == 1
+    assert answer in (504, 524) or "no answer within 0.2 s; if it needs longer, raise retry.timeout" in str(said)
+
+
 def test_errors_of_an_images_endpoint_open_the_breaker() -> None:
     asked: list[int] = []
     generator = endpoint(

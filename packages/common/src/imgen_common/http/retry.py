@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 MAX_FAILED_TRIES = 6
 """Tries of a call that the service itself answers wrongly, at most: more of them seldom help and may cost money."""
 
+GATEWAY_TIMEOUTS = (504, 524)
+"""Statuses of a server that did not wait for the one behind it."""
+
 
 class RetryPolicy(Config):
     """Timeouts, retries and the circuit breaker of the calls of one service."""
@@ -31,7 +34,8 @@ class RetryPolicy(Config):
     }
 
     timeout: Annotated[float, Gt(0), Le(86400)] = 300.0
-    """Seconds for one try; one that takes longer is given up, and the call is sent again."""
+    """Seconds for one try; one that takes longer is given up, and the call is sent again unless it is for an image of
+    `images_api`, which may have been made and paid for."""
     deadline: Annotated[float, Gt(0), Le(86400)] = 900.0
     """Seconds for one call, all its tries and waits together."""
     max_tries: Annotated[int, Ge(1), Le(100)] = 16
@@ -113,8 +117,10 @@ class RetryingCaller:
         self._breaker = CircuitBreaker(policy, clock)
         self._down_since: float | None = None
 
-    async def call(self, send: Callable[[float], Awaitable[T]]) -> T:
+    async def call(self, send: Callable[[float], Awaitable[T]], *, is_paid: bool = False) -> T:
         """What `send(seconds left for this try)` returns, sent again where its HttpError says that it can be.
+
+        is_paid: whether the service may charge for a call that took too long, which is then not sent again.
 
         Raises HttpError: the one of the last try (`timeout` where it took too long), or `unreachable` at once while the
         circuit breaker is open.
@@ -124,14 +130,14 @@ class RetryingCaller:
             self._breaker.check()
             self._breaker.begin_trial()
             try:
-                answer = await self._try_until_deadline(send)
+                answer = await self._try_until_deadline(send, is_paid)
             except HttpError as failure:
                 self._breaker.record(failure)
                 raise
         self._breaker.record(None)
         return answer
 
-    async def _try_until_deadline(self, send: Callable[[float], Awaitable[T]]) -> T:
+    async def _try_until_deadline(self, send: Callable[[float], Awaitable[T]], is_paid: bool) -> T:
         policy, end = self._policy, self._clock() + self._policy.deadline
         num_failed = 0
         for number in range(1, policy.max_tries + 1):
@@ -145,7 +151,11 @@ class RetryingCaller:
                 last = failure
             except TimeoutError:
                 last = HttpError("timeout", f"{self._name}: no answer within {seconds:.3g} s")
-            if not last.can_retry:
+            if last.kind == "timeout":
+                key = "timeout" if seconds == policy.timeout else "deadline"
+                remedy = f"{last}; if it needs longer, raise retry.{key}"
+                last = HttpError(last.kind, remedy, can_retry=last.can_retry and not is_paid, status=last.status)
+            if not last.can_retry or (is_paid and last.status in GATEWAY_TIMEOUTS):
                 raise last
             wait = self._backoff(number, last.retry_after)
             num_failed += not last.is_outage

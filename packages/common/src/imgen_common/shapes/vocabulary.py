@@ -7,6 +7,7 @@ from functools import cache
 
 from imgen_common.hub import BUILTIN, WEIGHTS
 from imgen_common.shapes.scene import COLOURS, SHAPES, plural
+from imgen_common.shapes.wording import CHANGES
 
 WORLD = " in ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in ([*map(plural, SHAPES)], [*COLOURS]))
 """What the images of the world show."""
@@ -42,6 +43,16 @@ def describe_unknown_words(ref: str, text: str) -> str | None:
     what = "word" if len(unknown) == 1 else f"{len(unknown)} words"
     remedy = "; write it in small letters" if any(word.lower() in known for word in unknown) else ""
     return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}{remedy}"
+
+
+def describe_missing_image(ref: str, text: str) -> str | None:
+    """A sentence about a request to the built-in model `ref`, without images, that begins by changing something.
+
+    None for every other request, and for every other model.
+    """
+    if not ref.startswith(BUILTIN) or not text.lstrip().startswith(CHANGES):
+        return None
+    return f"{ref} draws the first step of a story on a blank image, where there is nothing to change"
 
 
 def describe_large_image(ref: str, sizes: Iterable[tuple[int, int]]) -> str | None:

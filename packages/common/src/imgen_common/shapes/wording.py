@@ -45,6 +45,14 @@ LINKS = (
 LAST_LINKS = (", finally ", ". Finally, ", " and finally ", ", and at last ", *LINKS)
 ENDINGS = ("", "", ".")
 
+CHANGES = tuple(
+    opening + change.partition("{a}")[0] + "the "
+    for opening in dict.fromkeys(OPENINGS)
+    for change in dict.fromkeys((*REMOVALS, *RECOLOURINGS, *RIDDLED_RECOLOURINGS))
+    if change.split()[0] not in DRAW_VERBS
+)
+"""How a request begins that asks to change something, in a first step that has nothing to change."""
+
 SHAPE_FACTS = {
     "circle": ("without corners", "of a coin", "of a wheel", "of the full moon", "of a plate", "without any corner"),
     "square": ("with four corners", "with four equal sides", "of a chessboard field", "of a die", "of a window pane"),

@@ -14,7 +14,7 @@ from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
-from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
+from imgen_common.shapes.vocabulary import describe_large_image, describe_missing_image, describe_unknown_words
 from interleave.agents.critic import ChatCritic, RandomRewrite, RubricCritic
 from interleave.agents.judge import ChatJudge
 from interleave.agents.planner import ChatPlanner
@@ -96,6 +96,9 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
     if not any_words and (unknown := describe_unknown_words(ref, request.text)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
+    if not any_words and not request.image_ids and (missing := describe_missing_image(ref, request.text)):
+        remedy = "begin with what is to be drawn, or give the image that is meant (--image, --set planner.kind=none)"
+        raise UserError(f"{where}: {missing}; {remedy}")
     if isinstance(config.critic, SelfCritic) and ref.startswith(BUILTIN):
         raise UserError(f"critic.kind: self: {ref} takes no images; name another planner, or set critic.kind to model")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):

@@ -90,7 +90,7 @@ class ImagesApiGenerator:
         check_sources(self, request)
         content = await asyncio.to_thread(self._content, request)
         with backend_errors():
-            encoded, address, revised = await self._client.call(lambda seconds: self._send(content, seconds))
+            encoded, address, revised = await self._client.call(lambda left: self._send(content, left), is_paid=True)
             # what follows has calls of its own: another answer would be another image, which has its price
             if encoded is not None:
                 image = await asyncio.to_thread(decode_base64_image, encoded, self._config.max_pixels)
