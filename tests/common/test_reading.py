@@ -78,6 +78,8 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.csv", 'prompt\n"never closed\n\n', "not CSV"),
         ("p.csv", "prompt,prompt\na,b\n", "p.csv:1: names a column twice ('prompt')"),
         ("p.tsv", "prompt\tid\na\n", "p.tsv:2: 1 cells"),
+        ("p.txt", 'prompt\n"a cat, big"\n', "p.txt: its first line, prompt, names a column, as that of a table; name"),
+        ("p.txt", '\ufeff"Caption"\r\n"a cat"\r\n', 'first line, "Caption", names a column'),
         ("p.json", '{"prompt": "a"}', "must be a JSON array of rows, got an object"),
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', "p.json: not JSON"),
         ("p.json", "[" * 100_000, "not JSON"),
@@ -134,6 +136,20 @@ def test_what_cannot_be_read_is_refused_with_its_line(
         rows(tmp_path, name, content)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ('prompt\na cat\n"a\nhat"\n"a ""b"" c"\n', ["a cat", "a\nhat", 'a "b" c']),
+        ('prompt\tid\r\n"a\r\nhat"\t1\r\na dog\t2\r\n', ["a\nhat", "a dog"]),
+        ('prompt\n"a" cat\n"a ""b"""\n', ['"a" cat', 'a "b"']),
+        ('prompt\n"never closed\na dog\n', ['"never closed', "a dog"]),
+        ('prompt\n6" nails\n"\n', ['6" nails', '"']),
+    ],
+)
+def test_quotes_in_a_tsv(tmp_path: Path, content: str, prompts: list[str]) -> None:
+    assert [row["prompt"] for row in rows(tmp_path, "p.tsv", content)] == prompts
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none", "none/p.csv", "n" * 300 + ".txt", "a\0b.txt"])

@@ -138,7 +138,7 @@ def test_built_in_splits_are_disjoint() -> None:
         (
             "prompts.csv",
             b"a cat, grey\na dog, brown\n",
-            "csv:2: no text under 'prompt' (there is: a cat, grey)",
+            "csv:2: no text under 'prompt' (there is: a cat, grey); set data.key; the first line of the file must name",
         ),
         ("half.jsonl", b'{"prompt": "a \\ud83d"}', "half.jsonl:1: holds half of a surrogate pair (U+D83D)"),
         ("prompts.parquet", b"PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),

@@ -728,7 +728,7 @@ def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_pat
         import_set("execution_record", tmp_path / "records", tmp_path / "none")
 
 
-@pytest.mark.parametrize("form", ["lines", "array", "parquet", "lines with a byte order mark"])
+@pytest.mark.parametrize("form", ["lines", "array", "parquet", "parquet of JSON", "lines with a byte order mark"])
 def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) -> None:
     A.image.save(tmp_path / "a.png"), B.image.save(tmp_path / "b.png")
     turns = [{"role": "user", "content": "<image><image>look"}, {"role": "assistant", "content": NO}]
@@ -737,6 +737,9 @@ def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) ->
     if form == "parquet":
         images = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "b.png"}]
         pq.write_table(pa.Table.from_pylist([*({"messages": turns, "images": images},) * 2, {"messages": turns}]), file)
+    elif form == "parquet of JSON":
+        cells = {"messages": json.dumps(turns), "images": json.dumps(["a.png", "b.png"])}
+        pq.write_table(pa.Table.from_pylist([*(cells,) * 2, cells | {"images": "[]"}]), file)
     elif form == "array":
         file.write_text(json.dumps([*rows, {"messages": turns}]))
     else:

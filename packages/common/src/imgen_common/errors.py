@@ -112,6 +112,10 @@ OTHER_FILES = {
 """What a file of lines is instead that begins so."""
 
 
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
+"""What the first line of a table of one column is."""
+
+
 def check_lines(first: str, path: Path) -> None:
     """Raises UserError where the first line of a file says that its lines are no texts to be used one by one."""
     if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
@@ -119,6 +123,8 @@ def check_lines(first: str, path: Path) -> None:
     if first.rstrip().endswith(("[", "{")):
         what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
         raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
+    if first.strip(' "').lower() in COLUMNS:
+        raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
     if "\t" in first:
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
 

@@ -52,6 +52,12 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((where, _object(row, key, where)) for where, row in rows)
 
 
+def check_cell(text: str, what: str, remedy: str) -> None:
+    """Raises UserError for what programs write into a cell without a value, which is no text."""
+    if text.strip().lower() in NO_VALUE:
+        raise UserError(f"{what} is {text.strip()}, as programs write a cell without a value; {remedy}")
+
+
 def describe_type(value: object) -> str:
     """What JSON, or Python, calls a value: `null`, `a list`, `a number`."""
     names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", bytes: "binary data"}
@@ -120,9 +126,14 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Tabs divide cells, whatever quotes there are; quotes around a whole cell, as of a spreadsheet, are taken off."""
-    for number, line in text_lines(path):
-        yield number, [_unquote(cell) for cell in line.split("\t")]
+    """Tabs divide cells, and quotes are as in a .csv where all of them can be; else they are part of the text, but for
+    those around a whole cell."""
+    lines = list(text_lines(path))
+    reader = csv.reader((line + "\n" for _, line in lines), delimiter="\t", strict=True)
+    try:
+        yield from [(lines[reader.line_num - 1][0], cells) for cells in reader]
+    except csv.Error:
+        yield from ((number, [_unquote(cell) for cell in line.split("\t")]) for number, line in lines)
 
 
 def _unquote(cell: str) -> str:
@@ -146,9 +157,6 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
             what = f"{len(cells)} cells, but the first line names {len(columns)} columns"
             raise UserError(f"{path}:{number}: {what}; {remedy}")
         row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell or name == key}
-        if row.get(key, "").strip().lower() in NO_VALUE:
-            raise UserError(
-                f"{path}:{number}: {key} is {row[key].strip()}, as programs write a cell without a value; remove the "
-                "row, or write the texts one a line in a .txt if it is one"
-            )
+        remedy = "remove the row, or write the texts one a line in a .txt if it is one"
+        check_cell(row.get(key, ""), f"{path}:{number}: {key}", remedy)
         yield f"{path}:{number}", row

@@ -90,7 +90,9 @@ def _exists(path: Path) -> bool:
 def _text(row: Mapping[str, Any], key: str, where: str) -> str:
     if key not in row:
         found = ", ".join(row) or "nothing"
-        raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key")
+        is_table = where.rpartition(":")[0].lower().endswith((".csv", ".tsv"))
+        names = "; the first line of the file must name its columns" if is_table else ""
+        raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key{names}")
     value = row[key]
     if not isinstance(value, str):
         found = describe_type(value)

@@ -14,7 +14,7 @@ from flowbp.data.edits import Edit, Source
 from imgen_common.errors import UserError, is_blank, nearest, one_line
 from imgen_common.images import content_hash, decode
 from imgen_common.streams import numpy_generator
-from imgen_common.tables import describe_type
+from imgen_common.tables import check_cell, describe_type
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +44,10 @@ def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) 
     answer = "" if data.answer is None else _said(where, row, data.answer)
     if not sources:
         return Edit(text, [], answer=answer) if answer else text
-    return Edit(text, sources, _said(where, row, data.caption), _said(where, row, data.source_caption), answer)
+    captions = [_said(where, row, column) for column in (data.caption, data.source_caption)]
+    for column, caption in zip((data.caption, data.source_caption), captions, strict=True):
+        check_cell(caption, f"{where}: {column}", "leave the cell empty")
+    return Edit(text, sources, captions[0], captions[1], answer)
 
 
 def _said(where: str, row: Mapping[str, Any], column: str) -> str:

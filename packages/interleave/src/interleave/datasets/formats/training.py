@@ -1,5 +1,7 @@
 """The reference's files of training rows: ShareGPT for SFT, JSON lines for GRPO."""
 
+import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,10 +43,20 @@ class _Turn(BaseModel):
     content: str = Field(validation_alias=AliasChoices("content", "value"))
 
 
+def _unpack(value: object) -> object:
+    """A list that a table without nested columns holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
 class _SharegptItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
-    messages: list[_Turn] = Field(validation_alias=AliasChoices("messages", "conversations"))
-    images: list[str | dict[str, Any]] = []
+    messages: Annotated[list[_Turn], BeforeValidator(_unpack)] = Field(
+        validation_alias=AliasChoices("messages", "conversations")
+    )
+    images: Annotated[list[str | dict[str, Any]], BeforeValidator(_unpack)] = []
     trajectory_id: str | None = None
 
 
