@@ -64,6 +64,8 @@ INTERLEAVE = {
     "sft planner --set trl.lerning_rate=1": "did you mean 'learning_rate'",
     "grpo --set trl.num_generatoins=1": "did you mean 'num_generations'",
     "sft planner --resume nothing": "nothing: no such run",
+    "sft critic --dry-run": "sets/miniature: not there; make it first",
+    "grpo --dry-run --json": "sets/miniature: not there; make it first",
     "sft critic sft.yaml": "critic_sft.jsonl: no such file",
     "grpo bad.yaml": "max_train_step",
     "grpo sft.yaml": "critic_rl.jsonl: no such file",

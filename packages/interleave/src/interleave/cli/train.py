@@ -153,14 +153,15 @@ def _ensure_set(
     """Builds the miniature's set where its recipe is run and the set is not there, if what the training is to do is
     possible.  Raises UserError if it is not, or the set may not be built."""
     if run is None and not configs and data.lacks_miniature_set(Path(config.data)):
-        from interleave.training import run as launch
+        if may_build := not dry_run:
+            from interleave.training import run as launch
 
-        launch.prepare_environment()
-        from interleave.training import grpo, sft
-        from interleave.training.config import SftConfig
+            launch.prepare_environment()
+            from interleave.training import grpo, sft
+            from interleave.training.config import SftConfig
 
-        (sft if isinstance(config, SftConfig) else grpo).check_settings(config)
-        may_build = not dry_run and launch.num_processes("interleave") == 1
+            (sft if isinstance(config, SftConfig) else grpo).check_settings(config)
+            may_build = launch.num_processes("interleave") == 1
         data.build_miniature_set(Path(config.data), as_json, may_build)
 
 
