@@ -321,6 +321,8 @@ def test_a_placeholder_for_a_key_changes_no_answer(monkeypatch: pytest.MonkeyPat
         ({"HTTP_PROXY": "http://proxy:3128"}, "https://host/v1", None),
         ({"ALL_PROXY": "proxy:3128"}, "https://host/v1", "http://proxy:3128"),
         ({"HTTP_PROXY": "http://proxy"}, "http://localhost:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy"}, "http://0.0.0.0:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy"}, "http://[::]:8000/v1", None),
         ({"HTTP_PROXY": "http://proxy"}, "http://127.3.2.1:8000/v1", None),
         ({"ALL_PROXY": "http://proxy"}, "http://[::1]:8000/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "host,other"}, "http://host/v1", None),

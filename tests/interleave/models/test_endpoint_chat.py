@@ -13,6 +13,7 @@ import httpx
 import pytest
 from backends import FakeGenerator
 from PIL import Image
+from pydantic import ValidationError
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -21,7 +22,15 @@ from interleave.agents.critic import ChatCritic
 from interleave.agents.parsing import parse_verdict
 from interleave.agents.planner import ChatPlanner
 from interleave.agents.prompts import load_template
-from interleave.loop.config import RunConfig
+from interleave.loop.config import (
+    LoopConfig,
+    ModelCritic,
+    NoCritic,
+    RandomCritic,
+    RationalRewardsCritic,
+    RunConfig,
+    SelfCritic,
+)
 from interleave.loop.run import check_endpoints
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.protocols import BackendError, Components, HashedImage, Reply
@@ -330,7 +339,9 @@ def picky(*refused: str) -> Callable[[httpx.Request], httpx.Response]:
         found = [key for key in refused if key in json.loads(request.content)]
         if found:
             return httpx.Response(400, json={"error": {"message": f"Unsupported parameter: {found[0]}"}})
-        return httpx.Response(200, json=completion())
+        tokens = [{"token": "hello", "top_logprobs": [{"token": "hello", "logprob": -0.1}]}]
+        more = {"logprobs": {"content": tokens}} if "logprobs" in json.loads(request.content) else {}
+        return httpx.Response(200, json=completion(**more))
 
     return handler
 
@@ -368,6 +379,36 @@ def test_the_check_says_what_to_do_about_the_servers_words(words: str, remedy: s
     assert words in str(caught.value)
     assert remedy in str(caught.value)
     assert "send_seed" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{}, {"logprobs": None}, {"logprobs": {"content": []}}])
+def test_the_check_finds_a_server_without_log_probabilities(given: dict[str, Any]) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json=completion(**given))
+
+    with pytest.raises(UserError, match=r"answers without the log-probabilities that top_logprobs: 5 asks for; set"):
+        asyncio.run(endpoint(handler, top_logprobs=5).check())
+    asyncio.run(endpoint(handler).check())
+
+
+@pytest.mark.parametrize(
+    ("critic", "is_known"),
+    [
+        (NoCritic(), False),
+        (RandomCritic(), False),
+        (RationalRewardsCritic(), False),
+        (ModelCritic(model=EndpointChatConfig(url="http://host/v1", model="m")), False),
+        (ModelCritic(model=EndpointChatConfig(url="http://host/v1", model="m", top_logprobs=5)), True),
+        (ModelCritic(model=EndpointChatConfig(url="http://host/v1", model="m"), num_samples=4), True),
+        (ModelCritic(), True),
+        (SelfCritic(), True),
+    ],
+)
+def test_a_choice_by_probability_needs_probabilities(critic: Any, is_known: bool) -> None:
+    loop = LoopConfig(select="best_by_verdict_probability")
+    with contextlib.nullcontext() if is_known else pytest.raises(ValidationError, match="top_logprobs above 0"):
+        RunConfig(critic=critic, loop=loop)
+    assert RunConfig(critic=critic).critic == critic
 
 
 def test_the_check_of_a_critic_shows_two_images() -> None:

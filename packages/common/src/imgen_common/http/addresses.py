@@ -99,9 +99,10 @@ def _is_in_networks(host: str, listed: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine."""
+    """Whether a name or an address means this machine, also as servers print that they listen everywhere: 0.0.0.0."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 

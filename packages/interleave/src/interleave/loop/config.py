@@ -164,3 +164,14 @@ class RunConfig(Config):
     """Folder of generated images, shared by all runs: an identical one is never generated twice; null: none."""
     loop: LoopConfig = LoopConfig()
     """Attempts, budgets, selection."""
+
+    @model_validator(mode="after")
+    def _verdicts_have_probabilities(self) -> "RunConfig":
+        model = getattr(self.planner if isinstance(self.critic, SelfCritic) else self.critic, "model", None)
+        has_some = getattr(model, "top_logprobs", 1) > 0 or getattr(self.critic, "num_samples", 1) > 1
+        if self.loop.select == "best_by_verdict_probability" and (model is None or not has_some):
+            raise ValueError(
+                "loop.select: best_by_verdict_probability needs a critic of kind model or self, whose model has "
+                "top_logprobs above 0 (or, of kind model, num_samples above 1)"
+            )
+        return self

@@ -84,7 +84,7 @@ class EndpointChat:
         c = self._config
         try:
             async with asyncio.timeout(c.retry.timeout):
-                await complete(self._client, self._url, self._body(message, 0), c.retry.timeout)
+                answer = await complete(self._client, self._url, self._body(message, 0), c.retry.timeout)
         except Refusal:
             return  # it answers
         except (HttpError, TimeoutError) as failure:
@@ -100,6 +100,11 @@ class EndpointChat:
                 )
                 remedy = next((words for sign, words in REMEDIES.items() if sign in reason), left_out)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
+        if c.top_logprobs and not answer.token_probabilities:
+            raise UserError(
+                f"chat endpoint {self._url}: answers without the log-probabilities that top_logprobs: {c.top_logprobs} "
+                "asks for; set top_logprobs: 0, or serve the model with them"
+            )
 
     async def close(self) -> None:
         """Close the connections."""
