@@ -57,6 +57,7 @@ INTERLEAVE = {
     "run x --image missing.png": "missing.png",
     f"run x --name {'n' * 300}": "at most 240 bytes",
     "batch missing.jsonl": "missing.jsonl: no such file",
+    "run red --set critic.template=bad.txt": "remove <|im_start|>",
     "batch bad.yaml": "cannot read rows of .yaml",
     "batch --resume nothing": "nothing: no such run",
     "plan x --set a=1": "--set a=1",
@@ -98,6 +99,7 @@ def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: st
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "bad.yaml").write_text("max_train_step: 3\n")
+    (tmp_path / "bad.txt").write_text("<|im_start|>user {original_instruction}")
     (tmp_path / "sft.yaml").write_text("model: builtin:shapes/critic\ndata: empty\n")
     before = {path.name for path in tmp_path.iterdir()}
     script = Path(__file__).with_name("light.py")

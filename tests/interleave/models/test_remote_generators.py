@@ -509,6 +509,28 @@ def test_an_image_that_took_too_long_is_not_asked_for_again(answer: Any) -> None
     assert answer in (504, 524) or "no answer within 0.2 s; if it needs longer, raise retry.timeout" in str(said)
 
 
+@pytest.mark.parametrize(
+    ("words", "settings", "remedy"),
+    [
+        ("Unknown parameter: 'response_format'.", {}, "if it does not take response_format, set response_format: null"),
+        ("Additional properties are not allowed ('seed' was unexpected)", {"send_seed": True}, "set send_seed: false"),
+        ("Invalid value: 'best' for quality", {"quality": "best"}, "set quality: null"),
+        ("the size of the prompt is too large", {}, None),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_key_that_the_server_does_not_take_is_said(
+    words: str, settings: dict[str, Any], remedy: str | None, status: int
+) -> None:
+    asked: list[int] = []
+    answer = httpx.Response(status, json={"error": {"message": words, "type": "invalid_request_error"}})
+    said = failure(endpoint(lambda request: asked.append(1) or answer, **settings))
+    assert (said.kind, len(asked)) == ("refused", 1)
+    assert words in str(said)
+    assert ("; if it does not take" in str(said)) == (remedy is not None)
+    assert remedy is None or str(said).endswith(remedy)
+
+
 def test_errors_of_an_images_endpoint_open_the_breaker() -> None:
     asked: list[int] = []
     generator = endpoint(

@@ -118,6 +118,10 @@ def create_run(
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
+    for part in (config.planner, config.critic, config.judge):
+        for name, ref in part or ():
+            if name.endswith("template"):
+                load_template(ref)  # a mistake in it is found before a model is loaded
     is_first = not path.parent.exists()
     with RunFolder.create(path, config):
         try:

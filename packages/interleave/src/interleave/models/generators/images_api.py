@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PAID_KEYS = (b'"data"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
 """Of answers that are images or jobs, for each of which the server may charge."""
+REFUSED_KEYS = {key: f"{key}: null" for key in ("response_format", "quality", "size")} | {"seed": "send_seed: false"}
+"""What to set where a server's refusal names a key that it does not take."""
 LONG_BASE64 = re.compile(r"[\w+/=]{100,}")
 
 
@@ -117,7 +119,15 @@ class ImagesApiGenerator:
         return {"path": "/images/edits", "data": form, "files": files}
 
     async def _send(self, content: dict[str, Any], seconds: float) -> tuple[str | None, str, str | None]:
-        data = await self._client.request("POST", self._url, seconds=seconds, **content)
+        try:
+            data = await self._client.request("POST", self._url, seconds=seconds, **content)
+        except HttpError as error:
+            sent = content.get("json") or content.get("data", {})
+            key = next((key for key in REFUSED_KEYS if key in sent and key in str(error)), None)
+            if key is None or error.status not in (400, 422):
+                raise
+            message = f"{error}; if it does not take {key}, set {REFUSED_KEYS[key]}"
+            raise HttpError(error.kind, message, can_retry=False, status=error.status) from None
         try:
             return _read_entry(data)
         except HttpError as error:
