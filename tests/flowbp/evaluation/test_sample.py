@@ -1,5 +1,7 @@
 """Images outside of training: seeds mean what they mean to diffusers, files are kept, names are safe."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from diffusers import Flux2KleinPipeline
 
 from flowbp import backbones
 from flowbp.evaluation import sampling
+from flowbp.evaluation.sources import model_source
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -61,6 +64,32 @@ def test_the_skeleton_has_the_noise_levels_and_layers_of_the_model() -> None:
 def test_the_skeleton_refuses_what_loading_refuses() -> None:
     with pytest.raises(UserError, match=r"not a diffusers pipeline: the folder has no model_index\.json"):
         backbones.init_empty_weights("builtin:shapes/reward")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "embeds", "expected"),
+    [("ZImagePipeline", False, (5.0, None)), ("FluxPipeline", True, (1.0, 4.0)), ("FluxPipeline", False, (1.0, None)),
+     ("Flux2KleinPipeline", False, (4.0, None))],
+)  # fmt: skip
+def test_a_model_is_drawn_as_its_folder_says(
+    tmp_path: Path, pipeline: str, embeds: bool, expected: tuple[float, float | None]
+) -> None:
+    folder = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "model")
+    own = {"height": 24, "width": 16, "num_inference_steps": 7, "guidance_scale": 4.0, "max_sequence_length": 40}
+    (folder / hub.SAMPLING_FILE).write_text(json.dumps(own))
+    for name, change in (
+        ("model_index.json", {"_class_name": pipeline}),
+        ("transformer/config.json", {"guidance_embeds": embeds}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    config = model_source(str(folder), tmp_path).config
+    assert (config.model.height, config.model.width, config.model.max_sequence_length) == (24, 16, 40)
+    assert (config.guidance_scale, config.model.embedded_guidance) == expected
+    assert config.eval.num_inference_steps == 7
+    assert model_source(str(folder), tmp_path, ["model.height=8"]).config.model.height == 8
+    (folder / hub.SAMPLING_FILE).write_text('{"height": "tall"}')
+    with pytest.raises(UserError, match=r"sampling\.json: damaged"):
+        model_source(str(folder), tmp_path)
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from trained_runs import TARGETS, ours, targets_of, theirs, trained
 
 from flowbp.backbones.licenses import license_of
 from flowbp.config import TrainConfig
+from flowbp.evaluation.sources import model_source
 from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
@@ -79,6 +80,11 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     own = {"height": 32, "width": 32, "num_inference_steps": 25, "guidance_scale": scale}
     own |= {"max_sequence_length": 9} if family == "sd3" else {}
     assert json.loads((tmp_path / "out" / SAMPLING_FILE).read_text()) == own
+    drawn, of_run = (model_source(str(one), tmp_path).config for one in (tmp_path / "out", run))
+    assert drawn.model.embedded_guidance == (scale if family in ("flux", "flux_kontext", "flux2_dev") else None)
+    same = {"ref": str(tmp_path / "out"), "embedded_guidance": drawn.model.embedded_guidance}
+    assert drawn.model == of_run.model.model_copy(update=same)
+    assert (drawn.eval.num_inference_steps, drawn.eval_guidance_scales) == (25, of_run.eval_guidance_scales)
     if lora == "null":
         with pytest.raises(UserError, match="use --to merged"):
             export_run(run, "comfyui", tmp_path / "other")

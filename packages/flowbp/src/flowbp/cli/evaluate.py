@@ -48,7 +48,8 @@ def sample(
     runs: Runs = Path("runs"),
 ) -> None:
     """Generate images with a model or a run. Saves each image, and a grid of all of them. A seed gives the same image
-    as the diffusers pipeline of the model with generator=torch.Generator().manual_seed(seed). Existing files are kept;
+    as the diffusers pipeline of the model with generator=torch.Generator().manual_seed(seed). What is not given is as
+    in the run's evaluations, also for a model that `flowbp export --to merged` wrote. Existing files are kept;
     new files get higher numbers. With --image the prompts are instructions to edit, and each row of the grid begins
     with the image.
 

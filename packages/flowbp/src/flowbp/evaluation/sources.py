@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel
+
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
-from imgen_common import hub
+from imgen_common import hub, weights
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.files import read_json
 from imgen_common.run_folder.data import check_data, hash_file, hash_weights
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 
@@ -17,6 +20,22 @@ if TYPE_CHECKING:
     import torch
 
     from flowbp.core.types import Backbone
+
+
+WITH_EMBEDDED_GUIDANCE = ("FluxPipeline", "FluxKontextPipeline", "Flux2Pipeline")
+"""Pipelines whose `guidance_scale` is an input of the network."""
+WITH_ADDED_GUIDANCE = ("ZImagePipeline", "Krea2Pipeline")
+"""Pipelines whose `guidance_scale` is one less than the factor of the guided velocity."""
+
+
+class ExportedSampling(BaseModel):
+    """The content of the sampling.json that `flowbp export` writes; null: not said."""
+
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    max_sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +85,8 @@ class ModelSource:
 def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool = False) -> ModelSource:
     """The source that `text` names: a run (a folder, or its name under `root`) or a model reference.
 
-    base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`; `sets` change
-    them.
+    base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`, or what the
+    sampling.json says that `flowbp export` wrote into its folder; `sets` change them.
     """
     if is_run(text, root):
         path = find_run(text, root, "flowbp train")
@@ -75,8 +94,29 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         begun = path if _models(config) == _models(recorded) else None
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
     check_is_model(text, root, "flowbp train")
-    config = load(TrainConfig, [], sets)
+    config = load(TrainConfig, [], [*_exported_settings(text), *sets])
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+
+
+def _exported_settings(ref: str) -> list[str]:
+    """How the run drew that a model was exported from, as changes of a configuration; none of another model."""
+    folder = hub.resolve(ref, weights=False)
+    if not (file := folder / hub.SAMPLING_FILE).exists():
+        return []
+    own = read_json(file, ExportedSampling)
+    found: dict[str, float | None] = {
+        "model.height": own.height,
+        "model.width": own.width,
+        "model.max_sequence_length": own.max_sequence_length,
+        "eval.num_inference_steps": own.num_inference_steps,
+    }
+    kind = hub.pipeline_index(ref, folder).get("_class_name")
+    if own.guidance_scale is not None and kind in WITH_EMBEDDED_GUIDANCE:
+        if weights.read_json(folder / "transformer" / "config.json", folder).get("guidance_embeds"):
+            found["model.embedded_guidance"] = own.guidance_scale
+    elif own.guidance_scale is not None:
+        found["guidance_scale"] = own.guidance_scale + (kind in WITH_ADDED_GUIDANCE)
+    return [f"{key}={value}" for key, value in found.items() if value is not None]
 
 
 def _models(config: TrainConfig) -> tuple[str | None, ...]:

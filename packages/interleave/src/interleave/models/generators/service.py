@@ -223,7 +223,7 @@ class ServiceGenerator:
 
 def _client(config: ServiceConfig, transport: "httpx.AsyncBaseTransport | None" = None) -> HttpClient:
     return HttpClient(
-        "the pool", config.token_env, config.retry, config.concurrency, config.max_answer_bytes, transport
+        ", ".join(config.urls), config.token_env, config.retry, config.concurrency, config.max_answer_bytes, transport
     )
 
 
