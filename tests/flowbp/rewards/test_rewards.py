@@ -93,10 +93,12 @@ def test_other_models_are_refused() -> None:
     [("hpsv2", "flowbp convert-reward hpsv2"), ("hpsv3", "flowbp convert-reward hpsv3"), ("vlm", "interleave export-")],
 )
 def test_how_to_make_a_missing_folder_is_said(score: str, command: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=rf"rewards/{score}': no such local folder.*; or make that folder with `{command}"
-    ):
+    with pytest.raises(UserError, match=rf"rewards/{score}': no such local folder.*; if .* yet to be made: `{command}"):
         RewardConfig(score=score, ref=f"rewards/{score}").load()
+    (file := tmp_path / "HPSv3.safetensors").touch()
+    for ref in (tmp_path, file):
+        with pytest.raises(UserError, match=rf"is not the folder of a reward; .* yet to be made: `{command}"):
+            RewardConfig(score=score, ref=str(ref)).load()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError) as found:
         RewardConfig(score=score, ref=str(tmp_path)).load()

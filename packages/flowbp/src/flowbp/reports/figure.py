@@ -27,6 +27,12 @@ THEME_COLORS = {
 """Colors of the figure, each with the variable of the report's style sheet that replaces it in a page."""
 
 
+LINE = 15
+"""Points from one line of a label to the next."""
+MAX_RISE = 6 * LINE
+"""Points by which labels are raised; where that does not do, a plan is drawn without."""
+
+
 def plot_plan(plan: Plan, title: str, kind: str = "png") -> bytes:
     """The plan as a PNG, SVG or PDF: stems are weights over noise levels, arcs are legs, the star is the reward."""
     import matplotlib as mpl
@@ -78,24 +84,25 @@ def _plot_terms(axes: "Axes", plan: Plan) -> None:
     for row, rise in zip(plan.table(), _rises(plan), strict=True):
         text = f"{row['weight']:+.3f}\n{row['euler_steps']:.1f} steps"
         text += f"\nalpha {row['coupling']:g}" if row["coupling"] else ""
-        if max(_rises(plan)) < 3:
+        if max(_rises(plan)) < MAX_RISE:
             axes.annotate(
                 text.replace("-", "\N{MINUS SIGN}"),
                 (row["sigma"], abs(row["weight"])),
-                xytext=(0, 10 + 30 * rise),
+                xytext=(0, 10 + rise),
                 textcoords="offset points",
-                ha="center",
+                ha="right" if rise else "center",  # clear of the stem beside it
                 fontsize=8.5,
                 color=INK,
             )
 
 
 def _rises(plan: Plan) -> list[int]:
-    """By how many labels the label of each term must be raised to clear those of its neighbors."""
+    """By how many points the label of each term must be raised to clear those of its neighbors."""
     rises: list[int] = []
     for k, term in enumerate(plan.terms):
-        close = k > 0 and plan.sigmas[term.step] - plan.sigmas[plan.terms[k - 1].step] < 0.08
-        rises.append(rises[-1] + 1 if close else 0)
+        before = plan.terms[k - 1]
+        close = k > 0 and plan.sigmas[term.step] - plan.sigmas[before.step] < 0.08
+        rises.append(rises[-1] + LINE * (3 if before.coupling else 2) if close else 0)
     return rises
 
 
@@ -118,7 +125,9 @@ def _plot_legs(axes: "Axes", plan: Plan) -> None:
             face = LEG if q in active else "none"
             axes.plot(plan.sigmas[q], 0, "o", mfc=face, mec=LEG, mew=1.4, markersize=size, clip_on=False, zorder=4)
         width = f"leap of {stop - start:+.3f}".replace("-", "\N{MINUS SIGN}")
-        axes.text((start + stop) / 2, -0.55, width, ha="center", va="center", fontsize=8.5, color=MUTED)
+        is_narrow = start - stop < 0.15  # than its label, which then stands to the left
+        place, side = (start + 0.01, "right") if is_narrow else ((start + stop) / 2, "center")
+        axes.text(place, -0.55, width, ha=side, va="center", fontsize=8.5, color=MUTED)
     axes.set_ylim(-1.15, 0.35)
     axes.set_yticks([])
     axes.set_ylabel("legs", color=MUTED)
@@ -146,7 +155,7 @@ def _style_axes(top: "Axes", low: "Axes", plan: Plan, title: str) -> None:
         fontsize=8.5,
         labelcolor=INK,
     )
-    room = 1.45 + 0.3 * (max(_rises(plan)) if max(_rises(plan)) < 3 else 0)
+    room = 1.45 + 0.01 * (max(_rises(plan)) if max(_rises(plan)) < MAX_RISE else 0)
     top.set_ylim(0, room * max(abs(term.weight) for term in plan.terms))
     top.set_ylabel("|c|, in units of sigma", color=MUTED)
     low.set_xlim(1.05, -0.03)

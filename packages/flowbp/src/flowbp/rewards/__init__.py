@@ -113,9 +113,10 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
     except UserError as error:
         command = "interleave export-reward" if config.score == "vlm" else f"flowbp convert-reward {config.score}"
         is_made = config.score == "vlm" or config.score in PUBLISHED_FILES
-        if not is_made or local_path(config.ref).exists():
+        if not is_made or (local_path(config.ref) / "config.json").exists():
             raise
-        raise UserError(f"{error}; or make that folder with `{command}`") from None
+        what = f"{config.ref}: is not the folder of a reward" if local_path(config.ref).exists() else str(error)
+        raise UserError(f"{what}; if that folder is yet to be made: `{command}`") from None
     about = folder / "config.json"
     model_type = read_json(about).get("model_type") if about.exists() else None
     allowed = (kind.model_type,) if isinstance(kind.model_type, str) else kind.model_type
