@@ -112,8 +112,8 @@ def said(success: bool) -> str:
     return render_verdict(Verdict(success=success, refined_prompt="a cat" if success else "a better cat", reasoning=""))
 
 
-def counted(answers: Sequence[str], seeds: list[int]) -> ScriptedChat:
-    def say(message: Message, seed: int) -> str:
+def counted(answers: Sequence[str | BackendError], seeds: list[int]) -> ScriptedChat:
+    def say(message: Message, seed: int) -> str | BackendError:
         seeds.append(seed)
         return answers[len(seeds) - 1]
 
@@ -131,19 +131,21 @@ def counted(answers: Sequence[str], seeds: list[int]) -> ScriptedChat:
         ("++++", 1.0, True),
         ("+??+", 1.0, True),
         ("???-", 0.5, False),
+        ("!++-", 0.5, True),
+        ("!?-!", 0.5, False),
         ("-----------------------------+", 0.01, True),
     ],
 )
 def test_a_share_of_the_critics_answers_decides(answers: str, share: float, success: bool) -> None:
-    """+ accepts, - does not, ? cannot be read."""
+    """+ accepts, - does not, ? cannot be read, ! is refused."""
     seeds: list[int] = []
-    words = {"+": said(True), "-": said(False), "?": "mumble"}
+    words = {"+": said(True), "-": said(False), "?": "mumble", "!": BackendError("refused", "a filter")}
     model = counted([words[a] for a in answers], seeds)
     critic = ChatCritic(model, load_template("critic"), num_samples=len(answers), acceptance_threshold=share)
     answer = asyncio.run(critic.judge(LOOK, 7))
     assert answer.verdict == Verdict(success=success, refined_prompt="a cat" if success else "a better cat")
     assert answer.raw == said(success)
-    assert answer.success_probability == pytest.approx(answers.count("+") / len(answers.replace("?", "")))
+    assert answer.success_probability == pytest.approx(answers.count("+") / sum(a in "+-" for a in answers))
     assert len(set(seeds)) == len(answers)
     assert seeds[0] == 7
 
@@ -153,6 +155,18 @@ def test_samples_that_none_can_read_are_one_unreadable_answer() -> None:
     answer = asyncio.run(critic.judge(LOOK, 0))
     assert (answer.verdict, answer.raw) == (None, "mumble")
     assert answer.error
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [(["refused", "refused"], "refused"), (["timeout", "+"], "timeout"), (["refused", "unreachable"], "unreachable")],
+)
+def test_a_critic_fails_with_its_service_or_where_every_answer_is_refused(answers: list[Any], kind: str) -> None:
+    given = [said(True) if one == "+" else BackendError(one, "words") for one in answers]
+    critic = ChatCritic(counted(given, []), load_template("critic"), num_samples=2)
+    with pytest.raises(BackendError, match="words") as error:
+        asyncio.run(critic.judge(LOOK, 0))
+    assert error.value.kind == kind
 
 
 def test_samples_of_a_greedy_model_are_refused() -> None:

@@ -14,7 +14,7 @@ from interleave.agents.parsing import ParseFailure, describe_failure, parse_verd
 from interleave.agents.prompts import Template, render_critic, render_rational_rewards
 from interleave.agents.rational_rewards import EDIT_ASPECTS, T2I_ASPECTS, parse_critique
 from interleave.models.concurrency import map_concurrently
-from interleave.protocols import ChatModel, CriticAnswer, CriticInput, HashedImage, Reply
+from interleave.protocols import BackendError, ChatModel, CriticAnswer, CriticInput, HashedImage, Message, Reply
 from interleave.records import Verdict
 
 Context = Literal["pair", "story"]
@@ -26,9 +26,9 @@ NOT_OF_A_WORD = " \t\n:'\"Ġ▁"
 class ChatCritic:
     """Shows a chat model the images before and after; with context `story` also the request and the story so far.
 
-    Of several samples those that cannot be read do not count.  An image is accepted where at least the share
-    `acceptance_threshold` of the others accepts it (self-consistency); the verdict's words are those of the first one
-    that says so.
+    Of several samples those that are refused or cannot be read do not count.  An image is accepted where at least the
+    share `acceptance_threshold` of the others accepts it (self-consistency); the verdict's words are those of the first
+    one that says so.
     """
 
     def __init__(
@@ -58,7 +58,10 @@ class ChatCritic:
             shown = replace(shown, request="", story=())
         message = render_critic(self._template, shown)
         seeds = [seed, *(stream_seed(seed, "critic-sample", i) for i in range(1, self._num_samples))]
-        replies = await map_concurrently(lambda each: self.model.chat(message, each), seeds, len(seeds))
+        given = await map_concurrently(lambda each: self._ask(message, each), seeds, len(seeds))
+        replies = [reply for reply in given if isinstance(reply, Reply)]
+        if not replies:
+            raise next(one for one in given if isinstance(one, BackendError))
         read = [(reply, parse_verdict(reply.text, self._parse_mode)) for reply in replies]
         readable = [(reply, verdict) for reply, verdict in read if not isinstance(verdict, ParseFailure)]
         if not readable:
@@ -74,6 +77,15 @@ class ChatCritic:
             certain = [float(v.success) if p is None else p for p, (_, v) in zip(known, readable, strict=True)]
             probability = float(np.mean(certain))
         return CriticAnswer(verdict, reply.text, None, probability, reply.finish_reason)
+
+    async def _ask(self, message: Message, seed: int) -> "Reply | BackendError":
+        """An answer; where the model, or a filter, refuses one, that refusal, since other samples may be answered."""
+        try:
+            return await self.model.chat(message, seed)
+        except BackendError as error:
+            if error.kind != "refused":
+                raise
+            return error
 
     async def close(self) -> None:
         """Release the model."""
