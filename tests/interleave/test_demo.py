@@ -202,7 +202,12 @@ def test_a_stopped_story_stops_the_work(browser: Any) -> None:
         page.locator(".story-live .step").nth(1).wait_for()
         page.get_by_role("button", name="Stop").click()
         assert teller.ended.wait(10)
-        page.locator(".story-live").get_by_text("stopped", exact=True).wait_for()
+        stopped = page.locator(".story-live").get_by_text("stopped", exact=True)
+        stopped.first.wait_for()
+        assert stopped.count() == 2  # the story, and the step that was drawn
+        assert page.get_by_text("in progress").count() == 0
+        page.wait_for_timeout(1000)
+        assert not [sign for sign in page.get_by_text("Error", exact=True).all() if sign.is_visible()]
 
 
 @pytest.mark.slow

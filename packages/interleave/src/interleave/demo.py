@@ -164,8 +164,8 @@ def build_page(streamer: StoryStreamer) -> "gradio.Blocks":
                 story = gr.HTML(apply_default_css=False, js_on_load=None, elem_classes=["story-live"])
                 download = gr.DownloadButton("Download the story as one HTML page", visible=False)
         generation = start.click(
-            generate, [text, files, seed], [story, download], api_visibility="private", show_progress="minimal"
-        )
+            generate, [text, files, seed], [story, download], api_visibility="private", show_progress="hidden"
+        )  # the story says how far it is; Gradio's own sign would call a stopped one an error
         stop.click(_mark_stopped, [story], [story], cancels=[generation], queue=False, api_visibility="private")
     blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=MAX_CONCURRENT, api_open=False)
     return blocks
@@ -231,7 +231,7 @@ def _add_record(story: StoryView, record: Record) -> StoryView:
 
 
 def _mark_stopped(html: str | None) -> str:
-    return (html or "").replace(f">{IN_PROGRESS}<", ">stopped<", 1)
+    return (html or "").replace(f">{IN_PROGRESS}<", ">stopped<")
 
 
 def _story_html(story: StoryView, images: dict[str, HashedImage], live: bool) -> str:

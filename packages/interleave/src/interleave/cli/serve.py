@@ -49,7 +49,8 @@ def demo(
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Serve a web page that makes stories and shows their steps as they come (needs the package gradio).
+    """Serve a web page that makes stories and shows their steps as they come (needs the package gradio). On an address
+    that others reach it needs a token in INTERLEAVE_DEMO_TOKEN, which the page asks for as a password.
 
     Example: interleave demo --port 7861
     """
