@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def chain(recipe: Path) -> list[Path]:
 def comment_lines(recipe: Path) -> list[str]:
     lines = [line for path in chain(recipe) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+
+
+def pairs_of_lines(recipe: Path) -> list[str]:
+    """Each comment line with the next: a license may follow on it."""
+    lines = comment_lines(recipe)
+    return [" ".join(pair) for pair in pairwise(lines)]
 
 
 def comments(recipe: Path) -> str:
@@ -61,6 +68,10 @@ def test_a_recipe_says_where_its_weights_and_prompts_come_from(recipe: Path) -> 
             assert value.removeprefix("ckpt/") in said
         elif key in ("prompts", "quick_prompts", "path") and value.endswith((".txt", ".jsonl")):
             assert re.search(rf"(?<![\w./-]){re.escape(value)}\b", said), value  # not as the end of another name
+        elif (key, value) == ("kind", "service"):
+            (ref,) = re.findall(r"interleave serve --set generator\.ref=(\S+)", said)
+            assert any(LICENSE.search(line.partition(ref)[2]) for line in pairs_of_lines(recipe)), ref
+            assert "hf auth login" in said
         elif key == "data":
             assert f"--out {value}" in said, value
 
