@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ import torch
 from backends import FakeGenerator
 from killed_training import assert_kills_change_nothing
 from launching import SHARDS, forked, lines
+from safetensors.torch import save
 from sets import write
 from tiers import tiers
 
+from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
@@ -34,7 +37,7 @@ from interleave.training.batch_plan import GrpoBatchPlan, plan_grpo_batches
 from interleave.training.config import GrpoConfig, PricesConfig, ScorerConfig
 from interleave.training.reward import PAPER_WEIGHTS, RecordedAttempt, RewardFunction, RewardParts, paper_parts
 from interleave.training.rows import GrpoJob, critic_prompt, image_store, read_rows
-from interleave.training.run import build_run_callback
+from interleave.training.run import bind_data, build_run_callback
 from interleave.training.scoring import (
     check_image_tokens,
     concurrency_per_process,
@@ -561,6 +564,30 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     forked(2, "grpo", "--resume", str(run), **how)
     assert digest(run / "model") == straight
     assert updates(run) == found
+
+
+def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None:
+    folder, lora = tmp_path / "generator", tmp_path / "lora.safetensors"
+    shutil.copytree(hub.resolve("builtin:shapes/generator"), folder)
+    lora.write_bytes(save({"a.lora_A.weight": torch.zeros(1, 1)}))
+    judge = "judge={kind: model, model: {kind: local, ref: builtin:shapes/critic}}"
+    config = load(GrpoConfig, [], [f"generator.ref={folder}", f"generator.lora={lora}", judge])
+    opened = RunFolder(tmp_path, is_main=True)
+    job = GrpoJob(config, (), (), None)  # type: ignore[arg-type]
+    assert set(grpo._local_models(config)) == {"model", "generator", "judge.model"}
+    bind = partial(bind_data, opened, grpo._local_models(config))
+    bind(grpo._bound(job), True)
+    bind(grpo._bound(job), False)
+    lora.write_bytes(save({"a.lora_A.weight": torch.ones(1, 1)}))
+    with pytest.raises(UserError, match=r"generator\.lora has changed since the run was started"):
+        bind(grpo._bound(job), False)
+    lora.write_bytes(save({"a.lora_A.weight": torch.zeros(1, 1)}))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match="generator has changed since the run was started"):
+        bind(grpo._bound(job), False)
+    service = load(GrpoConfig, [], ["generator={kind: service}"])
+    assert set(grpo._local_models(service)) == {"model"}
 
 
 def test_the_questions_of_the_judge_are_part_of_a_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`interleave sft`: which weights and tokens learn, which rows come when, what is refused; and that a run goes on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -507,6 +508,21 @@ def test_target_modules_that_match_no_layer_are_named(root: Path, case: str) -> 
     targets, vision, said = TARGETS[case]
     with pytest.raises(UserError, match=said):
         check_adapters(quick(root, {"r": 2, "target_modules": targets}, vision))
+
+
+@pytest.mark.parametrize(
+    ("lora", "refused"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["language_model.embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+        ({"target_modules": "all-linear"}, False),
+    ],
+)
+def test_adapters_on_embeddings_that_are_the_output_layer_too(root: Path, lora: dict[str, Any], refused: bool) -> None:
+    said = pytest.raises(UserError, match=r"one weight with the output layer .* put embed_tokens into lora.modules_to")
+    with said if refused else contextlib.nullcontext():
+        check_adapters(quick(root, {"r": 2} | lora))
 
 
 UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {

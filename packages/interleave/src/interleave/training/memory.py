@@ -202,6 +202,12 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
     if config.lora is None:
         return
     model = build_meta_model(config)
+    whole = model.get_base_model()
+    if whole.config.get_text_config().tie_word_embeddings and hasattr(whole.get_input_embeddings(), "lora_A"):
+        raise UserError(
+            "lora.target_modules adapts the embeddings, which are one weight with the output layer of this model, so "
+            "that merging the adapter would change that too; put embed_tokens into lora.modules_to_save instead"
+        )
     in_tower = any(w.requires_grad and is_frozen(name, "frozen") for name, w in model.named_parameters())
     if in_tower and not has_images:
         raise UserError(

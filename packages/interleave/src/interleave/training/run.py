@@ -170,14 +170,14 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
         raise
 
 
-def bind_data(run: RunFolder, model: str, sets: Mapping[str, Sequence[object]], resume: Path | None) -> None:
-    """Keeps hashes of the model, and of rows and texts by what they are, with a new run.  Raises UserError, on all
-    processes, if the run is resumed and was started with others."""
+def bind_data(run: RunFolder, models: Mapping[str, str], sets: Mapping[str, Sequence[Any]], is_new: bool) -> None:
+    """Keeps hashes of models, and of rows and texts, by what they are, with a new run.  Raises UserError, on all
+    processes, if a resumed one was started with others."""
 
     def work() -> str:
         data = {name: hash_rows(to_json(row).decode() for row in rows) for name, rows in sets.items()}
-        data["model"] = hash_weights(hub.model_files(model))
-        check_data(run.path, data) if resume else record_data(run.path, data)
+        data |= {name: hash_weights(hub.model_files(ref)) for name, ref in models.items()}
+        record_data(run.path, data) if is_new else check_data(run.path, data)
         return ""
 
     run_on_main_process(work)

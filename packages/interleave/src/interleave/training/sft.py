@@ -133,7 +133,8 @@ def train_sft(
     arguments = run.build_arguments(SFTConfig, config, fixed)
     opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
     with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
-        run.bind_data(run_folder, config.model, {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}, resume)
+        rows = {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}
+        run.bind_data(run_folder, {"model": config.model}, rows, resume is None)
         callback = run.build_run_callback(run_folder)
         trainer = _build_trainer(job, arguments, [callback, *callbacks])
         run.check_trainable(trainer, config)
