@@ -305,6 +305,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),
         (("run", "remove the red circle"), ("nothing to change", "begin with what is to be drawn")),
         (("run", "remove the red circle", "--set", "planner.kind=none"), ("nothing to change",)),
+        (("run", "please make it red"), ("nothing to change",)),
         (("run", "draw a red circle", "--set", "critic.kind=self"), ("critic.kind: self:", "takes no images")),
         (("data", "export-edits", "nothing", "--out", "o"), ("nothing: no such run",)),
         (("run", "x", "--set", "loop.select=best"), ("loop.select",)),

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from hosting import InProcess, hosted
 from PIL import Image
+from pydantic import ValidationError
 
 from imgen_common.errors import UserError
 from imgen_common.http import RetryPolicy
@@ -489,6 +490,13 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     retry = RetryPolicy(max_tries=3, initial_backoff=0.001)
     failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, json=body), retry=retry))
     assert len(asked) == tries
+
+
+@pytest.mark.parametrize("number", [0, 4, "2", None])
+def test_several_images_in_one_answer_are_not_asked_for(number: Any) -> None:
+    with pytest.raises(ValidationError, match="only the first of several images would be used; leave it out"):
+        ImagesApiConfig(extra={"n": number})
+    assert ImagesApiConfig(extra={"n": 1}).extra == {"n": 1}
 
 
 @pytest.mark.parametrize("answer", [httpx.ReadTimeout("slow"), httpx.WriteTimeout("slow"), 504, 524, None])

@@ -46,7 +46,8 @@ LAST_LINKS = (", finally ", ". Finally, ", " and finally ", ", and at last ", *L
 ENDINGS = ("", "", ".")
 
 CHANGES = tuple(
-    opening + change.partition("{a}")[0] + "the "
+    opening + change.partition("{a}")[0] + what
+    for what in ("the ", "it ")
     for opening in dict.fromkeys(OPENINGS)
     for change in dict.fromkeys((*REMOVALS, *RECOLOURINGS, *RIDDLED_RECOLOURINGS))
     if change.split()[0] not in DRAW_VERBS

@@ -51,15 +51,20 @@ def decode_image(data: bytes, max_pixels: int) -> HashedImage:
         raise HttpError("malformed_response", f"the server's answer: {error}", can_retry=False) from None
 
 
+def read_base64(text: str) -> bytes:
+    """What base64 holds, also as a data address, with line breaks or without padding.  Raises ValueError."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    packed = "".join(text.split()).rstrip("=")
+    return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+
+
 def decode_base64_image(text: object, max_pixels: int) -> HashedImage:
-    """The same in base64, also as a data address, with line breaks or without padding."""
+    """The same in base64, as `read_base64` reads it."""
     try:
         if not isinstance(text, str):
             raise TypeError
-        if text.startswith("data:"):
-            text = text.partition(",")[2]
-        packed = "".join(text.split()).rstrip("=")
-        data = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+        data = read_base64(text)
     except (TypeError, ValueError):  # binascii.Error is a ValueError
         raise HttpError("malformed_response", "the server's answer: no image in base64", can_retry=False) from None
     return decode_image(data, max_pixels)

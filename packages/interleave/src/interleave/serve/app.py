@@ -30,6 +30,7 @@ from starlette.responses import Response
 
 from imgen_common.errors import UserError
 from interleave.models.generators.pipeline import GenerationSettings
+from interleave.models.remote import read_base64
 from interleave.serve import local_hosts
 from interleave.serve.config import ServeConfig
 from interleave.serve.decoding import Decoders
@@ -226,7 +227,7 @@ class GenerationService:
 
     async def _decode_image(self, index: int, text: str) -> RawImage:
         try:
-            return await self.decoders.decode(base64.b64decode(text, validate=True))
+            return await self.decoders.decode(await asyncio.to_thread(read_base64, text))
         except ValueError:  # binascii.Error is one, and so is a letter beyond ASCII
             raise _invalid_body(f"images.{index}: not base64") from None
         except UserError as error:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
+from pydantic import field_validator
 
 from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
 from imgen_common.http import (
@@ -70,6 +71,13 @@ class ImagesApiConfig(Config):
     """Largest answer that is read."""
     max_pixels: Annotated[int, Ge(1)] = 64 * 10**6
     """Largest image that is decoded."""
+
+    @field_validator("extra")
+    @classmethod
+    def _asks_for_one_image(cls, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        if extra.get("n", 1) != 1:
+            raise ValueError(f"n {extra['n']!r}: only the first of several images would be used; leave it out")
+        return extra
 
     def build(self) -> "ImagesApiGenerator":
         """The generator.  Raises UserError for an address or a key that is none."""
