@@ -330,6 +330,21 @@ def test_a_tracker_that_fails_in_mid_run_does_not_end_it(
     assert capsys.readouterr().err.count("tracker trackio: did not take numbers (network down); metrics.jsonl") == 1
 
 
+def test_a_tracker_that_does_not_end_undoes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def finish() -> None:
+        raise ConnectionError("network down")
+
+    recorder = Recorder()
+    monkeypatch.setattr(recorder, "finish", finish)
+    monkeypatch.setitem(sys.modules, "trackio", recorder)
+    with RunFolder.create(folder, Settings(), COMMAND, trackers=["trackio"]) as run:
+        run.log(1, {"loss": 1.0})
+    assert capsys.readouterr().err.count("tracker trackio: was not ended (network down); what it lacks is in metr") == 1
+    RunFolder.open(folder).close()  # the lock was given back
+
+
 def test_checkpoints_come_back_equal(folder: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     tensors = {

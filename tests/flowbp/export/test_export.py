@@ -64,7 +64,9 @@ def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
     assert (images["ema"] - ours(run, model)).abs().max() < 1e-5
     assert (images["last"] - images["early"]).abs().max() < 1e-5  # as the checkpoints were made
     assert (images["ema"] - images["last"]).abs().max() > 5e-3
-    assert "1 updates" in (tmp_path / "early" / "README.md").read_text()
+    assert "1 update;" in (tmp_path / "early" / "README.md").read_text()
+    # the run was stopped at update 2, of as many as its configuration says
+    assert all(" 2 updates;" in (tmp_path / name / "README.md").read_text() for name in ("ema", "last"))
     with pytest.raises(UserError, match="no checkpoint of step 7; there are: 1, 2"):
         export_run(run, "diffusers", tmp_path / "none", step=7)
 

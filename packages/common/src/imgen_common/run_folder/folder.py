@@ -37,7 +37,7 @@ from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.checkpoints import Checkpoint, Tensors
 from imgen_common.run_folder.environment import environment, read_environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
-from imgen_common.run_folder.trackers import Tracker, log_to, start_tracker, tracker_module
+from imgen_common.run_folder.trackers import Tracker, finish_tracker, log_to, start_tracker, tracker_module
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -171,7 +171,7 @@ class RunFolder:
             if self._writer is not None:
                 self._writer.close()
             for tracker in self._trackers:
-                tracker.finish()
+                finish_tracker(tracker)
         finally:
             self._writer, self._trackers = None, []
             if self._lock is not None:

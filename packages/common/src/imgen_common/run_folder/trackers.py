@@ -36,6 +36,15 @@ def log_to(module: Any, values: Mapping[str, float], step: int) -> None:
         warn_once(f"tracker {module.__name__}: did not take numbers ({reason}); {METRICS} has all")
 
 
+def finish_tracker(module: Any) -> None:
+    """Ends the tracker's run; one that fails does not undo what the run has made."""
+    try:
+        module.finish()
+    except Exception as error:  # each tracker has its own classes
+        reason = one_line(str(error) or type(error).__name__)
+        warn_once(f"tracker {module.__name__}: was not ended ({reason}); what it lacks is in {METRICS}")
+
+
 def start_tracker(module: Any, run: Path, config: Mapping[str, Any] | None) -> None:
     """Starts a run of the tracker, or goes on with the one that was started for the folder `run`."""
     name, file = module.__name__, run / TRACKERS

@@ -35,7 +35,10 @@ def export_run(
     Raises UserError if `out` exists, there is no such checkpoint, the run trained all weights and `to` wants an
     adapter, or `model` does not fit.
     """
-    config, weights = read_trained_weights(RunFolder.open(run, is_main=False), kept, step)
+    opened = RunFolder.open(run, is_main=False)
+    latest = opened.latest_checkpoint()
+    step = latest if step is None else step
+    config, weights = read_trained_weights(opened, kept, step)
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
     if model is not None and (config.lora is None or to != "merged"):
@@ -51,7 +54,8 @@ def export_run(
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
             keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
-        write_atomic(folder / "README.md", model_card(run, config, to, kept, step, model))
+        card = model_card(run, config, to, kept, step, model, evaluated=step == latest)
+        write_atomic(folder / "README.md", card)
     return out
 
 

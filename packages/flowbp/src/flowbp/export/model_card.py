@@ -20,14 +20,21 @@ DESCRIPTIONS: dict[ExportFormat, str] = {
 
 
 def model_card(
-    run: Path, config: TrainConfig, to: ExportFormat, kept: ExportedWeights, step: int | None, model: str | None = None
+    run: Path,
+    config: TrainConfig,
+    to: ExportFormat,
+    kept: ExportedWeights,
+    step: int | None,
+    model: str | None = None,
+    *,
+    evaluated: bool,
 ) -> str:
     """The model card: what the weights are, how to load them, scores, licenses, the whole configuration.
 
-    model: what they were merged into, if that is not the trained model.
+    step: number of updates.  model: what the weights were merged into, if that is not the trained model.  evaluated:
+    whether they are those that the run evaluates.
     """
-    updates = config.max_train_steps if step is None else step
-    evaluated = step in (None, config.max_train_steps) and model in (None, config.eval.model)
+    evaluated = evaluated and model in (None, config.eval.model)
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
     models = [config.model.ref, *([model] if model else []), *(scorer.ref for scorer in config.scorers)]
     lines = [
@@ -38,7 +45,7 @@ def model_card(
         "---",
         f"# {run.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
-        f"{updates} updates; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
+        f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
         "## Scores",
         _scores(run) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
         "## Licenses",
