@@ -98,7 +98,7 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         (
             "p.csv",
             b"PK\x03\x04\x14\0\x06\0\n",
-            "p.csv: is a .zip or a spreadsheet (.xlsx, .ods); save the table as .csv",
+            "p.csv: is a .zip or a spreadsheet (.xlsx, .ods); unpack it, or save the table as .csv",
         ),
         ("p.jsonl", b"\x1f\x8b\x08\0\n", "p.jsonl: is compressed; unpack it"),
         ("p.txt", b"%PDF-1.7\n%\xe2\xe3\n", "p.txt: is a PDF; save its text as .txt"),

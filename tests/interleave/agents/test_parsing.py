@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgen_common.judging.objects import ParseMode
-from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
+from interleave.agents.parsing import ParseFailure, describe_failure, parse_plan, parse_verdict
+from interleave.protocols import Reply
 from interleave.records import Plan, PlanStep, Verdict
 
 MODES: tuple[ParseMode, ...] = ("strict", "tolerant", "direct")
@@ -164,6 +165,15 @@ def test_a_thought_that_the_chat_template_opened_is_read_by_the_tolerant_mode_on
     answer = wrapped(GOOD, f"{thought}</think>")
     assert parse_verdict(answer, "strict") == ParseFailure("no <think>")
     assert parse_verdict(answer, "tolerant") == Verdict(success=False, refined_prompt="good", reasoning=thought.strip())
+
+
+def test_an_answer_without_any_tag_is_quoted() -> None:
+    sorry = "I'm sorry,\nbut I can't help with that. " * 9
+    said = describe_failure(Reply(sorry), ParseFailure("no <think>"))
+    assert said.startswith("no <think>: it said \"I'm sorry, but I can't help with that. ")
+    assert len(said) < 150
+    for text in ("", "  ", "<think>hm"):
+        assert describe_failure(Reply(text), ParseFailure("no <answer>")) == "no <answer>"
 
 
 def test_the_thought_is_kept() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -282,13 +283,16 @@ def test_why_answers_ended_is_on_record(tmp_path: Path) -> None:
     text, images = load_template("planner_text"), load_template("planner_images")
     (story,) = run(tmp_path / "p", Components(ChatPlanner(planner, text, images), None, FakeGenerator()))
     assert story.planner is not None
-    assert (story.planner.finish_reason, story.planner.error) == ("tool_calls", "ended by tool_calls: no <think>")
+    assert (story.planner.finish_reason, story.planner.error) == (
+        "tool_calls",
+        "ended by tool_calls: no <think>: it said '?'",
+    )
     made = Components(
         FakePlanner(lambda r, s: plan_of("one")), ChatCritic(critic, load_template("critic")), FakeGenerator()
     )
     run(tmp_path / "c", made, loop=LoopConfig(max_attempts=1))
     (attempt,) = attempts(tmp_path / "c")
-    assert (attempt.finish_reason, attempt.error) == ("length", "cut off after 0 tokens: no <think>")
+    assert (attempt.finish_reason, attempt.error) == ("length", "cut off after 0 tokens: no <think>: it said '?'")
 
 
 @given(statuses=st.lists(st.sampled_from(["accepted", "rejected", "generator_failed"]), min_size=1, max_size=6))
@@ -458,6 +462,34 @@ def test_a_run_cut_after_any_record_goes_on_to_the_same_records(tmp_path: Path, 
     with pytest.raises(Stop):
         run(tmp_path / "cut", make(), requests, on_record=cut)
     run(tmp_path / "cut", make(), requests)
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "another"])
+def test_an_image_that_is_lost_is_made_again(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    requests = [ask("a"), ask("b")]
+
+    def make() -> Components:
+        return parts(plan_of("one", "two"))
+
+    run(tmp_path / "whole", make(), requests)
+    run(tmp_path / "cut", make(), requests)
+    trace = tmp_path / "cut" / "trace.jsonl"
+    kept = [line for line in trace.read_bytes().splitlines(True) if b'"trajectory"' not in line or b'"id":"b"' in line]
+    trace.write_bytes(b"".join(kept))
+    second = attempts(tmp_path / "cut")[1]
+    assert second.image_id is not None
+    file = ImageStore(tmp_path / "cut" / "images").path(second.image_id)
+    if how == "missing":
+        file.unlink()
+    else:
+        content = io.BytesIO()
+        Image.new("RGB", (4, 4), "red").save(content, "PNG")
+        file.write_bytes(content.getvalue() if how == "another" else b"")
+    again = make()
+    run(tmp_path / "cut", again, requests)
+    assert "step 2 is done again from attempt 1 on" in caplog.text
+    assert len(again.generator.jobs) == 1
     assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
 
 

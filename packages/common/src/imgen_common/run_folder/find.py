@@ -32,6 +32,8 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
     for path in (Path(text), root / text):
         if os.path.isfile(path / CONFIG):  # False, too, for a name that is too long
             check_maker(path, *made_by)
+            if os.path.getsize(path / CONFIG) == 0:  # it would count as all defaults
+                raise UserError(f"{path / CONFIG}: is empty, as after a loss of power; restore it, or start anew")
             return path
     if os.path.exists(text):
         raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")

@@ -4,6 +4,7 @@ An answer is `<think>...</think>` and, after it, `<answer>{...}</answer>`; the l
 keys and of the cases: InterleaveThinker, arXiv 2606.13679, and its released checkpoints.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -125,8 +126,11 @@ def _text(value: object, name: str, mode: ParseMode) -> str | None:
 
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
-    """Why a reply could not be read, as records show it."""
-    return ": ".join(filter(None, (describe_ending(reply), read.reason)))
+    """Why a reply could not be read, as records show it; with its first words where it has none of the tags asked for,
+    which often say that the model will not answer."""
+    is_plain = not re.search("</?(think|answer)>", reply.text)
+    words = f"it said {one_line(reply.text, 120)!r}" if is_plain and reply.text.strip() else ""
+    return ": ".join(filter(None, (describe_ending(reply), read.reason, words)))
 
 
 def describe_ending(reply: Reply) -> str:

@@ -131,7 +131,8 @@ class Engine:
             story.images = [self._images.get(image_id) for image_id in request.image_ids]
             planned = await self._plan(story, recorded)
             if planned.plan is not None:
-                ending = await self._run_steps(story, planned.plan, self._usable_attempts(recorded))
+                usable = await asyncio.to_thread(self._usable_attempts, recorded)
+                ending = await self._run_steps(story, planned.plan, usable)
             else:
                 about = planned.planner
                 error = about.error if about and about.error else "no plan"
@@ -169,11 +170,17 @@ class Engine:
         return record
 
     def _usable_attempts(self, recorded: TraceEntry) -> Mapping[tuple[int, int], Attempt]:
-        """Recorded attempts by (step, attempt); not those that failed, where failures are to be tried again."""
-        if recorded.trajectory is None or not self._retry_failed:
-            return recorded.attempts
-        failed = ("generator_failed", "critic_failed")
-        return {key: attempt for key, attempt in recorded.attempts.items() if attempt.status not in failed}
+        """Recorded attempts by (step, attempt); not those that failed, where failures are to be tried again, nor those
+        from the first on whose image is lost."""
+        failed = ("generator_failed", "critic_failed") if recorded.trajectory and self._retry_failed else ()
+        usable: dict[tuple[int, int], Attempt] = {}
+        for key, attempt in sorted(recorded.attempts.items()):
+            if attempt.image_id is not None and (reason := self._images.drop_unreadable(attempt.image_id)):
+                log.warning("%s; step %d is done again from attempt %d on", reason, *key)
+                break
+            if attempt.status not in failed:
+                usable[key] = attempt
+        return usable
 
     async def _run_steps(self, story: _StoryState, plan: Plan, recorded: Mapping[tuple[int, int], Attempt]) -> _Ending:
         """All steps in order, until one fails or the budget is spent."""

@@ -57,6 +57,15 @@ class ImageStore:
             raise UserError(f"{path}: its pixels are not those it was stored with; remove it and make it again")
         return image
 
+    def drop_unreadable(self, image_id: str) -> str | None:
+        """Why an image cannot be read, whose file is then removed so that it can be stored anew; None if it can be."""
+        try:
+            self.get(image_id)
+        except UserError as error:
+            self.path(image_id).unlink(missing_ok=True)
+            return str(error)
+        return None
+
     def size(self, image_id: str) -> tuple[int, int]:
         """Width and height, of which only the file's header is read.  Raises UserError if it is missing or damaged."""
         path = self._existing(image_id)
