@@ -29,6 +29,7 @@ from killed_build import mark, parts
 from pages import Page
 from PIL import Image
 
+from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from interleave.agents.parsing import parse_plan, parse_verdict
@@ -53,8 +54,10 @@ from interleave.datasets.formats.training import write_rl, write_sft
 from interleave.datasets.importing import import_set
 from interleave.datasets.inspect import read_row
 from interleave.datasets.rows import Evaluation, FinishedStory, RlRow, SftRow
+from interleave.loop.config import RunConfig
 from interleave.loop.requests import load_requests
 from interleave.loop.shards import merge_shards
+from interleave.models.generators.pipeline import PipelineConfig
 from interleave.pages.dataset import write_page
 from interleave.protocols import BackendError, Components, CriticInput, GenerationRequest, HashedImage
 from interleave.records import (
@@ -574,8 +577,15 @@ def test_a_file_of_requests_that_changed_is_not_gone_on_with(tmp_path: Path) -> 
     file.write_text('{"text": "a red circle"}\n')
     config = FilePrompts(path=str(file))
     prompts.check_same(tmp_path, config)  # one of an earlier version
-    prompts.record(tmp_path, prompts.make_requests(config, ImageStore(tmp_path)))
+    folder = shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "generator")
+    loop = RunConfig(generator=PipelineConfig(ref=str(folder)))
+    prompts.record(tmp_path, prompts.make_requests(config, ImageStore(tmp_path)), loop)
     prompts.check_same(tmp_path, config)
+    prompts.check_models(tmp_path, loop)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match=r"run\.generator has changed since the run was started"):
+        prompts.check_models(tmp_path, loop)
     for text, said in (
         ('{"text": "a red circle"}\n{"text": "a blue circle"}\n', r"prompts has changed .* \(1 rows then, 2 now\)"),
         ('{"text": "a blue circle"}\n', "prompts has changed since the run was started; restore it, or start anew"),

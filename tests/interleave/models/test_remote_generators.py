@@ -8,6 +8,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -490,6 +491,14 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     retry = RetryPolicy(max_tries=3, initial_backoff=0.001)
     failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, json=body), retry=retry))
     assert len(asked) == tries
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_an_endpoint_without_edits_is_said_to_be_one(status: int) -> None:
+    edit, plain = replace(JOB, sources=(RED,)), replace(JOB, sources=())
+    made = endpoint(lambda request: httpx.Response(status, text="Not Found"))
+    assert "(asked for /images/edits); if it makes no edits, name another generator" in str(failure(made, edit))
+    assert "/images/edits" not in str(failure(made, plain))
 
 
 @pytest.mark.parametrize("number", [0, 4, "2", None])

@@ -29,6 +29,7 @@ from interleave.agents.prompts import load_template, render_critic
 from interleave.datasets.rows import RlRow
 from interleave.models.chat.local import to_conversation
 from interleave.models.generators.scripted import ScriptedConfig
+from interleave.models.hashes import hash_models
 from interleave.protocols import BackendError, CriticInput, Generator, Judge
 from interleave.records import Scores
 from interleave.storage.images import ImageStore
@@ -574,8 +575,7 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     config = load(GrpoConfig, [], [f"generator.ref={folder}", f"generator.lora={lora}", judge])
     opened = RunFolder(tmp_path, is_main=True)
     job = GrpoJob(config, (), (), None)  # type: ignore[arg-type]
-    assert set(grpo._local_models(config)) == {"model", "generator", "judge.model"}
-    bind = partial(bind_data, opened, grpo._local_models(config))
+    bind = partial(bind_data, opened, grpo._models(config))
     bind(grpo._bound(job), True)
     bind(grpo._bound(job), False)
     lora.write_bytes(save({"a.lora_A.weight": torch.ones(1, 1)}))
@@ -587,7 +587,7 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     with pytest.raises(UserError, match="generator has changed since the run was started"):
         bind(grpo._bound(job), False)
     service = load(GrpoConfig, [], ["generator={kind: service}"])
-    assert set(grpo._local_models(service)) == {"model"}
+    assert set(hash_models(grpo._models(service))) == {"model"}
 
 
 def test_the_questions_of_the_judge_are_part_of_a_run(tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def build_sets(
     """
     with open_build(out, config, command) as requests:
         left = len(unfinished_requests(out, requests, retry))
+        if left:
+            prompts.check_models(out, config.run)
         parts = make_parts(config) if left else None
         judge = config.judge.build() if config.judge is not None else None
         return asyncio.run(continue_build(out, config, requests, parts, judge, make_progress(left), retry))
@@ -115,7 +117,7 @@ def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterato
             prompts.check_same(out, config.prompts)
         else:
             requests = prompts.make_requests(config.prompts, ImageStore(out / IMAGES))
-            prompts.record(out, requests)
+            prompts.record(out, requests, config.run)
             request_files.save_requests(Shard.parse(config.shard).of(requests), out)
         yield request_files.load_requests(out)
 

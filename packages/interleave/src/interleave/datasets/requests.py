@@ -9,6 +9,8 @@ from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, 
 from imgen_common.streams import numpy_generator
 from interleave.datasets.config import FilePrompts, ShapesPrompts
 from interleave.loop import requests
+from interleave.loop.config import RunConfig
+from interleave.models.hashes import hash_models
 from interleave.records import Request
 from interleave.storage.images import IMAGES, ImageStore
 
@@ -33,9 +35,20 @@ def make_requests(prompts: FilePrompts | ShapesPrompts | None, images: ImageStor
             ]
 
 
-def record(out: Path, made: Sequence[Request]) -> None:
-    """Keeps a hash of the requests with the build in `out`."""
-    record_data(out, {"prompts": _hash(made)})
+def record(out: Path, made: Sequence[Request], config: RunConfig) -> None:
+    """Keeps hashes of the requests, and of the models that are loaded for them, with the build in `out`."""
+    record_data(out, {"prompts": _hash(made), **hash_models(_models(config))})
+
+
+def check_models(out: Path, config: RunConfig) -> None:
+    """Raises UserError if a model has changed since the build in `out` was begun."""
+    if (out / DATA).exists():
+        check_data(out, hash_models(_models(config)))
+
+
+def _models(config: RunConfig) -> dict[str, object]:
+    agents = {"planner.model": config.planner, "critic.model": config.critic}
+    return {"run.generator": config.generator, **{f"run.{k}": getattr(v, "model", None) for k, v in agents.items()}}
 
 
 def check_same(out: Path, prompts: FilePrompts | ShapesPrompts | None) -> None:

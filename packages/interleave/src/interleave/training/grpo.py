@@ -12,13 +12,10 @@ import numpy as np
 
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.run_folder.data import hash_file
 from imgen_common.streams import numpy_generator
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
 from interleave.datasets.rows import RlRow
-from interleave.models.chat.local import LocalChatConfig
-from interleave.models.generators.pipeline import PipelineConfig
 from interleave.protocols import Generator, Judge
 from interleave.storage.images import ImageStore
 from interleave.training import run
@@ -150,20 +147,13 @@ def _bound(job: GrpoJob) -> dict[str, Sequence[object]]:
     judge = job.config.judge
     questions = (judge.semantics_template, judge.quality_template) if isinstance(judge, ModelJudgeConfig) else ()
     texts = [load_template(name).text for name in questions]
-    lora = job.config.generator.lora if isinstance(job.config.generator, PipelineConfig) else None
-    adapters = [hash_file(hub.resolve_adapter(lora, "generator.lora")).sha256] if lora is not None else []
-    rows = {"critic_rl": job.rows, "template": job.prompts}
-    return {**rows, "the templates of judge": texts, "generator.lora": adapters}
+    return {"critic_rl": job.rows, "template": job.prompts, "the templates of judge": texts}
 
 
-def _local_models(config: GrpoConfig) -> dict[str, str]:
-    """What is trained, and the models that make its rewards, as far as they are loaded here."""
-    found = {"model": config.model}
+def _models(config: GrpoConfig) -> dict[str, object]:
+    """What is trained, and what makes its rewards."""
     judge = config.judge.model if isinstance(config.judge, ModelJudgeConfig) else None
-    for name, part in (("generator", config.generator), ("judge.model", judge)):
-        if isinstance(part, PipelineConfig | LocalChatConfig):
-            found[name] = part.ref
-    return found
+    return {"model": config.model, "generator": config.generator, "judge.model": judge}
 
 
 def train_grpo(
@@ -196,7 +186,7 @@ def train_grpo(
         where: dict[str, Any] = {"runs": runs, "name": name, "default_name": "grpo_critic", "resume": resume}
         opened = run.open_run(config, arguments, command, **where)
         with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, "grpo"):
-            run.bind_data(run_folder, _local_models(config), _bound(job), resume is None)
+            run.bind_data(run_folder, _models(config), _bound(job), resume is None)
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)

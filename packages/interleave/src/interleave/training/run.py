@@ -22,12 +22,13 @@ from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
 from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
-from imgen_common.run_folder.data import check_data, hash_rows, hash_weights, record_data
+from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import check_processor
+from interleave.models.hashes import hash_models
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import OptionsRefusedError, check_trackers_installed, refusals_of_trl
@@ -170,13 +171,13 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
         raise
 
 
-def bind_data(run: RunFolder, models: Mapping[str, str], sets: Mapping[str, Sequence[Any]], is_new: bool) -> None:
-    """Keeps hashes of models, and of rows and texts, by what they are, with a new run.  Raises UserError, on all
-    processes, if a resumed one was started with others."""
+def bind_data(run: RunFolder, models: Mapping[str, Any], sets: Mapping[str, Sequence[Any]], is_new: bool) -> None:
+    """Keeps hashes of models (`hash_models`), rows and texts, by what they are, with a new run.  Raises UserError, on
+    all processes, if a resumed one was started with others."""
 
     def work() -> str:
         data = {name: hash_rows(to_json(row).decode() for row in rows) for name, rows in sets.items()}
-        data |= {name: hash_weights(hub.model_files(ref)) for name, ref in models.items()}
+        data |= hash_models(models)
         record_data(run.path, data) if is_new else check_data(run.path, data)
         return ""
 

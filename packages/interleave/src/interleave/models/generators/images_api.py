@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PAID_KEYS = (b'"data"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
 """Of answers that are images or jobs, for each of which the server may charge."""
+EDITS = "/images/edits"
 REFUSED_KEYS = {key: f"{key}: null" for key in ("response_format", "quality", "size")} | {"seed": "send_seed: false"}
 """What to set where a server's refusal names a key that it does not take."""
 LONG_BASE64 = re.compile(r"[\w+/=]{100,}")
@@ -124,18 +125,15 @@ class ImagesApiGenerator:
         sources = enumerate(request.sources)
         files = [(c.image_field, (f"{i}.png", encode_png(source), "image/png")) for i, source in sources]
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-        return {"path": "/images/edits", "data": form, "files": files}
+        return {"path": EDITS, "data": form, "files": files}
 
     async def _send(self, content: dict[str, Any], seconds: float) -> tuple[str | None, str, str | None]:
         try:
             data = await self._client.request("POST", self._url, seconds=seconds, **content)
         except HttpError as error:
-            sent = content.get("json") or content.get("data", {})
-            key = next((key for key in REFUSED_KEYS if key in sent and key in str(error)), None)
-            if key is None or error.status not in (400, 422):
+            if (remedy := _remedy(error, content)) is None:
                 raise
-            message = f"{error}; if it does not take {key}, set {REFUSED_KEYS[key]}"
-            raise HttpError(error.kind, message, can_retry=False, status=error.status) from None
+            raise HttpError(error.kind, f"{error}{remedy}", can_retry=False, status=error.status) from None
         try:
             return _read_entry(data)
         except HttpError as error:
@@ -163,6 +161,15 @@ class ImagesApiGenerator:
         except HttpError as error:
             remedy = "where the server knows response_format: b64_json, set it to get the image itself"
             raise HttpError(error.kind, f"{error}; {remedy}", can_retry=False, status=error.status) from None
+
+
+def _remedy(error: HttpError, content: Mapping[str, Any]) -> str | None:
+    """What to do about a request that the server refuses, if that is known."""
+    if error.status in (404, 405) and content["path"] == EDITS:
+        return f" (asked for {EDITS}); if it makes no edits, name another generator, since steps edit images"
+    sent = content.get("json") or content.get("data", {})
+    named = [key for key in REFUSED_KEYS if key in sent and key in str(error)] if error.status in (400, 422) else []
+    return f"; if it does not take {named[0]}, set {REFUSED_KEYS[named[0]]}" if named else None
 
 
 def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
