@@ -28,13 +28,14 @@ from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.data.prompts import load_prompts
 from flowbp.evaluation.compare import Change, MeanScore, mean_score
+from flowbp.evaluation.evaluate import NotFiniteError
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
 from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
 from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
-from flowbp.training.trainer import Trainer
+from flowbp.training.trainer import DIVERGED, Trainer
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.run_folder.folder import RunFolder
@@ -593,6 +594,30 @@ def test_a_run_that_diverged_goes_on_with_what_the_message_says(
     assert (run / "config-until-000002.yaml").read_text() == first
     assert (run / "config.yaml").read_text() != first
     assert "Configuration until update 2" in (run / "report.html").read_text()
+
+
+def test_a_checkpoint_whose_weights_diverged_is_not_gone_on_from(
+    flowbp: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def rolled(trainer: Trainer) -> dict[str, float]:
+        healthy = trainer.update < 2 or trainer.config.optim.learning_rate < 1e-4
+        return original(trainer) | ({} if healthy else {"loss": float("nan")})
+
+    original = Trainer.compute_gradient
+    monkeypatch.setattr(Trainer, "compute_gradient", rolled)
+    monkeypatch.setattr(Trainer, "find_not_finite", lambda self: NotFiniteError("the network's latents", DIVERGED))
+    every = sets(*SMALL, "checkpoint.every=1")
+    code, _, errors = flowbp("train", "--runs", tmp_path, *every)
+    run = tmp_path / "flowbp_sparse"
+    ruined = run / "checkpoints" / "step-000002"
+    said = (
+        f"lower optim.learning_rate or optim.max_grad_norm; remove {ruined}, which has these weights; then go on from"
+    )
+    assert (code, f"{said} update 1 with: flowbp train --resume {run} --set KEY=VALUE\n" in errors) == (2, True)
+    shutil.rmtree(ruined)
+    assert flowbp("train", "--resume", run, "--set", "optim.learning_rate=1e-5")[0] == 0
+    alone = flowbp("train", "--runs", tmp_path / "alone", *every, *sets("checkpoint.keep=1"))
+    assert (alone[0], "; then start anew, since the only checkpoint has these weights\n" in alone[2]) == (2, True)
 
 
 # --- methods and plans -----------------------------------------------------------------------------------------------

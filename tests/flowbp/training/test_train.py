@@ -338,7 +338,7 @@ def test_a_weight_without_gradient_ends_the_run_by_name(cut: Callable[[Backbone]
     ("update", "broken", "what", "advice"),
     [
         (0, "velocity", "the network's latents", "check the weights of the model"),
-        (7, "velocity", "the network's latents", "lower optim.learning_rate or optim.max_grad_norm"),
+        (7, "velocity", "the network's latents", "the weights have diverged; lower optim.learning_rate or optim.max_g"),
         (0, "decode", "the VAE's images", "check the weights of the VAE"),
         (0, "reward", "the scores of reward", "check its weights"),
         (7, "gradient", "the gradient", "lower optim.learning_rate or optim.max_grad_norm"),

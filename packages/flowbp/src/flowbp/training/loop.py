@@ -17,7 +17,7 @@ from flowbp.training import watchdog
 from flowbp.training.loading import load_models, load_rewards
 from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import NullReporter
-from flowbp.training.trainer import Trainer
+from flowbp.training.trainer import DIVERGED, Trainer
 from imgen_common.devices import any_process, float32_matmul_precision
 from imgen_common.errors import UserError
 from imgen_common.images import grid, to_pil
@@ -177,14 +177,21 @@ class TrainingLoop:
         try:
             metrics = self.trainer.step()
         except NotFiniteError as error:
-            # the state before it is not saved: from there this update fails again, whatever the learning rate
-            latest = self.run.latest_checkpoint() or 0
-            raise UserError(
-                f"update {self.trainer.update + 1}: {error}; then go on from update {latest} with: "
-                f"flowbp train --resume {self.run.path} --set KEY=VALUE"
-            ) from None
+            raise UserError(self._describe_way_on(error)) from None
         self.run.log(self.trainer.update, {f"train/{name}": value for name, value in metrics.items()})
         self.reporter.update(self.trainer.update, metrics)
+
+    def _describe_way_on(self, error: NotFiniteError) -> str:
+        """What an update has failed at, and from where to go on: its own state is not saved, as it would fail again."""
+        update, saved = self.trainer.update, self.run.checkpoints()
+        message = f"update {update + 1}: {error}; "
+        if error.advice == DIVERGED and update in saved:
+            saved.remove(update)
+            if not saved:
+                return f"{message}then start anew, since the only checkpoint has these weights"
+            message += f"remove {self.run.path}/checkpoints/step-{update:06d}, which has these weights; "
+        command = f"flowbp train --resume {self.run.path} --set KEY=VALUE"
+        return f"{message}then go on from update {max(saved, default=0)} with: {command}"
 
     def save_checkpoint(self) -> None:
         """A checkpoint of the state after the updates made so far."""

@@ -37,6 +37,8 @@ from imgen_common.streams import normal, numpy_generator
 
 LOWER = "lower optim.learning_rate or optim.max_grad_norm"
 """What helps a training that diverges."""
+DIVERGED = f"the weights have diverged; {LOWER}"
+"""The same where the weights that an update begins with give no images, so that it fails at any rate."""
 FIRST = "check the weights of the model and of the rewards, or compute in float32 (model.dtype, dtype of each reward)"
 """What helps where nothing was trained yet."""
 NUM_SAVED_IMAGES = 48
@@ -142,7 +144,7 @@ class Trainer:
                 images = decode_finite(self.models.backbone, x_end)
             except NotFiniteError as error:
                 is_diverged = self.update > 0 and not x_end.isfinite().all()
-                found = found or (NotFiniteError(error.what, LOWER) if is_diverged else error)
+                found = found or (NotFiniteError(error.what, DIVERGED) if is_diverged else error)
                 continue
             for name, reward in self.models.rewards.items():
                 if not score_images(reward, images, prompts).isfinite().all():
