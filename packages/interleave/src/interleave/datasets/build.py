@@ -387,6 +387,6 @@ def _describe_set(
 def _count_categories(trajectories: Iterable[Trajectory]) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     for trajectory in trajectories:
-        end = "complete" if trajectory.is_whole else "ended early"
+        end = "complete" if trajectory.status == "complete" else "not complete"
         found.setdefault(trajectory.request.category, Counter())[end] += 1
     return dict(sorted(found.items()))

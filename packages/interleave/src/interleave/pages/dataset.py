@@ -148,12 +148,13 @@ def _facts(files: Mapping[str, FileSummary], info: SetInfo | None) -> list[str]:
 
 
 def _categories(info: SetInfo | None) -> list[tuple[str, int, Bar]]:
-    """Each category with its requests, and how many became complete and ended early."""
+    """Each category with its requests, and how many became complete and how many did not."""
     known = info.categories if info else {}
     most = max((sum(ends.values()) for ends in known.values()), default=1)
     return [
-        (name or "(none)", sum(ends.values()), Bar(ends.get("complete", 0), ends.get("ended early", 0), most))
+        (name or "(none)", num, Bar(ends.get("complete", 0), num - ends.get("complete", 0), most))
         for name, ends in known.items()
+        for num in (sum(ends.values()),)
     ]
 
 
