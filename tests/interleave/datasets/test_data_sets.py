@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from backends import FakeGenerator, FakeJudge
+from backends import FakeCritic, FakeGenerator, FakeJudge, FakePlanner, plan_of
 from browser import CHROMIUM, find_faults, open_browser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -237,6 +237,16 @@ def build(out: Path, asked: Path, made: Components | None = None, idle: bool = F
 def files(out: Path) -> dict[str, bytes]:
     """What a build made, byte for byte."""
     return {path.name: path.read_bytes() for path in sorted([*out.glob("*_*.jsonl"), out / "set.json"])}
+
+
+def test_categories_and_trajectories_count_alike(asked: Path, tmp_path: Path) -> None:
+    """A story with steps that were never accepted is not complete in either."""
+    critic = FakeCritic(lambda shown, seed: (shown.original_prompt.startswith(("r1 ", "r2 ")), shown.prompt_used))
+    made = Components(FakePlanner(lambda request, seed: plan_of(f"{request.id} one")), critic, FakeGenerator())
+    info = build(tmp_path / "set", asked, made)
+    ends = sum((Counter(one) for one in info.categories.values()), Counter[str]())
+    assert ends == {"complete": 2, "not complete": 10}
+    assert info.trajectories == {"complete": 2, "steps_not_accepted": 10}
 
 
 def test_a_build_makes_sets_that_pass_the_check(tmp_path: Path, asked: Path) -> None:
