@@ -139,13 +139,15 @@ def test_a_caption_is_a_text(tmp_path: Path) -> None:
         load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png", "caption": ["b"]}))
 
 
-@pytest.mark.parametrize(("column", "cell"), [("caption", "NA"), ("caption", " nan"), ("source_caption", "#N/A")])
+@pytest.mark.parametrize(
+    ("column", "cell"), [("caption", "NA"), ("caption", " nan"), ("source_caption", "#N/A"), ("answer", "NA")]
+)
 def test_a_cell_without_a_value_is_no_caption(tmp_path: Path, column: str, cell: str) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "edits.csv").write_text(f"prompt,images,{column}\nmake it red,a.png,a house\nb,a.png,{cell}\n")
     said = rf"edits\.csv:3: {column} is {cell.strip()}, as programs write a cell without a value; leave the cell empty"
     with pytest.raises(UserError, match=said):
-        load_prompts(str(tmp_path / "edits.csv"))
+        load_prompts(str(tmp_path / "edits.csv"), DataConfig(answer="answer"))
 
 
 def test_rows_may_bring_answers_and_what_their_sources_show(tmp_path: Path) -> None:

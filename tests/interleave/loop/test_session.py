@@ -3,9 +3,12 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 from PIL import Image
 
+from imgen_common.errors import UserError
+from imgen_common.run_folder.find import find_run
 from interleave import demo
 from interleave.loop.config import NoPlanner, RunConfig
 from interleave.loop.run import StoryStream
@@ -27,3 +30,5 @@ def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
     for record, picture in records:
         assert (picture.id if picture else None) == (record.image_id if isinstance(record, Attempt) else None)
     assert (tmp_path / "two_squares" / "trace.jsonl").read_text().count("\n") == 4
+    with pytest.raises(UserError, match="a run of `interleave demo`, not of `flowbp train`"):
+        find_run("two_squares", tmp_path, "flowbp train")

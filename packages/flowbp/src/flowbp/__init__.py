@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flowbp.config import TrainConfig
-    from flowbp.core.engine import BackwardOptions, backpropagate, rollout, sweep
+    from flowbp.core.engine import BackwardOptions, Outcome, backpropagate, rollout, sweep
     from flowbp.core.method import Method
     from flowbp.core.plan import Plan, draw_plan
-    from flowbp.evaluation.results import load_evaluations
+    from flowbp.core.types import Trajectory
+    from flowbp.evaluation.results import SavedEvaluation, load_evaluations
     from flowbp.evaluation.sampling import sample
     from flowbp.methods import METHODS
     from flowbp.rewards import RewardConfig, load_reward
@@ -23,9 +24,12 @@ _PLACES = {
     "BackwardOptions": "flowbp.core.engine",
     "METHODS": "flowbp.methods",
     "Method": "flowbp.core.method",
+    "Outcome": "flowbp.core.engine",
     "Plan": "flowbp.core.plan",
     "RewardConfig": "flowbp.rewards",
+    "SavedEvaluation": "flowbp.evaluation.results",
     "TrainConfig": "flowbp.config",
+    "Trajectory": "flowbp.core.types",
     "backpropagate": "flowbp.core.engine",
     "draw_plan": "flowbp.core.plan",
     "load_config": "imgen_common.config",
@@ -40,9 +44,12 @@ __all__ = [
     "METHODS",
     "BackwardOptions",
     "Method",
+    "Outcome",
     "Plan",
     "RewardConfig",
+    "SavedEvaluation",
     "TrainConfig",
+    "Trajectory",
     "backpropagate",
     "draw_plan",
     "load_config",

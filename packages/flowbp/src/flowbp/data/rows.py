@@ -42,6 +42,8 @@ def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) 
     except UserError as error:
         raise UserError(f"{where}: {data.images}: {error}") from None
     answer = "" if data.answer is None else _said(where, row, data.answer)
+    if answer.lower() != "none":  # which is an answer
+        check_cell(answer, f"{where}: {data.answer}", "leave the cell empty")
     if not sources:
         return Edit(text, [], answer=answer) if answer else text
     captions = [_said(where, row, column) for column in (data.caption, data.source_caption)]

@@ -39,6 +39,8 @@ from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import Trace
 
+COMMAND = ("interleave", "demo")
+"""What is recorded of a run that the page began."""
 MAX_SLUG = 40
 """Characters of a folder's name that is made of a request."""
 MAY_DIFFER = ("loop.concurrency", "cache")
@@ -197,7 +199,7 @@ class StoryStream:
         path = free_path(self._runs, None, slug(text))
         create_run(path, config, lambda store: [request_files.make_request(text, images, store)])
         records: asyncio.Queue[Record | None] = asyncio.Queue()
-        running = asyncio.create_task(run_requests(path, self._components, config, ["demo"], records.put_nowait))
+        running = asyncio.create_task(run_requests(path, self._components, config, COMMAND, records.put_nowait))
         running.add_done_callback(mark_retrieved)
         running.add_done_callback(lambda _: records.put_nowait(None))
         try:
