@@ -1,0 +1,22 @@
+"""Hashes of the models that are loaded here, so that a resumed run cannot go on with others."""
+
+from collections.abc import Mapping
+
+from imgen_common import hub
+from imgen_common.run_folder.data import DataHash, hash_file, hash_weights
+from interleave.models.chat.local import LocalChatConfig
+from interleave.models.generators.pipeline import PipelineConfig
+
+
+def hash_models(parts: Mapping[str, object]) -> dict[str, DataHash]:
+    """Hashes of the weights, and adapters, of a reference or a configuration by its name; none of what is served.
+
+    Raises UserError for a model that is not there.
+    """
+    found = {}
+    for name, part in parts.items():
+        if isinstance(part, str | PipelineConfig | LocalChatConfig):
+            found[name] = hash_weights(hub.model_files(part if isinstance(part, str) else part.ref))
+        if isinstance(part, PipelineConfig) and part.lora is not None:
+            found[f"{name}.lora"] = hash_file(hub.resolve_adapter(part.lora, f"{name}.lora"))
+    return found
