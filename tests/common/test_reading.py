@@ -85,6 +85,11 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.json", "[" * 100_000, "not JSON"),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "p.jsonl:1: not JSON (the key 'prompt' occurs twice)"),
         ("p.json", '[{"prompt": "a", "images": {"a": 1, "a": 1}}]', "the key 'a' occurs twice"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"},\n{"prompt": "b"}\n',
+            "p.jsonl:1: not JSON (Extra data: line 1 column 16 (char 15)); tak",
+        ),
         ("p.json", '["a", null]', "p.json: item 2: must be an object or a text, got null"),
         ("p.jsonl", "3", "p.jsonl:1: must be an object or a text, got a number"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "p.jsonl:2: not JSON"),
@@ -145,6 +150,8 @@ def test_what_cannot_be_read_is_refused_with_its_line(
         ('prompt\tid\r\n"a\r\nhat"\t1\r\na dog\t2\r\n', ["a\nhat", "a dog"]),
         ('prompt\n"a" cat\n"a ""b"""\n', ['"a" cat', 'a "b"']),
         ('prompt\n"never closed\na dog\n', ['"never closed', "a dog"]),
+        ('prompt\tid\n"never\t1\na dog\t2\na TV of 27"\t3\n', ['"never', "a dog", 'a TV of 27"']),
+        ('prompt\tid\n"a\thap"\t1\na dog\t2\n', ["a\thap", "a dog"]),
         ('prompt\n6" nails\n"\n', ['6" nails', '"']),
     ],
 )

@@ -81,6 +81,7 @@ def parse_json(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         is_split = text.strip() in ("{", "[") or (isinstance(error, json.JSONDecodeError) and error.msg == "Extra data")
         remedy = "; write each object on one line of a .jsonl, or a list of them in a .json" if is_split else ""
+        remedy = "; take away the comma at its end" if is_split and text.rstrip().endswith(",") else remedy
         raise UserError(f"{where}: not JSON ({error}){remedy}") from None
     return value
 
@@ -127,13 +128,15 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Tabs divide cells, and quotes are as in a .csv where all of them can be; else they are part of the text, but for
-    those around a whole cell."""
+    those around a whole cell.  A cell of several lines with tabs between two quotes is none."""
     lines = list(text_lines(path))
     reader = csv.reader((line + "\n" for _, line in lines), delimiter="\t", strict=True)
     try:
-        yield from [(lines[reader.line_num - 1][0], cells) for cells in reader]
+        rows = [(lines[reader.line_num - 1][0], cells) for cells in reader]
+        is_quoted = not any("\n" in cell and "\t" in cell for _, cells in rows for cell in cells)
     except csv.Error:
-        yield from ((number, [_unquote(cell) for cell in line.split("\t")]) for number, line in lines)
+        is_quoted = False
+    yield from rows if is_quoted else ((n, [_unquote(cell) for cell in line.split("\t")]) for n, line in lines)
 
 
 def _unquote(cell: str) -> str:
