@@ -167,6 +167,13 @@ def test_a_thought_that_the_chat_template_opened_is_read_by_the_tolerant_mode_on
     assert parse_verdict(answer, "tolerant") == Verdict(success=False, refined_prompt="good", reasoning=thought.strip())
 
 
+@pytest.mark.parametrize("body", ["<|begin_of_box|>{}<|end_of_box|>", " <|begin_of_box|>\n{}\n<|end_of_box|>\n"])
+def test_the_box_of_glm_is_taken_off_in_the_tolerant_mode(body: str) -> None:
+    answer = f"<think>why</think><answer>{body.format(GOOD)}</answer>"
+    assert parse_verdict(answer, "tolerant") == Verdict(success=False, refined_prompt="good", reasoning="why")
+    assert isinstance(parse_verdict(answer, "strict"), ParseFailure)
+
+
 def test_an_answer_without_any_tag_is_quoted() -> None:
     sorry = "I'm sorry,\nbut I can't help with that. " * 9
     said = describe_failure(Reply(sorry), ParseFailure("no <think>"))

@@ -303,6 +303,8 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x" * 20_001), ("20001 characters", "at most 20000")),
         (("run", "x", "--set", "lop.max_steps=3"), ("did you mean 'loop'",)),
         (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),
+        (("sft", "planner", "--set", "trl.deepspeed={}"), ("trl.deepspeed: needs processes", "torchrun")),
+        (("grpo", "--set", "trl.deepspeed=zero2.json"), ("trl.deepspeed: needs processes", "torchrun")),
         (("run", "remove the red circle"), ("nothing to change", "begin with what is to be drawn")),
         (("run", "remove the red circle", "--set", "planner.kind=none"), ("nothing to change",)),
         (("run", "please make it red"), ("nothing to change",)),

@@ -18,6 +18,8 @@ direct: as strict, and `<answer>` may stand without `<think>`, for models that a
 
 START = re.compile("<answer>")
 FENCE = re.compile(r"```\w*\s")
+BOX = re.compile(r"\A<\|begin_of_box\|>\s*|\s*<\|end_of_box\|>\Z")
+"""What GLM's models write around an answer."""
 WORDS = {"True": "true", "False": "false", "None": "null"}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", "'": "'", '"': '"', "\n": ""}
 ESCAPE = re.compile(r"\\(?:u([\da-fA-F]{4})|U00((?:0[\da-fA-F]|10)[\da-fA-F]{4})|x([\da-fA-F]{2})|(.))", re.DOTALL)
@@ -89,6 +91,8 @@ def unfenced(text: str) -> str:
 
 def _value(body: str, mode: ParseMode) -> Any:
     """Raises ValueError or RecursionError if it cannot be read."""
+    if mode == "tolerant":
+        body = BOX.sub("", body)
     try:
         return load_json(body)
     except ValueError:

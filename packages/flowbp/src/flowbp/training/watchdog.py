@@ -82,7 +82,10 @@ def compare_with_base(
         if abs(shift) > config.shift:
             alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
     if config.drift is not None and drift > config.drift:
-        alerts.append(f"the images drifted: {drift:.2f} times as unlike the base's as those are unlike each other")
+        alerts.append(
+            f"the images drifted from the base's at equal seeds: {drift:.2f}, above watchdog.drift = {config.drift:g} "
+            "(1: as unlike as the base's images of different prompts)"
+        )
     return Finding(alerts, changes | shifts | {"drift": drift})
 
 

@@ -1,6 +1,7 @@
 """The commands `interleave sft` and `interleave grpo`.  Nothing heavy is imported before one runs."""
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +62,8 @@ def sft(
     from interleave.training.config import SftConfig
 
     run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
+    if not dry_run:
+        _check_launched(config)
     _ensure_set(run, configs, config, as_json, dry_run)
     _check_files(config, f"{agent}_sft", weights=not dry_run)
     from interleave.training import run as launch
@@ -107,6 +110,8 @@ def grpo(
     from interleave.training.config import GrpoConfig
 
     run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
+    if not dry_run:
+        _check_launched(config)
     _ensure_set(run, configs, config, as_json, dry_run)
     _check_files(config, "critic_rl", weights=not dry_run)
     from interleave.training import run as launch
@@ -145,6 +150,13 @@ def _load_config(
     config = load(cls, [run / CONFIG] if run else configs or [data.RECIPES / f"{recipe}.yaml"], sets or [])
     check_spelling(config.trl, f"{command.upper()}Config")
     return run, config
+
+
+def _check_launched(config: "TrainingConfig") -> None:
+    """Raises UserError for DeepSpeed in a process that no launcher started, where it would look for MPI."""
+    if config.trl.get("deepspeed") is not None and "RANK" not in os.environ:
+        how = "torchrun --nproc_per_node N -m interleave, also for N = 1"
+        raise UserError(f"trl.deepspeed: needs processes that a launcher started; begin the command with {how}")
 
 
 def _ensure_set(
