@@ -3,6 +3,7 @@ never shown of a key."""
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -459,3 +460,25 @@ def test_an_odd_count_of_tokens_does_not_spoil_an_answer(usage: object) -> None:
     body = {"choices": [{"message": {"content": "yes"}}], "usage": usage}
     read = read_completion(json.dumps(body).encode())
     assert (read.content, read.num_prompt_tokens, read.num_completion_tokens) == ("yes", 0, 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] tlsv13 alert", "[SSL: SSLV3_ALERT_HANDSHAKE_FAILURE] sslv3 alert"],
+)
+def test_a_server_that_wants_a_certificate_of_its_clients(said: str) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise ssl.SSLError(1, said)  # under TLS 1.3 at the first reading, which httpx does not wrap
+
+    with pytest.raises(HttpError, match=r"refuses the TLS connection .*; if it asks for a certificate of its") as error:
+        asyncio.run(complete(client(handler), "https" + "://host/v1", b"{}", 9.0))
+    assert (error.value.kind, error.value.can_retry) == ("unreachable", False)
+
+
+def test_a_connection_that_breaks_is_no_traceback() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise OSError(104, "Connection reset by peer")
+
+    with pytest.raises(HttpError, match=r"cannot be reached \(.*reset by peer\)") as error:
+        asyncio.run(complete(client(handler), "http" + "://host/v1", b"{}", 9.0))
+    assert error.value.kind == "unreachable"

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -277,8 +278,21 @@ STRANGE = [
 
 
 def test_the_address_of_a_page_says_which_name_to_give() -> None:
-    with pytest.raises(UserError, match=r"is an address; give org/name\[@revision\], here org/name$"):
+    with pytest.raises(UserError, match=r"^model org/name: is given as an address; give org/name\[@revision\]$"):
         hub.resolve("https" + "://hub.example/org/name/tree/main")
+
+
+@pytest.mark.parametrize("end", ["/org/name", "", "/x", "/org/name/blob/main/a.safetensors"])
+def test_a_password_in_the_address_of_a_model_is_not_shown(end: str) -> None:
+    with pytest.raises(UserError, match="is given as an address") as error:
+        hub.resolve("https" + f"://me:hf_SecretSecret@hub.example{end}")
+    assert "Secret" not in str(error.value)
+
+
+def test_a_file_of_a_folder_in_its_place_is_told_from_weights(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"give the folder that it is in, {re.escape(str(tmp_path))}$"):
+        hub.resolve(str(tmp_path / "model_index.json"))
 
 
 @pytest.mark.parametrize("ref", ["./none", "/none/at/all", "~/none", "none", "a/b/c", "org/name@", "", *STRANGE])
@@ -286,7 +300,7 @@ def test_what_is_neither_path_nor_repository_is_refused(ref: str, monkeypatch: p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(
         UserError,
-        match=r"no such folder|not a model folder|cannot be read as a path|no such home folder|longer than a path",
+        match=r"no such (home )?folder|not a model folder|cannot be read as a path|longer than a path|given as an address",
     ):
         hub.resolve(ref)
 

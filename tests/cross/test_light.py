@@ -57,6 +57,8 @@ INTERLEAVE = {
     "run x --image missing.png": "missing.png",
     f"run x --name {'n' * 300}": "at most 240 bytes",
     "batch missing.jsonl": "missing.jsonl: no such file",
+    "run red --set generator.ref=none/x --set planner.kind=none": "no such local folder",
+    "run red --set critic.model.ref=./none": "no such folder",
     "run red --set critic.template=bad.txt": "remove <|im_start|>",
     "batch bad.yaml": "cannot read rows of .yaml",
     "batch --resume nothing": "nothing: no such run",

@@ -133,7 +133,13 @@ def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert interleave(*words("wise", tmp_path / "b", *layout, sets=changed)) == 2
     assert "holds answers of the judge 'scripted " in capsys.readouterr().err
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b")) == 0
-    assert "| score " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| score " in said
+    assert "nan" not in said
+    assert "–: a judge that answers all items alike has none" in said
+    assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b"), "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found["correlation"] is None
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "none")) == 2
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from imgen_common import hub
 from imgen_common.config import load
 from interleave.agents.prompts import render_plan, render_verdict
 from interleave.cli import console, main
@@ -308,6 +310,10 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "remove the red circle"), ("nothing to change", "begin with what is to be drawn")),
         (("run", "remove the red circle", "--set", "planner.kind=none"), ("nothing to change",)),
         (("run", "please make it red"), ("nothing to change",)),
+        (
+            ("run", "draw a red circle", "--set", "planner.kind=none", "--set", "critic.kind=self"),
+            ("critic.kind: self is the planner's model", "planner.kind is none"),
+        ),
         (("run", "draw a red circle", "--set", "critic.kind=self"), ("critic.kind: self:", "takes no images")),
         (("data", "export-edits", "nothing", "--out", "o"), ("nothing: no such run",)),
         (("run", "x", "--set", "loop.select=best"), ("loop.select",)),
@@ -354,8 +360,10 @@ def test_a_folder_that_was_there_is_kept_where_its_models_are_away(
 ) -> None:
     """As one that `merge` made, or that was killed before it began."""
     monkeypatch.chdir(tmp_path)
-    config = load(RunConfig, [], ["generator.ref=none"])
+    model = shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "model")
+    config = load(RunConfig, [], [f"generator.ref={model}"])
     create_run(tmp_path / "runs" / "mine", config, lambda store: [make_request("draw a red circle", [], store)])
+    shutil.rmtree(model)
     assert_refused(interleave("batch", "--resume", "mine"), "no such folder")
     assert (tmp_path / "runs" / "mine" / "requests.jsonl").is_file()
 

@@ -369,6 +369,7 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
         ("At most 1 image(s) may be provided in one prompt.", "--limit-mm-per-prompt"),
         ("image input is not supported", "name one that reads them"),
         ("This model only supports streaming, please set stream to true", "answers are read whole here"),
+        ("API key not valid. Please pass a valid API key.", "set INTERLEAVE_API_KEY to a valid key"),
         ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
     ],
 )
@@ -427,6 +428,9 @@ def test_the_check_of_a_critic_shows_two_images() -> None:
     )
     asyncio.run(check_endpoints(parts))
     assert [[part["type"] for part in content] for content in seen] == [["text"], ["image_url", "image_url", "text"]]
+    seen.clear()
+    asyncio.run(check_endpoints(parts, with_images=True))
+    assert [part["type"] for part in seen[0]] == ["image_url", "text"]
 
 
 def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:

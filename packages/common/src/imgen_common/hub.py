@@ -68,8 +68,8 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
     if exists:
         return _check_path(path, weights, single_file)
-    if address := re.match(r"https?://[^/]+/([\w.-]+/[\w.-]+)", ref):
-        raise UserError(f"model {one_line(ref, 80)!r}: is an address; give org/name[@revision], here {address[1]}")
+    if address := re.match(r"https?://[^/]*/?([\w.-]+/[\w.-]+)?", ref):  # it may hold a password
+        raise UserError(f"model {address[1] or '...'}: is given as an address; give org/name[@revision]")
     match = HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         places = "a safetensors file, a folder" if single_file else f"a folder, one of {', '.join(_builtins())}"
@@ -232,7 +232,8 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
             return _check_path(files[0], weights, single_file)
         check_folder(path, weights=weights)
     elif path.suffix != ".safetensors":
-        raise UserError(f"{path}: weights are read from safetensors files and model folders, which configurations name")
+        folder = f"; give the folder that it is in, {path.parent}" if path.suffix == ".json" else ""
+        raise UserError(f"{path}: weights are read from safetensors files and folders of models{folder}")
     elif not single_file:
         raise UserError(
             f"{path}: is a single file; give a model folder; diffusers converts a checkpoint to one: "
@@ -244,10 +245,8 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
 
 
 def _offline() -> bool:
-    return any(
-        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
 
 
 def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Path:

@@ -79,6 +79,8 @@ class HttpClient(RetryingCaller):
         httpx takes it.  Raises HttpError, whose messages begin with `base`, and UserError where proxies or
         certificates of the environment cannot be used.
         """
+        import ssl
+
         import httpx
 
         headers = dict(content.pop("headers", {}))
@@ -96,7 +98,7 @@ class HttpClient(RetryingCaller):
             raise HttpError("timeout", f"{base}{through}: no answer within {seconds:.3g} s") from None
         except httpx.DecodingError as error:
             raise self.malformed(base + through, f"an answer that cannot be decompressed ({error})") from None
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ssl.SSLError, ConnectionError) as error:
             raise self._unreachable(base + through, error, proxy) from None
         if with_token and len(self._token) >= MIN_SECRET:
             data = self._without_token(data)
@@ -160,6 +162,11 @@ class HttpClient(RetryingCaller):
             what = "its certificate cannot be verified"
             remedy = next((words for sign, words in CERTIFICATE_REMEDIES.items() if sign in reason), AUTHORITY)
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
+        if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
+            remedy = "if it asks for a certificate of its clients, reach it through a proxy that has one"
+            return HttpError(
+                "unreachable", f"{place}: refuses the TLS connection ({reason}); {remedy}", can_retry=False
+            )
         if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
             what = "it does not speak TLS"
             remedy = "give its address with http:// instead of https://"

@@ -27,6 +27,8 @@ MIN_STD = {"colors": 0.5}
 """Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
 MIN_STD_OF_SHARES = 0.2
 """The same of those that are shares."""
+DRIFT = "1: as unlike as the base's images of different prompts"
+"""What drift is measured in."""
 
 
 class AlertLine(BaseModel):
@@ -83,8 +85,7 @@ def compare_with_base(
             alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
     if config.drift is not None and drift > config.drift:
         alerts.append(
-            f"the images drifted from the base's at equal seeds: {drift:.2f}, above watchdog.drift = {config.drift:g} "
-            "(1: as unlike as the base's images of different prompts)"
+            f"the images drifted from the base's: {drift:.2f}, above watchdog.drift {config.drift:g} ({DRIFT})"
         )
     return Finding(alerts, changes | shifts | {"drift": drift})
 

@@ -1,6 +1,7 @@
 """The commands `interleave benchmark ...`.  Nothing heavy is imported before one runs."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -151,7 +152,8 @@ def agree(
 
     found = compare_folders(first, second)
     if as_json:
-        print(json.dumps([vars(one) for one in found], indent=1))
+        finite = [{name: value if value == value else None for name, value in vars(one).items()} for one in found]
+        print(json.dumps(finite, indent=1))
         return
     header = ["question", "answers", "same", "kappa", "rank correlation", "difference"]
     cells = [
@@ -159,13 +161,14 @@ def agree(
             one.name,
             str(one.num),
             f"{one.same:.1%}",
-            f"{one.kappa:.3f}",
-            f"{one.correlation:.3f}",
+            *("–" if math.isnan(value) else f"{value:.3f}" for value in (one.kappa, one.correlation)),
             f"{one.difference:+.3f}",
         ]
         for one in found
     ]
     print(markdown_table(header, cells))
+    if any(math.isnan(one.kappa) or math.isnan(one.correlation) for one in found):
+        print("–: a judge that answers all items alike has none")
     for one in found:
         for where, left, right in one.differing[:5]:
             print(f"{one.name}: {where}: {left:g} and {right:g}")

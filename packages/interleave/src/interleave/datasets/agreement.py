@@ -1,6 +1,7 @@
 """Comparison of two judges on the images of a set: how far they agree, and on which rows they do not."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -55,8 +56,10 @@ class JudgeComparison:
         failures = ", ".join(f"{count} {kind}" for kind, count in self.failed.items())
         yield f"judges: {self.first} (of the set); {self.second}"
         yield f"images: {a.num} scored by both" + (f"; the second failed on {failures}" if failures else "")
-        yield f"semantics: {a.semantics_difference:.2f} apart on average, correlation {a.semantics_correlation:.3f}"
-        yield f"quality: {a.quality_difference:.2f} apart on average, correlation {a.quality_correlation:.3f}"
+        for name in ("semantics", "quality"):
+            correlation = getattr(a, f"{name}_correlation")
+            shown = "none (one gave all the same score)" if math.isnan(correlation) else f"{correlation:.3f}"
+            yield f"{name}: {getattr(a, f'{name}_difference'):.2f} apart on average, correlation {shown}"
         yield f"order: equal for {a.same_order:.1%} of the pairs of images, by sqrt(semantics quality), without ties"
         if self.disagreements:
             yield "largest differences (semantics, quality):"

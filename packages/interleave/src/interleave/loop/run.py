@@ -10,6 +10,7 @@ import shutil
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
+from imgen_common import hub
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
@@ -32,8 +33,10 @@ from interleave.loop.config import (
 )
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
+from interleave.models.chat.local import LocalChatConfig
 from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
+from interleave.models.generators.pipeline import PipelineConfig
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
@@ -96,7 +99,10 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     planner, generator = config.planner, config.generator
     reader = generator if isinstance(planner, NoPlanner) else planner.model
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
-    if not any_words and (unknown := describe_unknown_words(ref, request.text)):
+    if isinstance(config.critic, SelfCritic) and reader is generator:
+        raise UserError("critic.kind: self is the planner's model, and planner.kind is none; set critic.kind to model")
+    words = re.sub(r"\[image \d+\]", " ", request.text)  # the places of its images
+    if not any_words and (unknown := describe_unknown_words(ref, words)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
     if not any_words and not request.image_ids and (missing := describe_missing_image(ref, request.text)):
         remedy = "begin with what is to be drawn, or give the image that is meant (--image, --set planner.kind=none)"
@@ -111,6 +117,17 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
         )
 
 
+def check_references(config: RunConfig) -> None:
+    """Raises UserError for a template or a model that cannot be had, before anything is loaded."""
+    for part in (config.planner, config.critic, config.judge):
+        for name, ref in part or ():
+            if name.endswith("template"):
+                load_template(ref)
+    for model in (getattr(config.planner, "model", None), getattr(config.critic, "model", None), config.generator):
+        if isinstance(model, LocalChatConfig | PipelineConfig):
+            hub.resolve(model.ref)
+
+
 def create_run(
     path: Path, config: RunConfig, ask: Callable[[ImageStore], list[Request]], *, any_words: bool = False
 ) -> list[Request]:
@@ -120,10 +137,6 @@ def create_run(
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
-    for part in (config.planner, config.critic, config.judge):
-        for name, ref in part or ():
-            if name.endswith("template"):
-                load_template(ref)  # a mistake in it is found before a model is loaded
     is_first = not path.parent.exists()
     with RunFolder.create(path, config):
         try:
@@ -134,6 +147,7 @@ def create_run(
                 sizes = (store.get(image).image.size for image in request.image_ids)
                 if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
                     raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
+            check_references(config)
             request_files.save_requests(requests, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -144,14 +158,18 @@ def create_run(
     return requests
 
 
-async def check_endpoints(components: Components) -> None:
-    """Raises UserError if an endpoint that the components need does not answer, or refuses the key."""
+async def check_endpoints(components: Components, *, with_images: bool = False) -> None:
+    """Raises UserError if an endpoint that the components need does not answer, or refuses the key.
+
+    with_images: whether a request has images, which the planner is then asked with.
+    """
     white = HashedImage.white(32, 32)
     for part in (components.planner, components.critic, components.judge):
         models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
         for model in part.models if isinstance(part, RubricCritic) else models:
             if isinstance(model, EndpointChat):
-                await model.check(("Say yes.",) if isinstance(part, ChatPlanner) else (white, white, "Say yes."))
+                images = [white] * with_images if isinstance(part, ChatPlanner) else [white, white]
+                await model.check((*images, "Say yes."))
 
 
 async def run_requests(
@@ -233,7 +251,8 @@ def run_and_close(
 
     async def main() -> list[Trajectory]:
         try:
-            await check_endpoints(components)
+            requests = request_files.load_requests(path)
+            await check_endpoints(components, with_images=any(request.image_ids for request in requests))
             return await run_requests(path, components, config, command, on_record, retry_failed)
         finally:
             await components.close()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 REMEDIES = {
-    " image": "a critic and a judge show two images in a prompt: serve the model so (vLLM: --limit-mm-per-prompt), or "
-    "name one that reads them",
+    " image": "a critic and a judge show two images in a prompt, and a planner those of a request: serve the model so "
+    "(vLLM: --limit-mm-per-prompt), or name one that reads them",
     "stream": "answers are read whole here, so that a model which only streams cannot be used; name another one",
     "context length": "set max_new_tokens lower, or serve the model with a longer context",
 }
@@ -98,7 +98,8 @@ class EndpointChat:
                     "null, top_p: null}, or extra: {max_completion_tokens: "
                     f"{c.max_new_tokens}}} instead of max_tokens"
                 )
-                remedy = next((words for sign, words in REMEDIES.items() if sign in reason), left_out)
+                remedies = {"API key": f"set {c.key_env} to a valid key", **REMEDIES}
+                remedy = next((words for sign, words in remedies.items() if sign in reason), left_out)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
         if c.top_logprobs and not answer.token_probabilities:
             raise UserError(
