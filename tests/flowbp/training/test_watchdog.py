@@ -263,4 +263,4 @@ def test_hacking_is_caught_before_the_verifier_falls(
     assert verifier[update] - verifier[0] > -0.05
     assert not any(found for _, found in healthy)
     assert bool(alerts) == alerts_expected
-    assert all("drifted from the base's" in alert for alert in alerts)  # nothing else sees it
+    assert all("drifted: " in alert for alert in alerts)  # nothing else sees it

@@ -27,7 +27,7 @@ MIN_STD = {"colors": 0.5}
 """Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
 MIN_STD_OF_SHARES = 0.2
 """The same of those that are shares."""
-DRIFT = "1: as unlike as the base's images of different prompts"
+DRIFT = "1: as unlike the base's as those of different prompts are"
 """What drift is measured in."""
 
 
@@ -84,9 +84,7 @@ def compare_with_base(
         if abs(shift) > config.shift:
             alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
     if config.drift is not None and drift > config.drift:
-        alerts.append(
-            f"the images drifted from the base's: {drift:.2f}, above watchdog.drift {config.drift:g} ({DRIFT})"
-        )
+        alerts.append(f"the images drifted: {drift:.2f}, above watchdog.drift {config.drift:g} ({DRIFT})")
     return Finding(alerts, changes | shifts | {"drift": drift})
 
 
