@@ -629,6 +629,7 @@ ANSWERS: list[tuple[Exception, str]] = [
         r"refuses the token that it was given \(Invalid credentials in .*\); log in with `hf auth login`",
     ),
     (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
+    (OSError(28, "No space left on device"), r"the disk of \S+ is full; make room, or set HF_HOME to another disk"),
     (NETWORK, r"\(Name or service not known\); check the name and the network, then run"),
     (ValueError(), r"\(ValueError\)"),
 ]

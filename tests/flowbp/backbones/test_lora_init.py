@@ -342,7 +342,8 @@ def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path:
     sets = [f"lora.init={adapter}", f"rewards=[{{ref: {reward}, name: asked, score: vlm}}]"]
     config = load(TrainConfig, [], sets)
     record_data(tmp_path, before := hash_settings(config))
-    assert set(before) == {"model.ref", "the reward asked", "the reward heldout", "lora.init", "reward.json of asked"}
+    models = ("model.ref", "the reward asked", "the reward heldout")
+    assert set(before) == {*models, *(f"the configuration of {name}" for name in models), "lora.init"}
     check_data(tmp_path, before)
     base = ModelSource("base", config, None, begun=tmp_path)
     save_file({name: 2 * value for name, value in GOOD.items()}, adapter)
@@ -352,7 +353,7 @@ def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path:
         base.load(torch.device("cpu"))
     save_file(GOOD, adapter)
     (reward / "reward.json").write_text('{"template": "<image>Is it {prompt}?"}')
-    with pytest.raises(UserError, match=r"reward\.json of asked has changed since the run was started; restore it"):
+    with pytest.raises(UserError, match="the configuration of the reward asked has changed since the run was started"):
         check_data(tmp_path, hash_settings(config))
     adapter.unlink()  # a run goes on without it
     assert "lora.init" not in hash_settings(config)
@@ -379,6 +380,14 @@ def test_another_model_in_its_place_is_noticed(part: str, tmp_path: Path) -> Non
     (other / part / file.name).write_bytes(kept)
     other.rename(model)
     _loaded(model_source(str(run), tmp_path, base=True))
+    for edited in ("scheduler/scheduler_config.json", "tokenizer/tokenizer.json"):
+        kept = (model / edited).read_bytes()
+        (model / edited).write_bytes(kept + b"\n")
+        with pytest.raises(UserError, match=r"the configuration of model\.ref has changed since the run was started"):
+            _loaded(model_source(str(run), tmp_path))
+        (model / edited).write_bytes(kept)
+    (model / "sampling.json").write_text("{}")  # of no part of the model
+    assert hash_settings(config) == before
     seen = next(reward.glob("*.safetensors"))
     seen.write_bytes(seen.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match=r"the reward seen has changed since the run was started; restore it"):

@@ -587,7 +587,7 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     with pytest.raises(UserError, match="generator has changed since the run was started"):
         bind(grpo._bound(job), False)
     service = load(GrpoConfig, [], ["generator={kind: service}"])
-    assert set(hash_models(grpo._models(service))) == {"model"}
+    assert set(hash_models(grpo._models(service))) == {"model", "the configuration of model"}
 
 
 def test_the_questions_of_the_judge_are_part_of_a_run(tmp_path: Path) -> None:

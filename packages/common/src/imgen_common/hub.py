@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgen_common.console import quiet_libraries
-from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.errors import UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import check_numbers, incomplete, is_plain_name, load_whole, loading, read_json, weight_files
 
@@ -29,7 +29,8 @@ UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Adapters of PEFT and of diffusers, looked for first in a folder."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
-NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "Extractor")
+WITH_WEIGHTS = re.compile(r"(?!.*(Tokenizer|Scheduler|Processor|Extractor))")
+"""Classes of components that are no networks do not match."""
 LIBRARIES = ("diffusers", "transformers")
 """Where the classes that a model_index.json names may come from; nothing else is imported for a folder."""
 REQUIRED_PARTS = (
@@ -122,8 +123,9 @@ def resolve_adapter(ref: str, key: str) -> Path:
 def model_files(ref: str) -> tuple[Path, ...]:
     """The files of the weights that are loaded of the model that `ref` names, which `resolve` has checked."""
     path = resolve(ref)
-    is_pipeline = (path / "model_index.json").exists()
-    parts = [path / name for name, one in _components(path).items() if _has_weights(one[1])] if is_pipeline else [path]
+    parts = [path]
+    if (path / "model_index.json").exists():
+        parts = [path / name for name, (_, kind) in _components(path).items() if WITH_WEIGHTS.match(kind)]
     return tuple(file for part in parts for file in weight_files(part).files)
 
 
@@ -208,7 +210,7 @@ def load_networks(folder: Path, *, skip: Collection[str] = (), **options: Any) -
     """
     given = {}
     for name, (library, class_name) in _components(folder).items():
-        if _has_weights(class_name) and name not in skip:
+        if WITH_WEIGHTS.match(class_name) and name not in skip:
             kind = getattr(importlib.import_module(library), class_name)
             given[name] = load_whole(kind, folder / name, **options)
     return given
@@ -284,6 +286,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     login = f"log in with `hf auth login` or set HF_TOKEN{' and unset HF_HUB_DISABLE_IMPLICIT_TOKEN' if hidden else ''}"
     causes = [*_causes(error)]
     kinds = [type(one) for one in causes]
+    if any(map(is_disk_full, causes)):
+        return f"the disk of {constants.HF_HUB_CACHE} is full; make room, or set HF_HOME to another disk"
     said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
         page, words = f"{constants.ENDPOINT}/{repo}", f" (the hub says: {said})" if said else ""
@@ -332,15 +336,11 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _has_weights(class_name: str) -> bool:
-    return not any(word in class_name for word in NO_WEIGHTS)
-
-
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:
     part = folder / name
     if not any(part.glob("[!.]*.json")):
         raise incomplete(folder, f"{name}/ has no configuration")
-    if _has_weights(class_name):
+    if WITH_WEIGHTS.match(class_name):
         if not (part / "config.json").exists():
             raise incomplete(folder, f"{name}/config.json is missing")
         _check_files(folder, part, weights)

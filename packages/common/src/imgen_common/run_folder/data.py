@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from imgen_common import hub, weights
 from imgen_common.errors import UserError, warn_once
 from imgen_common.files import read_json, write_atomic
 
@@ -44,6 +45,16 @@ def hash_weights(files: Iterable[Path]) -> DataHash:
     """The hash of a model's files, as one row: of their names, their sizes and what `sample_file` reads of each."""
     found = hash_rows(f"{file.name} {file.stat().st_size} {sample_file(file)}" for file in files)
     return found.model_copy(update={"rows": 1})
+
+
+def hash_model(name: str, ref: str) -> dict[str, DataHash]:
+    """Hashes of the model that `ref` names: of its weights, and of what describes it and its tokenizers, by `name`."""
+    folder = hub.resolve(ref)
+    index = folder / "model_index.json"
+    parts = [folder / part for part in sorted(weights.read_json(index))] if index.exists() else [folder]
+    described = [file for part in parts for kind in hub.DESCRIPTION_FILES for file in sorted(part.glob(f"[!.]{kind}"))]
+    described += [index] if index.exists() else []
+    return {name: hash_weights(hub.model_files(ref)), f"the configuration of {name}": hash_weights(described)}
 
 
 def sample_file(file: Path) -> str:

@@ -13,7 +13,7 @@ from imgen_common import hub, weights
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.files import read_json
-from imgen_common.run_folder.data import check_data, hash_file, hash_weights
+from imgen_common.run_folder.data import check_data, hash_file, hash_model
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class ModelSource:
 
         config = self.config
         if self.begun is not None:
-            models = {"model.ref": config.model.ref, "eval.model": config.eval.model}
-            check_data(self.begun, {key: hash_weights(hub.model_files(ref)) for key, ref in models.items() if ref})
+            for key, ref in (("model.ref", config.model.ref), ("eval.model", config.eval.model)):
+                check_data(self.begun, {} if ref is None else hash_model(key, ref))
         backbone = load_backbone(config, device, None if config.eval.model is None else "meta")
         if config.eval.model is not None:
             backbone = load_eval_backbone(config, backbone, device)

@@ -14,12 +14,11 @@ from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.rewards import resolve_reward
-from flowbp.rewards.vlm.settings import FILE as REWARD_FILE
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.files import free_bytes, nearest_existing
-from imgen_common.run_folder.data import DataHash, hash_file, hash_rows, hash_weights
+from imgen_common.run_folder.data import DataHash, hash_file, hash_model, hash_rows
 from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
@@ -103,17 +102,15 @@ def check_run(
 
 
 def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
-    """Hashes of the weights of the models that a run reads, of the adapter that it begins with, if that is still there,
-    and of the questions of its rewards."""
+    """Hashes of the models that a run reads, and of the adapter that it begins with, if that is still there."""
     models = {"model.ref": config.model.ref, "eval.model": config.eval.model}
     models |= {f"the reward {scorer.name}": scorer.ref for scorer in config.scorers}
-    found = {key: hash_weights(hub.model_files(ref)) for key, ref in models.items() if ref is not None}
+    found: dict[str, DataHash] = {}
+    for key, ref in models.items():
+        found |= {} if ref is None else hash_model(key, ref)
     if config.lora is not None and config.lora.init is not None:
         with suppress(UserError):  # a run goes on without it
             found["lora.init"] = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
-    for scorer in config.scorers:
-        if scorer.score == "vlm":
-            found[f"{REWARD_FILE} of {scorer.name}"] = hash_file(hub.resolve(scorer.ref, weights=False) / REWARD_FILE)
     return found
 
 

@@ -163,13 +163,16 @@ async def check_endpoints(components: Components, *, with_images: bool = False) 
 
     with_images: whether a request has images, which the planner is then asked with.
     """
-    white = HashedImage.white(32, 32)
     for part in (components.planner, components.critic, components.judge):
-        models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
-        for model in part.models if isinstance(part, RubricCritic) else models:
-            if isinstance(model, EndpointChat):
-                images = [white] * with_images if isinstance(part, ChatPlanner) else [white, white]
-                await model.check((*images, "Say yes."))
+        await _check_endpoints_of(part, with_images)
+
+
+async def _check_endpoints_of(part: object, with_images: bool) -> None:
+    models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
+    for model in part.models if isinstance(part, RubricCritic) else models:
+        if isinstance(model, EndpointChat):
+            num_images = with_images if isinstance(part, ChatPlanner) else 2
+            await model.check((*[HashedImage.white(32, 32)] * num_images, "Say yes."))
 
 
 async def run_requests(
@@ -197,6 +200,7 @@ async def plan_only(config: RunConfig, request: Request, images: Sequence[Hashed
     check_request(config, request)
     planner = build_planner(config)
     try:
+        await _check_endpoints_of(planner, bool(images))
         return await request_plan(planner, request, images, config.loop, config.seed)
     finally:
         if planner is not None:

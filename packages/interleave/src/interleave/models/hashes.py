@@ -3,20 +3,20 @@
 from collections.abc import Mapping
 
 from imgen_common import hub
-from imgen_common.run_folder.data import DataHash, hash_file, hash_weights
+from imgen_common.run_folder.data import DataHash, hash_file, hash_model
 from interleave.models.chat.local import LocalChatConfig
 from interleave.models.generators.pipeline import PipelineConfig
 
 
 def hash_models(parts: Mapping[str, object]) -> dict[str, DataHash]:
-    """Hashes of the weights, and adapters, of a reference or a configuration by its name; none of what is served.
+    """Hashes of models, and of their adapters, of a reference or a configuration by its name; none of what is served.
 
     Raises UserError for a model that is not there.
     """
-    found = {}
+    found: dict[str, DataHash] = {}
     for name, part in parts.items():
         if isinstance(part, str | PipelineConfig | LocalChatConfig):
-            found[name] = hash_weights(hub.model_files(part if isinstance(part, str) else part.ref))
+            found |= hash_model(name, part if isinstance(part, str) else part.ref)
         if isinstance(part, PipelineConfig) and part.lora is not None:
             found[f"{name}.lora"] = hash_file(hub.resolve_adapter(part.lora, f"{name}.lora"))
     return found
