@@ -67,6 +67,7 @@ INTERLEAVE = {
     "sft planner --set trl.lerning_rate=1": "did you mean 'learning_rate'",
     "grpo --set trl.num_generatoins=1": "did you mean 'num_generations'",
     "sft planner --resume nothing": "nothing: no such run",
+    "sft critic --set model=none/x": "no such local folder",
     "sft critic --dry-run": "sets/miniature: not there; make it first",
     "grpo --dry-run --json": "sets/miniature: not there; make it first",
     "sft critic sft.yaml": "critic_sft.jsonl: no such file",

@@ -60,12 +60,12 @@ def sft(
     announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import SftConfig
+    from interleave.training.rows import rows_file
 
     run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
-    if not dry_run:
-        _check_launched(config)
+    _check_start(config, dry_run)
     _ensure_set(run, configs, config, as_json, dry_run)
-    _check_files(config, f"{agent}_sft", weights=not dry_run)
+    rows_file(Path(config.data), f"{agent}_sft")
     from interleave.training import run as launch
 
     launch.prepare_environment()
@@ -108,12 +108,12 @@ def grpo(
     announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
     from interleave.training.config import GrpoConfig
+    from interleave.training.rows import rows_file
 
     run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
-    if not dry_run:
-        _check_launched(config)
+    _check_start(config, dry_run)
     _ensure_set(run, configs, config, as_json, dry_run)
-    _check_files(config, "critic_rl", weights=not dry_run)
+    rows_file(Path(config.data), "critic_rl")
     from interleave.training import run as launch
 
     launch.prepare_environment()
@@ -152,9 +152,13 @@ def _load_config(
     return run, config
 
 
-def _check_launched(config: "TrainingConfig") -> None:
-    """Raises UserError for DeepSpeed in a process that no launcher started, where it would look for MPI."""
-    if config.trl.get("deepspeed") is not None and "RANK" not in os.environ:
+def _check_start(config: "TrainingConfig", dry_run: bool) -> None:
+    """Raises UserError for a model that is not there, or DeepSpeed where no launcher started the process (it would look
+    for MPI)."""
+    from imgen_common import hub
+
+    hub.resolve(config.model, weights=not dry_run)
+    if not dry_run and config.trl.get("deepspeed") is not None and "RANK" not in os.environ:
         how = "torchrun --nproc_per_node N -m interleave, also for N = 1"
         raise UserError(f"trl.deepspeed: needs processes that a launcher started; begin the command with {how}")
 
@@ -175,15 +179,6 @@ def _ensure_set(
             (sft if isinstance(config, SftConfig) else grpo).check_settings(config)
             may_build = launch.num_processes("interleave") == 1
         data.build_miniature_set(Path(config.data), as_json, may_build)
-
-
-def _check_files(config: "TrainingConfig", rows: str, *, weights: bool) -> None:
-    """Raises UserError if the model or the training rows are missing."""
-    from imgen_common import hub
-    from interleave.training.rows import rows_file
-
-    hub.resolve(config.model, weights=weights)
-    rows_file(Path(config.data), rows)
 
 
 def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:
