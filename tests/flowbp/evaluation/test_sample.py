@@ -92,6 +92,18 @@ def test_a_model_is_drawn_as_its_folder_says(
         model_source(str(folder), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("flux-schnell", False), ("Turbo", False), ("model", True), ("model", False)]
+)
+def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) -> None:
+    folder = shutil.copytree(hub.resolve(GENERATOR), tmp_path / name)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": said}))
+    source = model_source(str(folder), tmp_path)
+    assert source.config.model.allow_distilled == (said or name != "model")
+    source.load(torch.device("cpu"))
+
+
 def test_files_are_numbered_on(tmp_path: Path) -> None:
     assert sampling.next_file_number(tmp_path / "none") == 0
     (tmp_path / "007-a-red-circle-seed0.png").touch()

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ def _resolve_family(
     family = str(content.get("_class_name"))
     if family not in FAMILIES:
         raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
-    said = "its model_index.json" if content.get("is_distilled") else "its name" if _is_called_distilled(ref) else ""
+    said = what_says_distilled(ref, content)
     if said and not distilled:
         raise UserError(
             f"{ref}: this model is step-distilled, as {said} says: training at many steps would undo that; use the "
@@ -119,6 +119,7 @@ def _resolve_family(
     return folder, getattr(diffusers, family), adapter
 
 
-def _is_called_distilled(ref: str) -> bool:
-    """Whether a model is called Turbo or schnell, as step-distilled ones are whose model_index.json does not say so."""
-    return re.search("turbo|schnell", Path(ref.split("@")[0]).name.lower()) is not None
+def what_says_distilled(ref: str, index: Mapping[str, Any]) -> str:
+    """What says that a model is step-distilled: its model_index.json, or its name, where that does not; else empty."""
+    is_called_so = re.search("turbo|schnell", Path(ref.split("@")[0]).name.lower())
+    return "its model_index.json" if index.get("is_distilled") else "its name" if is_called_so else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from flowbp.backbones import what_says_distilled
 from flowbp.config import TrainConfig
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub, weights
@@ -94,15 +95,18 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         begun = path if _models(config) == _models(recorded) else None
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
     check_is_model(text, root, "flowbp train")
-    config = load(TrainConfig, [], [*_exported_settings(text), *sets])
+    config = load(TrainConfig, [], [*_own_settings(text), *sets])
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 
 
-def _exported_settings(ref: str) -> list[str]:
-    """How the run drew that a model was exported from, as changes of a configuration; none of another model."""
+def _own_settings(ref: str) -> list[str]:
+    """What drawing with a model needs, as changes of a configuration: leave for one that is step-distilled, as nothing
+    is trained, and how the run drew that it was exported from."""
     folder = hub.resolve(ref, weights=False)
+    index = hub.pipeline_index(ref, folder)
+    leave = ["model.allow_distilled=true"] if what_says_distilled(ref, index) else []
     if not (file := folder / hub.SAMPLING_FILE).exists():
-        return []
+        return leave
     own = read_json(file, ExportedSampling)
     found: dict[str, float | None] = {
         "model.height": own.height,
@@ -110,13 +114,13 @@ def _exported_settings(ref: str) -> list[str]:
         "model.max_sequence_length": own.max_sequence_length,
         "eval.num_inference_steps": own.num_inference_steps,
     }
-    kind = hub.pipeline_index(ref, folder).get("_class_name")
+    kind = index.get("_class_name")
     if own.guidance_scale is not None and kind in WITH_EMBEDDED_GUIDANCE:
         if weights.read_json(folder / "transformer" / "config.json", folder).get("guidance_embeds"):
             found["model.embedded_guidance"] = own.guidance_scale
     elif own.guidance_scale is not None:
         found["guidance_scale"] = own.guidance_scale + (kind in WITH_ADDED_GUIDANCE)
-    return [f"{key}={value}" for key, value in found.items() if value is not None]
+    return leave + [f"{key}={value}" for key, value in found.items() if value is not None]
 
 
 def _models(config: TrainConfig) -> tuple[str | None, ...]:

@@ -127,7 +127,8 @@ def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
             if number < row.images
         ]
         notes += [
-            f"{row.folder}: {name} gave {number} of {row.scored[name]} images no score; they are left out."
+            f"{row.folder}: {name} gave {number} of {row.scored[name]} images no score (a reward's "
+            "was not finite, a judge's could not be read); they are left out."
             for name, number in row.unscored.items()
             if number
         ]
