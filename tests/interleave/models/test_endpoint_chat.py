@@ -412,6 +412,11 @@ def test_a_choice_by_probability_needs_probabilities(critic: Any, is_known: bool
     assert RunConfig(critic=critic).critic == critic
 
 
+def test_a_choice_by_the_judge_needs_one() -> None:
+    with pytest.raises(ValidationError, match="best_by_judge needs a judge; configure one"):
+        RunConfig(loop=LoopConfig(select="best_by_judge"))
+
+
 def test_the_check_of_a_critic_shows_two_images() -> None:
     seen: list[Any] = []
 

@@ -56,9 +56,10 @@ class Judging:
             if failed.total() > self.max_failed:
                 reasons = ", ".join(f"{count} {kind}" for kind, count in failed.most_common())
                 last = next(answer.error for answer in answers.values() if answer.error_kind)
+                most = int(self.max_failed)
                 raise UserError(
                     f"the judge {self.judge.id} failed on {failed.total()} of {len(items)} items ({reasons}; the last: "
-                    f"{last}), at most {self.max_failed:g} may fail; what it answered is kept: {self.how_to_continue}"
+                    f"{last}), at most {most} may fail; what it answered is kept: {self.how_to_continue}"
                 )
             done += 1
             on_progress(done, len(items))

@@ -166,7 +166,9 @@ class RunConfig(Config):
     """Attempts, budgets, selection."""
 
     @model_validator(mode="after")
-    def _verdicts_have_probabilities(self) -> "RunConfig":
+    def _can_select(self) -> "RunConfig":
+        if self.loop.select == "best_by_judge" and self.judge is None:
+            raise ValueError("loop.select: best_by_judge needs a judge; configure one or choose another selection")
         model = getattr(self.planner if isinstance(self.critic, SelfCritic) else self.critic, "model", None)
         has_some = getattr(model, "top_logprobs", 1) > 0 or getattr(self.critic, "num_samples", 1) > 1
         if self.loop.select == "best_by_verdict_probability" and (model is None or not has_some):
