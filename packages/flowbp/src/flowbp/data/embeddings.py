@@ -63,7 +63,8 @@ class EmbeddingStore:
         opened = self._open[self._files[key]]
         names = [name for name in opened.keys() if name.startswith(f"{key}/")]  # noqa: SIM118
         row = {name.split("/")[1]: opened.get_tensor(name) for name in names}
-        if key in self._unverified and checksum(row) != self._unverified.pop(key):
+        expected = self._unverified.pop(key, None)
+        if expected is not None and checksum(row) != expected:
             raise UserError(f"{self._files[key]}: damaged; remove it, its prompts will be encoded again")
         return row
 
