@@ -144,6 +144,18 @@ def test_what_cannot_be_read_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        '#TYPE System.Management.Automation.PSCustomObject\r\n"prompt","category"\r\n"a cat, big","x"\r\n',
+        'prompt;"note, optional"\na cat, big;x\n',
+        'sep=;\nprompt;"note, optional"\na cat, big;x\n',
+    ],
+)
+def test_first_lines_and_names_of_columns_as_programs_write_them(tmp_path: Path, content: str) -> None:
+    assert [row["prompt"] for row in rows(tmp_path, "p.csv", content)] == ["a cat, big"]
+
+
+@pytest.mark.parametrize(
     ("content", "prompts"),
     [
         ('prompt\na cat\n"a\nhat"\n"a ""b"" c"\n', ["a cat", "a\nhat", 'a "b" c']),

@@ -105,6 +105,15 @@ def test_built_in_splits_are_disjoint() -> None:
     assert not splits[1] & splits[2]
 
 
+def test_a_dataset_that_was_saved_with_a_format_has_all_its_columns(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"prompt": ["a cat", "a dog"], "label": [1, 2]})
+    rows.set_format("numpy", columns=["label"])
+    rows.save_to_disk(str(tmp_path / "data"))
+    assert load(tmp_path / "data") == ["a cat", "a dog"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

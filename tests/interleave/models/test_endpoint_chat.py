@@ -157,6 +157,19 @@ def test_a_slow_server() -> None:
     assert failure(endpoint(handler)).kind == "timeout"
 
 
+@pytest.mark.parametrize("scheme", ["Bearer ", "bearer  "])
+def test_a_key_with_its_scheme_is_sent_and_hidden_without(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", f"{scheme}sk-proj-very-secret")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert request.headers["Authorization"] == "Bearer sk-proj-very-secret"
+        return httpx.Response(401, json={"error": {"message": "Incorrect key provided: sk-proj-very-secret."}})
+
+    with pytest.raises(UserError, match=r"Incorrect key provided: \.\.\.") as error:
+        asyncio.run(endpoint(handler).check())
+    assert "very-secret" not in str(error.value)
+
+
 def test_the_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTERLEAVE_API_KEY", "secret")
     hosts: list[str] = []
@@ -369,6 +382,7 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
         ("At most 1 image(s) may be provided in one prompt.", "--limit-mm-per-prompt"),
         ("image input is not supported", "name one that reads them"),
         ("This model only supports streaming, please set stream to true", "answers are read whole here"),
+        ("parameter.enable_thinking must be set to false for non-streaming calls", "extra: {enable_thinking: false}"),
         ("API key not valid. Please pass a valid API key.", "set INTERLEAVE_API_KEY to a valid key"),
         ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
     ],

@@ -493,6 +493,16 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     assert len(asked) == tries
 
 
+@pytest.mark.parametrize("reason", ["CONTENT_FILTERED", "content_filter"])
+def test_an_image_that_a_filter_blacked_out_is_refused(reason: str) -> None:
+    black = base64.b64encode(png(Image.new("RGB", (8, 8)))).decode()
+    answer = httpx.Response(200, json={"data": [{"b64_json": black, "finish_reason": reason}]})
+    said = failure(endpoint(lambda request: answer))
+    assert (said.kind, reason in str(said)) == ("refused", True)
+    fine = httpx.Response(200, json={"data": [{"b64_json": black, "finish_reason": "SUCCESS"}]})
+    assert drawn(endpoint(lambda request: fine)).image.size == (8, 8)
+
+
 @pytest.mark.parametrize("status", [404, 405])
 def test_an_endpoint_without_edits_is_said_to_be_one(status: int) -> None:
     edit, plain = replace(JOB, sources=(RED,)), replace(JOB, sources=())

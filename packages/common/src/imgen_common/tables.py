@@ -17,8 +17,8 @@ NO_VALUE = frozenset(
     {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n", "#name?", "#ref!", "#value!", "#div/0!"}
 )
 """What pandas, R, SQL and spreadsheets write, in any case, into a cell that has no value."""
-SEPARATOR_LINE = re.compile(r"sep=([,;\t|])\n")
-"""The first line of a .csv by which Excel knows what divides its cells."""
+FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
+"""The first line of a .csv in which Excel keeps what divides its cells, or PowerShell the type of its rows."""
 
 
 def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -107,11 +107,11 @@ def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path)
-    named = SEPARATOR_LINE.match(text)  # a spreadsheet's word to itself, no row
-    columns = text[named.end() if named else 0 :].partition("\n")[0]
+    named = FIRST_LINE.match(text)  # a program's word to itself, no row
+    columns = re.sub('"[^"]*"', "", text[named.end() if named else 0 :].partition("\n")[0])
     # spreadsheets write semicolons where numbers have commas, and tabs as "text"
     guessed = next((mark for mark in ";\t" if mark in columns and "," not in columns), ",")
-    separator = named[1] if named else guessed
+    separator = named[1] if named and named[1] else guessed
     reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
     begun = 1
     try:

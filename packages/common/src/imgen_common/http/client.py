@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +60,8 @@ class HttpClient(RetryingCaller):
         one answer.  transport: for tests.  Raises UserError, without the token, for one that no header can carry.
         """
         super().__init__(policy, concurrency, name)
-        self._token_env, self._token = token_env, os.environ.get(token_env, "").strip()
+        token = os.environ.get(token_env, "").strip()
+        self._token_env, self._token = token_env, re.sub("^bearer +", "", token, flags=re.IGNORECASE)
         if not (self._token.isascii() and self._token.isprintable()):
             raise UserError(
                 f"{token_env}: holds characters that no token has, such as ends of lines or accents; set it again"

@@ -127,7 +127,7 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
     from datasets import Dataset, DatasetDict, load_from_disk
 
     try:
-        dataset: Dataset | DatasetDict = load_from_disk(str(path))
+        dataset: Dataset | DatasetDict = load_from_disk(str(path)).with_format(None)
     except FileNotFoundError as error:
         what = "not a dataset folder (made by datasets' save_to_disk); give one, or a file"
         if (path / "state.json").is_file():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 REMEDIES = {
     " image": "a critic and a judge show two images in a prompt, and a planner those of a request: serve the model so "
     "(vLLM: --limit-mm-per-prompt), or name one that reads them",
+    "enable_thinking": "set extra: {enable_thinking: false}",
     "stream": "answers are read whole here, so that a model which only streams cannot be used; name another one",
     "context length": "set max_new_tokens lower, or serve the model with a longer context",
 }

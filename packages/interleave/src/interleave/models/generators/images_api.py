@@ -11,9 +11,11 @@ from annotated_types import Ge, Le
 from pydantic import field_validator
 
 from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
+from imgen_common.errors import one_line
 from imgen_common.http import (
     HttpClient,
     HttpError,
+    Refusal,
     RetryPolicy,
     ServiceUrl,
     check_url,
@@ -21,6 +23,7 @@ from imgen_common.http import (
     redacted,
     version_hint,
 )
+from imgen_common.http.chat import FILTERED
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
 
@@ -181,6 +184,8 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         entry = answer["data"][0]
         if (error := error_in_answer(entry)) is not None:
             raise error
+        if str(reason := entry.get("finish_reason", "")).lower().startswith(FILTERED):
+            raise Refusal(f"stopped by a content filter (finish_reason {one_line(str(reason), 40)})")
         encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
