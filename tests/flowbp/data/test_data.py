@@ -212,7 +212,8 @@ def test_rewards_read_the_captions_of_edits(score: str, counted: str) -> None:
     edits += [Edit("a blue circle", (), caption="a red circle", source_caption=f"{long}3")]
     rewards = {"r": RewardConfig.model_validate({"score": score, "ref": "builtin:shapes/heldout"})}
     said = describe_unread_prompts(edits, ModelConfig(), rewards)
-    assert said == [f"{counted} prompts are longer than the 11 tokens that reward r reads; the rest of each is ignored"]
+    what = "prompts" if score == "clip" else "captions and source captions"
+    assert said == [f"{counted} {what} are longer than the 11 tokens that reward r reads; the rest of each is ignored"]
 
 
 def test_prompts_of_its_world_are_read_whole_by_the_miniature() -> None:

@@ -1,6 +1,7 @@
 """Exports: what others load back draws the same image."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,10 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     own = {"height": 32, "width": 32, "num_inference_steps": 25, "guidance_scale": scale}
     own |= {"max_sequence_length": 9} if family == "sd3" else {}
     assert json.loads((tmp_path / "out" / SAMPLING_FILE).read_text()) == own
+    drawn_with = ", ".join(f"{name} {value:g}" for name, value in sorted(own.items()))
+    card = (tmp_path / "out" / "README.md").read_text()
+    (line,) = re.findall(r"^Drawn with (.*), as the pipeline names them\.$", card, re.MULTILINE)
+    assert ", ".join(sorted(line.split(", "))) == drawn_with
     drawn, of_run = (model_source(str(one), tmp_path).config for one in (tmp_path / "out", run))
     assert drawn.model.embedded_guidance == (scale if family in ("flux", "flux_kontext", "flux2_dev") else None)
     same = {"ref": str(tmp_path / "out"), "embedded_guidance": drawn.model.embedded_guidance}

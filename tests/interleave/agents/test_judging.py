@@ -125,6 +125,13 @@ def test_reading_marks_keeps_the_range_or_refuses(answer: str) -> None:
 # --- a chat model as judge -------------------------------------------------------------------------------------------
 
 
+def test_scores_in_a_list_of_one_object_are_read() -> None:
+    assert parse_scores('```json\n[{"reasoning": "so", "score": [8, 7]}]\n```') == (8, 7)
+    for answer in ('[{"score": [8, 7]}, {"score": [1, 2]}]', "[]", "[[8, 7]]"):
+        with pytest.raises(Unreadable, match="score must be a list of two numbers"):
+            parse_scores(answer)
+
+
 def judge_of(say: Callable[[Message, int], Any], num_samples: int = 1, tries: int = 3, name: str = "m") -> ChatJudge:
     return ChatJudge(
         ScriptedChat(say, name=name),

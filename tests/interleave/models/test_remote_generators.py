@@ -503,6 +503,13 @@ def test_an_image_that_a_filter_blacked_out_is_refused(reason: str) -> None:
     assert drawn(endpoint(lambda request: fine)).image.size == (8, 8)
 
 
+def test_a_request_that_is_too_large_for_a_proxy_is_said_in_words() -> None:
+    page = "<html>\r\n<head><title>413 Request Entity Too Large</title></head><body><hr>nginx</body></html>"
+    said = str(failure(endpoint(lambda request: httpx.Response(413, text=page))))
+    assert "status 413: 413 Request Entity Too Large; send smaller images, or raise the server's limit (nginx" in said
+    assert "<" not in said
+
+
 @pytest.mark.parametrize("status", [404, 405])
 def test_an_endpoint_without_edits_is_said_to_be_one(status: int) -> None:
     edit, plain = replace(JOB, sources=(RED,)), replace(JOB, sources=())

@@ -194,6 +194,8 @@ class HttpClient(RetryingCaller):
             kind, can_retry = "refused", False
         if status == 407:
             remedy = "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+        if status == 413:
+            remedy = "; send smaller images, or raise the server's limit (nginx: client_max_body_size)"
         message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
         wait = retry_after(answer.headers)
         return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)

@@ -86,12 +86,18 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     return HttpError(kind, words, can_retry=can_retry, status=status)
 
 
+TITLE = re.compile(r"<title>([^<]+)</title>", re.IGNORECASE)
+"""Where the page of a proxy says what is wrong."""
+
+
 def error_message(data: bytes) -> str:
     """What the body of an error says, as servers write it: {"error": {"message": ...}}, {"detail": ...}, or text."""
     try:
         return _words(json.loads(data))[:MAX_ERROR_BYTES]
     except (ValueError, RecursionError):
-        return data[:MAX_ERROR_BYTES].decode("utf-8", "replace")
+        text = data[:MAX_ERROR_BYTES].decode("utf-8", "replace")
+        title = TITLE.search(text) if text.lstrip()[:1] == "<" else None
+        return title[1] if title else text
 
 
 def _words(said: Any) -> str:

@@ -114,7 +114,8 @@ def describe_unread_prompts(
 
     backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
     apply_model_options(backbone, model)
-    readers = [(name, limit, list(dict.fromkeys(prompts))) for name, limit in backbone.prompt_limits().items()]
+    distinct = list(dict.fromkeys(prompts))
+    readers = [(name, limit, "prompts", distinct) for name, limit in backbone.prompt_limits().items()]
     of_captions = []
     for name, config in rewards.items():
         reward = config.load("meta")
@@ -124,11 +125,12 @@ def describe_unread_prompts(
                 captions += [getattr(prompt, "source_caption", "") for prompt in prompts]
             else:
                 of_captions.append(name)
-            readers.append((f"reward {name}", limit, list(dict.fromkeys(captions))))
+            what = "captions and source captions" if len(captions) > len(prompts) else "prompts"
+            readers.append((f"reward {name}", limit, what, list(dict.fromkeys(captions))))
     cut = [
-        f"{count} of {len(texts)} prompts {'is' if count == 1 else 'are'} longer than the {limit.max_tokens} tokens "
+        f"{count} of {len(texts)} {what} {'is' if count == 1 else 'are'} longer than the {limit.max_tokens} tokens "
         f"that {reader} reads; the rest of each is ignored"
-        for reader, limit, texts in readers
+        for reader, limit, what, texts in readers
         if (count := limit.num_longer(texts))
     ]
     edits = [prompt for prompt in prompts if sources_of(prompt)]

@@ -36,8 +36,7 @@ def export_run(
     adapter, or `model` does not fit.
     """
     opened = RunFolder.open(run, is_main=False)
-    latest = opened.latest_checkpoint()
-    step = latest if step is None else step
+    step = opened.latest_checkpoint() if step is None else step
     config, weights = read_trained_weights(opened, kept, step)
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
@@ -54,7 +53,7 @@ def export_run(
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
             keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
-        card = model_card(run, config, to, kept, step, model, evaluated=step == latest)
+        card = model_card(opened, config, to, kept, step, model, _sampling(config, model))
         write_atomic(folder / "README.md", card)
     return out
 

@@ -1,5 +1,6 @@
 """The model card of an exported run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from flowbp.backbones.licenses import license_of
@@ -11,6 +12,7 @@ from flowbp.training.runs import compare_base_and_trained
 from imgen_common import hub
 from imgen_common.config import to_yaml
 from imgen_common.console import markdown_table
+from imgen_common.run_folder.folder import RunFolder
 
 DESCRIPTIONS: dict[ExportFormat, str] = {
     "diffusers": f'Adapter. Load: `pipeline.load_lora_weights("FOLDER")`, file `{DIFFUSERS_FILE}`.',
@@ -20,21 +22,20 @@ DESCRIPTIONS: dict[ExportFormat, str] = {
 
 
 def model_card(
-    run: Path,
+    run: RunFolder,
     config: TrainConfig,
     to: ExportFormat,
     kept: ExportedWeights,
     step: int | None,
-    model: str | None = None,
-    *,
-    evaluated: bool,
+    model: str | None,
+    drawn: Mapping[str, int | float],
 ) -> str:
     """The model card: what the weights are, how to load them, scores, licenses, the whole configuration.
 
-    step: number of updates.  model: what the weights were merged into, if that is not the trained model.  evaluated:
-    whether they are those that the run evaluates.
+    step: number of updates.  model: what the weights were merged into, if that is not the trained model.  drawn: how
+    the images of its evaluations were, as the pipeline calls it.
     """
-    evaluated = evaluated and model in (None, config.eval.model)
+    evaluated = step == run.latest_checkpoint() and model in (None, config.eval.model)
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
     models = [config.model.ref, *([model] if model else []), *(scorer.ref for scorer in config.scorers)]
     lines = [
@@ -43,11 +44,12 @@ def model_card(
         "tags: [text-to-image, flowbp, reward-backpropagation]",
         *([f"base_model: {config.model.ref}"] if hub.HUB_REF.fullmatch(config.model.ref) else []),
         "---",
-        f"# {run.name}",
+        f"# {run.path.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
         f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
+        f"Drawn with {', '.join(f'{name} {value:g}' for name, value in drawn.items())}, as the pipeline names them.",
         "## Scores",
-        _scores(run) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
+        _scores(run.path) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
         "## Licenses",
         *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
         "## Configuration",

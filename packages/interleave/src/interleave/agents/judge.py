@@ -158,6 +158,8 @@ def parse_scores(answer: str) -> tuple[float, float]:
     value = parse_json(answer)
     if isinstance(value, ParseFailure):
         raise Unreadable(value.reason)
+    if isinstance(value, list) and len(value) == 1:  # as Gemini's models answer
+        (value,) = value
     scores = value.get("score") if isinstance(value, dict) else None
     if not isinstance(scores, list) or len(scores) != 2:
         raise Unreadable("score must be a list of two numbers")
