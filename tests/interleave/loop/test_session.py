@@ -10,10 +10,11 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.run_folder.find import find_run
 from interleave import demo
-from interleave.loop.config import NoPlanner, RunConfig
-from interleave.loop.run import StoryStream
+from interleave.loop.config import ModelCritic, NoPlanner, RunConfig
+from interleave.loop.requests import make_request
+from interleave.loop.run import StoryStream, create_run, run_requests
 from interleave.protocols import Components, HashedImage
-from interleave.records import Attempt, Record
+from interleave.records import Attempt, Record, Trajectory
 
 
 def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
@@ -32,3 +33,20 @@ def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
     assert (tmp_path / "two_squares" / "trace.jsonl").read_text().count("\n") == 4
     with pytest.raises(UserError, match="a run of `interleave demo`, not of `flowbp train`"):
         find_run("two_squares", tmp_path, "flowbp train")
+
+
+def test_a_template_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("Is {original_instruction} in <image><image>?")
+    config = RunConfig(planner=NoPlanner(), critic=ModelCritic(template=str(file)))
+    parts = Components(None, FakeCritic(lambda shown, seed: (True, shown.prompt_used)), FakeGenerator())
+    create_run(tmp_path / "run", config, lambda store: [make_request("a red circle", [], store)])
+
+    def go_on() -> list[Trajectory]:
+        return asyncio.run(run_requests(tmp_path / "run", parts, config, ["test"], lambda record: None))
+
+    file.write_text("Is {original_instruction} really in <image><image>?")
+    with pytest.raises(UserError, match="the text of a template has changed since the run was started; restore it"):
+        go_on()
+    file.write_text("Is {original_instruction} in <image><image>?")
+    assert [story.status for story in go_on()] == ["complete"]

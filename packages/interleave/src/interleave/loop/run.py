@@ -13,6 +13,7 @@ from pathlib import Path
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
+from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, record_data
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.vocabulary import describe_large_image, describe_missing_image, describe_unknown_words
@@ -117,12 +118,15 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
         )
 
 
+def hash_templates(config: RunConfig) -> dict[str, DataHash]:
+    """The hash of all templates of a configuration.  Raises UserError for one that cannot be had."""
+    parts = (config.planner, config.critic, config.judge)
+    refs = [ref for part in parts for name, ref in part or () if name.endswith("template")]
+    return {"the text of a template": hash_rows(load_template(ref).text for ref in refs)}
+
+
 def check_references(config: RunConfig) -> None:
-    """Raises UserError for a template or a model that cannot be had, before anything is loaded."""
-    for part in (config.planner, config.critic, config.judge):
-        for name, ref in part or ():
-            if name.endswith("template"):
-                load_template(ref)
+    """Raises UserError for a model that cannot be had, before anything is loaded."""
     for model in (getattr(config.planner, "model", None), getattr(config.critic, "model", None), config.generator):
         if isinstance(model, LocalChatConfig | PipelineConfig):
             hub.resolve(model.ref)
@@ -147,6 +151,7 @@ def create_run(
                 sizes = (store.get(image).image.size for image in request.image_ids)
                 if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
                     raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
+            record_data(path, hash_templates(config))
             check_references(config)
             request_files.save_requests(requests, path)
         except BaseException:
@@ -188,6 +193,8 @@ async def run_requests(
     Raises UserError if the folder is in use, or belongs to another configuration.
     """
     with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
+        if (path / DATA).exists():  # else of an earlier version, or merged
+            check_data(path, hash_templates(config))
         requests = request_files.load_requests(path)
         with Trace(path) as trace:
             images = ImageStore(path / IMAGES)
