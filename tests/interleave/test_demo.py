@@ -127,6 +127,7 @@ def page_at(browser: Any, address: str) -> Iterator[Any]:
 def faults_of(page: Any) -> list[str]:
     """What is wrong with the page at the widths of a phone and of a desk, as it is now."""
     found = []
+    page.add_style_tag(content="* { transition: none !important }")  # colors as they are to be, not on their way there
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 800})
         found += [f"at {width}: {fault}" for fault in page.evaluate(FAULTS)]
