@@ -110,7 +110,10 @@ def create_demo_app(
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
-        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+            **{f"button_primary_background_fill{end}": "*primary_600" for end in ("", "_dark")},  # text of 4.5 to 1
+            **{f"button_primary_background_fill_hover{end}": "*primary_700" for end in ("", "_dark")},
+        ),
         head=f"<style>{page.COLORS}\n.story-live {{ {page.STYLE}{STYLE}{NARROW} }}</style>",
     )
     return app
