@@ -68,5 +68,6 @@ def _scores(run: Path) -> str:
     for scale, scores in changes.items():
         for name, change in scores.items():
             text = describe_change(name, change)
-            rows.append([f"{scale:g}", score_title(name), text.before, text.after, text.interval, str(change.num)])
+            means = ["not finite" if value in ("nan", "inf", "-inf") else value for value in (text.before, text.after)]
+            rows.append([f"{scale:g}", score_title(name), *means, text.interval, str(change.num)])
     return markdown_table(["guidance", "score", "before", "after", "change, 95 % interval", "prompts"], rows)

@@ -318,7 +318,7 @@ def check_trainable(trainer: Any, config: TrainingConfig) -> None:
         raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
 
 
-NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or lower trl.learning_rate"
+NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"
 
 
 def _check_finite(modules: Mapping[Any, str], update: int) -> None:
