@@ -110,7 +110,7 @@ def test_samples_of_several_layouts_share_a_batch(backbone: Backbone) -> None:
 
 
 GRADIENTS = [(family, method) for family in EDITORS for method in METHODS]
-TIER = {("flux2", "flowbp_bridge"): (), ("flux_kontext", "flowbp_sparse"): pytest.mark.slow}
+TIER = {("flux2", "flowbp_bridge"): pytest.mark.slow, ("flux_kontext", "flowbp_sparse"): pytest.mark.slow}
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,7 @@ def test_a_run_is_not_resumed_to_fewer_updates_than_it_made(flowbp: Call, traine
     assert_refused(answer, f"max_train_steps {number}: {trained} has made ")
 
 
+@pytest.mark.slow
 def test_what_a_damaged_checkpoint_had_led_to_is_evaluated_anew(flowbp: Call, trained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     scores = run / "evaluations" / "trained-g1" / "scores.json"
@@ -596,6 +597,7 @@ def test_a_run_that_diverged_goes_on_with_what_the_message_says(
     assert "Configuration until update 2" in (run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_weights_diverged_is_not_gone_on_from(
     flowbp: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -109,7 +109,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         EmbeddingStore(tmp_path)
 
 
-@pytest.mark.parametrize("place", [-1, -40, -2000])
+@pytest.mark.parametrize("place", [-1, -2000])
 def test_a_flipped_bit_of_stored_embeddings_is_found(tmp_path: Path, place: int) -> None:
     backbone = backbones.load("builtin:shapes/generator")
     PromptEmbeddings(backbone, EmbeddingStore(tmp_path)).add(PROMPTS)

@@ -101,7 +101,7 @@ def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) 
     index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": said}))
     source = model_source(str(folder), tmp_path)
     assert source.config.model.allow_distilled == (said or name != "model")
-    source.load(torch.device("cpu"))
+    assert source.unread_prompts(["a red circle"]) == []  # the model is not refused
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

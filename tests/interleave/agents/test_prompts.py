@@ -268,9 +268,7 @@ def plans(draw: st.DrawFn) -> Plan:
     for index in range(1, draw(st.integers(1, 4)) + 1):
         prompt = draw(maybe)
         said = draw(maybe if prompt else filled.filter(lambda text: text != "None"))
-        steps.append(
-            PlanStep(index=index, name=draw(filled | st.just("")), instruction=draw(maybe), prompt=prompt, text=said)
-        )
+        steps.append(PlanStep(index=index, name=draw(maybe) or "", instruction=draw(maybe), prompt=prompt, text=said))
     return Plan(steps=tuple(steps), reasoning=draw(nasty))
 
 
