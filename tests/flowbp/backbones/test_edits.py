@@ -110,12 +110,13 @@ def test_samples_of_several_layouts_share_a_batch(backbone: Backbone) -> None:
 
 
 GRADIENTS = [(family, method) for family in EDITORS for method in METHODS]
-TIER = {("flux2", "flowbp_bridge"): pytest.mark.slow, ("flux_kontext", "flowbp_sparse"): pytest.mark.slow}
+SLOW = (("flux2", "flowbp_bridge"), ("flux_kontext", "flowbp_sparse"))
+"""Those that are not left to the exhaustive tier."""
 
 
 @pytest.mark.parametrize(
     ("folder", "method"),
-    [pytest.param(*case, marks=TIER.get(case, pytest.mark.exhaustive)) for case in GRADIENTS],
+    [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else pytest.mark.exhaustive) for case in GRADIENTS],
     indirect=["folder"],
 )
 def test_the_sweep_over_edits_is_the_joint_graph(folder: Path, method: str) -> None:
