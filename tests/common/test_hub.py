@@ -635,15 +635,21 @@ ANSWERS: list[tuple[Exception, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "said"), ANSWERS)
-def test_the_hubs_refusal_says_what_to_do(
-    error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def let_the_hub_fail(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Online, every download fails so."""
+
     def refuse(*_: object, **__: object) -> str:
         raise error
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+
+
+@pytest.mark.parametrize(("error", "said"), ANSWERS)
+def test_the_hubs_refusal_says_what_to_do(
+    error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_hub_fail(error, monkeypatch)
     for ask in (hub.resolve, hub.prefetch):
         with pytest.raises(UserError, match=said) as found:
             ask("org/gated@v9")
@@ -651,11 +657,7 @@ def test_the_hubs_refusal_says_what_to_do(
 
 
 def test_a_setting_that_hides_the_token_is_named(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise LATER
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    let_the_hub_fail(LATER, monkeypatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     with pytest.raises(UserError, match=r"set HF_TOKEN and unset HF_HUB_DISABLE_IMPLICIT_TOKEN, then run this"):
         hub.resolve("org/gated")
@@ -673,15 +675,11 @@ def test_a_setting_that_hides_the_token_is_named(fake: FakeHub, monkeypatch: pyt
 def test_variables_that_the_hub_is_reached_by_are_named(
     variable: str, value: str, error: Exception, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    let_the_hub_fail(error, monkeypatch)
     names = "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "HTTPS_PROXY", "ALL_PROXY", "https_proxy", "all_proxy"
     for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=f"check the name, the variable {variable} and the network") as found:
         hub.resolve("org/name")
     assert "hf_caf" not in str(found.value)
@@ -704,11 +702,7 @@ def test_variables_that_the_hub_is_reached_by_are_named(
 def test_a_token_and_a_certificate_have_their_remedies(
     error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    let_the_hub_fail(error, monkeypatch)
     with pytest.raises(UserError, match=said) as found:
         hub.resolve("org/name")
     assert "hf_caf" not in str(found.value)

@@ -120,12 +120,11 @@ def resolve_adapter(ref: str, key: str) -> Path:
     return chosen[0]
 
 
-def model_files(ref: str) -> tuple[Path, ...]:
-    """The files of the weights that are loaded of the model that `ref` names, which `resolve` has checked."""
-    path = resolve(ref)
-    parts = [path]
-    if (path / "model_index.json").exists():
-        parts = [path / name for name, (_, kind) in _components(path).items() if WITH_WEIGHTS.match(kind)]
+def model_files(folder: Path) -> tuple[Path, ...]:
+    """The files of the weights that are loaded of a model's folder, which `resolve` has checked."""
+    parts = [folder]
+    if (folder / "model_index.json").exists():
+        parts = [folder / name for name, (_, kind) in _components(folder).items() if WITH_WEIGHTS.match(kind)]
     return tuple(file for part in parts for file in weight_files(part).files)
 
 

@@ -54,7 +54,7 @@ def hash_model(name: str, ref: str) -> dict[str, DataHash]:
     parts = [folder / part for part in sorted(weights.read_json(index))] if index.exists() else [folder]
     described = [file for part in parts for kind in hub.DESCRIPTION_FILES for file in sorted(part.glob(f"[!.]{kind}"))]
     described += [index] if index.exists() else []
-    return {name: hash_weights(hub.model_files(ref)), f"the configuration of {name}": hash_weights(described)}
+    return {name: hash_weights(hub.model_files(folder)), f"the configuration of {name}": hash_weights(described)}
 
 
 def sample_file(file: Path) -> str:
