@@ -49,9 +49,12 @@ def hardware_name(device: torch.device) -> str:
 
 
 def result_file(name: str, device: torch.device, suffix: str) -> Path:
-    """`benchmarks/results/NAME-HARDWARE.SUFFIX`."""
+    """`benchmarks/results/NAME-HARDWARE.SUFFIX`; `runs/benchmark-results/` has it where that is the result of a command
+    with other options, which stays."""
     slug = re.sub(r"[^a-z0-9]+", "-", f"{device.type} {hardware_name(device)}".lower()).strip("-")
-    return RESULTS / f"{name}-{slug}.{suffix}"
+    kept = RESULTS / f"{name}-{slug}.json"
+    is_other = kept.exists() and json.loads(kept.read_text())["environment"]["command"][3:] != sys.argv[1:]
+    return (Path("runs/benchmark-results") if is_other else RESULTS) / f"{name}-{slug}.{suffix}"
 
 
 def describe_run(module: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:

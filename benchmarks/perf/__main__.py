@@ -18,6 +18,7 @@ import torch
 import typer
 
 from benchmarks.common import (
+    RESULTS,
     choose_device,
     describe_run,
     format_versions,
@@ -36,8 +37,9 @@ MODULE = "benchmarks.perf"
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "perf.md"
 HEAD = """# Speed and memory, side by side
 
-Written by `uv run python -m benchmarks.perf`. Each row compares two variants of one computation on the miniature (the
-first row: on a tiny random network). The variants run in turns in one process with one thread. Seconds are CPU time of
+Written by `uv run python -m benchmarks.perf --repeats 7`. Each row compares two variants of one computation on
+the miniature (the first row: on a tiny random network).
+The variants run in turns in one process with one thread. Seconds are CPU time of
 the process, because the machine is shared with other work; they are medians, and a ratio is the median over repeats of
 first / second. Only these ratios mean anything: seconds depend on what else the machine does. Memory is the peak of
 live tensor bytes above the weights, which does not depend on the machine. Networks this small spend much of their time
@@ -113,7 +115,7 @@ def main(
     if not chosen:
         raise UserError(f"--only {only}: no case has it; cases are {', '.join(case.name for case in CASES)}")
     default = result_file("perf", device, "json")
-    baseline = comparable(read_committed(default), SETTING)
+    baseline = comparable(read_committed(RESULTS / default.name), SETTING)
     ratios = []
     for case in chosen:
         ratios.append(one := measure(case, device, repeats))
@@ -131,7 +133,7 @@ def main(
     found: dict[str, Sequence[Any]] = {"ratios": ratios, "service": service, "precisions": precisions}
     content = {name: [asdict(row) for row in rows] for name, rows in found.items()}
     write_json(output or default, content | {"repeats": repeats, "settings": SETTING, "environment": environment})
-    if output is None and not only:
+    if output is None and not only and default.parent == RESULTS:
         write_atomic(default.with_suffix(".md"), table)
         write_atomic(PAGE, f"{HEAD}\n{table}")
 

@@ -143,9 +143,9 @@ def write_study(
     versions = f"{environment['hardware']}, one thread; {format_versions(dict(environment))}."
     text = f"# {title}\n\n{table}\n\n{setup} {versions}\n"
     print(text)
+    write_json(output.with_suffix(".json"), {"environment": environment, "result": content})
     write_atomic(output, text)
     write_atomic(output.with_suffix(".svg"), figure)
-    write_json(output.with_suffix(".json"), {"environment": environment, "result": content})
     print(f"written to {output}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiers import tiers
 
+from benchmarks import common
 from benchmarks.common import read_json, write_json
 from benchmarks.perf import gpu_update, sweep_memory
 from benchmarks.quality import gradient_fidelity, miniature, miniature_cells, miniature_report
@@ -36,6 +38,19 @@ CPU = torch.device("cpu")
 
 def test_a_table_is_markdown() -> None:
     assert markdown_table(["a", "b"], [["x", "1.0"]]) == "| a |   b |\n| - | --: |\n| x | 1.0 |"
+
+
+def test_a_result_of_other_options_does_not_write_over_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["-m", "--prompts", "8"])
+    first = common.result_file("study", CPU, "json")
+    assert first.parent == tmp_path
+    write_json(first, {"environment": common.describe_run("benchmarks.study", sys.argv[1:], CPU)})
+    assert common.result_file("study", CPU, "md") == first.with_suffix(".md")
+    monkeypatch.setattr(sys, "argv", ["-m", "--prompts", "2"])
+    assert common.result_file("study", CPU, "json") == Path("runs/benchmark-results", first.name)
 
 
 # sweep_memory ---------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ import torchvision.transforms.functional as tv
 from PIL import Image
 from tiers import tiers
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
-from transformers import CLIPImageProcessor
+from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from flowbp.rewards import RewardConfig, preprocess
-from flowbp.rewards.loading import load_part
 from imgen_common import hub
 from imgen_common.errors import UserError
 
@@ -118,12 +117,26 @@ def test_every_field_of_a_processor_is_followed(name: str, size: str, tmp_path: 
     assert (found - expected).abs().max() < ROUNDING * steps.scale / unit
 
 
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "SiglipImageProcessor", "CLIPImageProcessor"])
+def test_what_a_processor_does_not_say_is_as_its_own_class_has_it(kind: str, tmp_path: Path) -> None:
+    folder, (images, pil) = reward_folder(tmp_path, {}), edges("33x47")
+    fields: dict[str, Any] = {"image_processor_type": kind, "size": {"height": 32, "width": 32}}
+    if kind == "CLIPImageProcessor":
+        fields["crop_size"] = {"height": 32, "width": 32}
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+    steps = preprocess.ProcessorSteps.of(preprocess.load_processor(folder), folder, 32)
+    expected = AutoImageProcessor.from_pretrained(folder)(pil, return_tensors="pt").pixel_values
+    assert steps.normalization is not None
+    assert (steps(images) - expected).abs().max() < ROUNDING / min(steps.normalization[1])
+
+
 REFUSED: dict[str, dict[str, Any]] = {
     "resample 1": {"resample": 1},
     "resample 0": {"resample": 0},
     "size .*longest_edge": {"size": {"shortest_edge": 32, "longest_edge": 64}},
     "size 33.*allowed: 32x32": {"size": {"shortest_edge": 33}, "do_center_crop": False},
     "crop_size": {"crop_size": {"height": 32, "width": 30}},
+    "crop_size None": {"image_processor_type": "ViTImageProcessor", "crop_size": None},
     "do_pad True": {"do_pad": True, "pad_size": {"height": 32, "width": 32}},
     "image_mean 0.5": {"image_mean": 0.5},
     "image_std": {"image_std": [0.5]},
@@ -138,7 +151,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_a_processor_that_is_not_reproduced_is_refused(reason: str, tmp_path: Path) -> None:
     folder = reward_folder(tmp_path, REFUSED[reason])
     with pytest.raises(UserError, match=reason):
-        preprocess.ProcessorSteps.of(load_part(CLIPImageProcessor, folder), folder, 32)
+        preprocess.ProcessorSteps.of(preprocess.load_processor(folder), folder, 32)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,9 @@ def test_a_processor_that_is_not_reproduced_is_refused(reason: str, tmp_path: Pa
         ("CLIPImageProcessorFast", True),
         ("CLIPFeatureExtractor", True),
         ("SiglipImageProcessor", True),
+        ("ViTImageProcessorFast", True),
+        ("Siglip2ImageProcessor", False),
+        ("ViTHybridImageProcessor", False),
         ("ConvNextImageProcessor", False),
         ("BitImageProcessor", False),
     ],
@@ -161,7 +177,7 @@ def test_a_processor_with_other_steps_is_refused_by_its_name(kind: str, is_read:
 def test_a_reward_without_its_processor_is_refused(tmp_path: Path) -> None:
     folder = reward_folder(tmp_path, {})
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="no CLIPImageProcessor that can be loaded"):
+    with pytest.raises(UserError, match="no image processor that can be loaded"):
         RewardConfig(ref=str(folder)).load()
 
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_part, load_tokenizer, scoring_head
+from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_tokenizer, scoring_head
 
 MIN_CHANGE = 1e-3
 """Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""
@@ -28,7 +28,7 @@ class ClipReward:
     def __init__(
         self,
         model: CLIPModel,
-        processor: CLIPImageProcessor,
+        processor: Any,
         tokenizer: PreTrainedTokenizerBase,
         *,
         cosine: bool = False,
@@ -47,8 +47,7 @@ class ClipReward:
 
         options: further arguments of the class.  Raises UserError for an image processor that is not reproduced.
         """
-        model, processor = load_frozen(CLIPModel, folder, device, torch.float32), load_part(CLIPImageProcessor, folder)
-        preprocess.check_processor_type(CLIPImageProcessor.get_image_processor_dict(folder)[0], folder)
+        model, processor = load_frozen(CLIPModel, folder, device, torch.float32), preprocess.load_processor(folder)
         return cls(model, processor, load_tokenizer(folder, model.text_model), **options)
 
     def preprocess(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 crop crop"]:

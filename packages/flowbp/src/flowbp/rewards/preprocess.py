@@ -1,5 +1,6 @@
 """From images in [0, 1] to the input of a vision tower: float32, differentiable, resized as PIL resizes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +8,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from transformers import Qwen2VLImageProcessor
+from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from flowbp.rewards.loading import load_part
 from imgen_common.errors import UserError
+from imgen_common.weights import loading
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Filter = Literal["bilinear", "bicubic"]
 PIL_FILTERS: Mapping[int, Filter] = {2: "bilinear", 3: "bicubic"}
 """Filters by their numbers in PIL, which a preprocessor_config.json gives; torch has no antialiased others."""
-CLIP_LIKE = ("CLIP", "Siglip", "ViT")
-"""How the names of image processors begin that resize, crop and normalize as CLIP's does, by the same fields."""
+CLIP_LIKE = re.compile("(CLIP|Siglip|ViT)(ImageProcessor|FeatureExtractor)(Fast|Pil)?")
+"""Names of the image processors that resize, crop and normalize as CLIP's does; each class has its own defaults."""
 QWEN_FIELDS = {
     "do_resize": True,
     "resample": 3,
@@ -125,11 +129,13 @@ class ProcessorSteps:
 
     @classmethod
     def of(cls, processor: Any, where: Path, side: int) -> "ProcessorSteps":
-        """The steps of a `CLIPImageProcessor`, for a model that reads images of `side` x `side` pixels.
+        """The steps of a processor that `load_processor` gave, for a model that reads images of `side` x `side` pixels.
 
         Raises UserError, which names the field of its configuration, for what is not reproduced or does not fit.
         """
         size, mode = _size(processor, where), PIL_FILTERS.get(processor.resample)
+        if processor.do_center_crop and processor.crop_size is None:
+            raise _refused(where, "crop_size", None, f"{side}x{side}, which the model reads")
         crop = (processor.crop_size.height, processor.crop_size.width) if processor.do_center_crop else None
         if mode is None and size is not None:
             raise _refused(where, "resample", processor.resample, "2 (bilinear) or 3 (bicubic)")
@@ -182,11 +188,18 @@ def require_fields(processor: Any, where: Path, expected: Mapping[str, object]) 
             raise _refused(where, field, found, str(value))
 
 
-def check_processor_type(fields: Mapping[str, Any], where: Path) -> None:
-    """Raises UserError where the configuration of a processor is that of a class with other steps than CLIP's."""
-    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or CLIP_LIKE[0]
-    if not str(kind).startswith(CLIP_LIKE):
-        raise _refused(where, "image_processor_type", kind, f"those of {', '.join(CLIP_LIKE)}")
+def load_processor(folder: Path) -> Any:
+    """The image processor of a folder, of the class that its configuration names; CLIP's where it names none.
+
+    Raises UserError where it cannot be loaded, and for a class with other steps than CLIP's.
+    """
+    with loading(f"{folder}: has no image processor that can be loaded"):
+        fields, _ = CLIPImageProcessor.get_image_processor_dict(folder)
+    kind = fields.get("image_processor_type") or fields.get("feature_extractor_type") or CLIPImageProcessor.__name__
+    known = CLIP_LIKE.fullmatch(str(kind))
+    if known is None:
+        raise _refused(folder, "image_processor_type", kind, "those of CLIP, Siglip and ViT")
+    return load_part(getattr(transformers, f"{known[1]}ImageProcessor"), folder)
 
 
 def _refused(where: Path, field: str, found: object, allowed: str) -> UserError:
