@@ -81,7 +81,12 @@ WHOLE = [transformers_folder, diffusers_folder, sharded_folder, lora_folder]
 @pytest.mark.parametrize("make", WHOLE)
 def test_a_whole_folder_resolves_to_itself(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
-    assert hub.resolve(str(folder)) == folder
+    assert hub.resolve(str(folder), single_file=make is lora_folder) == folder
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an adapter; give the model it was trained on"):
+        hub.resolve(str(lora_folder(tmp_path)))
 
 
 @pytest.mark.parametrize("make", WHOLE)

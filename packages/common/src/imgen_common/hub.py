@@ -136,10 +136,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     it promises, and every shard of an index; with weights=False they are not looked at.
     """
     index = folder / "model_index.json"
-    if not any((folder / name).exists() for name in (index.name, "config.json", *LORA_FILES)):
-        raise UserError(
-            f"{folder}: not a model folder (none of {index.name}, config.json, {', '.join(LORA_FILES)} in it)"
-        )
+    names = (index.name, "config.json", *LORA_FILES)
+    if not any((folder / name).exists() for name in names):
+        raise UserError(f"{folder}: not a model folder (none of {', '.join(names)} in it)")
     for file in sorted(folder.rglob("*")):
         if weights and file.name.endswith(UNFINISHED):
             raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")
@@ -232,6 +231,8 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
         if single_file and len(files) == 1:
             return _check_path(files[0], weights, single_file)
         check_folder(path, weights=weights)
+        if not (single_file or any((path / name).exists() for name in ("model_index.json", "config.json"))):
+            raise UserError(f"{path}: is an adapter; give the model it was trained on, or a folder with both merged")
     elif path.suffix != ".safetensors":
         folder = f"; give the folder that it is in, {path.parent}" if path.suffix == ".json" else ""
         raise UserError(f"{path}: weights are read from safetensors files and folders of models{folder}")
