@@ -130,6 +130,10 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for name, mark in (("p.csv", ","), ("p.tsv", "\t"))
             for cell in ("NaN", "nan", "NULL", "None", "#N/A", "<NA>", "#NAME?", "\\N", "NA")
         ),
+        *(
+            ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as a client of a database prints")
+            for cell in ("--------", "(3 rows affected)", "(1 row)")
+        ),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),
     ],

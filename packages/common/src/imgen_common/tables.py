@@ -17,6 +17,8 @@ NO_VALUE = frozenset(
     {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n", "#name?", "#ref!", "#value!", "#div/0!"}
 )
 """What pandas, R, SQL and spreadsheets write, in any case, into a cell that has no value."""
+NO_ROW = re.compile(r"--+|\(\d+ rows?(?: affected)?\)", re.IGNORECASE)
+"""The line under the names, and the count at the end, that clients of databases (sqlcmd, psql) print with the rows."""
 FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
 """The first line of a .csv in which Excel keeps what divides its cells, or PowerShell the type of its rows."""
 
@@ -53,9 +55,11 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def check_cell(text: str, what: str, remedy: str) -> None:
-    """Raises UserError for what programs write into a cell without a value, which is no text."""
+    """Raises UserError for what programs write into a cell without a value, or around the rows, which is no text."""
     if text.strip().lower() in NO_VALUE:
         raise UserError(f"{what} is {text.strip()}, as programs write a cell without a value; {remedy}")
+    if NO_ROW.fullmatch(text.strip()):
+        raise UserError(f"{what} is {text.strip()}, as a client of a database prints with its rows; {remedy}")
 
 
 def describe_type(value: object) -> str:
