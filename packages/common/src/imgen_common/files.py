@@ -53,6 +53,11 @@ CANNOT_SYNC |= {errno.EBADF, errno.ENOTTY}
 """What file systems answer that do not offer fsync, or not for folders."""
 
 
+def finite_or_none(value: float) -> float | None:
+    """The value, or None where it is NaN or infinite: JSON has neither."""
+    return value if math.isfinite(value) else None
+
+
 def read_text(path: Path, max_bytes: int | None = None) -> str:
     """The text of a UTF-8 file, without the byte order mark that some editors write.
 

@@ -11,7 +11,6 @@ a second writer out.
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ from imgen_common.config import Config, load, read_yaml, to_yaml
 from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
+    finite_or_none,
     lock,
     read_json_lines,
     write_atomic,
@@ -195,7 +195,7 @@ class RunFolder:
         if not self.is_main:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = {"step": step} | {name: finite_or_none(value) for name, value in values.items()}
         append_line(self.path / METRICS, json.dumps(line))
         writer = self._tensorboard()
         for name, value in values.items():

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 
 from imgen_common.config import read_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import Number, byte_lines, read_json, read_json_lines
+from imgen_common.files import Number, byte_lines, finite_or_none, read_json, read_json_lines
 from imgen_common.run_folder.checkpoints import MANIFEST, find_checkpoints
 from imgen_common.run_folder.find import CONFIG, LOCK, METRICS
 from imgen_common.run_folder.folder import CHECKPOINTS, MetricsLine
@@ -55,8 +54,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """The fields; a score that is not finite is None."""
-        scores = {name: value if math.isfinite(value) else None for name, value in self.scores.items()}
-        return asdict(self) | {"scores": scores}
+        return asdict(self) | {"scores": {name: finite_or_none(value) for name, value in self.scores.items()}}
 
     @property
     def progress(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from imgen_common.files import finite_or_none
 from imgen_common.statistics import bootstrap_interval, paired_bootstrap_interval
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def describe_change(name: str, change: Change) -> ChangeText:
 def scores_as_json(found: Mapping[str, Change | MeanScore]) -> dict[str, Any]:
     """Means, or changes and their verdicts, as plain data; what is not finite is None."""
     return {
-        name: {key: value if math.isfinite(value) else None for key, value in asdict(one).items()}
+        name: {key: finite_or_none(value) for key, value in asdict(one).items()}
         | ({"verdict": one.verdict} if isinstance(one, Change) else {})
         for name, one in found.items()
     }

@@ -1,10 +1,9 @@
 """Evaluations on disk: `RUN/evaluations/NAME-gSCALE/{scores.json, 000.png, ...}`."""
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from flowbp.data.edits import sources_of
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.errors import UserError
-from imgen_common.files import Number, read_json, write_atomic, writing
+from imgen_common.files import Number, finite_or_none, read_json, write_atomic, writing
 from imgen_common.images import from_pil, to_pil
 
 
@@ -77,17 +76,12 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
         kept = ("prompts", "scores", "groups", "statistics", *(("preview",) if evaluation.preview else ()))
         content = {"name": name, "guidance": guidance} | {key: getattr(evaluation, key) for key in kept}
         for key in ("scores", "statistics"):
-            content[key] = {name: _as_json(column) for name, column in content[key].items()}
+            content[key] = {name: list(map(finite_or_none, column)) for name, column in content[key].items()}
         write_atomic(folder / "scores.json", json.dumps(content) + "\n")
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
-
-
-def _as_json(column: Sequence[float]) -> list[float | None]:
-    """What is not finite as null: JSON has neither NaN nor infinity."""
-    return [value if math.isfinite(value) else None for value in column]
 
 
 def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:

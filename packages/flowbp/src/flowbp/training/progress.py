@@ -1,7 +1,6 @@
 """How a run reports its progress: live on a terminal, as plain lines elsewhere, as JSON lines for machines."""
 
 import json
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowbp.evaluation.compare import format_score, score_title
+from imgen_common.files import finite_or_none
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -48,7 +48,7 @@ class JsonLinesReporter(NullReporter):
 
     def event(self, event: str, **values: Any) -> None:
         """Write {"event": event, ...}; numbers that are not finite become null."""
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        line = {key: finite_or_none(v) if isinstance(v, float) else v for key, v in values.items()}
         self._write(json.dumps({"event": event} | line))
 
     def stage(self, text: str) -> None:

@@ -12,7 +12,6 @@ Every file is written whole or not at all, and is found again, so that the same 
 
 import asyncio
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +51,7 @@ from flowbp.evaluation.sources import ModelSource
 from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.files import finite_or_none, numbered_lines, write_atomic
 from imgen_common.images import decode, from_pil, save_png, to_pil
 from imgen_common.judging.answers import AnswerLog
 from imgen_common.judging.cost import Cost, estimate_cost
@@ -82,7 +81,7 @@ def load_scorer(spec: ScorerSpec, device: torch.device) -> ScoreImages:
     def score(images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> ScoreRows:
         with torch.no_grad():
             found = reward(from_pil(images).to(device), [prompt.text for prompt in prompts]).tolist()
-        return [{"score": value if math.isfinite(value) else None} for value in found]
+        return [{"score": finite_or_none(value)} for value in found]
 
     return score
 
