@@ -328,6 +328,10 @@ def test_scored_attempts_become_reinforcement_rows(tmp_path: Path, store: ImageS
     write_rl(rows, file, store)
     again = list(read_rl(file, tmp_path, store))
     assert again == rows
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    table = [line | {"evaluation": json.dumps(line["evaluation"])} for line in lines]  # without nested columns
+    file.write_text("".join(json.dumps(line) + "\n" for line in table))
+    assert list(read_rl(file, tmp_path, store)) == rows
     look = CriticInput(WHITE, A, "prompt 1", "prompt 1")
     assert render_critic(load_template("critic"), again[0].critic_input(store.get)) == render_critic(
         load_template("critic"), look

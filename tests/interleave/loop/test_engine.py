@@ -292,7 +292,10 @@ def test_why_answers_ended_is_on_record(tmp_path: Path) -> None:
     )
     run(tmp_path / "c", made, loop=LoopConfig(max_attempts=1))
     (attempt,) = attempts(tmp_path / "c")
-    assert (attempt.finish_reason, attempt.error) == ("length", "cut off after 0 tokens: no <think>: it said '?'")
+    assert (attempt.finish_reason, attempt.error) == (
+        "length",
+        "cut off after 0 tokens: no <think>: it said '?'; raise max_new_tokens, or have the model think less",
+    )
 
 
 @given(statuses=st.lists(st.sampled_from(["accepted", "rejected", "generator_failed"]), min_size=1, max_size=6))

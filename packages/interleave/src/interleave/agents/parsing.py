@@ -127,10 +127,11 @@ def _text(value: object, name: str, mode: ParseMode) -> str | None:
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
     """Why a reply could not be read, as records show it; with its first words where it has none of the tags asked for,
-    which often say that the model will not answer."""
+    which often say that the model will not answer, and what to do about one that was cut off."""
     is_plain = not re.search("</?(think|answer)>", reply.text)
     words = f"it said {one_line(reply.text, 120)!r}" if is_plain and reply.text.strip() else ""
-    return ": ".join(filter(None, (describe_ending(reply), read.reason, words)))
+    remedy = "; raise max_new_tokens, or have the model think less" if reply.truncated else ""
+    return ": ".join(filter(None, (describe_ending(reply), read.reason, words))) + remedy
 
 
 def describe_ending(reply: Reply) -> str:

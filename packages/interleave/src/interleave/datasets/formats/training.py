@@ -44,8 +44,8 @@ class _Turn(BaseModel):
 
 
 def _unpack(value: object) -> object:
-    """A list that a table without nested columns holds as JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """A list or an object that a table without nested columns holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
     return value
@@ -113,7 +113,7 @@ class _RlLine(BaseModel):
     rewritten_prompt: str
     origin_image_path: str
     edited_image_path: str
-    evaluation: Evaluation
+    evaluation: Annotated[Evaluation, BeforeValidator(_unpack)]
 
 
 def read_rl(file: Path, root: Path, images: ImageStore, left_out: list[str] | None = None) -> Iterator[RlRow]:
