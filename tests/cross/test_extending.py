@@ -41,7 +41,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(source, copy)
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files, lines = NEW_FILE.findall(text), NEW_LINES.findall(text)
-    assert (len(files), len(lines)) == (7, 21)
+    assert (len(files), len(lines)) == (7, 23)
     for path, content in files:
         assert not (copy / path).exists()
         (copy / path).write_text(content, encoding="utf-8")

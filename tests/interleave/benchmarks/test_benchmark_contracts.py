@@ -1,5 +1,6 @@
 """What every registered benchmark does, on its miniature edition; one that is added is tested here by being there."""
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Unreadable
+from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Benchmark, Item, Output
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.shapes.data import write_data
+from interleave.benchmarks.shapes.judge import ShapesJudge
 from interleave.cli.benchmark import TITLES
 
 pytestmark = pytest.mark.parametrize("name", BENCHMARKS)
@@ -81,6 +84,16 @@ def test_questions_have_names_of_their_own_and_refuse_an_empty_answer(
                     question.parse("")
         failed = benchmark.questions(item, output, prompts, dict.fromkeys(names))
         assert {question.name for question in failed} <= set(names)  # nothing depends on an answer that failed
+
+
+def test_the_judge_of_the_miniature_answers_its_questions(
+    benchmark: Benchmark, items: list[Item], output: Output
+) -> None:
+    judge, prompts = ChatModelJudge(ShapesJudge()), benchmark.read_prompts(None)
+    for item in items[:4]:
+        for question in benchmark.questions(item, output, prompts, {}):
+            reply = asyncio.run(judge.ask(question.system, question.message, 0))
+            assert question.parse(reply.text) is not None
 
 
 def test_failures_are_left_out_or_the_worst(benchmark: Benchmark, items: list[Item]) -> None:

@@ -144,7 +144,10 @@ def test_what_failed_is_counted_and_stands_in_both_figures(tmp_path: Path) -> No
     assert (culture.value, culture.as_zero) == (1.0, (num_culture - 2) / num_culture)
     assert (report.num_judged, report.failures, report.num_answers) == (22, {"refused": 2}, 24)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "24 items: 24 generated, 22 judged whole. 24 questions, failed: 2 refused." in table
+    assert (
+        "24 items: 24 generated, 22 judged whole. 24 questions, failed: 2 refused. The first of them: not this one."
+        in table
+    )
 
 
 @pytest.mark.parametrize("name", tiers(NAMES, default=["wise"], slow=["rise"]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from imgen_common.console import markdown_table
+from imgen_common.errors import one_line
 from imgen_common.judging.answers import Answer
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts, Scores
 
@@ -32,8 +33,9 @@ class Figure:
 class BenchmarkReport:
     """All that a table says.
 
-    failures: of questions, by kind.  differences: why the figures cannot be compared with published ones; empty: words
-    and judge are those of the authors, and all of the given data was used.
+    failures: of questions, by kind.  first_error: of the first question that failed, in words.  differences:
+    why the figures cannot be compared with published ones; empty: words and judge are those of the authors, and all of
+    the given data was used.
     """
 
     benchmark: str
@@ -45,6 +47,7 @@ class BenchmarkReport:
     num_judged: int
     num_answers: int
     failures: Mapping[str, int]
+    first_error: str | None
     num_calls: int
     num_prompt_tokens: int
     num_completion_tokens: int
@@ -72,6 +75,7 @@ def make_report(
         num_judged=sum(bool(f) and all(a.error_kind is None for a in f.values()) for f in shown.values()),
         num_answers=len(every),
         failures=dict(sorted(Counter(answer.error_kind for answer in every if answer.error_kind).items())),
+        first_error=next((answer.error for answer in every if answer.error_kind), None),
         num_calls=sum(answer.num_calls for answer in every),
         num_prompt_tokens=sum(answer.num_prompt_tokens for answer in every),
         num_completion_tokens=sum(answer.num_completion_tokens for answer in every),
@@ -127,9 +131,10 @@ def table_markdown(report: BenchmarkReport) -> str:
 def notes(report: BenchmarkReport) -> list[str]:
     """What stands under the table."""
     failures = ", ".join(f"{count} {kind}" for kind, count in report.failures.items()) or "none"
+    reason = "" if report.first_error is None else f" The first of them: {one_line(report.first_error, 200)}."
     lines = [
         f"{report.num_items} items: {report.num_generated} generated, {report.num_judged} judged whole. "
-        f"{report.num_answers} questions, failed: {failures}.",
+        f"{report.num_answers} questions, failed: {failures}.{reason}",
         f"Judge: {report.judge or 'none'}. Questions: {report.prompts}. {report.num_calls} calls, "
         f"{report.num_prompt_tokens} tokens read, {report.num_completion_tokens} written.",
         "Intervals: percentile bootstrap over items within their categories, failures left out.",

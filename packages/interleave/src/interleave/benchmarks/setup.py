@@ -77,8 +77,8 @@ def prepare(
             items = spread(items, request.limit)
     shard.of(items)  # refuses more parts than items
     if not prompts.is_official:
-        words = "the judge's questions are in our own words; give --prompts-from a copy of the authors' repository"
-        differences.append(words)
+        remedy = "give --prompts-from a copy of the authors' repository, if they have one"
+        differences.append(f"the judge's questions are in our own words; {remedy}")
     differences += judge_differences(config.judge, benchmark.judge)
     work = BenchmarkWork(benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command))
     work.open()
