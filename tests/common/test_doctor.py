@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+from imgen_common import files
 from imgen_common.doctor import findings
 from imgen_common.doctor.bundle import without_secrets, write_bundle
 from imgen_common.doctor.commands import build_doctor
@@ -121,6 +122,11 @@ def test_a_bundle_holds_findings_and_the_last_of_a_run(tmp_path: Path, monkeypat
     assert len(parts["run/metrics.jsonl"].splitlines()) == 200
     with pytest.raises(UserError, match=r"report\.zip: exists; give another name"):
         write_bundle(file, "flowbp", [], None)
+    with monkeypatch.context() as full:
+        full.setattr(files, "sync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+        with pytest.raises(UserError, match=r"new\.zip: the disk is full"):
+            write_bundle(tmp_path / "new.zip", "flowbp", [], None)
+    assert not [entry for entry in tmp_path.iterdir() if "new.zip" in entry.name]
     with pytest.raises(UserError, match="no run folder"):
         write_bundle(tmp_path / "other.zip", "flowbp", [], tmp_path)
     assert not os.path.exists(tmp_path / "other.zip")

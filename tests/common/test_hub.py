@@ -256,6 +256,15 @@ def test_a_lora_file_resolves(tmp_path: Path) -> None:
         hub.resolve(str(tmp_path / "lora.safetensors"))
 
 
+def test_a_folder_of_a_model_in_one_file_says_how_it_becomes_a_model(tmp_path: Path) -> None:
+    (tmp_path / "text_encoders").mkdir()
+    for name in ("sd3.5_medium.safetensors", "text_encoders/clip_g.safetensors"):
+        write_weights(tmp_path / name)
+    said = r"the one file sd3\.5_medium\.safetensors is not read: give a model folder; .*from_single_file"
+    with pytest.raises(UserError, match=said):
+        hub.resolve(str(tmp_path))
+
+
 def test_a_folder_of_one_weights_file_and_no_description_is_that_file(tmp_path: Path) -> None:
     write_weights(tmp_path / "lora.safetensors")
     (tmp_path / "README.md").write_text("words")

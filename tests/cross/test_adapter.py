@@ -16,7 +16,7 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.images import to_pil
 from imgen_common.run_folder.folder import RunFolder
-from interleave.models.generators.pipeline import PipelineConfig, PipelineRunner
+from interleave.models.generators.pipeline import GenerationSettings, PipelineConfig, PipelineRunner
 from interleave.protocols import GenerationRequest, HashedImage
 from tests.interleave.editors import folder_of
 
@@ -25,9 +25,9 @@ GUIDANCE = {"flux": 3.5, "flux2_dev": 4.0, "z_image": 0.0}
 """What flowbp tells a guidance-distilled model unless it is told otherwise, and no guidance of Z-Image."""
 
 
-def trained(place: Path, model: Path) -> Path:
+def trained(place: Path, model: Path, *sets: str) -> Path:
     """A run whose adapter is random, as if it had been trained."""
-    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", "lora={rank: 4, alpha: 2}"])
+    config = load(TrainConfig, [], [f"model.ref={model}", "name=run", "lora={rank: 4, alpha: 2}", *sets])
     parameters = mark_trainable(backbones.load(str(model)).net, config)
     rng = torch.Generator().manual_seed(1)
     weights = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=rng) for name, p in parameters.items()}
@@ -74,9 +74,12 @@ def test_an_exported_adapter_gives_the_same_image(family: str, tmp_path: Path) -
     assert np.abs(drawn_by_interleave(family, merged, None) - aligned).max() <= 1
 
 
-def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_an_exported_adapter_says_how_it_is_drawn_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = folder_of("flux2", tmp_path)
-    out = export_run(trained(tmp_path, model), "diffusers", tmp_path / "out")
+    run = trained(tmp_path, model, "model.max_sequence_length=9", "model.height=64")
+    out = export_run(run, "diffusers", tmp_path / "out")
+    drawn = PipelineRunner(PipelineConfig(ref=str(model), lora=str(out), width=48)).settings
+    assert drawn == GenerationSettings(max_sequence_length=9, height=64, width=48)
     other = folder_of("sd3", tmp_path)
     with pytest.raises(UserError, match="does not fit StableDiffusion3Pipeline"):
         drawn_by_interleave("sd3", other, out)

@@ -14,9 +14,10 @@ from flowbp.evaluation import sampling
 from imgen_common.config import load
 from imgen_common.run_folder.folder import RunFolder
 
-TARGETS = (
-    "lora.target_modules=[to_q, to_k, to_v, add_q_proj, add_k_proj, add_v_proj, to_out.0, to_qkv_mlp_proj, to_out]"
-)
+TEXT, JOINT = ", add_q_proj, add_k_proj, add_v_proj", ", to_qkv_mlp_proj, to_out"
+"""Layers of FLUX.2 for text alone, and those of its blocks that read text and image as one."""
+TARGETS = f"lora.target_modules=[to_q, to_k, to_v{TEXT}, to_out.0{JOINT}]"
+"""Target modules of FLUX.2."""
 
 
 ONE_STREAM = {"z_image": "feed_forward.w1, adaLN_modulation.0", "krea2": "ff.up, to_gate"}
@@ -26,8 +27,8 @@ ONE_STREAM |= {"qwen_image_21": "img_mlp.proj, img_mlp.out"}
 
 def targets_of(family: str) -> str:
     """`TARGETS` for a family."""
-    text = "add_q_proj, add_k_proj, add_v_proj"
-    return TARGETS.replace(text, ONE_STREAM.get(family, text))
+    joint = JOINT if family.startswith("flux2") else ""
+    return TARGETS.replace(TEXT, f", {ONE_STREAM[family]}" if family in ONE_STREAM else TEXT).replace(JOINT, joint)
 
 
 def trained(place: Path, model: Path, *sets: str) -> Path:

@@ -1,6 +1,7 @@
 """The FLUX.2 adapter against the unmodified pipeline, on the miniature and on the real model's numbers."""
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,14 @@ def test_distilled_and_foreign_models_are_refused(pipeline: Flux2KleinPipeline, 
             backbones.load(str(tmp_path / name))
     with pytest.raises(UserError, match="not a diffusers pipeline"):
         backbones.load(str(hub.resolve("builtin:shapes/reward")))
+
+
+def test_a_transformer_that_is_stored_quantized_is_refused(pipeline: Flux2KleinPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    described = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": described}))
+    with pytest.raises(UserError, match="stored quantized, and cannot be trained; give a model with plain ones"):
+        backbones.load(str(tmp_path))
+    with pytest.raises(UserError, match="its weights are quantized, which needs bitsandbytes; install it, or give"):
+        hub.check_networks(tmp_path)

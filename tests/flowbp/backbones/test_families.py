@@ -139,6 +139,10 @@ def test_a_backbone_knows_what_its_text_encoders_read(
     for limit in limits.values():
         texts = ["a" + " a" * (limit.max_tokens - missing) for missing in (1, 0)]
         assert [limit.num_longer([text]) for text in ("", *texts)] == [0, 0, 1]
+        if len(limits) == 1 and not backbone.reads_sources:
+            for text, is_read in zip(texts, (True, False), strict=True):
+                first, other = (encode(backbone, [text[:-1] + last])["text"] for last in "ab")
+                assert (first.shape != other.shape or not torch.equal(first, other)) == is_read
     if backbone.reads_sources:
         return  # it cuts what was tokenized: see the tests of edits
     tokenize = PreTrainedTokenizerBase.__call__
@@ -474,6 +478,7 @@ MISSED = {
     "nothing": "with 'nothing';",
     "": "with any of them: [];",
     "to_qkv_mlp_proj": "with 'to_qkv_mlp_proj'",
+    "to_q, to_k, to_v, to_out": "with 'to_out'; did you mean 'to_out.0'?",
 }
 
 

@@ -238,7 +238,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(case: str, flux2: Path,
 
 
 def test_an_adapter_of_another_family_is_refused(flux2: Path, tmp_path: Path) -> None:
-    run = trained(tmp_path, folder_of("flux", tmp_path), "lora={rank: 4}", TARGETS)
+    run = trained(tmp_path, folder_of("flux", tmp_path), "lora={rank: 4}", targets_of("flux"))
     for to in ("diffusers", "comfyui"):
         out = export_run(run, to, tmp_path / to)
         with pytest.raises(UserError, match=r"Flux2Transformer2DModel|in this network"):

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from flowbp import backbones, cli
-from flowbp.cli import app, console
+from flowbp.cli import app, console, options
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.data.prompts import load_prompts
@@ -38,6 +38,7 @@ from flowbp.training.runs import new_run_path
 from flowbp.training.trainer import DIVERGED, Trainer
 from imgen_common import hub
 from imgen_common.config import load
+from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator
 
@@ -481,6 +482,20 @@ def test_a_prompt_that_is_cut_is_said(flowbp: Call, tmp_path: Path, words: tuple
     code, output, errors = flowbp(*(word.format(file=tmp_path / "long.CSV", folder=tmp_path) for word in words))
     assert code == 0, errors
     assert (output + errors).count(SAID) == 1
+
+
+def test_other_processes_end_once_the_first_could_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    waited: list[float] = []
+    monkeypatch.setattr(options.time, "sleep", waited.append)
+    with pytest.raises(typer.Exit), options.report_error_once():
+        raise UserError("lr: wrong")
+    assert waited == [options.SECONDS_TO_PRINT]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="lr: wrong"), options.report_error_once():
+        raise UserError("lr: wrong")
+    assert len(waited) == 1
 
 
 @pytest.mark.slow

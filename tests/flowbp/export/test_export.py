@@ -65,6 +65,7 @@ def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
     assert (images["ema"] - ours(run, model)).abs().max() < 1e-5
     assert (images["last"] - images["early"]).abs().max() < 1e-5  # as the checkpoints were made
     assert (images["ema"] - images["last"]).abs().max() > 5e-3
+    assert json.loads((tmp_path / "ema" / SAMPLING_FILE).read_text()) == {"height": 32, "width": 32}
     assert "1 update;" in (tmp_path / "early" / "README.md").read_text()
     # the run was stopped at update 2, of as many as its configuration says
     assert all(" 2 updates;" in (tmp_path / name / "README.md").read_text() for name in ("ema", "last"))

@@ -1,5 +1,6 @@
 """The trainer: what it computes does not depend on how the batch is cut, on the processes, or on being killed."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from flowbp.estimate import estimate_run
 from flowbp.evaluation.evaluate import NotFiniteError
 from flowbp.evaluation.sampling import generate_images
 from flowbp.methods import METHODS
-from flowbp.training import launch, loop
+from flowbp.training import launch, loop, trainer
 from flowbp.training.loading import LoadedModels, load_models
 from flowbp.training.preflight import check_run
 from flowbp.training.stage_clock import STAGES
@@ -365,6 +366,18 @@ def test_what_was_not_finite_first_is_said(
         trainer.step()
     assert trainer.update == update
     assert all(torch.equal(before[name], p) for name, p in models.parameters.items())
+
+
+def test_what_was_not_finite_is_told_to_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = parts().backbone
+    decode = backbone.decode
+    monkeypatch.setattr(backbone, "decode", lambda latents: decode(latents) * math.nan)
+    rank = Trainer(config_of("refl", "total_batch_size=1"), parts(), Accelerator(cpu=True))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(trainer, "gather_object", lambda own: json.loads(json.dumps([*own, *own])))  # plain data
+    assert str(rank.find_not_finite()).startswith("not finite: the VAE's images")
+    monkeypatch.setattr(backbone, "decode", decode)
+    assert str(rank.find_not_finite()).startswith("not finite: the gradient")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -748,7 +748,9 @@ def test_a_record_that_cannot_be_read_is_left_out_of_an_import_and_named(tmp_pat
         import_set("execution_record", tmp_path / "records", tmp_path / "none")
 
 
-@pytest.mark.parametrize("form", ["lines", "array", "parquet", "parquet of JSON", "lines with a byte order mark"])
+@pytest.mark.parametrize(
+    "form", ["lines", "array", "parquet", "parquet of JSON", "folder of parquet", "lines with a byte order mark"]
+)
 def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) -> None:
     A.image.save(tmp_path / "a.png"), B.image.save(tmp_path / "b.png")
     turns = [{"role": "user", "content": "<image><image>look"}, {"role": "assistant", "content": NO}]
@@ -757,7 +759,7 @@ def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) ->
     if form == "parquet":
         images = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": "b.png"}]
         pq.write_table(pa.Table.from_pylist([*({"messages": turns, "images": images},) * 2, {"messages": turns}]), file)
-    elif form == "parquet of JSON":
+    elif form.endswith(" of JSON") or form.startswith("folder"):
         cells = {"messages": json.dumps(turns), "images": json.dumps(["a.png", "b.png"])}
         pq.write_table(pa.Table.from_pylist([*(cells,) * 2, cells | {"images": "[]"}]), file)
     elif form == "array":
@@ -765,9 +767,25 @@ def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) ->
     else:
         start = "\ufeff" if "mark" in form else ""
         file.write_text(start + "\r\n".join(json.dumps(row) for row in [*rows, {"messages": turns}]), encoding="utf-8")
-    info = import_set("sharegpt", file, tmp_path / "out", role="critic")
+    if form.startswith("folder"):
+        folder = tmp_path / "downloaded" / "data"
+        folder.mkdir(parents=True)
+        file.rename(folder / "train-00000-of-00002.parquet")
+        for name in ("train-00001-of-00002.parquet", "test-00000-of-00001.parquet"):
+            pq.write_table(pa.Table.from_pylist([{"messages": turns}]), folder / name)
+        file = tmp_path / "downloaded"
+    info = import_set("sharegpt", file, tmp_path / "out", role="critic", root=tmp_path)
     assert info.rows == {"critic_sft": {"train": 2}}
     assert "2 <image> markers for 0 images" in info.notes[1]
+    if form.startswith("folder"):
+        assert info.notes[0].endswith(": 2")  # one of each file of training rows
+
+
+def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "critic.json").write_text("[]")
+    with pytest.raises(UserError, match=r"rows: is a folder without \.parquet files; give the file that holds"):
+        import_set("sharegpt", tmp_path / "rows", tmp_path / "out", role="critic")
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "rl"])

@@ -554,6 +554,13 @@ def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: st
         ({"lora_alpha": True}, r"lora\.lora_alpha: must be a whole number, got True"),
         ({"use_rslora": "no"}, r"lora\.use_rslora: must be true or false, got 'no'"),
         ({"lora_dropout": "0.1"}, r"lora\.lora_dropout: must be a finite number, got '0\.1'"),
+        *(
+            (
+                {"init_lora_weights": start},
+                rf"lora\.init_lora_weights: '?{start}'? cannot be trained from; allowed: true",
+            )
+            for start in ("eva", "pissa_niter_16", "loftq", "lora_ga", False)
+        ),
         ({"peft_type": "IA3"}, r"lora\.peft_type: cannot be set, it is LORA"),
         ({"trainable_token_indices": [1]}, r"lora\.trainable_token_indices: cannot be set"),
     ],
@@ -564,6 +571,7 @@ def test_values_that_no_option_of_lora_has_are_refused(lora: dict[str, Any], sai
     with pytest.raises(UserError, match=said):
         build_lora_config(SftConfig(lora={"r": 2} | lora))
     assert build_lora_config(SftConfig(lora={"r": 2, "lora_alpha": 1, "lora_dropout": 0})).r == 2
+    assert build_lora_config(SftConfig(lora={"r": 2, "init_lora_weights": "pissa"})).init_lora_weights == "pissa"
 
 
 def test_entries_of_lora_that_match_are_taken(root: Path) -> None:

@@ -6,15 +6,12 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import check_numbers, incomplete, is_plain_name, load_whole, loading, read_json, weight_files
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
@@ -29,6 +26,10 @@ UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Adapters of PEFT and of diffusers, looked for first in a folder."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+SINGLE_FILE = (
+    "give a model folder; diffusers converts a checkpoint to one: "
+    "DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+)
 WITH_WEIGHTS = re.compile(r"(?!.*(Tokenizer|Scheduler|Processor|Extractor))")
 """Classes of components that are no networks do not match."""
 LIBRARIES = ("diffusers", "transformers")
@@ -138,7 +139,9 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     index = folder / "model_index.json"
     names = (index.name, "config.json", *LORA_FILES)
     if not any((folder / name).exists() for name in names):
-        raise UserError(f"{folder}: not a model folder (none of {', '.join(names)} in it)")
+        file = next(folder.glob("[!.]*.safetensors"), None)
+        remedy = "" if file is None else f"; the model in the one file {file.name} is not read: {SINGLE_FILE}"
+        raise UserError(f"{folder}: not a model folder (none of {', '.join(names)} in it){remedy}")
     for file in sorted(folder.rglob("*")):
         if weights and file.name.endswith(UNFINISHED):
             raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")
@@ -237,10 +240,7 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
         folder = f"; give the folder that it is in, {path.parent}" if path.suffix == ".json" else ""
         raise UserError(f"{path}: weights are read from safetensors files and folders of models{folder}")
     elif not single_file:
-        raise UserError(
-            f"{path}: is a single file; give a model folder; diffusers converts a checkpoint to one: "
-            "DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+        raise UserError(f"{path}: is a single file; {SINGLE_FILE}")
     else:
         check_file(path)
     return path
@@ -382,18 +382,3 @@ def _check_files(folder: Path, part: Path, weights: bool) -> None:
         for file in files:
             check_file(file, folder)
             check_numbers(file, config)
-
-
-def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
-    """Which hidden states of its text encoder FLUX.2 reads: evenly spaced, 9, 18, 27 of 36 layers.
-
-    Its pipeline does not derive them.  Their number follows from the transformer's text width.
-    Raises UserError if the two models do not fit.
-    """
-    count, rest = divmod(joint_dim, config.hidden_size)
-    if rest or not 0 < count < config.num_hidden_layers:
-        raise UserError(
-            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
-            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
-        )
-    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))

@@ -4,10 +4,14 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imgen_common.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INTEGERS = frozenset(sign + bits for sign in "IU" for bits in ("8", "16", "32", "64"))
 """Numbers, by safetensors' names, that a plain weight never has; buffers, such as position_ids, may have them."""
@@ -70,6 +74,8 @@ def loading(what: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         reason = one_line(str(error) or type(error).__name__)
+        if isinstance(error, PackageNotFoundError):  # of what decodes quantized weights
+            reason = f"its weights are quantized, which needs {error.name}; install it, or give plain weights"
         if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
             shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
             reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
@@ -209,3 +215,18 @@ def _no_weights(folder: Path, library: str) -> UserError:
     other = next(folder.glob("[!.]*.safetensors"), None)
     found = f" (there is {other.name}, which {library} does not load)" if other else ""
     return incomplete(folder, f"no {STEMS[library]}.safetensors{found}")
+
+
+def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
+    """Which hidden states of its text encoder FLUX.2 reads: evenly spaced, 9, 18, 27 of 36 layers.
+
+    Its pipeline does not derive them.  Their number follows from the transformer's text width.
+    Raises UserError if the two models do not fit.
+    """
+    count, rest = divmod(joint_dim, config.hidden_size)
+    if rest or not 0 < count < config.num_hidden_layers:
+        raise UserError(
+            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
+            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
+        )
+    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))

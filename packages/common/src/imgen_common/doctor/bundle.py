@@ -1,6 +1,7 @@
 """A file for reports of faults, without secrets."""
 
 import getpass
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from imgen_common.doctor.findings import Finding
 from imgen_common.errors import UserError
-from imgen_common.files import writing
+from imgen_common.files import write_atomic
 from imgen_common.run_folder.environment import environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, METRICS
 
@@ -41,9 +42,11 @@ def write_bundle(file: Path, program: str, findings: Sequence[Finding], run: Pat
             if (run / name).is_file():
                 lines = (run / name).read_text("utf-8", "replace").splitlines()
                 parts[f"run/{name}"] = "\n".join(lines[-LAST_METRICS:] if name == METRICS else lines)
-    with writing(file), zipfile.ZipFile(file, "x", zipfile.ZIP_DEFLATED) as bundle:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, text in parts.items():
             bundle.writestr(name, without_secrets(text))
+    write_atomic(file, content.getvalue())
 
 
 def without_secrets(text: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowbp.backbones.licenses import PUBLISHED, license_of
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.weights import QUANTIZED, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,11 @@ def _resolve_family(
         raise UserError(
             f"{ref}: this model is step-distilled, as {said} says: training at many steps would undo that; use the "
             "base model and merge its adapter into this one, or set model.allow_distilled=true"
+        )
+    if read_json(folder / "transformer" / "config.json").get(QUANTIZED[0]):
+        raise UserError(
+            f"{ref}: the weights of its transformer are stored quantized, and cannot be trained; give a model with "
+            "plain ones; model.quantization=int8 makes them small in memory"
         )
     pipelines.check_scheduler(ref, folder, content.get("scheduler"))
     module, name = FAMILIES[family]

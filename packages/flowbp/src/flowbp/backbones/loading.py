@@ -167,8 +167,8 @@ def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     found = {t: [n for n in layers if n == t or n.endswith(f".{t}")] for t in lora.target_modules}
     ends = Counter(".".join(name.split(".")[i:]) for name in layers for i in (-2, -1))
-    spared = LoraConfig().target_modules if any(found.values()) else ()
-    missed = [f"{t!r}{nearest(t, ends)}" for t, matches in found.items() if not matches and t not in spared]
+    spared = any(found.values()) and lora.target_modules == LoraConfig().target_modules
+    missed = [f"{t!r}{nearest(t, ends)}" for t, matches in found.items() if not (matches or spared)]
     if missed or not found:
         raise UserError(
             f"lora.target_modules: no linear layer has a name that ends with {', '.join(missed) or 'any of them: []'}; "

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,15 +26,22 @@ ResumeFrom = Annotated[
 Steps = Annotated[int | None, typer.Option("--num-inference-steps", help="Denoising steps.", min=1, max=1000)]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 
+SECONDS_TO_PRINT = 10.0
+"""In which the first process prints what is wrong, while the others wait."""
+
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Lets only the first process print a UserError that all processes raise."""
+    """Lets only the first process print a UserError that all processes raise.
+
+    The others wait until it has, since a launcher ends all processes as soon as one has ended.
+    """
     try:
         yield
     except UserError:
         if launched_process(os.environ).rank == 0:
             raise
+        time.sleep(SECONDS_TO_PRINT)
         raise typer.Exit(2) from None
 
 

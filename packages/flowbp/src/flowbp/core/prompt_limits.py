@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MARK = "mark"
+"""A prompt by which a template's end is found."""
+
 
 @dataclass(frozen=True)
 class PromptLimit:
     """The longest prompt that a reader takes whole.
 
     tokenizer: of transformers.  max_length: tokens that are read, special ones included.  template(prompt): the text
-    that is tokenized.
+    that is tokenized; where only its end, behind the prompt, is cut, the prompt is read whole.
     """
 
     tokenizer: Any
@@ -31,6 +34,7 @@ class PromptLimit:
         return sum(length > self.max_length for length in self._lengths(long)) if long else 0
 
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        texts = [self.template(prompt) for prompt in prompts]
+        end = self.template(MARK).rpartition(MARK)[2]
+        texts = [self.template(prompt).removesuffix(end) for prompt in prompts]
         ids = self.tokenizer(texts, padding=False, truncation=False, verbose=False).input_ids
         return [len(one) for one in ids]

@@ -1,6 +1,7 @@
 """Writes trained weights as files that other programs load.  Knows nothing of the command line."""
 
 import json
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from imgen_common.errors import UserError, one_line
 from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.hub import SAMPLING_FILE
 from imgen_common.run_folder.folder import RunFolder
+
+OF_ADAPTERS = ("height", "width", "max_sequence_length")
+"""What an adapter is drawn with, whichever model it is put into."""
 
 
 def export_run(
@@ -42,18 +46,21 @@ def export_run(
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
     if model is not None and (config.lora is None or to != "merged"):
         raise UserError(f"--model {model}: only an adapter is merged into another model; use --to merged")
+    sampling = _sampling(config, model)
     with atomic_folder(out) as folder:
         if to == "merged":
             merge_weights(config, weights, model).save_pretrained(folder)
-            write_atomic(folder / SAMPLING_FILE, json.dumps(_sampling(config, model), indent=2) + "\n")
+            _write_sampling(folder, sampling)
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
+            # steps and guidance are of the model, which may be a distilled one
+            _write_sampling(folder, {name: sampling[name] for name in OF_ADAPTERS if name in sampling})
         else:
             empty = backbones.init_empty_weights(config.model.ref, distilled=True)
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}
             keys = to_comfyui(lora_adapters(config, weights), type(empty.pipe).__name__, widths)
             save_file(keys, folder / COMFYUI_FILE, {"format": "pt"})
-        card = model_card(opened, config, to, kept, step, model, _sampling(config, model))
+        card = model_card(opened, config, to, kept, step, model, sampling)
         write_atomic(folder / "README.md", card)
     return out
 
@@ -71,6 +78,10 @@ def _sampling(config: TrainConfig, model: str | None) -> dict[str, int | float]:
         scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
         found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
     return found
+
+
+def _write_sampling(folder: Path, sampling: Mapping[str, float]) -> None:
+    write_atomic(folder / SAMPLING_FILE, json.dumps(sampling, indent=2) + "\n")
 
 
 def push_to_hub(folder: Path, repo: str) -> str:

@@ -150,7 +150,8 @@ class Trainer:
                 if not score_images(reward, images, prompts).isfinite().all():
                     found = found or NotFiniteError(f"the scores of {name}", "check its weights, or leave it out")
         gather = gather_object if self.accelerator.num_processes > 1 else list
-        every = [(one.what, one.advice) for one in gather([found]) if one is not None]
+        own = [] if found is None else [(found.what, found.advice)]  # an exception of two arguments cannot be pickled
+        every = gather(own)
         return NotFiniteError(*every[0]) if every else NotFiniteError("the gradient", LOWER if self.update else FIRST)
 
     def _samples(self, samples: range) -> tuple[list[str], Tensor]:

@@ -133,7 +133,9 @@ def import_(
         Literal["sharegpt", "rl", "execution_record"],
         typer.Argument(metavar="FORMAT", help="sharegpt, rl or execution_record."),
     ],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="File, or folder of execution records.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="File, or folder of parquet files or of execution records.")
+    ],
     out: Annotated[Path, Out],
     role: Annotated[
         Literal["planner", "critic"] | None, typer.Option(help="With sharegpt: the agent that the rows train.")
@@ -144,9 +146,9 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a set from files in the formats of the reference code: sharegpt items of planner or critic, items for
-    reinforcement learning (each a JSON array, JSON lines or parquet), or execution records of data construction. What
-    cannot be read is left out and named. The trajectories of execution records are kept, too, so that
-    `data build --set trajectories='[DIR]'` can score and filter them.
+    reinforcement learning (each a JSON array, JSON lines, parquet, or a folder of parquet files), or execution records
+    of data construction. What cannot be read is left out and named. The trajectories of execution records are kept,
+    too, so that `data build --set trajectories='[DIR]'` can score and filter them.
 
     Example:
 

@@ -169,8 +169,17 @@ def read_json(file: Path) -> Any:
 def read_items(file: Path) -> Iterator[tuple[str, Any]]:
     """The items of a JSON list, of JSON lines or of a parquet file, whatever its suffix, each with its name.
 
+    Those of a folder are the rows of its parquet files, `train-*.parquet` where there are any.
+
     A line that cannot be read is a RowError in place of its value.  Raises UserError for a file that cannot be read.
     """
+    if file.is_dir():
+        shards = sorted(file.rglob("train-*.parquet")) or sorted(file.rglob("*.parquet"))
+        if not shards:
+            raise UserError(f"{file}: is a folder without .parquet files; give the file that holds the rows")
+        for shard in shards:
+            yield from read_items(shard)
+        return
     if _starts_with(file, b"PAR1"):
         yield from ((f"{file}: row {number}", row) for number, row in enumerate(_parquet_rows(file), 1))
         return

@@ -66,6 +66,9 @@ RESERVED_LORA: Mapping[str, str] = {
     "peft_type": "it is LORA",
     "trainable_token_indices": "not all models let single tokens be trained beside their tied embeddings",
 }
+LORA_STARTS = (True, "gaussian", "orthogonal", "olora", "pissa", "mica")
+"""PEFT's `init_lora_weights` that need no call of their own, leave the model as it is, and are the same each time, as
+what changes the base's weights must be: they are drawn again where a run resumes, and where the adapters are merged."""
 
 PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "null"}
 """Kinds of values that an option is checked for, in words."""
@@ -290,6 +293,10 @@ def build_lora_config(config: TrainingConfig) -> Any:
             _check_plain(f"lora.{key}", value, hints[key])
             if key in ("r", "lora_alpha") and not value > 0:
                 raise UserError(f"lora.{key}: must be above 0, got {value}; adapters would change nothing")
+    start = config.lora.get("init_lora_weights", True)
+    if start not in LORA_STARTS:
+        allowed = ", ".join(map(str, LORA_STARTS)).lower()
+        raise UserError(f"lora.init_lora_weights: {shortened(start)} cannot be trained from; allowed: {allowed}")
     if config.vision == "reference":
         raise UserError("vision: reference is of full training; with lora use frozen or train")
     options: dict[str, Any] = {"target_modules": "all-linear", **config.lora}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.weights import check_channels, check_vocabularies, loading
+from imgen_common.weights import check_channels, check_vocabularies, loading, text_layers
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def flux2_text_options(pipe: "DiffusionPipeline") -> dict[str, Any]:
     text = pipe.text_encoder.config.get_text_config()
     return {
         "max_sequence_length": min(512, tokenizer.model_max_length),
-        "text_encoder_out_layers": hub.text_layers(text, pipe.transformer.config.joint_attention_dim),
+        "text_encoder_out_layers": text_layers(text, pipe.transformer.config.joint_attention_dim),
     }
 
 

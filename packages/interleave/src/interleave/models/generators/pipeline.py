@@ -41,8 +41,8 @@ MAX_REFERENCE_PIXELS = 64 * 10**6
 
 
 class GenerationSettings(Config):
-    """What an image depends on besides model, prompt, sources and seed.  null: what the sampling.json of the
-    model's folder says, if `flowbp export` wrote one, else the pipeline's own default."""
+    """What an image depends on besides model, prompt, sources and seed.  null: what the sampling.json in the
+    folder of the adapter or of the model says, if `flowbp export` wrote one, else the pipeline's own default."""
 
     num_inference_steps: Annotated[int, Ge(1), Le(1000)] | None = None
     """Steps; the miniature's own are 12."""
@@ -110,10 +110,11 @@ class PipelineRunner:
         self.max_references = min(1, most) if config.max_references is None else config.max_references
         if self.max_references > most:
             raise UserError(f"generator.max_references {self.max_references}: {self.name} takes {most} at most")
-        own = folder / hub.SAMPLING_FILE
-        self.settings = config.with_defaults(
-            read_json(own, GenerationSettings) if own.exists() else GenerationSettings()
-        )
+        adapter = [] if config.lora is None else [hub.resolve_adapter(config.lora, "lora").parent]
+        own = GenerationSettings()
+        for file in (place / hub.SAMPLING_FILE for place in (folder, *adapter)):
+            own = read_json(file, GenerationSettings).with_defaults(own) if file.exists() else own
+        self.settings = config.with_defaults(own)
         self._multiple = 1  # until the model is loaded
         self.check(self.settings)
         self._device = device_of(config.device)
