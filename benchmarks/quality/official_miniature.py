@@ -127,6 +127,7 @@ def format_table(cells: Mapping[str, Mapping[str, Any]]) -> str:
 @app.command()
 def main(
     work: Annotated[Path, typer.Option(help="Folder of the cells.")] = Path("runs/official_miniature"),
+    output: Annotated[Path | None, typer.Option(help="JSON file; by default named by the hardware.")] = None,
 ) -> None:
     """Measure all cells and write the results."""
     device = torch.device("cpu")
@@ -144,8 +145,9 @@ def main(
             cells[f"{name} {system}"] = read_json(kept)
             print(f"{name} {system}: {cells[f'{name} {system}']['seconds']:.0f} s", flush=True)
     environment = describe_run(MODULE, sys.argv[1:], device)
-    write_json(result_file("official_miniature", device, "json"), {"environment": environment, "cells": cells})
-    write_atomic(result_file("official_miniature", device, "md"), write_page(cells, environment))
+    file = output or result_file("official_miniature", device, "json")
+    write_json(file, {"environment": environment, "cells": cells})
+    write_atomic(file.with_suffix(".md"), write_page(cells, environment))
 
 
 def systems_of(name: str) -> Sequence[str]:
