@@ -561,6 +561,8 @@ def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: st
             )
             for start in ("eva", "pissa_niter_16", "loftq", "lora_ga", False)
         ),
+        ({"lora_bias": True}, r"lora\.lora_bias: cannot be set, the adapters are merged into the model at the end"),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens: cannot be set, the adapters are merged"),
         ({"peft_type": "IA3"}, r"lora\.peft_type: cannot be set, it is LORA"),
         ({"trainable_token_indices": [1]}, r"lora\.trainable_token_indices: cannot be set"),
     ],

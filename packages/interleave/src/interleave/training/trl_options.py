@@ -65,6 +65,17 @@ RESERVED_LORA: Mapping[str, str] = {
     "base_model_name_or_path": "use the key model",
     "peft_type": "it is LORA",
     "trainable_token_indices": "not all models let single tokens be trained beside their tied embeddings",
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "lora_bias", "layer_replication", "arrow_config", "use_bdlora"),
+        "the adapters are merged into the model at the end, which PEFT cannot do with it",
+    ),
+    **dict.fromkeys(
+        ("loftq_config", "eva_config", "corda_config", "lora_ga_config"), "it is of a start that is not taken here"
+    ),
+    **dict.fromkeys(
+        ("megatron_config", "megatron_core", "runtime_config", "velora_config", "monteclora_config", "kasa_config"),
+        "it was not tried here",
+    ),
 }
 LORA_STARTS = (True, "gaussian", "orthogonal", "olora", "pissa", "mica")
 """PEFT's `init_lora_weights` that need no call of their own, leave the model as it is, and are the same each time, as
