@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from safetensors.torch import save_file
 
 from flowbp import backbones
 from flowbp.evaluation import sampling
@@ -87,6 +88,13 @@ def test_a_model_is_drawn_as_its_folder_says(
     assert (config.guidance_scale, config.model.embedded_guidance) == expected
     assert config.eval.num_inference_steps == 7
     assert model_source(str(folder), tmp_path, ["model.height=8"]).config.model.height == 8
+    (tmp_path / "adapter").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "adapter" / hub.SAMPLING_FILE).write_text('{"height": 48, "width": 32, "max_sequence_length": 9}')
+    sets = [f"lora.init={tmp_path / 'adapter'}", "model.width=8"]
+    drawn = model_source(str(folder), tmp_path, sets).config
+    assert (drawn.model.height, drawn.model.width, drawn.model.max_sequence_length) == (48, 8, 9)
+    assert drawn.eval.num_inference_steps == 7
     (folder / hub.SAMPLING_FILE).write_text('{"height": "tall"}')
     with pytest.raises(UserError, match=r"sampling\.json: damaged"):
         model_source(str(folder), tmp_path)

@@ -1,6 +1,6 @@
 """Which model a command means, and on which prompts; found without importing torch, so that a typo costs no time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +87,8 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     """The source that `text` names: a run (a folder, or its name under `root`) or a model reference.
 
     base: take the model that the run started from.  A model reference has the defaults of `TrainConfig`, or what the
-    sampling.json says that `flowbp export` wrote into its folder; `sets` change them.
+    sampling.json says that `flowbp export` wrote into its folder, or into that of the adapter `lora.init`; `sets`
+    change them.
     """
     if is_run(text, root):
         path = find_run(text, root, "flowbp train")
@@ -95,7 +96,10 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         begun = path if _models(config) == _models(recorded) else None
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
     check_is_model(text, root, "flowbp train")
-    config = load(TrainConfig, [], [*_own_settings(text), *sets])
+    lora = load(TrainConfig, [], sets).lora
+    adapter = None if lora is None or lora.init is None else hub.resolve_adapter(lora.init, "lora.init").parent
+    of_adapter = [] if adapter is None else _as_sets(_size_and_length(_read_sampling(adapter)))
+    config = load(TrainConfig, [], [*_own_settings(text), *of_adapter, *sets])
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 
 
@@ -105,22 +109,30 @@ def _own_settings(ref: str) -> list[str]:
     folder = hub.resolve(ref, weights=False)
     index = hub.pipeline_index(ref, folder)
     leave = ["model.allow_distilled=true"] if what_says_distilled(ref, index) else []
-    if not (file := folder / hub.SAMPLING_FILE).exists():
-        return leave
-    own = read_json(file, ExportedSampling)
-    found: dict[str, float | None] = {
-        "model.height": own.height,
-        "model.width": own.width,
-        "model.max_sequence_length": own.max_sequence_length,
-        "eval.num_inference_steps": own.num_inference_steps,
-    }
+    own = _read_sampling(folder)
+    found = _size_and_length(own) | {"eval.num_inference_steps": own.num_inference_steps}
     kind = index.get("_class_name")
     if own.guidance_scale is not None and kind in WITH_EMBEDDED_GUIDANCE:
         if weights.read_json(folder / "transformer" / "config.json", folder).get("guidance_embeds"):
             found["model.embedded_guidance"] = own.guidance_scale
     elif own.guidance_scale is not None:
         found["guidance_scale"] = own.guidance_scale + (kind in WITH_ADDED_GUIDANCE)
-    return leave + [f"{key}={value}" for key, value in found.items() if value is not None]
+    return leave + _as_sets(found)
+
+
+def _read_sampling(folder: Path) -> ExportedSampling:
+    """The sampling.json of a model or an adapter; one that says nothing where there is none."""
+    file = folder / hub.SAMPLING_FILE
+    return read_json(file, ExportedSampling) if file.exists() else ExportedSampling()
+
+
+def _size_and_length(own: ExportedSampling) -> dict[str, float | None]:
+    names = ("height", "width", "max_sequence_length")
+    return {f"model.{name}": getattr(own, name) for name in names}
+
+
+def _as_sets(found: Mapping[str, float | None]) -> list[str]:
+    return [f"{key}={value}" for key, value in found.items() if value is not None]
 
 
 def _models(config: TrainConfig) -> tuple[str | None, ...]:
