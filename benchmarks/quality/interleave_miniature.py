@@ -7,7 +7,7 @@ planner:
     single shot         the request itself is the only prompt
     planner             one image per step
     planner + critic    up to `--attempts` images per step, with prompts rewritten by the critic
-    planner + retry     the same critic's verdicts with the same prompt, which shows the effect of rewriting
+    planner + redraw    the same critic's verdicts with the same prompt, which shows the effect of rewriting
     planner + chance    accepts by chance as often as the critic, with the same prompt, which shows the effect of
                         looking at the images
     best of N           N images per step, of which the critic's most probable success is taken; N is the rounded number
@@ -175,7 +175,7 @@ def run_arms(
     run_arm(SINGLE, replace(parts, planner=None, critic=None), rewriting)
     run_arm(PLANNED, replace(parts, critic=None), rewriting)
     results = run_arm("planner + critic", parts, rewriting)
-    run_arm("planner + retry", parts, retrying)
+    run_arm("planner + redraw", parts, retrying)
     accepted = sum(r.accepted for r in results) / max(1, sum(r.judged for r in results))
     run_arm("planner + chance", replace(parts, critic=RandomRewrite(accepted, ("",))), retrying)
     number = max(1, round(sum(r.images for r in results) / max(1, sum(r.steps for r in results))))
@@ -211,8 +211,8 @@ def format_table(rows: Sequence[ArmRow]) -> str:
         )
         for r in rows
     ]
-    header = ["arm", "stories right %", "over planner", "last image %", "plans right %", "images per story", "seconds"]
-    return markdown_table(header, cells)
+    header = ["arm", "stories right %", "minus planner", "last image right %", "plans right %", "images per story"]
+    return markdown_table([*header, "seconds"], cells)
 
 
 def run_interleave_miniature(

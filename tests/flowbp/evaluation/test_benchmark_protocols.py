@@ -273,8 +273,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not empty and not a run"):
         done(work(tmp_path))
-    with pytest.raises(UserError, match="not a run folder"):
+    with pytest.raises(UserError, match="not a folder of `flowbp benchmark`; give the --out of one"):
         tables.read_row(tmp_path)
+    with pytest.raises(UserError, match="none: no such folder; give the --out of one"):
+        tables.read_row(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

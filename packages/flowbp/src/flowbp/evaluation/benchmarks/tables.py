@@ -12,8 +12,9 @@ from flowbp.evaluation.benchmarks.geneval import Tag
 from flowbp.evaluation.benchmarks.settings import GENEVAL_KINDS, GENEVAL_SHAPES, BenchmarkConfig, read_scores
 from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
 from imgen_common.console import markdown_table
+from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
-from imgen_common.run_folder.find import check_maker
+from imgen_common.run_folder.find import CONFIG, check_maker
 from imgen_common.run_folder.folder import RunFolder
 
 OVERALL = "overall"
@@ -57,6 +58,9 @@ class BenchmarkRow:
 
 def read_row(folder: Path) -> BenchmarkRow:
     """The row of a folder, finished or not.  Raises UserError if it is not a folder of `flowbp benchmark`."""
+    if not (folder / CONFIG).is_file():
+        what = "not a folder of `flowbp benchmark`" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {what}; give the --out of one")
     check_maker(folder, "flowbp benchmark")
     config = RunFolder.open(folder, is_main=False).config(BenchmarkConfig)
     found = {spec.name: read_scores(folder, spec.name).values() for spec in config.scorers}
