@@ -2,6 +2,7 @@
 
 import json
 import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiers import tiers
 from trained_runs import TARGETS, ours, targets_of, theirs, trained
 
+from flowbp import backbones
 from flowbp.backbones.licenses import license_of
 from flowbp.config import TrainConfig
 from flowbp.evaluation.sources import model_source
@@ -65,7 +67,8 @@ def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
     assert (images["ema"] - ours(run, model)).abs().max() < 1e-5
     assert (images["last"] - images["early"]).abs().max() < 1e-5  # as the checkpoints were made
     assert (images["ema"] - images["last"]).abs().max() > 5e-3
-    assert json.loads((tmp_path / "ema" / SAMPLING_FILE).read_text()) == {"height": 32, "width": 32}
+    of_adapter = {"height": 32, "width": 32, "max_sequence_length": backbones.load(str(model)).max_tokens}
+    assert json.loads((tmp_path / "ema" / SAMPLING_FILE).read_text()) == of_adapter
     assert "1 update;" in (tmp_path / "early" / "README.md").read_text()
     # the run was stopped at update 2, of as many as its configuration says
     assert all(" 2 updates;" in (tmp_path / name / "README.md").read_text() for name in ("ema", "last"))
@@ -82,7 +85,10 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     assert (theirs(pipe, family) - ours(run, model)).abs().max() < 1e-5
     scale = {"flux": 3.5, "flux_kontext": 3.5, "flux2_dev": 4.0, "z_image": 0.0, "krea2": 0.0}.get(family, 1.0)
     own = {"height": 32, "width": 32, "num_inference_steps": 25, "guidance_scale": scale}
-    own |= {"max_sequence_length": 9} if family == "sd3" else {}
+    has_length = "max_sequence_length" in signature(pipe.__call__).parameters
+    own |= (
+        {"max_sequence_length": 9 if family == "sd3" else backbones.load(str(model)).max_tokens} if has_length else {}
+    )
     assert json.loads((tmp_path / "out" / SAMPLING_FILE).read_text()) == own
     drawn_with = ", ".join(f"{name} {value:g}" for name, value in sorted(own.items()))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -91,6 +97,7 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     drawn, of_run = (model_source(str(one), tmp_path).config for one in (tmp_path / "out", run))
     assert drawn.model.embedded_guidance == (scale if family in ("flux", "flux_kontext", "flux2_dev") else None)
     same = {"ref": str(tmp_path / "out"), "embedded_guidance": drawn.model.embedded_guidance}
+    same["max_sequence_length"] = own.get("max_sequence_length")
     assert drawn.model == of_run.model.model_copy(update=same)
     assert (drawn.eval.num_inference_steps, drawn.eval_guidance_scales) == (25, of_run.eval_guidance_scales)
     if lora == "null":

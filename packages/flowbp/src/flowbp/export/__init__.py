@@ -71,9 +71,8 @@ def _sampling(config: TrainConfig, model: str | None) -> dict[str, int | float]:
     distilled = config.model.embedded_guidance if model is None else None
     backbone = backbones.init_empty_weights(model or config.model.ref, embedded_guidance=distilled, distilled=True)
     found: dict[str, int | float] = {"height": config.model.height, "width": config.model.width}
-    length = config.model.max_sequence_length
-    if length is not None and "max_sequence_length" in signature(backbone.pipe.__call__).parameters:
-        found["max_sequence_length"] = length
+    if "max_sequence_length" in signature(backbone.pipe.__call__).parameters:
+        found["max_sequence_length"] = config.model.max_sequence_length or backbone.max_tokens
     if model in (None, config.eval.model):
         scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
         found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
