@@ -101,6 +101,9 @@ def _exact_text(ref: str) -> str:
     path = local_path(file)
     if path.suffix not in (".txt", ".py") or bool(name) != (path.suffix == ".py"):
         raise UserError(f"template {ref!r}: must be the path of a .txt file, or FILE.py:NAME of a text constant")
+    if not path.exists():
+        remedy = "put it there, as the first lines of the recipe say, or give another template"
+        raise UserError(f"template {ref!r}: no such file; {remedy}")
     if not name:
         return read_text(path)
     return constants(path, name)[name]
