@@ -172,6 +172,21 @@ def test_a_quota_that_is_used_up_is_not_waited_for(code: str) -> None:
     assert "You exceeded it" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (500, {"message": "rejected by the safety system", "type": "upstream_error", "code": "moderation_blocked"}),
+        (400, {"message": "violates our policy", "code": "content_policy_violation"}),
+        (503, {"message": "may contain inappropriate content", "code": "DataInspectionFailed"}),
+        (403, {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"], "flagged_input": "a"}}),
+    ],
+)
+def test_a_filter_refuses_one_request_whatever_its_status(status: int, error: dict[str, Any]) -> None:
+    made = client(lambda request: httpx.Response(status, json={"error": error}))
+    with pytest.raises(Refusal, match=rf"status {status}: {error['message']}$"):
+        asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+
+
 def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
     with pytest.raises(Refusal, match="calls a tool instead of answering; serve it without tools"):

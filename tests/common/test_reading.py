@@ -135,6 +135,14 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
+        *(
+            ("p.txt", table, "p.txt: is a table with lines around its names")
+            for table in (
+                "+---------+\n| prompt  |\n+---------+\n| a cat   |\n+---------+\n",
+                "     prompt      \n-----------------\n a cat\n(1 row)\n",
+                "| prompt | id |\n|:---|---:|\n| a cat | 1 |\n",
+            )
+        ),
         ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),
     ],
 )

@@ -367,6 +367,23 @@ def test_a_part_is_built_further_as_that_part(tmp_path: Path, asked: Path) -> No
             assert [request.id for request in requests] == ["r1", "r6", "r11"]
 
 
+def test_a_request_that_the_miniature_cannot_answer_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    A.image.save(tmp_path / "a.png")
+    file = tmp_path / "requests.jsonl"
+    for row, said in (
+        ({"text": "make the circle green", "images": ["a.png"]}, r"takes no images; --set run\.planner\.kind=none"),
+        ({"text": "a cat"}, "does not know the word 'cat'"),
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=said):
+            building.build_sets(
+                tmp_path / "out",
+                DataConfig(prompts=FilePrompts(path=str(file))),
+                ["test"],
+                lambda left: BuildProgress(),
+            )
+
+
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Path) -> None:
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     for out, changes in ((one, {"shard": "1/2"}), (two, {"shard": "2/2"}), (other, {"max_unscored": 0.5})):
@@ -577,6 +594,7 @@ def test_judges_that_cannot_be_compared_are_refused(tmp_path: Path, asked: Path)
     assert any("the second failed on" in line for line in found.lines())
     flat = agreeing(out, FakeJudge(lambda shown: 5, id="a third judge"))
     assert flat.as_json()["agreement"]["semantics_correlation"] is None
+    assert "order: not defined, since all pairs of images are ties" in flat.lines()
 
 
 # --- the miniature's prompts and teachers ------------------------------------------------------------------------

@@ -60,7 +60,10 @@ class JudgeComparison:
             correlation = getattr(a, f"{name}_correlation")
             shown = "none (one gave all the same score)" if math.isnan(correlation) else f"{correlation:.3f}"
             yield f"{name}: {getattr(a, f'{name}_difference'):.2f} apart on average, correlation {shown}"
-        yield f"order: equal for {a.same_order:.1%} of the pairs of images, by sqrt(semantics quality), without ties"
+        if math.isnan(a.same_order):
+            yield "order: not defined, since all pairs of images are ties"
+        else:
+            yield f"order: equal for {a.same_order:.1%} of the pairs of images, by sqrt(semantics quality), without ties"
         if self.disagreements:
             yield "largest differences (semantics, quality):"
         for row in self.disagreements:

@@ -89,12 +89,14 @@ def build_sets(
     holds another build; finished work is kept.
     """
     with open_build(out, config, command) as requests:
-        left = len(unfinished_requests(out, requests, retry))
+        left = unfinished_requests(out, requests, retry)
+        for request in left if config.teacher == "run" else ():
+            run.check_request(config.run, request, section="run.")
         if left:
             prompts.check_models(out, config.run)
         parts = make_parts(config) if left else None
         judge = config.judge.build() if config.judge is not None else None
-        return asyncio.run(continue_build(out, config, requests, parts, judge, make_progress(left), retry))
+        return asyncio.run(continue_build(out, config, requests, parts, judge, make_progress(len(left)), retry))
 
 
 @contextlib.contextmanager

@@ -94,9 +94,12 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
     return ChatCritic(model, load_template(critic.template), critic.context, critic.parse_mode, *samples)
 
 
-def check_request(config: RunConfig, request: Request, *, any_words: bool = False) -> None:
+def check_request(config: RunConfig, request: Request, *, any_words: bool = False, section: str = "") -> None:
     """Raises UserError for a request that the built-in models cannot answer: of another world, unless `any_words` (it
-    is a benchmark's), or with images for the planner, which takes none."""
+    is a benchmark's), or with images for the planner, which takes none.
+
+    section: what stands before the keys of `config` in the user's configuration, such as `run.`.
+    """
     planner, generator = config.planner, config.generator
     reader = generator if isinstance(planner, NoPlanner) else planner.model
     ref, where = getattr(reader, "ref", ""), f"request {one_line(request.text, 80)!r}"
@@ -111,10 +114,9 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     if isinstance(config.critic, SelfCritic) and ref.startswith(BUILTIN):
         raise UserError(f"critic.kind: self: {ref} takes no images; name another planner, or set critic.kind to model")
     if request.image_ids and reader is not generator and ref.startswith(BUILTIN):
-        key = "run.planner.kind" if any_words else "planner.kind"
         raise UserError(
-            f"{where}: {ref} takes no images; --set {key}=none makes the request the prompt of the only step, or name "
-            "another planner"
+            f"{where}: {ref} takes no images; --set {section}planner.kind=none makes the request the prompt of the "
+            "only step, or name another planner"
         )
 
 
@@ -147,7 +149,7 @@ def create_run(
             store = ImageStore(path / IMAGES)
             requests = ask(store)
             for request in requests:
-                check_request(config, request, any_words=any_words)
+                check_request(config, request, any_words=any_words, section="run." if any_words else "")
                 sizes = (store.get(image).image.size for image in request.image_ids)
                 if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
                     raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
