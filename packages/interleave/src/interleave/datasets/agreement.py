@@ -63,7 +63,8 @@ class JudgeComparison:
         if math.isnan(a.same_order):
             yield "order: not defined, since all pairs of images are ties"
         else:
-            yield f"order: equal for {a.same_order:.1%} of the pairs of images, by sqrt(semantics quality), without ties"
+            order = f"equal for {a.same_order:.1%} of the pairs of images"
+            yield f"order: {order}, by sqrt(semantics quality), without ties"
         if self.disagreements:
             yield "largest differences (semantics, quality):"
         for row in self.disagreements:
