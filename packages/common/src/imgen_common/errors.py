@@ -116,14 +116,14 @@ COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruc
 """What the first line of a table of one column is."""
 
 
-RULE = re.compile(r"[\s+|:=-]*--[\s+|:=-]*")
-"""The line above or under the names of a table that a program printed, or of one in Markdown."""
+RULE = frozenset("-+|:= \t")
+"""Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
 
 
 def check_lines(lines: Sequence[str], path: Path) -> None:
     """Raises UserError where the first lines of a file say that its lines are no texts to be used one by one."""
     first = lines[0] if lines else ""
-    if any(RULE.fullmatch(line) for line in lines[:2]):
+    if any("--" in line and RULE.issuperset(line) for line in lines[:2]):
         raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
     if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
         raise UserError(f"{path}: is {what}")

@@ -13,7 +13,7 @@ SECRET_NAME = re.compile(
     r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
 )
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-NAMED_VALUE = re.compile(r"""([\w-]+)(["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}\]]+)""")
+NAMED_VALUE = re.compile(r"""(?<![\w-])([\w-]++)(["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}\]]+)""")
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
 
 
