@@ -95,6 +95,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
         ("flowbp table geneval/base geneval/my-run", "missing"),
         ("flowbp table hpdv2/* --markdown", "missing"),
         ("flowbp report runs/flowbp_bridge --open", ""),
+        ("flowbp report runs/flowbp_bridge --out page.html", ""),
         ("flowbp prefetch black-forest-labs/FLUX.2-klein-base-4B yuvalkirstain/PickScore_v1", "missing"),
         ("flowbp export miniature-lora --to diffusers", ""),
         ("flowbp export sd3_5_medium-lora --to comfyui --out my-lora --step 150", "missing"),

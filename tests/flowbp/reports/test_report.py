@@ -70,6 +70,9 @@ def run(tmp_path: Path) -> Path:
 
 def read(path: Path) -> tuple[str, Page]:
     text = report.write_report(path).read_text(encoding="utf-8")
+    elsewhere = report.write_report(path, path.with_name("elsewhere.html"))
+    assert elsewhere.name == "elsewhere.html"
+    assert elsewhere.read_text(encoding="utf-8") == text
     return text, Page(text)
 
 

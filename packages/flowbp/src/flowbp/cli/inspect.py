@@ -152,6 +152,9 @@ def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Seq
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
     open_page: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the page there; default: report.html of the run.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Write the report of a run again. RUN/report.html is a single page that needs no other file. It shows the results
@@ -161,13 +164,14 @@ def report(
 
     \b
       flowbp report runs/flowbp_bridge --open
+      flowbp report runs/flowbp_bridge --out page.html
     """
     from imgen_common.run_folder.find import find_run
 
     path = find_run(run, runs, "flowbp train")  # before torch is imported
     from flowbp.reports import report as reports
 
-    page = reports.write_report(path)
+    page = reports.write_report(path, out)
     print(f"report: {page}")
     if open_page:
         import webbrowser

@@ -34,9 +34,9 @@ Values = dict[str, Any]
 """Data for the template."""
 
 
-def write_report(path: Path) -> Path:
-    """Writes PATH/report.html again and returns its path."""
-    file = path / PAGE
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Writes the page of a run again, to PATH/report.html unless `out` says otherwise, and returns its path."""
+    file = out or path / PAGE
     write_atomic(file, render_report(read_run(path)))
     return file
 

@@ -209,6 +209,9 @@ def plan(
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the page there; default: report.html of the run.")
+    ] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Write the HTML page of a run: the stories, and under each step its attempts with verdicts and reasons.
@@ -218,7 +221,7 @@ def report(
     from imgen_common.run_folder.find import find_run
     from interleave.pages.run import write_report
 
-    page = write_report(find_run(run, runs, *MAKERS))
+    page = write_report(find_run(run, runs, *MAKERS), out)
     print(f"report: {page}")
     if open_page:
         typer.launch(str(page))
