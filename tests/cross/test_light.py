@@ -47,7 +47,7 @@ FLOWBP = {
     "convert-reward hpsv2 bad.yaml empty --with x": "empty: exists already",
     "convert-reward hpsv9 f o --with x": "did you mean 'hpsv3'",
     "convert-reward hpsv2 missing.pt o --with x": "missing.pt: no such file",
-    "table missing": "missing: not a run folder",
+    "table missing": "missing: no such folder",
     "explain refll": "did you mean 'refl'",
     "explain refl --figure x.bmp": "must end in .png",
 }
@@ -58,6 +58,8 @@ INTERLEAVE = {
     f"run x --name {'n' * 300}": "at most 240 bytes",
     "batch missing.jsonl": "missing.jsonl: no such file",
     "run red --set generator.ref=none/x --set planner.kind=none": "no such local folder",
+    "run red --set generator.lora=gone.safetensors --set planner.kind=none": "generator.lora: model 'gone.safetensors'",
+    "sft critic --set vision=reference --set lora.r=4": "vision: reference is of full training",
     "run red --set critic.model.ref=./none": "no such folder",
     "run red --set critic.template=bad.txt": "remove <|im_start|>",
     "batch bad.yaml": "cannot read rows of .yaml",
@@ -100,7 +102,7 @@ FEW = {"flowbp": dict(list(FLOWBP.items())[::7]), "interleave": dict(list(INTERL
 def test_mistakes_are_found_before_torch_is_imported(tmp_path: Path, program: str, mistakes: dict[str, str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "run" / "config.yaml").write_text("max_train_steps: 3\n")
     (tmp_path / "bad.yaml").write_text("max_train_step: 3\n")
     (tmp_path / "bad.txt").write_text("<|im_start|>user {original_instruction}")
     (tmp_path / "sft.yaml").write_text("model: builtin:shapes/critic\ndata: empty\n")

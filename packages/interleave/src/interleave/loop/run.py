@@ -128,10 +128,12 @@ def hash_templates(config: RunConfig) -> dict[str, DataHash]:
 
 
 def check_references(config: RunConfig) -> None:
-    """Raises UserError for a model that cannot be had, before anything is loaded."""
+    """Raises UserError for a model or an adapter that cannot be had, before anything is loaded."""
     for model in (getattr(config.planner, "model", None), getattr(config.critic, "model", None), config.generator):
         if isinstance(model, LocalChatConfig | PipelineConfig):
             hub.resolve(model.ref)
+        if isinstance(model, PipelineConfig) and model.lora is not None:
+            hub.resolve_adapter(model.lora, "generator.lora")
 
 
 def create_run(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
+from pydantic import model_validator
 
 from imgen_common.config import NO_SECRETS, Config
 from imgen_common.judging.objects import ParseMode
@@ -45,6 +46,14 @@ class TrainingConfig(Config):
     `target_modules` must match a layer.  On the vision tower (`vision: train`) not with re-entrant checkpointing."""
     trl: Annotated[Mapping[str, Any], NO_SECRETS] = {}
     """Options of TRL's SFTConfig or GRPOConfig under their own names."""
+
+    @model_validator(mode="after")
+    def _adapters_fit_the_vision_tower(self) -> "TrainingConfig":
+        if self.lora is not None and self.vision == "reference":
+            raise ValueError("vision: reference is of full training; with lora use frozen or train")
+        if self.lora is not None and self.vision == "frozen" and "exclude_modules" in self.lora:
+            raise ValueError("lora.exclude_modules: cannot be set with vision: frozen; set vision: train")
+        return self
 
 
 class SftConfig(TrainingConfig):

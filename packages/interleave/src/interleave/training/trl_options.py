@@ -308,12 +308,8 @@ def build_lora_config(config: TrainingConfig) -> Any:
     if start not in LORA_STARTS:
         allowed = ", ".join(map(str, LORA_STARTS)).lower()
         raise UserError(f"lora.init_lora_weights: {shortened(start)} cannot be trained from; allowed: {allowed}")
-    if config.vision == "reference":
-        raise UserError("vision: reference is of full training; with lora use frozen or train")
     options: dict[str, Any] = {"target_modules": "all-linear", **config.lora}
     if config.vision == "frozen":
-        if "exclude_modules" in config.lora:
-            raise UserError("lora.exclude_modules: cannot be set with vision: frozen; set vision: train")
         options["exclude_modules"] = VISION_MODULES
     try:
         return LoraConfig(task_type="CAUSAL_LM", **options)
