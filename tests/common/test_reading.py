@@ -48,6 +48,7 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("pandas.csv", ",prompt\n0,a cat\n1,a dog\n", ["a cat", "a dog"]),
         ("excel.csv", "sep=,\nn,prompt\n1;2,a\n", ["a"]),
         ("bars.csv", "sep=|\nn|prompt\n1|a, b; c\n", ["a, b; c"]),
+        ("excel.csv", 'prompt,seed\n="a red circle",="001"\n"=""a, cat""",1\n', ["a red circle", "a, cat"]),
         ("no_value.csv", "prompt,seed\nnan bread,NaN\nnone of them,NULL\n", ["nan bread", "none of them"]),
         ("no_line.csv", "prompt,sep=\nsep=;,b\n", ["sep=;"]),
         ("blank.csv", "id,prompt\n1,\n2,b", ["", "b"]),
@@ -134,12 +135,14 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as a client of a database prints")
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
+        ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         *(
             ("p.txt", table, "p.txt: is a table with lines around its names")
             for table in (
                 "+---------+\n| prompt  |\n+---------+\n| a cat   |\n+---------+\n",
                 "     prompt      \n-----------------\n a cat\n(1 row)\n",
+                "┌────────┐\n│ prompt │\n├────────┤\n│ a cat  │\n└────────┘\n",
                 "| prompt | id |\n|:---|---:|\n| a cat | 1 |\n",
             )
         ),

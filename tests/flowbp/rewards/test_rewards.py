@@ -415,8 +415,14 @@ def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["HPS.pt", "tokenizer"]
     with pytest.raises(UserError, match="exists already"):
         convert.convert_checkpoint("hpsv2", file, str(tokenizer), tokenizer)
-    with pytest.raises(UserError, match="no tokenizer there"):
+    with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="no tokenizer there"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"model 'org/none@main': no such local folder; .*`flowbp prefetch org/none@main`"
+    ):
+        load_tokenizer("org/none@main")
 
 
 class Evil:

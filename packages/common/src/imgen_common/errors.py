@@ -103,6 +103,7 @@ def check_text(text: str, where: str) -> None:
 
 
 OTHER_FILES = {
+    "```": "text with a fence of Markdown; remove the lines of ```",
     "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
     **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
     "{\\rtf": "rich text (RTF); save it as plain text",
@@ -116,14 +117,14 @@ COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruc
 """What the first line of a table of one column is."""
 
 
-RULE = frozenset("-+|:= \t")
+RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
 """Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
 
 
 def check_lines(lines: Sequence[str], path: Path) -> None:
     """Raises UserError where the first lines of a file say that its lines are no texts to be used one by one."""
     first = lines[0] if lines else ""
-    if any("--" in line and RULE.issuperset(line) for line in lines[:2]):
+    if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
         raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
     if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
         raise UserError(f"{path}: is {what}")

@@ -19,6 +19,8 @@ NO_VALUE = frozenset(
 """What pandas, R, SQL and spreadsheets write, in any case, into a cell that has no value."""
 NO_ROW = re.compile(r"--+|\(\d+ rows?(?: affected)?\)", re.IGNORECASE)
 """The line under the names, and the count at the end, that clients of databases (sqlcmd, psql) print with the rows."""
+PROTECTED = re.compile('="([^"]*)"')
+"""A cell that Excel is to take for text, whatever it looks like."""
 FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
 """The first line of a .csv in which Excel keeps what divides its cells, or PowerShell the type of its rows."""
 
@@ -28,8 +30,9 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons or
     tabs divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for that of
-    `key`.  A row that is text alone, as in .txt, is {key: text}.  Raises UserError for another suffix, and naming the
-    line or item that cannot be read.
+    `key`, and ="a text", as Excel protects one, is that text.  A row that is text alone, as in .txt, is {key: text}.
+
+    Raises UserError for another suffix, and naming the line or item that cannot be read.
     """
     rows: Iterator[tuple[str, Any]]
     match path.suffix.lower():
@@ -163,7 +166,8 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
             remedy = quoted if len(cells) > len(columns) else "give the row all its cells, also empty ones"
             what = f"{len(cells)} cells, but the first line names {len(columns)} columns"
             raise UserError(f"{path}:{number}: {what}; {remedy}")
-        row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell or name == key}
+        values = (protected[1] if (protected := PROTECTED.fullmatch(cell)) else cell for cell in cells)
+        row = {name: cell for name, cell in zip(columns, values, strict=True) if cell or name == key}
         remedy = "remove the row, or write the texts one a line in a .txt if it is one"
         check_cell(row.get(key, ""), f"{path}:{number}: {key}", remedy)
         yield f"{path}:{number}", row

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwe
 from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.files import local_path
 
 StateDict = Mapping[str, Tensor]
 
@@ -68,7 +69,10 @@ def load_qwen2_vl_config(ref: str) -> Qwen2VLConfig:
 
 
 def _load_companion(auto_class: Any, what: str, ref: str) -> Any:
+    folder = local_path(ref)
+    if not folder.is_dir():  # one that is may hold a tokenizer alone
+        folder = hub.resolve(ref, weights=False)
     try:
-        return auto_class.from_pretrained(ref)
+        return auto_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{ref}: no {what} there ({str(error).splitlines()[0]})") from None
