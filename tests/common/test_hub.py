@@ -265,6 +265,12 @@ def test_a_folder_of_a_model_in_one_file_says_how_it_becomes_a_model(tmp_path: P
         hub.resolve(str(tmp_path))
 
 
+def test_a_snapshot_whose_links_lead_nowhere_says_so(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").symlink_to("../../blobs/1234")
+    with pytest.raises(UserError, match=r"model_index\.json: is a link to a file that is not there; copy .*cp -rL"):
+        hub.resolve(str(tmp_path))
+
+
 def test_a_folder_of_one_weights_file_and_no_description_is_that_file(tmp_path: Path) -> None:
     write_weights(tmp_path / "lora.safetensors")
     (tmp_path / "README.md").write_text("words")

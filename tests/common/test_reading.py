@@ -135,6 +135,7 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as a client of a database prints")
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
+        ("p.txt", '"a cat"\n"a sign that says \\"open\\""\n', "p.txt: has each text in quotes, as jq writes them"),
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         *(

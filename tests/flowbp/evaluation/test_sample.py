@@ -10,9 +10,12 @@ from diffusers import Flux2KleinPipeline
 from safetensors.torch import save_file
 
 from flowbp import backbones
+from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
 from flowbp.evaluation.sources import model_source
+from flowbp.training.preflight import unread_prompts
 from imgen_common import hub
+from imgen_common.config import load
 from imgen_common.errors import UserError
 
 GENERATOR = "builtin:shapes/generator"
@@ -95,6 +98,13 @@ def test_a_model_is_drawn_as_its_folder_says(
     drawn = model_source(str(folder), tmp_path, sets).config
     assert (drawn.model.height, drawn.model.width, drawn.model.max_sequence_length) == (48, 8, 9)
     assert drawn.eval.num_inference_steps == 7
+    notes = unread_prompts(load(TrainConfig, [], [f"model.ref={hub.resolve(GENERATOR)}", *sets]))
+    said = "lora.init was exported with 9 tokens of a prompt, this run reads 12; model.max_sequence_length=9 reads"
+    assert [said in note for note in notes].count(True) == 1
+    sets.append("model.max_sequence_length=9")
+    assert not any(
+        "was exported with" in note for note in unread_prompts(load(TrainConfig, [], [f"model.ref={GENERATOR}", *sets]))
+    )
     (folder / hub.SAMPLING_FILE).write_text('{"height": "tall"}')
     with pytest.raises(UserError, match=r"sampling\.json: damaged"):
         model_source(str(folder), tmp_path)

@@ -447,6 +447,7 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
     image = HashedImage.from_pil(Image.effect_noise((17, 9), 50).convert("RGB"))
     encoded = written(base64_of(png(image.image)))
     assert drawn(endpoint(answering(json={"data": [{"b64_json": encoded}]}))) == image
+    assert drawn(endpoint(answering(content=png(image.image)))) == image  # the file itself
     uri = f"data:image/png;base64,{base64_of(png(image.image))}"
     assert drawn(endpoint(answering(json={"data": [{"b64_json": "", "url": uri}]}))) == image
     assert drawn(pool(answering(json={"model": "m", "image": encoded}))) == image
@@ -462,6 +463,8 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
         ({"data": None, "error": {"message": "broke", "status": 500}}, "server_error", "broke"),
         ({"data": [{"error": {"code": "content_policy_violation", "message": "no"}}]}, "refused", ": no"),
         ({"data": None, "base_resp": {"status_code": 1026, "status_msg": "input new_sensitive"}}, "refused", "new_s"),
+        ({"data": [{"url": "x"}], "has_nsfw_concepts": [True]}, "refused", "blacked out by a content filter"),
+        ({"data": [{"b64_json": "x", "nsfw_content_detected": True}]}, "refused", "blacked out by a content filter"),
         ({"data": None}, "malformed_response", "no image in the answer"),
         ({"id": "job-1", "status": "queued"}, "malformed_response", "no image in the answer"),
         ({"task_id": 7, "polling_url": "/7"}, "malformed_response", "no image in the answer"),

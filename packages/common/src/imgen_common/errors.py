@@ -122,7 +122,8 @@ RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
 
 
 def check_lines(lines: Sequence[str], path: Path) -> None:
-    """Raises UserError where the first lines of a file say that its lines are no texts to be used one by one."""
+    """Raises UserError where the lines of a file, most often the first, say that they are no texts to be used one by
+    one."""
     first = lines[0] if lines else ""
     if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
         raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
@@ -135,6 +136,8 @@ def check_lines(lines: Sequence[str], path: Path) -> None:
         raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
     if "\t" in first:
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
+    if lines and all(len(line) > 1 and line[0] == line[-1] == '"' for line in lines):
+        raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
 
 
 def check_choice(option: str, given: str, choices: Any) -> Any:

@@ -139,6 +139,10 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     index = folder / "model_index.json"
     names = (index.name, "config.json", *LORA_FILES)
     if not any((folder / name).exists() for name in names):
+        if link := next((folder / name for name in names if (folder / name).is_symlink()), None):
+            raise UserError(
+                f"{link}: is a link to a file that is not there; copy the folder with what it links (cp -rL)"
+            )
         file = next(folder.glob("[!.]*.safetensors"), None)
         remedy = "" if file is None else f"; the model in the one file {file.name} is not read: {SINGLE_FILE}"
         raise UserError(f"{folder}: not a model folder (none of {', '.join(names)} in it){remedy}")

@@ -38,7 +38,7 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     match path.suffix.lower():
         case ".txt":
             lines = numbered_lines(path)
-            check_lines([line for _, line in lines[:2]], path)
+            check_lines([line for _, line in lines], path)
             rows = ((f"{path}:{number}", line) for number, line in lines)
         case ".jsonl":
             rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))

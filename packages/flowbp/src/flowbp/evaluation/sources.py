@@ -98,7 +98,7 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     check_is_model(text, root, "flowbp train")
     lora = load(TrainConfig, [], sets).lora
     adapter = None if lora is None or lora.init is None else hub.resolve_adapter(lora.init, "lora.init").parent
-    of_adapter = [] if adapter is None else _as_sets(_size_and_length(_read_sampling(adapter)))
+    of_adapter = [] if adapter is None else _as_sets(_size_and_length(read_sampling(adapter)))
     config = load(TrainConfig, [], [*_own_settings(text), *of_adapter, *sets])
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 
@@ -109,7 +109,7 @@ def _own_settings(ref: str) -> list[str]:
     folder = hub.resolve(ref, weights=False)
     index = hub.pipeline_index(ref, folder)
     leave = ["model.allow_distilled=true"] if what_says_distilled(ref, index) else []
-    own = _read_sampling(folder)
+    own = read_sampling(folder)
     found = _size_and_length(own) | {"eval.num_inference_steps": own.num_inference_steps}
     kind = index.get("_class_name")
     if own.guidance_scale is not None and kind in WITH_EMBEDDED_GUIDANCE:
@@ -120,7 +120,7 @@ def _own_settings(ref: str) -> list[str]:
     return leave + _as_sets(found)
 
 
-def _read_sampling(folder: Path) -> ExportedSampling:
+def read_sampling(folder: Path) -> ExportedSampling:
     """The sampling.json of a model or an adapter; one that says nothing where there is none."""
     file = folder / hub.SAMPLING_FILE
     return read_json(file, ExportedSampling) if file.exists() else ExportedSampling()

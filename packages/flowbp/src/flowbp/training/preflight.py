@@ -4,7 +4,7 @@ What needs no torch is checked before torch is imported, so that a typo costs no
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
+from flowbp.evaluation.sources import read_sampling
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
@@ -193,7 +194,27 @@ def unread_prompts(config: TrainConfig) -> list[str]:
     trained, *evaluated = (any(map(sources_of, part)) for part in found)
     if trained and not all(evaluated):
         notes.append("data.prompts has edits; set eval.prompts and eval.quick_prompts, which have none, to edits too")
-    return notes
+    return [*notes, *_other_lengths(config)]
+
+
+def _other_lengths(config: TrainConfig) -> Iterator[str]:
+    """A sentence for the model and the adapter that an export says were drawn with another length of prompts."""
+    from flowbp import backbones
+    from flowbp.backbones.options import apply_model_options
+
+    places = {"model.ref": hub.resolve(config.model.ref, weights=False)}
+    with suppress(UserError):  # a run that goes on needs the adapter no more
+        if config.lora is not None and config.lora.init is not None:
+            places["lora.init"] = hub.resolve_adapter(config.lora.init, "lora.init").parent
+    for key, place in places.items():
+        if (length := read_sampling(place).max_sequence_length) is not None:
+            backbone = backbones.init_empty_weights(config.model.ref, distilled=config.model.allow_distilled)
+            apply_model_options(backbone, config.model)
+            if backbone.max_tokens != length:
+                yield (
+                    f"{key} was exported with {length} tokens of a prompt, this run reads {backbone.max_tokens}; "
+                    f"model.max_sequence_length={length} reads as many"
+                )
 
 
 def check_inputs(

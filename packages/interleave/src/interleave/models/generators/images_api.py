@@ -1,6 +1,7 @@
 """Any OpenAI-compatible images endpoint: images from words, and edits of images."""
 
 import asyncio
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     import httpx
 
 
+BLACKED_OUT = ("has_nsfw_concepts", "nsfw_content_detected")
+"""How servers of diffusers say that the image is a black one in the place of what was drawn."""
+IMAGE_FILES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")
+"""How files of images begin."""
 PAID_KEYS = (b'"data"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
 """Of answers that are images or jobs, for each of which the server may charge."""
 EDITS = "/images/edits"
@@ -176,7 +181,12 @@ def _remedy(error: HttpError, content: Mapping[str, Any]) -> str | None:
 
 
 def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
-    """The image in base64, or its address, and the prompt as the endpoint revised it.  Raises HttpError."""
+    """The image in base64, or its address, and the prompt as the endpoint revised it.  Raises HttpError.
+
+    An answer that is the file of an image itself is taken, too.
+    """
+    if data.startswith(IMAGE_FILES):
+        return base64.b64encode(data).decode(), "", None
     try:
         answer = json.loads(data)
         if (error := error_in_answer(answer, "data")) is not None:
@@ -186,6 +196,9 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
             raise error
         if str(reason := entry.get("finish_reason", "")).lower().startswith(FILTERED):
             raise Refusal(f"stopped by a content filter (finish_reason {one_line(str(reason), 40)})")
+        found = [place.get(key) for place in (answer, entry) for key in BLACKED_OUT]
+        if any(value is True or value == [True] for value in found):
+            raise Refusal("blacked out by a content filter, which says that it found nudity or violence")
         encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
