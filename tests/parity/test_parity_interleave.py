@@ -121,22 +121,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_set(built: Path) -> None:
     check("set rows", rows(built), "interleave")
-    facts = stable(json.loads((built / "set.json").read_text(encoding="utf-8")))
-    ends = facts["trajectories"]
-    accepted, other = (
-        f"<td>trajectories</td><td>{end}</td><td class=num>{ends[end]}</td>" for end in ("complete", NOT_ACCEPTED)
-    )
-    ends["complete"] += ends.pop(NOT_ACCEPTED)  # as when the goldens were recorded
-    check("set facts", facts, "interleave")
+    check("set facts", stable(json.loads((built / "set.json").read_text(encoding="utf-8"))), "interleave")
     check("set checked", numbers(interleave("data", "check", built).replace(str(built), "")), "interleave")
     (shown,) = built.glob("*.html")
-    html = shown.read_text(encoding="utf-8")
-    assert accepted in html
-    assert other in html
-    html = html.replace(other, "").replace(
-        accepted, f"<td>trajectories</td><td>complete</td><td>{ends['complete']}</td>"
-    )
-    check("set page", page(html), "interleave")
+    check("set page", page(shown.read_text(encoding="utf-8")), "interleave")
 
 
 @pytest.mark.parametrize("role", ["planner", "critic"])

@@ -461,8 +461,8 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-LONG = "a red circle and a blue square and a blue square and a blue square"
-SAID = "longer than the 11 tokens that text_encoder reads"
+LONG_PROMPT = "a red circle and a blue square and a blue square and a blue square"
+SAID = "longer than the 12 tokens that text_encoder reads"
 
 
 @pytest.mark.exhaustive
@@ -473,12 +473,12 @@ SAID = "longer than the 11 tokens that text_encoder reads"
         ("train", *sets(*SMALL, "eval.prompts={file}", "eval.num_prompts=1"), "--runs", "{folder}", "--json"),
         ("train", "--dry-run", *sets("eval.quick_prompts={file}"), "--runs", "{folder}"),
         ("eval", "builtin:shapes/generator", "--prompts", "{file}", *sets("eval.num_inference_steps=2")),
-        ("sample", LONG, "--num-images", "1", "--num-inference-steps", "1", "--out", "{folder}"),
+        ("sample", LONG_PROMPT, "--num-images", "1", "--num-inference-steps", "1", "--out", "{folder}"),
         ("benchmark", "builtin:shapes/generator", "--prompts", "{file}", "--out", "{folder}/out"),
     ],
 )  # fmt: skip
 def test_a_prompt_that_is_cut_is_said(flowbp: Call, tmp_path: Path, words: tuple[str, ...]) -> None:
-    (tmp_path / "long.CSV").write_text(f'id,prompt\n1,"{LONG}"\n')
+    (tmp_path / "long.CSV").write_text(f'id,prompt\n1,"{LONG_PROMPT}"\n')
     code, output, errors = flowbp(*(word.format(file=tmp_path / "long.CSV", folder=tmp_path) for word in words))
     assert code == 0, errors
     assert (output + errors).count(SAID) == 1
