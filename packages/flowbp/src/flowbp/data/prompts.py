@@ -95,7 +95,7 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key{names}")
     value = row[key]
     if not isinstance(value, str):
-        found = describe_type(value)
+        found = describe_type(value) + (", whose keys are not read" if isinstance(value, dict) else "")
         raise UserError(f"{where}: no text under {key!r} (there is: {found}); write a text, or remove the row")
     return "" if is_blank(value) else value.strip()
 

@@ -36,7 +36,7 @@ BLACKED_OUT = ("has_nsfw_concepts", "nsfw_content_detected")
 """How servers of diffusers say that the image is a black one in the place of what was drawn."""
 IMAGE_FILES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")
 """How files of images begin."""
-PAID_KEYS = (b'"data"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
+PAID_KEYS = (b'"data"', b'"images"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
 """Of answers that are images or jobs, for each of which the server may charge."""
 EDITS = "/images/edits"
 REFUSED_KEYS = {key: f"{key}: null" for key in ("response_format", "quality", "size")} | {"seed": "send_seed: false"}
@@ -197,8 +197,8 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         if str(reason := entry.get("finish_reason", "")).lower().startswith(FILTERED):
             raise Refusal(f"stopped by a content filter (finish_reason {one_line(str(reason), 40)})")
         found = [place.get(key) for place in (answer, entry) for key in BLACKED_OUT]
-        if any(value is True or value == [True] for value in found):
-            raise Refusal("blacked out by a content filter, which says that it found nudity or violence")
+        if any(value is True or value == [True] for value in found) or entry.get("is_image_safe") is False:
+            raise Refusal("blacked out or held back by a content filter, as the answer says")
         encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
