@@ -136,6 +136,7 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
         ("p.txt", '"a cat"\n"a sign that says \\"open\\""\n', "p.txt: has each text in quotes, as jq writes them"),
+        ("p.csv", "prompt,id\na cat,1\nprompt,id\na dog,1\n", "p.csv:3: names the columns again, as where two files"),
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         *(

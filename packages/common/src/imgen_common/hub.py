@@ -250,16 +250,17 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     return path
 
 
-def _offline() -> bool:
+def _offline() -> str | None:
+    """The variable that keeps this process offline, if one does."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
+    return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), None)
 
 
 def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Path:
     """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has."""
     from huggingface_hub import snapshot_download
 
-    offline = _offline()
+    offline = _offline() is not None
 
     def fetch(patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
@@ -284,8 +285,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     """Why the hub gave no files, and what to do."""
     from huggingface_hub import constants, errors
 
-    if _offline():
-        return f"HF_HUB_OFFLINE is set, and the cache has no complete copy of it; {_remedy(ref)}"
+    if variable := _offline():
+        return f"{variable} is set, and the cache has no complete copy of it; {_remedy(ref)}"
     hidden = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
     login = f"log in with `hf auth login` or set HF_TOKEN{' and unset HF_HUB_DISABLE_IMPLICIT_TOKEN' if hidden else ''}"
     causes = [*_causes(error)]
@@ -319,7 +320,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _remedy(ref: str) -> str:
     if _offline():
-        return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without HF_HUB_OFFLINE"
+        return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without {_offline()}"
     proxies = [name for upper in ("HTTPS_PROXY", "ALL_PROXY") for name in (upper, upper.lower())]
     named = [name for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", *proxies) if name in os.environ]
     checked = ", ".join(["check the name", *(f"the variable {name}" for name in named)])

@@ -161,6 +161,8 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
             if twice := sorted({name for name in columns if columns.count(name) > 1}):
                 raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
             continue
+        if [cell.strip() for cell in cells] == columns:
+            raise UserError(f"{path}:{number}: names the columns again, as where two files were joined; remove the row")
         if len(cells) != len(columns):
             quoted = "put a text with separators in double quotes, or write one text a line in a .txt"
             remedy = quoted if len(cells) > len(columns) else "give the row all its cells, also empty ones"
