@@ -72,6 +72,8 @@ SAID: dict[str, tuple[list[str | Exception], int | None, str | None, int]] = {
     "times out": ([JudgeError("timeout", "slow")] * 3, None, "timeout", 3),
     "times out, then reads": ([JudgeError("timeout", "slow"), "2"], 2, None, 2),
     "nothing": ([""] * 3, None, "unreadable", 3),
+    "thinks of another": (["<think>\n1\n</think>\n\n4"], 4, None, 1),
+    "thinks to no end, then reads": (["<think>\n1", "perhaps 1</think>5"], 5, None, 2),
 }
 
 

@@ -150,6 +150,18 @@ def test_what_failed_is_counted_and_stands_in_both_figures(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize(("name", "draft"), [("rise", "Final Score: 0"), ("ueval", '{"criteria_met": false}')])
+def test_what_a_judge_thinks_is_not_what_it_says(tmp_path: Path, name: str, draft: str) -> None:
+    class Thinking(Sometimes):
+        async def chat(self, message: Message, seed: int) -> Reply:
+            said = await ShapesJudge().chat(message, seed)
+            return replace(said, text=f"<think>I would say {draft}, or not.</think>\n{said.text}")
+
+    outputs = written(name, tmp_path, make_right)
+    thought = scored(work_on(name, tmp_path / "thought", outputs), Thinking(lambda message, count: None))
+    assert thought.figures == scored(work_on(name, tmp_path / "said", outputs)).figures
+
+
 @pytest.mark.parametrize("name", tiers(NAMES, default=["wise"], slow=["rise"]))
 def test_nothing_becomes_a_zero_unseen(name: str, tmp_path: Path) -> None:
     work = work_on(name, tmp_path / "out", written(name, tmp_path, make_right))

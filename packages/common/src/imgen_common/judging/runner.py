@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 from imgen_common.errors import UserError, one_line
+from imgen_common.http.chat import split_reasoning
 from imgen_common.judging.answers import Answer, AnswerLog, count_failures
 from imgen_common.judging.questions import JudgeError, JudgeModel, JudgeReply, Question, Unreadable
 from imgen_common.streams import stream_seed
@@ -115,7 +116,8 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         seed = stream_seed(0, f"judge {key}", attempt)
         try:
             replies.append(await judge.ask(question.system, question.message, seed))
-            value, error, kind = question.parse(replies[-1].text), None, None
+            # a judge that thinks names scores that it then gives up
+            value, error, kind = question.parse(split_reasoning(replies[-1].text)[1]), None, None
             break
         except Unreadable as reason:
             error, kind = one_line(": ".join(filter(None, (replies[-1].ending, str(reason))))), "unreadable"
