@@ -89,6 +89,7 @@ def test_the_gradient_is_that_of_a_rollout_whose_rounding_errors_are_constants(m
     assert distance(ours, take(trainer)) < 1e-4
 
 
+@pytest.mark.slow
 def test_steps_whose_graph_is_kept_are_not_rounded() -> None:
     plain, all_kept = (gradient(trainer_of(*sets)) for sets in ([], ["rollout.dtype=fp8", "keep_graphs=4"]))
     assert distance(plain, all_kept) < 1e-6
@@ -103,7 +104,7 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("case", tiers(COPIES, default=["fp8", "bfloat16, adapters"]))
+@pytest.mark.parametrize("case", tiers(COPIES, default=["fp8"], slow=["bfloat16, adapters"]))
 def test_a_copy_follows_the_weights(case: str) -> None:
     """After an update it is what would be made anew; the network itself stays what it was without one."""
     sets = COPIES[case]

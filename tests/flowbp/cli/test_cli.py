@@ -337,6 +337,7 @@ def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: 
     assert [line["step"] for line in lines if "watch/distance" in line] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_evaluated_again(flowbp: Call, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "evaluate", lambda *given: pytest.fail("evaluated"))
     code, output, _ = flowbp("train", "--resume", trained, "--json")

@@ -383,6 +383,7 @@ def test_hpdv2_as_a_command(flowbp: Call, finished: Benchmark, tmp_path: Path) -
     assert f"| {GENERATOR} (finished) " in output
 
 
+@pytest.mark.slow
 def test_a_judge_is_asked_after_its_cost_is_confirmed(
     flowbp: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def means(output: str) -> dict[str, float]:
     return {name: one["mean"] for name, one in row["means"].items()}
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_right_and_of_broken_images(flowbp: Call, tmp_path: Path) -> None:
     out, rng = tmp_path / "out", np.random.default_rng(0)
     code, output, errors = flowbp(*words(out), "--json")

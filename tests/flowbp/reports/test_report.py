@@ -76,12 +76,14 @@ def read(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+@pytest.mark.slow
 def test_the_speed_of_its_updates_is_there(run: Path) -> None:
     text, _ = read(run)
     assert "400 TFLOP/s per process, 40.4% of the peak in bfloat16 (MFU), mean of 30 updates" in text
     assert "rollout 75%, decoder 0%, reward 0%, sweep 25%" in text
 
 
+@pytest.mark.slow
 def test_alerts_stand_in_it_with_their_updates(run: Path) -> None:
     assert "What the watchdog found" not in read(run)[0]
     for update, alerts in ((10, []), (20, [f"Drift is above 0.2 {EVIL}"])):
@@ -206,6 +208,7 @@ def test_images_have_scores_with_the_digits_of_their_size(run: Path, size: float
     assert decimals in lengths
 
 
+@pytest.mark.slow
 def test_large_images_are_made_small(run: Path) -> None:
     from PIL import Image
 

@@ -377,6 +377,7 @@ def outputs_of(images: list[Any]) -> Any:
     return SimpleNamespace(pooler_output=first, deepstack_features=layers)
 
 
+@pytest.mark.slow
 def test_equal_images_are_judged_alike_and_others_anew(folders: dict[str, Path]) -> None:
     """Also by another object, as after a resume, and without a gradient."""
     folder = with_settings(folders["qwen3_vl"], SAMPLED | {"num_answers": 64, "max_new_tokens": 3})

@@ -95,6 +95,7 @@ def test_an_estimate_counts_the_second_transformer(tmp_path: Path) -> None:
     assert (both.static, both.startup) == (own.static | second, own.startup | second)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_sibling_is_refused(tmp_path: Path) -> None:
     model = folder_of("flux2", tmp_path)
     with pytest.raises(UserError, match=r"eval\.model .*flux: is a FluxPipeline; must be a Flux2KleinPipeline"):

@@ -113,6 +113,7 @@ def test_the_report_says_what_decoded(runs: dict[str, RunFolder]) -> None:
     assert "tiny decoder" not in pages["plain"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_change_the_decoder_but_is_not_watched_then(runs: dict[str, RunFolder]) -> None:
     source, said = runs["plain"], Alerts()
     ref = runs["preview"].config(TrainConfig).model.vae.preview

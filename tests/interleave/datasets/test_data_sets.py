@@ -239,6 +239,7 @@ def files(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted([*out.glob("*_*.jsonl"), out / "set.json"])}
 
 
+@pytest.mark.slow
 def test_categories_and_trajectories_count_alike(asked: Path, tmp_path: Path) -> None:
     """A story with steps that were never accepted is not complete in either."""
     critic = FakeCritic(lambda shown, seed: (shown.original_prompt.startswith(("r1 ", "r2 ")), shown.prompt_used))
@@ -340,7 +341,7 @@ def test_stopped_anywhere_a_build_ends_as_if_it_were_not(tmp_path: Path, asked: 
     assert len(jobs) <= len(written) + 16 * stops
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_build_of_many_machines_is_that_of_one(tmp_path: Path, asked: Path, count: int) -> None:
     """The last part was stopped, and what it left is done after merging."""
     whole = build(tmp_path / "whole", asked)

@@ -61,6 +61,7 @@ def drawn(generator: Generator, job: GenerationRequest = JOB) -> HashedImage:
 # --- our own service -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_images_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secret")
     first, second = (InProcess(ScriptedGenerator(latency=0.05, max_sources=2)) for _ in range(2))
@@ -124,6 +125,7 @@ def test_who_leaves_closes_the_request() -> None:
     assert len(backend.begun) == 1
 
 
+@pytest.mark.slow
 def test_the_deadline_is_passed_on_and_kept() -> None:
     backend = InProcess(ScriptedGenerator(latency=60.0))
     with hosted(backend) as url:
