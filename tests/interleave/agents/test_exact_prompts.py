@@ -146,7 +146,10 @@ def test_a_system_turn_stands_before_the_users(processor: Any) -> None:
 @pytest.mark.parametrize(
     ("ref", "said"),
     [
-        ("none.py:PLANNER", "none.py:PLANNER': no such file; put it there, as the first lines of the recipe say"),
+        (
+            "none.py:PLANNER",
+            r"none.py: no such file; did you mean .broken\.py.\?; put it there, as the first lines of the recipe say",
+        ),
         ("system.py", r"must be the path of a \.txt file, or FILE\.py:NAME"),
         ("system.py:PLANER", "has no text named 'PLANER'; did you mean 'PLANNER'"),
         ("system.py:MADES", "has no text named 'MADES'"),

@@ -21,6 +21,8 @@ HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 SAMPLING_FILE = "sampling.json"
 """In a pipeline's folder: the height, width, num_inference_steps and guidance_scale to generate with, unless others are
 given.  `flowbp export` writes it, the generators of `interleave` read it."""
+SIZE_AND_LENGTH = ("height", "width", "max_sequence_length")
+"""Of these settings those that an adapter is drawn with, whichever model it is put into."""
 UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 """How the files end that the hub's client, aria2 (as hfd.sh uses it) and browsers keep until a download ends."""
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")

@@ -38,7 +38,7 @@ CERTIFICATE_REMEDIES = {
 """What to do about a certificate, by OpenSSL's words; `AUTHORITY` about others."""
 USED_UP = b"insufficient_quota"
 """What OpenAI and its likes call a quota or credit that is used up, under the status of a busy server (429)."""
-BLOCKED = re.compile(
+FILTER_CODES = re.compile(
     rb'"(content_filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input)"',
     re.IGNORECASE,
 )
@@ -201,7 +201,7 @@ class HttpClient(RetryingCaller):
             remedy = "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
         if status == 413:
             remedy = "; send smaller images, or raise the server's limit (nginx: client_max_body_size)"
-        if BLOCKED.search(data):  # one request: the server is there, and its key is right
+        if FILTER_CODES.search(data):  # one request: the server is there, and its key is right
             return Refusal(f"{place}: status {status}: {self.clean(error_message(data))}")
         message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
         wait = retry_after(answer.headers)

@@ -127,8 +127,7 @@ def read_sampling(folder: Path) -> ExportedSampling:
 
 
 def _size_and_length(own: ExportedSampling) -> dict[str, float | None]:
-    names = ("height", "width", "max_sequence_length")
-    return {f"model.{name}": getattr(own, name) for name in names}
+    return {f"model.{name}": getattr(own, name) for name in hub.SIZE_AND_LENGTH}
 
 
 def _as_sets(found: Mapping[str, float | None]) -> list[str]:

@@ -16,11 +16,8 @@ from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
 from flowbp.export.model_card import model_card
 from imgen_common.errors import UserError, one_line
 from imgen_common.files import atomic_folder, write_atomic
-from imgen_common.hub import SAMPLING_FILE
+from imgen_common.hub import SAMPLING_FILE, SIZE_AND_LENGTH
 from imgen_common.run_folder.folder import RunFolder
-
-OF_ADAPTERS = ("height", "width", "max_sequence_length")
-"""What an adapter is drawn with, whichever model it is put into."""
 
 
 def export_run(
@@ -54,7 +51,7 @@ def export_run(
         elif to == "diffusers":
             save_file(to_diffusers(lora_adapters(config, weights)), folder / DIFFUSERS_FILE, {"format": "pt"})
             # steps and guidance are of the model, which may be a distilled one
-            _write_sampling(folder, {name: sampling[name] for name in OF_ADAPTERS if name in sampling})
+            _write_sampling(folder, {name: sampling[name] for name in SIZE_AND_LENGTH if name in sampling})
         else:
             empty = backbones.init_empty_weights(config.model.ref, distilled=True)
             widths = {name: m.out_features for name, m in empty.net.named_modules() if isinstance(m, nn.Linear)}

@@ -200,21 +200,21 @@ def unread_prompts(config: TrainConfig) -> list[str]:
 def _other_lengths(config: TrainConfig) -> Iterator[str]:
     """A sentence for the model and the adapter that an export says were drawn with another length of prompts."""
     from flowbp import backbones
-    from flowbp.backbones.options import apply_model_options
 
     places = {"model.ref": hub.resolve(config.model.ref, weights=False)}
     with suppress(UserError):  # a run that goes on needs the adapter no more
         if config.lora is not None and config.lora.init is not None:
             places["lora.init"] = hub.resolve_adapter(config.lora.init, "lora.init").parent
-    for key, place in places.items():
-        if (length := read_sampling(place).max_sequence_length) is not None:
-            backbone = backbones.init_empty_weights(config.model.ref, distilled=config.model.allow_distilled)
-            apply_model_options(backbone, config.model)
-            if backbone.max_tokens != length:
-                yield (
-                    f"{key} was exported with {length} tokens of a prompt, this run reads {backbone.max_tokens}; "
-                    f"model.max_sequence_length={length} reads as many"
-                )
+    exported = {key: read_sampling(place).max_sequence_length for key, place in places.items()}
+    used = config.model.max_sequence_length
+    if used is None and any(exported.values()):
+        used = backbones.init_empty_weights(config.model.ref, distilled=config.model.allow_distilled).max_tokens
+    for key, length in exported.items():
+        if length not in (None, used):
+            yield (
+                f"{key} was exported with {length} tokens of a prompt, this run reads {used}; "
+                f"model.max_sequence_length={length} reads as many"
+            )
 
 
 def check_inputs(

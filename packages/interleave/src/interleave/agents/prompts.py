@@ -101,12 +101,13 @@ def _exact_text(ref: str) -> str:
     path = local_path(file)
     if path.suffix not in (".txt", ".py") or bool(name) != (path.suffix == ".py"):
         raise UserError(f"template {ref!r}: must be the path of a .txt file, or FILE.py:NAME of a text constant")
-    if not path.exists():
+    try:
+        return constants(path, name)[name] if name else read_text(path)
+    except UserError as error:
+        if path.exists():
+            raise
         remedy = "put it there, as the first lines of the recipe say, or give another template"
-        raise UserError(f"template {ref!r}: no such file; {remedy}")
-    if not name:
-        return read_text(path)
-    return constants(path, name)[name]
+        raise UserError(f"{error}; {remedy}") from None
 
 
 def _check(found: Template) -> None:
