@@ -271,6 +271,22 @@ def test_the_default_patience_outlasts_a_restart_and_says_so(
 
 
 @pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (2, []),
+        (600, ["status 429; it asks to wait 600 s; waiting up to 7.5 min for it to come back", "host: answers again"]),
+    ],
+)
+def test_a_long_wait_that_a_service_asks_for_is_said(asked: float, said: list[str], caplog: Any) -> None:
+    time = Time()
+    send, _ = sends(*[HttpError("rate_limited", "status 429", retry_after=asked, status=429)] * 15, "yes")
+    made = RetryingCaller(RetryPolicy(), name="host", clock=time, sleep=time.sleep, rng=random.Random(0))
+    assert asyncio.run(made.call(send)) == "yes"
+    assert time.now <= RetryPolicy().patience(asked)
+    assert [message.split(" after ")[0] for message in caplog.messages] == said
+
+
+@pytest.mark.parametrize(
     ("failure", "tries"),
     [
         (GONE, 16),

@@ -32,6 +32,8 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
     ("name", "content", "prompts"),
     [
         ("p.txt", "a cat, grey\n\n  a dog  \n", ["a cat, grey", "a dog"]),
+        ("p.txt", "1. a cat\n", ["1. a cat"]),
+        ("p.txt", "- a cat\na dog\n“a” sign\n", ["- a cat", "a dog", "“a” sign"]),
         ("P.TXT", "\ufeffa cat\r\n\r\n   \r\na dog", ["a cat", "a dog"]),
         ("wildcards.txt", "{a|the} cat\n[a:b:0.5] <lora:x:1> dog\n", ["{a|the} cat", "[a:b:0.5] <lora:x:1> dog"]),
         ("joined.txt", "\ufeffa cat\n\ufeffa dog\n", ["a cat", "a dog"]),
@@ -136,6 +138,14 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
         ("p.txt", '"a cat"\n"a sign that says \\"open\\""\n', "p.txt: has each text in quotes, as jq writes them"),
+        *(
+            ("p.txt", f"{before}a cat{after}\n{before}a dog{after}\n", "p.txt: has each text in quotes")
+            for before, after in ("“”", "«»", "''")
+        ),
+        *(
+            ("p.txt", lines, "p.txt: is a list whose items begin with a number or a mark")
+            for lines in ("1. a cat\n2. a dog\n", "1) a cat\n2) a dog\n", "- a cat\n- a dog\n", "•\ta cat\n•\ta dog\n")
+        ),
         ("p.csv", "prompt,id\na cat,1\nprompt,id\na dog,1\n", "p.csv:3: names the columns again, as where two files"),
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),

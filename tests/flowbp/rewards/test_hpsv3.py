@@ -249,8 +249,9 @@ def test_a_source_without_the_words_is_refused(tmp_path: Path, content: dict | b
         file.write_bytes(content)
     elif content is not None:
         source(file, **content)
+    (weights := tmp_path / "HPSv3.safetensors").touch()
     with pytest.raises(UserError, match=re.escape(said)) as error:
-        convert.convert_checkpoint("hpsv3", tmp_path / "HPSv3.safetensors", "qwen", tmp_path / "out", file)
+        convert.convert_checkpoint("hpsv3", weights, str(tmp_path), tmp_path / "out", file)
     assert str(error.value).startswith(str(file))
     assert not (tmp_path / "out").exists()
 

@@ -12,8 +12,10 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.benchmarks.base import Item, Output, Prompts
+from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.official.rise import DATA_FILES, Rise
 from interleave.benchmarks.official.rise_rules import CATEGORIES, COLUMNS, PROMPTS, parse_mark, parse_scores
+from interleave.benchmarks.run import BenchmarkWork
 
 RISE = Rise()
 TEMPORAL, CAUSAL, SPATIAL, LOGICAL = CATEGORIES
@@ -667,6 +669,17 @@ def test_what_is_written_is_what_their_scorer_finds(tmp_path: Path, items: list[
     assert len([file for file in folder.rglob("*") if file.is_file()]) == 3
     again = RISE.read_outputs(tmp_path / "out", items)
     assert {name: len(output.images) for name, output in again.items()} == dict.fromkeys(outputs, 1)
+
+
+def test_a_folder_is_of_the_images_that_its_items_had(tmp_path: Path, items: list[Item]) -> None:
+    prompts = Prompts({"consistency": "x"})
+    work = BenchmarkWork(RISE, BenchmarkConfig(), items, prompts, tmp_path / "out")
+    work.open()
+    work.open()
+    (source,) = (part for part in items[0].content if isinstance(part, Path))
+    save(source, seed=9)
+    with pytest.raises(UserError, match="out: was begun with other items or images"):
+        work.open()
 
 
 def test_items_without_an_image_are_not_written(tmp_path: Path, items: list[Item]) -> None:

@@ -102,44 +102,6 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
 
 
-OTHER_FILES = {
-    "```": "text with a fence of Markdown; remove the lines of ```",
-    "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
-    **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
-    "{\\rtf": "rich text (RTF); save it as plain text",
-    **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
-    "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
-}
-"""What a file of lines is instead that begins so."""
-
-
-COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
-"""What the first line of a table of one column is."""
-
-
-RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
-"""Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
-
-
-def check_lines(lines: Sequence[str], path: Path) -> None:
-    """Raises UserError where the lines of a file, most often the first, say that they are no texts to be used one by
-    one."""
-    first = lines[0] if lines else ""
-    if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
-        raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
-    if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
-        raise UserError(f"{path}: is {what}")
-    if first.rstrip().endswith(("[", "{")):
-        what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
-        raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
-    if first.strip(' "').lower() in COLUMNS:
-        raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
-    if "\t" in first:
-        raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
-    if lines and all(len(line) > 1 and line[0] == line[-1] == '"' for line in lines):
-        raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
-
-
 def check_choice(option: str, given: str, choices: Any) -> Any:
     """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
     allowed = get_args(choices)

@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from imgen_common.errors import UserError, check_lines, check_text, one_line
+from imgen_common.errors import UserError, check_text, one_line
 from imgen_common.files import numbered_lines, opened, read_text, text_lines
 
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
@@ -24,6 +24,24 @@ PROTECTED = re.compile('="([^"]*)"')
 FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
 """The first line of a .csv in which Excel keeps what divides its cells, or PowerShell the type of its rows."""
 
+OTHER_FILES = {
+    "```": "text with a fence of Markdown; remove the lines of ```",
+    "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
+    **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
+    "{\\rtf": "rich text (RTF); save it as plain text",
+    **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
+    "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
+}
+"""What a file of lines is instead that begins so."""
+COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
+"""What the first line of a table of one column is."""
+RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
+"""Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
+QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
+"""What may stand around a text, before and after it."""
+ITEM = re.compile(r"([-*•·–]|\d+[.):])\s")
+"""What stands before an item of a list."""
+
 
 def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
@@ -38,7 +56,7 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     match path.suffix.lower():
         case ".txt":
             lines = numbered_lines(path)
-            check_lines([line for _, line in lines], path)
+            _check_lines([line for _, line in lines], path)
             rows = ((f"{path}:{number}", line) for number, line in lines)
         case ".jsonl":
             rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))
@@ -55,6 +73,28 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 f"{path}: cannot read rows of {suffix or 'a file without suffix'}; allowed: {', '.join(TABLE_SUFFIXES)}"
             )
     return ((where, _object(row, key, where)) for where, row in rows)
+
+
+def _check_lines(lines: Sequence[str], path: Path) -> None:
+    """Raises UserError where the lines of a file, most often the first, say that they are no texts to be used one by
+    one."""
+    first = lines[0] if lines else ""
+    if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
+        raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
+    if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
+        raise UserError(f"{path}: is {what}")
+    if first.rstrip().endswith(("[", "{")):
+        what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
+        raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
+    if first.strip(' "').lower() in COLUMNS:
+        raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
+    if len(lines) > 1 and all(map(ITEM.match, lines)):
+        what = f"a list whose items begin with a number or a mark ({one_line(first, 40)})"
+        raise UserError(f"{path}: is {what}; write each text on a line without it")
+    if "\t" in first:
+        raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
+    if lines and any(all(len(line) > 1 and line[0] + line[-1] == marks for line in lines) for marks in QUOTES):
+        raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
 
 
 def check_cell(text: str, what: str, remedy: str) -> None:

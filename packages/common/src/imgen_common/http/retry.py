@@ -40,7 +40,8 @@ class RetryPolicy(Config):
     """Seconds for one call, all its tries and waits together."""
     max_tries: Annotated[int, Ge(1), Le(100)] = 16
     """How often one call is sent, at most, while the service is not there or busy: with these defaults for 2.5 to 5
-    minutes, enough for a restart.  A call that the service answers with an error of its own is sent 6 times at most."""
+    minutes, enough for a restart, and for up to 7.5 where it asks for longer waits.  A call that the service answers
+    with an error of its own is sent 6 times at most."""
     initial_backoff: Annotated[float, Gt(0)] = 0.5
     """Longest wait in seconds before the second try; it doubles from try to try, and at least half of it is waited."""
     max_backoff: Annotated[float, Gt(0)] = 30.0
@@ -54,10 +55,11 @@ class RetryPolicy(Config):
         """Longest wait in seconds after try `number`, counted from 1."""
         return min(self.max_backoff, self.initial_backoff * 2.0 ** (number - 1))
 
-    @property
-    def patience(self) -> float:
-        """Longest time in seconds for which a call waits for a service that is not there."""
-        return min(self.deadline, sum(self.backoff(number) for number in range(1, self.max_tries)))
+    def patience(self, wait: float = 0.0) -> float:
+        """Longest time in seconds for which a call waits for a service that is not there, or asks for `wait` seconds
+        each time."""
+        waits = (max(self.backoff(number), min(wait, self.max_backoff)) for number in range(1, self.max_tries))
+        return min(self.deadline, sum(waits))
 
 
 class CircuitBreaker:
@@ -170,12 +172,15 @@ class RetryingCaller:
         raise HttpError(last.kind, f"{last}{tried}", can_retry=False, status=last.status) from last
 
     def _note_outage(self, failure: HttpError) -> None:
-        """Say once per outage that calls wait."""
-        if failure.is_outage and failure.kind != "rate_limited" and self._down_since is None:
+        """Say once per outage that calls wait; a service that is busy for a moment has none."""
+        asked = failure.retry_after or 0.0
+        is_busy = failure.kind == "rate_limited" and asked < self._policy.max_backoff
+        if failure.is_outage and not is_busy and self._down_since is None:
             self._down_since = self._clock()
-            patience = self._policy.patience
+            patience = self._policy.patience(asked)
             shown = f"{patience / 60:.2g} min" if patience >= 60 else f"{patience:.2g} s"
-            log.warning("%s; waiting up to %s for it to come back", failure, shown)
+            asks = f"; it asks to wait {asked:.0f} s" if asked else ""
+            log.warning("%s%s; waiting up to %s for it to come back", failure, asks, shown)
 
     def _note_answer(self) -> None:
         if self._down_since is not None:

@@ -264,12 +264,16 @@ class RunFolder:
         """The last step that has a whole checkpoint."""
         return max(self.checkpoints(), default=None)
 
-    def load_checkpoint(self, step: int) -> Checkpoint:
-        """What was saved at `step`.  Raises UserError if there is none, or it is damaged."""
-        found = checkpoints.find_checkpoints(self._checkpoints)
-        if step not in found:
+    def check_step(self, step: int) -> None:
+        """Raises UserError unless there is a whole checkpoint of `step`."""
+        if step not in (found := self.checkpoints()):
             known = ", ".join(map(str, found)) or "none"
             raise UserError(f"{self.path}: no checkpoint of step {step}; there are: {known}")
+
+    def load_checkpoint(self, step: int) -> Checkpoint:
+        """What was saved at `step`.  Raises UserError if there is none, or it is damaged."""
+        self.check_step(step)
+        found = checkpoints.find_checkpoints(self._checkpoints)
         if step != self._checked:
             checkpoints.check_checkpoint(found, step)
         return checkpoints.load_checkpoint(found, step)

@@ -241,6 +241,7 @@ def benchmark(
             guidance_scale=guidance,
             seed=seed,
         )
+        settings.check_scorers(request.scorers, chosen, asking.url)
         settings.read_prompts(request, source.config.data)
         source.check()
         # from here on torch is needed

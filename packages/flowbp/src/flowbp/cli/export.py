@@ -7,7 +7,7 @@ import typer
 
 from flowbp.cli.options import Runs
 from imgen_common.console import spinner
-from imgen_common.errors import UserError, check_choice
+from imgen_common.errors import check_choice
 
 
 def prefetch(
@@ -57,6 +57,7 @@ def export(
     """
     with spinner("exporting"):
         from flowbp.config import ExportedWeights, ExportFormat
+        from flowbp.evaluation.sources import check_export
         from imgen_common.files import check_is_new
         from imgen_common.run_folder.find import find_run
 
@@ -64,6 +65,7 @@ def export(
         path = find_run(run, runs, "flowbp train")
         target = out or path / f"export-{to}"
         check_is_new(target)
+        check_export(path, chosen, step, model)
         # from here on torch is needed
         from flowbp import export
         from imgen_common.console import quiet_libraries
@@ -110,13 +112,12 @@ def convert_reward(
       flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
     with spinner("converting"):
-        from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward
+        from flowbp.rewards import ConvertibleReward, check_conversion
         from imgen_common.files import check_is_new
 
         chosen: ConvertibleReward = check_choice("KIND", kind, ConvertibleReward)
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; download {PUBLISHED_FILES[chosen]} first")
         check_is_new(out)
+        check_conversion(chosen, file, companion, prompt_source)
         # from here on torch is needed
         from flowbp.rewards.convert import convert_checkpoint
         from imgen_common.console import quiet_libraries

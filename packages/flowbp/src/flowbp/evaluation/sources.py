@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from flowbp.backbones import what_says_distilled
-from flowbp.config import TrainConfig
+from flowbp.config import ExportFormat, TrainConfig
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub, weights
 from imgen_common.config import load
@@ -16,6 +16,7 @@ from imgen_common.errors import UserError
 from imgen_common.files import read_json
 from imgen_common.run_folder.data import check_data, hash_file, hash_model
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
+from imgen_common.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -136,6 +137,23 @@ def _as_sets(found: Mapping[str, float | None]) -> list[str]:
 
 def _models(config: TrainConfig) -> tuple[str | None, ...]:
     return (config.model.ref, config.eval.model, config.lora.init if config.lora else None)
+
+
+def check_export(run: Path, to: ExportFormat, step: int | None = None, model: str | None = None) -> None:
+    """Raises UserError where a run has no checkpoint of `step` (None: any), or cannot be exported as `to`, or into
+    `model`."""
+    opened = RunFolder.open(run, is_main=False)
+    config = opened.config(TrainConfig)
+    if step is not None:
+        opened.check_step(step)
+    elif opened.latest_checkpoint() is None:
+        raise UserError(f"{run}: no checkpoint yet; continue the run (flowbp train --resume {run})")
+    if config.lora is None and to != "merged":
+        raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
+    if model is not None and (config.lora is None or to != "merged"):
+        raise UserError(f"--model {model}: only an adapter is merged into another model; use --to merged")
+    if to == "merged":
+        hub.resolve(model or config.model.ref)
 
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 from flowbp import backbones
 from flowbp.backbones.loading import read_trained_weights
 from flowbp.config import ExportedWeights, ExportFormat, TrainConfig
+from flowbp.evaluation.sources import check_export
 from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
 from flowbp.export.model_card import model_card
@@ -36,13 +37,10 @@ def export_run(
     Raises UserError if `out` exists, there is no such checkpoint, the run trained all weights and `to` wants an
     adapter, or `model` does not fit.
     """
+    check_export(run, to, step, model)
     opened = RunFolder.open(run, is_main=False)
     step = opened.latest_checkpoint() if step is None else step
     config, weights = read_trained_weights(opened, kept, step)
-    if config.lora is None and to != "merged":
-        raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
-    if model is not None and (config.lora is None or to != "merged"):
-        raise UserError(f"--model {model}: only an adapter is merged into another model; use --to merged")
     sampling = _sampling(config, model)
     with atomic_folder(out) as folder:
         if to == "merged":

@@ -33,6 +33,10 @@ PUBLISHED_FILES: dict[ConvertibleReward, str] = {
 """The file as which each reward is published, of those that `flowbp convert-reward` reads."""
 
 
+PROMPT_SOURCE = "hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 1.0.0"
+"""Where the text is that HPSv3 puts around a prompt."""
+
+
 class RewardType(NamedTuple):
     """Where the implementation of a score is, and which model it needs."""
 
@@ -103,6 +107,18 @@ class RewardConfig(Config):
     def load(self, device: "torch.device | str" = "cpu") -> "Reward":
         """The same as `load_reward(self, device)`."""
         return load_reward(self, device)
+
+
+def check_conversion(kind: ConvertibleReward, file: Path, companion: str, prompt_source: Path | None) -> None:
+    """Raises UserError for what of `convert_checkpoint` is missing, or not for this kind; torch is not needed."""
+    if prompt_source is not None and kind != "hpsv3":
+        raise UserError(f"--prompt-source: is for hpsv3; {kind} puts no text around prompts")
+    if prompt_source is None and kind == "hpsv3":
+        raise UserError(f"hpsv3: needs --prompt-source FILE, {PROMPT_SOURCE}")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; download {PUBLISHED_FILES[kind]} first")
+    if kind == "aesthetic" or not local_path(companion).is_dir():  # a folder may hold a tokenizer alone
+        hub.resolve(companion, weights=kind == "aesthetic")
 
 
 def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:

@@ -49,6 +49,7 @@ class BenchmarkFacts(BaseModel):
 
     benchmark: str
     items: str
+    """Hash of what each is given, with its images."""
     num_items: int
     prompts: str
     prompts_source: str
@@ -79,7 +80,7 @@ class BenchmarkWork:
 
     def facts(self) -> BenchmarkFacts:
         """What the folder is of."""
-        named = json.dumps([[item.id, dict(item.row)] for item in self.items], default=str)
+        named = json.dumps([[item.id, dict(item.row), *_image_hashes(item)] for item in self.items], default=str)
         return BenchmarkFacts(
             benchmark=self.benchmark.name,
             items=hashlib.sha256(named.encode()).hexdigest()[:12],
@@ -100,9 +101,10 @@ class BenchmarkWork:
             return
         for name, value in kept:
             if value != getattr(facts, name):
+                what = "items or images" if name == "items" else name
                 raise UserError(
-                    f"{self.out}: its {name} differs ({value!r} there, {getattr(facts, name)!r} now); figures of both "
-                    "cannot be mixed; give another --out"
+                    f"{self.out}: was begun with other {what} ({value!r} there, {getattr(facts, name)!r} now); figures "
+                    "of both cannot be mixed; give another --out"
                 )
 
     def generate(self, on_record: Callable[[Record], None]) -> None:
@@ -180,6 +182,10 @@ class BenchmarkWork:
 
     def _requests(self, store: ImageStore) -> list[Request]:
         return [_request(item, store) for item in self.shard.of(self.items)]
+
+
+def _image_hashes(item: Item) -> list[str]:
+    return [hashlib.sha256(part.read_bytes()).hexdigest() for part in item.content if isinstance(part, Path)]
 
 
 def _request(item: Item, store: ImageStore) -> Request:

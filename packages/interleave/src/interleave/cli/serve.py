@@ -56,6 +56,8 @@ def demo(
     """
     with spinner("loading"):
         config = load_run_config(configs, sets)
-        from interleave import demo
         from interleave.loop import run
+
+        run.check_references(config)
+        from interleave import demo
     demo.serve_demo(lambda: run.StoryStream(config, run.build_components(config), runs), host, port, allow_host or [])

@@ -15,7 +15,7 @@ from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
 from flowbp.evaluation.benchmarks.geneval_shapes import VERIFIER, shapes_tasks
 from flowbp.evaluation.sources import ModelSource, check_guidance_scale
-from flowbp.rewards import REWARDS
+from flowbp.rewards import REWARDS, RewardConfig, resolve_reward
 from imgen_common import hub
 from imgen_common.config import Config, to_yaml
 from imgen_common.errors import UserError, nearest
@@ -177,25 +177,33 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
     )
 
 
-def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
-    """Raises UserError for whatever can be found wrong without loading weights."""
-    names = [spec.name for spec in config.scorers]
+def check_scorers(scorers: Sequence[ScorerSpec], protocol: BenchmarkProtocol, judge_url: str | None) -> None:
+    """Raises UserError for scorers that are given twice, missing, or not for this protocol; torch is not needed."""
+    names = [spec.name for spec in scorers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--score: {', '.join(twice)} given twice; give one of them a name, NAME:KIND=REF")
-    for spec in config.scorers:
+    for spec in scorers:
         if spec.kind in JUDGED:
             vlm_judge.check_url(judge_url)
-        elif spec.kind in GENEVAL_KINDS and spec.kind != config.protocol:
+        elif spec.kind in GENEVAL_KINDS and spec.kind != protocol:
             raise UserError(f"--score {spec.name}: needs what images must show; give --protocol {spec.kind}")
         elif spec.kind not in GENEVAL_KINDS:
-            hub.resolve(spec.ref)
+            resolve_reward(RewardConfig(score=spec.kind, ref=spec.ref))
         elif spec.kind == GENEVAL:
+            hub.resolve(spec.ref)
+            hub.resolve(cast(str, spec.color_model))
+
+
+def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
+    """Raises UserError for whatever can be found wrong without loading weights."""
+    check_scorers(config.scorers, config.protocol, judge_url)
+    for spec in config.scorers:
+        if spec.kind == GENEVAL:
             from flowbp.evaluation.benchmarks.detector import check_detector
 
             check_detector(spec.ref)
-            hub.resolve(cast(str, spec.color_model))
     hub.resolve(config.model.ref)
-    from flowbp.backbones.options import apply_model_options  # imports torch, which what is checked above does not need
+    from flowbp.backbones.options import apply_model_options
 
     model = config.model
     backbone = backbones.init_empty_weights(

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward
+from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward, check_conversion
 from flowbp.rewards.convert.checkpoints import (
     head_weights,
     load_qwen2_vl_config,
     load_tokenizer,
     read_checkpoint,
 )
-from flowbp.rewards.convert.hpsv3 import PROMPT_SOURCE, read_prompt_template, save_hpsv3
+from flowbp.rewards.convert.hpsv3 import read_prompt_template, save_hpsv3
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.loading import HEAD_FILE
@@ -35,10 +35,7 @@ def convert_checkpoint(
     prompt_source: for hpsv3 only, see `read_prompt_template`.
     Raises UserError if `out` exists, or if a file does not hold what `kind` says.
     """
-    if prompt_source is not None and kind != "hpsv3":
-        raise UserError(f"--prompt-source: is for hpsv3; {kind} puts no text around prompts")
-    if prompt_source is None and kind == "hpsv3":
-        raise UserError(f"hpsv3: needs --prompt-source FILE, {PROMPT_SOURCE}")
+    check_conversion(kind, file, companion, prompt_source)
     template = None if prompt_source is None else read_prompt_template(prompt_source)
     with atomic_folder(out) as fresh:
         state = read_checkpoint(file, PUBLISHED_FILES[kind])

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLModel
 
+from flowbp.rewards import PROMPT_SOURCE
 from flowbp.rewards.convert.checkpoints import StateDict
 from flowbp.rewards.hpsv3 import IMAGE_AREA, REWARD_TOKEN, TEMPLATE_FILE, PromptTemplate, ranking_head
 from flowbp.rewards.loading import HEAD_FILE
 from imgen_common.errors import UserError
 
-PROMPT_SOURCE = "hpsv3/dataset/data_collator_qwen.py of the published package hpsv3 1.0.0"
 MAX_SOURCE = 2**18
 
 
