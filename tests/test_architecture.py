@@ -16,7 +16,7 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 ROOTS = {path.name: path for path in PACKAGES.glob("*/src/*") if path.is_dir()}
 ROOMS = {
     "imgen_common": "shutdown terminal errors files tables streams statistics config images http console page weights "
-    "hub devices memory run_folder doctor judging shapes",
+    "prompt_limits hub devices memory run_folder doctor judging shapes",
     "flowbp": "core methods rewards config backbones data evaluation training estimate export reports cli",
     "interleave": "records protocols storage models agents loop datasets pages training benchmarks serve demo cli",
 }

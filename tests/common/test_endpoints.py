@@ -64,6 +64,17 @@ def answer(message: Any, **choice: Any) -> bytes:
         ({"content": "b", "reasoning_content": ""}, "<think></think>b"),
         ({"content": "<think>a</think>b", "reasoning": "a"}, "<think>a</think>b"),
         ({"content": "a</think>b"}, "<think>a</think>b"),
+        *(
+            ({"content": content}, "<think>a</think>b")
+            for content in (
+                "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>",
+                "[THINK]a[/THINK]b",
+                "a</seed:think>b",
+                "◁think▷a◁/think▷b",
+            )
+        ),
+        ({"content": "<|START_THINKING|>a"}, "<think>a"),
+        ({"content": "a [THINK] sign"}, "a [THINK] sign"),
         ({"content": "</think>\n\nb", "reasoning_content": ""}, "<think></think>\n\nb"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "output_text", "text": "b"}]}, "ab"),
         (
@@ -370,7 +381,8 @@ def test_which_proxy_is_asked(
         ("HTTP_PROXY", "http://[::1", "must be http, https or socks5"),
         ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE=/not/there.pem: is not there"),
         ("SSL_CERT_DIR", "/not/there", "SSL_CERT_DIR=/not/there: is not there"),
-        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: cannot be read"),
+        ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: cannot be used"),
+        ("SSLKEYLOGFILE", "/not/there/keys", "SSLKEYLOGFILE: cannot be used"),
     ],
 )
 def test_an_environment_that_cannot_be_used_is_named(
@@ -404,7 +416,8 @@ def test_an_answer_that_cannot_be_decompressed_is_no_outage(encoding: str) -> No
 
 def test_this_machine_is_asked_directly_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("SSL_CERT_FILE", "/not/there")  # no certificate is needed here
+    for name in ("SSL_CERT_FILE", "SSLKEYLOGFILE"):
+        monkeypatch.setenv(name, "/not/there/file")  # no certificate is needed here
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

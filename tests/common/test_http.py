@@ -238,7 +238,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     ("statuses", "kind", "can_retry"),
     [
         ((408, 409, 425, 429), "rate_limited", True),
-        ((500, 502, 503, 504, 529), "server_error", True),
+        ((500, 502, 503, 504, 522, 529, 530), "server_error", True),
         ((301, 400, 401, 403, 404, 422), "refused", False),
     ],
 )
@@ -251,7 +251,10 @@ STARTING = HttpError("server_error", "http://host: status 503", status=503)
 
 
 @pytest.mark.parametrize("seconds", [5, 60, 145])
-@pytest.mark.parametrize("failure", [GONE, STARTING, HttpError("server_error", "behind a gateway", status=502)])
+@pytest.mark.parametrize(
+    "failure",
+    [GONE, STARTING, *(HttpError("server_error", "behind a gateway", status=status) for status in (502, 521, 530))],
+)
 def test_the_default_patience_outlasts_a_restart_and_says_so(
     failure: HttpError, seconds: float, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -235,6 +235,24 @@ def test_settings_reach_the_pipeline(family: str, folder: Path, painter: Pipelin
     assert same(before, painter.generate([job])[0])
 
 
+def test_what_a_text_encoder_cuts_off_a_prompt_is_said_once(
+    painter: PipelineRunner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(painter, "_cutting", set())
+    settings = GenerationSettings(max_sequence_length=12)
+
+    def draw(prompt: str) -> np.ndarray:
+        (image,) = painter.generate([GenerationRequest(prompt, (), 0)], settings)
+        return pixels(image)
+
+    for count, reads_all in ((3, True), (60, painter.family.edit == "alone")):  # the pipelines of editors cut nothing
+        assert np.array_equal(draw("a " * count + "b"), draw("a " * count + "c")) != reads_all
+        said = [message for message in caplog.messages if message.startswith(f"the prompt '{'a ' * min(count, 29)}")]
+        assert bool(said) != reads_all
+    assert all("tokens that text_encoder" in message for message in said)
+    assert len(set(said)) == len(said) <= 3
+
+
 def test_settings_that_a_family_does_not_take_are_refused(family: str, folder: Path, painter: PipelineRunner) -> None:
     if painter.family.negative is None:
         with pytest.raises(UserError, match="takes none"):

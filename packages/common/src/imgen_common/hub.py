@@ -324,7 +324,8 @@ def _remedy(ref: str) -> str:
     if _offline():
         return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without {_offline()}"
     proxies = [name for upper in ("HTTPS_PROXY", "ALL_PROXY") for name in (upper, upper.lower())]
-    named = [name for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", *proxies) if name in os.environ]
+    settings = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "SSLKEYLOGFILE", *proxies)
+    named = [name for name in settings if name in os.environ]
     checked = ", ".join(["check the name", *(f"the variable {name}" for name in named)])
     return f"{checked} and the network, then run this command again: a download continues where it stopped"
 

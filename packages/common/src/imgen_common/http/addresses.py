@@ -127,19 +127,24 @@ def check_proxy(proxy: str) -> None:
         )
 
 
+TLS_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+"""What Python's TLS reads: the authorities that servers are checked with, and a file for the keys of connections."""
+
+
 def certificates() -> "ssl.SSLContext":
     """What servers are checked with: SSL_CERT_FILE and SSL_CERT_DIR, else the usual authorities.
 
-    Raises UserError where one of them cannot be read.
+    Raises UserError where one of them cannot be read, or the file of SSLKEYLOGFILE cannot be written.
     """
     import httpx
 
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+    for name in TLS_VARIABLES[:2]:
         if (path := os.environ.get(name)) and not os.path.exists(path):
             raise UserError(f"{name}={path}: is not there; correct it or unset it")
     try:
         return httpx.create_ssl_context()
     except OSError as error:  # ssl.SSLError is one
-        names = " or ".join(name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name))
+        given = {name: path for name in TLS_VARIABLES if (path := os.environ.get(name))}
+        names = " or ".join([name for name, path in given.items() if path == error.filename] or given)
         reason = one_line(str(error))
-        raise UserError(f"{names or 'the certificates'}: cannot be read ({reason}); correct or unset it") from None
+        raise UserError(f"{names or 'the certificates'}: cannot be used ({reason}); correct or unset it") from None

@@ -31,6 +31,12 @@ COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
+OTHER_OPEN = re.compile(r"\A\s*+(?:<\|START_THINKING\|>|\[THINK\]|<seed:think>|◁think▷)")
+OTHER_CLOSE = re.compile(
+    r"(?:<\|END_THINKING\|>\s*+(?:<\|START_RESPONSE\|>)?|\[/THINK\]|</seed:think>|◁/think▷)"  # and before the answer
+)
+AFTER_ANSWER = "<|END_RESPONSE|>"
+"""Marks around reasoning and answers of Command A, Magistral, Seed-OSS and Kimi, where their server leaves them in."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
         content = ""
     if not isinstance(content, str):
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
+    content = OTHER_CLOSE.sub(CLOSE, OTHER_OPEN.sub(OPEN, content), count=1).removesuffix(AFTER_ANSWER)
     return content, next(filter(None, split_off), split_off[0] if split_off else None)
 
 

@@ -144,16 +144,21 @@ class HttpClient(RetryingCaller):
     def _opened(self, proxy: str | None, is_secure: bool) -> "httpx.AsyncClient":
         """The client of a proxy, or of none.  What the environment says was read before: httpx need not."""
         if (proxy, is_secure) not in self._clients:
+            import ssl
+
             import httpx
 
             if proxy:
                 check_proxy(proxy)
+            # without TLS, certificates need not be there: that context trusts no server
+            is_checked = is_secure and self._transport is None
+            verify = certificates() if is_checked else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             self._clients[proxy, is_secure] = httpx.AsyncClient(
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=self._concurrency),
                 transport=self._transport,
                 follow_redirects=False,
                 proxy=proxy,
-                verify=certificates() if is_secure and self._transport is None else True,
+                verify=verify,
                 trust_env=False,
             )
         return self._clients[proxy, is_secure]

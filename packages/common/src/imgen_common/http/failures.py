@@ -10,8 +10,9 @@ from typing import Any, Literal
 HttpFailure = Literal["unreachable", "refused", "rate_limited", "server_error", "timeout", "malformed_response"]
 """unreachable: no connection.  refused: the server said no for good.  rate_limited: it said not now.  server_error: it
 failed.  timeout: it was too slow.  malformed_response: its answer cannot be read."""
-DOWN_STATUSES = (502, 503, 504, 529)
-"""What a gateway answers while the server behind it is gone or starts, and a server that has too much to do."""
+DOWN_STATUSES = (502, 503, 504, 529, *range(520, 524), 530)
+"""What a gateway (Cloudflare: 52x, 530) answers while the server behind it is gone or starts, and a server that has too
+much to do."""
 MAX_ERROR_BYTES = 1000
 """Bytes that are shown of an answer which is not JSON."""
 RATE_LIMIT = re.compile("rate.?limit", re.IGNORECASE)

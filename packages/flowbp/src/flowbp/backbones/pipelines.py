@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
+from imgen_common.prompt_limits import PromptLimit, prompt_limits, text_encoder_names
 from imgen_common.weights import check_channels, check_vocabularies, loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
@@ -154,11 +154,6 @@ def autocast(x: Tensor, bfloat16: bool) -> torch.autocast:
     return torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def text_encoder_names(pipe: DiffusionPipeline) -> list[str]:
-    """Names of the text encoders among a pipeline's components; diffusers numbers them text_encoder, text_encoder_2."""
-    return [name for name in pipe.components if name.startswith("text_encoder")]
-
-
 class PipelineBackbone(ABC):
     """What the families' adapters share: a diffusers pipeline whose transformer is trained (see `Backbone`)."""
 
@@ -176,9 +171,6 @@ class PipelineBackbone(ABC):
     """What becomes of a guided velocity: by default as in the pipeline."""
     guidance_kind: ClassVar[str] = "classifier-free"
     """How its images are guided, in words."""
-    longest_reader: ClassVar[str] = "text_encoder"
-    """The text encoder that reads `max_tokens`; others read what the pipeline's first tokenizer takes."""
-
     pixels_per_token: ClassVar[int] = 4
     """Pixels of the latents whose channels the transformer is given as one; 1: those of one, which it puts together."""
 
@@ -281,12 +273,7 @@ class PipelineBackbone(ABC):
 
     def prompt_limits(self) -> dict[str, PromptLimit]:
         """How much of a prompt each text encoder reads, by its name; before they are unloaded."""
-        found = {}
-        for name in text_encoder_names(self.pipe):
-            if getattr(self.pipe, name) is not None:
-                length = self.max_tokens if name == self.longest_reader else self.pipe.tokenizer_max_length
-                found[name] = PromptLimit(getattr(self.pipe, name.replace("text_encoder", "tokenizer")), length)
-        return found
+        return prompt_limits(self.pipe, self.max_tokens)
 
     def unload_text_encoders(self) -> None:
         """Removes the text encoders; `encode` does not work afterwards."""

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import GuidanceRescale, NoiseLevels
+from imgen_common.prompt_limits import PromptLimit
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """velocity(x, sigma) -> v = dx/dsigma, same shape as x.

@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import ModelConfig
 from flowbp.core.types import Backbone, Cond
 from flowbp.data.edits import Edit, Source, sources_of
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
+from imgen_common.prompt_limits import text_encoder_names
 from imgen_common.run_folder.data import sample_file
 
 ENCODE_BATCH_SIZE = 16

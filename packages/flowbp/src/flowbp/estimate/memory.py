@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import (
 from flowbp import backbones
 from flowbp.backbones.loading import mark_trainable
 from flowbp.backbones.options import apply_model_options, blocks_of, quantize
-from flowbp.backbones.pipelines import text_encoder_names
 from flowbp.backbones.rollout import RolloutNetwork
 from flowbp.backbones.source_tokens import TOKENS, pack_sources
 from flowbp.config import TrainConfig, TrainedReward
@@ -36,6 +35,7 @@ from flowbp.rewards.losses import reward_losses
 from flowbp.training.preflight import CheckedRun, batch_sizes, keeps_working_copy
 from imgen_common.devices import autocast_weights_once
 from imgen_common.memory import LiveBytes, allocate, held, nbytes
+from imgen_common.prompt_limits import text_encoder_names
 
 FLOAT32_BYTES = 4
 """Of trained weights, gradients, moments, their average and the states between steps."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_tokenizer, scoring_head
+from imgen_common.prompt_limits import PromptLimit
 
 MIN_CHANGE = 1e-3
 """Length below which a change of image features counts as that long, so that the gradient at no change is bounded."""

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipTextModel, BlipVisionModel, PreTrainedTokenizerBase
 
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import (
     are_weights_missing,
@@ -20,6 +19,7 @@ from flowbp.rewards.loading import (
     read_tensors,
     scoring_head,
 )
+from imgen_common.prompt_limits import PromptLimit
 from imgen_common.weights import weight_files
 
 SCORE_MEAN, SCORE_STD = 0.16717362830052426, 1.0333394966054072

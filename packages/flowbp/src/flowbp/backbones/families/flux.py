@@ -17,7 +17,6 @@ class Flux(pipelines.PipelineBackbone):
     """Latents are "b c h w" of the autoencoder; the transformer sees 2x2 patches of them."""
 
     guidance_kind = "distilled"
-    longest_reader = "text_encoder_2"
 
     def pipeline_guidance(self, scale: float) -> float:
         """The distilled guidance: `scale` goes around it."""

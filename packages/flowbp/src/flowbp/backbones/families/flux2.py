@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from flowbp.backbones import pipelines
 from flowbp.backbones.preview import Flux2TinyDecoder
 from flowbp.backbones.source_tokens import by_layout, with_sources
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond, Layout
 from imgen_common.errors import UserError
 from imgen_common.images import enlarge
@@ -58,15 +57,6 @@ class Flux2(pipelines.PipelineBackbone):
         """{"text": "b tokens 3*width"}: hidden states of three depths, padded to `max_tokens`."""
         given = {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.text_layers}
         return {"text": self.pipe.encode_prompt(list(prompts), **given)[0]}
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of a prompt the text encoder reads beside the chat template."""
-        return {"text_encoder": PromptLimit(self._tokenizer, self.max_tokens, self._template)}
-
-    def _template(self, prompt: str) -> str:
-        turns = [{"role": "user", "content": prompt}]
-        given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return str(self.pipe.tokenizer.apply_chat_template(turns, **given))
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
@@ -163,11 +153,6 @@ class Flux2Dev(Flux2):
         ids, mask = tokens.input_ids, tokens.attention_mask
         states = encoder(ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
         return {"text": torch.cat([states[layer] for layer in self.text_layers], -1)}
-
-    def _template(self, prompt: str) -> str:
-        turns = format_input([prompt], self.pipe.system_message)
-        (text,) = self.pipe.tokenizer.apply_chat_template(turns, tokenize=False)
-        return str(text).removeprefix(self._tokenizer.bos_token or "")  # the tokenizer adds it
 
 
 def _enlargement(size: tuple[int, int]) -> int:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flowbp.backbones import pipelines
 from flowbp.backbones.families.qwen_image import QwenLatents
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond
 
 DISTILLED_SHIFT = 1.15
@@ -34,13 +33,6 @@ class Krea2(QwenLatents):
         """{"text": "b tokens layers width", `max_tokens` of them, "mask": "b tokens", which are not padding}."""
         text, mask = self.pipe.encode_prompt(list(prompts), max_sequence_length=self.max_tokens)
         return {"text": text, "mask": mask}
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of a prompt the text encoder reads beside the template, of which the network sees the end."""
-        pipe = self.pipe
-        hidden = pipe.prompt_template_encode_start_idx - pipe.prompt_template_encode_num_suffix_tokens
-        prefix = pipe.prompt_template_encode_prefix
-        return {"text_encoder": PromptLimit(pipe.tokenizer, self.max_tokens + hidden, prefix.__add__)}
 
     def shift(self, steps: int, size: tuple[int, int]) -> float:
         """By the number of tokens, but for a step-distilled model."""

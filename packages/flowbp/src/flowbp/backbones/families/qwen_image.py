@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from flowbp.backbones import pipelines
 from flowbp.backbones.source_tokens import append_sources, by_layout
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import GuidanceRescale
 from flowbp.core.types import Cond, Layout
 
@@ -78,11 +77,6 @@ class QwenImage(QwenLatents):
         states = pipe.text_encoder(tokens.input_ids, tokens.attention_mask, output_hidden_states=True).hidden_states[-1]
         text, mask = (one[:, pipe.prompt_template_encode_start_idx :] for one in (states, tokens.attention_mask.bool()))
         return {"text": text * mask[..., None], "mask": mask}
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of a prompt the text encoder reads beside the template, whose beginning the network does not see."""
-        length = self.pipe.prompt_template_encode_start_idx + self.max_tokens
-        return {"text_encoder": PromptLimit(self.pipe.tokenizer, length, self.pipe.prompt_template_encode.format)}
 
     def velocity(self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         """dx/dsigma, unguided."""

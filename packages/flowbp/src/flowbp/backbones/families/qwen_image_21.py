@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowbp.backbones import pipelines
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.settings import NoiseLevels
 from flowbp.core.types import LENGTHS, Cond
 
@@ -43,15 +42,6 @@ class QwenImage21(pipelines.PipelineBackbone):
         finally:
             hook.remove()
         return {"text": states[:, hidden:], LENGTHS: tokens.attention_mask.sum(1) - hidden}
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of a prompt the text encoder reads beside the template; the pipeline reads all of it."""
-        pipe = self.pipe
-        length = pipe._drop_idx + self.max_tokens
-        return {"text_encoder": PromptLimit(pipe.processor.tokenizer, length, self._template)}
-
-    def _template(self, prompt: str) -> str:
-        return self.pipe.prompt_template_t2i.format(prompt or " ")
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError unless sides are multiples of 32."""

@@ -10,17 +10,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flowbp.backbones.families.qwen_image import QwenImage
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import Cond
 from imgen_common.errors import UserError
+from imgen_common.prompt_limits import VISION
 
 SOURCE_AREA = 1024 * 1024
 """Pixels, about, to which the pipelines bring a source image."""
 LONGEST_SOURCE = 200
 """Ratio of sides that the text encoder's image processor takes."""
 VISION_END = "<|vision_end|>"
-VISION = f"<|vision_start|><|image_pad|>{VISION_END}"
-"""Stands for a source in the text; its second token is repeated for each of the image's."""
 
 
 class QwenImageEdit(QwenImage):
@@ -29,15 +27,6 @@ class QwenImageEdit(QwenImage):
     pipe: QwenImageEditPipeline | QwenImageEditPlusPipeline
     min_sources = max_sources = 1
     reads_sources = True
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of an instruction the text encoder reads beside the template and the sources.
-
-        The pipeline reads all of it.
-        """
-        template = self.pipe.prompt_template_encode.replace(VISION, "")
-        length = self.pipe.prompt_template_encode_start_idx + self.max_tokens
-        return {"text_encoder": PromptLimit(self.pipe.tokenizer, length, template.format)}
 
     @torch.no_grad()
     def encode_edit(self, instruction: str, sources: Sequence[Image.Image]) -> Cond:

@@ -18,7 +18,6 @@ class SD3(pipelines.PipelineBackbone):
 
     pipe: StableDiffusion3Pipeline
     max_tokens = 256
-    longest_reader = "text_encoder_3"
 
     @property
     def unused_layers(self) -> tuple[str, ...]:

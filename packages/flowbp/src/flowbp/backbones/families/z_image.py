@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowbp.backbones import pipelines
-from flowbp.core.prompt_limits import PromptLimit
 from flowbp.core.types import LENGTHS, Cond
 
 TEXT_LAYER = -2
@@ -35,18 +34,10 @@ class ZImage(pipelines.PipelineBackbone):
         """{"text": "b tokens width", padded to `max_tokens`, LENGTHS: "b", how many of them the network sees}."""
         given = {"padding": "max_length", "max_length": self.max_tokens, "truncation": True, "return_tensors": "pt"}
         encoder = self.pipe.text_encoder
-        tokens = self.pipe.tokenizer([self._template(prompt) for prompt in prompts], **given).to(encoder.device)
+        template = self.prompt_limits()["text_encoder"].template
+        tokens = self.pipe.tokenizer([template(prompt) for prompt in prompts], **given).to(encoder.device)
         states = encoder(tokens.input_ids, tokens.attention_mask.bool(), output_hidden_states=True).hidden_states
         return {"text": states[TEXT_LAYER], LENGTHS: tokens.attention_mask.sum(1)}
-
-    def _template(self, prompt: str) -> str:
-        turns = [{"role": "user", "content": prompt}]
-        given = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        return str(self.pipe.tokenizer.apply_chat_template(turns, **given))
-
-    def prompt_limits(self) -> dict[str, PromptLimit]:
-        """How much of a prompt the text encoder reads beside the chat template."""
-        return {"text_encoder": PromptLimit(self.pipe.tokenizer, self.max_tokens, self._template)}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""

@@ -100,18 +100,16 @@ def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline
     return editor
 
 
-def load_lora(pipe: "DiffusionPipeline", ref: str, weight: float) -> Path:
-    """Fuse an adapter into the pipeline's weights; its file.  Raises UserError where it does not fit as a whole."""
-    file, name = hub.resolve_adapter(ref, "lora"), type(pipe).__name__
+def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -> None:
+    """Fuse an adapter, `what` in messages, into the pipeline's weights.  Raises UserError where it does not fit."""
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
     except (RuntimeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"lora {ref}: does not fit {name} ({one_line(str(error))})") from error
-    _check_lora_keys(pipe, keys, f"lora {ref}")
+        raise UserError(f"{what}: does not fit {type(pipe).__name__} ({one_line(str(error))})") from error
+    _check_lora_keys(pipe, keys, what)
     pipe.fuse_lora(lora_scale=weight)
     pipe.unload_lora_weights()
-    return file
 
 
 def _check_lora_keys(pipe: "DiffusionPipeline", keys: Collection[str], what: str) -> None:

@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from imgen_common import hub
 from imgen_common.config import Config
 from imgen_common.devices import device_of, dtype_of
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from imgen_common.files import read_json
 from imgen_common.images import enlarge
+from imgen_common.prompt_limits import prompt_limits
 from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
@@ -110,9 +112,9 @@ class PipelineRunner:
         self.max_references = min(1, most) if config.max_references is None else config.max_references
         if self.max_references > most:
             raise UserError(f"generator.max_references {self.max_references}: {self.name} takes {most} at most")
-        adapter = [] if config.lora is None else [hub.resolve_adapter(config.lora, "lora").parent]
+        adapters = [] if config.lora is None else [hub.resolve_adapter(config.lora, "lora")]
         own = GenerationSettings()
-        for file in (place / hub.SAMPLING_FILE for place in (folder, *adapter)):
+        for file in (place / hub.SAMPLING_FILE for place in (folder, *(adapter.parent for adapter in adapters))):
             own = read_json(file, GenerationSettings).with_defaults(own) if file.exists() else own
         self.settings = config.with_defaults(own)
         self._multiple = 1  # until the model is loaded
@@ -122,14 +124,14 @@ class PipelineRunner:
         self._pipe = self._editor = load_pipeline(self.name, folder, self._dtype, self._device)
         self._multiple = size_multiple(self._pipe)
         self.check(self.settings)
-        files = [folder]
-        if config.lora is not None:
-            files.append(load_lora(self._pipe, config.lora, config.lora_weight))
+        for adapter in adapters:
+            load_lora(self._pipe, adapter, f"lora {config.lora}", config.lora_weight)
         if self.family.edit == "references":
             self._pipe.prepare_image_latents = split_references(self._pipe.prepare_image_latents)
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
-        self._fingerprint = fingerprint(files)
+        self._fingerprint = fingerprint([folder, *adapters])
+        self._cutting: set[str] = set()
         self._pads_batches = config.pad_batches and self.family.edit != "alone"
         self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)
 
@@ -165,6 +167,7 @@ class PipelineRunner:
         not at all with `pad_batches`; where memory runs out or one request fails, see `FittingBatches`.
         """
         chosen = self.settings if settings is None else settings.with_defaults(self.settings)
+        self._warn_of_cut_prompts([request.prompt for request in requests], chosen)
         return self._batches([(request, chosen) for request in requests])
 
     def close(self) -> None:
@@ -225,6 +228,21 @@ class PipelineRunner:
             found["max_area"] = settings.height * settings.width
         own = flux2_text_options(self._pipe) if self.name in ("Flux2KleinPipeline", "Flux2Pipeline") else {}
         return own | {name: value for name, value in found.items() if value is not None}
+
+    def _warn_of_cut_prompts(self, prompts: Sequence[str], settings: GenerationSettings) -> None:
+        """Says once of each text encoder that it does not read all of a prompt."""
+        if self.family.edit == "alone":  # their pipelines read all of it
+            return
+        length = self._shared_arguments(settings).get("max_sequence_length")
+        length = length or signature(self._pipe.__call__).parameters["max_sequence_length"].default
+        for name, limit in prompt_limits(self._pipe, length).items():
+            cut = [] if name in self._cutting else [prompt for prompt in prompts if limit.num_longer([prompt])]
+            if cut:
+                self._cutting.add(name)
+                shown, what = one_line(cut[0], 60), f"{limit.max_tokens} tokens that {name} of {self.config.ref} reads"
+                log.warning(
+                    "the prompt %r is longer than the %s; its rest, and that of others, is ignored", shown, what
+                )
 
     def _reference(self, source: HashedImage) -> Image.Image:
         image, scale = source.image, self.config.reference_scale
