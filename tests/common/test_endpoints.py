@@ -3,6 +3,7 @@ never shown of a key."""
 
 import asyncio
 import json
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -82,6 +83,7 @@ def answer(message: Any, **choice: Any) -> bytes:
             "<think>a</think>b",
         ),
         ({"content": None, "reasoning": "a"}, "<think>a</think>"),
+        ({"content": "b \ud83d", "reasoning": "a \ude00"}, "<think>a \ufffd</think>b \ufffd"),
         ({"content": "no", "refusal": None}, "no"),
         ({"content": "no", "refusal": ""}, "no"),
     ],
@@ -108,6 +110,13 @@ def test_reasoning_is_split_from_the_answer(text: str, parts: tuple[str, str]) -
 def test_why_an_answer_ended_is_kept() -> None:
     assert read_completion(answer({"content": "a"}, finish_reason="tool_calls")).finish_reason == "tool_calls"
     assert read_completion(answer({"content": None}, finish_reason="length")) == Completion("", finish_reason="length")
+    assert read_completion(answer(None, finish_reason="length")).is_cut_off
+    assert [
+        read_completion(answer({"content": "a"}, finish_reason=one)).is_cut_off for one in ("MAX_TOKENS", "stop")
+    ] == [
+        True,
+        False,
+    ]
     assert read_completion(answer({"content": "a"}, finish_reason=7)).finish_reason is None
 
 
@@ -126,6 +135,8 @@ def test_why_an_answer_ended_is_kept() -> None:
         (answer({"content": None}, finish_reason="sensitive"), "finish_reason sensitive"),
         (answer({"content": None}, finish_reason="RECITATION"), "finish_reason RECITATION"),
         (answer({"content": None}, finish_reason="IMAGE_SAFETY"), "finish_reason IMAGE_SAFETY"),
+        (answer({"content": None}, finish_reason="IMAGE_PROHIBITED_CONTENT"), "finish_reason IMAGE_PROHIBITED_CONTENT"),
+        (answer(None, finish_reason="content_filter: PROHIBITED_CONTENT"), "PROHIBITED_CONTENT"),
         (b'{"choices": [], "promptFeedback": {"blockReason": "OTHER"}}', 'prompt is blocked: {"blockReason": "OTHER"}'),
         (b'{"choices": [], "prompt_filter_results": [{"violence": {"filtered": true}}]}', "the prompt is blocked: ["),
     ],
@@ -382,6 +393,7 @@ def test_which_proxy_is_asked(
         ("SSL_CERT_FILE", "/not/there.pem", "SSL_CERT_FILE=/not/there.pem: is not there"),
         ("SSL_CERT_DIR", "/not/there", "SSL_CERT_DIR=/not/there: is not there"),
         ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE: cannot be used"),
+        ("SSL_CERT_DIR", f"/not/there{os.pathsep}/nor/here", "SSL_CERT_DIR=/not/there"),
         ("SSLKEYLOGFILE", "/not/there/keys", "SSLKEYLOGFILE: cannot be used"),
     ],
 )
@@ -401,6 +413,51 @@ def test_a_proxy_that_is_not_there_is_blamed_itself(monkeypatch: pytest.MonkeyPa
     assert "http://service.test/v1 through the proxy ...@127.0.0.1:1: cannot be reached" in str(error)
     assert "NO_PROXY" in str(error)
     assert "pass-word" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "kind", "said"),
+    [
+        (
+            503,
+            "X-Squid-Error: ERR_DNS_FAIL 0",
+            "unreachable",
+            "the proxy cannot reach it (not found); correct the proxy",
+        ),
+        (
+            403,
+            "Server: other",
+            "refused",
+            "if the proxy itself says so: correct the proxy, or name the host in NO_PROXY",
+        ),
+        (407, "X-Squid-Error: ERR_CACHE_ACCESS_DENIED 0", "refused", "give the proxy's name and password"),
+    ],
+)
+def test_a_page_of_a_proxy_is_not_the_servers(
+    status: int, header: str, kind: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        page = "<html><title>not found</title></html>"
+        writer.write(f"HTTP/1.1 {status} X\r\n{header}\r\nContent-Length: {len(page)}\r\n\r\n{page}".encode())
+        await writer.drain()
+        writer.close()
+
+    async def main() -> HttpError:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        monkeypatch.setenv("HTTP_PROXY", "http" + f"://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        made = client()
+        try:
+            with pytest.raises(HttpError) as caught:
+                await made.request("GET", "http://service.test/v1", seconds=5)
+            return caught.value
+        finally:
+            await made.close()
+            server.close()
+
+    error = asyncio.run(main())
+    assert error.kind == kind
+    assert said in str(error)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])

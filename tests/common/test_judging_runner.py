@@ -34,10 +34,12 @@ class FakeJudge:
         text = system + "".join(part for part in message if isinstance(part, str))
         self.calls.append(text)
         said = self.say(text, len(self.calls))
+        is_cut_off = isinstance(said, str) and said.endswith("...")
         if isinstance(said, Exception):
             raise said
         pixels = sum(part.width * part.height for part in message if not isinstance(part, str))
-        return JudgeReply(said, round(len(text) / 4 + pixels / 1024), round(len(said) / 4))
+        ending = "cut off" if is_cut_off else ""
+        return JudgeReply(said, round(len(text) / 4 + pixels / 1024), round(len(said) / 4), ending, is_cut_off)
 
     async def close(self) -> None:
         pass
@@ -45,6 +47,7 @@ class FakeJudge:
 
 def parse(answer: str) -> int:
     """A number from 1 to 5, alone."""
+    answer = answer.removesuffix("...")
     if answer.strip() not in tuple("12345"):
         raise Unreadable(f"no number from 1 to 5: {answer[:20]!r}")
     return int(answer)
@@ -73,6 +76,8 @@ SAID: dict[str, tuple[list[str | Exception], int | None, str | None, int]] = {
     "times out, then reads": ([JudgeError("timeout", "slow"), "2"], 2, None, 2),
     "nothing": ([""] * 3, None, "unreadable", 3),
     "thinks of another": (["<think>\n1\n</think>\n\n4"], 4, None, 1),
+    "all words are thoughts": (["<think>4</think>"] * 3, None, "unreadable", 3),
+    "is cut off in thoughts without a mark, then reads": (["4...", "<think>1</think>4"], 4, None, 2),
     "thinks to no end, then reads": (["<think>\n1", "perhaps 1</think>5"], 5, None, 2),
 }
 

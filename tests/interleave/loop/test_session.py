@@ -1,18 +1,21 @@
 """A session tells stories record by record, for the demo and whoever else watches."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
 from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 from PIL import Image
 
+from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.run_folder.find import find_run
 from interleave import demo
 from interleave.loop.config import ModelCritic, NoPlanner, RunConfig
 from interleave.loop.requests import make_request
 from interleave.loop.run import StoryStream, create_run, run_requests
+from interleave.models.generators.pipeline import PipelineConfig
 from interleave.protocols import Components, HashedImage
 from interleave.records import Attempt, Record, Trajectory
 
@@ -35,16 +38,25 @@ def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
         find_run("two_squares", tmp_path, "flowbp train")
 
 
-def test_a_template_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_template_or_a_model_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Is {original_instruction} in <image><image>?")
-    config = RunConfig(planner=NoPlanner(), critic=ModelCritic(template=str(file)))
+    model = shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "model")
+    config = RunConfig(
+        planner=NoPlanner(), critic=ModelCritic(template=str(file)), generator=PipelineConfig(ref=str(model))
+    )
     parts = Components(None, FakeCritic(lambda shown, seed: (True, shown.prompt_used)), FakeGenerator())
     create_run(tmp_path / "run", config, lambda store: [make_request("a red circle", [], store)])
 
     def go_on() -> list[Trajectory]:
         return asyncio.run(run_requests(tmp_path / "run", parts, config, ["test"], lambda record: None))
 
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(UserError, match="generator has changed since the run was started; restore it"):
+        go_on()
+    weights.write_bytes(kept)
     file.write_text("Is {original_instruction} really in <image><image>?")
     with pytest.raises(UserError, match="the text of a template has changed since the run was started; restore it"):
         go_on()

@@ -489,13 +489,21 @@ def test_errors_of_an_images_endpoint_under_status_200(body: Any, kind: str, wor
         ({"data": [{"b64_json": ""}]}, 1),
         ({"data": [{"b64_json": "%"}]}, 1),
         ({"data": [{"b64_json": base64.b64encode(png(RED.image)[:60]).decode()}]}, 1),
+        ({"artifacts": [{"base64": "eA=="}]}, 1),
+        ({"result": {"image": "eA=="}, "success": True}, 1),
+        ({"output": {"image": "https://a.test/1.png"}, "usage": {"image_count": 1}}, 1),
+        (b'event: image_generation.completed\ndata: {"b64_json": "eA=="}\n\n', 1),
+        (b"GIF89a\1\0\1\0\0\0\0;", 1),
+        (b"<html>starting</html>", 3),
         ({"detail": "the model loads"}, 3),
     ],
 )
 def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> None:
     asked: list[int] = []
     retry = RetryPolicy(max_tries=3, initial_backoff=0.001)
-    failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, json=body), retry=retry))
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    said = failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, content=content), retry=retry))
+    assert ("it streams its answers" in str(said)) == (content[:6] == b"event:")
     assert len(asked) == tries
 
 

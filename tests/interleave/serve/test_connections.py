@@ -1,6 +1,7 @@
 """What holds before anything is authorized: host names, heads without end, bodies that nobody asked for, crowds."""
 
 import json
+import resource
 import select
 import socket
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from serving import PATIENCE, eventually
 
 from interleave.models.generators.scripted import ScriptedConfig
 from interleave.serve import ServeConfig
-from interleave.serve.connections import MAX_HEAD_BYTES
+from interleave.serve.connections import FILES_BESIDE, MAX_HEAD_BYTES, allowed_connections
 
 LIMITS = {"head_timeout": 0.2, "body_timeout": 0.5, "max_connections": 4}
 CONFIG = ServeConfig(shutdown_timeout=0, **LIMITS, allowed_hosts=("images.example", "*.lan"))
@@ -50,6 +51,17 @@ def until_closed(opened: socket.socket) -> bytes:
         while piece := opened.recv(2**16):
             said += piece
     return said
+
+
+def test_no_more_connections_are_promised_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [256, 256]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.__setitem__(slice(0, 2), pair))
+    assert allowed_connections(512) == 256 - FILES_BESIDE
+    assert allowed_connections(100) == 100
+    limits[1] = 4096
+    assert allowed_connections(512) == 512
+    assert limits == [512 + FILES_BESIDE, 4096]
 
 
 @pytest.mark.parametrize(

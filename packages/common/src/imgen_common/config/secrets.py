@@ -50,11 +50,11 @@ def _refuse_secrets(value: Mapping[str, Any], info: ValidationInfo) -> Mapping[s
     return value
 
 
-def _check_variable(name: str) -> str:
+def _check_variable(name: str, info: ValidationInfo) -> str:
     if not VARIABLE.fullmatch(name):
         raise UserError(
-            "key_env: must be the name of a variable of the environment, in capital letters, digits and underscores, "
-            "not the key itself; export MY_KEY=..., and give MY_KEY"
+            f"{info.field_name}: must be the name of a variable of the environment, in capital letters, digits and "
+            "underscores, not the key itself; export MY_KEY=..., and give MY_KEY"
         )
     return name
 

@@ -138,8 +138,8 @@ def certificates() -> "ssl.SSLContext":
     """
     import httpx
 
-    for name in TLS_VARIABLES[:2]:
-        if (path := os.environ.get(name)) and not os.path.exists(path):
+    for name, divider in (("SSL_CERT_FILE", None), ("SSL_CERT_DIR", os.pathsep)):
+        if (path := os.environ.get(name)) and not any(map(os.path.exists, path.split(divider) if divider else [path])):
             raise UserError(f"{name}={path}: is not there; correct it or unset it")
     try:
         return httpx.create_ssl_context()

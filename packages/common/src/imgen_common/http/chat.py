@@ -18,14 +18,19 @@ from imgen_common.http.failures import HttpError, Refusal, error_in_answer
 
 FILTERED = (
     *("content_filter", "refusal", "sensitive", "guardrail"),  # OpenAI, Anthropic, GLM, Bedrock
-    *("safety", "prohibited_content", "recitation", "blocklist", "spii", "image_safety"),  # Google
+    *("safety", "prohibited_content", "recitation", "blocklist", "spii"),  # Google
+    *("image_safety", "image_prohibited_content", "image_recitation"),
 )
 """Reasons for which a server ends an answer that it will not give, as they begin."""
+CUT_OFF = ("length", "max_tokens", "model_length", "abort")
+"""Reasons for which a server ends an answer before its end."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""
 STREAMED = (
     "it streams its answers, which are read whole here; remove `stream` from `extra`, or switch it off at the server"
 )
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which gateways leave where they cut a text, and which no file takes."""
 COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
 """Lines by which a server keeps a connection open while the model is busy, before an answer of either form."""
 LOGPROB_ROUNDING = 1e-3
@@ -53,6 +58,11 @@ class Completion:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     token_probabilities: tuple[tuple[str, Mapping[str, float]], ...] = ()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ended before its end."""
+        return (self.finish_reason or "").lower() in CUT_OFF
 
     @property
     def text(self) -> str:
@@ -158,27 +168,29 @@ def _probability(logprob: float) -> float:
 
 def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     """The words of a choice and its reasoning.  Raises HttpError for a refusal, TypeError where there are none."""
-    message = choice["message"]
+    reason = (_finish_reason(choice) or "").lower().replace("-", "_")
+    is_filtered, is_cut_off = reason.startswith(FILTERED), reason in CUT_OFF
+    message = choice.get("message") or {} if is_filtered or is_cut_off else choice["message"]
     content, refusal = message.get("content"), message.get("refusal")
     split_off = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
     if isinstance(content, list):
         refusal = refusal or "".join(part["refusal"] for part in content if part.get("type") == "refusal")
         split_off += [_thinking(part["thinking"]) for part in content if part.get("type") == "thinking"]
         content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
-    reason = _finish_reason(choice) or ""
     if refusal and isinstance(refusal, str):
         raise Refusal(f"the model refuses: {refusal}")
-    if reason.lower().replace("-", "_").startswith(FILTERED):
+    if is_filtered:
         said = f": {content}" if content else ""
-        raise Refusal(f"stopped by a content filter (finish_reason {reason}){said}")
+        raise Refusal(f"stopped by a content filter (finish_reason {_finish_reason(choice)}){said}")
     if content is None and message.get("tool_calls"):
         raise Refusal("the model calls a tool instead of answering; serve it without tools, or name another model")
-    if content is None and (reason == "length" or any(split_off)):
+    if content is None and (is_cut_off or any(split_off)):
         content = ""
     if not isinstance(content, str):
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
     content = OTHER_CLOSE.sub(CLOSE, OTHER_OPEN.sub(OPEN, content), count=1).removesuffix(AFTER_ANSWER)
-    return content, next(filter(None, split_off), split_off[0] if split_off else None)
+    reasoning = next(filter(None, split_off), split_off[0] if split_off else None)
+    return HALF.sub("\ufffd", content), None if reasoning is None else HALF.sub("\ufffd", reasoning)
 
 
 def _thinking(parts: Any) -> str:

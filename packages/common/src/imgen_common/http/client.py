@@ -36,6 +36,7 @@ CERTIFICATE_REMEDIES = {
     "ismatch": "give the server's address under a name that its certificate has",
 }
 """What to do about a certificate, by OpenSSL's words; `AUTHORITY` about others."""
+OTHER_PROXY = "correct the proxy, or name the host in NO_PROXY"
 USED_UP = b"insufficient_quota"
 """What OpenAI and its likes call a quota or credit that is used up, under the status of a busy server (429)."""
 FILTER_CODES = re.compile(
@@ -111,6 +112,8 @@ class HttpClient(RetryingCaller):
             data = self._without_token(data)
         if answer.status_code >= 300:
             remedy = self._remedy(answer, base + path) if with_token else ""
+            if proxy and base.startswith("http:"):
+                remedy += self._remedy_of_proxy(base + through, answer, data)
             raise self._status_error(base + through, answer, data, remedy)
         return data
 
@@ -185,7 +188,7 @@ class HttpClient(RetryingCaller):
             if (proxy or "").startswith("https:"):
                 what, remedy = "the proxy does not speak TLS", "give the proxy's address with http://, also for https"
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
-        remedy = "; correct the proxy, or name the host in NO_PROXY" if proxy else ""
+        remedy = f"; {OTHER_PROXY}" if proxy else ""
         return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
 
     async def _read(self, answer: "httpx.Response", base: str) -> bytes:
@@ -211,6 +214,13 @@ class HttpClient(RetryingCaller):
         message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
         wait = retry_after(answer.headers)
         return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)
+
+    def _remedy_of_proxy(self, place: str, answer: "httpx.Response", data: bytes) -> str:
+        """What to do where a page may be that of the proxy.  Raises HttpError where it is for sure."""
+        if "x-squid-error" in answer.headers and answer.status_code != 407:
+            said = self.clean(error_message(data))
+            raise HttpError("unreachable", f"{place}: the proxy cannot reach it ({said}); {OTHER_PROXY}")
+        return f"; if the proxy itself says so: {OTHER_PROXY}" if data.lstrip()[:1] == b"<" else ""
 
     def _remedy(self, answer: "httpx.Response", url: str) -> str:
         status = answer.status_code

@@ -76,13 +76,15 @@ class Question:
 class JudgeReply:
     """The words of one call, and the tokens that it cost, as the server counts them (0: it does not say).
 
-    ending: how the answer ended where that was not by itself, such as `cut off after 4096 tokens`.
+    ending: how the answer ended where that was not by itself, such as `cut off after 4096 tokens`.  is_cut_off: whether
+    it is that; then what stands in it before the end of its thoughts is no answer.
     """
 
     text: str
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     ending: str = ""
+    is_cut_off: bool = False
 
 
 class JudgeModel(Protocol):

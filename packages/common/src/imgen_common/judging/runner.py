@@ -116,8 +116,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         seed = stream_seed(0, f"judge {key}", attempt)
         try:
             replies.append(await judge.ask(question.system, question.message, seed))
-            # a judge that thinks names scores that it then gives up
-            value, error, kind = question.parse(split_reasoning(replies[-1].text)[1]), None, None
+            value, error, kind = question.parse(_answer_alone(replies[-1])), None, None
             break
         except Unreadable as reason:
             error, kind = one_line(": ".join(filter(None, (replies[-1].ending, str(reason))))), "unreadable"
@@ -143,6 +142,16 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
         num_prompt_tokens=sum(reply.num_prompt_tokens for reply in replies),
         num_completion_tokens=sum(reply.num_completion_tokens for reply in replies),
     )
+
+
+def _answer_alone(reply: JudgeReply) -> str:
+    """What follows the thoughts, in which a judge names scores that it gives up.  Raises Unreadable for nothing."""
+    reasoning, said = split_reasoning(reply.text)
+    if reasoning and not said.strip():
+        raise Unreadable("all words stand in the reasoning; is the server's reasoning parser that of another model?")
+    if reply.is_cut_off and not reasoning:  # a chat template may have opened its thoughts, which then have no mark
+        raise Unreadable("its last words are missing")
+    return said
 
 
 def _reuse(kept: Answer, item: str, question: Question) -> Answer:

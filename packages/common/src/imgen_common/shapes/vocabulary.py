@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from imgen_common.hub import BUILTIN, WEIGHTS
+from imgen_common.shapes import scene, wording
 from imgen_common.shapes.scene import COLOURS, SHAPES, plural
 from imgen_common.shapes.wording import CHANGES
 
@@ -14,16 +15,25 @@ WORLD = " in ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in ([*m
 MAX_LISTED = 5
 MAX_SIDE = 128
 """Longest side in pixels of a source that the built-in generator edits."""
-_WORD = re.compile(r"[^\W\d_]+")
+_WORD = re.compile(r"[^\W_]+")
 
 
 @cache
 def _known_words(ref: str) -> frozenset[str]:
-    """The words of a built-in model's tokenizer; those that are not among them are read letter by letter."""
+    """The words of the world that are tokens of a built-in model; others, as `star`, are parts of words."""
     folder = WEIGHTS / ref.removeprefix(BUILTIN)
     file = next(path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file())
     tokens = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    return frozenset(token.removeprefix("Ġ") for token in tokens)
+    words = {token.removeprefix("Ġ") for token in tokens}
+    return frozenset(word for word in words if {word, word.lower()} & _world_words())
+
+
+@cache
+def _world_words() -> frozenset[str]:
+    """All words of captions, requests and riddles."""
+    texts = [value for module in (scene, wording) for name, value in vars(module).items() if name.isupper()]
+    said = re.sub(r"\{\w+\}", " ", str([*texts, *map(plural, SHAPES)]))
+    return frozenset(word for word in _WORD.findall(said) if word.isalpha())
 
 
 def describe_unknown_words(ref: str, text: str) -> str | None:

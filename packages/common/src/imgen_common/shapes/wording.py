@@ -37,6 +37,9 @@ BESIDE_IT = {
     "above": ("above it", "over it"),
     "below": ("below it", "under it", "beneath it", "underneath it"),
 }
+GROUPS = {"two": "a pair of", "three": "a group of three"}
+SHORT_NAMES = ("the {c} one", "the {c} shape")
+TOGETHER = ("and", "and", "next to", "together with")
 OPENINGS = ("", "", "", "", "please ", "Please ", "first ", "First, ", "could you ", "I want you to ")
 LINKS = (
     ", then ", ", then ", " then ", " and then ", ", and then ", ". Then ", ", next ", ". Next, ", ", after that ",
@@ -147,8 +150,7 @@ def _tell_draw(step: Draw, choose: Choose, riddles: Split | None) -> str:
             what = f"{first} {choose(AT[spec.place])}"
         case "count":
             number, things = NUMBERS[len(spec.things)], f"{spec.things[0].colour} {plural(spec.things[0].shape)}"
-            group = {"two": "a pair of", "three": "a group of three"}[number]
-            what = choose((f"{number} {things}", f"{group} {things}", f"{number} {things}"))
+            what = choose((f"{number} {things}", f"{GROUPS[number]} {things}", f"{number} {things}"))
         case "relation":
             second = _noun(spec.things[1], choose, riddles)
             beside = choose([form.format(a=second) for form in BESIDE[spec.place]])
@@ -156,7 +158,7 @@ def _tell_draw(step: Draw, choose: Choose, riddles: Split | None) -> str:
             what = choose((f"{first} {beside}", f"{first} {beside}", turned))
         case "two" | "binding":
             second = _noun(spec.things[1], choose, riddles)
-            what = f"{first} {choose(('and', 'and', 'next to', 'together with'))} {second}"
+            what = f"{first} {choose(TOGETHER)} {second}"
     return f"{choose(DRAW_VERBS)} {what}"
 
 
@@ -164,7 +166,7 @@ def _references(thing: Thing, among: Sequence[Thing]) -> list[str]:
     """How plain words may mean a thing that is in the image."""
     names = [f"the {short_name(thing, among)}"] * 2 + [f"the {thing}"]
     if sum(t.colour == thing.colour for t in among) == 1:
-        names += [f"the {thing.colour} one", f"the {thing.colour} shape"]
+        names += [name.format(c=thing.colour) for name in SHORT_NAMES]
     return names
 
 

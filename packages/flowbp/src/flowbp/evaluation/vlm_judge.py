@@ -89,7 +89,9 @@ class EndpointJudge:
             answer = await self._client.call(lambda seconds: complete(self._client, self._url, body, seconds))
         except HttpError as error:
             raise JudgeError.of_http(error) from error
-        return JudgeReply(answer.text, answer.num_prompt_tokens, answer.num_completion_tokens)
+        ending = f"cut off after {answer.num_completion_tokens or MAX_TOKENS} tokens" if answer.is_cut_off else ""
+        counts = answer.num_prompt_tokens, answer.num_completion_tokens
+        return JudgeReply(answer.text, *counts, ending, answer.is_cut_off)
 
     async def close(self) -> None:
         """Close the connections."""

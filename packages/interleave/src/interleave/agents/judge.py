@@ -68,7 +68,8 @@ class ChatModelJudge:
             reply = await self.model.chat((SystemText(system), *turn) if system else turn, seed)
         except BackendError as failure:
             raise judge_error(failure) from None
-        return JudgeReply(reply.text, reply.num_prompt_tokens, reply.num_completion_tokens, describe_ending(reply))
+        ending = describe_ending(reply) + " (its max_new_tokens)" * reply.truncated
+        return JudgeReply(reply.text, reply.num_prompt_tokens, reply.num_completion_tokens, ending, reply.truncated)
 
     async def close(self) -> None:
         """Release the model."""

@@ -198,11 +198,11 @@ async def _run_requests(
 ) -> None:
     """Runs all requests, several at once, until the budget is spent."""
     budget, began = config.budget, time.monotonic()
-    num_images = sum(a.image_id is not None for entry in read_trace(out).values() for a in entry.attempts.values())
+    num_images = sum(len(entry.attempts) for entry in read_trace(out).values())
 
     def record(new: Record) -> None:
         nonlocal num_images
-        num_images += isinstance(new, Attempt) and new.image_id is not None
+        num_images += isinstance(new, Attempt)
         progress.on_record(new)
 
     def is_spent() -> bool:

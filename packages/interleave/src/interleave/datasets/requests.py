@@ -10,8 +10,7 @@ from imgen_common.streams import numpy_generator
 from interleave.datasets.config import FilePrompts, ShapesPrompts
 from interleave.loop import requests
 from interleave.loop.config import RunConfig
-from interleave.loop.run import hash_templates
-from interleave.models.hashes import hash_models
+from interleave.loop.run import hash_inputs
 from interleave.records import Request
 from interleave.storage.images import IMAGES, ImageStore
 
@@ -38,18 +37,13 @@ def make_requests(prompts: FilePrompts | ShapesPrompts | None, images: ImageStor
 
 def record(out: Path, made: Sequence[Request], config: RunConfig) -> None:
     """Keeps hashes of the requests, and of the models that are loaded for them, with the build in `out`."""
-    record_data(out, {"prompts": _hash(made), **hash_models(_models(config)), **hash_templates(config)})
+    record_data(out, {"prompts": _hash(made), **hash_inputs(config, "run.")})
 
 
 def check_models(out: Path, config: RunConfig) -> None:
     """Raises UserError if a model or a template has changed since the build in `out` was begun."""
     if (out / DATA).exists():
-        check_data(out, {**hash_models(_models(config)), **hash_templates(config)})
-
-
-def _models(config: RunConfig) -> dict[str, object]:
-    agents = {"planner.model": config.planner, "critic.model": config.critic}
-    return {"run.generator": config.generator, **{f"run.{k}": getattr(v, "model", None) for k, v in agents.items()}}
+        check_data(out, hash_inputs(config, "run."))
 
 
 def check_same(out: Path, prompts: FilePrompts | ShapesPrompts | None) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import re
 import shutil
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from imgen_common import hub
@@ -38,6 +38,7 @@ from interleave.models.chat.local import LocalChatConfig
 from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.pipeline import PipelineConfig
+from interleave.models.hashes import hash_models
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
@@ -120,16 +121,27 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
         )
 
 
-def hash_templates(config: RunConfig) -> dict[str, DataHash]:
-    """The hash of all templates of a configuration.  Raises UserError for one that cannot be had."""
+def hash_inputs(config: RunConfig, section: str = "") -> dict[str, DataHash]:
+    """Hashes of the models that are loaded for a configuration, by their keys, and of all its templates.
+
+    section: as for `check_request`.  Raises UserError for what cannot be had.
+    """
     parts = (config.planner, config.critic, config.judge)
     refs = [ref for part in parts for name, ref in part or () if name.endswith("template")]
-    return {"the text of a template": hash_rows(load_template(ref).text for ref in refs)}
+    models = {section + key: model for key, model in _models(config).items()}
+    return {**hash_models(models), "the text of a template": hash_rows(load_template(ref).text for ref in refs)}
+
+
+def _models(config: RunConfig) -> dict[str, object]:
+    """The configurations of all models, by their keys."""
+    parts = {"planner": config.planner, "critic": config.critic, "judge": config.judge}
+    agents = {f"{key}.{name}": value for key, part in parts.items() for name, value in part or () if "model" in name}
+    return {"generator": config.generator, **agents}
 
 
 def check_references(config: RunConfig) -> None:
     """Raises UserError for a model or an adapter that cannot be had, before anything is loaded."""
-    for model in (getattr(config.planner, "model", None), getattr(config.critic, "model", None), config.generator):
+    for model in _models(config).values():
         if isinstance(model, LocalChatConfig | PipelineConfig):
             hub.resolve(model.ref)
         if isinstance(model, PipelineConfig) and model.lora is not None:
@@ -137,11 +149,17 @@ def check_references(config: RunConfig) -> None:
 
 
 def create_run(
-    path: Path, config: RunConfig, ask: Callable[[ImageStore], list[Request]], *, any_words: bool = False
+    path: Path,
+    config: RunConfig,
+    ask: Callable[[ImageStore], list[Request]],
+    *,
+    any_words: bool = False,
+    inputs: Mapping[str, DataHash] | None = None,
 ) -> list[Request]:
     """Start a run folder with the requests that `ask` makes with its image store; `run_requests` records how it is run.
 
-    any_words: the requests are a benchmark's, and words that the built-in models do not know are part of it.
+    any_words: the requests are a benchmark's, and words that the built-in models do not know are part of it.  inputs:
+    what `hash_inputs` gives, where it is known.
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
@@ -155,8 +173,8 @@ def create_run(
                 sizes = (store.get(image).image.size for image in request.image_ids)
                 if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
                     raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
-            record_data(path, hash_templates(config))
             check_references(config)
+            record_data(path, inputs or hash_inputs(config))
             request_files.save_requests(requests, path)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
@@ -191,14 +209,15 @@ async def run_requests(
     command: Sequence[str],
     on_record: Callable[[Record], None],
     retry_failed: bool = False,
+    is_new: bool = False,
 ) -> list[Trajectory]:
-    """Continue the run in `path` from where its trace ends.
+    """Continue the run in `path` from where its trace ends; `is_new`: it has none, and was just made.
 
     Raises UserError if the folder is in use, or belongs to another configuration.
     """
     with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
-        if (path / DATA).exists():  # else of an earlier version, or merged
-            check_data(path, hash_templates(config))
+        if not is_new and (path / DATA).exists():  # else of an earlier version, or merged
+            check_data(path, hash_inputs(config))
         requests = request_files.load_requests(path)
         with Trace(path) as trace:
             images = ImageStore(path / IMAGES)
@@ -223,6 +242,7 @@ class StoryStream:
 
     def __init__(self, config: RunConfig, components: Components, runs: Path) -> None:
         self._config, self._components, self._runs = config, components, runs
+        self._inputs = hash_inputs(config)
 
     async def stream(
         self, text: str, images: Sequence[HashedImage], seed: int
@@ -230,9 +250,11 @@ class StoryStream:
         """The records of a story as they come, an attempt's with its image.  Raises UserError as `run_requests`."""
         config = self._config.model_copy(update={"seed": seed})
         path = free_path(self._runs, None, slug(text))
-        create_run(path, config, lambda store: [request_files.make_request(text, images, store)])
+        inputs = self._inputs  # of the models as they were loaded
+        create_run(path, config, lambda store: [request_files.make_request(text, images, store)], inputs=inputs)
         records: asyncio.Queue[Record | None] = asyncio.Queue()
-        running = asyncio.create_task(run_requests(path, self._components, config, COMMAND, records.put_nowait))
+        story = run_requests(path, self._components, config, COMMAND, records.put_nowait, is_new=True)
+        running = asyncio.create_task(story)
         running.add_done_callback(mark_retrieved)
         running.add_done_callback(lambda _: records.put_nowait(None))
         try:
@@ -268,7 +290,7 @@ def run_and_close(
         try:
             requests = request_files.load_requests(path)
             await check_endpoints(components, with_images=any(request.image_ids for request in requests))
-            return await run_requests(path, components, config, command, on_record, retry_failed)
+            return await run_requests(path, components, config, command, on_record, retry_failed, is_new)
         finally:
             await components.close()
 

@@ -4,6 +4,7 @@ client may leave unread or go on sending.
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +14,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from imgen_common.errors import warn_once
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
@@ -20,6 +23,8 @@ MAX_HEAD_BYTES = 32 * 2**10
 MIN_CHUNK_BYTES = 16
 """A body in chunks may have a chunk for so many of its bytes, beyond `MAX_SMALL_CHUNKS`: each costs time of its own."""
 MAX_SMALL_CHUNKS = 4096
+FILES_BESIDE = 128
+"""Files that may be open beside connections: pipes of workers, libraries, and connections that are just refused."""
 
 
 def build_limited_server(app: "ASGIApp", max_connections: int, seconds: float, **settings: Any) -> uvicorn.Server:
@@ -29,9 +34,25 @@ def build_limited_server(app: "ASGIApp", max_connections: int, seconds: float, *
     seconds: for the head of a request from its first byte on, for the rest of a body that is already answered, and for
     a client that does not read its answer.
     """
-    protocol: Any = partial(LimitedConnection, max_connections, seconds)
+    protocol: Any = partial(LimitedConnection, allowed_connections(max_connections), seconds)
     config = uvicorn.Config(app, http=protocol, h11_max_incomplete_event_size=MAX_HEAD_BYTES, **settings)
     return LimitedServer(config)
+
+
+def allowed_connections(wanted: int) -> int:
+    """`wanted`, or what the limit of open files leaves, which is raised as far as this process may raise it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + FILES_BESIDE
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    allowed = max(1, soft - FILES_BESIDE)
+    warn_once(f"max_connections {wanted}: only {allowed}, as {soft} files may be open; raise the limit (ulimit -n)")
+    return allowed
 
 
 class LimitedServer(uvicorn.Server):

@@ -89,7 +89,7 @@ class EndpointChat:
         except Refusal:
             return  # it answers
         except (HttpError, TimeoutError) as failure:
-            if isinstance(failure, HttpError) and (failure.kind == "rate_limited" or failure.status == 503):
+            if isinstance(failure, HttpError) and (failure.kind == "rate_limited" or failure.status in (503, 529)):
                 return  # it is there, only busy
             reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
@@ -144,7 +144,7 @@ class EndpointChat:
             text=answer.text,
             num_prompt_tokens=answer.num_prompt_tokens,
             num_completion_tokens=answer.num_completion_tokens,
-            truncated=answer.finish_reason == "length",
+            truncated=answer.is_cut_off,
             finish_reason=answer.finish_reason,
             token_probabilities=answer.token_probabilities,
         )

@@ -24,7 +24,8 @@ from imgen_common.http import (
     redacted,
     version_hint,
 )
-from imgen_common.http.chat import FILTERED
+from imgen_common.http.chat import FILTERED, STREAMED
+from imgen_common.http.failures import ERROR_KEYS
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
 
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
 
 BLACKED_OUT = ("has_nsfw_concepts", "nsfw_content_detected")
 """How servers of diffusers say that the image is a black one in the place of what was drawn."""
+STREAM = (b"data:", b"event:")
+"""How an answer begins that a server streams."""
 IMAGE_FILES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")
 """How files of images begin."""
-PAID_KEYS = (b'"data"', b'"images"', b'"polling_url"', b'"task_id"', b'"job_id"', b'"status"')
-"""Of answers that are images or jobs, for each of which the server may charge."""
 EDITS = "/images/edits"
 REFUSED_KEYS = {key: f"{key}: null" for key in ("response_format", "quality", "size")} | {"seed": "send_seed: false"}
 """What to set where a server's refusal names a key that it does not take."""
@@ -207,5 +208,15 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         return encoded, address, revised if isinstance(revised, str) and revised.strip() else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         shown = LONG_BASE64.sub("...", data.decode("utf-8", "replace"))[:1000]
-        is_paid = any(key in data for key in PAID_KEYS)
-        raise HttpError("malformed_response", f"no image in the answer: {shown}", can_retry=not is_paid) from None
+        streamed = f"; {STREAMED}" if data.startswith(STREAM) else ""
+        what = f"no image in the answer: {shown}{streamed}"
+        raise HttpError("malformed_response", what, can_retry=not _may_have_drawn(data)) from None
+
+
+def _may_have_drawn(data: bytes) -> bool:
+    """Whether the server may charge for an answer: an image in another place or form, a job, or a stream."""
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        return data.startswith(STREAM) or b"\0" in data
+    return not isinstance(answer, dict) or not answer.keys() <= set(ERROR_KEYS)

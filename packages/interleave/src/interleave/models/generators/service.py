@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, MinLen
 
-from imgen_common.config import Config
+from imgen_common.config import Config, KeyVariable
 from imgen_common.errors import UserError, warn_once
 from imgen_common.http import (
     CONNECT_SECONDS,
@@ -42,7 +42,7 @@ class ServiceConfig(Config):
     kind: Literal["service"] = "service"
     urls: Annotated[tuple[ServiceUrl, ...], MinLen(1)] = ("http://127.0.0.1:8011",)
     """Addresses of the replicas."""
-    token_env: str = "INTERLEAVE_SERVE_TOKEN"
+    token_env: KeyVariable = "INTERLEAVE_SERVE_TOKEN"
     """Variable of the environment that holds the bearer token; nothing is sent where it is not set."""
     params: GenerationSettings = GenerationSettings()
     """Settings over those of the service."""
