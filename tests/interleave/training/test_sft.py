@@ -22,6 +22,7 @@ from sets import WHITE, critic_row, planner_row, write
 from tiers import tiers
 from tiny import drop_weight
 
+from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from interleave.datasets.rows import SftRow
@@ -523,6 +524,22 @@ def test_adapters_on_embeddings_that_are_the_output_layer_too(root: Path, lora: 
     said = pytest.raises(UserError, match=r"one weight with the output layer .* put embed_tokens into lora.modules_to")
     with said if refused else contextlib.nullcontext():
         check_adapters(quick(root, {"r": 2} | lora))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(False, None), (False, True), (True, None), (True, False)])
+def test_the_outer_configuration_says_whether_embeddings_are_the_output_layer(
+    tmp_path: Path, outer: bool, inner: bool | None
+) -> None:
+    """As in the published ones of Qwen3-VL: that of 8B has the key outside only."""
+    folder = shutil.copytree(hub.resolve("builtin:shapes/critic"), tmp_path / "model")
+    described = json.loads((folder / "config.json").read_text())
+    described["tie_word_embeddings"] = outer
+    described["text_config"].pop("tie_word_embeddings", None)
+    described["text_config"] |= {} if inner is None else {"tie_word_embeddings": inner}
+    (folder / "config.json").write_text(json.dumps(described))
+    said = pytest.raises(UserError, match="one weight with the output layer")
+    with said if outer else contextlib.nullcontext():
+        check_adapters(SftConfig(model=str(folder), lora={"r": 2, "target_modules": ["embed_tokens"]}))
 
 
 UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {

@@ -203,7 +203,8 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
         return
     model = build_meta_model(config)
     whole = model.get_base_model()
-    if whole.config.get_text_config().tie_word_embeddings and hasattr(whole.get_input_embeddings(), "lora_A"):
+    # of a model with images the outer configuration decides; Qwen3-VL-8B's inner one has no such key
+    if getattr(whole.config, "tie_word_embeddings", False) and hasattr(whole.get_input_embeddings(), "lora_A"):
         raise UserError(
             "lora.target_modules adapts the embeddings, which are one weight with the output layer of this model, so "
             "that merging the adapter would change that too; put embed_tokens into lora.modules_to_save instead"
