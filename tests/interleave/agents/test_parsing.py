@@ -95,6 +95,11 @@ CONTENTS = {
     "comma too many": ('{"previous_step_success": false, "refine_prompt": "x",}', NOTHING, "x"),
     "comma missing": ("{'refine_prompt': 'x' 'previous_step_success': False}", NOTHING, "x"),
     "keys without quotes": ("{previous_step_success: false, refine_prompt: 'x'}", NOTHING, "x"),
+    "keys without quotes, and words of Python's in a text": (
+        '{previous_step_success: false, refine_prompt: "None of the signs says True, [1, 2, ]"}',
+        NOTHING,
+        "None of the signs says True, [1, 2, ]",
+    ),
     "both styles": ("{'previous_step_success': false, 'refine_prompt': 'x'}", NOTHING, "x"),
     "words after the object": (verdict_json() + " done", NOTHING, NOTHING),
     "words before the object": ("Here: " + verdict_json(), NOTHING, NOTHING),

@@ -17,6 +17,7 @@ from interleave.benchmarks.base import Content, Item, Output, Prompts
 from interleave.benchmarks.official.comm import Comm
 from interleave.benchmarks.official.comm_rules import (
     MENTIONED,
+    PIECE,
     item_scores,
     parse_descriptions,
     read_steps,
@@ -24,6 +25,7 @@ from interleave.benchmarks.official.comm_rules import (
     show_descriptions,
     show_image,
     step_texts,
+    with_whole_tags,
     write_story,
 )
 
@@ -90,6 +92,17 @@ def test_steps_are_those_of_the_official_expression(pieces: list[str]) -> None:
 def test_reading_takes_no_quadratic_time() -> None:
     """The official expression would take hours."""
     assert list(step_texts("(1) " + " " * 300_000 + "x")) == [" " * 300_000 + "x"]
+    for tag in ("[img]", "[imgblock]"):
+        (step,), num_images = read_steps("(1) " + tag * 100_000, [])
+        assert (step, num_images) == (("(1)", *[tag[1:-1]] * 100_000), 0)
+
+
+@given(st.lists(st.sampled_from(["[img]", "[/img]", "[imgblock]", "[/imgblock]", "a", "\n", "<IMAGE>", "[", " "])))
+def test_pieces_of_steps_are_those_of_the_official_expression(pieces: list[str]) -> None:
+    text = "(1) x" + "".join(pieces)
+    official = re.compile(r"\[img\].*?\[/img\]|\[imgblock\].*?\[/imgblock\]|<IMAGE>|[^\[\]<]+")
+    (said,) = step_texts(text)
+    assert official.findall(said) == PIECE.findall(with_whole_tags(said))
 
 
 @pytest.mark.parametrize(

@@ -519,6 +519,18 @@ def test_failed_stories_can_be_tried_again(tmp_path: Path) -> None:
     assert [r for r in records if r.get("status") != "generator_failed"] == whole
 
 
+def test_what_a_story_went_on_from_is_not_tried_again(tmp_path: Path) -> None:
+    """An attempt that failed in the middle, and one at the end, which ended the story."""
+    fails = [True, False, False, True, True, True]
+    broken = FakeGenerator(fails=lambda job: BackendError("unreachable", "down") if fails.pop(0) else None)
+    made = parts(plan_of("one", "two", "three"), generator=broken)
+    assert run(tmp_path, made, loop=LoopConfig(max_attempts=3))[0].status == "generator_failed"
+    good = parts(plan_of("one", "two", "three"))
+    (story,) = run(tmp_path, good, loop=LoopConfig(max_attempts=3), retry_failed=True)
+    assert (story.status, story.selected) == ("complete", {1: 2, 2: 1, 3: 1})
+    assert [job.prompt for job in good.generator.jobs] == ["three"]
+
+
 def test_a_planner_that_failed_is_asked_with_other_seeds(tmp_path: Path) -> None:
     seeds: list[int] = []
 

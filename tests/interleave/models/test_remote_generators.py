@@ -264,6 +264,18 @@ def test_what_is_refused_is_asked_once(status: int) -> None:
     assert len(asked) == 1
 
 
+def test_a_request_that_kills_workers_is_sent_to_no_other_replica() -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(500, json={"error": {"kind": "worker_died", "message": "3 workers died at this request"}})
+
+    said = failure(pool(handler, handler))
+    assert (said.kind, len(asked)) == ("model_error", 1)
+    assert "3 workers died at this request" in str(said)
+
+
 # --- an images endpoint ----------------------------------------------------------------------------------------------
 
 

@@ -374,6 +374,7 @@ def test_a_story_that_ended_early_says_why_and_how_to_go_on(
             "before: nothing. after: (red circle) a a. want: nothing fits. not as asked",
             "the image shows red circle, which does not fit the step",
         ),
+        (long := "before: x" + ". after: x" * 9000 + ". want: x" * 9000 + ". Z", long),
         ("The hat is missing. It was asked for.", "The hat is missing. It was asked for."),
         ("before: a. after: b", "before: a. after: b"),
         ("", "the critic gave no reason"),

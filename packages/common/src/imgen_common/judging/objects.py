@@ -24,11 +24,12 @@ WORDS = {"True": "true", "False": "false", "None": "null"}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", "'": "'", '"': '"', "\n": ""}
 ESCAPE = re.compile(r"\\(?:u([\da-fA-F]{4})|U00((?:0[\da-fA-F]|10)[\da-fA-F]{4})|x([\da-fA-F]{2})|(.))", re.DOTALL)
 TOKEN = re.compile(
-    r"""(?P<key>['"])(?P<name>\w+)(?P=key)\s*:\s*(?P<quote>['"])? | \b(?P<word>True|False|None)\b
-        | (?P<comma>,)(?=\s*[}\]])""",
+    r"""(?P<key>['"])(?P<name>\w+)(?P=key)\s*:\s*(?P<quote>['"])? | \b(?P<bare>[A-Za-z_]\w*+)\s*+:\s*+(?P<open>['"])
+        | \b(?P<word>True|False|None)\b | (?P<comma>,)(?=\s*[}\]])""",
     re.VERBOSE,
 )
-"""A key, with the quote of its string if it is one; a word of Python's; a comma too many."""
+"""A key, with the quote of its string if it is one, or without quotes before a string; a word of Python's; a comma too
+many."""
 STRING_END = re.compile(r"""(?<!\\)(?:\\\\)*(?P<quote>['"])(?=\s*(?:,\s*['"]?\w+['"]?\s*:|(?:,\s*)?[}\]]))""")
 """A string ends where another key or the end of its object follows, so that an apostrophe in it does not end it."""
 NEXT_KEY = {quote: re.compile(rf"""(?<!\\){quote}\s*(['"])\w+\1\s*:""") for quote in ("'", '"')}
@@ -143,11 +144,11 @@ def _mend(body: str) -> str:
     parts, position = [], 0
     while (token := TOKEN.search(body, position)) is not None:
         parts.append(body[position : token.start()])
-        position, quote = token.end(), token["quote"]
-        if token["name"] is None:
+        position, quote = token.end(), token["quote"] or token["open"]
+        if (name := token["name"] or token["bare"]) is None:
             parts.append(WORDS.get(token["word"], ""))
             continue
-        key = json.dumps(token["name"]) + ": "
+        key = json.dumps(name) + ": "
         index = bisect.bisect_left(ends[quote], position) if quote else 0
         if quote and index < len(ends[quote]):
             end = ends[quote][index]

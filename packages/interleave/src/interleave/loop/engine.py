@@ -170,16 +170,22 @@ class Engine:
         return record
 
     def _usable_attempts(self, recorded: TraceEntry) -> Mapping[tuple[int, int], Attempt]:
-        """Recorded attempts by (step, attempt); not those that failed, where failures are to be tried again, nor those
-        from the first on whose image is lost."""
-        failed = ("generator_failed", "critic_failed") if recorded.trajectory and self._retry_failed else ()
+        """Recorded attempts by (step, attempt); not the failed ones at the end, where failures are to be tried again,
+        nor those from the first on whose image is lost.
+
+        A failed attempt that others followed stays: what followed depends on how the story went on.
+        """
         usable: dict[tuple[int, int], Attempt] = {}
         for key, attempt in sorted(recorded.attempts.items()):
             if attempt.image_id is not None and (reason := self._images.drop_unreadable(attempt.image_id)):
                 log.warning("%s; step %d is done again from attempt %d on", reason, *key)
                 break
-            if attempt.status not in failed:
-                usable[key] = attempt
+            usable[key] = attempt
+        if recorded.trajectory and self._retry_failed:
+            for key, attempt in reversed(list(usable.items())):
+                if attempt.status not in ("generator_failed", "critic_failed"):
+                    break
+                del usable[key]
         return usable
 
     async def _run_steps(self, story: _StoryState, plan: Plan, recorded: Mapping[tuple[int, int], Attempt]) -> _Ending:

@@ -62,7 +62,9 @@ _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"(?:[{_IDEOGRAPH}]|[.,;:!?、。]+|[^\s.,;:!?、。{_IDEOGRAPH}]+)\s*|\s+")
 
 
-_NOTES = re.compile(r"before: (?P<before>.+)\. after: (?P<after>.+)\. want: (?P<want>.+)\. (?P<finding>[a-z ]+)")
+_NOTES = re.compile(
+    r"before: (?P<before>[^.]+)\. after: (?P<after>[^.]+)\. want: (?P<want>[^.]+)\. (?P<finding>[a-z ]+)"
+)
 _THING = re.compile(r"\(([a-z ]+)\)")
 _FINDINGS = {
     "as asked": "as the step asks",

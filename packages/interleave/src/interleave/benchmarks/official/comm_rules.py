@@ -100,11 +100,20 @@ def input_steps(item: Item) -> tuple[Steps, int]:
 
 def _pieces(step: str) -> Iterator[str | None]:
     """Its texts; None for an image."""
-    for piece in PIECE.findall(step):
+    for piece in PIECE.findall(with_whole_tags(step)):
         if _is_mark(piece):
             yield None
         elif piece.strip() and not piece.startswith(LEFT_OUT):
             yield piece.strip()
+
+
+def with_whole_tags(step: str) -> str:
+    """A step whose tags without an end are the words that `PIECE` reads there, since it looks for each one's end."""
+    lines = step.split("\n")
+    for tag in ("img", "imgblock"):
+        parts = [line.rpartition(f"[/{tag}]") for line in lines]
+        lines = [before + end + after.replace(f"[{tag}]", f"]{tag}]") for before, end, after in parts]
+    return "\n".join(lines)
 
 
 def _is_mark(piece: str) -> bool:

@@ -236,6 +236,8 @@ def _as_service_error(error: HttpError) -> HttpError:
         kind = json.loads(error.body)["error"]["kind"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return error
+    if kind == "worker_died":  # at this request, in every try: other replicas would lose their workers too
+        return RemoteFailure("model_error", str(error))
     if error.kind == "server_error" and error.status not in (502, 503) and kind in get_args(FailureKind):
         return RemoteFailure(kind, str(error))
     return error
