@@ -72,10 +72,15 @@ def answer(message: Any, **choice: Any) -> bytes:
                 "[THINK]a[/THINK]b",
                 "a</seed:think>b",
                 "◁think▷a◁/think▷b",
+                "<|channel>thought\na<channel|>b",
+                "\n<thought>a</thought>b",
+                "<reasoning>a</reasoning>b",
+                "<|channel|>analysis<|message|>a<|channel|>final<|message|>b<|return|>",
             )
         ),
         ({"content": "<|START_THINKING|>a"}, "<think>a"),
         ({"content": "a [THINK] sign"}, "a [THINK] sign"),
+        ({"content": "<score>1</score><reasoning>b</reasoning>"}, "<score>1</score><reasoning>b</reasoning>"),
         ({"content": "</think>\n\nb", "reasoning_content": ""}, "<think></think>\n\nb"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "output_text", "text": "b"}]}, "ab"),
         (
@@ -100,6 +105,8 @@ def test_the_text_of_an_answer(message: Any, text: str) -> None:
         ("a</think>b</think>c", ("a", "b</think>c")),
         ("So: <think>a</think>b", ("a", "b")),
         ("<think>a", ("a", "")),
+        ("<think>a</think><think>b", ("a\nb", "")),
+        ("<think>a</think>\n<think>b</think>c", ("a\nb", "c")),
         ("say <think> twice", ("", "say <think> twice")),
     ],
 )
@@ -343,9 +350,12 @@ def test_a_key_in_a_good_answer_is_taken_out(monkeypatch: pytest.MonkeyPatch) ->
     assert json.loads(request(said)) == {"text": "it is ..."}
 
 
-def test_a_placeholder_for_a_key_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_KEY", "EMPTY")
-    assert request(client(lambda request: httpx.Response(200, text="an EMPTY room"))) == b"an EMPTY room"
+@pytest.mark.parametrize("word", ["EMPTY", "secret"])
+def test_a_key_that_is_a_word_changes_no_answer(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", word)
+    said = f"an {word} room"
+    assert request(client(lambda request: httpx.Response(200, text=said))) == said.encode()
+    assert word not in str(failure(client(lambda request: httpx.Response(401, text=said))))
 
 
 # --- proxies and certificates ---

@@ -267,7 +267,7 @@ def test_reasoning_that_a_server_split_off_goes_back(name: str) -> None:
         ("silent", "timeout", "no answer within"),
         ("trickle", "timeout", "no answer within"),
         ("endless", "malformed_response", "more than 4096 bytes"),
-        ("cut", "unreachable", "cannot be reached"),
+        ("cut", "malformed_response", "its answer was cut short"),
         ("not http", "unreachable", "cannot be reached"),
     ],
 )

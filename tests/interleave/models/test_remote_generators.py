@@ -7,7 +7,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -517,6 +517,27 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     said = failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, content=content), retry=retry))
     assert ("it streams its answers" in str(said)) == (content[:6] == b"event:")
     assert len(asked) == tries
+
+
+@pytest.mark.parametrize("error", [{"message": "", "type": "", "code": None}, {"code": 0, "message": "success"}])
+def test_an_error_that_says_nothing_is_none(error: Any) -> None:
+    encoded = base64.b64encode(png(RED.image)).decode()
+    answer = httpx.Response(200, json={"data": [{"b64_json": encoded}], "error": error})
+    assert drawn(endpoint(lambda request: answer)) == RED
+
+
+@pytest.mark.parametrize("broken", [httpx.RemoteProtocolError("cut"), httpx.ReadError("reset")])
+def test_an_image_whose_answer_is_cut_short_is_not_asked_for_again(broken: Exception) -> None:
+    asked: list[int] = []
+
+    class Cut(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b'{"data": [{"b64_json": "'
+            raise broken
+
+    said = failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, stream=Cut())))
+    assert (said.kind, len(asked)) == ("malformed_response", 1)
+    assert "its answer was cut short" in str(said)
 
 
 @pytest.mark.parametrize("reason", ["CONTENT_FILTERED", "content_filter"])

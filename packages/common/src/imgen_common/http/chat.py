@@ -36,12 +36,18 @@ COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
-OTHER_OPEN = re.compile(r"\A\s*+(?:<\|START_THINKING\|>|\[THINK\]|<seed:think>|◁think▷)")
+BEGINNING = re.compile(r"\s*+<think>")
+OTHER_OPEN = re.compile(r"\A\s*+(?:<\|START_THINKING\|>|\[THINK\]|<seed:think>|◁think▷|<\|channel>thought\s)")
 OTHER_CLOSE = re.compile(
-    r"(?:<\|END_THINKING\|>\s*+(?:<\|START_RESPONSE\|>)?|\[/THINK\]|</seed:think>|◁/think▷)"  # and before the answer
+    r"<\|END_THINKING\|>\s*+(?:<\|START_RESPONSE\|>)?|\[/THINK\]|</seed:think>|◁/think▷|<channel\|>"
 )
-AFTER_ANSWER = "<|END_RESPONSE|>"
-"""Marks around reasoning and answers of Command A, Magistral, Seed-OSS and Kimi, where their server leaves them in."""
+"""Marks around the thoughts of Command A, Magistral, Seed-OSS, Kimi and Gemma 4, where their server leaves them in."""
+OTHER_TAG = re.compile(r"\A\s*+<(thought|thinking|reasoning)>")
+"""How Gemini's, Bedrock's and other servers begin with thoughts; elsewhere such a tag is part of the answer."""
+HARMONY = re.compile(r"\A\s*+(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>")
+HARMONY_ANSWER = "<|channel|>final<|message|>"
+"""The thoughts of gpt-oss, and its answer."""
+AFTER_ANSWER = re.compile(r"<\|(?:END_RESPONSE|return|end)\|>\s*+\Z")
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,21 @@ class Completion:
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """The reasoning before the first `</think>`, with or without `<think>` before it, and the answer after it.
+    """The reasoning before the first `</think>`, with or without `<think>` before it, and in blocks that follow it, and
+    the answer after them.
 
     Without any both are in the second; of reasoning that never ends there is no answer.
     """
-    before, closed, after = text.partition(CLOSE)
-    if closed:
-        return before.partition(OPEN)[2] if OPEN in before else before, after
-    return (before.partition(OPEN)[2], "") if before.lstrip().startswith(OPEN) else ("", text)
+    thoughts, start = [], 0
+    while (end := text.find(CLOSE, start)) >= 0:
+        before = text[start:end]
+        thoughts.append(before.partition(OPEN)[2] if OPEN in before else before)
+        start = end + len(CLOSE)
+        if not BEGINNING.match(text, start):
+            return "\n".join(thoughts), text[start:]
+    if BEGINNING.match(text, start):
+        return "\n".join([*thoughts, text[start:].partition(OPEN)[2]]), ""
+    return "", text
 
 
 async def complete(client: HttpClient, url: str, body: bytes, seconds: float) -> Completion:
@@ -188,9 +201,21 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
         content = ""
     if not isinstance(content, str):
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
-    content = OTHER_CLOSE.sub(CLOSE, OTHER_OPEN.sub(OPEN, content), count=1).removesuffix(AFTER_ANSWER)
+    content = _in_think_marks(content)
     reasoning = next(filter(None, split_off), split_off[0] if split_off else None)
     return HALF.sub("\ufffd", content), None if reasoning is None else HALF.sub("\ufffd", reasoning)
+
+
+def _in_think_marks(content: str) -> str:
+    """A content whose thoughts stand between `<think>` and `</think>`, whichever marks its model writes."""
+    if tag := OTHER_TAG.match(content):
+        content = OPEN + content[tag.end() :].replace(f"</{tag[1]}>", CLOSE, 1)
+    elif begun := HARMONY.match(content):
+        thoughts, closed, answer = content[begun.end() :].rpartition(HARMONY_ANSWER)
+        content = f"{OPEN}{thoughts}{CLOSE}{answer}" if closed else OPEN + answer
+    else:
+        content = OTHER_CLOSE.sub(CLOSE, OTHER_OPEN.sub(OPEN, content), count=1)
+    return AFTER_ANSWER.sub("", content)
 
 
 def _thinking(parts: Any) -> str:

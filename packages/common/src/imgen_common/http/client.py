@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
-MIN_SECRET = 6
-"""Characters of the shortest token that is taken out of answers; a shorter one is a placeholder, such as EMPTY."""
+MIN_SECRET, LONGEST_WORD = 6, 16
+"""Characters of the shortest token that is taken out of answers, and of one of letters alone; another may be a
+placeholder or an ordinary word, such as EMPTY or secret."""
 
 AUTHORITY = "set SSL_CERT_FILE to a file with the certificate of its authority"
 CERTIFICATE_REMEDIES = {
@@ -76,6 +77,7 @@ class HttpClient(RetryingCaller):
         # as it may stand in an answer: plain, in an address, in JSON
         spellings = {self._token, quote(self._token, safe=""), json.dumps(self._token)[1:-1]} - {""}
         self._spellings = sorted(spellings, key=len, reverse=True)
+        self._is_random = len(self._token) >= (LONGEST_WORD if self._token.isalpha() else MIN_SECRET)
         self._clients: dict[tuple[str | None, bool], httpx.AsyncClient] = {}
 
     async def request(
@@ -99,16 +101,16 @@ class HttpClient(RetryingCaller):
         proxy = proxy_of(base) if self._transport is None else None
         client = self._opened(proxy, is_secure=base.startswith("https:") or (proxy or "").startswith("https:"))
         through = f" through the proxy {redacted(proxy)}" if proxy else ""
+        answer: httpx.Response | None = None
         try:
             async with client.stream(method, base + path, headers=headers, timeout=limits, **content) as answer:
                 data = await self._read(answer, base)
         except (httpx.ReadTimeout, httpx.WriteTimeout):
             raise HttpError("timeout", f"{base}{through}: no answer within {seconds:.3g} s") from None
-        except httpx.DecodingError as error:
-            raise self.malformed(base + through, f"an answer that cannot be decompressed ({error})") from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ssl.SSLError, ConnectionError) as error:
-            raise self._unreachable(base + through, error, proxy) from None
-        if with_token and len(self._token) >= MIN_SECRET:
+            has_begun = answer is not None and answer.is_success
+            raise self._failure(base + through, error, proxy, has_begun=has_begun) from None
+        if with_token:
             data = self._without_token(data)
         if answer.status_code >= 300:
             remedy = self._remedy(answer, base + path) if with_token else ""
@@ -130,10 +132,13 @@ class HttpClient(RetryingCaller):
 
     def clean(self, text: str) -> str:
         """Words of the server on one line, cut short, without the token."""
-        return one_line(self.without_token(text))
+        return one_line(self._hidden(text))
 
     def without_token(self, text: str) -> str:
-        """Words of the server without the token, which it may write in the escapes of JSON."""
+        """An answer without the token, also in the escapes of JSON, unless that may be an ordinary word."""
+        return self._hidden(text) if self._is_random else text
+
+    def _hidden(self, text: str) -> str:
         for spelling in self._spellings:
             text = text.replace(spelling, "...")
         return text
@@ -167,9 +172,24 @@ class HttpClient(RetryingCaller):
         return self._clients[proxy, is_secure]
 
     def _without_token(self, data: bytes) -> bytes:
-        for spelling in self._spellings:
+        for spelling in self._spellings if self._is_random else ():
             data = data.replace(spelling.encode(), b"...")
         return data
+
+    def _failure(self, place: str, error: Exception, proxy: str | None, *, has_begun: bool) -> HttpError:
+        """What an error of the connection means; has_begun: while a good answer was read."""
+        import httpx
+
+        reason = self.clean(str(error))
+        if isinstance(error, httpx.DecodingError):
+            what = f"an answer that cannot be decompressed ({reason})"
+        elif has_begun:
+            what = f"its answer was cut short ({reason})"
+        elif isinstance(error, UnicodeEncodeError):
+            return HttpError("refused", f"{place}: the request cannot be written ({reason})", can_retry=False)
+        else:
+            return self._unreachable(place, error, proxy)
+        return HttpError("malformed_response", f"{place}: {what}", has_begun=has_begun)
 
     def _unreachable(self, place: str, error: Exception, proxy: str | None) -> HttpError:
         reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__

@@ -27,7 +27,7 @@ class HttpError(Exception):
     """A request that failed.  The message fits on one line and shows no token.
 
     can_retry: whether the same request may succeed later.  retry_after: seconds that the server asks to wait.
-    status, body: of the server's answer, where it gave one.
+    status, body: of the server's answer, where it gave one.  has_begun: whether a good answer had begun to arrive.
     """
 
     def __init__(
@@ -39,9 +39,11 @@ class HttpError(Exception):
         retry_after: float | None = None,
         status: int | None = None,
         body: bytes = b"",
+        has_begun: bool = False,
     ) -> None:
         super().__init__(message)
         self.kind, self.can_retry, self.retry_after, self.status, self.body = kind, can_retry, retry_after, status, body
+        self.has_begun = has_begun
 
     @property
     def is_outage(self) -> bool:
@@ -71,7 +73,7 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     """
     if not isinstance(answer, dict):
         return None
-    error = next((answer[name] for name in ("error", "errors") if answer.get(name)), None)
+    error = next((answer[name] for name in ("error", "errors") if _says_something(answer.get(name))), None)
     is_missing = wanted is not None and not answer.get(wanted) and any(answer.get(key) for key in INSTEAD)
     if error is None and (answer.get("object") == "error" or is_missing):
         error = answer
@@ -85,6 +87,13 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     status = 429 if status is None and RATE_LIMIT.search(words) else status
     kind, can_retry = failure_of_status(status) if status else ("refused", False)
     return HttpError(kind, words, can_retry=can_retry, status=status)
+
+
+def _says_something(error: Any) -> bool:
+    """Whether it is an error; gateways send an object without any words, or of code 0, with good answers."""
+    if not isinstance(error, dict):
+        return bool(error)
+    return any(error.values()) and error.get("code") not in (0, "0")
 
 
 TITLE = re.compile(r"<title>([^<]+)</title>", re.IGNORECASE)

@@ -157,7 +157,7 @@ class RetryingCaller:
                 key = "timeout" if seconds == policy.timeout else "deadline"
                 remedy = f"{last}; if it needs longer, raise retry.{key}"
                 last = HttpError(last.kind, remedy, can_retry=last.can_retry and not is_paid, status=last.status)
-            if not last.can_retry or (is_paid and last.status in GATEWAY_TIMEOUTS):
+            if not last.can_retry or (is_paid and (last.has_begun or last.status in GATEWAY_TIMEOUTS)):
                 raise last
             wait = self._backoff(number, last.retry_after)
             num_failed += not last.is_outage
