@@ -59,6 +59,9 @@ def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, n
         ),
         ("r.csv", "text,imagse\na,b\n", "did you mean 'images'"),
         ("r.json", "[3]", "r.json: item 1: must be an object or a text, got a number"),
+        ("r.jsonl", '{"text": "a", "category": 3}', "category: Input should be a valid string, got a number; allowed"),
+        ("r.jsonl", '{"content": [{"text": "a"}]}', "content.0: Input should be a valid string, got an object;"),
+        ("r.jsonl", '{"text": null}', "r.jsonl:1: the request is empty"),
         ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
     ],
 )
@@ -67,6 +70,14 @@ def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, cont
     with pytest.raises(UserError) as error:
         read_requests(tmp_path / name, ImageStore(tmp_path))
     assert said in str(error.value)
+
+
+def test_null_is_a_key_that_is_left_out(tmp_path: Path) -> None:
+    """As pandas and datasets write rows without a value."""
+    names = ("id", "category", "images", "content")
+    for row in ({"text": "a"}, {"text": "a"} | dict.fromkeys(names)):
+        (tmp_path / "r.jsonl").write_text(json.dumps(row))
+        assert read_requests(tmp_path / "r.jsonl", store := ImageStore(tmp_path)) == [make_request("a", (), store)]
 
 
 @pytest.mark.parametrize("address", ["https" + "://a.b/c.png?token=SECRET", "s3" + "://bucket/SECRET.png"])
