@@ -29,7 +29,9 @@ def site_place(path: Path) -> str | None:
     inside = path.relative_to(ROOT)
     if inside.parts[0] == "docs":
         return Path(*inside.parts[1:]).as_posix()
-    is_page = any(inside.match(pattern) for pattern in OUTSIDE) and path.suffix in (".md", ".svg") and path.is_file()
+    is_page = (
+        any(inside.match(pattern) for pattern in OUTSIDE) and path.suffix in (".md", ".svg", ".json") and path.is_file()
+    )
     return f"repository/{inside.as_posix()}" if is_page else None
 
 

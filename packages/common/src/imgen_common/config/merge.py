@@ -35,14 +35,14 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     `sets` do not depend on their order, except that of two for the same key the last wins.
     Raises UserError naming the file or `--set`, the key, what was given and what is allowed.
     """
+    # a value comes before what lies inside it, and `kind` before its neighbors
+    given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
     merge = _Merge()
     tree: Any = {}
     for path, content in (layer for file in files for layer in read_layers(file)):
         for key in cls.beside_file:
             _find_beside(path, content, key.split("."))
         tree = merge.apply(cls, tree, content, (), str(path))
-    # a value comes before what lies inside it, and `kind` before its neighbors
-    given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
     for keys, value, source in given:
         for key in reversed(keys):
             value = {key: value}

@@ -130,7 +130,7 @@ class PipelineRunner:
             self._pipe.prepare_image_latents = split_references(self._pipe.prepare_image_latents)
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
-        self._fingerprint = fingerprint([folder, *adapters])
+        self._fingerprint = fingerprint(config.ref, adapters)
         self._cutting: set[str] = set()
         self._pads_batches = config.pad_batches and self.family.edit != "alone"
         self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)
