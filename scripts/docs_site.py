@@ -20,6 +20,8 @@ BLOCK = re.compile(r'<div class="highlight">(<pre>.*?</pre>)</div>', re.DOTALL)
 CODE = re.compile(r"<code[^>]*>.*?</code>", re.DOTALL)
 HYPHENED = re.compile(r"(?<=[\s>])(?=[^\s<>]*-)[^\s<>]{2,30}(?=[\s<])(?![^<>]*>)")
 """Words such as `--set` or `1e-4` in the text of HTML, which browsers break at their hyphens."""
+LONG_CELL = re.compile(r"<td(?=[^>]*>[^\n]{160,}</td>)")
+"""A cell of a table that holds sentences, which a narrow screen is not to squeeze (`extra.css`)."""
 COMMANDS = ("accelerate", "curl", "flowbp", "hf", "interleave", "pip", "torchrun", "uv")
 LINK = re.compile(r"(!?)\[([^\]\n]*)\]\(([^)#:\s]*)(#[^)\s]*)?\)")
 
@@ -64,6 +66,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
     """Commands, and the messages on the page of errors, are wrapped, so that all of them is seen (`extra.css`), but not
     within an option or a number."""
     html = CODE.sub(lambda found: HYPHENED.sub(r'<span class="whole">\g<0></span>', found[0]), html)
+
+    html = LONG_CELL.sub('<td class="sentences"', html)
 
     def wrap(found: re.Match[str]) -> str:
         words = [line.split()[0] for line in re.sub("<[^>]*>", "", found[1]).splitlines() if re.match(r"[^\s#]", line)]
