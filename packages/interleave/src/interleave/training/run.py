@@ -27,7 +27,7 @@ from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
-from interleave.models.chat.local import check_processor
+from interleave.models.chat.local import bound_pixels, check_processor
 from interleave.models.hashes import hash_models
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
@@ -283,7 +283,7 @@ def load_processor(config: TrainingConfig) -> Any:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     check_processor(processor, folder, config.model)
     if config.max_pixels is not None:  # as `LocalChat` does
-        processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
+        bound_pixels(processor, config.max_pixels, config.model)
     return processor
 
 
