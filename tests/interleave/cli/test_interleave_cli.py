@@ -307,6 +307,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),
         (("sft", "planner", "--set", "trl.deepspeed={}"), ("trl.deepspeed: needs processes", "torchrun")),
         (("grpo", "--set", "trl.deepspeed=zero2.json"), ("trl.deepspeed: needs processes", "torchrun")),
+        (("grpo", "--set", "trl.use_vllm=true"), ("trl.use_vllm: vllm is not installed",)),
         (("run", "remove the red circle"), ("nothing to change", "begin with what is to be drawn")),
         (("run", "remove the red circle", "--set", "planner.kind=none"), ("nothing to change",)),
         (("run", "please make it red"), ("nothing to change",)),

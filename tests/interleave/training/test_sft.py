@@ -11,9 +11,11 @@ import signal
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
@@ -55,6 +57,7 @@ from interleave.training.trl_options import (
     RESERVED_GRPO,
     RESERVED_LORA,
     RESERVED_SFT,
+    OptionsRefusedError,
     check_arguments,
     check_keys,
     check_options,
@@ -634,6 +637,27 @@ def test_a_tracker_that_is_not_installed_is_found_before_a_run_is_made(
     with pytest.raises(UserError, match=r"trl.report_to: (wandb|trackio) is not installed; run: pip install"):
         check_trackers_installed([given] if isinstance(given, str) else given)
     check_trackers_installed(["tensorboard"])
+
+
+@pytest.mark.parametrize("checkpoint", [None, "checkpoint-1"])
+def test_a_tracker_that_does_not_start_is_named(checkpoint: str | None) -> None:
+    from interleave.training import run as launch
+
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    def train(resume_from_checkpoint: str | None) -> None:
+        raise UsageError("api_key not configured (no-tty).\ncall wandb.login")
+
+    trainer = SimpleNamespace(args=SimpleNamespace(report_to=["wandb"]), model=torch.nn.Linear(1, 1), train=train)
+    trainer.pop_callback = trainer.add_callback = lambda callback: None
+    callback = SimpleNamespace(shutdown=contextlib.nullcontext(), began=False)
+    said = r"^trl.report_to: wandb does not start \(api_key not configured \(no-tty\)\. call wandb\.login\); log in, or"
+    with pytest.raises(OptionsRefusedError, match=said):
+        launch.run_training(trainer, callback, checkpoint)
+    callback.began = True
+    with pytest.raises(UsageError):
+        launch.run_training(trainer, callback, checkpoint)
 
 
 def test_layers_are_counted_by_target_module(root: Path) -> None:

@@ -154,6 +154,22 @@ def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: 
         raise OptionsRefusedError(f"{where}: TRL refuses these options: {said}") from error
 
 
+@contextlib.contextmanager
+def refusals_of_trackers(reported: Sequence[str], has_begun: Callable[[], bool]) -> Iterator[None]:
+    """What the package of a tracker of `report_to` raises within it, as without a login, becomes an
+    OptionsRefusedError; not once `has_begun` says that it trains."""
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if has_begun() or package not in reported:
+            raise
+        said = one_line(str(error)) or type(error).__name__
+        raise OptionsRefusedError(
+            f"trl.report_to: {package} does not start ({said}); log in, or leave it out"
+        ) from error
+
+
 def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
     """Raises UserError for a key that `owner` does not have."""
     for key in given:
@@ -264,6 +280,12 @@ def _check_trackers(given: object) -> None:
             raise UserError(
                 f"trl.report_to: is {shortened(name)}{nearest(str(name), known)}; allowed: {', '.join(known)}"
             )
+
+
+def check_vllm_installed(trl: Mapping[str, Any]) -> None:
+    """Raises UserError where `use_vllm` is asked for and vllm is not installed."""
+    if trl.get("use_vllm") and find_spec("vllm") is None:
+        raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
 
 
 def check_trackers_installed(reported: Sequence[str]) -> None:
