@@ -225,7 +225,7 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     assert closed == [loop]
 
 
-def test_answers_that_are_scored_when_training_ends_by_an_error_are_cancelled(root: Path, rows: list[RlRow]) -> None:
+def test_answers_that_are_scored_when_training_ends_are_cancelled(root: Path, rows: list[RlRow]) -> None:
     begun, ended = threading.Event(), []
 
     class Slow(FakeGenerator):
@@ -243,12 +243,10 @@ def test_answers_that_are_scored_when_training_ends_by_an_error_are_cancelled(ro
     number = next(number for number, row in enumerate(rows) if not row.evaluation.success)
     row = job.example(number, image_store(job.config).get)["row"]
     answer = '<think>x</think><answer>{"previous_step_success": false, "refine_prompt": "a cat"}</answer>'
-    scored = []
-    with pytest.raises(OSError, match="full"), start_scoring(job, Slow(), LengthJudge()) as thread:
-        scored.append(asyncio.run_coroutine_threadsafe(thread.scorer.score(answer, row), thread.loop))
+    with start_scoring(job, Slow(), LengthJudge()) as thread:
+        scored = asyncio.run_coroutine_threadsafe(thread.scorer.score(answer, row), thread.loop)
         assert begun.wait(30)
-        raise OSError("the disk is full")
-    assert scored[0].cancelled()
+    assert scored.cancelled()
     assert ended == ["request", "generator"]
 
 

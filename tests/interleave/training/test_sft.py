@@ -132,6 +132,10 @@ class Options:
         ({"loss_type": "zzz"}, "loss_type: is 'zzz'; allowed: nll, dft"),
         ({"scale_rewards": "grup"}, r"scale_rewards: is 'grup'; did you mean 'group'\?; allowed: .*, true, false"),
         ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs: must be a mapping, got 'x'"),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": "no"}},
+            "gradient_checkpointing_kwargs.use_reentrant: must be true or false or null, got 'no'",
+        ),
         ({"deepspeed": ["x"]}, r"deepspeed: must be a mapping, got \['x'\]"),
         ({"run_name": 3}, "run_name: must be a text, got 3"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be at least 1, got 0"),

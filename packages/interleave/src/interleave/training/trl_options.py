@@ -206,7 +206,7 @@ def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned:
 def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
     """Raises UserError for a value that an option of TRL's `cls`, which itself takes anything, cannot have.
 
-    Lists, and what stands in mappings, are left to TRL.
+    Lists, and most of what stands in mappings, are left to TRL.
     """
     from transformers import GenerationConfig
 
@@ -232,6 +232,8 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
         elif any((get_origin(part) or part) is dict for part in parts):
             if not isinstance(value, Mapping) and not (key in FILES and isinstance(value, str)):
                 raise UserError(f"trl.{key}: must be a mapping, got {shortened(value)}")
+            if isinstance(value, Mapping) and "use_reentrant" in value:  # torch takes anything, and "no" for true
+                _check_plain(f"trl.{key}.use_reentrant", value["use_reentrant"], bool | None)
             if key == "generation_kwargs" and isinstance(value, Mapping) and not given.get("use_vllm"):
                 check_keys(f"trl.{key}", value, set(vars(GenerationConfig())), "GenerationConfig")
         elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
