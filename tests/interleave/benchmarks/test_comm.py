@@ -417,6 +417,7 @@ def test_other_answers_cannot_be_read(tmp_path: Path, answer: str, said: str) ->
         ({"Content of Image 2": "a"}, 1, ["a"]),
         ({"Content of Image 3": "b", "Content of Image 2": "a"}, 2, ["a", "b"]),
         ({"Content of Image 2": "a", "Content of Image 3": "b"}, 0, ["a", "b"]),  # more than images
+        ({"Content of Image 2": "nice \ud83d", "Content of Image 3": "\ud83d\ude00"}, 2, ["nice \ufffd", "\U0001f600"]),
         ({}, 0, []),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.images import decode
+from imgen_common.judging.escaping import SURROGATE
 from imgen_common.judging.questions import Message, Unreadable
 from interleave.benchmarks.base import Content, Item, Scores
 from interleave.benchmarks.official.files import through_jpeg
@@ -251,7 +252,8 @@ def parse_numbers(answer: str, fields: Mapping[str, tuple[str, ...]]) -> dict[st
 
 
 def parse_descriptions(answer: str, first_image: int, num_images: int) -> list[str]:
-    """The described images, numbered from the first one on, at least as many as there are.  Raises Unreadable."""
+    """The described images, numbered from the first one on, at least as many as there are; U+FFFD for half a
+    surrogate pair, which no file takes.  Raises Unreadable."""
     described = _json(answer)
     for key in ("Tasks", "Create an Interleaved Text-Image Document"):
         described = _inside(described, key)
@@ -263,7 +265,7 @@ def parse_descriptions(answer: str, first_image: int, num_images: int) -> list[s
             raise Unreadable(f"no text `Content of Image {number}`")
     if len(found) < num_images:
         raise Unreadable(f"{len(found)} descriptions for {num_images} images")
-    return [text for text in found if isinstance(text, str)]
+    return [SURROGATE.sub("\ufffd", text) for text in found if isinstance(text, str)]
 
 
 def _json(answer: str) -> Any:

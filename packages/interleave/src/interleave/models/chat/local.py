@@ -42,13 +42,14 @@ def bound_pixels(processor: Any, most: int, ref: str) -> None:
 
 
 PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
-"""Settings of the image processor, and of the vision tower in config.json, that must agree."""
+"""Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
+other processors have a patch_size of another form, or of another meaning."""
 
 
 def check_processor(processor: Any, folder: Path, ref: str) -> None:
     """Raises UserError unless a chat template renders a user turn, and images are cut as the vision tower reads."""
     tower = read_json(folder / "config.json", folder).get("vision_config") or {}
-    for name, theirs in PATCHES:
+    for name, theirs in PATCHES if hasattr(processor.image_processor, "merge_size") else ():
         given, read = getattr(processor.image_processor, name, None), tower.get(theirs)
         if None not in (given, read) and given != read:
             raise UserError(
