@@ -748,14 +748,15 @@ def test_a_launcher_that_did_not_do_what_was_asked_is_reported(monkeypatch: pyte
         },
         "asks for DEEPSPEED; interleave shards weights itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
         r"asks for FSDP; .*fsdp2\.yaml": {"RANK": "0", "ACCELERATE_USE_FSDP": "1"},
+        "asks for MEGATRON_LM; .* launch with plain multi-GPU$": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+        "asks for mixed_precision fp8; .*--mixed_precision no": {"ACCELERATE_MIXED_PRECISION": "fp8"},
     }
     for said, environment in cases.items():
         monkeypatch.setattr(launch.os, "environ", environment)
         with pytest.raises(UserError, match=said):
             launch.num_processes("interleave grpo")
-    monkeypatch.setattr(
-        launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    )
+    place = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    monkeypatch.setattr(launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", **place})
     assert launch.num_processes("interleave grpo") == 3
 
 

@@ -21,10 +21,11 @@ from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
-from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
+from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import check_processor
@@ -188,8 +189,7 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
     """Where its block is stopped, the main process says what is saved.  command: such as "sft critic"."""
 
     def describe_stop() -> str:
-        whole = (run.path / CHECKPOINTS).glob(f"checkpoint-*/{MANIFEST}")
-        latest = max((int(file.parent.name.rpartition("-")[2]) for file in whole), default=None)
+        latest = max(whole_checkpoints(run.path), default=None)
         saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
         return f"stopped; {saved}; continue with: interleave {command} --resume {run.path}"
 
