@@ -302,10 +302,12 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_its_tracker(
 def test_a_tracker_that_is_added_later_starts_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", recorder)
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
     new_run(folder).close()
     RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
     RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
-    assert [call["resume"] for call in recorder.calls if call != "finish"] == ["never", "allow"]
+    begun = [(call["resume"], call["project"]) for call in recorder.calls if call != "finish"]
+    assert begun == [("never", "ours"), ("allow", "ours")]
     (folder / "trackers.json").write_text("[")
     with pytest.raises(UserError, match=r"trackers\.json: damaged"):
         RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"])

@@ -8,9 +8,11 @@ import json
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -612,6 +614,36 @@ def test_a_tracker_that_is_not_installed_is_found_before_a_run_is_made(
     with pytest.raises(UserError, match=r"trl.report_to: (wandb|trackio) is not installed; run: pip install"):
         check_trackers_installed([given] if isinstance(given, str) else given)
     check_trackers_installed(["tensorboard"])
+
+
+def test_a_resumed_run_is_one_run_of_its_tracker(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interleave.training.run import open_run
+
+    begun: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        begun.append(given)
+        return SimpleNamespace(id="id-1", project=given["project"])
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__name__="wandb", init=init, finish=lambda: None))
+    for resume in (None, tmp_path / "sft"):
+        arguments = SimpleNamespace(device="cpu", report_to=["tensorboard", "wandb"], output_dir="")
+        where = {"runs": tmp_path, "name": None, "default_name": "sft", "resume": resume}
+        with open_run(quick(root), arguments, ["interleave", "sft"], **where):
+            assert arguments.report_to == ["tensorboard"]
+    assert [(one["resume"], one.get("id")) for one in begun] == [("never", None), ("allow", "id-1")]
+
+
+def test_how_to_continue_names_the_last_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from interleave.training.run import message_how_to_continue
+
+    for name, is_whole in (("checkpoint-2", True), ("checkpoint-2-backup", True), ("checkpoint-4", False)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if is_whole:
+            (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), message_how_to_continue(SimpleNamespace(path=tmp_path), "sft critic"):
+        raise KeyboardInterrupt
+    assert "saved up to update 2; continue with: interleave sft critic --resume" in capsys.readouterr().err
 
 
 def test_layers_are_counted_by_target_module(root: Path) -> None:

@@ -32,7 +32,12 @@ from interleave.models.chat.local import check_processor
 from interleave.models.hashes import hash_models
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
-from interleave.training.trl_options import OptionsRefusedError, check_trackers_installed, refusals_of_trl
+from interleave.training.trl_options import (
+    OptionsRefusedError,
+    check_trackers_installed,
+    refusals_of_trl,
+    take_trackers,
+)
 from interleave.training.vision import freeze_vision, is_frozen
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
@@ -139,17 +144,17 @@ def open_run(
     from transformers.trainer_utils import get_last_checkpoint
 
     _ = arguments.device  # joins the process group
-    opened: list[RunFolder] = []
+    trackers, opened = take_trackers(arguments), list[RunFolder]()
 
     def work() -> str:
-        path = resume or free_path(runs, name, default_name)
         if resume is None:
-            opened.append(stack.enter_context(RunFolder.create(path, config, command)))
+            made = RunFolder.create(free_path(runs, name, default_name), config, command, trackers=trackers)
+        elif (resume / MODEL).exists():
+            raise UserError(f"{resume}: is finished; its model is {resume / MODEL}")
         else:
-            if (path / MODEL).exists():
-                raise UserError(f"{path}: is finished; its model is {path / MODEL}")
-            opened.append(stack.enter_context(RunFolder.open(path, config, command, may_differ=MAY_DIFFER)))
-        return str(path)
+            made = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=trackers)
+        opened.append(stack.enter_context(made))
+        return str(made.path)
 
     with contextlib.ExitStack() as stack:
         path = Path(run_on_main_process(work))
@@ -296,13 +301,8 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
 
     with loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
-        model = load_whole(
-            AutoModelForImageTextToText,
-            folder,
-            dtype=config.dtype,
-            attn_implementation=config.attention,
-            **options,
-        )
+        options |= {"dtype": config.dtype, "attn_implementation": config.attention}
+        model = load_whole(AutoModelForImageTextToText, folder, **options)
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model
