@@ -486,7 +486,8 @@ def test_a_prompt_that_is_cut_is_said(flowbp: Call, tmp_path: Path, words: tuple
 
 
 def test_other_processes_end_once_the_first_could_say_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+    place = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **place}.items():
         monkeypatch.setenv(name, value)
     waited: list[float] = []
     monkeypatch.setattr(options.time, "sleep", waited.append)

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -664,6 +665,36 @@ def test_a_tracker_that_does_not_start_is_named(checkpoint: str | None) -> None:
         launch.run_training(trainer, callback, checkpoint)
 
 
+def test_a_resumed_run_is_one_run_of_its_tracker(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from interleave.training.run import open_run
+
+    begun: list[dict[str, Any]] = []
+
+    def init(**given: Any) -> SimpleNamespace:
+        begun.append(given)
+        return SimpleNamespace(id="id-1", project=given["project"])
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__name__="wandb", init=init, finish=lambda: None))
+    for resume in (None, tmp_path / "sft"):
+        arguments = SimpleNamespace(device="cpu", report_to=["tensorboard", "wandb"], output_dir="")
+        where = {"runs": tmp_path, "name": None, "default_name": "sft", "resume": resume}
+        with open_run(quick(root), arguments, ["interleave", "sft"], **where):
+            assert arguments.report_to == ["tensorboard"]
+    assert [(one["resume"], one.get("id")) for one in begun] == [("never", None), ("allow", "id-1")]
+
+
+def test_how_to_continue_names_the_last_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from interleave.training.run import message_how_to_continue
+
+    for name, is_whole in (("checkpoint-2", True), ("checkpoint-2-backup", True), ("checkpoint-4", False)):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if is_whole:
+            (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt), message_how_to_continue(SimpleNamespace(path=tmp_path), "sft critic"):
+        raise KeyboardInterrupt
+    assert "saved up to update 2; continue with: interleave sft critic --resume" in capsys.readouterr().err
+
+
 def test_layers_are_counted_by_target_module(root: Path) -> None:
     count = {}
     for targets in (["q_proj", "layers.0.self_attn.v_proj"], "all-linear"):
@@ -798,14 +829,15 @@ def test_a_launcher_that_did_not_do_what_was_asked_is_reported(monkeypatch: pyte
         },
         "asks for DEEPSPEED; interleave shards weights itself": {"RANK": "0", "ACCELERATE_USE_DEEPSPEED": "true"},
         r"asks for FSDP; .*fsdp2\.yaml": {"RANK": "0", "ACCELERATE_USE_FSDP": "1"},
+        "asks for MEGATRON_LM; .* launch with plain multi-GPU$": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+        "asks for mixed_precision fp8; .*--mixed_precision no": {"ACCELERATE_MIXED_PRECISION": "fp8"},
     }
     for said, environment in cases.items():
         monkeypatch.setattr(launch.os, "environ", environment)
         with pytest.raises(UserError, match=said):
             launch.num_processes("interleave grpo")
-    monkeypatch.setattr(
-        launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    )
+    place = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    monkeypatch.setattr(launch.os, "environ", {"WORLD_SIZE": "3", "RANK": "0", **place})
     assert launch.num_processes("interleave grpo") == 3
 
 

@@ -182,7 +182,7 @@ def clean(
         print("nothing to remove")
         return
     _print_removable(found, total)
-    if not yes and not sys.stdin.isatty():
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
         print("nothing was removed; --yes removes it")
     elif yes or typer.confirm("remove it?"):
         print(f"freed {format_bytes(sum(cleaning.remove(path, images) for path in paths))}")

@@ -20,10 +20,11 @@ from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
-from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
+from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import bound_pixels, check_processor
@@ -36,6 +37,7 @@ from interleave.training.trl_options import (
     check_vllm_installed,
     refusals_of_trackers,
     refusals_of_trl,
+    take_trackers,
 )
 from interleave.training.vision import freeze_vision
 
@@ -142,17 +144,17 @@ def open_run(
     from transformers.trainer_utils import get_last_checkpoint
 
     _ = arguments.device  # joins the process group
-    opened: list[RunFolder] = []
+    trackers, opened = take_trackers(arguments), list[RunFolder]()
 
     def work() -> str:
-        path = resume or free_path(runs, name, default_name)
         if resume is None:
-            opened.append(stack.enter_context(RunFolder.create(path, config, command)))
+            made = RunFolder.create(free_path(runs, name, default_name), config, command, trackers=trackers)
+        elif (resume / MODEL).exists():
+            raise UserError(f"{resume}: is finished; its model is {resume / MODEL}")
         else:
-            if (path / MODEL).exists():
-                raise UserError(f"{path}: is finished; its model is {path / MODEL}")
-            opened.append(stack.enter_context(RunFolder.open(path, config, command, may_differ=MAY_DIFFER)))
-        return str(path)
+            made = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=trackers)
+        opened.append(stack.enter_context(made))
+        return str(made.path)
 
     with contextlib.ExitStack() as stack:
         path = Path(run_on_main_process(work))
@@ -192,8 +194,7 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
     """Where its block is stopped, the main process says what is saved.  command: such as "sft critic"."""
 
     def describe_stop() -> str:
-        whole = (run.path / CHECKPOINTS).glob(f"checkpoint-*/{MANIFEST}")
-        latest = max((int(file.parent.name.rpartition("-")[2]) for file in whole), default=None)
+        latest = max(whole_checkpoints(run.path), default=None)
         saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
         return f"stopped; {saved}; continue with: interleave {command} --resume {run.path}"
 
@@ -305,13 +306,8 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
 
     with loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
-        model = load_whole(
-            AutoModelForImageTextToText,
-            folder,
-            dtype=config.dtype,
-            attn_implementation=config.attention,
-            **options,
-        )
+        options |= {"dtype": config.dtype, "attn_implementation": config.attention}
+        model = load_whole(AutoModelForImageTextToText, folder, **options)
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model

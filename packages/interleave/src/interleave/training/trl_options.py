@@ -9,7 +9,7 @@ from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -17,6 +17,7 @@ from imgen_common.config.messages import shortened
 from imgen_common.config.schema import union_members
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import read_text
+from imgen_common.run_folder.trackers import Tracker
 from interleave.training.config import TrainingConfig
 
 UPLOADS = (
@@ -303,6 +304,14 @@ def check_trackers_installed(reported: Sequence[str]) -> None:
     for name in reported:
         if name in listed & INTEGRATION_TO_CALLBACK.keys() and name not in get_available_reporting_integrations():
             raise UserError(f"trl.report_to: {name} is not installed; run: pip install {name}, or leave it out")
+
+
+def take_trackers(arguments: Any) -> list[Tracker]:
+    """Takes out of `report_to` those that a run folder reports to, as one run though it be resumed, which transformers
+    does not."""
+    taken: list[Tracker] = [name for name in get_args(Tracker) if name in arguments.report_to]
+    arguments.report_to = [name for name in arguments.report_to if name not in taken]
+    return taken
 
 
 def _check_plain(name: str, value: object, hint: Any) -> None:
