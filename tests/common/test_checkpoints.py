@@ -243,6 +243,62 @@ def test_checkpoints_of_trl_are_found_checked_and_removed_where_they_were_not_fi
     assert RunFolder.open(tmp_path / "run").checkpoints() == [2]
 
 
+def test_what_lies_beside_checkpoints_is_left_alone(folder: Path) -> None:
+    beside = folder / "checkpoints"
+    (beside / "checkpoint-100-merged").mkdir()
+    (beside / "checkpoint-best").symlink_to(beside / "checkpoint-50")
+    for name in ("checkpoint-100.tar.gz", ".old-notes", ".new-idea"):
+        (beside / name).write_text("mine")
+    before = sorted(path.name for path in beside.iterdir())
+    RunFolder.open(folder).close()
+    drop_damaged_checkpoints(folder)
+    assert sorted(path.name for path in beside.iterdir()) == before
+
+
+def test_a_copy_of_a_checkpoint_of_trl_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-100" / "trainer_state.json").write_text('{"global_step": 100}')
+    write_manifest(tmp_path / "checkpoint-100")
+    shutil.copytree(tmp_path / "checkpoint-100", tmp_path / "checkpoint-200")
+    assert find_damage(tmp_path / "checkpoint-100") is None
+    assert find_damage(tmp_path / "checkpoint-200") == "trainer_state.json is of step 100"
+
+
+def test_a_checkpoint_that_another_process_reads_is_removed_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remove = os.rmdir
+
+    def keeps_what_is_open(path: str, **given: Any) -> None:
+        if "step-" in str(path):  # NFS, where a reader has a file of it open
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", keeps_what_is_open)
+        for _ in range(2):
+            with RunFolder.open(folder) as run:
+                run.save_checkpoint(4, {}, {})
+                run.prune(last=1)
+                run.save_checkpoint(3, {}, {})
+                run.prune(last=1)
+                assert run.checkpoints() == [4]
+    assert capsys.readouterr().err.count(".gone-step-000003: cannot be removed now") == 1
+    RunFolder.open(folder).close()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_a_full_share_of_a_disk_with_room_is_called_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("imgen_common.run_folder.checkpoints.write_manifest", full)
+    with pytest.raises(
+        UserError, match=r"free, so it is your share of the disk that is full \(quota, or inodes: df -i"
+    ):
+        work_in(folder, lambda run: run.save_checkpoint(4, {}, {}))
+
+
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [

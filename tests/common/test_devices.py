@@ -15,7 +15,8 @@ PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         ({}, (0, 1)),
         (PLACE, (0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
-        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
+        (PLACE | {"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        (PLACE | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, (0, 1)),
         ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
         ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, (0, 1)),
         (PLACE | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4)),
@@ -30,7 +31,12 @@ def test_processes_of_launchers(environment: dict[str, str], process: tuple[int,
     [
         {"RANK": "1"},
         {"WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0"},
         {"LOCAL_RANK": "1"},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        PLACE | {"RANK": "0", "WORLD_SIZE": "2"},
+        PLACE | {"RANK": "1", "WORLD_SIZE": "2"},
         {"RANK": "1", "WORLD_SIZE": "2"},
         {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
         PLACE | {"RANK": "2", "WORLD_SIZE": "2"},
@@ -67,7 +73,7 @@ def test_the_only_process_does_not_wait_for_another_machine(
 def test_a_process_that_prints_nothing_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], torchrun: bool, said: str
 ) -> None:
-    for name, value in (PLACE | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+    for name, value in (PLACE | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

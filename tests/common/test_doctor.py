@@ -41,6 +41,15 @@ def test_what_a_file_system_lacks_is_a_warning(tmp_path: Path, monkeypatch: pyte
     assert "only one process" in found[0].remedy
 
 
+def test_locks_are_tried_as_runs_take_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_on_nfs(file: Any, _: int) -> None:
+        if not file.writable():
+            raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(findings.fcntl, "flock", as_on_nfs)
+    assert states(tmp_path)["file system of the runs"] == {"ok"}
+
+
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**given: Any) -> None:
         raise PermissionError(13, "Permission denied")

@@ -1,11 +1,13 @@
 """`runs list`, `compare` and `clean`: what run folders hold, told from their files, and what may be removed."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -260,6 +262,37 @@ def test_a_score_that_is_not_finite_is_null_in_json(call: Callable[..., str], tm
         found = json.loads(call(*words), parse_constant=pytest.fail)
         runs = {run["name"]: run for run in (found["runs"] if "compare" in words else found)}
         assert runs["done"]["scores"] == {"bad": None, "reward": 1.5}
+
+
+def test_a_quick_score_is_of_the_last_quick_evaluation(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", Training()) as run:
+        run.log(1, {"eval/reward": 0.5, "eval/old": 0.5})
+        run.log(2, {"eval/reward": float("nan")})
+    found = summarize_run(tmp_path / "run")
+    assert found.as_json()["scores"] == {"reward": None}
+    assert "at update 2" in found.scores_of
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = make_training(tmp_path / "run", finished=False), os.scandir
+
+    def scandir(folder: Any) -> Any:
+        if Path(folder).name.startswith("step-"):  # pruned, once its parent was read
+            raise FileNotFoundError(2, "No such file or directory", str(folder))
+        return read(folder)
+
+    whole = summarize_run(path).size
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert 0 < summarize_run(path).size < whole
+
+
+def test_nothing_is_removed_where_standard_input_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_training(tmp_path / "run", finished=True)
+    monkeypatch.setattr(sys, "stdin", None)
+    build_runs_app("prog", ("a", "b"))(["clean", str(tmp_path / "run")], standalone_mode=False)
+    assert "nothing was removed; --yes removes it" in capsys.readouterr().out
 
 
 def test_a_narrow_terminal_shows_runs_below_each_other(

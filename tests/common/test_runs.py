@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from imgen_common.config import Config
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
 from imgen_common.run_folder import checkpoints
+from imgen_common.run_folder import folder as runs
 from imgen_common.run_folder.environment import _git
 from imgen_common.run_folder.find import find_run, free_path, is_run
 from imgen_common.run_folder.folder import RunFolder
@@ -100,6 +102,27 @@ def test_create_refuses_a_run_or_any_other_content(folder: Path, tmp_path: Path)
     with pytest.raises(UserError, match="cannot be written"):
         new_run(tmp_path / "notes" / "a.txt" / "run")
     assert files(tmp_path / "notes") == {"a.txt": b"mine"}
+
+
+def test_of_two_starts_at_once_the_second_leaves_the_first_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def after_another(path: Path) -> int:
+        monkeypatch.undo()
+        new_run(path).close()
+        return runs._acquire(path)
+
+    monkeypatch.setattr(runs, "_acquire", after_another)
+    with pytest.raises(UserError, match="holds a run already"):
+        new_run(folder)
+    RunFolder.open(folder).close()
+
+
+def test_the_lock_of_a_folder_that_a_group_shares_can_be_taken_by_others_of_it(folder: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        new_run(folder).close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / ".lock").stat().st_mode) == 0o664
 
 
 def test_create_takes_an_empty_folder_and_one_killed_at_birth(folder: Path) -> None:
@@ -279,10 +302,12 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_its_tracker(
 def test_a_tracker_that_is_added_later_starts_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder("wandb")
     monkeypatch.setitem(sys.modules, "wandb", recorder)
+    monkeypatch.setenv("WANDB_PROJECT", "ours")
     new_run(folder).close()
     RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
     RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"]).close()
-    assert [call["resume"] for call in recorder.calls if call != "finish"] == ["never", "allow"]
+    begun = [(call["resume"], call["project"]) for call in recorder.calls if call != "finish"]
+    assert begun == [("never", "ours"), ("allow", "ours")]
     (folder / "trackers.json").write_text("[")
     with pytest.raises(UserError, match=r"trackers\.json: damaged"):
         RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"])

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from detectors import saved_mask2former
 from forking import command, exit_codes, forked
 from PIL import Image
 from test_judge import serving
 
-from flowbp.config import DataConfig
+from flowbp.config import DataConfig, TrainConfig
 from flowbp.evaluation import sampling, vlm_judge
 from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
@@ -24,6 +25,7 @@ from flowbp.evaluation.compare import mean_score
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.questions import JudgeError, JudgeReply, Message
+from imgen_common.run_folder.folder import RunFolder
 from imgen_common.statistics import bootstrap_interval
 
 GENERATOR, PROMPTS = "builtin:shapes/generator", "builtin:shapes/test"
@@ -44,7 +46,7 @@ def work(out: Path, scorers: Sequence[ScorerSpec] = (CLIP,), batch_size: int = 2
 
 def done(given: Benchmark) -> Benchmark:
     """All of it, as `run` does it in one process."""
-    with settings.open_benchmark_folder(given.out, given.config, ["test"]):
+    with given.open(["test"]):
         given.generate_images(given.missing_images)
         for spec in given.config.scorers:
             given.score_images(spec, given.unscored_images(spec.name))
@@ -155,7 +157,7 @@ def test_an_image_does_not_depend_on_how_many_there_are(finished: Benchmark, tmp
 
 def test_two_processes_share_the_images_without_overlap(finished: Benchmark, tmp_path: Path) -> None:
     ranks = [replace(work(tmp_path / "two"), rank=rank) for rank in (0, 1)]
-    with settings.open_benchmark_folder(ranks[0].out, ranks[0].config, ["test"]):
+    with ranks[0].open(["test"]):
         todo = ranks[0].missing_images
         for rank in ranks:
             rank.generate_images(todo[rank.rank :: 2])
@@ -232,6 +234,17 @@ def test_images_that_are_not_finite_are_not_saved_as_black_ones(
     assert given.missing_images == given.config.image_ids
 
 
+def test_a_folder_of_other_weights_is_refused(copied: Benchmark, tmp_path: Path) -> None:
+    run = tmp_path / "trained"
+    with RunFolder.create(run, TrainConfig()) as opened:
+        opened.save_checkpoint(1, {"weights": {"a": torch.zeros(3)}}, {})
+    trained = replace(copied, source=replace(copied.source, run=run))
+    with pytest.raises(UserError, match=r"what was trained .* has changed since the run was started"):
+        trained.open(["test"])
+    copied.open(["test"]).close()
+    assert trained.source.hashes() == trained.source.hashes() != copied.source.hashes()
+
+
 def test_a_torn_row_is_reported(copied: Benchmark) -> None:
     file = copied.out / "scores" / "clip.rank0.jsonl"
     file.write_text(file.read_text() + '{"prompt": 1, "ima')
@@ -255,7 +268,7 @@ def test_a_torn_row_is_reported(copied: Benchmark) -> None:
 def test_other_settings_are_refused(copied: Benchmark, changed: dict[str, Any], said: str) -> None:
     other = work(copied.out, **changed)
     with pytest.raises(UserError) as error:
-        settings.open_benchmark_folder(other.out, other.config, ["test"])
+        other.open(["test"])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -322,7 +335,7 @@ def geneval_folder(folder: Path, right: dict[str, list[float]]) -> Path:
             "label": folder.name,
         }
     )
-    settings.open_benchmark_folder(folder, config, ["test"]).close()
+    settings.open_benchmark_folder(folder, config, ["test"], {}).close()
     (folder / "scores").mkdir()
     rows = [{"prompt": i // 2, "image": i % 2, "tag": tag, "score": score} for i, (tag, score) in enumerate(values)]
     (folder / "scores" / "geneval.rank0.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

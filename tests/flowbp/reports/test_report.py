@@ -315,12 +315,14 @@ def test_a_change_that_is_not_finite_has_no_interval(before: float) -> None:
     assert compare.describe_change("reward", change) == (str(before), "0.2500", "-", "-", "not finite")
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3.2, 8.1), (5, 5), (0, 0), (1e-7, 3e-7), (-1e6, 1e6), (0, 1e-13), (0.1, 0.1 + 2e-17)]
+)
 def test_ticks_are_few_and_enclose(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low + 1e-9 * abs(low)
     assert found[-1] >= high - 1e-9 * abs(high)
-    assert 2 <= len(found) <= 7
+    assert 2 <= len(set(found)) == len(found) <= 7
 
 
 def test_charts_without_data_are_left_out() -> None:

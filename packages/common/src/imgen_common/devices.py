@@ -130,8 +130,8 @@ def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
     given = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if environment.get(name)}
     values = {name: int(text) if text.isdecimal() else -1 for name, text in given.items()}
     rank, size = values.get("RANK", 0), values.get("WORLD_SIZE", 1)
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *(("LOCAL_RANK",) if size > 1 else ()))
+    missing = [name for name in needed if not environment.get(name)]
     sizes = {name: environment[name] for name in MPI_SIZES if environment.get(name, "1") not in ("", "0", "1")}
     if sizes and missing:
         raise UserError(
@@ -139,7 +139,8 @@ def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
             f"{', '.join(missing)}, as under mpirun; for one process: unset {' '.join(sizes)}; for several: start them "
             "with torchrun or accelerate launch"
         )
-    if (missing and any(value != alone[name] for name, value in values.items())) or not 0 <= rank < size:
+    # accelerate takes any LOCAL_RANK for a launcher, and on GPUs each process without it for the only one
+    if (missing and ("LOCAL_RANK" in given or (rank, size) != (0, 1))) or not 0 <= rank < size:
         said = ", ".join(f"{name}={text}" for name, text in given.items())
         lacking = f", but not {', '.join(missing)}" if missing else ""
         raise UserError(
@@ -184,7 +185,8 @@ def announce_process() -> LaunchedProcess:
 
 
 def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[str, str]) -> None:
-    """Raises UserError if accelerate launch started one process where several were asked for, or would shard weights.
+    """Raises UserError if accelerate launch started one process where several were asked for, or would shard weights or
+    compute in 8 bits.
 
     command: what was launched, such as "flowbp train".  ours: our settings that shard weights, under FSDP and
     DEEPSPEED.
@@ -196,11 +198,18 @@ def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[s
             "accelerate launch: several processes were asked for and one was started, as it does on a CPU; add "
             f"--multi_gpu, which works without a GPU too, or use torchrun --nproc_per_node N -m {command} ..."
         )
-    for name, setting in ours.items():
+    program = command.partition(" ")[0]
+    if environment.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UserError(
+            f"accelerate's own configuration asks for mixed_precision fp8; {program} sets its precision itself: launch "
+            "with --mixed_precision no"
+        )
+    for name in (*ours, "MEGATRON_LM"):
         if environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            setting = f" and --set {ours[name]}" if name in ours else ""
             raise UserError(
-                f"accelerate's own configuration asks for {name}; {command.partition(' ')[0]} shards weights itself: "
-                f"launch with plain multi-GPU and --set {setting}"
+                f"accelerate's own configuration asks for {name}; {program} shards weights itself: launch with plain "
+                f"multi-GPU{setting}"
             )
 
 

@@ -1,5 +1,5 @@
-"""How a program stops: Ctrl-C, SIGTERM (a scheduler), SIGHUP (a closed terminal), and SIGUSR1 and SIGXCPU, by which
-schedulers say that the time is nearly used up, take the same path."""
+"""How a program stops: Ctrl-C, SIGTERM (a scheduler), SIGHUP (a closed terminal), and SIGUSR1, SIGUSR2 and SIGXCPU,
+by which schedulers say that the time is nearly used up, take the same path."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-OTHER_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+OTHER_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 SIGNALS = (signal.SIGINT, *OTHER_SIGNALS)
 REPEAT_SECONDS = 1.0
 """Signals so soon after the first are the same request: a launcher passes on what its terminal has sent already."""

@@ -110,7 +110,7 @@ def _try_files(area: str, folder: Path) -> Iterator[Finding]:
 
     first, second = folder / "first", folder / "second"
     first.write_text("1")
-    with first.open("rb") as file:
+    with first.open("r+b") as file:  # NFS locks only what is open for writing
         locks = lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # noqa: E731
         yield tries("locks (flock)", locks, "start only one process in each run folder")
     handle = os.open(folder, os.O_RDONLY)

@@ -22,14 +22,17 @@ from pydantic import BaseModel, StringConstraints
 
 from imgen_common.errors import DiskFullError, UserError, is_disk_full, system_error, warn_once
 from imgen_common.files import free_bytes, read_json, sync, write_atomic
+from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.sharded import ShardedTensors, is_sharded, on_main, save_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = Mapping[str, Mapping[str, "Tensor"]]
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, TRAINER_STATE = "manifest.json", "state.json", "trainer_state.json"
 NAME = re.compile(r"(?:step|checkpoint)-([0-9]+)")
+LEFT = re.compile(rf"\.(new|old|gone)-({NAME.pattern})(?:-[0-9]+)?")
+"""What a killed process left, or what could not be removed."""
 SPARE_BYTES = 16 * 2**20
 LARGE = 2**33
 """Bytes that take longer to read than a user waits without a word."""
@@ -102,11 +105,16 @@ def find_damage(folder: Path) -> str | None:
         return f"{Path(error.filename or folder).name}: {error.strerror}"
     changed = (name for name, now in zip(files, found, strict=True) if now != files[name])
     reason = next((f"the content of {name} has changed" for name in changed), None)
-    return _find_mismatch(folder, files) if reason is None and folder.name.startswith("step-") else reason
+    return reason or _find_mismatch(folder, files)
 
 
 def _find_mismatch(folder: Path, names: Collection[str]) -> str | None:
     """What the state of a checkpoint says that its folder, of whole files, is not: one that was copied or renamed."""
+    if TRAINER_STATE in names:
+        step = json.loads((folder / TRAINER_STATE).read_bytes())["global_step"]
+        return None if folder.name.endswith(f"-{step}") else f"{TRAINER_STATE} is of step {step}"
+    if not folder.name.startswith("step-"):
+        return None
     try:
         saved = _read_state(folder)
     except UserError as error:
@@ -178,22 +186,29 @@ def remove_damaged(found: Mapping[int, Path]) -> dict[int, str]:
 
 def remove_checkpoint(folder: Path) -> None:
     """Renamed before it is removed, so that a kill leaves no torn checkpoint."""
-    gone = folder.rename(folder.with_name(f".gone-{folder.name}"))
-    gone.unlink() if gone.is_symlink() else shutil.rmtree(gone)
+    _remove(folder.rename(free_path(folder.parent, None, f".gone-{folder.name}")))
+
+
+def _remove(hidden: Path) -> None:
+    """NFS keeps the files that another process has open: what is left is removed by a later `mend_checkpoints`."""
+    hidden.unlink() if hidden.is_symlink() else shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.exists():
+        warn_once(f"{hidden}: cannot be removed now, as if another process had a file of it open; a resume tries again")
 
 
 def mend_checkpoints(folder: Path) -> None:
-    """Finishes or undoes what a killed process left."""
+    """Finishes or undoes what a killed process left; what has another name is left alone."""
     for entry in sorted(folder.glob(".*-*")):
-        kind, _, name = entry.name.partition("-")
-        if kind == ".old" and not (folder / name).exists():
-            entry.rename(folder / name)
-        elif kind in (".new", ".old", ".gone"):
-            shutil.rmtree(entry)
-    for entry in folder.glob("checkpoint-*"):
+        match = LEFT.fullmatch(entry.name)
+        if match and match[1] == "old" and not (folder / match[2]).exists():
+            entry.rename(folder / match[2])
+        elif match:
+            _remove(entry)
+    for entry in find_checkpoints(folder).values():
         # earlier versions marked complete checkpoints of TRL by an empty file `whole`
-        if not (entry / MANIFEST).exists() and not (entry / "whole").exists():
-            shutil.rmtree(entry)
+        is_whole = (entry / MANIFEST).exists() or (entry / "whole").exists()
+        if entry.name.startswith("checkpoint-") and not is_whole:
+            remove_checkpoint(entry)
 
 
 # --- those of tensors ------------------------------------------------------------------------------------------------
@@ -299,11 +314,15 @@ def check_tensors(what: str, found: Mapping[str, "Tensor"], expected: Mapping[st
 
 
 def _refuse_full_disk(folder: Path, needed: int, surely: bool = False) -> None:
-    free = free_bytes(folder)
-    if surely or free < needed + SPARE_BYTES:
+    free, reason = free_bytes(folder), ""
+    if free < needed + SPARE_BYTES:
+        reason = f", {free} free"
+    elif surely and math.isfinite(free):
+        reason = f", {free} free, so it is your share of the disk that is full (quota, or inodes: df -i)"
+    if surely or reason:
         raise DiskFullError(
-            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed"
-            f"{f', {free} free' if math.isfinite(free) else ''}; earlier ones are untouched"
+            f"{folder}: no room for a checkpoint: {needed} bytes (and {SPARE_BYTES} to spare) needed{reason}; "
+            "earlier ones are untouched"
         )
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.config import Config, load, read_yaml, to_yaml
+from imgen_common.config import Config, load, read_yaml, to_yaml, with_json_files
 from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
@@ -81,17 +81,16 @@ class RunFolder:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path, is_main=True, lock=_acquire(path))
-        try:
-            _refuse_used(path)
+        with contextlib.ExitStack() as undo:
+            undo.callback(run.close)
+            _refuse_used(path)  # another process may have made its run meanwhile
+            if is_new:
+                undo.callback(shutil.rmtree, path, ignore_errors=True)
             if command is not None:
                 run._record_environment(command)
             write_atomic(path / CONFIG, to_yaml(config))
             run._start_trackers(modules, config)
-        except BaseException:
-            if is_new:
-                shutil.rmtree(path, ignore_errors=True)
-            run.close()
-            raise
+            undo.pop_all()
         return run
 
     @classmethod
@@ -346,7 +345,7 @@ def _refuse_used(path: Path) -> None:
 
 def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]) -> None:
     """A key that the run does not have was added by a later version: its default is what the run was made with."""
-    old, new = leaves(read_yaml(path / CONFIG)), leaves(config.model_dump(mode="json"))
+    old, new = leaves(with_json_files(type(config), read_yaml(path / CONFIG))), leaves(config.model_dump(mode="json"))
     changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
     given = {prefix for key in old for prefix in _prefixes(key)}
     for key in [*new, *(key for key in old if key not in new)]:
@@ -386,7 +385,7 @@ def leaves(node: object, prefix: str = "") -> dict[str, Any]:
 def _acquire(path: Path) -> int:
     """An open file that holds the folder's lock; the system gives the lock back when the process ends, even killed."""
     with writing(path):
-        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # the umask cuts it, as for every other file
     if not lock(file):
         owner = os.read(file, 32).decode(errors="replace").strip() or "unknown"
         os.close(file)

@@ -3,7 +3,9 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,7 +112,7 @@ def summarize_run(path: Path) -> RunSummary:
             kind = "run" if found.total == 1 else "batch"
         elif kind == "other" and not is_running:
             state = "finished"  # nothing says that it is not
-    sizes = [(file.stat().st_size, file.stat().st_mtime) for file in _files(path)]
+    files = list(_files(path))
     return RunSummary(
         name=path.name,
         path=str(path),
@@ -120,8 +122,8 @@ def summarize_run(path: Path) -> RunSummary:
         total=found.total,
         scores=found.scores or {},
         scores_of=found.scores_of,
-        size=sum(size for size, _ in sizes),
-        changed=max((time for _, time in sizes), default=0.0),
+        size=sum(file.st_size for file in files),
+        changed=max((file.st_mtime for file in files), default=0.0),
     )
 
 
@@ -154,19 +156,22 @@ def whole_checkpoints(path: Path) -> dict[int, Path]:
     return {step: one for step, one in found.items() if one.name.startswith("step-") or (one / MANIFEST).is_file()}
 
 
-def _files(path: Path) -> Iterator[Path]:
-    for file in path.rglob("*"):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            if file.is_file() and not file.is_symlink():
-                yield file
+def _files(path: Path) -> Iterator[os.stat_result]:
+    for folder, _, names in os.walk(path):  # which passes over folders that are removed meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                about = os.lstat(os.path.join(folder, name))
+                if stat.S_ISREG(about.st_mode):
+                    yield about
 
 
 def _last_metrics(path: Path) -> tuple[int | None, dict[str, tuple[int, float]]]:
-    """The last step of metrics.jsonl, and the last value of each metric with its step."""
+    """The last step of metrics.jsonl, and the last value of each metric with its step; NaN: it was not finite."""
     last, values = None, dict[str, tuple[int, float]]()
     for line, _ in read_json_lines(path / METRICS, MetricsLine):
         last = line.step
-        values |= {name: (line.step, value) for name, value in (line.model_extra or {}).items() if value is not None}
+        found = line.model_extra or {}
+        values |= {name: (line.step, math.nan if value is None else value) for name, value in found.items()}
     return last, values
 
 
@@ -183,13 +188,14 @@ def _read_train(path: Path, config: Mapping[str, Any], is_running: bool) -> _Fou
         return _Found(True, done, total, scores, f"the evaluation after training, guidance scale {scale:g}")
     quick = {name: value for name, value in metrics.items() if name.startswith(("eval/", "eval_preview/"))}
     at = max((step for step, _ in quick.values()), default=0)
-    previewed = any(step == at and name.startswith("eval_preview/") for name, (step, _) in quick.items())
+    last_scores = {name: value for name, (step, value) in quick.items() if step == at}
+    previewed = any(name.startswith("eval_preview/") for name in last_scores)
     prefix, mark = ("eval_preview/", ", decoded by model.vae.preview") if previewed else ("eval/", "")
     return _Found(
         False,
         done,
         total,
-        {name.removeprefix(prefix): value for name, (_, value) in quick.items() if name.startswith(prefix)},
+        {name.removeprefix(prefix): value for name, value in last_scores.items() if name.startswith(prefix)},
         f"the quick evaluation at update {at}{mark}" if quick else "",
     )
 

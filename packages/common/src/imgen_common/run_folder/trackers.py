@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -53,14 +54,14 @@ def start_tracker(module: Any, run: Path, config: Mapping[str, Any] | None) -> N
         found: Mapping[str, str] = known.get(name, {})
     except (ValueError, AttributeError):
         raise UserError(f"{file}: damaged; remove it to go on as a new run of {name}") from None
-    project = run.resolve().parent.name or "runs"
+    project = os.environ.get(f"{name.upper()}_PROJECT") or run.resolve().parent.name or "runs"
     options = {"project": project, "name": run.name, "config": config} | dict(found)
     try:
         started = module.init(**options, resume="allow" if found else "never")
     except Exception as error:  # each tracker has its own classes
         raise UserError(
             f"tracker {name}: cannot be started ({one_line(str(error) or type(error).__name__)}); log in, or leave it "
-            "out of trackers"
+            "out"
         ) from error
     if not found:
         identity = {key: getattr(started, key, None) for key in ("project", *IDENTITY[name])}

@@ -58,7 +58,7 @@ class OptimConfig(Config):
     """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
     """Decay rates of the two moments."""
-    eps: Annotated[float, Gt(0)] = 1e-8
+    eps: Annotated[float, Ge(1e-37)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     """Decoupled weight decay."""

@@ -14,9 +14,10 @@ from imgen_common import hub, weights
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.files import read_json
-from imgen_common.run_folder.data import check_data, hash_file, hash_model
+from imgen_common.run_folder.checkpoints import find_checkpoints
+from imgen_common.run_folder.data import DataHash, check_data, hash_file, hash_model, hash_rows, hash_weights
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
-from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.folder import CHECKPOINTS, RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,19 @@ class ModelSource:
         for ref in (config.model.ref, config.eval.model, *(scorer.ref for scorer in config.scorers if scorers)):
             if ref is not None:
                 hub.resolve(ref)
+
+    def hashes(self) -> dict[str, DataHash]:
+        """Hashes of the weights that `load` loads, by what they are; none of trained ones is a hash of its own."""
+        config, found = self.config, dict[str, DataHash]()
+        for key, ref in (("model.ref", config.model.ref), ("eval.model", config.eval.model)):
+            found |= {} if ref is None else hash_model(key, ref)
+        trained = hash_rows([])
+        if self.run is not None:
+            newest = list(find_checkpoints(self.run / CHECKPOINTS).values())[-1:]
+            trained = hash_weights(file for one in newest for file in sorted(one.rglob("*")) if file.is_file())
+        elif config.lora is not None and config.lora.init is not None:
+            trained = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
+        return {**found, "what was trained (the run or lora.init)": trained}
 
     def unread_prompts(self, prompts: Sequence[str], *, scorers: bool = False) -> list[str]:
         """As `describe_unread_prompts` says of the model and, with `scorers`, of its rewards."""
@@ -102,6 +116,17 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     of_adapter = [] if adapter is None else _as_sets(_size_and_length(read_sampling(adapter)))
     config = load(TrainConfig, [], [*_own_settings(text), *of_adapter, *sets])
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+
+
+def other_source(text: str, root: Path, source: ModelSource) -> ModelSource:
+    """The source that `text` names, to be compared with another: it reads as much of a prompt, if it is a model of the
+    same pipeline that does not say itself how much it reads."""
+    other, length = model_source(text, root), source.config.model.max_sequence_length
+    if length is None or other.run is not None or other.config.model.max_sequence_length is not None:
+        return other
+    refs = [one.config.model.ref for one in (source, other)]
+    kinds = {hub.pipeline_index(ref, hub.resolve(ref, weights=False)).get("_class_name") for ref in refs}
+    return other if len(kinds) > 1 else model_source(text, root, [f"model.max_sequence_length={length}"])
 
 
 def _own_settings(ref: str) -> list[str]:

@@ -27,13 +27,14 @@ class Series:
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers from at most `low` to at least `high`."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-9 * size else size or 1.0  # what differs by rounding alone is flat
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
     first = math.floor(low / step + 1e-9)
     last = max(first + 1, math.ceil(high / step - 1e-9))
-    return [round(step * k, 12) for k in range(first, last + 1)]
+    return [round(step * k, 12 - math.floor(math.log10(step))) for k in range(first, last + 1)]
 
 
 def moving_average(values: Sequence[float], window: int = 10) -> list[float]:

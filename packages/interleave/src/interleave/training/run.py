@@ -7,7 +7,6 @@ model/                          the trained model, for `chat.ref`
 """
 
 import contextlib
-import importlib.util
 import math
 import os
 import shutil
@@ -21,18 +20,26 @@ from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients
-from imgen_common.run_folder.checkpoints import MANIFEST, write_manifest
+from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
-from interleave.models.chat.local import check_processor
+from interleave.models.chat.local import bound_pixels, check_processor
 from interleave.models.hashes import hash_models
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
-from interleave.training.trl_options import OptionsRefusedError, check_trackers_installed, refusals_of_trl
-from interleave.training.vision import freeze_vision, is_frozen
+from interleave.training.trl_options import (
+    OptionsRefusedError,
+    check_trackers_installed,
+    check_vllm_installed,
+    refusals_of_trackers,
+    refusals_of_trl,
+    take_trackers,
+)
+from interleave.training.vision import freeze_vision
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
 MAY_DIFFER = (
@@ -70,8 +77,7 @@ def build_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, 
     zero = zero_options(config.trl)
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError("trl.deepspeed: ZeRO-3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true")
-    if options.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
+    check_vllm_installed(config.trl)
     try:
         with refusals_of_trl():
             arguments = cls(**options)
@@ -138,17 +144,17 @@ def open_run(
     from transformers.trainer_utils import get_last_checkpoint
 
     _ = arguments.device  # joins the process group
-    opened: list[RunFolder] = []
+    trackers, opened = take_trackers(arguments), list[RunFolder]()
 
     def work() -> str:
-        path = resume or free_path(runs, name, default_name)
         if resume is None:
-            opened.append(stack.enter_context(RunFolder.create(path, config, command)))
+            made = RunFolder.create(free_path(runs, name, default_name), config, command, trackers=trackers)
+        elif (resume / MODEL).exists():
+            raise UserError(f"{resume}: is finished; its model is {resume / MODEL}")
         else:
-            if (path / MODEL).exists():
-                raise UserError(f"{path}: is finished; its model is {path / MODEL}")
-            opened.append(stack.enter_context(RunFolder.open(path, config, command, may_differ=MAY_DIFFER)))
-        return str(path)
+            made = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=trackers)
+        opened.append(stack.enter_context(made))
+        return str(made.path)
 
     with contextlib.ExitStack() as stack:
         path = Path(run_on_main_process(work))
@@ -188,8 +194,7 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
     """Where its block is stopped, the main process says what is saved.  command: such as "sft critic"."""
 
     def describe_stop() -> str:
-        whole = (run.path / CHECKPOINTS).glob(f"checkpoint-*/{MANIFEST}")
-        latest = max((int(file.parent.name.rpartition("-")[2]) for file in whole), default=None)
+        latest = max(whole_checkpoints(run.path), default=None)
         saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
         return f"stopped; {saved}; continue with: interleave {command} --resume {run.path}"
 
@@ -199,13 +204,18 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
 def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
     """Trains, from `checkpoint` if there is one.  callback: of `build_run_callback`.
 
-    Raises UserError where a trained weight gets no gradient, or TRL cannot build what the options ask for.
+    Raises UserError where a trained weight gets no gradient, TRL cannot build what the options ask for, or a tracker
+    does not start.
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
     _print_lines(trainer)
     trainer.add_callback(build_gradient_check(trainer.model))
-    with callback.shutdown, refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None):
+    with (
+        callback.shutdown,
+        refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None),
+        refusals_of_trackers(trainer.args.report_to, lambda: callback.began),
+    ):
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
@@ -283,7 +293,7 @@ def load_processor(config: TrainingConfig) -> Any:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     check_processor(processor, folder, config.model)
     if config.max_pixels is not None:  # as `LocalChat` does
-        processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
+        bound_pixels(processor, config.max_pixels, config.model)
     return processor
 
 
@@ -296,26 +306,11 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
 
     with loading(UNLOADABLE.format(config.model)):
         folder = hub.resolve(config.model)
-        model = load_whole(
-            AutoModelForImageTextToText,
-            folder,
-            dtype=config.dtype,
-            attn_implementation=config.attention,
-            **options,
-        )
+        options |= {"dtype": config.dtype, "attn_implementation": config.attention}
+        model = load_whole(AutoModelForImageTextToText, folder, **options)
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model
-
-
-def check_trainable(trainer: Any, config: TrainingConfig) -> None:
-    """Raises RuntimeError if a frozen weight would be trained, or if no weight would be."""
-    trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
-    if not trained:
-        raise RuntimeError("no weight would be trained")
-    frozen = [name for name in trained if is_frozen(name, config.vision)]
-    if frozen:
-        raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
 
 
 NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"

@@ -9,7 +9,7 @@ from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -17,6 +17,7 @@ from imgen_common.config.messages import shortened
 from imgen_common.config.schema import union_members
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.files import read_text
+from imgen_common.run_folder.trackers import Tracker
 from interleave.training.config import TrainingConfig
 
 UPLOADS = (
@@ -154,6 +155,22 @@ def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: 
         raise OptionsRefusedError(f"{where}: TRL refuses these options: {said}") from error
 
 
+@contextlib.contextmanager
+def refusals_of_trackers(reported: Sequence[str], has_begun: Callable[[], bool]) -> Iterator[None]:
+    """What the package of a tracker of `report_to` raises within it, as without a login, becomes an
+    OptionsRefusedError; not once `has_begun` says that it trains."""
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if has_begun() or package not in reported:
+            raise
+        said = one_line(str(error)) or type(error).__name__
+        raise OptionsRefusedError(
+            f"trl.report_to: {package} does not start ({said}); log in, or leave it out"
+        ) from error
+
+
 def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
     """Raises UserError for a key that `owner` does not have."""
     for key in given:
@@ -190,7 +207,7 @@ def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned:
 def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
     """Raises UserError for a value that an option of TRL's `cls`, which itself takes anything, cannot have.
 
-    Lists, and what stands in mappings, are left to TRL.
+    Lists, and most of what stands in mappings, are left to TRL.
     """
     from transformers import GenerationConfig
 
@@ -216,6 +233,8 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
         elif any((get_origin(part) or part) is dict for part in parts):
             if not isinstance(value, Mapping) and not (key in FILES and isinstance(value, str)):
                 raise UserError(f"trl.{key}: must be a mapping, got {shortened(value)}")
+            if isinstance(value, Mapping) and "use_reentrant" in value:  # torch takes anything, and "no" for true
+                _check_plain(f"trl.{key}.use_reentrant", value["use_reentrant"], bool | None)
             if key == "generation_kwargs" and isinstance(value, Mapping) and not given.get("use_vllm"):
                 check_keys(f"trl.{key}", value, set(vars(GenerationConfig())), "GenerationConfig")
         elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
@@ -266,6 +285,12 @@ def _check_trackers(given: object) -> None:
             )
 
 
+def check_vllm_installed(trl: Mapping[str, Any]) -> None:
+    """Raises UserError where `use_vllm` is asked for and vllm is not installed."""
+    if trl.get("use_vllm") and find_spec("vllm") is None:
+        raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
+
+
 def check_trackers_installed(reported: Sequence[str]) -> None:
     """Raises UserError for a tracker of `report_to`, as TRL resolved it, whose package is missing: transformers finds
     that out once the run has begun."""
@@ -279,6 +304,14 @@ def check_trackers_installed(reported: Sequence[str]) -> None:
     for name in reported:
         if name in listed & INTEGRATION_TO_CALLBACK.keys() and name not in get_available_reporting_integrations():
             raise UserError(f"trl.report_to: {name} is not installed; run: pip install {name}, or leave it out")
+
+
+def take_trackers(arguments: Any) -> list[Tracker]:
+    """Takes out of `report_to` those that a run folder reports to, as one run though it be resumed, which transformers
+    does not."""
+    taken: list[Tracker] = [name for name in get_args(Tracker) if name in arguments.report_to]
+    arguments.report_to = [name for name in arguments.report_to if name not in taken]
+    return taken
 
 
 def _check_plain(name: str, value: object, hint: Any) -> None:

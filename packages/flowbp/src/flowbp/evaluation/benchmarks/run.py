@@ -57,6 +57,7 @@ from imgen_common.judging.answers import AnswerLog
 from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, all_at_once
+from imgen_common.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.detector import GenEval
@@ -118,6 +119,10 @@ class Benchmark:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     on_progress: Callable[[str, int, int], None] = lambda label, done, total: None
+
+    def open(self, command: Sequence[str]) -> RunFolder:
+        """As `open_benchmark_folder`, in one process of all."""
+        return open_benchmark_folder(self.out, self.config, command, self.source.hashes())
 
     def unread_prompts(self) -> list[str]:
         """A sentence for each text encoder and reward that does not read all of the prompts."""
@@ -229,9 +234,7 @@ def run_benchmark(work: Benchmark, command: Sequence[str], state: PartialState) 
     def mine(missing: list[ImageId]) -> list[ImageId]:
         return broadcast_object_list([missing])[0][state.process_index :: state.num_processes]
 
-    folder = run_on_all_processes(
-        lambda: open_benchmark_folder(work.out, work.config, command) if state.is_main_process else None
-    )
+    folder = run_on_all_processes(lambda: work.open(command) if state.is_main_process else None)
     try:
         run_on_all_processes(partial(work.generate_images, mine(work.missing_images)))
         for spec in work.config.scorers:

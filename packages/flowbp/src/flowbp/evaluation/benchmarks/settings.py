@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
@@ -22,6 +22,7 @@ from imgen_common.errors import UserError, nearest
 from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.cost import CostLimits
+from imgen_common.run_folder.data import DataHash, check_data, record_data
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
@@ -214,24 +215,32 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
     backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
 
 
-def open_benchmark_folder(out: Path, config: BenchmarkConfig, command: Sequence[str]) -> RunFolder:
-    """The folder, made or opened to continue in it; scorers that it has already stay.
+def open_benchmark_folder(
+    out: Path, config: BenchmarkConfig, command: Sequence[str], hashes: Mapping[str, DataHash]
+) -> RunFolder:
+    """The folder, made or opened to continue in it; scorers that it has already stay.  hashes: of `ModelSource`.
 
-    Raises UserError if it was made with other settings, or has another scorer of the same name.
+    Raises UserError if it was made with other settings or weights, or has another scorer of the same name.
     """
     if not (out / CONFIG).is_file():
-        return RunFolder.create(out, config, command)
+        folder = RunFolder.create(out, config, command)
+        record_data(out, hashes)
+        return folder
     # the digest stands for the prompts, and scorers may be added
     folder = RunFolder.open(out, config, command, may_differ=("prompts", "scorers"))
-    known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
-    for spec in config.scorers:
-        if (before := known.setdefault(spec.name, spec)) != spec:
-            folder.close()
-            raise UserError(
-                f"{out}: its scores {spec.name!r} are of {before.kind}={before.ref}, now {spec.kind}={spec.ref} was "
-                f"given; give the new ones another name, NAME:{spec.kind}={spec.ref}"
-            )
-    write_atomic(out / CONFIG, to_yaml(config.model_copy(update={"scorers": tuple(known.values())})))
+    try:
+        check_data(out, hashes)
+        known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
+        for spec in config.scorers:
+            if (before := known.setdefault(spec.name, spec)) != spec:
+                raise UserError(
+                    f"{out}: its scores {spec.name!r} are of {before.kind}={before.ref}, now {spec.kind}={spec.ref} "
+                    f"was given; give the new ones another name, NAME:{spec.kind}={spec.ref}"
+                )
+        write_atomic(out / CONFIG, to_yaml(config.model_copy(update={"scorers": tuple(known.values())})))
+    except BaseException:
+        folder.close()
+        raise
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.run_folder.data import hash_file, hash_model
 from imgen_common.weights import check_channels, check_vocabularies, loading, read_json, text_layers
 
 if TYPE_CHECKING:
@@ -191,12 +192,7 @@ def split_references(prepare: Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
     return prepared
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Of the names, sizes and times of all files in some folders and files: changes where the model was changed."""
-    digest = sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                about = file.stat()
-                digest.update(f"{file.relative_to(path.parent)} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+def fingerprint(ref: str, adapters: Sequence[Path] = ()) -> str:
+    """Of the files of a model and of adapters: changes where they change, and is the same on every machine."""
+    hashes = [*hash_model("model", ref).values(), *map(hash_file, adapters)]
+    return sha256(" ".join(found.sha256 for found in hashes).encode()).hexdigest()[:16]

@@ -133,7 +133,7 @@ class PipelineRunner:
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
         described = [file for one in adapters if (file := one.with_name(PEFT_CONFIG)).exists()]
-        self._fingerprint = fingerprint([folder, *adapters, *described])
+        self._fingerprint = fingerprint(config.ref, [*adapters, *described])
         self._cutting: set[str] = set()
         self._pads_batches = config.pad_batches and self.family.edit != "alone"
         self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)
