@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, model_validator
 
-from imgen_common.config import Config, Presets, fields_table, load, read_yaml, to_yaml
+from imgen_common.config import Config, Presets, UserPath, fields_table, load, read_yaml, to_yaml
 from imgen_common.config.secrets import mask_secrets
 from imgen_common.errors import UserError
 
@@ -90,6 +90,20 @@ def test_configurations_are_frozen_and_closed() -> None:
         Optim().steps = 3  # type: ignore[misc]
     with pytest.raises(ValidationError):
         Optim(stesp=3)  # type: ignore[call-arg]
+
+
+def test_a_home_folder_in_a_path_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands the `~` of a file or of `--set a=~/x`; a folder of that name would be made."""
+
+    class Paths(Config):
+        cache: UserPath | None = "cache"
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text, path in (("~/a", f"{tmp_path}/a"), ("a/~", "a/~"), ("./a/", "./a/"), ("", "")):
+        assert Paths(cache=text).cache == path
+    assert (Paths().cache, Paths(cache=None).cache) == ("cache", None)
+    with pytest.raises(UserError, match="~nobody-here/a: there is no such home folder"):
+        load(Paths, [], ["cache=~nobody-here/a"])
 
 
 def test_nothing_given_is_the_class_default() -> None:

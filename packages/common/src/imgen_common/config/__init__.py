@@ -9,7 +9,7 @@ replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by t
 
 from imgen_common.config.merge import load, read_layers, with_json_files
 from imgen_common.config.reference import FieldRow, fields_table
-from imgen_common.config.schema import Config, Presets
+from imgen_common.config.schema import Config, Presets, UserPath
 from imgen_common.config.secrets import NO_SECRETS, KeyVariable, ServedModel
 from imgen_common.config.yaml_files import dump_yaml, read_yaml, to_yaml
 
@@ -20,6 +20,7 @@ __all__ = [
     "KeyVariable",
     "Presets",
     "ServedModel",
+    "UserPath",
     "dump_yaml",
     "fields_table",
     "load",

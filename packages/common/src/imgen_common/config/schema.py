@@ -6,12 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
+
+from imgen_common.files import local_path
 
 C = TypeVar("C", bound="Config")
 Keys = tuple[str, ...]
 PRESET = "preset"
+
+
+def _expanded(text: str) -> str:
+    return str(local_path(text)) if text.startswith("~") else text
+
+
+UserPath = Annotated[str, AfterValidator(_expanded)]
+"""A path in a configuration; a `~` at its beginning, which no shell expands there, is the home folder."""
 
 
 class Config(BaseModel):

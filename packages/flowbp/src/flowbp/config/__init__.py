@@ -13,7 +13,7 @@ from flowbp.core.settings import Combination, Guidance, GuidanceOptions, Guidanc
 from flowbp.methods import METHODS, Method
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.losses import Hinge, LogSigmoid, Sigmoid
-from imgen_common.config import Config, Presets
+from imgen_common.config import Config, Presets, UserPath
 
 ExportFormat = Literal["diffusers", "comfyui", "merged"]
 ExportedWeights = Literal["ema", "last"]
@@ -191,7 +191,7 @@ class DataConfig(Config):
     embeddings: Literal["memory", "disk", "live"] = "memory"
     """When prompts are embedded: `memory`, all that the run needs before it begins, text encoders freed afterwards;
     `disk`, the same, kept in `cache` for later runs; `live`, when their turn comes, text encoders stay loaded."""
-    cache: str = "cache/embeddings"
+    cache: UserPath = "cache/embeddings"
     """Folder of embeddings on disk, shared by all runs; entries of other text encoders do not disturb."""
 
 

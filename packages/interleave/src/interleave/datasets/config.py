@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
-from imgen_common.config import Config
+from imgen_common.config import Config, UserPath
 from imgen_common.judging.cost import CostLimits
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
@@ -18,7 +18,7 @@ class FilePrompts(Config):
     """Requests from a file."""
 
     kind: Literal["file"] = "file"
-    path: str
+    path: UserPath
     """A file as `interleave batch` reads it; the page of statistics counts their `category`."""
 
 
@@ -99,7 +99,7 @@ class DataConfig(CostLimits):
     shard: Annotated[str, Field(pattern=r"^[0-9]{1,5}/[0-9]{1,5}$")] = "1/1"
     """Which part of the requests is built here: `2/8`, the second of eight parts; `interleave merge` makes one build of
     them."""
-    trajectories: tuple[str, ...] = ()
+    trajectories: tuple[UserPath, ...] = ()
     """Folders of further trajectories: of other builds, runs, batches or `data import execution_record`."""
     budget: BudgetConfig = BudgetConfig()
     """Limits of the build."""

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import Field, model_validator
 
-from imgen_common.config import Config
+from imgen_common.config import Config, UserPath
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig
@@ -160,7 +160,7 @@ class RunConfig(Config):
     """Which generator makes the images."""
     judge: JudgeConfig | None = None
     """Who scores the images, for `loop.select: best_by_judge` and for records; null: nobody."""
-    cache: str | None = "cache/images"
+    cache: UserPath | None = "cache/images"
     """Folder of generated images, shared by all runs: an identical one is never generated twice; null: none."""
     loop: LoopConfig = LoopConfig()
     """Attempts, budgets, selection."""

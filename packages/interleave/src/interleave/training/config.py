@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
-from imgen_common.config import NO_SECRETS, Config
+from imgen_common.config import NO_SECRETS, Config, UserPath
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.partial_parsing import FormatRule
 from interleave.agents.prompts import TemplateRef
@@ -25,7 +25,7 @@ class TrainingConfig(Config):
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""
-    data: str = "data"
+    data: UserPath = "data"
     """Folder that `interleave data build` or `import` wrote."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the order of rows, the adapter's weights and sampling."""
@@ -107,7 +107,7 @@ class GrpoConfig(TrainingConfig):
     """The generator that is given the critic's prompts."""
     judge: JudgeConfig = VerifierJudgeConfig()
     """The judge that scores the images; not the model that is trained."""
-    cache: str | None = "cache"
+    cache: UserPath | None = "cache"
     """Folder of generated images and judgments, shared by all runs; null: no cache."""
     reward: Literal["released", "paper", "trajectory"] = "released"
     """`released`: 0.5 format + 0.1 accuracy + 0.3 semantics + 0.1 quality; `paper`: 0.5 format + 0.1 accuracy in
