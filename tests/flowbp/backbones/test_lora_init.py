@@ -366,7 +366,7 @@ def test_what_diffusers_and_peft_write_beside_an_adapter_is_read(tmp_path: Path)
 @pytest.mark.parametrize(
     ("family", "part", "missing"),
     [
-        ("sd3", r"transformer_blocks\.1\.attn\..*", None),  # and of these add_q_proj, which no image depends on
+        ("sd3", r"transformer_blocks\.2\.attn\..*", None),  # and of these add_q_proj, which no image depends on
         ("flux", "proj_out|.*attn.to_q", r"single_transformer_blocks\.0\.proj_out"),
     ],
 )

@@ -172,7 +172,8 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
     if chosen(ends) == layers:
         return tuple(ends)
     if others := sorted(chosen(layers) - layers):  # the name of a layer is the end of that of others
-        raise UserError(f"lora.init {lora.init}: has no {others[0]}, whose name ends as that of a layer that it has")
+        what = f"has no {others[0]}, whose name ends as that of a layer that it has"
+        raise UserError(f"lora.init {lora.init}: {what}; give an adapter with both or neither")
     return tuple(sorted(layers))
 
 
