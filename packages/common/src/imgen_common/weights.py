@@ -258,3 +258,20 @@ def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
             f"transformer that reads {joint_dim} numbers per token; take both from one folder"
         )
     return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))
+
+
+PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
+"""Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
+other processors have a patch_size of another form, or of another meaning."""
+
+
+def check_patches(image_processor: Any, folder: Path, ref: str) -> None:
+    """Raises UserError unless images are cut as the vision tower reads them."""
+    tower = read_json(folder / "config.json", folder).get("vision_config") or {}
+    for name, theirs in PATCHES if hasattr(image_processor, "merge_size") else ():
+        given, read = getattr(image_processor, name, None), tower.get(theirs)
+        if None not in (given, read) and given != read:
+            raise UserError(
+                f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
+                "preprocessor_config.json and config.json from one place"
+            )
