@@ -454,6 +454,8 @@ def test_training_without_a_configuration_builds_the_miniatures_set_once(
     [
         (("sft", "critic", "--set", "trl.learning_rat=1"), "did you mean 'learning_rate'"),
         (("grpo", "--set", "reward_weights={x: 1}"), "reward_weights"),
+        (("grpo", "--set", "generator.ref=./none"), "./none"),
+        (("grpo", "--set", "generator.lora=./none"), "generator.lora"),
     ],
 )
 def test_a_setting_that_is_refused_builds_no_set(
