@@ -574,6 +574,7 @@ def test_a_repository_is_fetched_without_pickles(fake: FakeHub, monkeypatch: pyt
     assert {call["revision"] for call in fake.calls} == {"v1.0"}
     assert not any(call["local_files_only"] for call in fake.calls)
     assert set(fake.calls[-1]["allow_patterns"]) == {"model_index.json", hub.SAMPLING_FILE, *hub.HUB_FILES}
+    assert fake.calls[-1]["ignore_patterns"] == "*/*"
     assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in fake.calls[-1]["allow_patterns"])
 
 
@@ -584,7 +585,43 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub, monkeypatch: pytest.M
     patterns = fake.calls[-1]["allow_patterns"]
     assert "transformer/*.safetensors" in patterns
     assert "*.safetensors" not in patterns
+    assert fake.calls[-1]["ignore_patterns"] is None
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
+
+
+def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the workflow of ComfyUI, or the configuration of the model that it is for; one of several is named."""
+    write_weights(fake.folder / "my_lora.safetensors")
+    write_json(fake.folder / "workflow.json", {})
+    assert hub.prefetch("org/name") == fake.folder / "my_lora.safetensors"
+    for name in ("workflow.json", "config.json"):
+        write_json(fake.folder / name, {})
+        for ref in ("org/name", "org/name@main", str(fake.folder)):
+            assert hub.resolve_adapter(ref, "lora.init") == fake.folder / "my_lora.safetensors"
+        fake.calls.clear()
+    write_weights(fake.folder / "other.safetensors")
+    for ref in ("org/name", "org/name@v1"):
+        with pytest.raises(UserError, match=rf"lora {ref}: 2 .* one of them, as {ref}/my_lora.safetensors"):
+            hub.resolve_adapter(ref, "lora")
+    fake.calls.clear()
+    for ask in (hub.prefetch, lambda ref: hub.resolve_adapter(ref, "lora")):
+        assert ask("org/name@v1/other.safetensors") == fake.folder / "other.safetensors"
+    assert [(call["revision"], call["local_files_only"]) for call in fake.calls] == [("v1", True)] * 2
+    with pytest.raises(
+        UserError, match=r"lora: model .*: no such file of org/name was found; .*prefetch org/name/no\.s"
+    ):
+        hub.resolve_adapter("org/name/no.safetensors", "lora")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    fake.calls.clear()
+    write_weights(fake.folder / "sub" / "a.safetensors")
+    hub.resolve_adapter("org/name/sub/a.safetensors", "lora")
+    described = ["sub/sampling.json", "sub/adapter_config.json"]
+    assert [call["allow_patterns"] for call in fake.calls] == [["sub/a.safetensors", *described]]
+    fake.calls.clear()
+    hub.resolve("org/name@v1/other.safetensors", single_file=True)
+    assert fake.calls[0]["allow_patterns"] == ["other.safetensors", "sampling.json", "adapter_config.json"]
 
 
 def test_a_description_is_fetched_without_weights(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

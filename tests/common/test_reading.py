@@ -11,7 +11,7 @@ import typer
 
 from imgen_common import files
 from imgen_common.errors import UserError, run_cli
-from imgen_common.files import numbered_lines, read_text
+from imgen_common.files import files_below, numbered_lines, read_text
 from imgen_common.tables import read_table
 
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"]
@@ -292,6 +292,18 @@ def test_an_address_in_the_place_of_a_file_is_not_shown() -> None:
     with pytest.raises(UserError, match=r"^https://\.\.\.: is an address, not a file; download it") as refused:
         read_text(Path("https://someone:secret@host/prompts.txt?token=secret"))
     assert "secret" not in str(refused.value)
+
+
+def test_files_of_linked_folders_are_found_and_circles_end(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for folder in (tmp_path / "set" / "a", other / "b"):
+        folder.mkdir(parents=True)
+        (folder / "x.json").write_text("{}")
+    (tmp_path / "set" / "linked").symlink_to(other)
+    (other / "b" / "back").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "gone").symlink_to(tmp_path / "nowhere")
+    found = [path.relative_to(tmp_path / "set").as_posix() for path in files_below(tmp_path / "set", "*.json")]
+    assert found == ["a/x.json", "linked/b/x.json"]
 
 
 def test_a_quote_that_does_not_end_is_said_where_it_begins(tmp_path: Path) -> None:

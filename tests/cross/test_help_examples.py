@@ -30,6 +30,13 @@ def test_an_example_is_understood(line: str) -> None:
     assert parse(line) == 0
 
 
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_lines_of_an_example_are_broken_as_a_shell_reads_them(name: str) -> None:
+    for command in commands(program(name)):
+        for line in (command.help or "").partition("Example")[2].splitlines():
+            assert "  " not in line.strip()
+
+
 @pytest.mark.parametrize(
     "line", ["flowbp train --steps 3", "interleave data make", "interleave run", "flowbp estimate --gpus many"]
 )

@@ -334,6 +334,34 @@ def test_a_description_of_another_rank_is_refused(tmp_path: Path, described: dic
         assert read_adapter(str(tmp_path), net, "Flux2KleinPipeline")["to_q"].alpha == alpha
 
 
+def test_what_diffusers_and_peft_write_beside_an_adapter_is_read(tmp_path: Path) -> None:
+    """diffusers' network describes its own adapter without the name of a component; PEFT's file may be renamed."""
+    net = init_empty_weights("builtin:shapes/generator").net
+    own = type(net).from_config(net.config)
+    own.add_adapter(peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"]))
+    own.save_lora_adapter(tmp_path / "own")
+    layer = next(iter(read_adapter(str(tmp_path / "own"), net, "Flux2KleinPipeline")))
+    module = net.get_submodule(layer)
+    parts = {"A": torch.ones(4, module.in_features), "B": torch.ones(module.out_features, 4)}
+
+    def saved(place: Path, start: str, header: dict[str, str] | None = None) -> Path:
+        save_file({f"{start}{layer}.lora_{part}.weight": value for part, value in parts.items()}, place, header)
+        return place
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    renamed = saved(tmp_path / "renamed.safetensors", "base_model.model.")
+    for file, scale in (
+        (tmp_path / "own", 4),
+        (renamed, 4),
+        (saved(tmp_path / "other.safetensors", "transformer."), 1),
+    ):
+        one = read_adapter(str(file), net, "Flux2KleinPipeline")[layer]
+        assert one.alpha / one.rank == scale, file.name
+    header = {"lora_adapter_metadata": json.dumps({"r": 4, "use_dora": True})}
+    with pytest.raises(UserError, match="its use_dora is not supported"):
+        read_adapter(str(saved(tmp_path / "dora.safetensors", "", header)), net, "Flux2KleinPipeline")
+
+
 def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path: Path) -> None:
     adapter, reward = tmp_path / "a.safetensors", tmp_path / "reward"
     save_file(GOOD, adapter)

@@ -744,6 +744,17 @@ def test_the_strip_lines_up() -> None:
     assert plan_strip(draw_plan(METHODS["full"], linear_sigmas(100), numpy_generator(0, "plan", 0))) == []
 
 
+def test_a_plan_is_drawn_in_parts_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = draw_plan(METHODS["flowbp_bridge"], linear_sigmas(25), numpy_generator(0, "plan", 0))
+    out = Console(width=60, force_terminal=True, color_system=None, file=io.StringIO())
+    monkeypatch.setattr(console, "standard_output", lambda: out)
+    console.print_plan(TrainConfig(), drawn, "plan")
+    lines = [line.rstrip() for line in out.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    steps = [line[8:].split() for line in lines if line.startswith("step    ") and line[8:9].isdigit()]
+    assert steps == [["0", "5", "10"], ["15", "20"]]
+    assert max(len(line) for line in lines if line.startswith(("active", "weight", "reward  "))) <= 60
+
+
 def test_axes_name_their_numbers() -> None:
     axes = describe_axes(METHODS["flowbp_lagrange"])
     assert axes["active steps"].startswith(

@@ -118,6 +118,7 @@ def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
         ("cut.png", r"rows\.jsonl:2: images: .*cut\.png: .*(cut short|damaged)"),
         ("text.png", r"rows\.jsonl:2: images: .*text\.png: not an image of an allowed format"),
         (3, r"rows\.jsonl:2: images: must be the path of an image or a list, got a number"),
+        ({"bytes": "iVBO", "path": None}, r"rows\.jsonl:2: images: has the bytes of an image as a text; give its path"),
         ([3], r"rows\.jsonl:2: images: must be the path of an image, got a number"),
         ("", r"rows\.jsonl:2: images: must be the path of an image, got a text without a name in it"),
         (["a.png", None], r"rows\.jsonl:2: images: must be the path of an image, got null"),

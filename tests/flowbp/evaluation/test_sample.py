@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from flowbp import backbones
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
-from flowbp.evaluation.sources import model_source
+from flowbp.evaluation.sources import model_source, other_source
 from flowbp.training.preflight import unread_prompts
 from imgen_common import hub
 from imgen_common.config import load
@@ -120,6 +120,18 @@ def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) 
     source = model_source(str(folder), tmp_path)
     assert source.config.model.allow_distilled == (said or name != "model")
     assert source.unread_prompts(["a red circle"]) == []  # the model is not refused
+
+
+def test_what_a_run_is_compared_with_reads_as_much_of_a_prompt(tmp_path: Path) -> None:
+    short = model_source(GENERATOR, tmp_path, ["model.max_sequence_length=8"])
+    assert other_source(GENERATOR, tmp_path, short).config.model.max_sequence_length == 8
+    own = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "own")
+    (own / hub.SAMPLING_FILE).write_text('{"max_sequence_length": 10}')
+    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length == 10
+    index = own / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "ZImagePipeline"}))
+    (own / hub.SAMPLING_FILE).unlink()
+    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length is None
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

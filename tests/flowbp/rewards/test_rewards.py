@@ -13,14 +13,14 @@ from golden.inputs import pictures as waves
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import center_crop
-from transformers import BatchEncoding, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import BatchEncoding, BertTokenizer, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 from vlms import load_vlm, vlm_folder
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.benchmarks.settings import parse_scorer
 from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward, preprocess
 from flowbp.rewards.clip import AestheticReward, ClipReward
-from flowbp.rewards.convert.checkpoints import load_tokenizer, read_checkpoint
+from flowbp.rewards.convert.checkpoints import load_qwen2_vl_config, load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.image_reward import ImageReward
@@ -423,6 +423,41 @@ def test_a_checkpoint_is_converted_as_a_whole_or_not_at_all(tmp_path: Path) -> N
         UserError, match=r"model 'org/none@main': no such local folder; .*`flowbp prefetch org/none@main`"
     ):
         load_tokenizer("org/none@main")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("hpsv2", "open_clip"), ("imagereward", "image_reward")])
+def test_the_tokenizer_of_another_model_is_refused(kind: Any, name: str, tmp_path: Path) -> None:
+    """As bert-base-uncased, which the recipes name for imagereward, for hpsv2: its scores would be of other words."""
+    torch.save(published(name), tmp_path / "a.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abc"]))
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        UserError, match=rf"bert: its tokenizer, a Bert.* of 8 tokens, is not that of {kind}, .* 40; give"
+    ):
+        convert.convert_checkpoint(kind, tmp_path / "a.pt", str(tmp_path / "bert"), tmp_path / "out")
+    small_tokenizer().save_pretrained(tmp_path / "own")
+    convert.convert_checkpoint(kind, tmp_path / "a.pt", str(tmp_path / "own"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(2)], None, {0: torch.ones(2)}])
+def test_a_checkpoint_without_names_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds no tensors by name but a \w+; give HPS\.pt"):
+        read_checkpoint(tmp_path / "a.pt", "HPS.pt")
+
+
+@pytest.mark.parametrize(("file", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]")])
+def test_a_damaged_tokenizer_is_refused(file: str, content: str, tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match="no tokenizer there"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl", "vision_config": 3}')
+    with pytest.raises(UserError, match="no configuration there"):
+        load_qwen2_vl_config(str(tmp_path))
 
 
 class Evil:

@@ -1,6 +1,7 @@
 """Vision-language models as rewards: the processor's values, gradients, batches, and the ways to read a score."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from flowbp.rewards import RewardConfig
 from flowbp.rewards.preprocess import extract_patches
 from flowbp.rewards.vlm import model as vlm_model
 from flowbp.rewards.vlm import reward as vlm_reward
-from flowbp.rewards.vlm.model import AnswerBatch
+from flowbp.rewards.vlm.model import AnswerBatch, VisionLanguageModel
 from flowbp.rewards.vlm.reward import VlmReward
 from flowbp.rewards.vlm.settings import NumberRule, ObjectRule, TextRule, VlmSettings
 from flowbp.training import preflight
@@ -486,6 +487,19 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], said: st
     with pytest.raises(UserError, match=said) as error:
         RewardConfig(score="vlm", ref=str(folder)).load("meta")
     assert "\n" not in str(error.value)
+
+
+def test_a_processor_of_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["qwen3_vl"], tmp_path / "model")
+    for file in folder.glob("*processor_config.json"):
+        described = json.loads(file.read_text())
+        for part in (described, described.get("image_processor", {})):
+            part |= {"patch_size": 14} if "patch_size" in part else {}
+        file.write_text(json.dumps(described))
+    with pytest.raises(
+        UserError, match=r"has patch_size 14, its vision tower patch_size \d+; copy preprocessor_config"
+    ):
+        VisionLanguageModel.load(folder, "meta")
 
 
 def test_other_folders_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

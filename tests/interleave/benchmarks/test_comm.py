@@ -25,6 +25,7 @@ from interleave.benchmarks.official.comm_rules import (
     show_descriptions,
     show_image,
     step_texts,
+    with_marks,
     with_whole_tags,
     write_story,
 )
@@ -95,6 +96,7 @@ def test_reading_takes_no_quadratic_time() -> None:
     for tag in ("[img]", "[imgblock]"):
         (step,), num_images = read_steps("(1) " + tag * 100_000, [])
         assert (step, num_images) == (("(1)", *[tag[1:-1]] * 100_000), 0)
+        assert with_marks(tag * 100_000) == tag * 100_000
 
 
 @given(st.lists(st.sampled_from(["[img]", "[/img]", "[imgblock]", "[/imgblock]", "a", "\n", "<IMAGE>", "[", " "])))
@@ -103,6 +105,9 @@ def test_pieces_of_steps_are_those_of_the_official_expression(pieces: list[str])
     official = re.compile(r"\[img\].*?\[/img\]|\[imgblock\].*?\[/imgblock\]|<IMAGE>|[^\[\]<]+")
     (said,) = step_texts(text)
     assert official.findall(said) == PIECE.findall(with_whole_tags(said))
+    marks = re.compile(r"\[img\].*?\[/img\]|\[imgblock\].*?\[/imgblock\]|<IMAGE>")
+    same = {piece: with_marks(piece) for piece in marks.findall(said)}
+    assert with_marks(said) == marks.sub(lambda mark: same[mark[0]], said)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +417,7 @@ def test_other_answers_cannot_be_read(tmp_path: Path, answer: str, said: str) ->
         ({"Content of Image 2": "a"}, 1, ["a"]),
         ({"Content of Image 3": "b", "Content of Image 2": "a"}, 2, ["a", "b"]),
         ({"Content of Image 2": "a", "Content of Image 3": "b"}, 0, ["a", "b"]),  # more than images
+        ({"Content of Image 2": "nice \ud83d", "Content of Image 3": "\ud83d\ude00"}, 2, ["nice \ufffd", "\U0001f600"]),
         ({}, 0, []),
     ],
 )

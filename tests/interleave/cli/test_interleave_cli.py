@@ -23,7 +23,7 @@ from interleave.datasets.filters import SetInfo
 from interleave.loop.config import RunConfig
 from interleave.loop.requests import make_request
 from interleave.loop.run import create_run
-from interleave.records import Plan, PlanStep, Request, Spent, Trajectory, Verdict
+from interleave.records import Plan, PlannerRecord, PlanRecord, PlanStep, Request, Spent, Trajectory, Verdict
 from interleave.storage.trace import read_trace
 from interleave.training.config import GrpoConfig, SftConfig
 
@@ -286,6 +286,21 @@ def test_a_plan_alone(interleave: Call, tmp_path: Path) -> None:
     assert_refused(interleave("plan", "a cat", recipe(tmp_path, planner=("mumble",))), "no usable plan")
 
 
+def test_a_plan_with_half_a_surrogate_pair_is_printed_as_json(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = PlannerRecord(model="m", template="t", template_hash="h", raw="\ud83d", num_tries=1)
+    record = PlanRecord(trajectory_id="a", request=Request(id="a", text="x"), planner=planner, plan=PLAN)
+
+    async def plan_only(*_: object) -> PlanRecord:
+        return record
+
+    monkeypatch.setattr("interleave.loop.run.plan_only", plan_only)
+    code, out, _ = interleave("plan", "a cat", recipe(tmp_path), "--json")
+    assert code == 0
+    assert json.loads(out)["planner"]["raw"] == "\ud83d"
+
+
 def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
     interleave("run", "a cat", recipe(tmp_path), "--runs", tmp_path, "--name", "r")
     page = tmp_path / "r" / "report.html"
@@ -307,6 +322,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "x", "--set", "critic.kind=selff"), ("selff", "self")),
         (("sft", "planner", "--set", "trl.deepspeed={}"), ("trl.deepspeed: needs processes", "torchrun")),
         (("grpo", "--set", "trl.deepspeed=zero2.json"), ("trl.deepspeed: needs processes", "torchrun")),
+        (("grpo", "--set", "trl.use_vllm=true"), ("trl.use_vllm: vllm is not installed",)),
         (("run", "remove the red circle"), ("nothing to change", "begin with what is to be drawn")),
         (("run", "remove the red circle", "--set", "planner.kind=none"), ("nothing to change",)),
         (("run", "please make it red"), ("nothing to change",)),

@@ -48,6 +48,7 @@ from interleave.datasets.config import (
     ShapesPrompts,
     TemplatesConfig,
 )
+from interleave.datasets.files import read_items
 from interleave.datasets.filters import SetInfo, select_rows
 from interleave.datasets.formats.execution import write_execution_record
 from interleave.datasets.formats.training import write_rl, write_sft
@@ -798,6 +799,31 @@ def test_rows_are_imported_from_every_kind_of_file(tmp_path: Path, form: str) ->
     assert "2 <image> markers for 0 images" in info.notes[1]
     if form.startswith("folder"):
         assert info.notes[0].endswith(": 2")  # one of each file of training rows
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (("train.parquet", "test.parquet"), "train"),
+        (("train_0.parquet", "train_1.parquet", "val_0.parquet"), "train_"),
+        (("default/train/0.parquet", "default/test/0.parquet"), "train"),
+        (("data/Training-0.parquet", "data/validation-0.parquet"), "Training"),
+        (("strain.parquet", "trainer.parquet"), ""),
+        (("planner/train-0.parquet", "critic/train-0.parquet"), None),
+        (("a/0.parquet", "0.parquet"), None),
+    ],
+)
+def test_of_a_folder_the_training_rows_of_one_configuration_are_read(
+    tmp_path: Path, names: tuple[str, ...], read: str | None
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"name": [name]}), tmp_path / name)
+    if read is None:
+        with pytest.raises(UserError, match=rf"has rows in several folders \({tmp_path}.*, {tmp_path}.*\); give one"):
+            list(read_items(tmp_path))
+    else:
+        assert [row["name"] for _, row in read_items(tmp_path)] == [name for name in names if read in name]
 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:

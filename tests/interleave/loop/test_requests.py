@@ -69,6 +69,12 @@ def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, cont
     assert said in str(error.value)
 
 
+def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("text,images\na,\"['a.png', 'b.png']\"\n")
+    with pytest.raises(UserError, match=r"r\.csv:2: images: a cell has one path; write the rows as \.jsonl"):
+        read_requests(tmp_path / "r.csv", ImageStore(tmp_path / "images"))
+
+
 @pytest.mark.parametrize("address", ["https" + "://a.b/c.png?token=SECRET", "s3" + "://bucket/SECRET.png"])
 @pytest.mark.parametrize("row", ['{"text": "a", "images": ["%s"]}', '{"content": ["a", {"image": "%s"}]}'])
 def test_an_address_is_no_image_and_is_not_shown(tmp_path: Path, row: str, address: str) -> None:

@@ -433,10 +433,28 @@ def test_a_folder_that_says_how_to_generate_is_followed(place: Path) -> None:
 
 
 def test_a_changed_model_has_other_params(klein: PipelineRunner, klein_folder: Path) -> None:
-    assert klein.params["weights"] == fingerprint([klein_folder])
-    changed = next(klein_folder.rglob("*.safetensors"))
-    changed.write_bytes(changed.read_bytes())
-    assert klein.params["weights"] != fingerprint([klein_folder])
+    assert klein.params["weights"] == fingerprint(str(klein_folder))
+    changed = klein_folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    kept = changed.read_bytes()
+    changed.write_bytes(kept)  # at another time, as downloads on two machines
+    assert klein.params["weights"] == fingerprint(str(klein_folder))
+    changed.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert klein.params["weights"] != fingerprint(str(klein_folder))
+    changed.write_bytes(kept)
+
+
+def test_a_part_that_is_a_linked_folder_belongs_to_the_model(klein_folder: Path, tmp_path: Path) -> None:
+    model, parts = tmp_path / "model", [tmp_path / "step-200", tmp_path / "step-400"]
+    shutil.copytree(klein_folder, model, ignore=shutil.ignore_patterns("transformer"))
+    for number, part in enumerate(parts):
+        weights = shutil.copytree(klein_folder / "transformer", part) / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + bytes([number]))
+    found = set()
+    for part in parts:
+        (model / "transformer").unlink(missing_ok=True)
+        (model / "transformer").symlink_to(part)
+        found.add(fingerprint(str(model)))
+    assert len(found) == 2
 
 
 @pytest.mark.slow

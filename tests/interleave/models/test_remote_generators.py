@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from imgen_common.errors import UserError
-from imgen_common.http import RetryPolicy
+from imgen_common.http import HttpError, RetryPolicy
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.images_api import ImagesApiConfig, ImagesApiGenerator
 from interleave.models.generators.pipeline import GenerationSettings
@@ -78,6 +78,15 @@ def test_images_come_back_to_those_who_asked_from_all_replicas(monkeypatch: pyte
         assert answer == HashedImage.from_pil(color_bands(job).resize((12, 64), Image.Resampling.NEAREST))
     assert min(len(first.drawn), len(second.drawn)) >= 6
     assert len(first.drawn) + len(second.drawn) == 24
+
+
+def test_a_name_that_a_service_does_not_take_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def describe(_: Any, url: str) -> HttpError:
+        return HttpError("refused", f"{url}: status 400: Invalid host header", status=400)
+
+    monkeypatch.setattr("interleave.models.generators.service._describe", describe)
+    with pytest.raises(UserError, match=r"Invalid host header; a service .* add this to its allowed_hosts"):
+        ServiceConfig().build()
 
 
 def test_a_replica_that_goes_is_replaced_by_another_and_taken_back_when_it_returns() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from serving import eventually
 
 from imgen_common.errors import UserError
-from interleave.serve.decoding import Decoders
+from interleave.serve.decoding import Decoders, NoDecoderError, _Decoder
 
 RED = Image.new("RGB", (5, 3), "red")
 
@@ -31,6 +31,17 @@ async def refused(work: Awaitable[object]) -> str:
     with pytest.raises(UserError) as caught:
         await work
     return str(caught.value)
+
+
+def test_a_decoder_that_cannot_be_started_says_nothing_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(_Decoder, "start", start)
+    decoders = Decoders(1, seconds=5.0, max_pixels=100)
+    for _ in range(2):
+        with pytest.raises(NoDecoderError):
+            asyncio.run(decoders.decode(png()))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import shutil
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +31,7 @@ from interleave.datasets.rows import RlRow
 from interleave.models.chat.local import to_conversation
 from interleave.models.generators.scripted import ScriptedConfig
 from interleave.models.hashes import hash_models
-from interleave.protocols import BackendError, CriticInput, Generator, Judge
+from interleave.protocols import BackendError, CriticInput, GenerationRequest, Generator, HashedImage, Judge
 from interleave.records import Scores
 from interleave.storage.images import ImageStore
 from interleave.training import grpo
@@ -230,6 +231,31 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
         assert counters["scoring/images"] == 1  # of two rows one succeeded, and equal answers are scored once
         assert counters["scoring/answers"] == 2
     assert closed == [loop]
+
+
+def test_answers_that_are_scored_when_training_ends_are_cancelled(root: Path, rows: list[RlRow]) -> None:
+    begun, ended = threading.Event(), []
+
+    class Slow(FakeGenerator):
+        async def generate(self, request: GenerationRequest) -> HashedImage:
+            begun.set()
+            try:
+                return await asyncio.sleep(30, HashedImage.white(32, 32))
+            finally:
+                ended.append("request")
+
+        async def close(self) -> None:
+            ended.append("generator")
+
+    job = job_of(root, rows)
+    number = next(number for number, row in enumerate(rows) if not row.evaluation.success)
+    row = job.example(number, image_store(job.config).get)["row"]
+    answer = '<think>x</think><answer>{"previous_step_success": false, "refine_prompt": "a cat"}</answer>'
+    with start_scoring(job, Slow(), LengthJudge()) as thread:
+        scored = asyncio.run_coroutine_threadsafe(thread.scorer.score(answer, row), thread.loop)
+        assert begun.wait(30)
+    assert scored.cancelled()
+    assert ended == ["request", "generator"]
 
 
 def test_parts_of_the_reward_are_weighed_by_name() -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from killed_training import assert_kills_change_nothing
@@ -57,6 +58,7 @@ from interleave.training.trl_options import (
     RESERVED_GRPO,
     RESERVED_LORA,
     RESERVED_SFT,
+    OptionsRefusedError,
     check_arguments,
     check_keys,
     check_options,
@@ -131,6 +133,10 @@ class Options:
         ({"loss_type": "zzz"}, "loss_type: is 'zzz'; allowed: nll, dft"),
         ({"scale_rewards": "grup"}, r"scale_rewards: is 'grup'; did you mean 'group'\?; allowed: .*, true, false"),
         ({"gradient_checkpointing_kwargs": "x"}, "gradient_checkpointing_kwargs: must be a mapping, got 'x'"),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": "no"}},
+            "gradient_checkpointing_kwargs.use_reentrant: must be true or false or null, got 'no'",
+        ),
         ({"deepspeed": ["x"]}, r"deepspeed: must be a mapping, got \['x'\]"),
         ({"run_name": 3}, "run_name: must be a text, got 3"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: must be at least 1, got 0"),
@@ -298,22 +304,42 @@ def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
 ) -> None:
     beside = tmp_path / "recipes" / "shared" / "zero.json"
     beside.parent.mkdir(parents=True)
-    beside.write_text("{}")
+    beside.write_text('{"a": 1e9}')
     (tmp_path / "recipes" / "base.yaml").write_text(f"trl: {{{key}: shared/zero.json}}")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.yaml").write_text("extends: ../recipes/base.yaml\nseed: 1")
     monkeypatch.chdir(tmp_path / "run")
     config = load(SftConfig, [Path("mine.yaml")])
-    assert config.trl[key] == str(beside)
-    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
-    monkeypatch.chdir("/")
-    assert load(SftConfig, [tmp_path / "run" / "config.yaml"]) == config
+    assert config.trl[key] == {"a": 1e9}
     monkeypatch.chdir(tmp_path / "recipes")
     for name in ("shared/zero.json", "gone.json", str(beside)):  # from the working directory, nowhere, absolute
+        expected = name if name == "gone.json" else {"a": 1e9}
         (tmp_path / "run" / "other.yaml").write_text(f"trl: {{{key}: {name}}}")
-        assert load(SftConfig, [tmp_path / "run" / "other.yaml"]).trl[key] == name
-        assert load(SftConfig, [], [f"trl.{key}={name}"]).trl[key] == name
+        assert load(SftConfig, [tmp_path / "run" / "other.yaml"]).trl[key] == expected
+        assert load(SftConfig, [], [f"trl.{key}={name}"]).trl[key] == expected
     assert load(SftConfig, [tmp_path / "recipes" / "base.yaml"], [f"trl.{key}=null"]).trl[key] is None
+
+
+def test_a_run_keeps_the_content_of_the_files_of_its_recipe(tmp_path: Path) -> None:
+    from imgen_common.run_folder.folder import RunFolder
+
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    given = load(SftConfig, [], [f"trl.deepspeed={file}"])
+    run = tmp_path / "run"
+    RunFolder.create(run, given, ["t"]).close()
+    moved = file.rename(tmp_path / "moved.json")
+    for sets in ([], [f"trl.deepspeed={moved}"]):
+        config = load(SftConfig, [run / "config.yaml"], sets)
+        assert config == given
+        RunFolder.open(run, config, ["t"]).close()
+    (run / "config.yaml").write_text(f"trl:\n  deepspeed: {moved}\n")  # as earlier versions wrote it
+    RunFolder.open(run, load(SftConfig, [run / "config.yaml"]), ["t"]).close()
+    moved.write_text('{"zero_optimization": {"stage": 2}}')
+    (run / "config.yaml").write_text(to_yaml(given))
+    other = load(SftConfig, [run / "config.yaml"], [f"trl.deepspeed={moved}"])
+    with pytest.raises(UserError, match=r"has trl.deepspeed.zero_optimization.stage = 3, now 2"):
+        RunFolder.open(run, other, ["t"])
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -394,8 +420,10 @@ def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Pa
 def test_a_limit_on_pixels_shrinks_images_as_at_run_time() -> None:
     from interleave.training import run as launch
 
-    processor = launch.load_processor(SftConfig(max_pixels=16 * 16))
-    assert processor.image_processor.size["longest_edge"] == 16 * 16
+    processor = launch.load_processor(SftConfig(max_pixels=40 * 40))
+    assert processor.image_processor.size["longest_edge"] == 40 * 40
+    with pytest.raises(UserError, match=r"max_pixels 1023: the processor of builtin:shapes/critic takes .*; give more"):
+        launch.load_processor(SftConfig(max_pixels=1023))
 
 
 def real_template() -> str:
@@ -614,6 +642,27 @@ def test_a_tracker_that_is_not_installed_is_found_before_a_run_is_made(
     with pytest.raises(UserError, match=r"trl.report_to: (wandb|trackio) is not installed; run: pip install"):
         check_trackers_installed([given] if isinstance(given, str) else given)
     check_trackers_installed(["tensorboard"])
+
+
+@pytest.mark.parametrize("checkpoint", [None, "checkpoint-1"])
+def test_a_tracker_that_does_not_start_is_named(checkpoint: str | None) -> None:
+    from interleave.training import run as launch
+
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    def train(resume_from_checkpoint: str | None) -> None:
+        raise UsageError("api_key not configured (no-tty).\ncall wandb.login")
+
+    trainer = SimpleNamespace(args=SimpleNamespace(report_to=["wandb"]), model=torch.nn.Linear(1, 1), train=train)
+    trainer.pop_callback = trainer.add_callback = lambda callback: None
+    callback = SimpleNamespace(shutdown=contextlib.nullcontext(), began=False)
+    said = r"^trl.report_to: wandb does not start \(api_key not configured \(no-tty\)\. call wandb\.login\); log in, or"
+    with pytest.raises(OptionsRefusedError, match=said):
+        launch.run_training(trainer, callback, checkpoint)
+    callback.began = True
+    with pytest.raises(UsageError):
+        launch.run_training(trainer, callback, checkpoint)
 
 
 def test_a_resumed_run_is_one_run_of_its_tracker(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,20 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from imgen_common import hub
 from imgen_common.errors import UserError
-from interleave.models.chat.local import LocalChat, LocalChatConfig
+from interleave.datasets.rows import SftRow
+from interleave.models.chat.local import LocalChat, LocalChatConfig, check_processor
+from interleave.protocols import HashedImage
+from interleave.storage.images import ImageStore
 from interleave.training.config import SftConfig
+from interleave.training.rows import num_tokens
 from interleave.training.run import build_gradient_check, load_processor
 
 
@@ -40,6 +46,40 @@ def test_images_must_be_cut_as_the_vision_tower_reads_them(key: str, tower: str,
     said = rf"its image processor has {key} \d, its vision tower {tower} \d; copy preprocessor_config"
     with pytest.raises(UserError, match=said):
         load_processor(SftConfig(model=str(folder)))
+
+
+def processor_of(image_processor: str) -> Any:
+    """A processor with one of transformers' image processors."""
+    return SimpleNamespace(
+        image_processor=getattr(transformers, image_processor)(),
+        tokenizer=lambda text, **_: SimpleNamespace(input_ids=[1, 2]),
+        apply_chat_template=lambda *_, **__: "",
+    )
+
+
+@pytest.mark.parametrize("name", ["Gemma3ImageProcessor", "SmolVLMImageProcessor", "Qwen2VLImageProcessor"])
+def test_a_processor_that_does_not_count_the_tokens_of_an_image_is_named(name: str, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
+    shown = store.put(HashedImage.white(64, 64))
+    given = processor_of(name)
+    assert num_tokens(SftRow(texts=("a",), image_ids=(), completion="c"), given, store) == 2
+    row = SftRow(texts=("a", "b"), image_ids=(shown,), completion="c")
+    if name.startswith("Qwen"):
+        assert num_tokens(row, given, store) == 2 + 4 - 1
+        return
+    with pytest.raises(UserError, match=rf"its {name} does not say how many tokens .* or train with max_length: null"):
+        num_tokens(row, given, store)
+
+
+@pytest.mark.parametrize(
+    ("name", "tower"),
+    [("PixtralImageProcessor", 16), ("Step3p7ImageProcessor", 14)],  # {"height", "width"}; the side of a tile
+)
+def test_only_processors_that_merge_patches_are_compared_with_the_tower(name: str, tower: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"patch_size": tower}}))
+    given = processor_of(name)
+    assert given.image_processor.patch_size != tower
+    check_processor(given, tmp_path, "it")
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_a_weight_changes() -> None:

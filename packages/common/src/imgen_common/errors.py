@@ -100,6 +100,10 @@ def is_blank(text: str) -> bool:
     return all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc") for character in text)
 
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which gateways leave where they cut a text, and which no file takes."""
+
+
 def check_text(text: str, where: str) -> None:
     """Raises UserError naming `where` for half a surrogate pair, which no file and no tokenizer takes.
 

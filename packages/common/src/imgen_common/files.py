@@ -15,6 +15,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Annotated, TypeVar
 
@@ -97,6 +98,22 @@ def local_path(text: str) -> Path:
         return Path(text).expanduser()
     except (RuntimeError, ValueError):  # a zero byte
         raise UserError(f"{text}: there is no such home folder; write the path in full") from None
+
+
+def files_below(folder: Path, pattern: str = "*") -> list[Path]:
+    """All files of a folder and its folders whose names match, in order, also of folders that are links."""
+    return [file for file in _walk(folder, frozenset()) if fnmatch(file.name, pattern)]
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    about = folder.stat()
+    if (own := (about.st_dev, about.st_ino)) in above:
+        return  # a link to a folder that it is in
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _walk(path, above | {own})
+        else:
+            yield path
 
 
 def check_no_address(text: str) -> None:

@@ -11,11 +11,22 @@ from typing import Any
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
-from imgen_common.weights import check_numbers, incomplete, is_plain_name, load_whole, loading, read_json, weight_files
+from imgen_common.weights import (
+    check_numbers,
+    check_tokenizer_files,
+    incomplete,
+    is_plain_name,
+    load_whole,
+    loading,
+    read_json,
+    weight_files,
+)
 
 BUILTIN = "builtin:shapes/"
 WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>.+\.safetensors)")
+"""A file of a repository, whose revision is then named without a slash."""
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 SAMPLING_FILE = "sampling.json"
@@ -28,6 +39,8 @@ UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Adapters of PEFT and of diffusers, looked for first in a folder."""
 LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+MODEL_FILES = ("model_index.json", "config.json", *LORA_FILES)
+"""One of these says what is in a folder: a pipeline, a model or an adapter."""
 SINGLE_FILE = (
     "give a model folder; diffusers converts a checkpoint to one: "
     "DiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
@@ -41,10 +54,6 @@ REQUIRED_PARTS = (
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
 )
 """Components of a pipeline that it has, where its model_index.json names them at all; others may be null there."""
-VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
-"""Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
-NO_VOCABULARY = "ByT5"
-"""Tokenizers of bytes, which need no such file."""
 MAX_REF = 4096
 POINTER = "{}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there"
 
@@ -55,14 +64,24 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
     ref: `builtin:shapes/NAME`; a path; or `org/name[@revision]`, downloaded into the Hugging Face cache where it is
     missing, unless HF_HUB_OFFLINE is set.  A path that exists wins over a repository of that name.
     weights=False: only the description (configurations and tokenizers) is downloaded and checked.
-    single_file: whether it may be one safetensors file, as adapters are, or a folder of nothing else.
+    single_file: whether it may be one safetensors file, as adapters are, also `org/name[@revision]/FILE.safetensors`,
+    or a folder with one and no description of a model.
     Raises UserError for an unknown, missing, half-downloaded or pickled model.
     """
+    path, remedy = _find(ref, weights=weights, single_file=single_file)
+    try:
+        return _check_path(path, weights, single_file)
+    except UserError as error:
+        raise UserError(f"model {ref!r}: {error}; {remedy}" if remedy else str(error)) from None
+
+
+def _find(ref: str, *, weights: bool, single_file: bool) -> tuple[Path, str]:
+    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole."""
     if ref.startswith("builtin:"):
         if ref not in _builtins():
             allowed = ", ".join(_builtins()) or "none"
             raise UserError(f"unknown model {ref!r}{nearest(ref, _builtins())}; allowed: {allowed}")
-        return _check_path(WEIGHTS / ref.removeprefix(BUILTIN), weights, single_file)
+        return WEIGHTS / ref.removeprefix(BUILTIN), ""
     if len(ref) > MAX_REF:
         raise UserError(f"model {ref[:60]!r}...: longer than a path can be ({MAX_REF} characters)")
     path = local_path(ref)
@@ -71,19 +90,19 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
     if exists:
-        return _check_path(path, weights, single_file)
+        return path, ""
     if address := re.match(r"https?://[^/]*/?([\w.-]+/[\w.-]+)?", ref):  # it may hold a password
         raise UserError(f"model {address[1] or '...'}: is given as an address; give org/name[@revision]")
-    match = HUB_REF.fullmatch(ref)
+    match = (HUB_FILE.fullmatch(ref) if single_file else None) or HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         places = "a safetensors file, a folder" if single_file else f"a folder, one of {', '.join(_builtins())}"
         what = f"no such {'file or ' * single_file}folder{nearest(ref, _builtins())}"
         raise UserError(f"model {ref!r}: {what}; give {places} or org/name[@revision]")
-    folder = _download(ref, match["repo"], match["revision"], weights=weights)
-    try:
-        return _check_path(folder, weights, single_file)
-    except UserError as error:
-        raise UserError(f"model {ref!r}: {error}; {_remedy(ref)}") from None
+    file = match.groupdict().get("file")
+    path = _download(ref, match["repo"], match["revision"], file, weights=weights) / (file or "")
+    if not path.exists():
+        raise UserError(f"model {ref!r}: no such file of {match['repo']} was found; {_remedy(ref)}")
+    return path, _remedy(ref)
 
 
 def prefetch(ref: str) -> Path:
@@ -103,21 +122,24 @@ def resolve_adapter(ref: str, key: str) -> Path:
     key: of the configuration, for errors.  Raises UserError where there is none, several, a pickle or a file that is
     cut short.
     """
-    folder = local_path(ref)
-    if not (ref and folder.is_dir()):
-        try:
-            folder = resolve(ref, single_file=True)
-        except UserError as error:
-            raise UserError(f"{key}: {error}") from None
-        if folder.is_file():
-            return folder
+    try:
+        folder, remedy = _find(ref, weights=True, single_file=True)
+        if not folder.is_dir():
+            return _check_path(folder, True, True)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     files = sorted(folder.glob("[!.]*.safetensors"))
     chosen = [file for file in files if file.name in ADAPTER_FILES] or files
     if len(chosen) != 1:
         pickled = any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*"))
-        made = "no *.safetensors file in it; give an adapter, which `flowbp export --to diffusers` makes of a run"
-        none = "only pickled weights; convert them to safetensors" if pickled else made
-        several = f"{len(files)} safetensors files ({', '.join(file.name for file in files[:4])}); give one of them"
+        made = remedy or "give an adapter, which `flowbp export --to diffusers` makes of a run"
+        none = (
+            "only pickled weights; convert them to safetensors" if pickled else f"no *.safetensors file in it; {made}"
+        )
+        names = ", ".join(file.name for file in files[:4])
+        several = (
+            f"{len(files)} safetensors files ({names}); give one of them, as {ref}/{files[0].name}" if files else ""
+        )
         raise UserError(f"{key} {ref}: {several if chosen else none}")
     check_file(chosen[0], folder)
     return chosen[0]
@@ -139,15 +161,14 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     it promises, and every shard of an index; with weights=False they are not looked at.
     """
     index = folder / "model_index.json"
-    names = (index.name, "config.json", *LORA_FILES)
-    if not any((folder / name).exists() for name in names):
-        if link := next((folder / name for name in names if (folder / name).is_symlink()), None):
+    if not any((folder / name).exists() for name in MODEL_FILES):
+        if link := next((folder / name for name in MODEL_FILES if (folder / name).is_symlink()), None):
             raise UserError(
                 f"{link}: is a link to a file that is not there; copy the folder with what it links (cp -rL)"
             )
         file = next(folder.glob("[!.]*.safetensors"), None)
         remedy = "" if file is None else f"; the model in the one file {file.name} is not read: {SINGLE_FILE}"
-        raise UserError(f"{folder}: not a model folder (none of {', '.join(names)} in it){remedy}")
+        raise UserError(f"{folder}: not a model folder (none of {', '.join(MODEL_FILES)} in it){remedy}")
     for file in sorted(folder.rglob("*")):
         if weights and file.name.endswith(UNFINISHED):
             raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")
@@ -161,7 +182,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     else:
         _check_files(folder, folder, weights)
         if (folder / "config.json").exists():
-            _check_vocabulary(folder, folder, "")
+            check_tokenizer_files(folder, folder, "")
 
 
 def check_file(file: Path, folder: Path | None = None) -> None:
@@ -236,7 +257,8 @@ def _builtins() -> list[str]:
 
 def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     if path.is_dir():
-        files = [] if any(path.glob("[!.]*.json")) else [*path.glob("[!.]*.safetensors")]
+        described = any((path / name).exists() for name in MODEL_FILES)
+        files = [] if described else [*path.glob("[!.]*.safetensors")]
         if single_file and len(files) == 1:
             return _check_path(files[0], weights, single_file)
         check_folder(path, weights=weights)
@@ -258,16 +280,23 @@ def _offline() -> str | None:
     return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), None)
 
 
-def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Path:
-    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has."""
+def _download(ref: str, repo: str, revision: str | None, file: str | None, *, weights: bool) -> Path:
+    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.
+
+    file: the adapter that is wanted alone, with what describes it.
+    """
     from huggingface_hub import snapshot_download
 
     offline = _offline() is not None
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=offline))
+    def fetch(want: list[str], leave: str | None = None) -> Path:
+        options: dict[str, Any] = {"revision": revision, "local_files_only": offline}
+        return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=leave, **options))
 
     try:
+        if file is not None:
+            place = file.rpartition("/")[0]
+            return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
         folder = fetch(["model_index.json"])
         if not offline:
             # A diffusers repository often holds the same weights again as single files beside its component folders.
@@ -275,11 +304,14 @@ def _download(ref: str, repo: str, revision: str | None, *, weights: bool) -> Pa
             places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
             files = HUB_FILES if weights else DESCRIPTION_FILES
             wanted = (place + pattern for place in places for pattern in files)
-            folder = fetch(["model_index.json", SAMPLING_FILE, *wanted])
+            # what is not of a pipeline lies in the top folder; others hold it in other precisions and forms
+            folder = fetch(["model_index.json", SAMPLING_FILE, *wanted], None if index.exists() else "*/*")
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
-        raise UserError(f"model {ref!r}: no such local folder; {_hub_reason(ref, repo, revision, error)}") from error
+        raise UserError(
+            f"model {ref!r}: no such local {'file' if file else 'folder'}; {_hub_reason(ref, repo, revision, error)}"
+        ) from error
     return folder
 
 
@@ -352,31 +384,7 @@ def _check_component(folder: Path, name: str, class_name: str, weights: bool) ->
         if not (part / "config.json").exists():
             raise incomplete(folder, f"{name}/config.json is missing")
         _check_files(folder, part, weights)
-    _check_vocabulary(folder, part, class_name)
-
-
-def _check_vocabulary(folder: Path, part: Path, class_name: str) -> None:
-    """Raises UserError for a tokenizer without its words, or of a length that is none: one of that class, or what a
-    tokenizer_config.json is of."""
-    config = part / "tokenizer_config.json"
-    if config.exists():
-        settings = read_json(config, folder)
-        class_name = f"{class_name} Tokenizer {settings.get('tokenizer_class')}"
-        length = settings.get("model_max_length")
-        if length is not None and (not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1):
-            given = one_line(json.dumps(length), 40)
-            raise UserError(f"{config}: model_max_length {given}: must be a number of tokens; copy that file again")
-    if "Tokenizer" not in class_name or NO_VOCABULARY in class_name:
-        return
-    if not any(all(_is_filled(part, name) for name in names) for names in VOCABULARIES):
-        where = "the tokenizer" if part == folder else f"{part.name}/"
-        allowed = " or ".join(" and ".join(names) for names in VOCABULARIES)
-        raise incomplete(folder, f"{where} has no vocabulary ({allowed})")
-
-
-def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty files
-    least = 1 if pattern == "merges.txt" else len('{"a": 0, "b": 1}')
-    return any(file.stat().st_size >= least for file in part.glob(pattern))
+    check_tokenizer_files(folder, part, class_name)
 
 
 def _check_files(folder: Path, part: Path, weights: bool) -> None:

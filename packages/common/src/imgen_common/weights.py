@@ -25,6 +25,10 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library names the file of a whole model's weights."""
 WEIGHT_FILE = r"{stem}(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
 """That file or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
+"""Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
+NO_VOCABULARY = "ByT5"
+"""Tokenizers of bytes, which need no such file."""
 MAX_JSON = 10**8
 """Bytes of the largest JSON file that is read; tokenizers have 30 million."""
 
@@ -151,6 +155,30 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
     return content
 
 
+def check_tokenizer_files(folder: Path, part: Path, class_name: str) -> None:
+    """Raises UserError for a tokenizer without its words, or of a length that is none: one of that class, or what a
+    tokenizer_config.json is of."""
+    config = part / "tokenizer_config.json"
+    if config.exists():
+        settings = read_json(config, folder)
+        class_name = f"{class_name} Tokenizer {settings.get('tokenizer_class')}"
+        length = settings.get("model_max_length")
+        if length is not None and (not isinstance(length, int | float) or isinstance(length, bool) or not length >= 1):
+            given = one_line(json.dumps(length), 40)
+            raise UserError(f"{config}: model_max_length {given}: must be a number of tokens; copy that file again")
+    if "Tokenizer" not in class_name or NO_VOCABULARY in class_name:
+        return
+    if not any(all(_is_filled(part, name) for name in names) for names in VOCABULARIES):
+        where = "the tokenizer" if part == folder else f"{part.name}/"
+        allowed = " or ".join(" and ".join(names) for names in VOCABULARIES)
+        raise incomplete(folder, f"{where} has no vocabulary ({allowed})")
+
+
+def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty files
+    least = 1 if pattern == "merges.txt" else len('{"a": 0, "b": 1}')
+    return any(file.stat().st_size >= least for file in part.glob(pattern))
+
+
 def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
     """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone.
 
@@ -230,3 +258,20 @@ def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
             f"transformer that reads {joint_dim} numbers per token; take both from one folder"
         )
     return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))
+
+
+PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
+"""Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
+other processors have a patch_size of another form, or of another meaning."""
+
+
+def check_patches(image_processor: Any, folder: Path, ref: str) -> None:
+    """Raises UserError unless images are cut as the vision tower reads them."""
+    tower = read_json(folder / "config.json", folder).get("vision_config") or {}
+    for name, theirs in PATCHES if hasattr(image_processor, "merge_size") else ():
+        given, read = getattr(image_processor, name, None), tower.get(theirs)
+        if None not in (given, read) and given != read:
+            raise UserError(
+                f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
+                "preprocessor_config.json and config.json from one place"
+            )

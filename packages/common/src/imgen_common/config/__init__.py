@@ -7,7 +7,7 @@ replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by t
 `no` and `on` are words.  A file may have 512 KiB, 64 values inside each other, and integers of 64 bits.
 """
 
-from imgen_common.config.merge import load, read_layers
+from imgen_common.config.merge import load, read_layers, with_json_files
 from imgen_common.config.reference import FieldRow, fields_table
 from imgen_common.config.schema import Config, Presets
 from imgen_common.config.secrets import NO_SECRETS, KeyVariable, ServedModel
@@ -26,4 +26,5 @@ __all__ = [
     "read_layers",
     "read_yaml",
     "to_yaml",
+    "with_json_files",
 ]

@@ -1,6 +1,7 @@
 """Layers of configuration, one over the other, each value with its origin."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from imgen_common.config.messages import MAX_SHOWN, describe_errors, label, shor
 from imgen_common.config.schema import (
     PRESET,
     C,
+    Config,
     Keys,
     class_of_mapping,
     default_under,
@@ -35,20 +37,19 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     `sets` do not depend on their order, except that of two for the same key the last wins.
     Raises UserError naming the file or `--set`, the key, what was given and what is allowed.
     """
+    # a value comes before what lies inside it, and `kind` before its neighbors
+    given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
     merge = _Merge()
     tree: Any = {}
     for path, content in (layer for file in files for layer in read_layers(file)):
-        for key in cls.beside_file:
-            _find_beside(path, content, key.split("."))
+        _find_beside(cls, path, content)
         tree = merge.apply(cls, tree, content, (), str(path))
-    # a value comes before what lies inside it, and `kind` before its neighbors
-    given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
     for keys, value, source in given:
         for key in reversed(keys):
             value = {key: value}
         tree = merge.apply(cls, tree, value, (), source)
     try:
-        return cls.model_validate(tree)
+        return cls.model_validate(with_json_files(cls, tree))
     except ValidationError as error:
         raise UserError(describe_errors(cls, tree, merge.origins, error)) from None
 
@@ -71,15 +72,31 @@ def read_layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path
     yield path, content
 
 
-def _find_beside(file: Path, content: Any, keys: Sequence[str]) -> None:
-    """Makes the path at `keys`, if it is that of a file beside `file`, an absolute one."""
-    *sections, last = keys
-    for section in sections:
-        content = content.get(section) if isinstance(content, dict) else None
-    if isinstance(content, dict) and isinstance(given := content.get(last), str):
+def _find_beside(cls: type[Config], file: Path, content: Any) -> None:
+    """Makes the path of a JSON file beside `file` an absolute one."""
+    for holder, key in _json_paths(cls, content):
         with contextlib.suppress(OSError, ValueError):  # no name of a file
-            if (found := file.parent / given).is_file():
-                content[last] = str(found.resolve())
+            if (found := file.parent / holder[key]).is_file():
+                holder[key] = str(found.resolve())
+
+
+def with_json_files(cls: type[Config], tree: Any) -> Any:
+    """`tree`, in which objects replace the paths of JSON files that hold them; a path that cannot be read stays."""
+    for holder, key in _json_paths(cls, tree):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if isinstance(value := json.loads(Path(holder[key]).read_text(encoding="utf-8")), dict):
+                holder[key] = value
+    return tree
+
+
+def _json_paths(cls: type[Config], tree: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where `tree` gives a text at one of `json_files`: the mapping that holds it, and its key there."""
+    for *sections, last in (key.split(".") for key in cls.json_files):
+        holder = tree
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(last), str):
+            yield holder, last
 
 
 def _parse_set(text: str) -> tuple[Keys, Any, str]:

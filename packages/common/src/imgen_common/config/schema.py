@@ -28,9 +28,10 @@ class Config(BaseModel):
         """`given` with values of earlier versions under the keys of this one, where these can be told."""
         return given
 
-    beside_file: ClassVar[tuple[str, ...]] = ()
-    """Keys of this configuration, with dots, whose relative paths count from the YAML file that gives them where such
-    a file is there, so that recipes can name files beside them; else, as all others, from the working directory."""
+    json_files: ClassVar[tuple[str, ...]] = ()
+    """Keys of this configuration, with dots, whose value may be the path of a JSON file, whose object replaces it.  A
+    relative one counts from the YAML file that gives it where such a file is there, so that recipes can name files
+    beside them; else, as all others, from the working directory."""
 
 
 @dataclass(frozen=True)

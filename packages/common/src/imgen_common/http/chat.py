@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from imgen_common.errors import HALF_PAIR
 from imgen_common.http.addresses import version_hint
 from imgen_common.http.client import HttpClient
 from imgen_common.http.failures import HttpError, Refusal, error_in_answer
@@ -29,8 +30,6 @@ BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 STREAMED = (
     "it streams its answers, which are read whole here; remove `stream` from `extra`, or switch it off at the server"
 )
-HALF = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair, which gateways leave where they cut a text, and which no file takes."""
 COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
 """Lines by which a server keeps a connection open while the model is busy, before an answer of either form."""
 LOGPROB_ROUNDING = 1e-3
@@ -203,7 +202,7 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
     content = _in_think_marks(content)
     reasoning = next(filter(None, split_off), split_off[0] if split_off else None)
-    return HALF.sub("\ufffd", content), None if reasoning is None else HALF.sub("\ufffd", reasoning)
+    return HALF_PAIR.sub("\ufffd", content), None if reasoning is None else HALF_PAIR.sub("\ufffd", reasoning)
 
 
 def _in_think_marks(content: str) -> str:

@@ -67,8 +67,7 @@ class HttpClient(RetryingCaller):
         one answer.  transport: for tests.  Raises UserError, without the token, for one that no header can carry.
         """
         super().__init__(policy, concurrency, name)
-        token = os.environ.get(token_env, "").strip()
-        self._token_env, self._token = token_env, re.sub("^bearer +", "", token, flags=re.IGNORECASE)
+        self._token_env, self._token = token_env, token_of(token_env)
         if not (self._token.isascii() and self._token.isprintable()):
             raise UserError(
                 f"{token_env}: holds characters that no token has, such as ends of lines or accents; set it again"
@@ -250,6 +249,11 @@ class HttpClient(RetryingCaller):
         if status in (401, 403):
             return f"; {'' if status == 401 else 'if it asks for a key, '}set {self._token_env} to a valid key"
         return version_hint(url) if status in (404, 405) else ""
+
+
+def token_of(variable: str) -> str:
+    """The token in a variable of the environment, without the scheme that may stand before it; empty: there is none."""
+    return re.sub("^bearer +", "", os.environ.get(variable, "").strip(), flags=re.IGNORECASE)
 
 
 def run_in_thread(work: Coroutine[Any, Any, T]) -> T:

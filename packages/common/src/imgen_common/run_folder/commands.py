@@ -77,7 +77,7 @@ def list_runs(runs: Runs = Path("runs"), as_json: Json = False) -> None:
         return
     rows = [_row(run, time.time()) for run in found]
     _print_table(("run", "kind", "state", "last scores", "size", "written"), rows, right=(4, 5))
-    _print_origins([run for run in found if run.kind == "train" and run.state == "finished"])
+    _print_origins([run for run in found if run.kind == "train"])
     print(f"\n{len(found)} run{'s' * (len(found) != 1)} in {runs}, {format_bytes(sum(run.size for run in found))}")
 
 

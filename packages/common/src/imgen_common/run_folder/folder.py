@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.config import Config, load, read_yaml, to_yaml
+from imgen_common.config import Config, load, read_yaml, to_yaml, with_json_files
 from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full
 from imgen_common.files import (
     append_line,
@@ -345,7 +345,7 @@ def _refuse_used(path: Path) -> None:
 
 def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]) -> None:
     """A key that the run does not have was added by a later version: its default is what the run was made with."""
-    old, new = leaves(read_yaml(path / CONFIG)), leaves(config.model_dump(mode="json"))
+    old, new = leaves(with_json_files(type(config), read_yaml(path / CONFIG))), leaves(config.model_dump(mode="json"))
     changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
     given = {prefix for key in old for prefix in _prefixes(key)}
     for key in [*new, *(key for key in old if key not in new)]:

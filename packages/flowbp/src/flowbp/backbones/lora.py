@@ -75,7 +75,7 @@ def read_adapter(ref: str, net: nn.Module, pipeline: str) -> dict[str, LayerAdap
     file = hub.resolve_adapter(ref, "lora.init")
     with safe_open(file, "pt") as content:
         tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (it is no mapping)
-        options = _options(ref, file, content.metadata() or {})
+        options = _options(ref, file, tensors, content.metadata() or {})
     linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
     found: dict[str, LayerAdapter] = {}
     targets = _targets(linear, pipeline)
@@ -172,16 +172,19 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
     return tuple(ends) if chosen(ends) == layers else tuple(sorted(layers))
 
 
-def _options(ref: str, file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's description of the adapter: adapter_config.json beside the file, or what diffusers put into its header."""
+def _options(ref: str, file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's description of the adapter: adapter_config.json beside a file of PEFT, or what diffusers put into its
+    header, where the keys of a pipeline's adapter say which component they are of."""
     described = file.parent / PEFT_CONFIG
-    if file.name == hub.ADAPTER_FILES[0] and described.exists():
+    is_peft = file.name == hub.ADAPTER_FILES[0] or any(key.startswith("base_model.model.") for key in keys)
+    if is_peft and described.exists():
         options = read_json(described)
     else:
         try:
             content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
             start = "transformer."
             options = {key.removeprefix(start): value for key, value in content.items() if key.startswith(start)}
+            options = options or {key: value for key, value in content.items() if "." not in key}
         except (ValueError, AttributeError, RecursionError):
             raise UserError(f"lora.init {ref}: lora_adapter_metadata in its header is no JSON object") from None
     if kind := [options["peft_type"]] if options.get("peft_type", "LORA") != "LORA" else []:

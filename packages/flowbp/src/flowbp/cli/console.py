@@ -36,6 +36,10 @@ ARITHMETIC_LABELS = {
 """Labels of numbers whose names do not say enough."""
 
 
+LABELLED = 15
+"""Characters from one number of a step to the next in the drawing of a plan."""
+
+
 def standard_output() -> Console:
     """A console; where standard output is not a terminal, tables are 120 characters wide."""
     out = Console(highlight=False, emoji=False)
@@ -84,8 +88,12 @@ def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
         axes.add_row(name, escape(text))
     print_table(out, axes)
     out.print(f"\nThe reward sees {escape(describe_reward_input(plan))}.\n")
-    for label, line in plan_strip(plan):
-        out.print(f"[dim]{label:<8}[/]{escape(line)}", soft_wrap=True)
+    strip = list(plan_strip(plan))
+    whole = max((len(line) for _, line in strip), default=0)
+    part = max(LABELLED, (out.width - 8) // LABELLED * LABELLED) if out.is_terminal else whole
+    for start in range(0, whole, max(1, part)):  # what stands under a step stays there on a narrow terminal
+        for label, line in strip:
+            out.print(f"[dim]{label:<8}[/]{escape(line[start : start + part])}", soft_wrap=True)
     out.print("[dim]        ● active   ◉ active and coupled   ○ node of a leg   ▲ what the reward sees[/]\n")
     terms = _table("step", "sigma", "weight c", "Euler steps", "coupling alpha", right=range(5))
     for row in plan.table():

@@ -140,7 +140,7 @@ def evaluate(
         given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, [])]
         sources = [models.model_source(target, runs, [*(sets or []), *given])]
         if against is not None:
-            sources.insert(0, models.model_source(against, runs))
+            sources.insert(0, models.other_source(against, runs, sources[0]))
         elif sources[0].run is not None:
             sources.insert(0, models.model_source(target, runs, base=True))
         config, labels = sources[-1].config, [source.label for source in sources]

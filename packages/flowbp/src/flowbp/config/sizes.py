@@ -10,4 +10,6 @@ def parse_memory_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(MB|MiB|GB|GiB)?", text)
     if match is None or not float(match[1]):
         raise UserError(f"--memory {text!r}: give a number of bytes, or one with a unit, such as 24GiB or 80GB")
+    if match[2] is None and float(match[1]) < 2**20:
+        raise UserError(f"--memory {text}: would be {text} bytes; give it with a unit, such as {text}GiB")
     return int(float(match[1]) * {None: 1, "MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30}[match[2]])

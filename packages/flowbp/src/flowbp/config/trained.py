@@ -18,9 +18,9 @@ class LoraConfig(Config):
     renamed: ClassVar = {"targets": "target_modules"}
 
     init: str | None = None
-    """Adapter to begin with: a safetensors file or folder of diffusers, PEFT, kohya or ComfyUI, or `org/name@revision`.
-    All other keys here are then those of the adapter; leave them out.  A resumed run takes its own checkpoint instead.
-    null: an update of zero."""
+    """Adapter to begin with: a safetensors file or folder of diffusers, PEFT, kohya or ComfyUI, or `org/name@revision`,
+    with `/FILE.safetensors` behind it where a repository has several.  All other keys here are then those of the
+    adapter; leave them out.  A resumed run takes its own checkpoint instead.  null: an update of zero."""
     rank: Annotated[int, Ge(1), Le(4096)] = 16
     """Rank of each update."""
     alpha: Annotated[float, Gt(0)] = 16.0
@@ -58,7 +58,7 @@ class OptimConfig(Config):
     """Peak learning rate."""
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.99)
     """Decay rates of the two moments."""
-    eps: Annotated[float, Gt(0)] = 1e-8
+    eps: Annotated[float, Ge(1e-37)] = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     """Decoupled weight decay."""

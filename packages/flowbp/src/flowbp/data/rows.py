@@ -75,6 +75,8 @@ def _stored(value: object, folder: Path) -> bytes | Path:
     """The file of an image, at a path or as `datasets` stores it."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return bytes(value["bytes"])
+    if isinstance(value, dict) and isinstance(value.get("bytes"), str):
+        raise UserError("has the bytes of an image as a text; give its path, or a folder of datasets' save_to_disk")
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or is_blank(path):
         what = "a text without a name in it" if isinstance(path, str) else describe_type(path)

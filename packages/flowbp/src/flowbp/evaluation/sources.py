@@ -118,6 +118,17 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 
 
+def other_source(text: str, root: Path, source: ModelSource) -> ModelSource:
+    """The source that `text` names, to be compared with another: it reads as much of a prompt, if it is a model of the
+    same pipeline that does not say itself how much it reads."""
+    other, length = model_source(text, root), source.config.model.max_sequence_length
+    if length is None or other.run is not None or other.config.model.max_sequence_length is not None:
+        return other
+    refs = [one.config.model.ref for one in (source, other)]
+    kinds = {hub.pipeline_index(ref, hub.resolve(ref, weights=False)).get("_class_name") for ref in refs}
+    return other if len(kinds) > 1 else model_source(text, root, [f"model.max_sequence_length={length}"])
+
+
 def _own_settings(ref: str) -> list[str]:
     """What drawing with a model needs, as changes of a configuration: leave for one that is step-distilled, as nothing
     is trained, and how the run drew that it was exported from."""

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from imgen_common.errors import HALF_PAIR
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import parse_verdict
 from interleave.records import Verdict
@@ -44,10 +45,8 @@ def parse_partial_answer(answer: str) -> PartialAnswer:
     if not isinstance(value, dict):
         return PartialAnswer(None, None)
     verdict, prompt = value.get("previous_step_success"), value.get("refine_prompt")
-    return PartialAnswer(
-        verdict=verdict if isinstance(verdict, int) else None,
-        prompt=prompt if isinstance(prompt, str) and prompt.strip() else None,
-    )
+    is_drawable = isinstance(prompt, str) and prompt.strip() and not HALF_PAIR.search(prompt)
+    return PartialAnswer(verdict if isinstance(verdict, int) else None, prompt if is_drawable else None)
 
 
 def has_format(answer: str, rule: FormatRule = "strict", mode: ParseMode = "strict") -> bool:

@@ -102,10 +102,12 @@ class BenchmarkWork:
             return
         for name, value in kept:
             if value != getattr(facts, name):
-                what = "items or images" if name == "items" else name
+                now = getattr(facts, name)
+                differ = f"other {name} ({value!r} there, {now!r} now)"
+                if name == "items":
+                    differ = f"other items or images ({kept.num_items} items there, {facts.num_items} now)"
                 raise UserError(
-                    f"{self.out}: was begun with other {what} ({value!r} there, {getattr(facts, name)!r} now); figures "
-                    "of both cannot be mixed; give another --out"
+                    f"{self.out}: was begun with {differ}; figures of both cannot be mixed; give another --out"
                 )
 
     def generate(self, on_record: Callable[[Record], None]) -> None:

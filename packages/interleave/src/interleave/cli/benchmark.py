@@ -38,11 +38,11 @@ EXAMPLE = """Example:
 
 \b
   interleave benchmark {name} --out scores/{name}{more}
-  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} --prompts-from repository \
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} --prompts-from repository \\
     --run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{name} --yes
-  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \\
     --run-config configs/interleave/klein_qwen3vl.yaml --out scores/klein-{name} --stage generate --shard 2/8
-  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \
+  interleave benchmark {name} configs/interleave/benchmark_{name}.yaml --data data/{name} \\
     --outputs-from theirs --out scores/theirs-{name}
 """
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from imgen_common.errors import one_line
-from interleave.pages.words import ATTEMPT_STATUS, explain_reasoning
+from interleave.pages.words import ATTEMPT_STATUS, count, explain_reasoning
 from interleave.records import Attempt, Plan, PlanRecord, Record, Trajectory
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class BatchProgressPrinter:
             error = f" ({sanitize(record.error)})" if record.error else ""
             self._out.print(
                 f"{self._done}/{self._total}: [{color}]{record.status}[/]{error} "
-                f"{sanitize(record.request.text[:80])} [dim]{record.spent.generations} images, "
+                f"{sanitize(record.request.text[:80])} [dim]{count(record.spent.generations, 'image')}, "
                 f"{record.spent.seconds:.1f} s[/]"
             )
 

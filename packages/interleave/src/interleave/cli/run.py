@@ -196,7 +196,7 @@ def plan(
             asked = requests.make_request(request, image or [], store)
             record = asyncio.run(session.plan_only(config, asked, [store.get(i) for i in asked.image_ids]))
     if as_json:
-        print(record.model_dump_json())
+        print(json.dumps(record.model_dump(mode="json")))  # as an escape also half a surrogate pair
     elif record.plan is not None:
         console.print_plan(record.plan, console.open_console())
     if record.plan is None:

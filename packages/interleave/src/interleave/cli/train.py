@@ -157,11 +157,14 @@ def _load_config(
 
 
 def _check_start(config: "TrainingConfig", dry_run: bool) -> None:
-    """Raises UserError for a model that is not there, or DeepSpeed where no launcher started the process (it would look
-    for MPI)."""
+    """Raises UserError for a model that is not there, and, for more than a plan, for vLLM that is not installed, or
+    DeepSpeed where no launcher started the process (it would look for MPI)."""
     from imgen_common import hub
+    from interleave.training.trl_options import check_vllm_installed
 
     hub.resolve(config.model, weights=not dry_run)
+    if not dry_run:
+        check_vllm_installed(config.trl)
     if not dry_run and config.trl.get("deepspeed") is not None and "RANK" not in os.environ:
         how = "torchrun --nproc_per_node N -m interleave, also for N = 1"
         raise UserError(f"trl.deepspeed: needs processes that a launcher started; begin the command with {how}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -23,6 +24,8 @@ WHITE = "white.png"
 """Name of the white image that the released code compares an image with that is made from its prompt alone."""
 MAX_PARTS = 8
 """Parts of a path's longest end."""
+TRAIN = re.compile(r"(?<![a-z])train(?:ing)?(?![a-z])")
+"""The word in the name of a file or folder of training rows."""
 
 
 class RowError(UserError):
@@ -169,15 +172,12 @@ def read_json(file: Path) -> Any:
 def read_items(file: Path) -> Iterator[tuple[str, Any]]:
     """The items of a JSON list, of JSON lines or of a parquet file, whatever its suffix, each with its name.
 
-    Those of a folder are the rows of its parquet files, `train-*.parquet` where there are any.
+    Those of a folder are the rows of its parquet files, of those named `train` where there are any.
 
     A line that cannot be read is a RowError in place of its value.  Raises UserError for a file that cannot be read.
     """
     if file.is_dir():
-        shards = sorted(file.rglob("train-*.parquet")) or sorted(file.rglob("*.parquet"))
-        if not shards:
-            raise UserError(f"{file}: is a folder without .parquet files; give the file that holds the rows")
-        for shard in shards:
+        for shard in _shards(file):
             yield from read_items(shard)
         return
     if _starts_with(file, b"PAR1"):
@@ -195,6 +195,21 @@ def read_items(file: Path) -> Iterator[tuple[str, Any]]:
             yield where, parse_json(piece, where)
         except UserError as error:
             yield where, RowError(str(error))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Its parquet files, where any is or lies in what is named `train`, only those, as `datasets` reads a folder.
+
+    Raises UserError for none, and for those of several folders, whose rows may be of other kinds.
+    """
+    found = sorted(folder.rglob("*.parquet"))
+    shards = [file for file in found if TRAIN.search(file.relative_to(folder).as_posix().lower())] or found
+    if not shards:
+        raise UserError(f"{folder}: is a folder without .parquet files; give the file that holds the rows")
+    places = sorted({str(file.parent) for file in shards})
+    if len(places) > 1:
+        raise UserError(f"{folder}: has rows in several folders ({', '.join(places[:4])}); give one folder or file")
+    return shards
 
 
 def _starts_with(file: Path, magic: bytes) -> bool:

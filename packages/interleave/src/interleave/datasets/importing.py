@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_folder, write_atomic
+from imgen_common.files import atomic_folder, files_below, write_atomic
 from interleave.agents.prompts import load_template
 from interleave.datasets.build import write_rows
 from interleave.datasets.config import TemplatesConfig
@@ -74,7 +74,7 @@ def _describe_left_out(form: Format, left_out: Sequence[str]) -> tuple[str, ...]
 
 def _import_stories(path: Path, root: Path, images: ImageStore, out: Path, left_out: list[str]) -> list[FinishedStory]:
     """The stories of the records; they are written to a trace too."""
-    files = sorted(path.rglob(RECORD)) if path.is_dir() else [path]
+    files = files_below(path, RECORD) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no {RECORD} in it")
     stories: dict[str, FinishedStory] = {}

@@ -111,6 +111,8 @@ def _image_file(folder: Path, name: str) -> Path:
     """Its path.  Raises UserError for an address, which may hold a token, so that it is not shown."""
     if "://" in name:
         raise UserError("an image is a file, not an address; download it, and give its path")
+    if name.startswith(("['", '["')):
+        raise UserError("images: a cell has one path; write the rows as .jsonl, where a list of them may stand")
     return folder / name
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from imgen_common.errors import UserError
+from imgen_common.http.client import token_of
 from interleave.serve.config import ServeConfig
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def required_secret(host: str) -> bytes | None:
 
 def required_token(host: str, variable: str) -> str | None:
     """The token in an environment variable; None without one.  Raises UserError without one if others reach `host`."""
-    token = os.environ.get(variable, "").strip()
+    token = token_of(variable)
     if not token and not is_loopback(host):
         raise UserError(f"host {host}: others can reach it, so it needs a token; set {variable}, or use 127.0.0.1")
     return token or None

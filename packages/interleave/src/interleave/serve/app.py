@@ -33,7 +33,7 @@ from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.remote import read_base64
 from interleave.serve import local_hosts
 from interleave.serve.config import ServeConfig
-from interleave.serve.decoding import Decoders
+from interleave.serve.decoding import Decoders, NoDecoderError
 from interleave.serve.metrics import Metrics
 from interleave.serve.worker import Backend, GenerationFailure, GenerationResult, GenerationTask, ModelInfo, RawImage
 
@@ -232,6 +232,9 @@ class GenerationService:
             raise _invalid_body(f"images.{index}: not base64") from None
         except UserError as error:
             raise _invalid_body(f"images.{index}: {error}") from None
+        except NoDecoderError:
+            message = "no process can be started that reads the image; ask again later"
+            raise ErrorAnswer(503, "not_ready", message, self._retry_after()) from None
 
     def _check_settings(self, params: GenerationSettings) -> dict[str, Any]:
         given = params.model_dump(exclude_none=True)

@@ -5,6 +5,7 @@ ends, and its place is free.
 """
 
 import asyncio
+import logging
 import multiprocessing
 import signal
 import struct
@@ -16,6 +17,7 @@ from imgen_common.errors import UserError
 from imgen_common.images import decode
 from interleave.serve.worker import RawImage
 
+log = logging.getLogger(__name__)
 READY, IMAGE, REFUSED = b"r", b"i", b"e"
 """First byte of an answer; an image's width and height follow, then its pixels, or why there is none."""
 
@@ -36,6 +38,10 @@ def run_decoder(connection: Connection, max_pixels: int) -> None:
             connection.send_bytes(REFUSED + str(error).encode())
 
 
+class NoDecoderError(Exception):
+    """No further process can be started; nothing is known of the image."""
+
+
 class Decoders:
     """A number of decoders, each started when it is first needed."""
 
@@ -51,12 +57,17 @@ class Decoders:
     async def decode(self, data: bytes) -> RawImage:
         """The image in `data`, once a decoder is free.
 
-        Raises UserError if it is none that may be decoded, or takes too long.  Canceled, it stops the decoder.
+        Raises UserError if it is none that may be decoded, or takes too long, and NoDecoderError.  Canceled, it stops
+        the decoder.
         """
         loop = asyncio.get_running_loop()
         decoder = await self._free.get()
         try:
-            await loop.run_in_executor(self._threads, decoder.start)
+            try:
+                await loop.run_in_executor(self._threads, decoder.start)
+            except OSError as error:
+                log.warning("no decoder can be started (%s)", error)
+                raise NoDecoderError from None
             async with asyncio.timeout(self._seconds):
                 answer = await loop.run_in_executor(self._threads, decoder.ask, data)
         except BaseException as error:

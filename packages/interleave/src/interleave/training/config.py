@@ -22,7 +22,7 @@ Vision = Literal["frozen", "train", "reference"]
 class TrainingConfig(Config):
     """The settings that both trainers share."""
 
-    beside_file: ClassVar = ("trl.deepspeed", "trl.fsdp_config", "trl.accelerator_config")
+    json_files: ClassVar = ("trl.deepspeed", "trl.fsdp_config", "trl.accelerator_config")
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""

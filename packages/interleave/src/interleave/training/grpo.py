@@ -40,6 +40,7 @@ from interleave.training.trl_options import (
     check_values,
     refusals_of_trl,
 )
+from interleave.training.vision import check_trainable
 
 
 def check_settings(config: GrpoConfig) -> None:
@@ -167,7 +168,7 @@ def train_grpo(
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)
             trainer = _build_trainer(job, scored, arguments, [counting, logging, *callbacks])
-            run.check_trainable(trainer, config)
+            check_trainable(trainer.model, config.vision)
             run.run_training(trainer, logging, checkpoint)
             if counting.stop_reason:
                 raise UserError(f"{counting.stop_reason}; then resume with interleave grpo --resume {run_folder.path}")

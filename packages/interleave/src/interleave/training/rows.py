@@ -161,11 +161,16 @@ def check_chat_template(processor: Any, row: SftRow) -> None:
 
 
 def num_tokens(row: SftRow, processor: Any, store: ImageStore) -> int:
-    """Length of prompt and answer in tokens."""
+    """Length of prompt and answer in tokens.  Raises UserError where the model's processor cannot say it."""
     text = processor.apply_chat_template(chat_turns(row), tokenize=False, add_generation_prompt=not row.completion)
     image_processor = processor.image_processor
     num_extra = 0
     for image_id in row.image_ids:
+        if not all(hasattr(image_processor, name) for name in ("get_number_of_image_patches", "merge_size")):
+            raise UserError(
+                f"model: its {type(image_processor).__name__} does not say how many tokens an image takes; take a "
+                "model of Qwen's or GLM's; or train with max_length: null, and without --dry-run"
+            )
         width, height = store.size(image_id)
         try:
             patches = image_processor.get_number_of_image_patches(height, width, {})

@@ -7,7 +7,6 @@ model/                          the trained model, for `chat.ref`
 """
 
 import contextlib
-import importlib.util
 import math
 import os
 import shutil
@@ -28,17 +27,19 @@ from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
-from interleave.models.chat.local import check_processor
+from interleave.models.chat.local import bound_pixels, check_processor
 from interleave.models.hashes import hash_models
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import (
     OptionsRefusedError,
     check_trackers_installed,
+    check_vllm_installed,
+    refusals_of_trackers,
     refusals_of_trl,
     take_trackers,
 )
-from interleave.training.vision import freeze_vision, is_frozen
+from interleave.training.vision import freeze_vision
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
 MAY_DIFFER = (
@@ -76,8 +77,7 @@ def build_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, 
     zero = zero_options(config.trl)
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError("trl.deepspeed: ZeRO-3 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: true")
-    if options.get("use_vllm") and importlib.util.find_spec("vllm") is None:
-        raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
+    check_vllm_installed(config.trl)
     try:
         with refusals_of_trl():
             arguments = cls(**options)
@@ -204,13 +204,18 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
 def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
     """Trains, from `checkpoint` if there is one.  callback: of `build_run_callback`.
 
-    Raises UserError where a trained weight gets no gradient, or TRL cannot build what the options ask for.
+    Raises UserError where a trained weight gets no gradient, TRL cannot build what the options ask for, or a tracker
+    does not start.
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
     _print_lines(trainer)
     trainer.add_callback(build_gradient_check(trainer.model))
-    with callback.shutdown, refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None):
+    with (
+        callback.shutdown,
+        refusals_of_trl(has_begun=lambda: callback.began or checkpoint is not None),
+        refusals_of_trackers(trainer.args.report_to, lambda: callback.began),
+    ):
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
@@ -288,7 +293,7 @@ def load_processor(config: TrainingConfig) -> Any:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     check_processor(processor, folder, config.model)
     if config.max_pixels is not None:  # as `LocalChat` does
-        processor.image_processor.size = dict(processor.image_processor.size) | {"longest_edge": config.max_pixels}
+        bound_pixels(processor, config.max_pixels, config.model)
     return processor
 
 
@@ -306,16 +311,6 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model
-
-
-def check_trainable(trainer: Any, config: TrainingConfig) -> None:
-    """Raises RuntimeError if a frozen weight would be trained, or if no weight would be."""
-    trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
-    if not trained:
-        raise RuntimeError("no weight would be trained")
-    frozen = [name for name in trained if is_frozen(name, config.vision)]
-    if frozen:
-        raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
 
 
 NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"

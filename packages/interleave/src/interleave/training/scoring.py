@@ -105,7 +105,8 @@ def concurrency_per_process(concurrency: int, processes: int) -> int:
 
 @contextlib.contextmanager
 def start_scoring(job: GrpoJob, generator: Generator, judge: Judge) -> Iterator[ScoringThread]:
-    """Starts the thread of a scorer over generator and judge; both are closed at the end."""
+    """Starts the thread of a scorer over generator and judge; at the end answers that are still scored are cancelled,
+    and both are closed."""
     config = job.config.scorer
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="scoring", daemon=True)
@@ -113,11 +114,19 @@ def start_scoring(job: GrpoJob, generator: Generator, judge: Judge) -> Iterator[
     concurrency = concurrency_per_process(config.concurrency, job.batch_plan.processes)
     scorer = CriticScorer(generator, judge, config.model_copy(update={"concurrency": concurrency}))
     scored = ScoringThread(loop, generator, judge, scorer)
+
+    async def close() -> None:
+        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for part in (generator, judge):
+            await part.close()
+
     try:
         yield scored
     finally:
-        for part in (generator, judge):
-            scored.run(part.close())
+        scored.run(close())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -32,6 +32,7 @@ from interleave.training.trl_options import (
     check_values,
     refusals_of_trl,
 )
+from interleave.training.vision import check_trainable
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def train_sft(
         run.bind_data(run_folder, {"model": config.model}, rows, resume is None)
         callback = run.build_run_callback(run_folder)
         trainer = _build_trainer(job, arguments, [callback, *callbacks])
-        run.check_trainable(trainer, config)
+        check_trainable(trainer.model, config.vision)
         # Qwen3-VL's own loss takes no number of tokens, but TRL's loss, which is used here, does: without it the mean
         # would be taken over micro-batches and processes, and depend on how the rows are distributed.
         trainer.model_accepts_loss_kwargs = True

@@ -155,6 +155,22 @@ def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: 
         raise OptionsRefusedError(f"{where}: TRL refuses these options: {said}") from error
 
 
+@contextlib.contextmanager
+def refusals_of_trackers(reported: Sequence[str], has_begun: Callable[[], bool]) -> Iterator[None]:
+    """What the package of a tracker of `report_to` raises within it, as without a login, becomes an
+    OptionsRefusedError; not once `has_begun` says that it trains."""
+    try:
+        yield
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if has_begun() or package not in reported:
+            raise
+        said = one_line(str(error)) or type(error).__name__
+        raise OptionsRefusedError(
+            f"trl.report_to: {package} does not start ({said}); log in, or leave it out"
+        ) from error
+
+
 def check_keys(section: str, given: Mapping[str, Any], known: set[str], owner: str) -> None:
     """Raises UserError for a key that `owner` does not have."""
     for key in given:
@@ -191,7 +207,7 @@ def check_options(section: str, given: Mapping[str, Any], cls: type[Any], owned:
 def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
     """Raises UserError for a value that an option of TRL's `cls`, which itself takes anything, cannot have.
 
-    Lists, and what stands in mappings, are left to TRL.
+    Lists, and most of what stands in mappings, are left to TRL.
     """
     from transformers import GenerationConfig
 
@@ -217,6 +233,8 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
         elif any((get_origin(part) or part) is dict for part in parts):
             if not isinstance(value, Mapping) and not (key in FILES and isinstance(value, str)):
                 raise UserError(f"trl.{key}: must be a mapping, got {shortened(value)}")
+            if isinstance(value, Mapping) and "use_reentrant" in value:  # torch takes anything, and "no" for true
+                _check_plain(f"trl.{key}.use_reentrant", value["use_reentrant"], bool | None)
             if key == "generation_kwargs" and isinstance(value, Mapping) and not given.get("use_vllm"):
                 check_keys(f"trl.{key}", value, set(vars(GenerationConfig())), "GenerationConfig")
         elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
@@ -265,6 +283,12 @@ def _check_trackers(given: object) -> None:
             raise UserError(
                 f"trl.report_to: is {shortened(name)}{nearest(str(name), known)}; allowed: {', '.join(known)}"
             )
+
+
+def check_vllm_installed(trl: Mapping[str, Any]) -> None:
+    """Raises UserError where `use_vllm` is asked for and vllm is not installed."""
+    if trl.get("use_vllm") and find_spec("vllm") is None:
+        raise UserError("trl.use_vllm: vllm is not installed; install the extra `vllm` of interleave, or leave it out")
 
 
 def check_trackers_installed(reported: Sequence[str]) -> None:

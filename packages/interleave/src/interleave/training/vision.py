@@ -32,3 +32,13 @@ def freeze_vision(model: "nn.Module", vision: Vision) -> None:
         )
     for name, weight in named:
         weight.requires_grad_(not is_frozen(name, vision))
+
+
+def check_trainable(model: "nn.Module", vision: Vision) -> None:
+    """Raises RuntimeError if a frozen weight would be trained, or if no weight would be."""
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    if not trained:
+        raise RuntimeError("no weight would be trained")
+    frozen = [name for name in trained if is_frozen(name, vision)]
+    if frozen:
+        raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")

@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 
 from flowbp.rewards import PUBLISHED_FILES, ConvertibleReward, check_conversion
 from flowbp.rewards.convert.checkpoints import (
+    check_words,
     head_weights,
     load_qwen2_vl_config,
     load_tokenizer,
     read_checkpoint,
 )
 from flowbp.rewards.convert.hpsv3 import read_prompt_template, save_hpsv3
-from flowbp.rewards.convert.image_reward import save_image_reward
+from flowbp.rewards.convert.image_reward import EMBEDDINGS, save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.loading import HEAD_FILE
 from imgen_common import hub
@@ -41,11 +42,15 @@ def convert_checkpoint(
         state = read_checkpoint(file, PUBLISHED_FILES[kind])
         try:
             if kind == "hpsv2":
-                save_clip(clip_from_open_clip(state), load_tokenizer(companion), fresh)
+                model, tokenizer = clip_from_open_clip(state), load_tokenizer(companion)
+                check_words(tokenizer, kind, model.config.text_config.vocab_size, companion)
+                save_clip(model, tokenizer, fresh)
             elif template is not None:
                 save_hpsv3(state, load_qwen2_vl_config(companion), load_tokenizer(companion), template, fresh)
             elif kind == "imagereward":
-                save_image_reward(state, load_tokenizer(companion), fresh)
+                tokenizer = load_tokenizer(companion)
+                check_words(tokenizer, kind, len(state[EMBEDDINGS]), companion)
+                save_image_reward(state, tokenizer, fresh)
             else:
                 for part in hub.resolve(companion).iterdir():
                     if part.suffix in (".json", ".txt", ".safetensors"):

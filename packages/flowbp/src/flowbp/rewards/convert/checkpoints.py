@@ -14,6 +14,7 @@ from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import local_path
+from imgen_common.weights import loading
 
 StateDict = Mapping[str, Tensor]
 
@@ -37,6 +38,8 @@ def read_checkpoint(file: Path, published: str = "the published checkpoint") -> 
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+    if not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
+        raise UserError(f"{file}: holds no tensors by name but a {type(content).__name__}; give {published}")
     return {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -60,6 +63,21 @@ def load_tokenizer(ref: str) -> PreTrainedTokenizerBase:
     return _load_companion(AutoTokenizer, "tokenizer", ref)
 
 
+def check_words(tokenizer: PreTrainedTokenizerBase, kind: str, rows: int, ref: str) -> None:
+    """Raises UserError for a tokenizer that numbers words otherwise than that of the `rows` embeddings of a text model.
+
+    CLIP's last two tokens begin and end a text; to the words of ImageReward's BERT, BLIP adds two tokens.
+    """
+    if kind == "hpsv2":
+        fits = (tokenizer.bos_token_id, tokenizer.eos_token_id) == (rows - 2, rows - 1)
+        needed = "that of a CLIP, such as openai/clip-vit-large-patch14"
+    else:
+        fits, needed = rows - len(tokenizer) in (0, 2), "google-bert/bert-base-uncased"
+    if not fits:
+        what = f"a {type(tokenizer).__name__} of {len(tokenizer)} tokens"
+        raise UserError(f"{ref}: its tokenizer, {what}, is not that of {kind}, which has {rows}; give {needed}")
+
+
 def load_qwen2_vl_config(ref: str) -> Qwen2VLConfig:
     """The configuration of a Qwen2-VL, a folder or `org/name`.  Raises UserError if it is of another model, or none."""
     config = _load_companion(AutoConfig, "configuration", ref)
@@ -72,7 +90,5 @@ def _load_companion(auto_class: Any, what: str, ref: str) -> Any:
     folder = local_path(ref)
     if not folder.is_dir():  # one that is may hold a tokenizer alone
         folder = hub.resolve(ref, weights=False)
-    try:
+    with loading(f"{ref}: no {what} there"):
         return auto_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{ref}: no {what} there ({str(error).splitlines()[0]})") from None

@@ -9,6 +9,9 @@ from flowbp.rewards.convert.checkpoints import StateDict, count_layers, head_wei
 from flowbp.rewards.image_reward import build_towers
 from flowbp.rewards.loading import HEAD_FILE
 
+BERT = "blip.text_encoder."
+EMBEDDINGS = f"{BERT}embeddings.word_embeddings.weight"
+
 
 def save_image_reward(
     state: StateDict, tokenizer: PreTrainedTokenizerBase, folder: Path, *, heads: int | None = None
@@ -32,9 +35,9 @@ def save_image_reward(
 
 def blip_config(state: StateDict, heads: int | None) -> BlipConfig:
     """The sizes of both towers, read from the weights."""
-    vit, bert = "blip.visual_encoder.", "blip.text_encoder."
+    vit, bert = "blip.visual_encoder.", BERT
     width, _, patch, _ = state[vit + "patch_embed.proj.weight"].shape
-    vocabulary, text_width = state[bert + "embeddings.word_embeddings.weight"].shape
+    vocabulary, text_width = state[EMBEDDINGS].shape
     return BlipConfig(
         vision_config={
             "hidden_size": width,

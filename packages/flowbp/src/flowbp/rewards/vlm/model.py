@@ -23,7 +23,7 @@ from transformers import (
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_part
 from imgen_common.errors import UserError
-from imgen_common.weights import check_vocabulary, read_json
+from imgen_common.weights import check_patches, check_vocabulary, read_json
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
@@ -93,7 +93,7 @@ class VisionLanguageModel:
     def load(cls, folder: Path, device: torch.device | str) -> "VisionLanguageModel":
         """float32 on a CPU and bfloat16 elsewhere, with checkpointed layers.
 
-        Raises UserError for an image processor that is not reproduced, and without a chat template.
+        Raises UserError for an image processor that is not reproduced or of another model, and without a chat template.
         """
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         family = FAMILIES[read_json(folder / "config.json")["model_type"]]
@@ -103,6 +103,7 @@ class VisionLanguageModel:
         if not isinstance(processor, ProcessorMixin) or not processor.chat_template:
             raise UserError(f"{folder}: has no processor with a chat template; copy all files of the model")
         preprocess.require_fields(processor.image_processor, folder, preprocess.QWEN_FIELDS)
+        check_patches(processor.image_processor, folder, str(folder))
         return cls(model, processor)
 
     def encode_images(self, batches: Sequence[Float[Tensor, "_ 3 _ _"]]) -> list[EncodedImage]:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.images import decode
+from imgen_common.judging.escaping import SURROGATE
 from imgen_common.judging.questions import Message, Unreadable
 from interleave.benchmarks.base import Content, Item, Scores
 from interleave.benchmarks.official.files import through_jpeg
@@ -25,6 +26,8 @@ FIRST_NUMBER = re.compile(r"\(\d+\)\s")
 PIECE = re.compile(r"\[img\].*?\[/img\]|\[imgblock\].*?\[/imgblock\]|<IMAGE>|[^\[\]<]+")
 """What the scorer takes out of a step; it also knows the tags in which some models write images."""
 LEFT_OUT = ("IMG0", "IMG1", "IMGB", "[imgblock]")
+OPEN_TAG = "\0"
+"""Stands for the bracket of a tag without an end while marks are set."""
 Steps = list[Content]
 """Of each step its number, `(1)`, then its texts and images."""
 COHERENCE, DESCRIPTIONS = "document_completeness_image_coherence", "texts_to_image_descriptions"
@@ -107,12 +110,13 @@ def _pieces(step: str) -> Iterator[str | None]:
             yield piece.strip()
 
 
-def with_whole_tags(step: str) -> str:
-    """A step whose tags without an end are the words that `PIECE` reads there, since it looks for each one's end."""
+def with_whole_tags(step: str, bracket: str = "]") -> str:
+    """A step whose tags without an end begin with another bracket, since `PIECE` looks for the end of each; what it
+    reads stays the same."""
     lines = step.split("\n")
     for tag in ("img", "imgblock"):
         parts = [line.rpartition(f"[/{tag}]") for line in lines]
-        lines = [before + end + after.replace(f"[{tag}]", f"]{tag}]") for before, end, after in parts]
+        lines = [before + end + after.replace(f"[{tag}]", f"{bracket}{tag}]") for before, end, after in parts]
     return "\n".join(lines)
 
 
@@ -147,8 +151,14 @@ def read_story(text: str, images: Sequence[Path]) -> Content:
 
     What is in no step is left out, and so are images without a mark; a mark without an image stays in the text.
     """
-    steps = (PIECE.sub(lambda piece: MARK if _is_mark(piece[0]) else piece[0], step) for step in step_texts(text))
+    steps = map(with_marks, step_texts(text))
     return place_images(" ".join(f"({number}) {step}" for number, step in enumerate(steps, 1)), images)
+
+
+def with_marks(step: str) -> str:
+    """A step with a mark in place of each image, however it is written."""
+    marked = PIECE.sub(lambda piece: MARK if _is_mark(piece[0]) else piece[0], with_whole_tags(step, OPEN_TAG))
+    return marked.replace(OPEN_TAG, "[")
 
 
 def place_images(text: str, images: Sequence[Path]) -> Content:
@@ -242,7 +252,8 @@ def parse_numbers(answer: str, fields: Mapping[str, tuple[str, ...]]) -> dict[st
 
 
 def parse_descriptions(answer: str, first_image: int, num_images: int) -> list[str]:
-    """The described images, numbered from the first one on, at least as many as there are.  Raises Unreadable."""
+    """The described images, numbered from the first one on, at least as many as there are; U+FFFD for half a
+    surrogate pair, which no file takes.  Raises Unreadable."""
     described = _json(answer)
     for key in ("Tasks", "Create an Interleaved Text-Image Document"):
         described = _inside(described, key)
@@ -254,7 +265,7 @@ def parse_descriptions(answer: str, first_image: int, num_images: int) -> list[s
             raise Unreadable(f"no text `Content of Image {number}`")
     if len(found) < num_images:
         raise Unreadable(f"{len(found)} descriptions for {num_images} images")
-    return [text for text in found if isinstance(text, str)]
+    return [SURROGATE.sub("\ufffd", text) for text in found if isinstance(text, str)]
 
 
 def _json(answer: str) -> Any:

@@ -11,7 +11,7 @@ from imgen_common.config import Config
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
-from imgen_common.weights import check_vocabulary, load_whole, loading, read_json
+from imgen_common.weights import check_patches, check_vocabulary, load_whole, loading
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
 
@@ -41,20 +41,9 @@ def bound_pixels(processor: Any, most: int, ref: str) -> None:
     processor.image_processor.size = size | {"longest_edge": most}
 
 
-PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
-"""Settings of the image processor, and of the vision tower in config.json, that must agree."""
-
-
 def check_processor(processor: Any, folder: Path, ref: str) -> None:
     """Raises UserError unless a chat template renders a user turn, and images are cut as the vision tower reads."""
-    tower = read_json(folder / "config.json", folder).get("vision_config") or {}
-    for name, theirs in PATCHES:
-        given, read = getattr(processor.image_processor, name, None), tower.get(theirs)
-        if None not in (given, read) and given != read:
-            raise UserError(
-                f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
-                "preprocessor_config.json and config.json from one place"
-            )
+    check_patches(processor.image_processor, folder, ref)
     with loading(f"{ref}: its chat template cannot be used; take a model for chat, or copy chat_template.jinja again"):
         processor.apply_chat_template(to_conversation(("hello",)), tokenize=False, add_generation_prompt=True)
 

@@ -203,7 +203,7 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
         encoded, address, revised = entry.get("b64_json") or None, entry.get("url"), entry.get("revised_prompt")
         if encoded is None and isinstance(address, str) and address.startswith("data:"):
             encoded = address
-        if not isinstance(encoded if encoded is not None else address, str):
+        if not isinstance(encoded or address or None, str):
             raise TypeError("neither b64_json nor url")
         return encoded, address, revised if isinstance(revised, str) and revised.strip() else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

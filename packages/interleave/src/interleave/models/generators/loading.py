@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.weights import check_channels, check_vocabularies, loading, text_layers
+from imgen_common.run_folder.data import hash_file, hash_model
+from imgen_common.weights import check_channels, check_vocabularies, loading, read_json, text_layers
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,11 @@ FAMILIES: Mapping[str, PipelineFamily] = {
 """Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""
 
 
+PEFT_CONFIG = "adapter_config.json"
+UNREAD_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Options of PEFT that scale an adapter otherwise than by lora_alpha / r, or are more than scale B A."""
+
+
 def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
     """Class name and family of a model's folder.  Raises UserError for another kind of model."""
     name = str(hub.pipeline_index(ref, folder).get("_class_name"))
@@ -102,27 +108,52 @@ def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline
 
 def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -> None:
     """Fuse an adapter, `what` in messages, into the pipeline's weights.  Raises UserError where it does not fit."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as content:
+        names = [*content.keys()]
+    if dora := [name for name in names if "dora_scale" in name]:  # diffusers leaves them out, which is another adapter
+        raise UserError(f"{what}: is a DoRA of kohya's form (it has {dora[0]}), which is not read; give a plain LoRA")
+    weight *= _described_scale(file, names, what)
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
+        _check_lora_keys(pipe, keys, what)
+        # by default diffusers fuses the transformer alone in some pipelines whose text encoders it loads adapters for
+        pipe.fuse_lora(components=pipe._lora_loadable_modules, lora_scale=weight)
     except (RuntimeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"{what}: does not fit {type(pipe).__name__} ({one_line(str(error))})") from error
-    _check_lora_keys(pipe, keys, what)
-    pipe.fuse_lora(lora_scale=weight)
     pipe.unload_lora_weights()
+
+
+def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
+    """lora_alpha / r of the description that PEFT writes beside an adapter, which diffusers does not read."""
+    described = file.with_name(PEFT_CONFIG)
+    is_peft = file.name == hub.ADAPTER_FILES[0] or any(name.startswith("base_model.model.") for name in names)
+    if not (is_peft and described.exists()):
+        return 1.0
+    options = read_json(described)
+    if unread := [name for name in UNREAD_OPTIONS if options.get(name)]:
+        raise UserError(f"{what}: its {unread[0]} in {PEFT_CONFIG} is not supported; give a plain LoRA")
+    rank, alpha = options.get("r"), options.get("lora_alpha")
+    if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
+        raise UserError(f"{what}: {PEFT_CONFIG} must have the numbers r and lora_alpha; copy it again")
+    return alpha / rank
 
 
 def _check_lora_keys(pipe: "DiffusionPipeline", keys: Collection[str], what: str) -> None:
     """Raises UserError unless every layer of an adapter has both of its factors, and is in the pipeline."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    down, up = ({key.partition(half)[0] for key in keys if half in key} for half in (".lora_A.", ".lora_B."))
+    # CLIP has no `text_model` any more; diffusers loads the published names, which have it
+    names = [key.replace(".text_model.", ".") for key in keys]
+    down, up = ({name.partition(half)[0] for name in names if half in name} for half in (".lora_A.", ".lora_B."))
     if halves := sorted(down ^ up):
         # loaded, the other factor would be what it was initialized with: zeros or random numbers
         raise UserError(f"{what}: has one of two factors (lora_A, lora_B) of {halves[0]}; download or copy it again")
     networks = {name: part for name, part in pipe.components.items() if hasattr(part, "named_modules")}
     found = {
-        f"{name}.{layer}"
+        f"{name}.{layer}".replace(".text_model.", ".")
         for name, part in networks.items()
         for layer, module in part.named_modules()
         if isinstance(module, BaseTunerLayer)
@@ -161,12 +192,7 @@ def split_references(prepare: Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
     return prepared
 
 
-def fingerprint(paths: Sequence[Path]) -> str:
-    """Of the names, sizes and times of all files in some folders and files: changes where the model was changed."""
-    digest = sha256()
-    for path in paths:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_file():
-                about = file.stat()
-                digest.update(f"{file.relative_to(path.parent)} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+def fingerprint(ref: str, adapters: Sequence[Path] = ()) -> str:
+    """Of the files of a model and of adapters: changes where they change, and is the same on every machine."""
+    hashes = [*hash_model("model", ref).values(), *map(hash_file, adapters)]
+    return sha256(" ".join(found.sha256 for found in hashes).encode()).hexdigest()[:16]

@@ -21,6 +21,7 @@ from imgen_common.prompt_limits import prompt_limits
 from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
+    PEFT_CONFIG,
     family_of,
     fingerprint,
     flux2_text_options,
@@ -77,7 +78,8 @@ class PipelineConfig(GenerationSettings):
     ref: str = "builtin:shapes/generator"
     """The model: `builtin:shapes/generator`, a folder, or `org/name@revision`; safetensors only."""
     lora: str | None = None
-    """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads."""
+    """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads;
+    also `org/name@revision`, with `/FILE.safetensors` behind it where a repository has several."""
     lora_weight: Annotated[float, Ge(-10), Le(10)] = 1.0
     """Factor of the adapter."""
     max_references: Annotated[int, Ge(0), Le(16)] | None = None
@@ -130,7 +132,8 @@ class PipelineRunner:
             self._pipe.prepare_image_latents = split_references(self._pipe.prepare_image_latents)
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
-        self._fingerprint = fingerprint([folder, *adapters])
+        described = [file for one in adapters if (file := one.with_name(PEFT_CONFIG)).exists()]
+        self._fingerprint = fingerprint(config.ref, [*adapters, *described])
         self._cutting: set[str] = set()
         self._pads_batches = config.pad_batches and self.family.edit != "alone"
         self._batches = FittingBatches(self._generate_together, config.max_batch, config.ref, self._free_memory)

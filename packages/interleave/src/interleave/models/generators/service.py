@@ -244,7 +244,7 @@ def _as_service_error(error: HttpError) -> HttpError:
 
 
 async def _describe_all(config: ServiceConfig, urls: Sequence[str]) -> dict[str, ServiceInfo | HttpError]:
-    """What each replica says of itself, or why it says nothing.  Raises UserError where the token is refused."""
+    """What each replica says of itself, or why it says nothing.  Raises UserError where token or host are refused."""
     client = _client(config)
     try:
         answers = await asyncio.gather(*(_describe(client, url) for url in urls))
@@ -253,6 +253,10 @@ async def _describe_all(config: ServiceConfig, urls: Sequence[str]) -> dict[str,
     for url, answer in zip(urls, answers, strict=True):
         if isinstance(answer, HttpError) and answer.status in (401, 403):
             raise UserError(f"{url}: the token is refused; set {config.token_env} to the service's token")
+        if isinstance(answer, HttpError) and answer.status == 400:
+            raise UserError(
+                f"{answer}; a service without a token takes its own names only: add this to its allowed_hosts"
+            )
     return dict(zip(urls, answers, strict=True))
 
 

@@ -1,0 +1,81 @@
+"""Adapters in a generator's pipeline: all of one counts, as its trainer scaled it, or it is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imgen_common.errors import UserError
+from interleave.models.generators.loading import load_lora, load_pipeline
+from tests.interleave.editors import folder_of
+
+LAYER = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of("flux2", tmp_path_factory.mktemp("klein"))
+
+
+def loaded(folder: Path) -> DiffusionPipeline:
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return load_pipeline(name, folder, torch.float32, torch.device("cpu"))
+
+
+def factors(pipe: DiffusionPipeline, component: str, layer: str) -> dict[str, Tensor]:
+    module, rng = getattr(pipe, component).get_submodule(layer), torch.Generator().manual_seed(0)
+    shapes = {"A": (2, module.in_features), "B": (module.out_features, 2)}
+    return {
+        f"{component}.{layer}.lora_{one}.weight": torch.randn(shape, generator=rng) for one, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_encoder_s_part_of_an_adapter_counts(older: bool, tmp_path: Path) -> None:
+    """FLUX.1's adapters have one for CLIP, whose layers have other names since transformers 5."""
+    pipe = loaded(folder_of("flux", tmp_path))
+    layers = {"transformer": LAYER, "text_encoder": "encoder.layers.0.self_attn.q_proj"}
+    keys: dict[str, Tensor] = {}
+    for component, layer in layers.items():
+        keys |= factors(pipe, component, layer)
+    before = {
+        component: getattr(pipe, component).get_submodule(layer).weight.clone() for component, layer in layers.items()
+    }
+    start = "text_encoder." + "text_model." * older
+    save_file({key.replace("text_encoder.", start): one for key, one in keys.items()}, tmp_path / "a.safetensors")
+    load_lora(pipe, tmp_path / "a.safetensors", "lora a", 0.5)
+    for component, layer in layers.items():
+        down, up = (keys[f"{component}.{layer}.lora_{part}.weight"] for part in "AB")
+        added = getattr(pipe, component).get_submodule(layer).weight - before[component]
+        torch.testing.assert_close(added, 0.5 * up @ down, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_path: Path) -> None:
+    pipe = loaded(klein)
+    plain, module = factors(pipe, "transformer", LAYER), pipe.transformer.get_submodule(LAYER)
+    wide = torch.ones(module.out_features)
+
+    def fused(keys: dict[str, Tensor], options: dict[str, Any]) -> Tensor:
+        before, file = module.weight.clone(), tmp_path / "any.safetensors"
+        save_file(keys, file)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(options))
+        load_lora(pipe, file, "lora any", 1.0)
+        return pipe.transformer.get_submodule(LAYER).weight - before
+
+    of_peft = {key.replace("transformer.", "base_model.model.", 1): one for key, one in plain.items()}
+    down, up = plain.values()
+    for keys, options, scale in ((plain, {}, 1), (of_peft, {"r": 2, "lora_alpha": 8}, 4)):
+        torch.testing.assert_close(fused(keys, options), scale * up @ down, rtol=1e-4, atol=1e-5)
+    for keys, options, message in (
+        (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "is a DoRA of kohya's form"),
+        (of_peft, {"r": 2, "use_rslora": True}, "its use_rslora in adapter_config.json is not supported"),
+        (of_peft, {"r": "2"}, "must have the numbers r and lora_alpha"),
+        (plain | {f"transformer.{LAYER}.lora_B.bias": wide}, {}, "does not fit Flux2KleinPipeline .*lora_bias"),
+    ):
+        with pytest.raises(UserError, match=f"^lora any: .*{message}"):
+            fused(keys, options)
