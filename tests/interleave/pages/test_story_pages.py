@@ -104,7 +104,7 @@ def told(album: Album, words: str = "two shapes", story_id: str = "r", seed: int
         attempt(1, 1, first),
         attempt(2, 1, bad, first, **refused),
         attempt(
-            2, 2, good, first, prompt_used=better, refined_prompt=better, scores=scores, success_probability=0.000875
+            2, 2, good, first, prompt_used=better, refined_prompt=better, scores=scores, success_probability=0.0004
         ),
     )
     request = Request(id=story_id, text=words)
