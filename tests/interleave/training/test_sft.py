@@ -556,7 +556,13 @@ def test_adapters_on_embeddings_that_are_the_output_layer_too(root: Path, lora: 
         check_adapters(quick(root, {"r": 2} | lora))
 
 
-@pytest.mark.parametrize(("outer", "inner"), [(False, None), (False, True), (True, None), (True, False)])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (False, None),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((False, True), (True, None), (True, False))),
+    ],
+)
 def test_the_outer_configuration_says_whether_embeddings_are_the_output_layer(
     tmp_path: Path, outer: bool, inner: bool | None
 ) -> None:
