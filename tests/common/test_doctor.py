@@ -58,6 +58,18 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path, monkeypatc
     assert states(tmp_path)["file system of the runs"] == {"problem"}
 
 
+def test_a_machine_without_a_folder_of_temporary_files_is_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(findings.tempfile, "gettempdir", missing)
+    found = {finding.area: finding for finding in examine(tmp_path)}
+    assert "set TMPDIR" in found["disk, temporary files"].remedy
+    assert found["file system of the runs"].state == "ok"
+
+
 def test_tokens_are_named_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmn")
     monkeypatch.setenv("JUDGE_API_KEY", "top-secret-value")

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ import pytest
 import typer
 from safetensors import SafetensorError
 
-from imgen_common.errors import MENDABLE, UserError, nearest, run_cli
+from imgen_common.errors import MENDABLE, DiskFullError, UserError, nearest, run_cli, written_or_warned
 
 LIGHT_IMPORT = """
 import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.run_folder.folder
@@ -105,6 +106,31 @@ def test_a_bad_value_is_named_with_the_nearest_choice(
 
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "train", "--steps", "6")[0] == 130
+
+
+def test_a_machine_without_a_folder_of_temporary_files_is_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(lambda: print(tempfile.gettempdir()))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(SystemExit):
+        run_cli(app, "prog")
+    said = capsys.readouterr().err
+    assert "No usable temporary directory found in ['/proc/nowhere']; set TMPDIR to a folder" in said
+    assert said.count("\n") == 1
+
+
+def test_a_page_that_cannot_be_written_does_not_end_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> Path:
+        raise DiskFullError("report.html: No space left on device")
+
+    assert written_or_warned(lambda: Path("report.html"), "prog report x") == Path("report.html")
+    assert written_or_warned(full, "prog report x") is None
+    said = "warning: report.html: No space left on device; prog report x writes the page again\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,12 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt: is text with comments or headings (#)"),
         ("p.txt", "a cat\na dog --n low quality --w 768\n", "p.txt: has options of another program (--n)"),
         ("p.txt", '--prompt "a cat" --width 1024\n', "p.txt: has options of another program (--prompt)"),
+        (
+            "p.txt",
+            "a cat\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a\n",
+            "another program (Negative prompt:)",
+        ),
+        ("p.txt", "a cat\nSteps: 20, Sampler: Euler a, Seed: 1\n", "another program (Steps: 20,)"),
         ("p.txt", "a cat\na dog, oil --ar 16:9 --v 6\n", "p.txt: has options of another program (--ar)"),
         *(
             ("p.txt", f"{names}\na cat{names[5:]}\n", f"p.txt: its first line, {names}, names a column")

@@ -79,6 +79,8 @@ INTERLEAVE = {
     "grpo --dry-run --json": "sets/miniature: not there; make it first",
     "sft critic sft.yaml": "critic_sft.jsonl: no such file",
     "grpo bad.yaml": "max_train_step",
+    "grpo --set reward_weights.acuracy=1": "did you mean 'accuracy'",
+    "grpo --set generator.ref=./none": "./none",
     "grpo sft.yaml": "critic_rl.jsonl: no such file",
     "data build --out o --set a=1": "--set a=1",
     "benchmark wise --out o --data none": "none: no file, nor a folder with merge.json",
@@ -90,6 +92,7 @@ INTERLEAVE = {
     "serve --set a=1": "--set a=1",
     "demo --set a=1": "--set a=1",
     "demo --set generator.ref=./none": "./none",
+    "demo --port 99999": "cannot listen on",
     "report nothing": "nothing: no such run",
 }
 

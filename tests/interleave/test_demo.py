@@ -266,10 +266,13 @@ def test_without_the_extra_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch
         demo.serve_demo(make, "127.0.0.1", 0)
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_listener("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1 port {port}.*choose another host or port"):
             open_listener("127.0.0.1", port)
+        monkeypatch.setitem(sys.modules, "gradio", None)  # it is not imported first, which takes seconds
+        with pytest.raises(UserError, match="cannot listen on"):
+            demo.serve_demo(lambda: pytest.fail("models are loaded"), "127.0.0.1", port)
     with pytest.raises(UserError, match="cannot listen"):
         open_listener("127.0.0.1", 70_000)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forking
@@ -33,9 +34,10 @@ from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
 from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
+from flowbp.training.loop import TrainingLoop
 from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
 from flowbp.training.runs import new_run_path
-from flowbp.training.trainer import DIVERGED, Trainer
+from flowbp.training.trainer import DIVERGED, LOWER, Trainer
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -274,6 +276,7 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
             "is a file; name another",
         ),
         (["sample", "x", "--base"], "is for --run"),
+        (["sample", "x", "--set", "model.dtyp=float32"], "did you mean 'dtype'"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
         (["sample", "x", "--guidance-scale", "0"], "above 0"),
@@ -612,6 +615,17 @@ def test_a_run_that_diverged_goes_on_with_what_the_message_says(
     assert (run / "config-until-000002.yaml").read_text() == first
     assert (run / "config.yaml").read_text() != first
     assert "Configuration until update 2" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("advice", "way"),
+    [(LOWER, "then go on from update 2 with: flowbp train"), ("check its weights, or leave it out", "then start anew")],
+)
+def test_a_resume_is_advised_where_it_helps(tmp_path: Path, advice: str, way: str) -> None:
+    run = SimpleNamespace(checkpoints=lambda: [2], path=tmp_path)
+    loop: Any = SimpleNamespace(trainer=SimpleNamespace(update=3), run=run)
+    said = TrainingLoop._describe_way_on(loop, NotFiniteError("the scores of clip", advice))
+    assert said.startswith(f"update 4: not finite: the scores of clip; {advice}; {way}")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from flowbp.evaluation import sampling, vlm_judge
 from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
 from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec, read_scores
-from flowbp.evaluation.compare import mean_score
+from flowbp.evaluation.compare import MeanScore, mean_score
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.questions import JudgeError, JudgeReply, Message
@@ -321,6 +321,11 @@ def test_an_interval_of_strata_weighs_them_the_same() -> None:
     mean, low, high = bootstrap_interval([values.tolist()])
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.1)
     assert mean_score([0.0] * 40 + [1.0] * 40, [1.0] * 10).mean == 0.75
+
+
+def test_a_small_score_is_not_shown_as_zero() -> None:
+    row = tables.BenchmarkRow("m", "f", "hpdv2", 9, {"x": 9}, {}, {"x": MeanScore(2.4e-5, 1.9e-5, 2.9e-5, 9)})
+    assert tables.format_cell(row, "x") == ("0.000024", "0.000019 to 0.000029")
 
 
 def geneval_folder(folder: Path, right: dict[str, list[float]]) -> Path:

@@ -139,6 +139,21 @@ def test_files_are_numbered_on(tmp_path: Path) -> None:
     (tmp_path / "007-a-red-circle-seed0.png").touch()
     (tmp_path / "notes.txt").touch()
     assert sampling.next_file_number(tmp_path) == 8
+    before = sorted(tmp_path.iterdir())
+    with sampling.own_numbers(tmp_path, 3) as first, sampling.own_numbers(tmp_path, 2) as second:
+        assert (first, second) == (8, 11)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_number_that_another_process_takes_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = iter([0, 5])
+    (tmp_path / ".001-taken").touch()
+    monkeypatch.setattr(sampling, "next_file_number", lambda folder: next(looked))
+    with sampling.own_numbers(tmp_path, 2) as number:
+        assert number == 5
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".001-taken", ".005-taken", ".006-taken"]
 
 
 @pytest.mark.parametrize(

@@ -678,6 +678,9 @@ def test_a_folder_is_of_the_images_that_its_items_had(tmp_path: Path, items: lis
     work.open()
     (source,) = (part for part in items[0].content if isinstance(part, Path))
     save(source, seed=9)
+    work.open()  # nothing was made for the first ones
+    (tmp_path / "out" / "generation").mkdir()
+    save(source, seed=8)
     with pytest.raises(UserError, match="out: was begun with other items or images"):
         work.open()
 

@@ -341,7 +341,7 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         ),
         (("run", "a short story about a cat"), ("shapes/planner", "4 words 'short', 'story', 'about', 'cat'")),
         (("run", "draw a red circle, then a Drache"), ("the word 'Drache'", "circles, squares", "give a CONFIG")),
-        (("run", "dessine un cercle"), ("'dessine', 'cercle'",)),
+        (("run", "dessine un cercle"), ("'dessine', 'un', 'cercle'",)),
         (("run", "draw a red circle", "--set", "generator.ref=none"), ("generator", "none", "no such folder")),
         (("run", "rain on a window", "--set", "planner.kind=none"), ("shapes/generator", "'rain', 'window'")),
         (("plan", "how rain forms"), ("'how', 'rain', 'forms'",)),
@@ -470,6 +470,8 @@ def test_training_without_a_configuration_builds_the_miniatures_set_once(
     [
         (("sft", "critic", "--set", "trl.learning_rat=1"), "did you mean 'learning_rate'"),
         (("grpo", "--set", "reward_weights={x: 1}"), "reward_weights"),
+        (("grpo", "--set", "generator.ref=./none"), "./none"),
+        (("grpo", "--set", "generator.lora=./none"), "generator.lora"),
     ],
 )
 def test_a_setting_that_is_refused_builds_no_set(

@@ -72,18 +72,18 @@ def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, cont
     assert said in str(error.value)
 
 
+def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("text,images\na,\"['a.png', 'b.png']\"\n")
+    with pytest.raises(UserError, match=r"r\.csv:2: images: a cell has one path; write the rows as \.jsonl"):
+        read_requests(tmp_path / "r.csv", ImageStore(tmp_path / "images"))
+
+
 def test_null_is_a_key_that_is_left_out(tmp_path: Path) -> None:
     """As pandas and datasets write rows without a value."""
     names = ("id", "category", "images", "content")
     for row in ({"text": "a"}, {"text": "a"} | dict.fromkeys(names)):
         (tmp_path / "r.jsonl").write_text(json.dumps(row))
         assert read_requests(tmp_path / "r.jsonl", store := ImageStore(tmp_path)) == [make_request("a", (), store)]
-
-
-def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
-    (tmp_path / "r.csv").write_text("text,images\na,\"['a.png', 'b.png']\"\n")
-    with pytest.raises(UserError, match=r"r\.csv:2: images: a cell has one path; write the rows as \.jsonl"):
-        read_requests(tmp_path / "r.csv", ImageStore(tmp_path / "images"))
 
 
 @pytest.mark.parametrize("address", ["https" + "://a.b/c.png?token=SECRET", "s3" + "://bucket/SECRET.png"])

@@ -103,7 +103,9 @@ def told(album: Album, words: str = "two shapes", story_id: str = "r", seed: int
     attempts = (
         attempt(1, 1, first),
         attempt(2, 1, bad, first, **refused),
-        attempt(2, 2, good, first, prompt_used=better, refined_prompt=better, scores=scores, success_probability=0.875),
+        attempt(
+            2, 2, good, first, prompt_used=better, refined_prompt=better, scores=scores, success_probability=0.0004
+        ),
     )
     request = Request(id=story_id, text=words)
     trajectory = Trajectory(
@@ -205,7 +207,7 @@ def test_the_story_comes_first_and_how_it_came_about_is_folded() -> None:
         "raw words",
         "some judge",
         "9.8.7",
-        "0.875",
+        "0.0004",
     )
     for word in hidden:
         assert word not in page.visible

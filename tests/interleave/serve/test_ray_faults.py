@@ -31,10 +31,11 @@ LONG = "validate_socket_filename failed: AF_UNIX path length cannot exceed 107 b
             "auto",
             "ray_address auto: Could not find any",
         ),
+        (RuntimeError("Version mismatch:\n Ray 2.1"), "auto", "ray_address auto: Version mismatch: Ray 2.1"),
     ],
 )
 def test_ray_that_cannot_start_is_one_line(
-    error: OSError, address: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, address: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ServeConfig(ray_address=address)
     prepare_ray(config)

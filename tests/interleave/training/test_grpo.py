@@ -37,7 +37,15 @@ from interleave.storage.images import ImageStore
 from interleave.training import grpo
 from interleave.training.batch_plan import GrpoBatchPlan, plan_grpo_batches
 from interleave.training.config import GrpoConfig, PricesConfig, ScorerConfig
-from interleave.training.reward import PAPER_WEIGHTS, RecordedAttempt, RewardFunction, RewardParts, paper_parts
+from interleave.training.reward import (
+    PAPER_WEIGHTS,
+    REWARD_WEIGHTS,
+    RecordedAttempt,
+    RewardFunction,
+    RewardParts,
+    paper_parts,
+    reward_weights,
+)
 from interleave.training.rows import GrpoJob, critic_prompt, image_store, read_rows
 from interleave.training.run import bind_data, build_run_callback
 from interleave.training.scoring import (
@@ -209,7 +217,7 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     with start_scoring(job, Closing(limit=1), LengthJudge()) as scored:
         for reward, names in (("released", 4), ("paper", 3)):
             functions = scored.reward_functions(quick(root, reward=reward))
-            assert [function.__name__ for function in functions] == list(grpo.REWARD_WEIGHTS[reward])
+            assert [function.__name__ for function in functions] == list(REWARD_WEIGHTS[reward])
             assert len(functions) == names
 
             async def ask(functions: Sequence[RewardFunction] = tuple(functions)) -> list[list[float | None]]:
@@ -252,7 +260,7 @@ def test_answers_that_are_scored_when_training_ends_are_cancelled(root: Path, ro
 
 def test_parts_of_the_reward_are_weighed_by_name() -> None:
     config = load(GrpoConfig, [], ["reward_weights={accuracy: 1.0}"])
-    assert grpo.reward_weights(config) == {"format": 0.5, "accuracy": 1.0, "semantics": 0.3, "quality": 0.1}
+    assert reward_weights(config) == {"format": 0.5, "accuracy": 1.0, "semantics": 0.3, "quality": 0.1}
     for weights, said in (
         ("{accurracy: 1.0}", "reward_weights.accurracy: unknown option of reward: released; did you mean 'accuracy'"),
         ("{format: 0, accuracy: 0, semantics: 0, quality: 0}", "all are 0"),
@@ -260,7 +268,7 @@ def test_parts_of_the_reward_are_weighed_by_name() -> None:
         ("{accuracy: .inf}", "reward_weights"),
     ):
         with pytest.raises(UserError) as error:
-            grpo.reward_weights(load(GrpoConfig, [], [f"reward_weights={weights}"]))
+            reward_weights(load(GrpoConfig, [], [f"reward_weights={weights}"]))
         assert said in str(error.value)
 
 
@@ -601,7 +609,7 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     config = load(GrpoConfig, [], [f"generator.ref={folder}", f"generator.lora={lora}", judge])
     opened = RunFolder(tmp_path, is_main=True)
     job = GrpoJob(config, (), (), None)  # type: ignore[arg-type]
-    bind = partial(bind_data, opened, grpo._models(config))
+    bind = partial(bind_data, opened, config.models)
     bind(grpo._bound(job), True)
     bind(grpo._bound(job), False)
     lora.write_bytes(save({"a.lora_A.weight": torch.ones(1, 1)}))
@@ -613,7 +621,7 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     with pytest.raises(UserError, match="generator has changed since the run was started"):
         bind(grpo._bound(job), False)
     service = load(GrpoConfig, [], ["generator={kind: service}"])
-    assert set(hash_models(grpo._models(service))) == {"model", "the configuration of model"}
+    assert set(hash_models(service.models)) == {"model", "the configuration of model"}
 
 
 def test_the_questions_of_the_judge_are_part_of_a_run(tmp_path: Path) -> None:

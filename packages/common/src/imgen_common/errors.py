@@ -78,6 +78,16 @@ def warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def written_or_warned(write: Callable[[], Path], again: str) -> Path | None:
+    """The page that `write` writes of what is done already; None where it cannot be written, with a warning of what was
+    wrong.  again: the command that writes it again."""
+    try:
+        return write()
+    except WriteError as error:
+        warn_once(f"{error.what if isinstance(error, DiskFullError) else error}; {again} writes the page again")
+        return None
+
+
 def one_line(text: str, limit: int | None = 300) -> str:
     """Words of someone else on one line, so that they cannot rewrite a terminal: what cannot be printed becomes a
     space, and what exceeds `limit` is cut."""
@@ -206,6 +216,8 @@ def _explain(error: Exception) -> str | None:
         return str(DiskFullError(where or f"the disk is full ({one_line(str(error))})"))
     if where and failure is not None and failure.errno in MENDABLE:
         return f"{where}; {MENDABLE[failure.errno]}"
+    if "No usable temporary directory" in str(error):
+        return f"{one_line(str(error))}; {SET_TMPDIR}"
     if isinstance(error, ImportError) and "failed to map segment" in str(error):  # by the dynamic loader, of libtorch
         return f"memory ran out as libraries were loaded ({one_line(str(error))}); lift the limit (ulimit -v)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
@@ -213,6 +225,7 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
+SET_TMPDIR = "set TMPDIR to a folder that can be written"
 LESS_MEMORY = (
     "lower batch sizes, image size or precision, or take a larger device; flowbp estimate --memory 24GB says which "
     "settings help most, and --resume goes on from the last checkpoint"

@@ -36,8 +36,8 @@ OTHER_FILES = {
 """What a file of lines is instead that begins so."""
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
 """One of the names in the first line of a table."""
-OPTION = re.compile(r"(?:^|\s)--(?:ar|d|h|l|n|neg|negative_prompt|no|prompt|s|v|w)\s")
-"""An option behind a text, as sd-scripts, AUTOMATIC1111's interface and Midjourney read them."""
+OPTION = re.compile(r"(?:^|\s)--(?:ar|d|h|l|n|neg|negative_prompt|no|prompt|s|v|w)\s|^Negative prompt:|^Steps: \d+,")
+"""An option behind a text, or on a line of its own, as sd-scripts, AUTOMATIC1111 and Midjourney write them."""
 HOLDER = re.compile(r"""\[(["'].*)?\]|\{(["'].*)?\}""", re.DOTALL)
 """A list or an object, as JSON and Python write them into a cell."""
 RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")

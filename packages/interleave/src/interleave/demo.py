@@ -68,10 +68,10 @@ def serve_demo(make: Callable[[], StoryStreamer], host: str, port: int, allowed_
     Raises UserError if the extra is missing, if the address cannot be had, or without a token where others reach it.
     """
     token = required_token(host, TOKEN)
-    _import_gradio()
-    from interleave.serve.connections import build_limited_server
+    with open_listener(host, port) as listener:  # before all that takes long
+        _import_gradio()
+        from interleave.serve.connections import build_limited_server
 
-    with open_listener(host, port) as listener:
         app = create_demo_app(build_page(make()), token, host, allowed_hosts)
         print(listener_url(listener), flush=True)
         server = build_limited_server(

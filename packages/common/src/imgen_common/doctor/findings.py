@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from imgen_common.errors import SET_TMPDIR
 from imgen_common.files import free_bytes, nearest_existing
 
 GIB = 2**30
@@ -70,6 +71,11 @@ def _devices() -> Iterator[Finding]:
 
 
 def _disks(runs: Path) -> Iterator[Finding]:
+    try:
+        temporary = [Path(tempfile.gettempdir())]
+    except FileNotFoundError as error:
+        temporary = []
+        yield Finding("disk, temporary files", "problem", str(error.strerror), SET_TMPDIR)
     for name, folder, least, remedy in (
         (
             "runs",
@@ -77,7 +83,7 @@ def _disks(runs: Path) -> Iterator[Finding]:
             10,
             "make room, or give another --runs; flowbp estimate says what a run needs",
         ),
-        ("temporary files", Path(tempfile.gettempdir()), 1, "make room, or set TMPDIR"),
+        *(("temporary files", folder, 1, "make room, or set TMPDIR") for folder in temporary),
         ("shared memory", Path("/dev/shm"), 1, "give the container more (docker run --shm-size=8g)"),
     ):
         if folder.is_dir():

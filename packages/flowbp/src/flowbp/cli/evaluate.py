@@ -45,6 +45,7 @@ def sample(
         list[Path] | None, typer.Option("--image", metavar="FILE", help="An image to edit; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")] = Path("images"),
+    sets: Sets = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Generate images with a model or a run. Saves each image, and a grid of all of them. A seed gives the same image
@@ -71,8 +72,8 @@ def sample(
         if base and run is None:
             raise UserError("--base: is for --run; a model given by --model is untrained already")
         prompts = edits_of_files(prompts, images or [])
-        chosen = model if run is None else run
-        source = sources.model_source("builtin:shapes/generator" if chosen is None else chosen, runs, base=base)
+        chosen = next((ref for ref in (run, model) if ref is not None), "builtin:shapes/generator")
+        source = sources.model_source(chosen, runs, sets or [], base=base)
         config = source.config
         scale = config.eval_guidance_scales[0] if guidance is None else guidance
         sources.check_guidance_scale(scale)
@@ -89,16 +90,16 @@ def sample(
     quiet_libraries()
     print_notes(source.unread_prompts(prompts))
     backbone = source.load(device_of("auto"))
-    number, seeds, cells = sampling.next_file_number(out), range(seed, seed + num), []
-    with progress_bar() as on_progress:
+    seeds, cells = range(seed, seed + num), []
+    with sampling.own_numbers(out, len(prompts)) as number, progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
             made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
             for which, image in zip(seeds, made, strict=True):
                 save_png(image, out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
             cells += [*source_thumbnails(prompt, made[0].size), *made]
             on_progress(source.label, index + 1, len(prompts))
-    file = out / f"{number:03d}-grid.png"
-    save_png(grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4), file)
+        file = out / f"{number:03d}-grid.png"
+        save_png(grid(cells, num + len(images or []), scale=max(1, 128 // shape[1]), gap=4), file)
     print(f"images: {num * len(prompts)} of {source.label} at guidance {scale:g} in {out}\ngrid: {file}")
 
 

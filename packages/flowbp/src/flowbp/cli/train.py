@@ -14,7 +14,7 @@ import typer
 from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, written_or_warned
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -142,16 +142,16 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
     from flowbp.training import progress
     from flowbp.training.runs import compare_base_and_trained
 
-    page = report.write_report(run)
+    page = written_or_warned(lambda: report.write_report(run), f"flowbp report {run}")
     found = compare_base_and_trained(run)
     if isinstance(reporter, progress.JsonLinesReporter):
         results = [{"guidance": scale, "scores": scores_as_json(scores)} for scale, scores in found.items()]
-        reporter.event("done", run=str(run), report=str(page), seconds=seconds, results=results)
+        reporter.event("done", run=str(run), report=page and str(page), seconds=seconds, results=results)
         return
     print()
     own = config.guidance_scale if config.eval.model is None else None
     console.print_comparison(found, own, "base", "trained")
-    print(f"\n{progress.format_duration(seconds)}\nrun folder: {run}\nreport:     {page}")
+    print(f"\n{progress.format_duration(seconds)}\nrun folder: {run}\nreport:     {page or 'not written'}")
 
 
 def estimate(

@@ -1,7 +1,8 @@
 """Images and scores of a published model or of a trained run, outside of training."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -68,8 +69,25 @@ def sample(
 
 def next_file_number(folder: Path) -> int:
     """The first number that is larger than any with which a file name in the folder begins."""
-    found = [re.match(r"(\d+)-", path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    found = [re.match(r"\.?(\d+)-", path.name) for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+@contextlib.contextmanager
+def own_numbers(folder: Path, count: int) -> Iterator[int]:
+    """Within it `count` numbers, from that which it gives, are of this process: other ones take higher numbers."""
+    while True:
+        with contextlib.ExitStack() as marks:
+            first = next_file_number(folder)
+            try:
+                for number in range(first, first + count):
+                    mark = folder / f".{number:03d}-taken"
+                    mark.open("x").close()
+                    marks.callback(mark.unlink, missing_ok=True)
+            except FileExistsError:
+                continue  # another process took it between the two
+            yield first
+            return
 
 
 def slug(text: str) -> str:

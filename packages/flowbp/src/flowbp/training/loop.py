@@ -17,7 +17,7 @@ from flowbp.training import watchdog
 from flowbp.training.loading import load_models, load_rewards
 from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import NullReporter
-from flowbp.training.trainer import DIVERGED, Trainer
+from flowbp.training.trainer import DIVERGED, LOWER, Trainer
 from imgen_common.devices import any_process, float32_matmul_precision
 from imgen_common.errors import UserError
 from imgen_common.images import grid, to_pil
@@ -190,6 +190,8 @@ class TrainingLoop:
             if not saved:
                 return f"{message}then start anew, since the only checkpoint has these weights"
             message += f"remove {self.run.path}/checkpoints/step-{update:06d}, which has these weights; "
+        if error.advice not in (DIVERGED, LOWER):  # a resume takes no other model, reward or precision
+            return f"{message}then start anew"
         command = f"flowbp train --resume {self.run.path} --set KEY=VALUE"
         return f"{message}then go on from update {max(saved, default=0)} with: {command}"
 

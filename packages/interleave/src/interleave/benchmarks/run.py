@@ -94,7 +94,8 @@ class BenchmarkWork:
     def open(self) -> None:
         """Creates the folder, or goes on in it.  Raises UserError if it is of something else."""
         kept, facts = read_facts(self.out), self.facts()
-        if kept is None:
+        # a start that failed, as without its judge, left nothing that could be mixed with figures of others
+        if kept is None or not any((*self.out.glob("generation*"), *self.out.glob("answers*"))):
             with writing(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(self.out / FACTS, facts.model_dump_json(indent=1) + "\n")

@@ -107,11 +107,15 @@ def grpo(
     """
     announce_process()
     # what needs no torch is imported and checked first, so that a typo costs no time
+    from interleave.models.hashes import check_models
     from interleave.training.config import GrpoConfig
+    from interleave.training.reward import reward_weights
     from interleave.training.rows import rows_file
 
     run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
+    reward_weights(config)
     _check_start(config, dry_run)
+    check_models({} if dry_run else config.models)
     _ensure_set(run, configs, config, as_json, dry_run)
     rows_file(Path(config.data), "critic_rl")
     from interleave.training import run as launch

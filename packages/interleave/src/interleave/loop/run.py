@@ -10,7 +10,6 @@ import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 
-from imgen_common import hub
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, record_data
@@ -34,11 +33,9 @@ from interleave.loop.config import (
 )
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
-from interleave.models.chat.local import LocalChatConfig
 from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
-from interleave.models.generators.pipeline import PipelineConfig
-from interleave.models.hashes import hash_models
+from interleave.models.hashes import check_models, hash_models
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
@@ -141,11 +138,7 @@ def _models(config: RunConfig) -> dict[str, object]:
 
 def check_references(config: RunConfig) -> None:
     """Raises UserError for a model or an adapter that cannot be had, before anything is loaded."""
-    for model in _models(config).values():
-        if isinstance(model, LocalChatConfig | PipelineConfig):
-            hub.resolve(model.ref)
-        if isinstance(model, PipelineConfig) and model.lora is not None:
-            hub.resolve_adapter(model.lora, "generator.lora")
+    check_models(_models(config))
 
 
 def create_run(

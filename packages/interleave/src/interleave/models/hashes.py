@@ -1,4 +1,5 @@
-"""Hashes of the models that are loaded here, so that a resumed run cannot go on with others."""
+"""The models that are loaded here: whether they are there, and hashes of them, so that a resumed run cannot go on with
+others."""
 
 from collections.abc import Mapping
 
@@ -6,6 +7,15 @@ from imgen_common import hub
 from imgen_common.run_folder.data import DataHash, hash_file, hash_model
 from interleave.models.chat.local import LocalChatConfig
 from interleave.models.generators.pipeline import PipelineConfig
+
+
+def check_models(parts: Mapping[str, object]) -> None:
+    """Raises UserError for a model or an adapter, of a reference or a configuration by its name, that is not there."""
+    for name, part in parts.items():
+        if isinstance(part, str | PipelineConfig | LocalChatConfig):
+            hub.resolve(part if isinstance(part, str) else part.ref)
+        if isinstance(part, PipelineConfig) and part.lora is not None:
+            hub.resolve_adapter(part.lora, f"{name}.lora")
 
 
 def hash_models(parts: Mapping[str, object]) -> dict[str, DataHash]:

@@ -85,7 +85,7 @@ class AttemptView:
             "seed": str(one.seed),
             "times": ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in times.items()),
             "critic asked": f"{one.critic_tries} times" if one.critic_tries > 1 else "",
-            "probability of success": "" if one.success_probability is None else f"{one.success_probability:.3f}",
+            "probability of success": "" if one.success_probability is None else f"{one.success_probability:.3g}",
             "scores": scores,
             "generator": f"{one.generator.id} {params}",
             "image": one.image_id or "",

@@ -174,7 +174,7 @@ def cluster(config: ServeConfig) -> Iterator[None]:
     else:
         try:
             ray.init(address=config.ray_address, log_to_driver=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of many classes, such as RuntimeError for a cluster of another version
             raise UserError(f"ray_address {config.ray_address}: {one_line(str(error))}") from None
     if config.ray_address is None and ray.util.get_node_ip_address() != LOOPBACK:
         ray.shutdown()

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from imgen_common.config import NO_SECRETS, Config, UserPath
 from imgen_common.judging.objects import ParseMode
+from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.partial_parsing import FormatRule
 from interleave.agents.prompts import TemplateRef
 from interleave.agents.scoring import JudgeConfig, VerifierJudgeConfig
@@ -123,3 +124,9 @@ class GrpoConfig(TrainingConfig):
     """With vLLM: training stops when its log-probabilities differ from the trainer's by more than this on average."""
     prices: PricesConfig = PricesConfig()
     """Prices for `--dry-run`."""
+
+    @property
+    def models(self) -> dict[str, object]:
+        """What is trained, and what makes its rewards, by their keys."""
+        judge = self.judge.model if isinstance(self.judge, ModelJudgeConfig) else None
+        return {"model": self.model, "generator": self.generator, "judge.model": judge}

@@ -4,7 +4,7 @@ Generator, judge and scorer run on the event loop of a thread of their own, so t
 is loaded and closed after it is trained.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from interleave.training.batch_plan import GrpoBatchPlan, TrlBatchOptions, plan_
 from interleave.training.config import GrpoConfig
 from interleave.training.environment import add_regenerate_tool
 from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory, zero_options
-from interleave.training.reward import PAPER_WEIGHTS, WEIGHTS
+from interleave.training.reward import reward_weights
 from interleave.training.rows import GrpoJob, build_dataset, critic_prompt, image_store, read_rows, select_by_length
 from interleave.training.scoring import (
     ScoringThread,
@@ -36,19 +36,11 @@ from interleave.training.trl_options import (
     RESERVED_GRPO,
     build_lora_config,
     check_arguments,
-    check_keys,
     check_options,
     check_values,
     refusals_of_trl,
 )
 from interleave.training.vision import check_trainable
-
-REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    "released": WEIGHTS,
-    "paper": PAPER_WEIGHTS,
-    "trajectory": {"trajectory": 1.0},
-}
-"""The parts of each reward and their weights, by the key `reward`."""
 
 
 def check_settings(config: GrpoConfig) -> None:
@@ -87,16 +79,6 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     batch_plan = plan_grpo_batches(config, len(kept), failed, len(rows) - len(kept), processes)
     check_arguments(config.trl, GRPOConfig, processes)  # its words about batches are worse than the plan's
     return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan)
-
-
-def reward_weights(config: GrpoConfig) -> dict[str, float]:
-    """Weights of the parts of the reward, in the order of its functions.  Raises UserError for an unknown part."""
-    own = REWARD_WEIGHTS[config.reward]
-    check_keys("reward_weights", config.reward_weights, set(own), f"reward: {config.reward}")
-    weights = {**own, **config.reward_weights}
-    if not any(weights.values()):
-        raise UserError("reward_weights: all are 0, so that every answer gets the same reward; raise one")
-    return weights
 
 
 def load_single_step_template(ref: TemplateRef) -> Template:
@@ -151,12 +133,6 @@ def _bound(job: GrpoJob) -> dict[str, Sequence[object]]:
     return {"critic_rl": job.rows, "template": job.prompts, "the templates of judge": texts}
 
 
-def _models(config: GrpoConfig) -> dict[str, object]:
-    """What is trained, and what makes its rewards."""
-    judge = config.judge.model if isinstance(config.judge, ModelJudgeConfig) else None
-    return {"model": config.model, "generator": config.generator, "judge.model": judge}
-
-
 def train_grpo(
     config: GrpoConfig,
     command: Sequence[str],
@@ -187,7 +163,7 @@ def train_grpo(
         where: dict[str, Any] = {"runs": runs, "name": name, "default_name": "grpo_critic", "resume": resume}
         opened = run.open_run(config, arguments, command, **where)
         with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, "grpo"):
-            run.bind_data(run_folder, _models(config), _bound(job), resume is None)
+            run.bind_data(run_folder, config.models, _bound(job), resume is None)
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)

@@ -18,11 +18,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from dataclasses import dataclass, field
 from typing import Any
 
+from imgen_common.errors import UserError
 from interleave.agents.partial_parsing import has_format, parse_partial_answer
 from interleave.models.concurrency import mark_retrieved
 from interleave.protocols import BackendError, CriticInput, GenerationRequest, Generator, HashedImage, Judge
 from interleave.records import Scores
-from interleave.training.config import ScorerConfig
+from interleave.training.config import GrpoConfig, ScorerConfig
+from interleave.training.trl_options import check_keys
 
 RewardFunction = Callable[..., Coroutine[Any, Any, list[float | None]]]
 
@@ -33,6 +35,22 @@ WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "semantics": 0.3
 """Weights of the released code."""
 PAPER_WEIGHTS: Mapping[str, float] = {"format": 0.5, "accuracy": 0.1, "step": 0.4}
 """Weights of the paper, R = 0.5 F + 0.5 (0.2 R_acc + 0.8 R_step), see `paper_parts`."""
+REWARD_WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "released": WEIGHTS,
+    "paper": PAPER_WEIGHTS,
+    "trajectory": {"trajectory": 1.0},
+}
+"""The parts of each reward and their weights, by the key `reward`."""
+
+
+def reward_weights(config: GrpoConfig) -> dict[str, float]:
+    """Weights of the parts of the reward, in the order of its functions.  Raises UserError for an unknown part."""
+    own = REWARD_WEIGHTS[config.reward]
+    check_keys("reward_weights", config.reward_weights, set(own), f"reward: {config.reward}")
+    weights = {**own, **config.reward_weights}
+    if not any(weights.values()):
+        raise UserError("reward_weights: all are 0, so that every answer gets the same reward; raise one")
+    return weights
 
 
 @dataclass(frozen=True)

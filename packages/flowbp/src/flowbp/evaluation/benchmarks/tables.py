@@ -10,7 +10,7 @@ import numpy as np
 
 from flowbp.evaluation.benchmarks.geneval import Tag
 from flowbp.evaluation.benchmarks.settings import GENEVAL_KINDS, GENEVAL_SHAPES, BenchmarkConfig, read_scores
-from flowbp.evaluation.compare import MeanScore, mean_score, sort_scores
+from flowbp.evaluation.compare import MeanScore, format_score, mean_score, sort_scores
 from imgen_common.console import markdown_table
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic
@@ -112,7 +112,9 @@ def format_cell(row: BenchmarkRow, name: str) -> tuple[str, str]:
         return "-", ""
     if name in PERCENT:
         return f"{one.mean:.2f}", f"{one.low:.1f} to {one.high:.1f}"
-    return f"{one.mean:.4f}", f"{one.low:.4f} to {one.high:.4f}"
+    shown = (one.mean, one.low, one.high)
+    mean, low, high = (format_score(name, value, *shown) for value in shown)
+    return mean, f"{low} to {high}"
 
 
 def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
