@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import loading, weight_files
+from imgen_common.weights import check_file, loading, weight_files
 
 
 def write_json(path: Path, content: object) -> None:
@@ -389,7 +389,10 @@ def test_weights_that_are_there_twice_are_refused(make: Callable[[Path], Path], 
         hub.resolve(str(make(tmp_path / "model")))
 
 
-@pytest.mark.parametrize("name", ["flux1-dev.safetensors", "consolidated.safetensors", "Model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["flux1-dev.safetensors", "consolidated.safetensors", "Model.safetensors", "model.fp16-00001-of-00002.safetensors"],
+)
 def test_weights_that_are_not_loaded_are_no_weights(name: str, tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
@@ -458,17 +461,17 @@ def write_header(path: Path, header: object, size: int) -> None:
 def test_a_header_that_lies_is_refused(name: str, tmp_path: Path) -> None:
     write_header(tmp_path / "w.safetensors", *HEADERS[name])
     with pytest.raises(UserError, match=r"w\.safetensors is cut short or not a safetensors file"):
-        hub.check_file(tmp_path / "w.safetensors")
+        check_file(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"123", struct.pack("<Q", 2**63), struct.pack("<Q", 10**8 + 1) + b"{" * 64])
 def test_a_header_of_any_length_is_bounded(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="not a safetensors file"):
-        hub.check_file(tmp_path / "w.safetensors")
+        check_file(tmp_path / "w.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(UserError, match="not a file"):
-        hub.check_file(tmp_path / "folder.safetensors")
+        check_file(tmp_path / "folder.safetensors")
 
 
 @pytest.mark.exhaustive
@@ -482,7 +485,7 @@ def test_headers_with_changed_bytes_are_read_or_refused(tmp_path: Path) -> None:
             content[rng.randrange(len(content))] = rng.choice(b'0123456789{}[],:"\\ \xff\0ab')
         file.write_bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
         with contextlib.suppress(UserError):
-            hub.check_file(file)
+            check_file(file)
 
 
 INDEXES: dict[str, object] = {
@@ -725,7 +728,6 @@ def test_a_setting_that_hides_the_token_is_named(fake: FakeHub, monkeypatch: pyt
     [
         ("HF_ENDPOINT", "mirror", httpx2.UnsupportedProtocol("Request URL is missing a protocol.")),
         ("HTTPS_PROXY", "http://me:hf_caf\xe9@127.0.0.1:1", httpx2.ProxyError("407 Proxy Authentication Required")),
-        ("all_proxy", "socks5h://127.0.0.1:9", ImportError("Using SOCKS proxy, but the package is not installed.")),
         ("HF_HOME", "a-file", NotADirectoryError(20, "Not a directory", "a-file/token")),
     ],
 )
@@ -740,6 +742,52 @@ def test_variables_that_the_hub_is_reached_by_are_named(
     with pytest.raises(UserError, match=f"check the name, the variable {variable} and the network") as found:
         hub.resolve("org/name")
     assert "hf_caf" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [
+        ("http://user:hun#ter2@127.0.0.1:1", r"the proxy \.\.\.@127.0.0.1:1 of the environment: must be"),
+        ("socks5h://user:hunter2@127.0.0.1:9", "needs the package socksio"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_refused_without_its_password(
+    proxy: str, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("NO_PROXY", "no_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with pytest.raises(UserError, match=said) as found:
+        hub.resolve("org/name")
+    assert "hun" not in str(found.value)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (LATER, r"accept its license at \.\.\.@mirror/org/name, log in"),
+        (
+            ValueError("502 Bad Gateway for http://me:hunter2@mirror/org/name"),
+            r"502 Bad Gateway for http://\.\.\.@mirror/org",
+        ),
+        (
+            answer(500, "", HfHubHTTPError, "no http://me:hunter2@mirror/org/name"),
+            r"\(no http://\.\.\.@mirror/org/name\); check",
+        ),
+    ],
+    ids=["gated", "client", "hub"],
+)
+def test_a_password_in_the_address_of_a_mirror_is_not_shown(
+    error: Exception, said: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_the_hub_fail(error, monkeypatch)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://me:hunter2@mirror")
+    with pytest.raises(UserError, match=said) as found:
+        hub.resolve("org/name")
+    assert "hunter2" not in str(found.value)
 
 
 @pytest.mark.parametrize(

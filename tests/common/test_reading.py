@@ -35,6 +35,7 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("p.txt", "1. a cat\n", ["1. a cat"]),
         ("p.txt", "- a cat\na dog\n“a” sign\n", ["- a cat", "a dog", "“a” sign"]),
         ("P.TXT", "\ufeffa cat\r\n\r\n   \r\na dog", ["a cat", "a dog"]),
+        ("p.txt", "text, caption and title\nls --all\n-- a # b\n", ["text, caption and title", "ls --all", "-- a # b"]),
         ("wildcards.txt", "{a|the} cat\n[a:b:0.5] <lora:x:1> dog\n", ["{a|the} cat", "[a:b:0.5] <lora:x:1> dog"]),
         ("joined.txt", "\ufeffa cat\n\ufeffa dog\n", ["a cat", "a dog"]),
         ("p.jsonl", '{"prompt": "a"}\n\n"b"\n', ["a", "b"]),
@@ -145,6 +146,31 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         *(
             ("p.txt", lines, "p.txt: is a list whose items begin with a number or a mark")
             for lines in ("1. a cat\n2. a dog\n", "1) a cat\n2) a dog\n", "- a cat\n- a dog\n", "•\ta cat\n•\ta dog\n")
+        ),
+        *(
+            ("p.txt", f"{before}1. a cat\n2. a dog\n{after}3. a hat\n", "is a list whose items begin with")
+            for before, after in (("Here are 3 prompts:\n", ""), ("Animals\n", "\nThings\n"))
+        ),
+        ("p.txt", "## Animals\n- a cat\n", "p.txt: is text with comments or headings (#); remove the lines"),
+        ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt: is text with comments or headings (#)"),
+        ("p.txt", "a cat\na dog --n low quality --w 768\n", "p.txt: has options of another program (--n)"),
+        ("p.txt", '--prompt "a cat" --width 1024\n', "p.txt: has options of another program (--prompt)"),
+        (
+            "p.txt",
+            "a cat\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a\n",
+            "another program (Negative prompt:)",
+        ),
+        ("p.txt", "a cat\nSteps: 20, Sampler: Euler a, Seed: 1\n", "another program (Steps: 20,)"),
+        ("p.txt", "a cat\na dog, oil --ar 16:9 --v 6\n", "p.txt: has options of another program (--ar)"),
+        *(
+            ("p.txt", f"{names}\na cat{names[5:]}\n", f"p.txt: its first line, {names}, names a column")
+            for names in ("image,caption", "prompt;category", '"prompt","id"', "text|n")
+        ),
+        ("p.txt", '"a cat",\n"a dog",\n"a bird"\n', "p.txt: has each text in quotes"),
+        ("p.txt", '{ "prompt": "a cat" }\n', "p.txt: is JSON"),
+        *(
+            ("p.csv", f"prompt;id\n{cell};1\n", "p.csv:2: prompt holds a list or an object (")
+            for cell in ('"[""a cat"", ""a dog""]"', "['a cat', 'a dog']", "{'en': 'a cat'}", "[]")
         ),
         ("p.csv", "prompt,id\na cat,1\nprompt,id\na dog,1\n", "p.csv:3: names the columns again, as where two files"),
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),

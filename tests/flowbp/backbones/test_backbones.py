@@ -95,7 +95,7 @@ def test_distilled_and_foreign_models_are_refused(pipeline: Flux2KleinPipeline, 
     pipeline.register_to_config(is_distilled=False)
     with pytest.raises(UserError, match=r"step-distilled, as its model_index.json says.*model.allow_distilled=true"):
         backbones.load(str(tmp_path / "distilled"))
-    for name in ("Klein-Turbo", "FLUX.1-schnell"):
+    for name in ("Klein-Turbo", "FLUX.1-schnell", "models--org--FLUX.1-schnell/snapshots/741f7c"):
         pipeline.save_pretrained(tmp_path / name)
         with pytest.raises(UserError, match="step-distilled, as its name says"):
             backbones.load(str(tmp_path / name))

@@ -1,6 +1,7 @@
 """`lora.init`: adapters of every form are taken up, exactly, or refused in one line."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -360,6 +361,31 @@ def test_what_diffusers_and_peft_write_beside_an_adapter_is_read(tmp_path: Path)
     header = {"lora_adapter_metadata": json.dumps({"r": 4, "use_dora": True})}
     with pytest.raises(UserError, match="its use_dora is not supported"):
         read_adapter(str(saved(tmp_path / "dora.safetensors", "", header)), net, "Flux2KleinPipeline")
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "missing"),
+    [
+        ("sd3", r"transformer_blocks\.1\.attn\..*", None),  # and of these add_q_proj, which no image depends on
+        ("flux", "proj_out|.*attn.to_q", r"single_transformer_blocks\.0\.proj_out"),
+    ],
+)
+def test_an_adapter_of_some_layers_is_taken_up_for_these_alone(
+    family: str, part: str, missing: str | None, tmp_path: Path
+) -> None:
+    model = folder_of(family, tmp_path)
+    net, keys = init_empty_weights(str(model)).net, {}
+    linear = {name: one for name, one in net.named_modules() if isinstance(one, nn.Linear) and re.fullmatch(part, name)}
+    for name, module in linear.items():
+        keys[f"transformer.{name}.lora_A.weight"] = torch.ones(2, module.in_features)
+        keys[f"transformer.{name}.lora_B.weight"] = torch.ones(module.out_features, 2)
+    save_file(keys, tmp_path / "a.safetensors")
+    config = config_of(model, tmp_path / "a.safetensors")
+    if missing is None:
+        assert sum(check_run(config, 1).lora_layers.values()) == len(linear)
+    else:
+        with pytest.raises(UserError, match=rf"lora\.init .*: has no {missing}, whose name ends as that of a layer"):
+            check_run(config, 1)
 
 
 def test_another_adapter_or_other_questions_in_their_place_are_noticed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flowbp.data.embeddings import (
     fingerprint,
 )
 from imgen_common import hub
+from imgen_common.devices import float32_matmul_precision
 from imgen_common.errors import UserError
 from imgen_common.run_folder import data
 
@@ -151,6 +152,8 @@ def test_a_fingerprint_is_that_of_the_text_encoders(folder: Path, backbone: Back
     before = mark()
     assert mark(ref="elsewhere", height=64, width=8, recompute="all", working_copy=False) == before
     encoder = backbone.pipe.text_encoder
+    with float32_matmul_precision("high"):
+        assert mark() != before
     for dtype in (torch.bfloat16, torch.float16):
         encoder.to(dtype)
         assert mark() != before
@@ -206,7 +209,9 @@ def test_embeddings_of_another_precision_are_not_taken(tmp_path: Path) -> None:
     rows: dict[torch.dtype, torch.Tensor] = {}
     models = {dtype: backbones.load(ModelConfig().ref, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
     for dtype, miniature in [*models.items(), *models.items()]:
-        mark = fingerprint(hub.resolve(ModelConfig().ref), miniature, ModelConfig())
+        mark = fingerprint(folder := hub.resolve(ModelConfig().ref), miniature, ModelConfig())
+        with float32_matmul_precision("high"):
+            assert (fingerprint(folder, miniature, ModelConfig()) == mark) == (dtype == torch.bfloat16)
         found = PromptEmbeddings(miniature, EmbeddingStore(tmp_path), mark)(PROMPTS)[0]["text"]
         assert found.dtype == dtype
         assert torch.equal(rows.setdefault(dtype, found), found)

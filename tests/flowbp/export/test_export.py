@@ -169,6 +169,7 @@ def test_licenses_are_known_or_said_not_to_be() -> None:
     assert license_of("black-forest-labs/FLUX.2-klein-base-4B@main") == "Apache-2.0"
     assert "non-commercial" in license_of("black-forest-labs/FLUX.2-klein-base-9B")
     assert "not known" in license_of("someone/something")
+    assert license_of("cache/hub/models--black-forest-labs--FLUX.1-schnell/snapshots/741f7c") == "Apache-2.0"
 
 
 @pytest.mark.parametrize(

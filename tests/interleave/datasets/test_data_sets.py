@@ -826,6 +826,14 @@ def test_of_a_folder_the_training_rows_of_one_configuration_are_read(
         assert [row["name"] for _, row in read_items(tmp_path)] == [name for name in names if read in name]
 
 
+def test_parquet_files_of_a_linked_folder_are_read(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    pq.write_table(pa.table({"name": ["a"]}), tmp_path / "scratch" / "0.parquet")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "node1").symlink_to(tmp_path / "scratch")
+    assert [row for _, row in read_items(tmp_path / "all")] == [{"name": "a"}]
+
+
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "critic.json").write_text("[]")

@@ -59,6 +59,9 @@ def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, n
         ),
         ("r.csv", "text,imagse\na,b\n", "did you mean 'images'"),
         ("r.json", "[3]", "r.json: item 1: must be an object or a text, got a number"),
+        ("r.jsonl", '{"text": "a", "category": 3}', "category: Input should be a valid string, got a number; allowed"),
+        ("r.jsonl", '{"content": [{"text": "a"}]}', "content.0: Input should be a valid string, got an object;"),
+        ("r.jsonl", '{"text": null}', "r.jsonl:1: the request is empty"),
         ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
     ],
 )
@@ -73,6 +76,14 @@ def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("text,images\na,\"['a.png', 'b.png']\"\n")
     with pytest.raises(UserError, match=r"r\.csv:2: images: a cell has one path; write the rows as \.jsonl"):
         read_requests(tmp_path / "r.csv", ImageStore(tmp_path / "images"))
+
+
+def test_null_is_a_key_that_is_left_out(tmp_path: Path) -> None:
+    """As pandas and datasets write rows without a value."""
+    names = ("id", "category", "images", "content")
+    for row in ({"text": "a"}, {"text": "a"} | dict.fromkeys(names)):
+        (tmp_path / "r.jsonl").write_text(json.dumps(row))
+        assert read_requests(tmp_path / "r.jsonl", store := ImageStore(tmp_path)) == [make_request("a", (), store)]
 
 
 @pytest.mark.parametrize("address", ["https" + "://a.b/c.png?token=SECRET", "s3" + "://bucket/SECRET.png"])

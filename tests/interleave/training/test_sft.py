@@ -556,7 +556,13 @@ def test_adapters_on_embeddings_that_are_the_output_layer_too(root: Path, lora: 
         check_adapters(quick(root, {"r": 2} | lora))
 
 
-@pytest.mark.parametrize(("outer", "inner"), [(False, None), (False, True), (True, None), (True, False)])
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (False, None),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((False, True), (True, None), (True, False))),
+    ],
+)
 def test_the_outer_configuration_says_whether_embeddings_are_the_output_layer(
     tmp_path: Path, outer: bool, inner: bool | None
 ) -> None:
@@ -648,20 +654,22 @@ def test_a_tracker_that_is_not_installed_is_found_before_a_run_is_made(
 def test_a_tracker_that_does_not_start_is_named(checkpoint: str | None) -> None:
     from interleave.training import run as launch
 
-    class UsageError(Exception):
-        __module__ = "wandb.errors"
+    class MlflowException(Exception):
+        __module__ = "mlflow.exceptions"
 
     def train(resume_from_checkpoint: str | None) -> None:
-        raise UsageError("api_key not configured (no-tty).\ncall wandb.login")
+        raise MlflowException("API request failed:\nConnection refused")
 
-    trainer = SimpleNamespace(args=SimpleNamespace(report_to=["wandb"]), model=torch.nn.Linear(1, 1), train=train)
+    trainer = SimpleNamespace(args=SimpleNamespace(report_to=["mlflow"]), model=torch.nn.Linear(1, 1), train=train)
     trainer.pop_callback = trainer.add_callback = lambda callback: None
     callback = SimpleNamespace(shutdown=contextlib.nullcontext(), began=False)
-    said = r"^trl.report_to: wandb does not start \(api_key not configured \(no-tty\)\. call wandb\.login\); log in, or"
+    said = (
+        r"^trl.report_to: mlflow does not start \(API request failed: Connection refused\); correct that, or leave it"
+    )
     with pytest.raises(OptionsRefusedError, match=said):
         launch.run_training(trainer, callback, checkpoint)
     callback.began = True
-    with pytest.raises(UsageError):
+    with pytest.raises(MlflowException):
         launch.run_training(trainer, callback, checkpoint)
 
 

@@ -12,7 +12,9 @@ from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import (
+    check_file,
     check_numbers,
+    check_pointer,
     check_tokenizer_files,
     incomplete,
     is_plain_name,
@@ -55,7 +57,6 @@ REQUIRED_PARTS = (
 )
 """Components of a pipeline that it has, where its model_index.json names them at all; others may be null there."""
 MAX_REF = 4096
-POINTER = "{}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there"
 
 
 def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Path:
@@ -172,8 +173,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     for file in sorted(folder.rglob("*")):
         if weights and file.name.endswith(UNFINISHED):
             raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")
-        if any(map(file.match, DESCRIPTION_FILES)) and _is_pointer(file):
-            raise UserError(POINTER.format(file))
+        if any(map(file.match, DESCRIPTION_FILES)):
+            check_pointer(file)
     if index.exists():
         for name, (library, class_name) in _components(folder).items():
             if library not in LIBRARIES:
@@ -183,32 +184,6 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         _check_files(folder, folder, weights)
         if (folder / "config.json").exists():
             check_tokenizer_files(folder, folder, "")
-
-
-def check_file(file: Path, folder: Path | None = None) -> None:
-    """Raise UserError unless `file` is whole: its header is valid, and the tensors in it fill the file exactly.
-
-    Only the header is read (by safetensors itself, which bounds it).  folder: of the model that the file belongs to.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if not file.is_file():
-            raise OSError("not a file")
-        with safe_open(file, "np"):
-            return
-    except (OSError, SafetensorError) as error:
-        if _is_pointer(file):
-            raise UserError(POINTER.format(file)) from None
-        reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
-        raise incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
-
-
-def _is_pointer(file: Path) -> bool:
-    if not file.is_file():
-        return False
-    with file.open("rb") as content:
-        return b"git-lfs" in content.read(64)
 
 
 def pipeline_index(ref: str, folder: Path) -> dict[str, Any]:
@@ -285,7 +260,9 @@ def _download(ref: str, repo: str, revision: str | None, file: str | None, *, we
 
     file: the adapter that is wanted alone, with what describes it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+
+    from imgen_common.http.addresses import check_proxy, proxy_of
 
     offline = _offline() is not None
 
@@ -294,6 +271,8 @@ def _download(ref: str, repo: str, revision: str | None, file: str | None, *, we
         return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=leave, **options))
 
     try:
+        if not offline and (proxy := proxy_of(constants.ENDPOINT)):
+            check_proxy(proxy)
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
@@ -319,6 +298,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     """Why the hub gave no files, and what to do."""
     from huggingface_hub import constants, errors
 
+    from imgen_common.http.addresses import CREDENTIALS, redacted
+
     if variable := _offline():
         return f"{variable} is set, and the cache has no complete copy of it; {_remedy(ref)}"
     hidden = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
@@ -329,7 +310,7 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
         return f"the disk of {constants.HF_HUB_CACHE} is full; make room, or set HF_HOME to another disk"
     said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
-        page, words = f"{constants.ENDPOINT}/{repo}", f" (the hub says: {said})" if said else ""
+        page, words = f"{redacted(constants.ENDPOINT)}/{repo}", f" (the hub says: {said})" if said else ""
         return f"the repository is gated: accept its license at {page}, {login}, then run this command again{words}"
     if any(issubclass(kind, errors.RevisionNotFoundError) for kind in kinds):
         return f"the hub has {repo}, but no revision {revision!r} of it; give a branch, tag or commit that it has"
@@ -339,7 +320,7 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
         return f"the hub refuses the token that it was given ({said or 'status 401'}); {login} anew"
     if UnicodeEncodeError in kinds:
         return f"the token that it would be given has characters that no token has; {login} anew"
-    said = said or one_line(str(causes[-1])) or type(causes[-1]).__name__
+    said = CREDENTIALS.sub("//...@", said or one_line(str(causes[-1])) or type(causes[-1]).__name__)
     if any(isinstance(one, json.JSONDecodeError) for one in causes):
         said = f"it answered something else than the hub does, as a proxy's page to log in: {said}"
     said += "; set SSL_CERT_FILE to the certificate of its authority" if "CERTIFICATE_VERIFY_FAILED" in said else ""

@@ -30,11 +30,16 @@ OTHER_FILES = {
     **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
     "{\\rtf": "rich text (RTF); save it as plain text",
     **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
+    **dict.fromkeys(("# ", "## "), "text with comments or headings (#); remove the lines that begin so"),
     "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
 }
 """What a file of lines is instead that begins so."""
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
-"""What the first line of a table of one column is."""
+"""One of the names in the first line of a table."""
+OPTION = re.compile(r"(?:^|\s)--(?:ar|d|h|l|n|neg|negative_prompt|no|prompt|s|v|w)\s|^Negative prompt:|^Steps: \d+,")
+"""An option behind a text, or on a line of its own, as sd-scripts, AUTOMATIC1111 and Midjourney write them."""
+HOLDER = re.compile(r"""\[(["'].*)?\]|\{(["'].*)?\}""", re.DOTALL)
+"""A list or an object, as JSON and Python write them into a cell."""
 RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
 """Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
 QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
@@ -81,19 +86,26 @@ def _check_lines(lines: Sequence[str], path: Path) -> None:
     first = lines[0] if lines else ""
     if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
         raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
-    if what := next((what for start, what in OTHER_FILES.items() if first.lower().startswith(start)), None):
+    closed = re.sub(r"^([\[{])\s+", r"\1", first.lower())
+    if what := next((what for start, what in OTHER_FILES.items() if closed.startswith(start)), None):
         raise UserError(f"{path}: is {what}")
+    if option := next(filter(None, map(OPTION.search, lines)), None):
+        what = f"options of another program ({option[0].strip()})"
+        raise UserError(f"{path}: has {what}, which would be read as words; write the texts alone")
     if first.rstrip().endswith(("[", "{")):
         what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
         raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
-    if first.strip(' "').lower() in COLUMNS:
+    cells = [cell.strip(' "').lower() for cell in re.split("[,;|]", first)]
+    if any(cell in COLUMNS for cell in cells) and not any(" " in cell for cell in cells):
         raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
-    if len(lines) > 1 and all(map(ITEM.match, lines)):
-        what = f"a list whose items begin with a number or a mark ({one_line(first, 40)})"
+    items = list(filter(ITEM.match, lines))
+    if len(items) > max(1, len(lines) / 2):  # the others are headings, or what a chat model says of its list
+        what = f"a list whose items begin with a number or a mark ({one_line(items[0], 40)})"
         raise UserError(f"{path}: is {what}; write each text on a line without it")
     if "\t" in first:
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
-    if lines and any(all(len(line) > 1 and line[0] + line[-1] == marks for line in lines) for marks in QUOTES):
+    ends = {line[0] + line.rstrip(" ,")[-1:] if len(line) > 1 else "" for line in lines}
+    if len(ends) == 1 and ends <= set(QUOTES):
         raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
 
 
@@ -212,4 +224,7 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
         row = {name: cell for name, cell in zip(columns, values, strict=True) if cell or name == key}
         remedy = "remove the row, or write the texts one a line in a .txt if it is one"
         check_cell(row.get(key, ""), f"{path}:{number}: {key}", remedy)
+        if HOLDER.fullmatch(row.get(key, "").strip()):
+            what = f"a list or an object ({one_line(row[key], 40)}), not a text"
+            raise UserError(f"{path}:{number}: {key} holds {what}; write a row for each text")
         yield f"{path}:{number}", row

@@ -23,8 +23,8 @@ QUANTIZED = ("quantization_config", "compression_config")
 REMEDY = "copy weights and config.json from one place"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library names the file of a whole model's weights."""
-WEIGHT_FILE = r"{stem}(\.(?P<file>[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
-"""That file or the index of its shards, with their variant (fp16, bf16, ...) if they are of one."""
+WEIGHT_FILE = r"{stem}(\.(?P<file>(?!.*-\d{{5}}-of-\d{{5}})[\w-]+))?\.safetensors(\.index(\.(?P<index>[\w-]+))?\.json)?"
+"""That file or the index of its shards, no shard, with their variant (fp16, bf16, ...) if they are of one."""
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",), ("tekken.json",))
 """Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
 NO_VOCABULARY = "ByT5"
@@ -84,6 +84,32 @@ def loading(what: str) -> Iterator[None]:
             shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
             reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
         raise UserError(f"{what} ({reason})") from error
+
+
+def check_file(file: Path, folder: Path | None = None) -> None:
+    """Raise UserError unless `file` is whole: its header is valid, and the tensors in it fill the file exactly.
+
+    Only the header is read (by safetensors itself, which bounds it).  folder: of the model that the file belongs to.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not file.is_file():
+            raise OSError("not a file")
+        with safe_open(file, "np"):
+            return
+    except (OSError, SafetensorError) as error:
+        check_pointer(file)
+        reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
+        raise incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
+
+
+def check_pointer(file: Path) -> None:
+    """Raise UserError for a file in whose place Git has left a pointer to it."""
+    if file.is_file():
+        with file.open("rb") as content:
+            if b"git-lfs" in content.read(64):
+                raise UserError(f"{file}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
 
 
 def check_numbers(file: Path, config: dict[str, Any]) -> None:

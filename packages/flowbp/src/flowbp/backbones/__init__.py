@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowbp.backbones.licenses import PUBLISHED, license_of
+from flowbp.backbones.licenses import PUBLISHED, license_of, name_of
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.weights import QUANTIZED, read_json
@@ -127,5 +127,5 @@ def _resolve_family(
 
 def what_says_distilled(ref: str, index: Mapping[str, Any]) -> str:
     """What says that a model is step-distilled: its model_index.json, or its name, where that does not; else empty."""
-    is_called_so = re.search("turbo|schnell", Path(ref.split("@")[0]).name.lower())
+    is_called_so = re.search("turbo|schnell", Path(name_of(ref)).name.lower())
     return "its model_index.json" if index.get("is_distilled") else "its name" if is_called_so else ""

@@ -18,9 +18,15 @@ KNOWN_LICENSES = (
 )
 
 
+def name_of(ref: str) -> str:
+    """A model reference without its revision; for a folder in the hub's cache the `org/name` that it is a copy of."""
+    cached = re.findall(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)", ref)
+    return "/".join(cached[-1]) if cached else ref.split("@")[0]
+
+
 def license_of(ref: str) -> str:
     """The license of a model reference, whatever the revision, or a text that says that it is not known."""
-    known = [license for form, license in KNOWN_LICENSES if re.fullmatch(form, ref.split("@")[0])]
+    known = [license for form, license in KNOWN_LICENSES if re.fullmatch(form, name_of(ref))]
     return known[0] if known else "not known; see the model's own page, or whoever made the folder"
 
 

@@ -169,7 +169,11 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
         return lora.target_modules
     ends = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in layers})
     ends = [end for end in ends if not any(end.endswith(f".{other}") for other in ends)]  # each layer counts once
-    return tuple(ends) if chosen(ends) == layers else tuple(sorted(layers))
+    if chosen(ends) == layers:
+        return tuple(ends)
+    if others := sorted(chosen(layers) - layers):  # the name of a layer is the end of that of others
+        raise UserError(f"lora.init {lora.init}: has no {others[0]}, whose name ends as that of a layer that it has")
+    return tuple(sorted(layers))
 
 
 def _options(ref: str, file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -198,11 +198,14 @@ def digest(*parts: str) -> str:
 def fingerprint(folder: Path, backbone: Backbone, model: ModelConfig) -> str:
     """Of everything that the embeddings of a backbone depend on.
 
-    The files of its text encoders and tokenizers and the configurations beside them; the encoders' precision and kind
-    of device; the settings of the model but `UNRELATED`; and the libraries that compute.
+    The files of its text encoders and tokenizers and the configurations beside them; the encoders' precision, also
+    that of their products, and kind of device; the settings of the model but `UNRELATED`; and the libraries that
+    compute.
     """
     encoders = {name: backbone.pipe.components[name] for name in text_encoder_names(backbone.pipe)}
     found = [f"{name} {part.dtype} {part.device.type}" for name, part in encoders.items() if part is not None]
+    if any(part is not None and part.dtype == torch.float32 for part in encoders.values()):
+        found.append(torch.get_float32_matmul_precision())
     found += [model.model_dump_json(exclude=set(UNRELATED)), *(f"{name} {version(name)}" for name in LIBRARIES)]
     patterns = (
         "text_encoder*/**/*",

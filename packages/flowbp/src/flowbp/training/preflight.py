@@ -91,7 +91,7 @@ def check_run(
         lora = adopt_adapter(config.lora, backbone.net, type(backbone.pipe).__name__)
         config = config.model_copy(update={"lora": lora})
     layers = layers_of_targets(backbone.net, config.lora) if config.lora else {}
-    _check_used(layers, backbone.unused_layers)
+    _check_used(config, layers, backbone.unused_layers)
     num_weights = sum(p.numel() for p in mark_trainable(backbone.net, config).values())
     parts = {"data.prompts": prompts.data, "eval.prompts": prompts.eval}
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
@@ -115,8 +115,13 @@ def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
     return found
 
 
-def _check_used(layers: Mapping[str, Sequence[str]], unused: tuple[str, ...]) -> None:
-    """Raises UserError for a target module whose layers no image depends on, so that its adapters would stay zero."""
+def _check_used(config: TrainConfig, layers: Mapping[str, Sequence[str]], unused: tuple[str, ...]) -> None:
+    """Raises UserError for a target module whose layers no image depends on, so that its adapters would stay zero.
+
+    The adapter that `lora.init` names may have such layers: trainers train them, and they stay as they are.
+    """
+    if config.lora is not None and config.lora.init is not None:
+        return
     for target, names in layers.items():
         if names and all(name.startswith(unused) for name in names):
             raise UserError(

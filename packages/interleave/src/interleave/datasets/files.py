@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from imgen_common.errors import UserError, one_line
-from imgen_common.files import numbered_lines, read_text, write_atomic, writing
+from imgen_common.files import files_below, numbered_lines, read_text, write_atomic, writing
 from imgen_common.images import decode
 from imgen_common.tables import parse_json
 from interleave.protocols import HashedImage
@@ -202,7 +202,7 @@ def _shards(folder: Path) -> list[Path]:
 
     Raises UserError for none, and for those of several folders, whose rows may be of other kinds.
     """
-    found = sorted(folder.rglob("*.parquet"))
+    found = files_below(folder, "*.parquet")
     shards = [file for file in found if TRAIN.search(file.relative_to(folder).as_posix().lower())] or found
     if not shards:
         raise UserError(f"{folder}: is a folder without .parquet files; give the file that holds the rows")

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from imgen_common.errors import UserError, check_text, is_blank, nearest
 from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.images import decode
-from imgen_common.tables import read_table
+from imgen_common.tables import describe_type, read_table
 from interleave.protocols import HashedImage
 from interleave.records import Request
 from interleave.storage.images import ImageStore
@@ -43,6 +43,12 @@ class RequestRow(BaseModel):
         default_factory=list
     )
     category: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, row: Any) -> Any:
+        """Without the keys that pandas and datasets write where a row has no value."""
+        return {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else row
 
 
 def make_request(
@@ -131,11 +137,12 @@ def _rows(path: Path) -> Iterator[tuple[str, RequestRow]]:
             yield where, RequestRow.model_validate(row)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = ".".join(map(str, first["loc"][:2]))  # behind it stands which of several types was tried
+            got = f", got {describe_type(first['input'])}" if first["type"].endswith("_type") else ""
             hint = nearest(key, RequestRow.model_fields) if first["type"] == "extra_forbidden" else ""
             allowed = ", ".join(RequestRow.model_fields)
             place = f"{key}: " if key else ""
-            raise UserError(f"{where}: {place}{first['msg']}{hint}; allowed keys: {allowed}") from None
+            raise UserError(f"{where}: {place}{first['msg']}{got}{hint}; allowed keys: {allowed}") from None
 
 
 def save_requests(requests: Sequence[Request], run: Path) -> None:

@@ -157,7 +157,7 @@ def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: 
 
 @contextlib.contextmanager
 def refusals_of_trackers(reported: Sequence[str], has_begun: Callable[[], bool]) -> Iterator[None]:
-    """What the package of a tracker of `report_to` raises within it, as without a login, becomes an
+    """What the package of a tracker of `report_to` raises within it, as without its server, becomes an
     OptionsRefusedError; not once `has_begun` says that it trains."""
     try:
         yield
@@ -167,7 +167,7 @@ def refusals_of_trackers(reported: Sequence[str], has_begun: Callable[[], bool])
             raise
         said = one_line(str(error)) or type(error).__name__
         raise OptionsRefusedError(
-            f"trl.report_to: {package} does not start ({said}); log in, or leave it out"
+            f"trl.report_to: {package} does not start ({said}); correct that, or leave it out"
         ) from error
 
 

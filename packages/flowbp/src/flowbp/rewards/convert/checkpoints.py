@@ -14,7 +14,7 @@ from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import local_path
-from imgen_common.weights import loading
+from imgen_common.weights import check_file, loading
 
 StateDict = Mapping[str, Tensor]
 
@@ -27,7 +27,7 @@ def read_checkpoint(file: Path, published: str = "the published checkpoint") -> 
     if not file.is_file():
         raise UserError(f"{file}: no such file; download {published} first")
     if file.suffix == ".safetensors":
-        hub.check_file(file)
+        check_file(file)
         return load_file(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
