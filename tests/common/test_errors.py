@@ -128,7 +128,9 @@ def test_a_machine_without_a_folder_of_temporary_files_is_told_what_to_set(
     with pytest.raises(SystemExit):
         run_cli(app, "prog")
     said = capsys.readouterr().err
-    assert "No usable temporary directory found in ['/proc/nowhere']; set TMPDIR to a folder" in said
+    assert said.startswith(
+        "prog: error: No usable temporary directory found in ['/proc/nowhere']; set TMPDIR to a folder"
+    )
     assert said.count("\n") == 1
 
 

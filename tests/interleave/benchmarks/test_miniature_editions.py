@@ -255,13 +255,14 @@ def test_three_parts_have_the_table_of_one(name: str, tmp_path: Path) -> None:
 
 def test_other_items_words_or_judges_need_another_folder(tmp_path: Path) -> None:
     layout = written("wise", tmp_path, make_right)
+    work_on("wise", tmp_path / "out", layout, limit=2)  # of which nothing was made
     work = work_on("wise", tmp_path / "out", layout)
+    scored(work)
     for request in ({"limit": 3}, {"outputs": None}):
         with pytest.raises(UserError, match="give another --out"):
             work_on("wise", tmp_path / "out", **({"outputs": layout} | request))
     with pytest.raises(UserError, match="is of the benchmark wise; give another"):
         work_on("wise_legacy", tmp_path / "out", layout)
-    scored(work)
     for act in (work.estimate, partial(score_now, work, on_progress=quiet)):
         with pytest.raises(UserError, match="holds answers of the judge 'shapes verifier', this is 'other'"):
             act(outputs=work.outputs(), judge=ScriptedChat(lambda message, seed: "Score: 1", name="other"))

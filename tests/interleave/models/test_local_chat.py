@@ -52,6 +52,17 @@ def test_an_answer_does_not_depend_on_its_batch(folder: Path, temperature: float
     assert len(set(alone)) > 1
 
 
+def test_its_name_tells_other_weights_apart(folder: Path, tmp_path: Path) -> None:
+    before = model(folder).id
+    (copy := tmp_path / "trained").mkdir()
+    for file in folder.iterdir():
+        shutil.copy(file, copy)
+    assert model(copy).id == before.replace(str(folder), str(copy))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3f")
+    assert model(copy).id != before.replace(str(folder), str(copy))
+
+
 def test_seeds_decide_what_is_sampled(folder: Path) -> None:
     message = [MESSAGES[0]] * 3
     sampled = answers(model(folder, temperature=1.0), message, [1, 2, 1])

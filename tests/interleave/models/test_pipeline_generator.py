@@ -26,13 +26,13 @@ from tiny import drop_weight
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.hub import SAMPLING_FILE
+from imgen_common.run_folder.data import fingerprint
 from interleave.models.generators.loading import load_pipeline
 from interleave.models.generators.pipeline import (
     GenerationSettings,
     PipelineConfig,
     PipelineGenerator,
     PipelineRunner,
-    fingerprint,
 )
 from interleave.protocols import BackendError, GenerationRequest, HashedImage
 from tests.interleave.editors import PIPELINES, folder_of

@@ -217,7 +217,7 @@ def _explain(error: Exception) -> str | None:
     if where and failure is not None and failure.errno in MENDABLE:
         return f"{where}; {MENDABLE[failure.errno]}"
     if "No usable temporary directory" in str(error):
-        return f"{one_line(str(error))}; {SET_TMPDIR}"
+        return f"{one_line(str(error.args[-1]))}; {SET_TMPDIR}"
     if isinstance(error, ImportError) and "failed to map segment" in str(error):  # by the dynamic loader, of libtorch
         return f"memory ran out as libraries were loaded ({one_line(str(error))}); lift the limit (ulimit -v)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported

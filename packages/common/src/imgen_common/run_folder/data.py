@@ -1,7 +1,7 @@
 """What a run is trained and evaluated on, by a hash, so that a resumed run cannot go on with other data."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -55,6 +55,12 @@ def hash_model(name: str, ref: str) -> dict[str, DataHash]:
     described = [file for part in parts for kind in hub.DESCRIPTION_FILES for file in sorted(part.glob(f"[!.]{kind}"))]
     described += [index] if index.exists() else []
     return {name: hash_weights(hub.model_files(folder)), f"the configuration of {name}": hash_weights(described)}
+
+
+def fingerprint(ref: str, adapters: Sequence[Path] = ()) -> str:
+    """Of the files of a model and of adapters: changes where they change, and is the same on every machine."""
+    hashes = [*hash_model("model", ref).values(), *map(hash_file, adapters)]
+    return hashlib.sha256(" ".join(found.sha256 for found in hashes).encode()).hexdigest()[:16]
 
 
 def sample_file(file: Path) -> str:

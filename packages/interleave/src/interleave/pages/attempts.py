@@ -79,13 +79,15 @@ class AttemptView:
             )
         if one.generator.params:
             params = json.dumps(dict(one.generator.params), ensure_ascii=False)
+        probability = one.success_probability
+        digits = ".3g" if 0 < (probability or 0) < 0.001 else ".3f"
         times = {"generator" if name == "generate" else name: seconds for name, seconds in one.timings.items()}
         return {
             "source": source,
             "seed": str(one.seed),
             "times": ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in times.items()),
             "critic asked": f"{one.critic_tries} times" if one.critic_tries > 1 else "",
-            "probability of success": "" if one.success_probability is None else f"{one.success_probability:.3g}",
+            "probability of success": "" if probability is None else f"{probability:{digits}}",
             "scores": scores,
             "generator": f"{one.generator.id} {params}",
             "image": one.image_id or "",

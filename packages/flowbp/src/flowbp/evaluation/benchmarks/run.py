@@ -1,6 +1,7 @@
 """The papers' two protocols: the images of a whole prompt file at fixed seeds, and their scores, in one folder.
 
     config.yaml, environment.json          what the images are and what scores them; on what it ran
+    data.json                              hashes of the weights that draw
     images/00012/metadata.jsonl            the prompt (for GenEval its row), as GenEval's own scorer reads it
     images/00012/samples/0003.png          its images
     scores/NAME.rank0.jsonl                a line per image, those that one process scored

@@ -11,6 +11,7 @@ from imgen_common.config import Config
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import fingerprint
 from imgen_common.weights import check_patches, check_vocabulary, load_whole, loading
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
@@ -90,7 +91,9 @@ class LocalChat:
 
         quiet_libraries()
         self.config = c = config
-        self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}"
+        # what is kept of its answers is found by it, so that other weights of the same name are asked anew
+        weights = fingerprint(c.ref)
+        self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens} w={weights}"
         self._device = device_of(config.device)
         folder = hub.resolve(config.ref)
         with loading(f"{config.ref}: not a vision-language model that can be loaded"):

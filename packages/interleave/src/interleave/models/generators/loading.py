@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.run_folder.data import hash_file, hash_model
 from imgen_common.weights import check_channels, check_vocabularies, loading, read_json, text_layers
 
 if TYPE_CHECKING:
@@ -190,9 +188,3 @@ def split_references(prepare: Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
         return torch.cat(tokens), torch.cat(positions)
 
     return prepared
-
-
-def fingerprint(ref: str, adapters: Sequence[Path] = ()) -> str:
-    """Of the files of a model and of adapters: changes where they change, and is the same on every machine."""
-    hashes = [*hash_model("model", ref).values(), *map(hash_file, adapters)]
-    return sha256(" ".join(found.sha256 for found in hashes).encode()).hexdigest()[:16]

@@ -18,12 +18,12 @@ from imgen_common.errors import UserError, one_line
 from imgen_common.files import read_json
 from imgen_common.images import enlarge
 from imgen_common.prompt_limits import prompt_limits
+from imgen_common.run_folder.data import fingerprint
 from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
     PEFT_CONFIG,
     family_of,
-    fingerprint,
     flux2_text_options,
     img2img_pipeline,
     load_lora,
