@@ -40,6 +40,10 @@ def program() -> typer.Typer:
     def sample(kind: Literal["planner", "critic"] = "critic", size: Annotated[int, typer.Option(min=2)] = 2) -> None:
         pass
 
+    @app.command()
+    def show(name: str) -> None:
+        pass
+
     return app
 
 
@@ -59,6 +63,11 @@ def test_nearest_names_a_close_option_only() -> None:
 
 def test_success_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "train") == (0, "trained\n")
+
+
+def test_a_missing_argument_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(monkeypatch, capsys, "show")
+    assert (code, text.splitlines()[-1]) == (2, "Error: Missing argument 'name'.")
 
 
 def test_words_of_others_do_not_reach_the_terminal_raw(

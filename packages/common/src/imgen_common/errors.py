@@ -246,7 +246,7 @@ def _command_of(app: "typer.Typer") -> Callable[..., object]:
             message = error.message.removeprefix("Value error, ").replace("Input should be", "must be").rstrip(".")
             given, found, allowed = message.partition(" is not one of ")
             hint = nearest(given.strip("'"), re.findall(r"'([^']*)'", allowed)) if found else ""
-            error.message = f"{message}{hint}" if hint else f"{message}."
+            error.message = f"{message}{hint}" if hint or not message else f"{message}."
             raise
 
     command.invoke = invoke_with_clear_errors  # type: ignore[assignment]
