@@ -5,13 +5,14 @@ No tokenizer reads a control token out of it, no template a placeholder, no read
 
 import re
 
+from imgen_common.errors import HALF_PAIR
+
 JOINER = "\u2060"
 """WORD JOINER: no width, no line break, in no tokenizer's control tokens."""
 OPENING = re.compile(r"(?:<(?=[<|/_A-Za-z\uff5c]|\Z)|\[(?=[/A-Za-z]|\Z))")
 """Where a control token may begin: <|im_end|>, <think>, </s>, <<SYS>>, <image>, [INST], [/INST]; also at the very end,
 where the next piece of text may complete it."""
 UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def escape_control_tokens(text: str) -> str:
@@ -24,5 +25,5 @@ def escape_control_tokens(text: str) -> str:
     Braces need no care, since placeholders are filled in one pass.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = SURROGATE.sub("\ufffd", UNREADABLE.sub(" ", text))
+    text = HALF_PAIR.sub("\ufffd", UNREADABLE.sub(" ", text))
     return OPENING.sub(lambda match: match[0] + JOINER, text)

@@ -12,8 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from imgen_common.errors import HALF_PAIR
 from imgen_common.images import decode
-from imgen_common.judging.escaping import SURROGATE
 from imgen_common.judging.questions import Message, Unreadable
 from interleave.benchmarks.base import Content, Item, Scores
 from interleave.benchmarks.official.files import through_jpeg
@@ -265,7 +265,7 @@ def parse_descriptions(answer: str, first_image: int, num_images: int) -> list[s
             raise Unreadable(f"no text `Content of Image {number}`")
     if len(found) < num_images:
         raise Unreadable(f"{len(found)} descriptions for {num_images} images")
-    return [SURROGATE.sub("\ufffd", text) for text in found if isinstance(text, str)]
+    return [HALF_PAIR.sub("\ufffd", text) for text in found if isinstance(text, str)]
 
 
 def _json(answer: str) -> Any:
