@@ -98,7 +98,9 @@ def test_scores_are_the_models_own(reward: HPSv3) -> None:
     assert (placed - expected).abs().min() > 1e-3  # transformers' own positions would give other scores
 
 
-@pytest.mark.parametrize("size", [(448, 448), (40, 56), (700, 500), (30, 900), (1024, 1024)])
+@pytest.mark.parametrize(
+    "size", [(448, 448), (40, 56), (700, 500), (30, 900), pytest.param((1024, 1024), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", [tensor, noise])
 def test_preprocessing_follows_the_processor(reward: HPSv3, kind, size: tuple[int, int]) -> None:
     images = kind(*size)
@@ -110,6 +112,7 @@ def test_preprocessing_follows_the_processor(reward: HPSv3, kind, size: tuple[in
     assert (ours - expected.pixel_values).abs().max() < 0.023
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope(reward: HPSv3) -> None:
     """In steps that are large against the float32 in which transformers keeps norms and rotations, so without kinks."""
     first, middle, last = (layer for layer in reward.head if isinstance(layer, nn.Linear))
@@ -125,6 +128,7 @@ def test_the_gradient_is_the_slope(reward: HPSv3) -> None:
     assert (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_change_no_gradient(reward: HPSv3) -> None:
     images = tensor(40, 56).requires_grad_()
     plain = Qwen2VLModel.from_pretrained(reward.model.name_or_path).eval()
@@ -133,6 +137,7 @@ def test_checkpointed_layers_change_no_gradient(reward: HPSv3) -> None:
     assert not any(p.requires_grad for part in (reward.model, reward.head) for p in part.parameters())
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_score_and_its_gradient_are_float32(reward: HPSv3) -> None:
     """As on a GPU: the model rounds, the image and the head do not."""
     images = tensor(40, 56).requires_grad_()

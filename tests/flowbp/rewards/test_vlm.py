@@ -344,6 +344,7 @@ def test_sources_that_the_model_does_not_take_are_refused(
         reward.check_prompts(["a red circle", edit])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float64")
 def test_answers_are_drawn_from_the_models_probabilities(folders: dict[str, Path]) -> None:
     """Each token where its number lies in the distribution function, which one pass over the whole answer gives."""

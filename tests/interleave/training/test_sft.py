@@ -560,7 +560,7 @@ def test_adapters_on_embeddings_that_are_the_output_layer_too(root: Path, lora: 
     ("outer", "inner"),
     [
         (False, None),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((False, True), (True, None), (True, False))),
+        *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in ((False, True), (True, None), (True, False))),
     ],
 )
 def test_the_outer_configuration_says_whether_embeddings_are_the_output_layer(
