@@ -124,3 +124,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(header), "| " + " | ".join(rule) + " |", *map(line, rows)])
+
+
+def count(number: int, what: str) -> str:
+    """`2 steps`, `1 step`."""
+    return f"{number} {what}{'s' * (number != 1)}"

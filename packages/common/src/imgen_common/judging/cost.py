@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from imgen_common.config import Config
+from imgen_common.console import count
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import NextQuestions
@@ -85,10 +86,8 @@ def estimate_cost(questions: Iterable[Question], prices: Prices, concurrency: in
 def describe_cost(cost: Cost, prices: Prices) -> str:
     """The cost in one line."""
     money = f", {cost.money:.2f} {prices.currency}" if cost.money else ""
-    return (
-        f"{cost.calls} calls of the judge, about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} "
-        f"written{money}, {cost.hours:.1f} hours"
-    )
+    tokens = f"about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} written"
+    return f"{count(cost.calls, 'call')} of the judge, {tokens}{money}, {cost.hours:.1f} hours"
 
 
 def confirm_cost(cost: Cost, limits: CostLimits, show: Callable[[str], object], yes: bool, remedy: str) -> None:

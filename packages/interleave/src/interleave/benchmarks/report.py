@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imgen_common.console import markdown_table
+from imgen_common.console import count, markdown_table
 from imgen_common.errors import one_line
 from imgen_common.judging.answers import Answer
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts, Scores
@@ -133,9 +133,9 @@ def notes(report: BenchmarkReport) -> list[str]:
     failures = ", ".join(f"{count} {kind}" for kind, count in report.failures.items()) or "none"
     reason = "" if report.first_error is None else f" The first of them: {one_line(report.first_error, 200)}."
     lines = [
-        f"{report.num_items} items: {report.num_generated} generated, {report.num_judged} judged whole. "
-        f"{report.num_answers} questions, failed: {failures}.{reason}",
-        f"Judge: {report.judge or 'none'}. Questions: {report.prompts}. {report.num_calls} calls, "
+        f"{count(report.num_items, 'item')}: {report.num_generated} generated, {report.num_judged} judged whole. "
+        f"{count(report.num_answers, 'question')}, failed: {failures}.{reason}",
+        f"Judge: {report.judge or 'none'}. Questions: {report.prompts}. {count(report.num_calls, 'call')}, "
         f"{report.num_prompt_tokens} tokens read, {report.num_completion_tokens} written.",
         "Intervals: percentile bootstrap over items within their categories, failures left out.",
     ]

@@ -115,8 +115,9 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
     }
     for name, remedy in remedies.items():
         if getattr(left, name) != getattr(right, name):
+            what = {"benchmark": "benchmarks"}.get(name, name)
             raise UserError(
-                f"{first} and {second}: their {name} differ; two judges are compared on the same questions ({remedy})"
+                f"{first} and {second}: their {what} differ; two judges are compared on the same questions ({remedy})"
             )
     answers = read_answers(first), read_answers(second)
     if others := differently_shown(*answers):

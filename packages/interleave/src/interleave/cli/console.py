@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from imgen_common.console import count
 from imgen_common.errors import one_line
-from interleave.pages.words import ATTEMPT_STATUS, count, explain_reasoning
+from interleave.pages.words import ATTEMPT_STATUS, explain_reasoning
 from interleave.records import Attempt, Plan, PlanRecord, Record, Trajectory
 
 if TYPE_CHECKING:

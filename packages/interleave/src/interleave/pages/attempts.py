@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from imgen_common.console import count
 from interleave.pages.words import (
     ATTEMPT_STATUS,
     Change,
     StatusWords,
-    count,
     describe_error,
     explain_reasoning,
     format_seconds,

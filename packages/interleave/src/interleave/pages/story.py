@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imgen_common.console import count
 from imgen_common.page import environment
 from interleave.loop.attempts import select_attempt
 from interleave.pages import TEMPLATES
@@ -13,7 +14,6 @@ from interleave.pages.words import (
     ATTEMPT_STATUS,
     IN_PROGRESS,
     STORY_STATUS,
-    count,
     describe_error,
     format_seconds,
     shorten,

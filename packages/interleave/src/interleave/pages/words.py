@@ -108,11 +108,6 @@ def shorten(value: str, length: int = 110) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def count(number: int, what: str) -> str:
-    """`2 steps`, `1 step`."""
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def format_seconds(seconds: float) -> str:
     """`3.1 s`, `2 min 05 s`."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
