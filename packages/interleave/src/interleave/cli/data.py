@@ -215,31 +215,32 @@ def check(
       interleave data check sets/mine --set critic.template.file=critic.txt --parse-mode tolerant
     """
     from imgen_common.config import load
+    from imgen_common.console import count
     from interleave.cli import console as show
     from interleave.datasets.check import SetChecker
     from interleave.loop.config import RunConfig
 
     run = load(RunConfig, run_configs or [], sets or []) if run_configs or sets else None
-    checker, console, count = SetChecker(path, parse_mode, run), show.open_console(), 0
-    for count, problem in enumerate(checker.problems(), 1):
+    checker, console, num_problems = SetChecker(path, parse_mode, run), show.open_console(), 0
+    for num_problems, problem in enumerate(checker.problems(), 1):
         if as_json:
             print(json.dumps({"file": str(problem.file), "line": problem.line, "why": problem.why}))
-        elif count <= most:
+        elif num_problems <= most:
             console.print(show.sanitize(str(problem)))
     if as_json:
         files = {name: vars(one) for name, one in checker.counts.items()}
         compared = {name: one.as_json() for name, one in checker.prompts.items()}
-        print(json.dumps({"problems": count, "files": files, "prompts": compared}))
+        print(json.dumps({"problems": num_problems, "files": files, "prompts": compared}))
     else:
-        if count > most:
-            console.print(f"... and {count - most} more problems")
+        if num_problems > most:
+            console.print(f"... and {num_problems - most} more problems")
         for name, one in checker.counts.items():
-            console.print(f"{name}: {one.rows} rows, {one.wrong} wrong")
+            console.print(f"{name}: {count(one.rows, 'row')}, {one.wrong} wrong")
         for name, prompts in checker.prompts.items():
             warning = "warning: " if prompts.different else ""
             console.print(show.sanitize(f"{warning}{name}: {prompts.describe()}"), soft_wrap=True)
-        console.print("no problems" if not count else f"{count} problem{'s' * (count != 1)}")
-    if count:
+        console.print("no problems" if not num_problems else f"{num_problems} problem{'s' * (num_problems != 1)}")
+    if num_problems:
         raise typer.Exit(1)
 
 
