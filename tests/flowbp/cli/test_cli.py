@@ -232,6 +232,7 @@ def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Pa
     assert tree(trained) == before
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_where_its_prompts_lie_elsewhere(flowbp: Call, trained: Path, tmp_path: Path) -> None:
     prompts, source = tmp_path / "prompts.txt", RunFolder.open(trained, is_main=False).config(TrainConfig).data.prompts
     prompts.write_text("\n".join(load_prompts(source)))
@@ -322,6 +323,7 @@ def test_the_environment_names_the_command(trained: Path) -> None:
     assert command[:2] == ["flowbp", "train"]
 
 
+@pytest.mark.slow
 def test_a_second_run_gets_a_number_and_resuming_goes_on(flowbp: Call, trained: Path) -> None:
     assert new_run_path(load(TrainConfig, [], SMALL), trained.parent) == trained.with_name(trained.name + "-2")
     code, output, _ = flowbp(

@@ -73,7 +73,7 @@ def test_the_skeleton_refuses_what_loading_refuses() -> None:
 @pytest.mark.parametrize(
     ("pipeline", "embeds", "expected"),
     [("ZImagePipeline", False, (5.0, None)), ("FluxPipeline", True, (1.0, 4.0)), ("FluxPipeline", False, (1.0, None)),
-     ("Flux2KleinPipeline", False, (4.0, None))],
+     pytest.param("Flux2KleinPipeline", False, (4.0, None), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_model_is_drawn_as_its_folder_says(
     tmp_path: Path, pipeline: str, embeds: bool, expected: tuple[float, float | None]

@@ -140,6 +140,7 @@ def test_scores_are_the_models_own(family: str, folders: dict[str, Path]) -> Non
         assert (scores[0] - scores[1]).abs() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_prompt_is_shown_where_the_template_says(folders: dict[str, Path]) -> None:
     """The image may come first; without sources their place is empty, or a white image; of more the last ones count."""
     folder, images = folders["qwen3_vl"], pictures(16, 16)

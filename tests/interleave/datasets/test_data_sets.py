@@ -1126,7 +1126,7 @@ def test_the_commands(
     code, told = interleave("data", "check", out)
     assert code == 1
     assert "planner_sft.jsonl:1: not UTF-8 at byte 0" in told
-    assert "planner_sft.jsonl: 1 rows, 1 wrong" in told
+    assert "planner_sft.jsonl: 1 row, 1 wrong" in told
     code, told = interleave("data", "check", out, "--json")
     assert json.loads(told.splitlines()[-1])["files"]["planner_sft.jsonl"] == {"rows": 1, "wrong": 1}
     for words, said in [

@@ -35,7 +35,7 @@ def factors(pipe: DiffusionPipeline, component: str, layer: str) -> dict[str, Te
     }
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_text_encoder_s_part_of_an_adapter_counts(older: bool, tmp_path: Path) -> None:
     """FLUX.1's adapters have one for CLIP, whose layers have other names since transformers 5."""
     pipe = loaded(folder_of("flux", tmp_path))
