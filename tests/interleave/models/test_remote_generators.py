@@ -489,6 +489,7 @@ def test_an_image_in_any_writing_of_base64_is_read(written: Callable[[str], str]
         ({"data": [{"url": "x"}], "has_nsfw_concepts": [True]}, "refused", "blacked out or held back"),
         ({"data": [{"is_image_safe": False, "url": None}]}, "refused", "blacked out or held back"),
         ({"data": [{"b64_json": "x", "nsfw_content_detected": True}]}, "refused", "blacked out or held back"),
+        ({"error": {"code": 0, "message": "no such style"}}, "refused", "no such style"),
         ({"data": None}, "malformed_response", "no image in the answer"),
         ({"id": "job-1", "status": "queued"}, "malformed_response", "no image in the answer"),
         ({"task_id": 7, "polling_url": "/7"}, "malformed_response", "no image in the answer"),

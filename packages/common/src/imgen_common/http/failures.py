@@ -73,8 +73,9 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     """
     if not isinstance(answer, dict):
         return None
-    error = next((answer[name] for name in ("error", "errors") if _says_something(answer.get(name))), None)
-    is_missing = wanted is not None and not answer.get(wanted) and any(answer.get(key) for key in INSTEAD)
+    is_good = wanted is not None and bool(answer.get(wanted))
+    error = next((answer[name] for name in ("error", "errors") if _says_something(answer.get(name), is_good)), None)
+    is_missing = wanted is not None and not is_good and any(answer.get(key) for key in INSTEAD)
     if error is None and (answer.get("object") == "error" or is_missing):
         error = answer
     if error is None:
@@ -89,11 +90,11 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     return HttpError(kind, words, can_retry=can_retry, status=status)
 
 
-def _says_something(error: Any) -> bool:
-    """Whether it is an error; gateways send an object without any words, or of code 0, with good answers."""
+def _says_something(error: Any, is_good: bool) -> bool:
+    """Whether it is an error; gateways send an object without any words and, with good answers, one of code 0."""
     if not isinstance(error, dict):
         return bool(error)
-    return any(error.values()) and error.get("code") not in (0, "0")
+    return any(error.values()) and not (is_good and error.get("code") in (0, "0"))
 
 
 TITLE = re.compile(r"<title>([^<]+)</title>", re.IGNORECASE)

@@ -24,6 +24,7 @@ from imgen_common.judging.answers import AnswerLog, by_item, read_answers
 from imgen_common.judging.cost import Cost, all_questions, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, NextQuestions
+from imgen_common.run_folder.data import hash_file
 from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
 from interleave.benchmarks.config import BenchmarkConfig
@@ -113,11 +114,12 @@ class BenchmarkWork:
     def generate(self, on_record: Callable[[Record], None]) -> None:
         """Makes what is missing of this part's items.  Raises UserError as `interleave batch`."""
         folder = self._generation(self.shard.part)
-        if not (folder / "config.yaml").exists():
+        is_new = not (folder / "config.yaml").exists()
+        if is_new:
             session.create_run(folder, self.config.run, self._requests, any_words=True)
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
-        session.run_and_close(folder, self.config.run, list(self.command), on_record)
+        session.run_and_close(folder, self.config.run, list(self.command), on_record, is_new=is_new)
 
     def outputs(self) -> dict[str, Output]:
         """What was made, by item id, of all parts."""
@@ -188,7 +190,7 @@ class BenchmarkWork:
 
 
 def _image_hashes(item: Item) -> list[str]:
-    return [hashlib.sha256(part.read_bytes()).hexdigest() for part in item.content if isinstance(part, Path)]
+    return [hash_file(part).sha256 for part in item.content if isinstance(part, Path)]
 
 
 def _request(item: Item, store: ImageStore) -> Request:

@@ -239,7 +239,7 @@ def check(
         for name, prompts in checker.prompts.items():
             warning = "warning: " if prompts.different else ""
             console.print(show.sanitize(f"{warning}{name}: {prompts.describe()}"), soft_wrap=True)
-        console.print("no problems" if not num_problems else f"{num_problems} problem{'s' * (num_problems != 1)}")
+        console.print("no problems" if not num_problems else count(num_problems, "problem"))
     if num_problems:
         raise typer.Exit(1)
 
