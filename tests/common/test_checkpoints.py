@@ -20,7 +20,7 @@ from imgen_common.errors import UserError, warn_once
 from imgen_common.run_folder.checkpoints import MANIFEST, check_tensors, find_checkpoints, find_damage, write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
 from imgen_common.run_folder.environment import read_environment
-from imgen_common.run_folder.folder import RunFolder, choose_checkpoint, drop_damaged_checkpoints
+from imgen_common.run_folder.folder import RunFolder, choose_checkpoint, set_aside_damaged_checkpoints
 
 Damage = Callable[[Path], object]
 
@@ -124,15 +124,21 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
     assert files(folder) == before
     choose_checkpoint(folder, "last-good")
     said = capsys.readouterr().err
-    assert said.startswith("removed the damaged checkpoint of step 3 (")
+    assert said.startswith("set aside a damaged checkpoint (")
+    assert (folder / "checkpoints" / "damaged-step-000003").is_dir()
     assert "holds no checkpoint" not in said
     with RunFolder.open(folder) as run:
         assert run.checkpoints() == [1, 2]
         assert run.load_checkpoint(2).state == {"value": 2}
 
 
+def set_aside(run: Path) -> set[int]:
+    """The steps of the damaged checkpoints that are set aside."""
+    return {int(path.name.rpartition("-")[2]) for path in set_aside_damaged_checkpoints(run)}
+
+
 @pytest.mark.parametrize("step", [4, 9])
-def test_a_copy_under_another_name_is_removed_and_the_run_goes_on(step: int, folder: Path) -> None:
+def test_a_copy_under_another_name_is_set_aside_and_the_run_goes_on(step: int, folder: Path) -> None:
     shutil.copytree(checkpoint(folder, 3), checkpoint(folder, step))
     said = r"state\.json is of step 3\); that of step 3 is whole: go on with --resume-from last-good"
     with pytest.raises(UserError, match=said):
@@ -163,7 +169,7 @@ def test_what_is_no_folder_or_file_of_ours_is_one_line(folder: Path, tmp_path: P
     elsewhere = checkpoint(folder, 3).rename(tmp_path / "elsewhere")
     checkpoint(folder, 3).symlink_to(elsewhere)
     flip("model.safetensors")(elsewhere)
-    assert drop_damaged_checkpoints(folder).keys() == {3}
+    assert set_aside(folder) == {3}
     assert elsewhere.is_dir()
     (folder / "metrics.jsonl").mkdir()
     (folder / "samples").write_text("a file")
@@ -186,7 +192,7 @@ def test_the_last_whole_one_may_be_further_back_or_none(folder: Path) -> None:
     flip("model.safetensors")(checkpoint(folder, 1))
     with pytest.raises(UserError, match="no earlier one is whole: it starts again with --resume-from last-good"):
         RunFolder.open(folder)
-    assert drop_damaged_checkpoints(folder).keys() == {1, 2, 3}
+    assert set_aside(folder) == {1, 2, 3}
     RunFolder.open(folder).close()
 
 
@@ -195,7 +201,7 @@ def test_last_good_needs_a_run_that_is_not_in_use(folder: Path) -> None:
         choose_checkpoint(None, "last-good")
     with RunFolder.open(folder), pytest.raises(UserError, match="in use"):
         choose_checkpoint(folder, "last-good")
-    assert drop_damaged_checkpoints(folder) == {}
+    assert set_aside_damaged_checkpoints(folder) == {}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_one_of_an_earlier_version_is_taken_with_a_warning_unless_it_cannot_be_r
         RunFolder.open(folder)
     with pytest.raises(UserError, match=said):
         RunFolder.open(folder, is_main=False).load_checkpoint(3)
-    assert drop_damaged_checkpoints(folder).keys() == {3}
+    assert set_aside(folder) == {3}
 
 
 def test_checkpoints_of_trl_are_found_checked_and_removed_where_they_were_not_finished(tmp_path: Path) -> None:
@@ -239,7 +245,7 @@ def test_checkpoints_of_trl_are_found_checked_and_removed_where_they_were_not_fi
     with pytest.raises(UserError, match=r"the content of global_step/rank_0.pt has changed\); that of step 2"):
         RunFolder.open(tmp_path / "run")
     made[2].joinpath(MANIFEST).rename(made[2] / "whole")  # as earlier versions left it
-    assert drop_damaged_checkpoints(tmp_path / "run").keys() == {10}
+    assert set_aside(tmp_path / "run") == {10}
     assert RunFolder.open(tmp_path / "run").checkpoints() == [2]
 
 
@@ -251,7 +257,7 @@ def test_what_lies_beside_checkpoints_is_left_alone(folder: Path) -> None:
         (beside / name).write_text("mine")
     before = sorted(path.name for path in beside.iterdir())
     RunFolder.open(folder).close()
-    drop_damaged_checkpoints(folder)
+    set_aside_damaged_checkpoints(folder)
     assert sorted(path.name for path in beside.iterdir()) == before
 
 

@@ -173,15 +173,17 @@ def damaged_error(found: Mapping[int, Path], step: int, reason: str) -> UserErro
     return UserError(f"{found[step]}: damaged checkpoint ({reason}); {offer} with --resume-from last-good")
 
 
-def remove_damaged(found: Mapping[int, Path]) -> dict[int, str]:
-    """Removes damaged checkpoints from the newest down to the first whole one; what was wrong with each, by step."""
-    removed: dict[int, str] = {}
-    for step in sorted(found, reverse=True):
-        if (reason := find_damage(found[step])) is None:
+def set_aside_damaged(found: Mapping[int, Path]) -> dict[Path, str]:
+    """Renames damaged checkpoints, from the newest down to the first whole one, to `damaged-step-000123`.
+
+    Returns what is wrong with each, by its new path.
+    """
+    damaged: dict[Path, str] = {}
+    for _, path in sorted(found.items(), reverse=True):
+        if (reason := find_damage(path)) is None:
             break
-        removed[step] = reason
-        remove_checkpoint(found[step])
-    return removed
+        damaged[path.rename(free_path(path.parent, None, f"damaged-{path.name}"))] = reason
+    return damaged
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -296,21 +296,21 @@ class RunFolder:
             self._checked = max(found)
 
 
-def drop_damaged_checkpoints(path: Path) -> dict[int, str]:
-    """Removes the damaged checkpoints of a run that are newer than its last whole one, from which it then resumes.
+def set_aside_damaged_checkpoints(path: Path) -> dict[Path, str]:
+    """Renames the damaged checkpoints of a run that are newer than its last whole one, from which it then resumes.
 
-    Returns what was wrong with each, by step.  Raises UserError if the run is in use.
+    Returns what is wrong with each, by its new path.  Raises UserError if the run is in use.
     """
     file = _acquire(path)
     try:
         checkpoints.mend_checkpoints(path / CHECKPOINTS)
-        return checkpoints.remove_damaged(checkpoints.find_checkpoints(path / CHECKPOINTS))
+        return checkpoints.set_aside_damaged(checkpoints.find_checkpoints(path / CHECKPOINTS))
     finally:
         os.close(file)
 
 
 def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good"]) -> None:
-    """What `--resume-from` asks for, before a run is resumed: `last-good` drops damaged checkpoints, and says so.
+    """What `--resume-from` asks for, before a run is resumed: `last-good` sets damaged checkpoints aside, and says so.
 
     It also says where a run has no checkpoint and so begins again.
     """
@@ -318,8 +318,8 @@ def choose_checkpoint(path: Path | None, resume_from: Literal["last", "last-good
         raise UserError("--resume-from last-good: says where a run is resumed; give the run by --resume")
     if path is None:
         return
-    for step, reason in drop_damaged_checkpoints(path).items() if resume_from == "last-good" else ():
-        print(f"removed the damaged checkpoint of step {step} ({reason})", file=sys.stderr)
+    for damaged, reason in set_aside_damaged_checkpoints(path).items() if resume_from == "last-good" else ():
+        print(f"set aside a damaged checkpoint ({reason}); {damaged} can be removed", file=sys.stderr)
     if not checkpoints.find_checkpoints(path / CHECKPOINTS):
         print(f"{path}: holds no checkpoint, so its training begins at the first update", file=sys.stderr)
 
