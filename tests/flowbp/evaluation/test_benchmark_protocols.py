@@ -53,7 +53,7 @@ def done(given: Benchmark) -> Benchmark:
     return given
 
 
-class FakeJudge:
+class FakeJudge(vlm_judge.EndpointJudge):
     """Says what it is given, one after the other."""
 
     id = "fake"
@@ -71,7 +71,7 @@ class FakeJudge:
         pass
 
 
-async def there(url: str, model: str) -> None:
+async def there(url: str, model: str, extra: Any) -> None:
     pass
 
 
@@ -170,6 +170,16 @@ def test_two_processes_share_the_images_without_overlap(finished: Benchmark, tmp
         ("clip.rank0.jsonl", 2),
         ("clip.rank1.jsonl", 2),
     ]
+
+
+def test_answers_of_a_folder_are_of_one_judge(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = with_judge(copied, ["Final Score: 4", *[JudgeError("timeout", "slow")] * 3], monkeypatch)
+    done(judged)
+    monkeypatch.setattr(FakeJudge, "id", "another")
+    with pytest.raises(
+        UserError, match=r"has answers of 'fake', the judge is now 'another'; give the same judge.extra"
+    ):
+        judged.check_judge()
 
 
 def test_scores_without_a_number_stay_so(copied: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,19 @@ def test_nobody_answers(server: Server) -> None:
     asyncio.run(check_judge(server.url, "m"))
 
 
+def test_keys_that_a_judge_does_not_take_are_left_out(server: Server) -> None:
+    def picky(number: int, body: Any) -> tuple[int, str]:
+        return (400, "") if {"max_tokens", "temperature"} & body.keys() else (200, "Final Score: 4")
+
+    server.reply = picky
+    with pytest.raises(UserError, match=r"leave it out: --set judge.extra={temperature: null, max_completion_tokens"):
+        asyncio.run(check_judge(server.url, "m"))
+    extra = {"temperature": None, "max_completion_tokens": 9000}
+    asyncio.run(check_judge(server.url, "m", extra))
+    assert server.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    assert EndpointJudge(server.url, "m", extra).id != EndpointJudge(server.url, "m").id
+
+
 def test_the_key_is_sent_and_nowhere_shown(
     server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

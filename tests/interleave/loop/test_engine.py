@@ -294,7 +294,8 @@ def test_why_answers_ended_is_on_record(tmp_path: Path) -> None:
     (attempt,) = attempts(tmp_path / "c")
     assert (attempt.finish_reason, attempt.error) == (
         "length",
-        "cut off after 0 tokens: no <think>: it said '?'; raise max_new_tokens, or have the model think less",
+        "cut off after 0 tokens: no <think>: it said '?'; allow a longer answer (max_new_tokens, or "
+        "max_completion_tokens in extra), or have the model think less",
     )
 
 

@@ -385,10 +385,13 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
         ("parameter.enable_thinking must be set to false for non-streaming calls", "extra: {enable_thinking: false}"),
         ("API key not valid. Please pass a valid API key.", "set INTERLEAVE_API_KEY to a valid key"),
         ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
+        ("the request exceeds the available context size, try increasing it", "serve the model with a longer context"),
+        ("prompt is too long: 210000 tokens > 200000 maximum", "set max_new_tokens lower"),
     ],
 )
-def test_the_check_says_what_to_do_about_the_servers_words(words: str, remedy: str) -> None:
-    refusing = endpoint(lambda request: httpx.Response(400, json={"error": {"message": words}}))
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_the_check_says_what_to_do_about_the_servers_words(words: str, remedy: str, status: int) -> None:
+    refusing = endpoint(lambda request: httpx.Response(status, json={"error": {"message": words}}))
     with pytest.raises(UserError) as caught:
         asyncio.run(refusing.check())
     assert words in str(caught.value)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from imgen_common.errors import UserError
 from imgen_common.http import HttpError, RetryPolicy
+from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.images_api import ImagesApiConfig, ImagesApiGenerator
 from interleave.models.generators.pipeline import GenerationSettings
@@ -575,11 +576,24 @@ def test_an_endpoint_without_edits_is_said_to_be_one(status: int) -> None:
     assert "/images/edits" not in str(failure(made, plain))
 
 
-@pytest.mark.parametrize("number", [0, 4, "2", None])
-def test_several_images_in_one_answer_are_not_asked_for(number: Any) -> None:
-    with pytest.raises(ValidationError, match="only the first of several images would be used; leave it out"):
-        ImagesApiConfig(extra={"n": number})
-    assert ImagesApiConfig(extra={"n": 1}).extra == {"n": 1}
+@pytest.mark.parametrize("config", [ImagesApiConfig, EndpointChatConfig])
+@pytest.mark.parametrize("number", [0, 4, "2", [1]])
+def test_several_answers_to_a_request_are_not_asked_for(config: Any, number: Any) -> None:
+    with pytest.raises(ValidationError, match="only the first of several answers would be used; leave it out"):
+        config(extra={"n": number})
+    assert config(extra={"n": 1}).extra == {"n": 1}
+    assert config(extra={"n": None}).extra == {"n": None}
+
+
+def test_null_leaves_a_key_of_a_request_out() -> None:
+    sent: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content))
+        return image_answer()
+
+    drawn(endpoint(answer, extra={"n": None, "response_format": None, "user": "me"}), JOB)
+    assert sent[0].keys() & {"n", "response_format", "user"} == {"user"}
 
 
 @pytest.mark.parametrize("answer", [httpx.ReadTimeout("slow"), httpx.WriteTimeout("slow"), 504, 524, None])

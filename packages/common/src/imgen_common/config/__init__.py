@@ -10,11 +10,12 @@ replaced whole (`--set rewards.0.weight=2` reaches into one).  YAML is read by t
 from imgen_common.config.merge import load, read_layers, with_json_files
 from imgen_common.config.reference import FieldRow, fields_table
 from imgen_common.config.schema import Config, Presets, UserPath
-from imgen_common.config.secrets import NO_SECRETS, KeyVariable, ServedModel
+from imgen_common.config.secrets import NO_SECRETS, ONE_ANSWER, KeyVariable, ServedModel
 from imgen_common.config.yaml_files import dump_yaml, read_yaml, to_yaml
 
 __all__ = [
     "NO_SECRETS",
+    "ONE_ANSWER",
     "Config",
     "FieldRow",
     "KeyVariable",

@@ -72,5 +72,15 @@ KeyVariable = Annotated[str, AfterValidator(_check_variable)]
 """
 ServedModel = Annotated[str, AfterValidator(_check_model)]
 """Name by which a server knows a model; a key in its place is refused with a UserError that does not show it."""
+
+
+def _refuse_several(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    if extra.get("n", 1) not in (1, None):
+        raise ValueError(f"n {extra['n']!r}: only the first of several answers would be used; leave it out")
+    return extra
+
+
 NO_SECRETS = AfterValidator(_refuse_secrets)
 """Of a mapping of further options: a key or a password in it is refused with a UserError that does not show it."""
+ONE_ANSWER = AfterValidator(_refuse_several)
+"""Of further keys of a request to a server: one that asks for several answers is refused."""

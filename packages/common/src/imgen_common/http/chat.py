@@ -101,6 +101,15 @@ def split_reasoning(text: str) -> tuple[str, str]:
     return "", text
 
 
+def encode_body(body: Mapping[str, Any], extra: Mapping[str, Any]) -> bytes:
+    """The body of a request with further keys over it.  Null leaves a key out, and `max_completion_tokens` takes the
+    place of `max_tokens`, since no model takes both."""
+    merged = {**body, **extra}
+    if "max_completion_tokens" in extra and "max_tokens" not in extra:
+        del merged["max_tokens"]
+    return json.dumps({key: value for key, value in merged.items() if value is not None}).encode()
+
+
 async def complete(client: HttpClient, url: str, body: bytes, seconds: float) -> Completion:
     """One request to `url`/chat/completions, without retries.  Raises HttpError, as `client.request`."""
     headers = {"Content-Type": "application/json"}

@@ -8,14 +8,15 @@ import asyncio
 import hashlib
 import json
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from PIL import Image
 
 from imgen_common import http
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy
-from imgen_common.http.chat import complete, split_reasoning
+from imgen_common.http.chat import complete, encode_body, split_reasoning
 from imgen_common.images import data_uri, to_rgb
 from imgen_common.judging.questions import JudgeError, JudgeReply, Message, Question, Unreadable
 
@@ -77,9 +78,19 @@ def make_question(criterion: Criterion, image: Image.Image, prompt: str) -> Ques
 class EndpointJudge:
     """The judge at an endpoint, with up to `concurrency` requests at a time."""
 
-    def __init__(self, url: str, model: str, concurrency: int = 8, policy: RetryPolicy = POLICY) -> None:
-        """Raises UserError for a key that no header can carry."""
-        self._url, self._model, self.id = url.rstrip("/"), model, f"{model} t=0 n={MAX_TOKENS}"
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        extra: Mapping[str, Any] | None = None,
+        concurrency: int = 8,
+        policy: RetryPolicy = POLICY,
+    ) -> None:
+        """extra: over the keys of each request.  Raises UserError for a key that no header can carry."""
+        self._url, self._model, self._extra = url.rstrip("/"), model, dict(extra or {})
+        self.id = f"{model} t=0 n={MAX_TOKENS}"
+        if extra:
+            self.id += f" {json.dumps(self._extra, sort_keys=True)}"
         self._client = HttpClient(url, KEY_VARIABLE, policy, concurrency)
 
     async def ask(self, system: str, message: Message, seed: int) -> JudgeReply:
@@ -106,18 +117,24 @@ class EndpointJudge:
         ]
         messages = [{"role": "user", "content": content}]
         body = {"model": self._model, "temperature": 0, "max_tokens": MAX_TOKENS, "messages": messages}
-        return json.dumps(body).encode()
+        return encode_body(body, self._extra)
 
 
-async def check_judge(url: str, model: str) -> None:
+async def check_judge(url: str, model: str, extra: Mapping[str, Any] | None = None) -> None:
     """Asks the judge once about a white image.  Raises UserError if it does not answer."""
-    judge = EndpointJudge(url, model, policy=RetryPolicy(max_tries=1))
+    judge = EndpointJudge(url, model, extra, policy=RetryPolicy(max_tries=1))
     question = make_question("ur_iq", Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), "white"), "a white wall")
     try:
         await judge.ask("", question.message, 0)
     except JudgeError as failure:
         if not isinstance(failure.__cause__, Refusal) and failure.kind != "rate_limited":
-            raise UserError(f"judge {model!r}: {failure}; check --judge, the model's name and {KEY_VARIABLE}") from None
+            remedy = f"check --judge, the model's name and {KEY_VARIABLE}"
+            if isinstance(failure.__cause__, HttpError) and failure.__cause__.status in (400, 422):
+                remedy = (
+                    "if the model does not take a key of the request, leave it out: --set judge.extra={temperature: "
+                    f"null, max_completion_tokens: {MAX_TOKENS}}}; if not, {remedy}"
+                )
+            raise UserError(f"judge {model!r}: {failure}; {remedy}") from None
     finally:
         await judge.close()
 

@@ -130,7 +130,11 @@ def describe_failure(reply: Reply, read: ParseFailure) -> str:
     which often say that the model will not answer, and what to do about one that was cut off."""
     is_plain = not re.search("</?(think|answer)>", reply.text)
     words = f"it said {one_line(reply.text, 120)!r}" if is_plain and reply.text.strip() else ""
-    remedy = "; raise max_new_tokens, or have the model think less" if reply.truncated else ""
+    remedy = (
+        "; allow a longer answer (max_new_tokens, or max_completion_tokens in extra), or have the model think less"
+        if reply.truncated
+        else ""
+    )
     return ": ".join(filter(None, (describe_ending(reply), read.reason, words))) + remedy
 
 

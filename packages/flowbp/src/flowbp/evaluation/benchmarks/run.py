@@ -54,7 +54,7 @@ from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import finite_or_none, numbered_lines, write_atomic
 from imgen_common.images import decode, from_pil, save_png, to_pil
-from imgen_common.judging.answers import AnswerLog
+from imgen_common.judging.answers import AnswerLog, read_answers
 from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, all_at_once
@@ -188,12 +188,17 @@ class Benchmark:
         answer."""
         specs = [spec for spec in self.config.scorers if spec.kind in JUDGED]
         todo = [(spec, i) for spec in specs for i, _ in self.unscored_images(spec.name)]
-
+        for spec in dict.fromkeys(spec for spec, _ in todo):
+            _refuse_other_judge(self.out / "scores" / spec.name, self._judge(spec).id)
         for model in dict.fromkeys(spec.ref for spec, _ in todo):
-            asyncio.run(vlm_judge.check_judge(vlm_judge.check_url(self.judge.url), model))
+            asyncio.run(vlm_judge.check_judge(vlm_judge.check_url(self.judge.url), model, self.judge.extra))
         white = Image.new("RGB", (1, 1), "white")
         questions = (_question(spec, white, self.prompts[i]) for spec, i in todo)
         return estimate_cost(questions, self.judge.prices, self.judge.concurrency)
+
+    def _judge(self, spec: ScorerSpec) -> vlm_judge.EndpointJudge:
+        given = self.judge
+        return vlm_judge.EndpointJudge(vlm_judge.check_url(given.url), spec.ref, given.extra, given.concurrency)
 
     async def _judge_images(self, spec: ScorerSpec, todo: Sequence[ImageId]) -> None:
         """Asks the judge about images on disk.  Raises UserError once it is not there; its answers are kept."""
@@ -201,7 +206,7 @@ class Benchmark:
         def ask(image_id: ImageId) -> list[Question]:
             return [_question(spec, decode(image_file(self.out, image_id)), self.prompts[image_id[0]])]
 
-        judge = vlm_judge.EndpointJudge(vlm_judge.check_url(self.judge.url), spec.ref, self.judge.concurrency)
+        judge = self._judge(spec)
         log = AnswerLog(self.out / "scores" / spec.name, f"rank{self.rank}")
         try:
             await Judging(judge, log, vlm_judge.PROMPTS, self.judge.concurrency).judge_all(
@@ -210,6 +215,15 @@ class Benchmark:
             )
         finally:
             await judge.close()
+
+
+def _refuse_other_judge(answers: Path, judge: str) -> None:
+    """Raises UserError if a folder has answers of another judge, or of other keys of its requests."""
+    if others := sorted({answer.judge for answer in read_answers(answers)} - {judge}):
+        raise UserError(
+            f"{answers}: has answers of {others[0]!r}, the judge is now {judge!r}; give the same judge.extra, or add "
+            "scores under another name (--score NAME:KIND=MODEL)"
+        )
 
 
 def _question(spec: ScorerSpec, image: Image.Image, prompt: Prompt) -> Question:

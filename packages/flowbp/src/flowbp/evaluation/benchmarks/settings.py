@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
@@ -17,7 +17,7 @@ from flowbp.evaluation.benchmarks.geneval_shapes import VERIFIER, shapes_tasks
 from flowbp.evaluation.sources import ModelSource, check_guidance_scale
 from flowbp.rewards import REWARDS, RewardConfig, resolve_reward
 from imgen_common import hub
-from imgen_common.config import Config, to_yaml
+from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, to_yaml
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
@@ -51,10 +51,13 @@ class ScorerSpec(Config):
 
 
 class JudgeConfig(CostLimits):
-    """How the judge is asked, `judge.KEY` for `--set`; nothing that an image or a score depends on."""
+    """How the judge is asked, `judge.KEY` for `--set`."""
 
     url: str | None = None
     """Base URL of its endpoint; `--judge` sets it, too."""
+    extra: Annotated[Mapping[str, Any], NO_SECRETS, ONE_ANSWER] = {}
+    """Further keys of a request, as the server names them; null leaves one out (`temperature: null`), and
+    `max_completion_tokens` takes the place of `max_tokens`.  All answers of a folder have the same."""
     concurrency: PositiveInt = 8
     """Images that it is asked about at once."""
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
+from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, KeyVariable, ServedModel
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
-from imgen_common.http.chat import complete
+from imgen_common.http.chat import complete, encode_body
 from interleave.models.remote import backend_errors, encode_base64_png
 from interleave.protocols import Message, Reply, split_system
 
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     import httpx
 
 
+LONGER_CONTEXT = "set max_new_tokens lower, or serve the model with a longer context"
 REMEDIES = {
     " image": "a critic and a judge show two images in a prompt, and a planner those of a request: serve the model so "
     "(vLLM: --limit-mm-per-prompt), or name one that reads them",
     "enable_thinking": "set extra: {enable_thinking: false}",
     "stream": "answers are read whole here, so that a model which only streams cannot be used; name another one",
-    "context length": "set max_new_tokens lower, or serve the model with a longer context",
+    "context length": LONGER_CONTEXT,
+    "context size": LONGER_CONTEXT,  # llama.cpp
+    "prompt is too long": LONGER_CONTEXT,  # Anthropic
 }
 """What to do where a server's words about a request that it does not take hold one of these."""
 
@@ -49,7 +52,7 @@ class EndpointChatConfig(Config):
     """Whether seeds are sent; some hosted models refuse them."""
     top_logprobs: Annotated[int, Ge(0), Le(20)] = 0
     """How many alternatives per token are asked for; needed for `best_by_verdict_probability`."""
-    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
+    extra: Annotated[Mapping[str, Any], NO_SECRETS, ONE_ANSWER] = {}
     """Further keys of the request, as the server names them; null leaves one out (`temperature: null`), and
     `max_completion_tokens` takes the place of `max_tokens`.  No keys or passwords: they belong into the environment."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16
@@ -93,14 +96,15 @@ class EndpointChat:
                 return  # it is there, only busy
             reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
-            if isinstance(failure, HttpError) and failure.status in (400, 422):
+            if isinstance(failure, HttpError) and failure.status in (400, 422, 500):
                 left_out = (
                     "leave out what the model does not take: send_seed: false, top_logprobs: 0, extra: {temperature: "
                     "null, top_p: null}, or extra: {max_completion_tokens: "
                     f"{c.max_new_tokens}}} instead of max_tokens"
                 )
                 remedies = {"API key": f"set {c.key_env} to a valid key", **REMEDIES}
-                remedy = next((words for sign, words in remedies.items() if sign in reason), left_out)
+                otherwise = remedy if failure.status == 500 else left_out
+                remedy = next((words for sign, words in remedies.items() if sign in reason), otherwise)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
         if c.top_logprobs and not answer.token_probabilities:
             raise UserError(
@@ -133,10 +137,7 @@ class EndpointChat:
             body["seed"] = seed
         if c.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": c.top_logprobs}
-        if "max_completion_tokens" in c.extra:
-            del body["max_tokens"]  # no model takes both
-        body |= c.extra
-        return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+        return encode_body(body, c.extra)
 
     async def _send(self, body: bytes, seconds: float) -> Reply:
         answer = await complete(self._client, self._url, body, seconds)

@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
-from pydantic import field_validator
 
-from imgen_common.config import NO_SECRETS, Config, KeyVariable, ServedModel
+from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, KeyVariable, ServedModel
 from imgen_common.errors import one_line
 from imgen_common.http import (
     HttpClient,
@@ -68,9 +67,9 @@ class ImagesApiConfig(Config):
     """How many images an edit may be given; 0: no edits."""
     image_field: Literal["image[]", "image"] = "image[]"
     """Name of the form's field that each image of an edit is sent in."""
-    extra: Annotated[Mapping[str, Any], NO_SECRETS] = {}
-    """Further keys of every request, as the server names them.  No keys or passwords: they belong into the
-    environment."""
+    extra: Annotated[Mapping[str, Any], NO_SECRETS, ONE_ANSWER] = {}
+    """Further keys of every request, as the server names them; null leaves one out.  No keys or passwords: they
+    belong into the environment."""
     allow_addresses: bool = False
     """Whether an image is fetched from the address that the server answers; https only, without the key."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16
@@ -81,13 +80,6 @@ class ImagesApiConfig(Config):
     """Largest answer that is read."""
     max_pixels: Annotated[int, Ge(1)] = 64 * 10**6
     """Largest image that is decoded."""
-
-    @field_validator("extra")
-    @classmethod
-    def _asks_for_one_image(cls, extra: Mapping[str, Any]) -> Mapping[str, Any]:
-        if extra.get("n", 1) != 1:
-            raise ValueError(f"n {extra['n']!r}: only the first of several images would be used; leave it out")
-        return extra
 
     def build(self) -> "ImagesApiGenerator":
         """The generator.  Raises UserError for an address or a key that is none."""
@@ -127,8 +119,8 @@ class ImagesApiGenerator:
         """Path and content of the HTTP request, as `HttpClient.request` takes them."""
         c = self._config
         keys = {"model": c.model, "prompt": request.prompt, "n": 1, "size": c.size, "quality": c.quality}
-        keys |= {"response_format": c.response_format, "seed": request.seed if c.send_seed else None}
-        fields = {name: value for name, value in keys.items() if value is not None} | dict(c.extra)
+        keys |= {"response_format": c.response_format, "seed": request.seed if c.send_seed else None, **c.extra}
+        fields = {name: value for name, value in keys.items() if value is not None}
         if not request.sources:
             return {"path": "/images/generations", "json": fields}
         sources = enumerate(request.sources)
