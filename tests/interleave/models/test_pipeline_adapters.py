@@ -74,8 +74,13 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
     for keys, options, message in (
         (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "is a DoRA of kohya's form"),
         (of_peft, {"r": 2, "use_rslora": True}, "its use_rslora in adapter_config.json is not supported"),
+        (of_peft, {"r": 2, "lora_alpha": 2, "init_lora_weights": "PiSSA_niter_4"}, "its init_lora_weights PiSSA_niter"),
         (of_peft, {"r": "2"}, "must have the numbers r and lora_alpha"),
         (plain | {f"transformer.{LAYER}.lora_B.bias": wide}, {}, "does not fit Flux2KleinPipeline .*lora_bias"),
     ):
         with pytest.raises(UserError, match=f"^lora any: .*{message}"):
             fused(keys, options)
+    said = json.dumps({"transformer.r": 2, "transformer.init_lora_weights": "olora"})
+    save_file(plain, tmp_path / "any.safetensors", {"format": "pt", "lora_adapter_metadata": said})
+    with pytest.raises(UserError, match=r"^lora any: its init_lora_weights olora changes the weights of the model"):
+        load_lora(pipe, tmp_path / "any.safetensors", "lora any", 1.0)

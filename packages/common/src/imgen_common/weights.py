@@ -29,6 +29,8 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",
 """Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
 NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+"""Ways in which PEFT draws the first A and B of an adapter and leaves the weights of the model alone."""
 MAX_JSON = 10**8
 """Bytes of the largest JSON file that is read; tokenizers have 30 million."""
 
@@ -289,6 +291,17 @@ def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
 PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
 """Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
 other processors have a patch_size of another form, or of another meaning."""
+
+
+def check_plain_start(options: Mapping[str, Any], what: str) -> None:
+    """Raises UserError where PEFT's description of an adapter, `what` in messages, says that training began from
+    changed weights of the model, as PiSSA does: the adapter alone is not the difference to the published ones."""
+    begun = options.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower() not in PLAIN_STARTS:
+        raise UserError(
+            f"{what}: its init_lora_weights {one_line(begun, 40)} changes the weights of the model that it belongs to; "
+            "convert it to a plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
+        )
 
 
 def check_patches(image_processor: Any, folder: Path, ref: str) -> None:

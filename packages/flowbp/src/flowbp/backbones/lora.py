@@ -19,8 +19,8 @@ from flowbp.backbones.loading import layers_of_targets, mark_trainable
 from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
-from imgen_common.errors import UserError, one_line
-from imgen_common.weights import read_json
+from imgen_common.errors import UserError
+from imgen_common.weights import check_plain_start, read_json
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_ALPHA = 8
@@ -37,9 +37,6 @@ TRIED = (
 )
 UNSUPPORTED = ("use_dora", "use_qalora", "fan_in_fan_out", "lora_bias", "layer_replication", "modules_to_save")
 """Options of PEFT's LoRA that make of it something else than scale B A."""
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-"""Ways in which PEFT draws the first A and B and leaves the weights of the model alone.  Others, as PiSSA, take what A
-and B hold out of them: such an adapter is one of the changed weights."""
 
 
 @dataclass(frozen=True)
@@ -197,12 +194,7 @@ def _options(ref: str, file: Path, keys: Iterable[str], metadata: Mapping[str, s
     other = [name for name in UNSUPPORTED if options.get(name)]
     if other or options.get("bias", "none") != "none":
         raise UserError(f"lora.init {ref}: its {(other or ['bias'])[0]} is not supported; give a plain LoRA")
-    begun = options.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower() not in PLAIN_STARTS:
-        raise UserError(
-            f"lora.init {ref}: its init_lora_weights {one_line(begun, 40)} changes the weights of the model that it "
-            "belongs to; convert it to a plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
-        )
+    check_plain_start(options, f"lora.init {ref}")
     return options
 
 

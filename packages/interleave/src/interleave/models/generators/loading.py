@@ -1,5 +1,6 @@
 """The diffusers pipelines that can be generators: how they are called, loaded, adapted and prepared for batches."""
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.weights import check_channels, check_vocabularies, loading, read_json, text_layers
+from imgen_common.weights import (
+    check_channels,
+    check_plain_start,
+    check_vocabularies,
+    loading,
+    read_json,
+    text_layers,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +117,8 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
     from safetensors import safe_open
 
     with safe_open(file, "pt") as content:
-        names = [*content.keys()]
+        names, metadata = [*content.keys()], content.metadata() or {}
+    check_plain_start(_header_options(metadata), what)
     if dora := [name for name in names if "dora_scale" in name]:  # diffusers leaves them out, which is another adapter
         raise UserError(f"{what}: is a DoRA of kohya's form (it has {dora[0]}), which is not read; give a plain LoRA")
     weight *= _described_scale(file, names, what)
@@ -124,6 +133,15 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
     pipe.unload_lora_weights()
 
 
+def _header_options(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options of PEFT that diffusers writes into an adapter's header, without their component's name."""
+    try:
+        content = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return {key.rpartition(".")[2]: value for key, value in content.items()}
+    except (ValueError, AttributeError, RecursionError):
+        return {}  # diffusers says what is wrong with it
+
+
 def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
     """lora_alpha / r of the description that PEFT writes beside an adapter, which diffusers does not read."""
     described = file.with_name(PEFT_CONFIG)
@@ -133,6 +151,7 @@ def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
     options = read_json(described)
     if unread := [name for name in UNREAD_OPTIONS if options.get(name)]:
         raise UserError(f"{what}: its {unread[0]} in {PEFT_CONFIG} is not supported; give a plain LoRA")
+    check_plain_start(options, what)
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
         raise UserError(f"{what}: {PEFT_CONFIG} must have the numbers r and lora_alpha; copy it again")
