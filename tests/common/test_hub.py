@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -561,12 +562,17 @@ class FakeHub:
             raise LocalEntryNotFoundError("not there\nand more")
         return str(self.folder)
 
+    def model_info(self, repo: str, revision: str | None = None) -> SimpleNamespace:
+        files = [file.relative_to(self.folder) for file in sorted(self.folder.rglob("*")) if file.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file.as_posix()) for file in files])
+
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path / "snapshot")
     fake.folder.mkdir()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fake.model_info)
     return fake
 
 
@@ -606,7 +612,7 @@ def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
         fake.calls.clear()
     write_weights(fake.folder / "other.safetensors")
     for ref in ("org/name", "org/name@v1"):
-        with pytest.raises(UserError, match=rf"lora {ref}: 2 .* one of them, as {ref}/my_lora.safetensors"):
+        with pytest.raises(UserError, match=rf"lora: {ref}: 2 .* one of them, as {ref}/my_lora.safetensors"):
             hub.resolve_adapter(ref, "lora")
     fake.calls.clear()
     for ask in (hub.prefetch, lambda ref: hub.resolve_adapter(ref, "lora")):
@@ -624,7 +630,18 @@ def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
     assert [call["allow_patterns"] for call in fake.calls] == [["sub/a.safetensors", *described]]
     fake.calls.clear()
     hub.resolve("org/name@v1/other.safetensors", single_file=True)
-    assert fake.calls[0]["allow_patterns"] == ["other.safetensors", "sampling.json", "adapter_config.json"]
+    described = ["sampling.json", "adapter_config.json"]
+    assert fake.calls[0]["allow_patterns"] == ["other.safetensors", *described]
+    # several are found, and one is chosen, before anything is downloaded
+    fake.calls.clear()
+    with pytest.raises(
+        UserError, match=r"lora: org/name: 3 .* \(my_lora.safetensors, other.safetensors, sub/a.safetensors\); give one"
+    ):
+        hub.resolve_adapter("org/name", "lora")
+    assert fake.calls == []
+    (fake.folder / "my_lora.safetensors").rename(fake.folder / "adapter_model.safetensors")
+    hub.resolve_adapter("org/name", "lora")
+    assert [call["allow_patterns"] for call in fake.calls] == [["adapter_model.safetensors", *described]]
 
 
 def test_a_description_is_fetched_without_weights(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,11 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
         raise UserError(f"model {ref!r}: {error}; {remedy}" if remedy else str(error)) from None
 
 
-def _find(ref: str, *, weights: bool, single_file: bool) -> tuple[Path, str]:
-    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole."""
+def _find(ref: str, *, weights: bool, single_file: bool, adapter: bool = False) -> tuple[Path, str]:
+    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole.
+
+    adapter: whether only an adapter is wanted, of which a repository may have several.
+    """
     if ref.startswith("builtin:"):
         if ref not in _builtins():
             allowed = ", ".join(_builtins()) or "none"
@@ -100,7 +103,7 @@ def _find(ref: str, *, weights: bool, single_file: bool) -> tuple[Path, str]:
         what = f"no such {'file or ' * single_file}folder{nearest(ref, _builtins())}"
         raise UserError(f"model {ref!r}: {what}; give {places} or org/name[@revision]")
     file = match.groupdict().get("file")
-    path = _download(ref, match["repo"], match["revision"], file, weights=weights) / (file or "")
+    path = _download(ref, match["repo"], match["revision"], file, weights=weights, adapter=adapter) / (file or "")
     if not path.exists():
         raise UserError(f"model {ref!r}: no such file of {match['repo']} was found; {_remedy(ref)}")
     return path, _remedy(ref)
@@ -124,25 +127,31 @@ def resolve_adapter(ref: str, key: str) -> Path:
     cut short.
     """
     try:
-        folder, remedy = _find(ref, weights=True, single_file=True)
-        if not folder.is_dir():
-            return _check_path(folder, True, True)
+        path, remedy = _find(ref, weights=True, single_file=True, adapter=True)
+        if not path.is_dir():
+            return _check_path(path, True, True)
+        chosen = path / _choose_adapter(ref, [file.name for file in path.glob("*")], remedy)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    files = sorted(folder.glob("[!.]*.safetensors"))
-    chosen = [file for file in files if file.name in ADAPTER_FILES] or files
-    if len(chosen) != 1:
-        pickled = any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*"))
+    check_file(chosen, path)
+    return chosen
+
+
+def _choose_adapter(ref: str, names: Sequence[str], remedy: str = "") -> str:
+    """The adapter among the files of a folder or of a repository.  Raises UserError where there is none or several."""
+    files = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+    top = [name for name in files if "/" not in name]
+    chosen = [name for name in top if name in ADAPTER_FILES] or top
+    if files and len(chosen) != 1:
+        shown = ", ".join(files[:4])
+        raise UserError(f"{ref}: {len(files)} safetensors files ({shown}); give one of them, as {ref}/{files[0]}")
+    if not chosen:
         made = remedy or "give an adapter, which `flowbp export --to diffusers` makes of a run"
+        pickled = any(Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt") for name in names)
         none = (
             "only pickled weights; convert them to safetensors" if pickled else f"no *.safetensors file in it; {made}"
         )
-        names = ", ".join(file.name for file in files[:4])
-        several = (
-            f"{len(files)} safetensors files ({names}); give one of them, as {ref}/{files[0].name}" if files else ""
-        )
-        raise UserError(f"{key} {ref}: {several if chosen else none}")
-    check_file(chosen[0], folder)
+        raise UserError(f"{ref}: {none}")
     return chosen[0]
 
 
@@ -255,12 +264,14 @@ def _offline() -> str | None:
     return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), None)
 
 
-def _download(ref: str, repo: str, revision: str | None, file: str | None, *, weights: bool) -> Path:
+def _download(
+    ref: str, repo: str, revision: str | None, file: str | None, *, weights: bool, adapter: bool = False
+) -> Path:
     """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.
 
-    file: the adapter that is wanted alone, with what describes it.
+    file: the adapter that is wanted alone, with what describes it; with `adapter`, the one that the repository has.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     from imgen_common.http.addresses import check_proxy, proxy_of
 
@@ -273,6 +284,9 @@ def _download(ref: str, repo: str, revision: str | None, file: str | None, *, we
     try:
         if not offline and (proxy := proxy_of(constants.ENDPOINT)):
             check_proxy(proxy)
+        if adapter and file is None and not offline:
+            siblings = HfApi().model_info(repo, revision=revision).siblings or []
+            file = _choose_adapter(ref, [one.rfilename for one in siblings])
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
