@@ -353,6 +353,12 @@ def test_a_build_of_many_machines_is_that_of_one(tmp_path: Path, asked: Path, co
         assert len(load_requests(part)) in (12 // count, 12 // count + 1)
     with pytest.raises(UserError, match=rf"part-1 is 1/{count}.*; give all {count} parts of one batch or build"):
         merge_shards(parts_[:-1], tmp_path / "all")
+    image = next((parts_[0] / "images").rglob("*.png"))
+    content = image.read_bytes()
+    image.write_bytes(content[:-20])
+    with pytest.raises(UserError, match=rf"{image}: the image is cut short; copy its part of the batch again"):
+        merge_shards(parts_, tmp_path / "all")
+    image.write_bytes(content)
     assert merge_shards(sorted(parts_, reverse=True), tmp_path / "all") == 12
     again = build(tmp_path / "all", asked)
     assert again.rows == whole.rows

@@ -1,7 +1,6 @@
 """Parts of one batch or build that several machines share, and one folder of all parts."""
 
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from interleave.storage.trace import TRACE
 Part = TypeVar("Part")
 OF_MACHINES = {"shard", "budget", "cache", "concurrency", "url", "urls"}
 """Keys that may differ between the parts."""
+PNG_END = b"IEND\xaeB`\x82"
 PART = "shard.txt"
 """Where a part of a batch says which it is, as `2/8`; that of a build says it in its configuration."""
 
@@ -67,7 +67,7 @@ def merge_shards(shards: Sequence[Path], out: Path) -> int:
     Folders that do not say which part they are, as of earlier versions, are taken in the order in which they are given.
     Records, images and answers of judges are copied; what is made of them (sets, pages) is made anew by resuming.
     Raises UserError unless all are folders of one batch or one build, with requests that differ, where a part is not
-    among them, or if `out` exists.
+    among them, an image is cut short, or if `out` exists.
     """
     configs = [_read_config(shard) for shard in shards]
     for shard, config in zip(shards[1:], configs[1:], strict=True):
@@ -120,11 +120,14 @@ def _without(tree: Any) -> Any:
 
 
 def _copy_rest(shard: Path, out: Path) -> None:
-    """Copies images, and appends the answers of judges."""
+    """Copies images, and appends the answers of judges.  Raises UserError for an image that was copied in part."""
     for file in sorted((shard / IMAGES).rglob("*.png")):
         target = out / file.relative_to(shard)
+        content = file.read_bytes()
+        if not content.endswith(PNG_END):
+            raise UserError(f"{file}: the image is cut short; copy its part of the batch again")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        target.write_bytes(content)
     for file in sorted((shard / "scores").rglob("*.jsonl")):
         target = out / file.relative_to(shard)
         target.parent.mkdir(parents=True, exist_ok=True)
