@@ -22,6 +22,7 @@ from flowbp.evaluation.benchmarks import run, settings, tables
 from flowbp.evaluation.benchmarks.run import Benchmark, image_file
 from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, ImageId, ScorerSpec, read_scores
 from flowbp.evaluation.compare import MeanScore, mean_score
+from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.questions import JudgeError, JudgeReply, Message
@@ -290,6 +291,17 @@ def test_scorers_may_be_added_but_not_exchanged(copied: Benchmark) -> None:
     with pytest.raises(UserError, match="its scores 'heldout' are of clip=builtin:shapes/heldout"):
         done(work(copied.out, scorers=(exchanged,)))
     done(copied)  # the lock was given back
+
+
+def test_a_scorer_whose_files_were_replaced_is_refused(copied: Benchmark, tmp_path: Path) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(hub.resolve(HELDOUT.ref), folder)
+    scorer = HELDOUT.model_copy(update={"ref": str(folder)})
+    done(work(copied.out, scorers=(scorer,)))
+    for file in hub.resolve(CLIP.ref).glob("*.safetensors"):
+        shutil.copyfile(file, folder / file.name)
+    with pytest.raises(UserError, match="the scorer heldout has changed since the run was started"):
+        done(work(copied.out, scorers=(scorer,)))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

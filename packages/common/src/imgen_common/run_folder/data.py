@@ -92,3 +92,10 @@ def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
         if (before := recorded.get(key)) is not None and before != now:
             counts = f" ({before.rows} rows then, {now.rows} now)" if before.rows != now.rows else ""
             raise UserError(f"{run}: {key} has changed since the run was started{counts}; restore it, or start anew")
+
+
+def extend_data(run: Path, data: Mapping[str, DataHash]) -> None:
+    """As `check_data`, and keeps the hashes under new keys with the run."""
+    check_data(run, data)
+    if (run / DATA).exists():
+        record_data(run, {**data, **read_json(run / DATA, DataHashes).data})

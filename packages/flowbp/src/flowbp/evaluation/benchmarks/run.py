@@ -58,6 +58,7 @@ from imgen_common.judging.answers import AnswerLog, read_answers
 from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, all_at_once
+from imgen_common.run_folder.data import hash_model
 from imgen_common.run_folder.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -123,7 +124,12 @@ class Benchmark:
 
     def open(self, command: Sequence[str]) -> RunFolder:
         """As `open_benchmark_folder`, in one process of all."""
-        return open_benchmark_folder(self.out, self.config, command, self.source.hashes())
+        hashes = self.source.hashes()
+        for spec in self.config.scorers:
+            models = {f"the scorer {spec.name}": spec.ref, f"the color model of {spec.name}": spec.color_model}
+            for name, ref in models.items() if spec.kind not in (*JUDGED, GENEVAL_SHAPES) else ():
+                hashes |= {} if ref is None else hash_model(name, ref)
+        return open_benchmark_folder(self.out, self.config, command, hashes)
 
     def unread_prompts(self) -> list[str]:
         """A sentence for each text encoder and reward that does not read all of the prompts."""

@@ -22,7 +22,7 @@ from imgen_common.errors import UserError, nearest
 from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.cost import CostLimits
-from imgen_common.run_folder.data import DataHash, check_data, record_data
+from imgen_common.run_folder.data import DataHash, extend_data, record_data
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
@@ -221,7 +221,7 @@ def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
 def open_benchmark_folder(
     out: Path, config: BenchmarkConfig, command: Sequence[str], hashes: Mapping[str, DataHash]
 ) -> RunFolder:
-    """The folder, made or opened to continue in it; scorers that it has already stay.  hashes: of `ModelSource`.
+    """The folder, made or opened to continue in it; scorers that it has already stay.  hashes: of the models.
 
     Raises UserError if it was made with other settings or weights, or has another scorer of the same name.
     """
@@ -232,7 +232,6 @@ def open_benchmark_folder(
     # the digest stands for the prompts, and scorers may be added
     folder = RunFolder.open(out, config, command, may_differ=("prompts", "scorers"))
     try:
-        check_data(out, hashes)
         known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
         for spec in config.scorers:
             if (before := known.setdefault(spec.name, spec)) != spec:
@@ -240,6 +239,7 @@ def open_benchmark_folder(
                     f"{out}: its scores {spec.name!r} are of {before.kind}={before.ref}, now {spec.kind}={spec.ref} "
                     f"was given; give the new ones another name, NAME:{spec.kind}={spec.ref}"
                 )
+        extend_data(out, hashes)
         write_atomic(out / CONFIG, to_yaml(config.model_copy(update={"scorers": tuple(known.values())})))
     except BaseException:
         folder.close()
