@@ -3,7 +3,7 @@
 import pytest
 
 from imgen_common.shapes.stories import sample_story
-from imgen_common.shapes.vocabulary import describe_unknown_words
+from imgen_common.shapes.vocabulary import describe_unknown_words, find_left_out
 from imgen_common.streams import numpy_generator
 
 PLANNER, GENERATOR = "builtin:shapes/planner", "builtin:shapes/generator"
@@ -14,6 +14,7 @@ def test_every_request_of_the_world_is_known(riddle: bool) -> None:
     for index in range(60):
         story = sample_story(numpy_generator(7, "words", index), "test", riddle=riddle)
         assert describe_unknown_words(PLANNER, story.request) is None
+        assert find_left_out(story.request, story.prompts) == []
         for step in story.steps:
             assert describe_unknown_words(GENERATOR, step.prompt) is None
 
@@ -46,3 +47,10 @@ def test_other_models_are_not_asked() -> None:
 @pytest.mark.parametrize("text", ["\U0001f534\U0001f534", "?!"])
 def test_what_has_no_words_is_not_known(text: str) -> None:
     assert "there is no word in what it is given" in str(describe_unknown_words(PLANNER, text))
+
+
+def test_what_a_plan_leaves_out_is_named() -> None:
+    request = "Two red circles, then a blue square, then green triangles"
+    assert find_left_out(request, ["two red circles", "make the circles blue"]) == ["square", "green", "triangle"]
+    assert find_left_out(request, ["two red circles", "add a blue square", "add three green triangles"]) == []
+    assert find_left_out("a circle the colour of red mixed with blue", ["a purple circle"]) == []

@@ -171,6 +171,24 @@ def test_the_end_of_a_story_has_its_color(status: Any, color: int, tmp_path: Pat
     assert text.getvalue().count(f"\x1b[{color}m{status}") == 1 + (status != "complete")
 
 
+@pytest.mark.parametrize(("planner", "warned"), [("builtin:shapes/planner t=0.7", True), ("my-planner", False)])
+def test_a_plan_of_the_built_in_planner_that_leaves_things_out_is_said_to(
+    planner: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request, plan = (
+        Request(id="x", text="a red circle and a blue square"),
+        Plan(steps=(PlanStep(index=1, prompt="a red"),)),
+    )
+    about, out = PlannerRecord(model=planner, template="", template_hash=""), console.open_console()
+    record = PlanRecord(trajectory_id="x", request=request, planner=about, plan=plan)
+    story = Trajectory(id="x", request=request, planner=about, plan=plan, selected={}, status="complete", spent=Spent())
+    for show in (console.ProgressPrinter(out), console.BatchProgressPrinter(out, 1)):
+        for one in (record, story):
+            show(one)
+        said = "  the plan leaves out what the request names: circle, blue, square\n" in capsys.readouterr().out
+        assert said == warned
+
+
 def test_json_for_machines(interleave: Call, tmp_path: Path) -> None:
     code, out, _ = interleave("run", "a cat", recipe(tmp_path), "--runs", tmp_path / "runs", "--json")
     assert code == 0

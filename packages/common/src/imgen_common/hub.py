@@ -292,13 +292,7 @@ def _download(
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
         folder = fetch(["model_index.json"])
         if not offline:
-            # A diffusers repository often holds the same weights again as single files beside its component folders.
-            index = folder / "model_index.json"
-            places = [f"{name}/" for name in _components(folder)] if index.exists() else [""]
-            files = HUB_FILES if weights else DESCRIPTION_FILES
-            wanted = (place + pattern for place in places for pattern in files)
-            # what is not of a pipeline lies in the top folder; others hold it in other precisions and forms
-            folder = fetch(["model_index.json", SAMPLING_FILE, *wanted], None if index.exists() else "*/*")
+            folder = fetch(*_wanted_files(folder, HUB_FILES if weights else DESCRIPTION_FILES))
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
@@ -306,6 +300,16 @@ def _download(
             f"model {ref!r}: no such local {'file' if file else 'folder'}; {_hub_reason(ref, repo, revision, error)}"
         ) from error
     return folder
+
+
+def _wanted_files(folder: Path, kinds: Sequence[str]) -> tuple[list[str], str | None]:
+    """The patterns of the files to download of a model's repository, and of those to leave."""
+    # A diffusers repository often holds the same weights again as single files beside its component folders.
+    is_pipeline = (folder / "model_index.json").exists()
+    places = [f"{name}/" for name in _components(folder)] if is_pipeline else [""]
+    wanted = [place + kind for place in places for kind in kinds]
+    # what is not of a pipeline lies in the top folder; others hold it in other precisions and forms
+    return ["model_index.json", SAMPLING_FILE, *wanted], None if is_pipeline else "*/*"
 
 
 def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> str:

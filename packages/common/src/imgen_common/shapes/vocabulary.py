@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 from imgen_common.hub import BUILTIN, WEIGHTS
@@ -16,6 +16,8 @@ MAX_LISTED = 5
 MAX_SIDE = 128
 """Longest side in pixels of a source that the built-in generator edits."""
 _WORD = re.compile(r"[^\W_]+")
+_MIXED = re.compile(r"\w+ mixed with \w+")
+"""In riddles, which name other colors than they mean."""
 
 
 @cache
@@ -53,6 +55,14 @@ def describe_unknown_words(ref: str, text: str) -> str | None:
     what = "word" if len(unknown) == 1 else f"{len(unknown)} words"
     remedy = "; write it in small letters" if any(word.lower() in known for word in unknown) else ""
     return f"{ref} knows nothing but {WORLD}; it does not know the {what} {listed}{remedy}"
+
+
+def find_left_out(text: str, prompts: Sequence[str]) -> list[str]:
+    """The shapes and colors that a request names, and none of the prompts of its plan."""
+    named = {word: name for name in (*SHAPES, *COLOURS) for word in (name, plural(name))}
+    planned = {named.get(word) for word in _WORD.findall(" ".join(prompts).lower())}
+    asked = [named[word] for word in _WORD.findall(_MIXED.sub(" ", text.lower())) if word in named]
+    return [name for name in dict.fromkeys(asked) if name not in planned]
 
 
 def describe_missing_image(ref: str, text: str) -> str | None:

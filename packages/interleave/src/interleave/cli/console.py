@@ -11,6 +11,8 @@ from rich.markup import escape
 
 from imgen_common.console import count
 from imgen_common.errors import one_line
+from imgen_common.hub import BUILTIN
+from imgen_common.shapes.vocabulary import find_left_out
 from interleave.pages.words import ATTEMPT_STATUS, explain_reasoning
 from interleave.records import Attempt, Plan, PlanRecord, Record, Trajectory
 
@@ -36,12 +38,20 @@ def sanitize(text: str) -> str:
     return escape(one_line(text, limit=None))
 
 
-def print_plan(plan: Plan, out: Console) -> None:
-    """The steps, one a line."""
-    for step in plan.steps:
+def print_plan(record: PlanRecord, out: Console) -> None:
+    """The steps, one a line, and what a built-in planner left out, as it does above all in long requests."""
+    for step in record.plan.steps if record.plan else ():
         what = sanitize(step.prompt) if step.prompt is not None else "[dim](text only)[/]"
         words = f"  [dim]{sanitize(step.words)}[/]" if step.words and step.words != step.prompt else ""
         out.print(f"  {step.index}. {what}{words}")
+    _print_left_out(record, out)
+
+
+def _print_left_out(story: PlanRecord | Trajectory, out: Console) -> None:
+    if story.plan and story.planner and story.planner.model.startswith(BUILTIN):
+        missing = find_left_out(story.request.text, [step.prompt or "" for step in story.plan.steps])
+        if missing:
+            out.print(f"  [yellow]the plan leaves out what the request names: {', '.join(missing)}[/]")
 
 
 class ProgressPrinter:
@@ -56,7 +66,7 @@ class ProgressPrinter:
             case PlanRecord(plan=Plan() as steps):
                 self._num_steps = len(steps.steps)
                 self._out.print(f"[bold]plan[/] of {self._num_steps} step{'s' * (self._num_steps != 1)}")
-                print_plan(steps, self._out)
+                print_plan(record, self._out)
             case Attempt():
                 self._print_attempt(record)
 
@@ -91,6 +101,7 @@ class BatchProgressPrinter:
                 f"{sanitize(record.request.text[:80])} [dim]{count(record.spent.generations, 'image')}, "
                 f"{record.spent.seconds:.1f} s[/]"
             )
+            _print_left_out(record, self._out)
 
 
 def print_json(record: Record) -> None:

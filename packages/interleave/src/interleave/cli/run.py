@@ -198,7 +198,7 @@ def plan(
     if as_json:
         print(json.dumps(record.model_dump(mode="json")))  # as an escape also half a surrogate pair
     elif record.plan is not None:
-        console.print_plan(record.plan, console.open_console())
+        console.print_plan(record, console.open_console())
     if record.plan is None:
         error = record.planner.error if record.planner else "no plan"
         has_answered = record.planner is None or record.planner.error_kind is None
