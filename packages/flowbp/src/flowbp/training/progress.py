@@ -208,7 +208,7 @@ class LiveReporter(NullReporter):
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         description = "quick evaluation" if name == "quick" else f"evaluating {name}"
-        self._bar.update(self._task, description=description, completed=min(done, total), total=total)
+        self._bar.update(self._task, description=description, completed=done, total=total)
 
 
 def make_reporter(num_updates: int, scores: Sequence[str], *, is_main: bool, as_json: bool) -> NullReporter:

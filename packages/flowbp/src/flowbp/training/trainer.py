@@ -318,7 +318,7 @@ class Trainer:
                 self.config,
                 guidance,
                 ProcessGroup(accelerator.process_index, accelerator.num_processes, gather, before_batch),
-                lambda done: on_progress(done * accelerator.num_processes),
+                lambda done: on_progress(min(done * accelerator.num_processes, len(prompts))),
             )
         return replace(found, preview=preview)
 
