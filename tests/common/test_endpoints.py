@@ -15,6 +15,7 @@ from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, check_url
 from imgen_common.http.addresses import proxy_of
 from imgen_common.http.chat import Completion, complete, read_completion, split_reasoning
+from imgen_common.judging.questions import JudgeError
 
 KEY = "sk-very/secret+key"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "ssl_cert_dir")
@@ -214,6 +215,54 @@ def test_a_filter_refuses_one_request_whatever_its_status(status: int, error: di
     made = client(lambda request: httpx.Response(status, json={"error": error}))
     with pytest.raises(Refusal, match=rf"status {status}: {error['message']}$"):
         asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+
+
+XAI = {"code": "The caller does not have permission", "error": "Content violates usage guidelines. Failed check: BIO"}
+
+
+def behind(said: Any, code: int) -> dict[str, Any]:
+    """An error of the server behind a gateway, as OpenRouter has it."""
+    return {"error": {"message": "Provider returned error", "code": code, "metadata": {"raw": said}}}
+
+
+@pytest.mark.parametrize("status", [403, 200])
+@pytest.mark.parametrize("body", [XAI, behind(json.dumps(XAI), 403)])
+def test_a_filter_that_answers_as_to_a_wrong_key_refuses_one_request(status: int, body: dict[str, Any]) -> None:
+    made = client(lambda request: httpx.Response(status, json=body))
+    with pytest.raises(Refusal, match=r"Content violates usage guidelines. Failed check: BIO$") as caught:
+        asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+    assert not JudgeError.of_http(caught.value).is_outage
+    key = client(lambda request: httpx.Response(403, json={"error": "Incorrect API key"}))
+    assert JudgeError.of_http(failure(key)).is_outage
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"type": "invalid_request_error", "message": "Your credit balance is too low to access the API."}),
+        (400, {"message": "Access denied, is your account in good standing?", "code": "Arrearage"}),
+        (400, {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}),
+        (412, {"message": "Account me/x is suspended, possibly due to reaching the monthly limit"}),
+        (429, {"message": "please check your plan", "type": "exceeded_current_quota_error"}),
+        (200, {"message": "insufficient balance", "code": "1008"}),
+    ],
+)
+def test_used_up_credit_is_an_outage_for_a_judge_whatever_its_status(status: int, error: dict[str, Any]) -> None:
+    made = client(lambda request: httpx.Response(status, json={"error": error}))
+    with pytest.raises(HttpError, match=str(error["message"])[:20]) as caught:
+        asyncio.run(complete(made, "http://host/v1", b"{}", 5))
+    judged = JudgeError.of_http(caught.value)
+    assert (judged.is_outage, caught.value.can_retry, caught.value.status) == (True, False, 402)
+
+
+def test_a_gateways_message_has_the_words_of_the_server_behind_it() -> None:
+    said = json.dumps({"error": {"message": "at most 1 image", "type": "invalid_request_error"}})
+    for raw in (said, json.loads(said), "at most 1 image"):
+        made = client(lambda request, raw=raw: httpx.Response(400, json=behind(raw, 400)))
+        assert str(failure(made)).endswith("status 400: Provider returned error: at most 1 image")
+    for nothing in (None, "", {}):
+        made = client(lambda request, raw=nothing: httpx.Response(400, json=behind(raw, 400)))
+        assert str(failure(made)).endswith("status 400: Provider returned error")
 
 
 def test_a_model_that_calls_tools_and_a_server_that_streams_are_told_so() -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from imgen_common.errors import UserError
+from imgen_common.http import HttpError
 from imgen_common.judging.agreement import compare_judges, rank_correlation, weighted_kappa
 from imgen_common.judging.answers import Answer, AnswerLog, read_answers
 from imgen_common.judging.cost import Prices, all_questions, describe_cost, estimate_cost
@@ -126,16 +127,19 @@ def test_equal_questions_are_asked_once_and_never_again(tmp_path: Path) -> None:
 
 
 def test_failures_of_the_moment_are_asked_again_and_final_ones_are_not(tmp_path: Path) -> None:
-    failures: list[str | Exception] = [JudgeError("refused", "no"), JudgeError("timeout", "slow"), "?"]
-    items = {f"i{n}": [question("q", f"item {n}", tries=1)] for n in range(3)}
+    too_large = JudgeError.of_http(HttpError("refused", "raise the server's limit", can_retry=False, status=413))
+    failures: list[str | Exception] = [JudgeError("refused", "no"), JudgeError("timeout", "slow"), "?", too_large]
+    items = {f"i{n}": [question("q", f"item {n}", tries=1)] for n in range(4)}
     judge = FakeJudge(lambda text, number: failures[int(text[-1])])
     first = judge_all(judge, tmp_path, items)
-    assert [first[f"i{n}"]["q"].error_kind for n in range(3)] == ["refused", "timeout", "unreadable"]
+    kinds = [first[f"i{n}"]["q"].error_kind for n in range(4)]
+    assert kinds == ["refused", "timeout", "unreadable", "bad_request"]
     again = FakeJudge(lambda text, number: "1")
     second = judge_all(again, tmp_path, items)
-    assert again.calls == ["item 1"]
-    assert second["i1"]["q"].value == 1
-    assert {answer.item: answer.value for answer in read_answers(tmp_path)} == {"i0": None, "i1": 1, "i2": None}
+    assert again.calls == ["item 1", "item 3"]
+    assert second["i1"]["q"].value == second["i3"]["q"].value == 1
+    found = {answer.item: answer.value for answer in read_answers(tmp_path)}
+    assert found == {"i0": None, "i1": 1, "i2": None, "i3": 1}
 
 
 def test_half_a_line_that_a_kill_left_is_taken_away(tmp_path: Path) -> None:

@@ -218,6 +218,13 @@ def test_a_check_says_what_to_mend() -> None:
             "status 404: no model m; start the server, or correct url",
         ),
         (httpx.Response(500), "status 500"),
+        (
+            httpx.Response(400, json={"error": {"message": "Model Not Exist"}}),
+            r"Model Not Exist; correct model \('m'\)",
+        ),
+        (httpx.Response(400, json={"message": "x/y is not a valid model ID"}), r"ID; correct model \('m'\)"),
+        (httpx.Response(402, json={"error": "Payment Required"}), "; pay for more, or raise the limit of the account"),
+        (httpx.Response(400, json={"error": "Your credit balance is too low"}), "too low; pay for more, or raise"),
         (httpx.Response(200, text="<html>"), "not a chat completion"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -19,7 +19,16 @@ from imgen_common.http.addresses import (
     redacted,
     version_hint,
 )
-from imgen_common.http.failures import HttpError, Refusal, error_message, failure_of_status, retry_after
+from imgen_common.http.failures import (
+    FILTERED,
+    NO_CREDIT,
+    USED_UP,
+    HttpError,
+    Refusal,
+    error_message,
+    failure_of_status,
+    retry_after,
+)
 from imgen_common.http.retry import RetryingCaller, RetryPolicy
 
 if TYPE_CHECKING:
@@ -38,13 +47,6 @@ CERTIFICATE_REMEDIES = {
 }
 """What to do about a certificate, by OpenSSL's words; `AUTHORITY` about others."""
 OTHER_PROXY = "correct the proxy, or name the host in NO_PROXY"
-USED_UP = b"insufficient_quota"
-"""What OpenAI and its likes call a quota or credit that is used up, under the status of a busy server (429)."""
-FILTER_CODES = re.compile(
-    rb'"(content_filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input)"',
-    re.IGNORECASE,
-)
-"""What the filters of OpenAI, its gateways, DashScope and OpenRouter write into an answer, whatever its status."""
 
 
 class HttpClient(RetryingCaller):
@@ -220,17 +222,17 @@ class HttpClient(RetryingCaller):
         return bytes(data)
 
     def _status_error(self, place: str, answer: "httpx.Response", data: bytes, remedy: str) -> HttpError:
-        status = answer.status_code
+        status, text = answer.status_code, data.decode("utf-8", "replace")
         kind, can_retry = failure_of_status(status)
-        if USED_UP in data:  # waiting brings none back
-            kind, can_retry = "refused", False
         if status == 407:
             remedy = "; give the proxy's name and password in HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
         if status == 413:
             remedy = "; send smaller images, or raise the server's limit (nginx: client_max_body_size)"
-        if FILTER_CODES.search(data):  # one request: the server is there, and its key is right
+        if FILTERED.search(text):  # one request: the server is there, and its key is right
             return Refusal(f"{place}: status {status}: {self.clean(error_message(data))}")
         message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
+        if USED_UP.search(text):  # waiting brings none back, and no other request is answered
+            kind, can_retry, status = "refused", False, NO_CREDIT
         wait = retry_after(answer.headers)
         return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)
 

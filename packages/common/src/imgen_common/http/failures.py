@@ -16,6 +16,23 @@ much to do."""
 MAX_ERROR_BYTES = 1000
 """Bytes that are shown of an answer which is not JSON."""
 RATE_LIMIT = re.compile("rate.?limit", re.IGNORECASE)
+FILTERED = re.compile(
+    r'\\*"(?:content_?filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input)\\*"'
+    r"|violates (?:our |the )?(?:usage|content|safety) (?:guidelines|polic)|SAFETY_CHECK_TYPE",
+    re.IGNORECASE,
+)
+"""What the filters of OpenAI, Azure, DashScope, OpenRouter and xAI write into an answer, whatever its status, and
+gateways into a JSON text inside it."""
+USED_UP = re.compile(
+    r"insufficient_quota|exceeded_current_quota|billing_hard_limit|billing_not_active|Arrearage|"
+    r"credit balance is too low|account [^.]{0,80}is suspended|spending limit|"
+    r"insufficient (?:balance|credits|funds)",
+    re.IGNORECASE,
+)
+"""What OpenAI, Moonshot, DashScope, Anthropic, Fireworks and others call a quota or credit that is used up, under the
+status of a busy server (429) or of a bad request (400, 412)."""
+NO_CREDIT = 402
+"""The status that HTTP has for it."""
 HTTP_ERRORS = frozenset(map(str, range(400, 600)))
 ERROR_KEYS = ("error", "errors", "base_resp", "message", "detail", "reason", "status_msg", "error_msg", "msg")
 """Where servers write what went wrong, from the outermost mapping inwards."""
@@ -69,7 +86,8 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     """The failure that a body reports under status 200, with the server's words, as gateways do; None if it has none.
 
     wanted: the key of what was asked for; where that is missing or empty, a message in its place is a failure too.
-    It counts as its own `code` or `status` says where that is one of HTTP, and as refused otherwise.
+    It counts as its own `code` or `status` says where that is one of HTTP, and as refused otherwise; as a Refusal, if
+    it is a filter's.
     """
     if not isinstance(answer, dict):
         return None
@@ -84,8 +102,11 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     given = [place.get(key) for place in (inner, answer) if isinstance(place, dict) for key in ("code", "status")]
     codes = [int(code) for code in given if isinstance(code, int | str) and str(code) in HTTP_ERRORS]
     status = codes[0] if codes else None
-    words = _words({"error": error})
+    words, said = _words({"error": error}), _as_json(error)
+    if FILTERED.search(said):
+        return Refusal(words)
     status = 429 if status is None and RATE_LIMIT.search(words) else status
+    status = NO_CREDIT if USED_UP.search(said) else status
     kind, can_retry = failure_of_status(status) if status else ("refused", False)
     return HttpError(kind, words, can_retry=can_retry, status=status)
 
@@ -117,12 +138,29 @@ def _words(said: Any) -> str:
     for name in ERROR_KEYS:
         if (located := _located(said)) is not None:
             return located
+        if (behind := _said_behind(said)) is not None:
+            return behind
         said = said[0] if isinstance(said, list) and len(said) == 1 else said
         said = said[name] if isinstance(said, dict) and said.get(name) else said
+    return said if isinstance(said, str) else _as_json(whole)[:MAX_ERROR_BYTES] or "an error without words"
+
+
+def _as_json(value: Any) -> str:
+    """The value as JSON; empty where it is nested too deep."""
     try:
-        return said if isinstance(said, str) else json.dumps(whole, ensure_ascii=False)[:MAX_ERROR_BYTES]
+        return json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        return "an error without words"
+        return ""
+
+
+def _said_behind(said: Any) -> str | None:
+    """The words of a gateway (OpenRouter) with those of the server behind it; None for others."""
+    metadata = said.get("metadata") if isinstance(said, dict) else None
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
+    if not raw:
+        return None
+    behind = error_message(raw.encode("utf-8", "replace")) if isinstance(raw, str) else _words(raw)
+    return ": ".join(filter(None, (said["message"] if isinstance(said.get("message"), str) else "", behind)))
 
 
 def _located(said: Any) -> str | None:

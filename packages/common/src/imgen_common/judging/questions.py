@@ -27,7 +27,8 @@ class JudgeError(Exception):
     """The judge gave no answer to one question.  The message fits on one line.
 
     kind: `refused` (its words are the message), `timeout`, `malformed_response`, `server_error`, ... as of
-    `imgen_common.http`.  is_outage: whether it would answer no other question either.
+    `imgen_common.http`, and `bad_request` where not the model or its filter refused, but the server did not take the
+    request, as for its size.  is_outage: whether it would answer no other question either.
     """
 
     def __init__(self, kind: str, message: str, *, is_outage: bool = False) -> None:
@@ -39,7 +40,9 @@ class JudgeError(Exception):
         """What the failure of an endpoint says of a question.  A key, an address or a quota that it does not accept
         would end every other question too."""
         is_denied = error.status in DENIED and not isinstance(error, Refusal)
-        return cls(error.kind, str(error), is_outage=error.is_outage or is_denied)
+        is_of_server = error.kind == "refused" and not is_denied and not isinstance(error, Refusal)
+        kind = "bad_request" if is_of_server else error.kind
+        return cls(kind, str(error), is_outage=error.is_outage or is_denied)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
             if failure.is_outage:
                 raise
             error, kind = one_line(str(failure)), failure.kind
-            if kind == "refused":
+            if kind in ("refused", "bad_request"):
                 break
     return Answer(
         item=item,

@@ -127,14 +127,17 @@ async def check_judge(url: str, model: str, extra: Mapping[str, Any] | None = No
     try:
         await judge.ask("", question.message, 0)
     except JudgeError as failure:
-        if not isinstance(failure.__cause__, Refusal) and failure.kind != "rate_limited":
-            remedy = f"check --judge, the model's name and {KEY_VARIABLE}"
-            if isinstance(failure.__cause__, HttpError) and failure.__cause__.status in (400, 422):
-                remedy = (
-                    "if the model does not take a key of the request, leave it out: --set judge.extra={temperature: "
-                    f"null, max_completion_tokens: {MAX_TOKENS}}}; if not, {remedy}"
-                )
-            raise UserError(f"judge {model!r}: {failure}; {remedy}") from None
+        cause = failure.__cause__
+        status = cause.status if isinstance(cause, HttpError) else None
+        if isinstance(cause, Refusal) or failure.kind == "rate_limited" or status in (503, 529):
+            return  # it answers, or is there and busy, or loads
+        remedy = f"check --judge, the model's name and {KEY_VARIABLE}"
+        if status in (400, 422):
+            remedy = (
+                "if the model does not take a key of the request, leave it out: --set judge.extra={temperature: "
+                f"null, max_completion_tokens: {MAX_TOKENS}}}; if not, {remedy}"
+            )
+        raise UserError(f"judge {model!r}: {failure}; {remedy}") from None
     finally:
         await judge.close()
 

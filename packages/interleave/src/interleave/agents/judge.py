@@ -30,6 +30,8 @@ from interleave.models.concurrency import map_concurrently
 from interleave.protocols import BackendError, ChatModel, CriticInput, HashedImage, SystemText
 from interleave.records import FailureKind, Scores
 
+KINDS = {"unreadable": "malformed_response", "bad_request": "refused"}
+"""What records call failures of a judge's questions."""
 OUTAGES = ("unreachable", "rate_limited")
 """Failures after which no other question would be answered either: their requests were repeated for minutes."""
 
@@ -142,7 +144,7 @@ class ChatJudge(ChatModelJudge):
             except JudgeError as failure:
                 raise BackendError(cast(FailureKind, failure.kind), str(failure)) from None
             if answer.error_kind is not None:
-                kind = "malformed_response" if answer.error_kind == "unreadable" else answer.error_kind
+                kind = KINDS.get(answer.error_kind, answer.error_kind)
                 raise BackendError(cast(FailureKind, kind), f"{question.name}: {answer.error}")
             return answer.value
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,6 +12,7 @@ from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, KeyVariable, Ser
 from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete, encode_body
+from imgen_common.http.failures import NO_CREDIT
 from interleave.models.remote import backend_errors, encode_base64_png
 from interleave.protocols import Message, Reply, split_system
 
@@ -29,6 +31,11 @@ REMEDIES = {
     "prompt is too long": LONGER_CONTEXT,  # Anthropic
 }
 """What to do where a server's words about a request that it does not take hold one of these."""
+UNKNOWN_MODEL = re.compile(
+    r"model not exist|model [^.;]{0,80}(?:does not exist|not found)|(?:invalid|unknown|not a valid) model",
+    re.IGNORECASE,
+)
+"""How DeepSeek, Mistral, OpenRouter and others say under status 400 that they have no such model."""
 
 
 class EndpointChatConfig(Config):
@@ -96,7 +103,11 @@ class EndpointChat:
                 return  # it is there, only busy
             reason = str(failure) or f"{self._url}: no answer within {c.retry.timeout:g} s"
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
-            if isinstance(failure, HttpError) and failure.status in (400, 422, 500):
+            if isinstance(failure, HttpError) and failure.status == NO_CREDIT:
+                remedy = f"pay for more, or raise the limit of the account whose key is in {c.key_env}"
+            elif UNKNOWN_MODEL.search(reason):
+                remedy = f"correct model ({c.model!r}): give its name as the server knows it"
+            elif isinstance(failure, HttpError) and failure.status in (400, 422, 500):
                 left_out = (
                     "leave out what the model does not take: send_seed: false, top_logprobs: 0, extra: {temperature: "
                     "null, top_p: null}, or extra: {max_completion_tokens: "
