@@ -72,6 +72,7 @@ def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys
         ("wise", ["--shard", "1/100"], (), "there are only 24 items"),
         ("wise", ["--prompts-from", "none"], (), "vllm_eval.py; give the folder of a copy of PKU-YuanGroup/WISE"),
         ("wise", ["--outputs-from", "none"], (), "none: has no image of an item"),
+        ("wise", [], ("judge.kind=local", "judge.ref=none/of-it"), "none/of-it"),
         ("wise", ["--outputs-from", "none", "--stage", "generate"], (), "was made already"),
         ("wise", [], ("judge.kind=gpt",), "judge"),
         ("wise", [], ("jugde.kind=shapes",), "did you mean 'judge'"),
@@ -107,6 +108,15 @@ def test_a_judge_that_is_down_is_refused_before_anything_is_generated(
     assert "chat endpoint http" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out" / "generation").exists()
     assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=down)) == 0
+
+
+def test_stories_that_failed_are_said_with_how_to_try_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ("run.generator.kind=images_api", "run.generator.url=http" + "://127.0.0.1:9/v1")
+    gone = (*FAST[:2], *gone, "run.generator.retry.max_tries=1", "run.loop.max_attempts=1")
+    assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=gone)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    folder = tmp_path / "out" / "generation"
+    assert f"2 of 2 items failed and will be missing; to try again: interleave batch --resume {folder} --retry" in said
 
 
 @pytest.mark.parametrize(("name", "images"), [("ueval", 2), ("rise", 2), ("comm", 2), ("wise", 1), ("wise_legacy", 1)])
@@ -163,6 +173,9 @@ def test_the_recipe_of_a_judge_is_that_of_the_published_figures(name: str) -> No
         ("wise", ["judge.model=Qwen3.5-35B-A3B-FP8"], ["the judge is Qwen3.5-35B-A3B-FP8, published figures are of"]),
         ("comm", ["judge.model=gpt-4o-mini"], ["the judge is gpt-4o-mini, published figures are of gpt-4o"]),
         ("rise", ["judge.temperature=0.7"], ["the judge's temperature is 0.7, that of published figures 0"]),
+        ("rise", ["judge.extra.top_p=0.5"], []),  # at temperature 0 it changes nothing
+        ("comm", ["judge.extra.top_p=0.5"], ["the judge's top_p is 0.5, that of published figures unset"]),
+        ("ueval", ["judge.extra.temperature=0"], ["the judge's temperature is 0, that of published figures unset"]),
         ("wise_legacy", ["judge.max_new_tokens=500"], ["max_tokens is 500, that of published figures 2000"]),
         (
             "wise",

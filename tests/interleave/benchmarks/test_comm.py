@@ -602,6 +602,7 @@ def test_items_are_read_with_images_in_their_places(tmp_path: Path, monkeypatch:
         ({"model_input": "x", "input_image_list": ["a.png"]}, "0 <IMAGE> marks .* for 1 images"),
         ({"model_input": "<IMAGE>", "input_image_list": ["../a.png"]}, "'../a.png' leads out of the folder"),
         ({"model_input": "<IMAGE>", "input_image_list": [""]}, "'' is not the name of an image"),
+        ({"model_input": " \n", "input_image_list": []}, "model_input is empty"),
     ],
 )
 def test_a_mistake_in_an_item_is_named(tmp_path: Path, row: Any, said: str) -> None:

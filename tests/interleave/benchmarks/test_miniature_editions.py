@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -195,6 +196,15 @@ def test_an_output_that_is_missing_is_counted(tmp_path: Path) -> None:
     assert overall.as_zero < 1
 
 
+def test_an_output_that_is_taken_away_takes_its_answers_along(tmp_path: Path) -> None:
+    layout = written("wise", tmp_path, make_right, 6)
+    work = work_on("wise", tmp_path / "out", layout, limit=6)
+    assert scored(work).num_judged == 6
+    min(layout.glob("*.png")).unlink()
+    report = scored(work)
+    assert (report.num_generated, report.num_judged, report.num_answers) == (5, 5, 5)
+
+
 def test_a_judge_that_goes_down_leaves_what_it_said(tmp_path: Path) -> None:
     layout, gone = written("ueval", tmp_path, make_right), BackendError("unreachable", "gone")
     work = work_on("ueval", tmp_path / "out", layout)
@@ -251,6 +261,38 @@ def test_three_parts_have_the_table_of_one(name: str, tmp_path: Path) -> None:
     assert parts.figures == whole.figures
     assert (parts.num_calls, parts.num_judged) == (whole.num_calls, whole.num_judged)
     assert (tmp_path / "parts" / "table.md").read_text() == (tmp_path / "whole" / "table.md").read_text()
+
+
+def test_questions_are_counted_without_keeping_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = work_on("wise", tmp_path / "out", written("wise", tmp_path, make_right))
+    ask, shown, most = work.benchmark.questions, list[Any](), 0
+
+    def questions(*arguments: Any) -> Any:
+        nonlocal most
+        found = ask(*arguments)
+        shown.extend(weakref.ref(part) for question in found for part in question.message if not isinstance(part, str))
+        most = max(most, sum(reference() is not None for reference in shown))
+        return found
+
+    monkeypatch.setattr(work.benchmark, "questions", questions)
+    assert work.estimate(work.outputs(), ShapesJudge()).calls == 24
+    assert 1 <= most <= 3
+
+
+def test_a_folder_is_of_the_same_outputs_however_their_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = written("wise", tmp_path, make_right, 2)
+    monkeypatch.chdir(tmp_path)
+    scored(work_on("wise", tmp_path / "out", Path("layout"), limit=2))
+    work_on("wise", tmp_path / "out", layout, limit=2)
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(UserError, match="was begun with other outputs"):
+        work_on("wise", tmp_path / "out", Path("layout"), limit=2)
+    monkeypatch.chdir(tmp_path)
+    facts = tmp_path / "out" / "benchmark.json"
+    facts.write_text(facts.read_text().replace(str(layout), "layout"))  # as earlier versions wrote it
+    work_on("wise", tmp_path / "out", layout, limit=2)
 
 
 def test_other_items_words_or_judges_need_another_folder(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ table.md, table.json      the figures
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,11 @@ from interleave.loop import run as session
 from interleave.loop.requests import load_requests, make_interleaved_request, make_request
 from interleave.loop.shards import ALL, Shard
 from interleave.protocols import ChatModel
-from interleave.records import Record, Request
+from interleave.records import Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import read_trace
 
-FACTS = "benchmark.json"
+FACTS, GENERATED = "benchmark.json", "generated"
 Progress = Callable[[int, int], None]
 """on_progress(done, total)."""
 
@@ -89,7 +89,7 @@ class BenchmarkWork:
             prompts=self.prompts.hash,
             prompts_source=self.prompts.source,
             is_official=self.prompts.is_official,
-            outputs=str(self.outputs_from or "generated"),
+            outputs=str(self.outputs_from.absolute()) if self.outputs_from else GENERATED,
         )
 
     def open(self) -> None:
@@ -101,6 +101,8 @@ class BenchmarkWork:
                 self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(self.out / FACTS, facts.model_dump_json(indent=1) + "\n")
             return
+        if self.outputs_from is not None and kept.outputs != GENERATED:  # earlier versions kept it as it was given
+            kept = kept.model_copy(update={"outputs": str(Path(kept.outputs).absolute())})
         for name, value in kept:
             if value != getattr(facts, name):
                 now = getattr(facts, name)
@@ -111,15 +113,21 @@ class BenchmarkWork:
                     f"{self.out}: was begun with {differ}; figures of both cannot be mixed; give another --out"
                 )
 
-    def generate(self, on_record: Callable[[Record], None]) -> None:
-        """Makes what is missing of this part's items.  Raises UserError as `interleave batch`."""
+    @property
+    def generation(self) -> Path:
+        """The run folder of this part."""
+        return self._generation(self.shard.part)
+
+    def generate(self, on_record: Callable[[Record], None]) -> list[Trajectory]:
+        """Makes what is missing of this part's items; how all of its stories ended.  Raises UserError as `interleave
+        batch`."""
         folder = self._generation(self.shard.part)
         is_new = not (folder / "config.yaml").exists()
         if is_new:
             session.create_run(folder, self.config.run, self._requests, any_words=True)
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
-        session.run_and_close(folder, self.config.run, list(self.command), on_record, is_new=is_new)
+        return session.run_and_close(folder, self.config.run, list(self.command), on_record, is_new=is_new)
 
     def outputs(self) -> dict[str, Output]:
         """What was made, by item id, of all parts."""
@@ -137,17 +145,20 @@ class BenchmarkWork:
 
     def estimate(self, outputs: Mapping[str, Output], judge: ChatModel) -> Cost:
         """What the questions of this part that are not answered yet will cost; equal ones are asked once."""
-        log, missing = self._log(judge), dict[str, Question]()
+        log, counted = self._log(judge), set[str]()
 
         def value_of(question: Question) -> Any:
             kept = log.find(question.key(judge.id))
             return question.example if kept is None else kept.value
 
-        for next_questions in self._questions(outputs).values():
-            for question in all_questions(next_questions, value_of):
-                if log.find(key := question.key(judge.id)) is None:
-                    missing[key] = question
-        return estimate_cost(missing.values(), self.config.prices, self.config.concurrency)
+        def missing() -> Iterator[Question]:  # one by one, since each has its images
+            for next_questions in self._questions(outputs).values():
+                for question in all_questions(next_questions, value_of):
+                    if (key := question.key(judge.id)) not in counted and log.find(key) is None:
+                        counted.add(key)
+                        yield question
+
+        return estimate_cost(missing(), self.config.prices, self.config.concurrency)
 
     async def score(self, outputs: Mapping[str, Output], judge: ChatModel, on_progress: Progress) -> None:
         """Asks the judge about this part's items.  Raises UserError once it is not there."""
@@ -155,11 +166,11 @@ class BenchmarkWork:
         await judging.judge_all(self._questions(outputs), on_progress)
 
     def write_report(self, outputs: Mapping[str, Output], differences: Sequence[str]) -> BenchmarkReport:
-        """The figures of all answers of the folder, which are written to table.md and table.json, and what was made in
-        the authors' layout to outputs/."""
+        """The figures of all answers about these outputs, which are written to table.md and table.json, and what was
+        made in the authors' layout to outputs/."""
         if self.outputs_from is None:
             self.benchmark.write_outputs(outputs, self.items, self.out / "outputs")
-        answers = by_item(read_answers(self.out))
+        answers = by_item(answer for answer in read_answers(self.out) if answer.item in outputs)
         report = make_report(self.benchmark, self.items, outputs, answers, self.prompts, differences)
         write_atomic(self.out / "table.json", json.dumps(asdict(report), indent=1) + "\n")
         write_atomic(self.out / "table.md", table_markdown(report))

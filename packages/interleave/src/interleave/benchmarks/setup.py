@@ -16,6 +16,7 @@ from interleave.benchmarks.run import BenchmarkWork, read_facts
 from interleave.loop.config import RunConfig
 from interleave.loop.shards import Shard
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
+from interleave.models.hashes import check_models
 from interleave.protocols import HashedImage
 
 BUILTIN = "builtin:shapes"
@@ -90,10 +91,13 @@ def judge_differences(config: Config, official: OfficialJudge) -> list[str]:
     if not isinstance(config, EndpointChatConfig) or config.model.rpartition("/")[2] != official.model:
         given = config.model if isinstance(config, EndpointChatConfig) else f"of the kind {getattr(config, 'kind', '')}"
         return [f"the judge is {given}, published figures are of {official.model}"]
-    sent = {"temperature": config.temperature, "max_tokens": config.max_new_tokens, **config.extra}
+    settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+    sent, expected = {**settings, **config.extra}, {"temperature": None, "top_p": None, **official.settings}
+    if expected["temperature"] == 0:  # the most probable answer, whatever its share
+        del expected["top_p"]
     return [
-        f"the judge's {name} is {sent.get(name)}, that of published figures {value}"
-        for name, value in official.settings.items()
+        f"the judge's {name} is {sent.get(name)}, that of published figures {'unset' if value is None else value}"
+        for name, value in expected.items()
         if sent.get(name) != value
     ]
 
@@ -132,7 +136,9 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
 
 
 def check_judge(config: Config, official: OfficialJudge) -> None:
-    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer."""
+    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer, and for a model that is
+    not there."""
+    check_models({"judge": config})
     images = [HashedImage.white(32, 32)] * (2 if official.sees_several else 1)
     if not isinstance(config, EndpointChatConfig):
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from imgen_common.console import spinner
+from imgen_common.console import count, spinner
 from imgen_common.errors import UserError, check_choice
 from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Sets, Yes
@@ -115,7 +115,12 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
     from interleave.cli import console
 
     out = console.open_console(stderr=as_json)
-    work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
+    stories = work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
+    if failed := sum(not story.is_whole for story in stories):
+        out.print(
+            f"{failed} of {count(len(stories), 'item')} failed and will be missing; to try again: interleave batch "
+            f"--resume {work.generation} --retry, then this command"
+        )
 
 
 def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, is_blank
 from imgen_common.judging.questions import Message, Question
 from imgen_common.tables import describe_type
 from interleave.agents.sources import text_file
@@ -46,6 +46,8 @@ class Comm:
         for folder in _item_folders(data):
             file = folder / RESULTS
             row = _read_row(file, ("model_input", "input_image_list"))
+            if is_blank(row["model_input"]):
+                raise UserError(f"{file}: model_input is empty; write what is to be told, or leave the item out")
             names = row["input_image_list"]
             if (marks := row["model_input"].count(rules.MARK)) != len(names):
                 raise UserError(
@@ -151,7 +153,7 @@ class Comm:
                 continue
             output, place = outputs[item.id], folder / item.id
             origin = item.root / ORIGIN
-            truth = [name for name in item.row.get("output_gt_image_list", ()) if (origin / name).is_file()]
+            truth = [name for name in item.row.get("output_gt_image_list") or () if (origin / name).is_file()]
             for name in (*item.row["input_image_list"], *truth):
                 copy_file(image_path(origin, name, item.id), place / ORIGIN / name)
             images = [copy_image(image, place, f"predict_{number}") for number, image in enumerate(output.images, 1)]
@@ -190,7 +192,7 @@ def _read_row(file: Path, keys: tuple[str, str]) -> dict[str, Any]:
         raise UserError(f"{file}: must be an object with {' and '.join(keys)}, got {describe_type(row)}; {SOURCE}")
     if not isinstance(row.get(keys[0]), str):
         raise UserError(f"{file}: {keys[0]} must be a text, got {_describe(row, keys[0])}; {SOURCE}")
-    for key in (keys[1], *({"output_gt_image_list"} & row.keys())):
+    for key in (keys[1], *(["output_gt_image_list"] if row.get("output_gt_image_list") is not None else [])):
         if not isinstance(row.get(key), list) or not all(isinstance(name, str) for name in row[key]):
             raise UserError(f"{file}: {key} must be a list of file names, got {_describe(row, key)}; {SOURCE}")
     return row
