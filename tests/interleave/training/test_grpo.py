@@ -233,6 +233,25 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     assert closed == [loop]
 
 
+def test_a_chat_template_that_opens_the_thoughts_costs_no_reward(root: Path, tmp_path: Path) -> None:
+    """Of Qwen3-VL-Thinking each answer begins behind `<think>`, which the model then does not say."""
+    model = Path(shutil.copytree(root / "model", tmp_path / "model"))
+    (template,) = model.glob("chat_template*")
+    template.write_text(template.read_text() + "{%- if add_generation_prompt %}<think>\n{% endif -%}")
+    jobs = {
+        name: grpo.check_grpo(quick(root, model=str(path)), 1)
+        for name, path in (("plain", root / "model"), ("opens", model))
+    }
+    assert {name: job.opened for name, job in jobs.items()} == {"plain": "", "opens": "<think>"}
+    verdict = '{"previous_step_success": true, "refine_prompt": "a red circle"}'
+    said = [[{"role": "assistant", "content": f"it is there</think><answer>{verdict}</answer>"}]]
+    for name, expected in (("plain", 0.0), ("opens", 1.0)):
+        recorded = [jobs[name].example(0, image_store(jobs[name].config).get)["row"]]
+        with start_scoring(jobs[name], FakeGenerator(), LengthJudge()) as scored:
+            function = scored.reward_functions(quick(root))[0]
+            assert asyncio.run(function(row=recorded, prompts=["p"], completions=said)) == [expected]  # type: ignore[arg-type]
+
+
 def test_answers_that_are_scored_when_training_ends_are_cancelled(root: Path, rows: list[RlRow]) -> None:
     begun, ended = threading.Event(), []
 

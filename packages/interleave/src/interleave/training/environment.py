@@ -127,7 +127,7 @@ class CriticEnvironment:
         if self._failure is not None:
             scorer.count_result(self._failure)
             return None
-        answers = [join_answer(message) for message in messages if message["role"] == "assistant"]
+        answers = [scorer.opened + join_answer(message) for message in messages if message["role"] == "assistant"]
         if not all(isinstance(parse_verdict(answer, self._parse_mode), Verdict) for answer in answers):
             return 0.0
         semantics, quality = self._row.semantics, self._row.quality

@@ -24,7 +24,15 @@ from interleave.training.config import GrpoConfig
 from interleave.training.environment import add_regenerate_tool
 from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory, zero_options
 from interleave.training.reward import reward_weights
-from interleave.training.rows import GrpoJob, build_dataset, critic_prompt, image_store, read_rows, select_by_length
+from interleave.training.rows import (
+    GrpoJob,
+    build_dataset,
+    critic_prompt,
+    image_store,
+    opened_by_template,
+    read_rows,
+    select_by_length,
+)
 from interleave.training.scoring import (
     ScoringThread,
     build_generator_and_judge,
@@ -78,7 +86,8 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     failed = sum(not rows[i].evaluation.success for i in kept)
     batch_plan = plan_grpo_batches(config, len(kept), failed, len(rows) - len(kept), processes)
     check_arguments(config.trl, GRPOConfig, processes)  # its words about batches are worse than the plan's
-    return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan)
+    opened = opened_by_template(processor, prompts[kept[0]])
+    return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan, opened)
 
 
 def load_single_step_template(ref: TemplateRef) -> Template:

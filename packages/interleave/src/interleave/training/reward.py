@@ -99,8 +99,11 @@ class CriticScorer:
     It works on the event loop that calls it, on at most `concurrency` answers at once.
     """
 
-    def __init__(self, generator: Generator, judge: Judge, config: ScorerConfig = DEFAULT_CONFIG) -> None:
-        self._generator, self._judge, self._config = generator, judge, config
+    def __init__(
+        self, generator: Generator, judge: Judge, config: ScorerConfig = DEFAULT_CONFIG, opened: str = ""
+    ) -> None:
+        """opened: what the chat template begins each answer with, which is not in the answers."""
+        self._generator, self._judge, self._config, self.opened = generator, judge, config, opened
         self._recent = deque[bool](maxlen=config.window)
         self._semaphore = asyncio.Semaphore(config.concurrency)  # joins the event loop that first waits for it
         self._parts: OrderedDict[tuple[str, str], asyncio.Task[RewardParts | None]] = OrderedDict()
@@ -129,6 +132,7 @@ class CriticScorer:
 
     async def _score(self, answer: str, row: RecordedAttempt) -> RewardParts | None:
         self.counts.answers += 1
+        answer = self.opened + answer
         answered = parse_partial_answer(answer)
         well_formed = float(has_format(answer, self._config.format_rule, self._config.parse_mode))
         accuracy = float(answered.verdict is not None and answered.verdict == row.success)

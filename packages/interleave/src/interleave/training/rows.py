@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, is_blank, nearest
+from imgen_common.http.chat import OPEN
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic, without_reasoning
 from interleave.datasets.rows import (
@@ -34,12 +35,17 @@ LoadImage = Callable[[str], HashedImage]
 
 @dataclass(frozen=True)
 class GrpoJob:
-    """A GRPO training run that passed every check.  prompts: of the rows in their order, rendered as at run time."""
+    """A GRPO training run that passed every check.
+
+    prompts: of the rows in their order, rendered as at run time.  opened: what the chat template begins each answer
+    with (`opened_by_template`).
+    """
 
     config: GrpoConfig
     rows: tuple[RlRow, ...]
     prompts: tuple[SftRow, ...]
     batch_plan: GrpoBatchPlan
+    opened: str = ""
 
     def example(self, number: int, load: LoadImage) -> dict[str, Any]:
         """The example of a row for TRL's GRPOTrainer, which passes `row` on to the reward functions."""
@@ -147,6 +153,13 @@ def build_dataset(
         return {key: [one[key] for one in examples] for key in examples[0]}
 
     return Dataset.from_dict({"number": list(numbers)}).with_transform(make_examples)
+
+
+def opened_by_template(processor: Any, row: SftRow) -> str:
+    """`<think>` where the chat template opens it for the model, which then does not say it, as of Qwen3-VL-Thinking;
+    else nothing.  Run time puts it before the answer, too."""
+    prompt: str = processor.apply_chat_template(chat_turns(row)[:1], tokenize=False, add_generation_prompt=True)
+    return OPEN if prompt.rstrip().endswith(OPEN) else ""
 
 
 def check_chat_template(processor: Any, row: SftRow) -> None:

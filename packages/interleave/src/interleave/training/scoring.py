@@ -112,7 +112,7 @@ def start_scoring(job: GrpoJob, generator: Generator, judge: Judge) -> Iterator[
     thread = threading.Thread(target=loop.run_forever, name="scoring", daemon=True)
     thread.start()
     concurrency = concurrency_per_process(config.concurrency, job.batch_plan.processes)
-    scorer = CriticScorer(generator, judge, config.model_copy(update={"concurrency": concurrency}))
+    scorer = CriticScorer(generator, judge, config.model_copy(update={"concurrency": concurrency}), job.opened)
     scored = ScoringThread(loop, generator, judge, scorer)
 
     async def close() -> None:
