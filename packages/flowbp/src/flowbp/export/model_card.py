@@ -12,6 +12,7 @@ from flowbp.training.runs import compare_base_and_trained
 from imgen_common import hub
 from imgen_common.config import to_yaml
 from imgen_common.console import markdown_table
+from imgen_common.files import local_path
 from imgen_common.run_folder.folder import RunFolder
 
 DESCRIPTIONS: dict[ExportFormat, str] = {
@@ -33,23 +34,28 @@ def model_card(
     """The model card: what the weights are, how to load them, scores, licenses, the whole configuration.
 
     step: number of updates.  model: what the weights were merged into, if that is not the trained model.  drawn: how
-    the images of its evaluations were, as the pipeline calls it.
+    the images of its evaluations were, as the pipeline calls it; no steps where another model made them.
     """
-    evaluated = step == run.latest_checkpoint() and model in (None, config.eval.model)
+    is_drawn = "num_inference_steps" in drawn
+    evaluated = step == run.latest_checkpoint() and is_drawn
+    sibling = f" by `{config.eval.model}`" if is_drawn and config.eval.model else ""
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
-    models = [config.model.ref, *([model] if model else []), *(scorer.ref for scorer in config.scorers)]
+    others = [ref for ref in (model, config.eval.model if is_drawn else None) if ref]
+    models = [config.model.ref, *others, *(scorer.ref for scorer in config.scorers)]
+    how = ", ".join(f"{name} {value:g}" for name, value in drawn.items())
+    base = None if local_path(config.model.ref).exists() else hub.HUB_REF.fullmatch(config.model.ref)
     lines = [
         "---",
         "library_name: diffusers",
         "tags: [text-to-image, flowbp, reward-backpropagation]",
-        *([f"base_model: {config.model.ref}"] if hub.HUB_REF.fullmatch(config.model.ref) else []),
+        *([f"base_model: {base['repo']}"] if base else []),  # the hub takes no revision
         "---",
         f"# {run.path.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
         f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
-        f"Drawn with {', '.join(f'{name} {value:g}' for name, value in drawn.items())}, as the pipeline names them.",
+        f"Drawn{sibling} with {how}, as the pipeline names them.",
         "## Scores",
-        _scores(run.path) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
+        _scores(run.path) if evaluated else f"This {'checkpoint' if is_drawn else 'model'} was not evaluated.",
         "## Licenses",
         *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
         "## Configuration",
