@@ -37,33 +37,37 @@ def model_card(
     the images of its evaluations were, as the pipeline calls it; no steps where another model made them.
     """
     is_drawn = "num_inference_steps" in drawn
-    evaluated = step == run.latest_checkpoint() and is_drawn
     sibling = f" by `{config.eval.model}`" if is_drawn and config.eval.model else ""
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
-    others = [ref for ref in (model, config.eval.model if is_drawn else None) if ref]
-    models = [config.model.ref, *others, *(scorer.ref for scorer in config.scorers)]
+    models = [config.model.ref, model, config.eval.model if is_drawn else None, *(one.ref for one in config.scorers)]
+    scores = _scores(run.path) if is_drawn and step == run.latest_checkpoint() else ""
     how = ", ".join(f"{name} {value:g}" for name, value in drawn.items())
-    base = None if local_path(config.model.ref).exists() else hub.HUB_REF.fullmatch(config.model.ref)
     lines = [
         "---",
         "library_name: diffusers",
         "tags: [text-to-image, flowbp, reward-backpropagation]",
-        *([f"base_model: {base['repo']}"] if base else []),  # the hub takes no revision
+        *_base_model(config.model.ref),
         "---",
         f"# {run.path.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
         f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
         f"Drawn{sibling} with {how}, as the pipeline names them.",
         "## Scores",
-        _scores(run.path) if evaluated else f"This {'checkpoint' if is_drawn else 'model'} was not evaluated.",
+        scores or f"This {'checkpoint' if is_drawn else 'model'} was not evaluated.",
         "## Licenses",
-        *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
+        *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(filter(None, models))),
         "## Configuration",
         "```yaml",
         to_yaml(config).rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base_model(ref: str) -> list[str]:
+    """The line of the hub's metadata, which takes no revision; none for a folder."""
+    match = None if local_path(ref).exists() else hub.HUB_REF.fullmatch(ref)
+    return [f"base_model: {match['repo']}"] if match else []
 
 
 def _scores(run: Path) -> str:
