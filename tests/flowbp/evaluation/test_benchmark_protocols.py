@@ -284,6 +284,15 @@ def test_other_settings_are_refused(copied: Benchmark, changed: dict[str, Any], 
     assert "\n" not in str(error.value)
 
 
+def test_another_rescaling_of_guidance_is_refused(copied: Benchmark) -> None:
+    rescaled = sampling.model_source(GENERATOR, Path("runs"), ["guidance.rescale=norm"])
+    other = work(copied.out)
+    request = BenchmarkRequest("hpdv2", PROMPTS, (CLIP,), images=2, num_inference_steps=3, guidance_scale=2.0)
+    config = settings.benchmark_config(rescaled, request, other.prompts)
+    with pytest.raises(UserError, match='guidance_rescale = null, now "norm" was given'):
+        replace(other, source=rescaled, config=config).open(["test"])
+
+
 def test_scorers_may_be_added_but_not_exchanged(copied: Benchmark) -> None:
     done(work(copied.out, scorers=(HELDOUT,)))
     assert list(tables.read_row(copied.out).means) == ["clip", "heldout"]

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
 from safetensors.torch import save_file
+from trained_runs import trained
 
 from flowbp import backbones
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
-from flowbp.evaluation.sources import model_source, other_source
+from flowbp.evaluation.sources import ModelSource, model_source, other_source
 from flowbp.training.preflight import unread_prompts
 from imgen_common import hub
 from imgen_common.config import load
@@ -132,6 +134,50 @@ def test_what_a_run_is_compared_with_reads_as_much_of_a_prompt(tmp_path: Path) -
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "ZImagePipeline"}))
     (own / hub.SAMPLING_FILE).unlink()
     assert other_source(str(own), tmp_path, short).config.model.max_sequence_length is None
+
+
+def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "distilled")
+    for name, change in (
+        ("transformer/config", {"guidance_embeds": True}),
+        ("model_index", {"_class_name": "Flux2Pipeline"}),
+    ):
+        about = folder / f"{name}.json"
+        about.write_text(json.dumps(json.loads(about.read_text()) | change))
+    (folder / hub.SAMPLING_FILE).unlink()
+    sets = ["model.embedded_guidance=2", "model.dtype=bfloat16", "guidance.rescale=norm"]
+    source = model_source(str(folder), tmp_path, sets)
+    other = other_source(str(folder), tmp_path, source, sets).config
+    assert (other.model.embedded_guidance, other.model.dtype, other.guidance.rescale) == (2, "bfloat16", "norm")
+    (folder / hub.SAMPLING_FILE).write_text('{"guidance_scale": 3}')
+    assert other_source(str(folder), tmp_path, source).config.model.embedded_guidance == 3
+    plain = other_source(GENERATOR, tmp_path, source, sets).config  # of another pipeline
+    assert (plain.model.embedded_guidance, plain.model.dtype) == (None, "float32")
+
+
+def test_a_run_is_compared_with_its_base_under_equal_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flowbp: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = trained(tmp_path, hub.resolve(GENERATOR), "lora.rank=2")
+    drawn: list[ModelSource] = []
+    monkeypatch.setattr(sampling, "evaluate_model", lambda source, *_: drawn.append(source) or {})
+    for command in (["eval", str(run)], ["eval", str(run), "--against", str(run)]):
+        assert flowbp(*command, "--set", "model.dtype=bfloat16", "--json")[0] == 0
+    assert [source.config.model.dtype for source in drawn] == ["bfloat16"] * 4
+    assert [source.run is None for source in drawn] == [True, False, False, False]
+    with pytest.raises(UserError, match=r"^lora: .* has adapters of its own"):
+        model_source(str(run), tmp_path, ["lora.init=other.safetensors"])
+
+
+def test_settings_of_the_miniature_are_named_where_another_model_is_drawn_with_them(tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "own")
+    assert model_source(str(folder), tmp_path).assumed_settings() == []  # its sampling.json says them
+    (folder / hub.SAMPLING_FILE).write_text('{"height": 32, "guidance_scale": 2}')
+    (note,) = model_source(str(folder), tmp_path).assumed_settings()
+    assert "is drawn with model.width 32, eval.num_inference_steps 25, the miniature's" in note
+    known = model_source(str(folder), tmp_path, ["model.width=1024"])
+    assert known.assumed_settings(steps=50) == []
+    assert model_source(GENERATOR, tmp_path).assumed_settings() == []
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

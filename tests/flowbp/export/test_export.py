@@ -26,6 +26,8 @@ from flowbp.evaluation.sources import model_source
 from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
+from flowbp.export.model_card import model_card
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.hub import SAMPLING_FILE
 from imgen_common.run_folder.folder import RunFolder
@@ -190,4 +192,19 @@ def test_an_upload_that_fails_is_one_line(
         monkeypatch.setattr(HfApi, "create_repo", fail)
     with pytest.raises(UserError, match=rf"--push {repo}: not uploaded \(.*\); check HF_TOKEN and the network") as said:
         push_to_hub(tmp_path, repo)
+    assert f"then run `hf upload {repo} {tmp_path}`" in str(said.value)
     assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("ref", "base"), [("org/name@refs/pr/1", "org/name"), ("org/name", "org/name"), ("here/flux2", "")]
+)
+def test_a_card_names_the_base_as_the_hub_does(
+    ref: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "flux2").mkdir(parents=True)
+    config = load(TrainConfig, [], [f"model.ref={ref}", "lora.rank=2"])
+    with RunFolder.create(tmp_path / "run", config, ["flowbp"]) as run:
+        card = model_card(run, config, "diffusers", "ema", 1, None, {"height": 32})
+    assert re.findall(r"^base_model: (.*)$", card, re.MULTILINE) == ([base] if base else [])

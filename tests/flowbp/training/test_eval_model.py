@@ -1,6 +1,7 @@
 """`eval.model`: evaluations draw with a distilled sibling, which carries the very adapter that is trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from given import prompt_for
 from tiers import tiers
 from trained_runs import TARGETS, targets_of, theirs, trained
 
+from flowbp.backbones import init_empty_weights
+from flowbp.backbones.loading import load_backbone, load_eval_backbone
 from flowbp.config import TrainConfig
 from flowbp.estimate.memory import FakeModels, WeightSizes
 from flowbp.evaluation.sampling import generate_images
@@ -66,6 +69,40 @@ def test_the_trained_adapter_draws_on_the_sibling(family: str, tmp_path: Path) -
                            prompt, [3], size_of(backbone), 3, 1.0)  # fmt: skip
     assert (ours - base).abs().max() > 5e-3
     assert (theirs(DiffusionPipeline.from_pretrained(model, dtype=torch.float32), family) - base).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize("family", tiers(["krea2", "qwen_image_21"], default=["krea2"], slow=["qwen_image_21"]))
+def test_noise_levels_follow_the_settings_of_the_siblings_pipeline(family: str, tmp_path: Path) -> None:
+    setting = {"krea2": {"is_distilled": True}, "qwen_image_21": {"sample_sigmas": [1.0, 0.7, 0.4]}}[family]
+    model = folder_of(family, tmp_path)
+    sibling = shutil.copytree(model, tmp_path / "sibling")
+    index = sibling / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | setting))
+    config = load(TrainConfig, [], [f"model.ref={model}", f"eval.model={sibling}", "lora.rank=2"])
+    backbone = load_backbone(config, torch.device("cpu"))
+    both = (backbone, load_eval_backbone(config, backbone, torch.device("cpu")))
+    levels = [one.sigmas(3, (64, 64)).tolist() for one in both]
+    assert levels[1] == init_empty_weights(str(sibling), distilled=True).sigmas(3, (64, 64)).tolist() != levels[0]
+    assert backbone.sigmas(3, (64, 64)).tolist() == levels[0]  # the trained model's own stay
+
+
+def test_what_is_exported_as_the_base_does_not_draw_as_its_sibling_was_evaluated(tmp_path: Path) -> None:
+    model = folder_of("flux2", tmp_path)
+    sibling = shutil.copytree(model, tmp_path / "sibling")
+    run = trained(tmp_path, model, f"eval.model={sibling}", "lora.rank=2", TARGETS, "eval.num_inference_steps=4")
+    said = {}
+    for name, to, ref in (
+        ("base", "merged", None),
+        ("sibling", "merged", str(sibling)),
+        ("adapter", "diffusers", None),
+    ):
+        out = export_run(run, to, tmp_path / f"as-{name}", model=ref)  # type: ignore[arg-type]
+        said[name] = (json.loads((out / "sampling.json").read_text()), (out / "README.md").read_text())
+    assert "num_inference_steps" not in said["base"][0]
+    assert said["sibling"][0]["num_inference_steps"] == 4
+    assert "This model was not evaluated." in said["base"][1]
+    for name in ("sibling", "adapter"):
+        assert f"Drawn by `{sibling}` with" in said[name][1]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from flowbp import backbones
@@ -82,12 +81,13 @@ def load_backbone(config: TrainConfig, device: torch.device, net_device: str | N
 
 
 def load_eval_backbone(config: TrainConfig, backbone: Backbone, device: torch.device) -> Backbone:
-    """The backbone with the transformer and the scheduler of `eval.model`, without adapters; all else is shared.
+    """The backbone with the transformer, the scheduler and the settings of the pipeline of `eval.model`, without
+    adapters; all else is shared.
 
     Raises UserError as `check_same_shapes` does.
     """
     assert config.eval.model is not None
-    check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")
+    sibling = check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model").pipe
     folder = hub.resolve(config.eval.model)
     kind = type(backbone.pipe)
     dtype = torch.bfloat16 if backbone.bfloat16 else torch.float32
@@ -99,7 +99,9 @@ def load_eval_backbone(config: TrainConfig, backbone: Backbone, device: torch.de
     if config.model.attention is not None:
         set_attention(net, config.model.attention)
     other = with_network(backbone, net)
-    other.pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    other.pipe.scheduler = sibling.scheduler
+    # noise levels follow from some: Krea 2's is_distilled, Qwen-Image-2.1's sample_sigmas
+    other.pipe.register_to_config(**{key: value for key, value in sibling.config.items() if not key.startswith("_")})
     return other
 
 
@@ -138,8 +140,10 @@ def without_adapters(net: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def check_same_shapes(net: nn.Module, family: type, ref: str, key: str) -> None:
-    """Raises UserError unless the transformer that `ref` names, which may be distilled, has the shapes of `net`.
+def check_same_shapes(net: nn.Module, family: type, ref: str, key: str) -> Backbone:
+    """The backbone that `ref` names, which may be distilled, without weights.
+
+    Raises UserError unless its transformer has the shapes of `net`.
 
     net: without adapters; a guidance embedder may be there or not.  family: class of its pipeline.  key: where `ref`
     was given.
@@ -157,6 +161,7 @@ def check_same_shapes(net: nn.Module, family: type, ref: str, key: str) -> None:
             f"{key} {ref}: its transformer has other shapes: {name} is {found.get(name, 'missing')}, must be "
             f"{own.get(name, 'missing')}; give a model that was distilled from the same base"
         )
+    return other
 
 
 def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:

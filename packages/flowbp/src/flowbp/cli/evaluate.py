@@ -79,7 +79,7 @@ def sample(
         sources.check_guidance_scale(scale)
         source.check()
         shape = (size, size) if size else (config.model.height, config.model.width)
-        steps = steps or config.eval.num_inference_steps
+        given, steps = steps, steps or config.eval.num_inference_steps
         make_folder(out)
         # from here on torch is needed
         from flowbp.data.edits import source_thumbnails
@@ -88,7 +88,7 @@ def sample(
         from imgen_common.devices import device_of
         from imgen_common.images import grid, save_png, to_pil
     quiet_libraries()
-    print_notes(source.unread_prompts(prompts))
+    print_notes([*source.assumed_settings(size, given, guidance), *source.unread_prompts(prompts)])
     backbone = source.load(device_of("auto"))
     seeds, cells = range(seed, seed + num), []
     with sampling.own_numbers(out, len(prompts)) as number, progress_bar() as on_progress:
@@ -140,9 +140,9 @@ def evaluate(
         given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, [])]
         sources = [models.model_source(target, runs, [*(sets or []), *given])]
         if against is not None:
-            sources.insert(0, models.other_source(against, runs, sources[0]))
+            sources.insert(0, models.other_source(against, runs, sources[0], sets or []))
         elif sources[0].run is not None:
-            sources.insert(0, models.model_source(target, runs, base=True))
+            sources.insert(0, models.model_source(target, runs, sets or [], base=True))
         config, labels = sources[-1].config, [source.label for source in sources]
         for source in sources:
             source.check(scorers=True)
@@ -154,6 +154,7 @@ def evaluate(
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
     quiet_libraries()
+    print_notes(sources[-1].assumed_settings())
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
@@ -251,7 +252,7 @@ def benchmark(
 
         quiet_libraries()
         work = prepare_benchmark(source, request, out, batch_size, asking)
-        print_notes(work.unread_prompts())
+        print_notes([*source.assumed_settings(size, steps, guidance), *work.unread_prompts()])
     with report_error_once():
         _run_benchmark(work, as_json, yes)
 

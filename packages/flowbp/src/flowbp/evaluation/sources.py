@@ -41,15 +41,21 @@ class ExportedSampling(BaseModel):
     max_sequence_length: int | None = None
 
 
+OF_ONE_MODEL = ("lora", "eval.model", "model.ref")
+"""Beginnings of keys that a run is not given for what another model is given."""
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """The model of a configuration, or its `eval.model`, with the trained weights of `run` if there is one, else with
-    the adapter of `lora.init`.  begun: the run that began with these, which must be the same still."""
+    the adapter of `lora.init`.  begun: the run that began with these, which must be the same still.  said: for a model
+    the keys that its folder, its adapter or the user gave; None for a run, which has all."""
 
     label: str
     config: TrainConfig
     run: Path | None
     begun: Path | None = None
+    said: frozenset[str] | None = None
 
     def check(self, *, scorers: bool = False) -> None:
         """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
@@ -70,6 +76,31 @@ class ModelSource:
         elif config.lora is not None and config.lora.init is not None:
             trained = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
         return {**found, "what was trained (the run or lora.init)": trained}
+
+    def assumed_settings(
+        self, size: int | None = None, steps: int | None = None, guidance_scale: float | None = None
+    ) -> list[str]:
+        """A sentence where a model is drawn with settings of the miniature, since nothing says others.
+
+        size, steps, guidance_scale: what the command sets.
+        """
+        config, said = self.config, {*(self.said or ())}
+        if self.said is None or config.model.ref.startswith(hub.BUILTIN):
+            return []
+        found: dict[str, tuple[float | None, float]] = {
+            "model.height": (size, config.model.height),
+            "model.width": (size, config.model.width),
+            "eval.num_inference_steps": (steps, config.eval.num_inference_steps),
+            "guidance_scale": (guidance_scale, config.guidance_scale),
+        }
+        said |= {"guidance_scale"} if {"eval", "eval.guidance_scale"} & said else set()
+        assumed = [
+            f"{key} {value:g}"
+            for key, (given, value) in found.items()
+            if given is None and not {key, key.partition(".")[0]} & said
+        ]
+        how = f"{config.model.ref} is drawn with {', '.join(assumed)}, the miniature's"
+        return [f"{how}; give others with --set KEY=VALUE"] if assumed else []
 
     def unread_prompts(self, prompts: Sequence[str], *, scorers: bool = False) -> list[str]:
         """As `describe_unread_prompts` says of the model and, with `scorers`, of its rewards."""
@@ -108,25 +139,46 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     if is_run(text, root):
         path = find_run(text, root, "flowbp train")
         config, recorded = load(TrainConfig, [path / CONFIG], sets), load(TrainConfig, [path / CONFIG])
+        if config.lora != recorded.lora:
+            raise UserError(f"lora: {path} has adapters of its own; leave it out, or name a model in the run's place")
         begun = path if _models(config) == _models(recorded) else None
         return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
     check_is_model(text, root, "flowbp train")
     lora = load(TrainConfig, [], sets).lora
     adapter = None if lora is None or lora.init is None else hub.resolve_adapter(lora.init, "lora.init").parent
     of_adapter = [] if adapter is None else _as_sets(_size_and_length(read_sampling(adapter)))
-    config = load(TrainConfig, [], [*_own_settings(text), *of_adapter, *sets])
-    return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
+    given = [*_own_settings(text), *of_adapter, *sets]
+    config, said = load(TrainConfig, [], given), frozenset(one.partition("=")[0].strip() for one in given)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"ref": text})})
+    return ModelSource(text, config, None, said=said)
 
 
-def other_source(text: str, root: Path, source: ModelSource) -> ModelSource:
-    """The source that `text` names, to be compared with another: it reads as much of a prompt, if it is a model of the
-    same pipeline that does not say itself how much it reads."""
-    other, length = model_source(text, root), source.config.model.max_sequence_length
-    if length is None or other.run is not None or other.config.model.max_sequence_length is not None:
-        return other
+def other_source(text: str, root: Path, source: ModelSource, sets: Sequence[str] = ()) -> ModelSource:
+    """The source that `text` names, to be compared with another: if it is of the same pipeline, it draws as that does.
+
+    A run takes the changes `sets`, of what is not of the other's own (its adapter and `eval.model`).  A model has the
+    precision, the rescaling of guidance and, unless its sampling.json says others, the length of prompts and the
+    embedded guidance of the other.
+    """
+    other, config = model_source(text, root), source.config
     refs = [one.config.model.ref for one in (source, other)]
-    kinds = {hub.pipeline_index(ref, hub.resolve(ref, weights=False)).get("_class_name") for ref in refs}
-    return other if len(kinds) > 1 else model_source(text, root, [f"model.max_sequence_length={length}"])
+    folders = [hub.resolve(ref, weights=False) for ref in refs]
+    kinds = {hub.pipeline_index(*one).get("_class_name") for one in zip(refs, folders, strict=True)}
+    if len(kinds) > 1:
+        return other
+    if other.run is not None:
+        return model_source(text, root, [one for one in sets if not one.startswith(OF_ONE_MODEL)])
+    said, rescale = other.config.model, config.guidance.rescale
+    same: dict[str, object] = {"model.dtype": config.model.dtype, "guidance.rescale": rescale}
+    same["model.max_sequence_length"] = said.max_sequence_length or config.model.max_sequence_length
+    if _has_guidance_input(folders[1]):
+        embedded = said.embedded_guidance
+        same["model.embedded_guidance"] = config.model.embedded_guidance if embedded is None else embedded
+    return model_source(text, root, [f"{key}={value}" for key, value in same.items() if value is not None])
+
+
+def _has_guidance_input(folder: Path) -> bool:
+    return bool(weights.read_json(folder / "transformer" / "config.json", folder).get("guidance_embeds"))
 
 
 def _own_settings(ref: str) -> list[str]:
@@ -139,7 +191,7 @@ def _own_settings(ref: str) -> list[str]:
     found = _size_and_length(own) | {"eval.num_inference_steps": own.num_inference_steps}
     kind = index.get("_class_name")
     if own.guidance_scale is not None and kind in WITH_EMBEDDED_GUIDANCE:
-        if weights.read_json(folder / "transformer" / "config.json", folder).get("guidance_embeds"):
+        if _has_guidance_input(folder):
             found["model.embedded_guidance"] = own.guidance_scale
     elif own.guidance_scale is not None:
         found["guidance_scale"] = own.guidance_scale + (kind in WITH_ADDED_GUIDANCE)

@@ -41,7 +41,9 @@ def export_run(
     opened = RunFolder.open(run, is_main=False)
     step = opened.latest_checkpoint() if step is None else step
     config, weights = read_trained_weights(opened, kept, step)
-    sampling = _sampling(config, model)
+    # an adapter was drawn with eval.model, if that is set, and a whole pipeline is one of both
+    is_drawn = to != "merged" or (model or config.model.ref) == (config.eval.model or config.model.ref)
+    sampling = _sampling(config, model, is_drawn=is_drawn)
     with atomic_folder(out) as folder:
         if to == "merged":
             merge_weights(config, weights, model).save_pretrained(folder)
@@ -60,15 +62,15 @@ def export_run(
     return out
 
 
-def _sampling(config: TrainConfig, model: str | None) -> dict[str, int | float]:
-    """How the run generated the images of its evaluations; for a model that it did not evaluate, their size and the
-    length of prompts alone."""
+def _sampling(config: TrainConfig, model: str | None, *, is_drawn: bool) -> dict[str, int | float]:
+    """How the run generated the images of its evaluations; for a model that it did not draw them with, their size and
+    the length of prompts alone."""
     distilled = config.model.embedded_guidance if model is None else None
     backbone = backbones.init_empty_weights(model or config.model.ref, embedded_guidance=distilled, distilled=True)
     found: dict[str, int | float] = {"height": config.model.height, "width": config.model.width}
     if "max_sequence_length" in signature(backbone.pipe.__call__).parameters:
         found["max_sequence_length"] = config.model.max_sequence_length or backbone.max_tokens
-    if model in (None, config.eval.model):
+    if is_drawn:
         scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
         found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
     return found
@@ -92,5 +94,6 @@ def push_to_hub(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
         reason = one_line(str(error) or type(error).__name__)
-        raise UserError(f"--push {repo}: not uploaded ({reason}); check HF_TOKEN and the network") from error
+        again = f"check HF_TOKEN and the network, then run `hf upload {repo} {folder}`"
+        raise UserError(f"--push {repo}: not uploaded ({reason}); {again}") from error
     return str(address)

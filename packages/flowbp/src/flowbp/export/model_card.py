@@ -12,6 +12,7 @@ from flowbp.training.runs import compare_base_and_trained
 from imgen_common import hub
 from imgen_common.config import to_yaml
 from imgen_common.console import markdown_table
+from imgen_common.files import local_path
 from imgen_common.run_folder.folder import RunFolder
 
 DESCRIPTIONS: dict[ExportFormat, str] = {
@@ -33,31 +34,40 @@ def model_card(
     """The model card: what the weights are, how to load them, scores, licenses, the whole configuration.
 
     step: number of updates.  model: what the weights were merged into, if that is not the trained model.  drawn: how
-    the images of its evaluations were, as the pipeline calls it.
+    the images of its evaluations were, as the pipeline calls it; no steps where another model made them.
     """
-    evaluated = step == run.latest_checkpoint() and model in (None, config.eval.model)
+    is_drawn = "num_inference_steps" in drawn
+    sibling = f" by `{config.eval.model}`" if is_drawn and config.eval.model else ""
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
-    models = [config.model.ref, *([model] if model else []), *(scorer.ref for scorer in config.scorers)]
+    models = [config.model.ref, model, config.eval.model if is_drawn else None, *(one.ref for one in config.scorers)]
+    scores = _scores(run.path) if is_drawn and step == run.latest_checkpoint() else ""
+    how = ", ".join(f"{name} {value:g}" for name, value in drawn.items())
     lines = [
         "---",
         "library_name: diffusers",
         "tags: [text-to-image, flowbp, reward-backpropagation]",
-        *([f"base_model: {config.model.ref}"] if hub.HUB_REF.fullmatch(config.model.ref) else []),
+        *_base_model(config.model.ref),
         "---",
         f"# {run.path.name}",
         f"`{config.model.ref}` aligned with `{config.method.name}` by flowbp (reward backpropagation), "
         f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
-        f"Drawn with {', '.join(f'{name} {value:g}' for name, value in drawn.items())}, as the pipeline names them.",
+        f"Drawn{sibling} with {how}, as the pipeline names them.",
         "## Scores",
-        _scores(run.path) if evaluated else f"This {'checkpoint' if model is None else 'model'} was not evaluated.",
+        scores or f"This {'checkpoint' if is_drawn else 'model'} was not evaluated.",
         "## Licenses",
-        *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(models)),
+        *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(filter(None, models))),
         "## Configuration",
         "```yaml",
         to_yaml(config).rstrip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base_model(ref: str) -> list[str]:
+    """The line of the hub's metadata, which takes no revision; none for a folder."""
+    match = None if local_path(ref).exists() else hub.HUB_REF.fullmatch(ref)
+    return [f"base_model: {match['repo']}"] if match else []
 
 
 def _scores(run: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
+from flowbp.core.settings import GuidanceRescale
 from flowbp.data.edits import sources_of
 from flowbp.data.prompts import is_shapes_source, load_prompts
 from flowbp.evaluation import vlm_judge
@@ -80,6 +81,8 @@ class BenchmarkConfig(Config):
     """Images per prompt."""
     num_inference_steps: PositiveInt
     guidance_scale: float
+    guidance_rescale: GuidanceRescale | None = None
+    """How guidance is rescaled (`guidance.rescale`)."""
     seed: int
     content: str
     """Digest of the prompts, or of the metadata of GenEval; last, so that what changed it is named first."""
@@ -176,6 +179,7 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
         images=request.images or IMAGES_PER_PROMPT[request.protocol],
         num_inference_steps=request.num_inference_steps or source.config.eval.num_inference_steps,
         guidance_scale=scale,
+        guidance_rescale=source.config.guidance.rescale,
         seed=request.seed,
         scorers=request.scorers,
     )
