@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from flowbp import backbones
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
-from flowbp.evaluation.sources import model_source, other_source
+from flowbp.evaluation.sources import compared_sources, model_source
 from flowbp.training.preflight import unread_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.run_folder.folder import RunFolder
 
 GENERATOR = "builtin:shapes/generator"
 SIZE = (32, 32)
@@ -122,16 +123,30 @@ def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) 
     assert source.unread_prompts(["a red circle"]) == []  # the model is not refused
 
 
-def test_what_a_run_is_compared_with_reads_as_much_of_a_prompt(tmp_path: Path) -> None:
-    short = model_source(GENERATOR, tmp_path, ["model.max_sequence_length=8"])
-    assert other_source(GENERATOR, tmp_path, short).config.model.max_sequence_length == 8
+def test_what_is_compared_reads_as_much_of_a_prompt(tmp_path: Path) -> None:
+    def lengths(target: str, against: str, *sets: str) -> list[int | None]:
+        found = compared_sources(target, against, tmp_path, sets)
+        return [source.config.model.max_sequence_length for source in found]
+
+    short = "model.max_sequence_length=8"
+    assert lengths(GENERATOR, GENERATOR, short) == [8, 8]
     own = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "own")
     (own / hub.SAMPLING_FILE).write_text('{"max_sequence_length": 10}')
-    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length == 10
+    assert lengths(GENERATOR, str(own), short) == [10, 8]
+    assert lengths(GENERATOR, str(own), "model.dtype=bfloat16") == [10, 10]
+    assert lengths(str(own), GENERATOR) == [10, 10]
     index = own / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "ZImagePipeline"}))
     (own / hub.SAMPLING_FILE).unlink()
-    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length is None
+    assert lengths(GENERATOR, str(own), short) == [None, 8]
+
+
+def test_a_run_and_its_base_are_drawn_with_equal_settings(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", TrainConfig(), ["flowbp", "train"]).close()
+    sets = ["model.dtype=bfloat16", "model.max_sequence_length=8"]
+    base, trained = compared_sources("run", None, tmp_path, sets)
+    assert (base.run, trained.run, base.config) == (None, tmp_path / "run", trained.config)
+    assert (base.config.model.dtype, base.config.model.max_sequence_length) == ("bfloat16", 8)
 
 
 def test_files_are_numbered_on(tmp_path: Path) -> None:

@@ -118,15 +118,27 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     return ModelSource(text, config.model_copy(update={"model": config.model.model_copy(update={"ref": text})}), None)
 
 
-def other_source(text: str, root: Path, source: ModelSource) -> ModelSource:
-    """The source that `text` names, to be compared with another: it reads as much of a prompt, if it is a model of the
-    same pipeline that does not say itself how much it reads."""
-    other, length = model_source(text, root), source.config.model.max_sequence_length
-    if length is None or other.run is not None or other.config.model.max_sequence_length is not None:
-        return other
-    refs = [one.config.model.ref for one in (source, other)]
+def compared_sources(target: str, against: str | None, root: Path, sets: Sequence[str] = ()) -> list[ModelSource]:
+    """What an evaluation of `target` compares, it last: with `against`, or a run with its base, which `sets` change,
+    too; a model alone.
+
+    A model that does not say itself how much it reads of a prompt reads as much as one of the same pipeline that does.
+    """
+    own = model_source(target, root, sets)
+    if against is None:
+        return [own] if own.run is None else [model_source(target, root, sets, base=True), own]
+    other = model_source(against, root)
+    return [_reading_as(own, other, against, root, ()), _reading_as(other, own, target, root, sets)]
+
+
+def _reading_as(example: ModelSource, source: ModelSource, text: str, root: Path, sets: Sequence[str]) -> ModelSource:
+    """The source that `text` and `sets` name, with the length of prompts of `example` where it has none of its own."""
+    length = example.config.model.max_sequence_length
+    if length is None or source.run is not None or source.config.model.max_sequence_length is not None:
+        return source
+    refs = [one.config.model.ref for one in (example, source)]
     kinds = {hub.pipeline_index(ref, hub.resolve(ref, weights=False)).get("_class_name") for ref in refs}
-    return other if len(kinds) > 1 else model_source(text, root, [f"model.max_sequence_length={length}"])
+    return source if len(kinds) > 1 else model_source(text, root, [*sets, f"model.max_sequence_length={length}"])
 
 
 def _own_settings(ref: str) -> list[str]:
