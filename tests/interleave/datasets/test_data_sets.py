@@ -32,6 +32,8 @@ from PIL import Image
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.files import read_json
+from imgen_common.run_folder.data import DATA, DataHashes, hash_rows, record_data
 from interleave.agents.parsing import parse_plan, parse_verdict
 from interleave.agents.prompts import load_template, render_plan, render_planner, render_verdict
 from interleave.cli import main
@@ -399,12 +401,19 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Pa
             pass
     for shards, message in [
         ([one, two, one], "request 'r0' is in two of the folders; give every part once"),
-        ([one, other], "other: another configuration than .*one in max_unscored; merge parts of one"),
+        ([one, other], "other: another configuration in max_unscored than .*one; merge parts of one"),
         ([one, tmp_path], "no config.yaml or no requests.jsonl in it"),
     ]:
         with pytest.raises(UserError, match=message):
             merge_shards(shards, tmp_path / "all")
     assert not (tmp_path / "all").exists()
+    hashes = read_json(two / DATA, DataHashes).data
+    record_data(two, hashes | {"run.generator": hash_rows(["other weights"])})
+    with pytest.raises(UserError, match=r"two: another run\.generator than .*one; merge parts of one"):
+        merge_shards([one, two], tmp_path / "all")
+    record_data(two, hashes)
+    merge_shards([two, one], tmp_path / "all")
+    assert read_json(tmp_path / "all" / DATA, DataHashes).data == hashes  # by which a resumed build knows its models
     with pytest.raises(UserError, match=r"--shard 13/13: there are only 12 items"):
         build(tmp_path / "none", asked, shard="13/13")
 
