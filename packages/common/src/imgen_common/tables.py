@@ -59,7 +59,8 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons or
     tabs divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for that of
-    `key`, as is a first column without a name, and ="a text", as Excel protects one, is that text.  A row that is text alone, as in .txt, is {key: text}.
+    `key`, as is a first column without a name; ="a text", as Excel protects one, is that text.  A row that is text
+    alone, as in .txt, is {key: text}.
 
     Raises UserError for another suffix, and naming the line or item that cannot be read.
     """
