@@ -214,6 +214,7 @@ def test_mappings_of_configurations(tmp_path: Path) -> None:
         ("~", None),
         ("", None),
         ("'1e-4'", "1e-4"),
+        (r'"\ud83d\ude00 \U0001f600"', "\U0001f600 \U0001f600"),  # as JSON escapes it, and as YAML does
     ],
 )
 def test_words_and_numbers_by_the_core_rules(text: str, value: object, tmp_path: Path) -> None:
@@ -327,6 +328,7 @@ HOSTILE = [
     ("[\n" * 5000, "more than 64 values inside each other"),
     ('name: "\\ud800"', "0.yaml:1:7: a zero byte, or half of a surrogate pair"),
     ('name: "a\\0b"', "0.yaml:1:7: a zero byte, or half of a surrogate pair"),
+    ('name: "\\ude00\\ud83d"', "0.yaml:1:7: a zero byte, or half of a surrogate pair"),
     ('more: {"\\udfff": {}}', "0.yaml:1:8: a zero byte, or half of a surrogate pair"),
     ('"a\\0b": 1', "0.yaml:1:1: a zero byte, or half of a surrogate pair"),
     ('name: "\\UFFFFFFFF"', "0.yaml: not YAML"),

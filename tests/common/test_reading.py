@@ -66,6 +66,13 @@ def test_rows_are_read_as_their_suffix_says(tmp_path: Path, name: str, content: 
     assert [row["prompt"] for row in rows(tmp_path, name, content)] == prompts
 
 
+def test_an_index_and_images_beside_texts_are_no_hindrance(tmp_path: Path) -> None:
+    assert rows(tmp_path, "r.csv", ",text,id\n0,a,x\n", "text") == [{"text": "a", "id": "x"}]
+    for name, mark in (("r.csv", ","), ("r.tsv", "\t")):
+        image = "A" * 200_000
+        assert rows(tmp_path, name, f"text{mark}image\na{mark}{image}\n", "text") == [{"text": "a", "image": image}]
+
+
 def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
     assert rows(tmp_path, "r.csv", "id,text\n,a\n7,\n", "text") == [{"text": "a"}, {"id": "7", "text": ""}]
 
@@ -151,8 +158,8 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             ("p.txt", f"{before}1. a cat\n2. a dog\n{after}3. a hat\n", "is a list whose items begin with")
             for before, after in (("Here are 3 prompts:\n", ""), ("Animals\n", "\nThings\n"))
         ),
-        ("p.txt", "## Animals\n- a cat\n", "p.txt: is text with comments or headings (#); remove the lines"),
-        ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt: is text with comments or headings (#)"),
+        ("p.txt", "## Animals\n- a cat\n", "p.txt: has comments or headings (## Animals); remove the lines"),
+        ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt: has comments or headings (# prompt 1)"),
         ("p.txt", "a cat\na dog --n low quality --w 768\n", "p.txt: has options of another program (--n)"),
         ("p.txt", '--prompt "a cat" --width 1024\n', "p.txt: has options of another program (--prompt)"),
         (
@@ -162,6 +169,14 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ),
         ("p.txt", "a cat\nSteps: 20, Sampler: Euler a, Seed: 1\n", "another program (Steps: 20,)"),
         ("p.txt", "a cat\na dog, oil --ar 16:9 --v 6\n", "p.txt: has options of another program (--ar)"),
+        ("p.txt", "a cat --style raw\n", "p.txt: has options of another program (--style)"),
+        ("p.txt", "a cat\na dog --niji\n", "p.txt: has options of another program (--niji)"),
+        ("p.txt", "a cat --steps 20 --cfg_scale 7\n", "p.txt: has options of another program (--steps)"),
+        ("p.txt", "/imagine prompt: a cat\n", "p.txt: has options of another program (/imagine)"),
+        ("p.txt", "a cat\n### dogs\na dog\n", "p.txt: has comments or headings (### dogs); remove the lines"),
+        ("p.txt", "a \x1b[01;31mcat\x1b[m\n", "p.txt: has the colors of a terminal in it"),
+        ("p.csv", "\ufeffprompt,n\na cat,1\n\ufeffprompt,n\na dog,2\n", "p.csv:3: names the columns again"),
+        ("p.csv", ",prompt\n0,a cat\n,prompt\n0,a dog\n", "p.csv:3: names the columns again"),
         *(
             ("p.txt", f"{names}\na cat{names[5:]}\n", f"p.txt: its first line, {names}, names a column")
             for names in ("image,caption", "prompt;category", '"prompt","id"', "text|n")

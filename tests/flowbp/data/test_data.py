@@ -134,7 +134,8 @@ def test_a_dataset_that_was_saved_with_a_format_has_all_its_columns(tmp_path: Pa
             "write each object on one line of a .jsonl, or a",
         ),
         ("pair.jsonl", b'{"prompt": "a cat"} {"prompt": "a hat"}\n', "write each object on one line of a .jsonl, or a"),
-        ("index.csv", b",text\n0,a cat\n", "(there is: column 1 without a name, text); set data.key"),
+        ("index.csv", b",text\n0,a cat\n", "(there is: text); set data.key"),
+        ("last.csv", b"text,\na cat,0\n", "(there is: text, column 2 without a name); set data.key"),
         ("list.jsonl", b"[1]\n", "list.jsonl:1: must be an object or a text, got a list"),
         ("number.jsonl", b'{"prompt": 3}\n', "no text under 'prompt' (there is: a number)"),
         (

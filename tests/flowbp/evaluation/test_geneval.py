@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from flowbp.config import DataConfig
 from flowbp.evaluation.benchmarks import detector as detectors
 from flowbp.evaluation.benchmarks.detector import Detector, GenEval, check_detector
 from flowbp.evaluation.benchmarks.geneval import (
@@ -24,6 +25,7 @@ from flowbp.evaluation.benchmarks.geneval import (
     read_tasks,
     spatial_relations,
 )
+from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, read_prompts
 from flowbp.rewards.clip import ClipReward
 from imgen_common.errors import UserError
 
@@ -174,7 +176,8 @@ GOOD = {"tag": "colors", "prompt": "a red cat", "include": [RED_CAT]}
     ("change", "said"),
     [
         ({"tag": "colours"}, "must be 'single_object', 'two_object'"),
-        ({"prompt": ""}, "prompt: "),
+        ({"prompt": ""}, "prompt: is empty; say what to draw"),
+        ({"prompt": " \u200b "}, "prompt: is empty; say what to draw"),
         ({"include": []}, "include: "),
         ({"exlude": []}, "exlude: Extra inputs are not permitted"),
         ({"include": [CAT | {"class": "caat"}]}, "unknown class 'caat'; did you mean 'cat'?"),
@@ -201,6 +204,13 @@ def test_files_that_are_no_metadata(tmp_path: Path, content: bytes, said: str) -
     (tmp_path / "metadata.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_tasks(tmp_path / "metadata.jsonl")
+
+
+def test_metadata_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(GOOD) + "\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = read_prompts(BenchmarkRequest("geneval", "~/metadata.jsonl"), DataConfig())
+    assert [prompt.text for prompt in found] == ["a red cat"]
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from trained_runs import trained
 from flowbp import backbones
 from flowbp.config import TrainConfig
 from flowbp.evaluation import sampling
-from flowbp.evaluation.sources import ModelSource, model_source, other_source
+from flowbp.evaluation.sources import ModelSource, compared_sources, model_source
 from flowbp.training.preflight import unread_prompts
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.run_folder.folder import RunFolder
 
 GENERATOR = "builtin:shapes/generator"
 SIZE = (32, 32)
@@ -124,16 +125,31 @@ def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) 
     assert source.unread_prompts(["a red circle"]) == []  # the model is not refused
 
 
-def test_what_a_run_is_compared_with_reads_as_much_of_a_prompt(tmp_path: Path) -> None:
-    short = model_source(GENERATOR, tmp_path, ["model.max_sequence_length=8"])
-    assert other_source(GENERATOR, tmp_path, short).config.model.max_sequence_length == 8
+def test_what_is_compared_reads_as_much_of_a_prompt(tmp_path: Path) -> None:
+    def lengths(target: str, against: str, *sets: str) -> list[int | None]:
+        found = compared_sources(target, against, tmp_path, sets)
+        return [source.config.model.max_sequence_length for source in found]
+
+    short = "model.max_sequence_length=8"
+    assert lengths(GENERATOR, GENERATOR, short) == [8, 8]
     own = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "own")
     (own / hub.SAMPLING_FILE).write_text('{"max_sequence_length": 10}')
-    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length == 10
+    assert lengths(GENERATOR, str(own), short) == [10, 8]
+    assert lengths(GENERATOR, str(own), "model.dtype=bfloat16") == [10, 10]
+    assert lengths(str(own), GENERATOR) == [10, 10]
     index = own / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "ZImagePipeline"}))
     (own / hub.SAMPLING_FILE).unlink()
-    assert other_source(str(own), tmp_path, short).config.model.max_sequence_length is None
+    assert lengths(GENERATOR, str(own), short) == [None, 8]
+
+
+def test_a_model_is_drawn_as_the_run_that_it_is_compared_with(tmp_path: Path) -> None:
+    config = load(TrainConfig, [], ["model.dtype=bfloat16", "model.max_sequence_length=8"])
+    RunFolder.create(tmp_path / "run", config, ["flowbp", "train"]).close()
+    for sets, dtype in (([], "bfloat16"), (["model.dtype=float32"], "float32")):
+        for pair in (("run", GENERATOR), (GENERATOR, "run")):
+            found = [source.config.model for source in compared_sources(*pair, tmp_path, sets)]
+            assert {(model.dtype, model.max_sequence_length) for model in found} == {(dtype, 8)}
 
 
 def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
@@ -146,12 +162,11 @@ def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
         about.write_text(json.dumps(json.loads(about.read_text()) | change))
     (folder / hub.SAMPLING_FILE).unlink()
     sets = ["model.embedded_guidance=2", "model.dtype=bfloat16", "guidance.rescale=norm"]
-    source = model_source(str(folder), tmp_path, sets)
-    other = other_source(str(folder), tmp_path, source, sets).config
+    other = compared_sources(str(folder), str(folder), tmp_path, sets)[0].config
     assert (other.model.embedded_guidance, other.model.dtype, other.guidance.rescale) == (2, "bfloat16", "norm")
     (folder / hub.SAMPLING_FILE).write_text('{"guidance_scale": 3}')
-    assert other_source(str(folder), tmp_path, source).config.model.embedded_guidance == 3
-    plain = other_source(GENERATOR, tmp_path, source, sets).config  # of another pipeline
+    assert compared_sources(GENERATOR, str(folder), tmp_path, sets)[0].config.model.embedded_guidance == 3
+    plain = compared_sources(str(folder), GENERATOR, tmp_path, sets)[0].config  # of another pipeline
     assert (plain.model.embedded_guidance, plain.model.dtype) == (None, "float32")
 
 

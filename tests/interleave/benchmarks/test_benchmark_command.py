@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from imgen_common.config import load
+from imgen_common.errors import UserError
 from interleave.benchmarks.registry import BENCHMARKS
-from interleave.benchmarks.setup import check_judge, judge_differences, load_config
+from interleave.benchmarks.setup import BenchmarkRequest, check_judge, judge_differences, load_config, prepare
 from interleave.cli import main
 from interleave.cli.benchmark import TITLES
+from interleave.loop import run as session
 from interleave.loop.config import RunConfig
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.protocols import HashedImage, Message
@@ -243,3 +245,18 @@ def test_parts_that_generate_have_the_table_of_one(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         assert interleave(*words("ueval", tmp_path / "parts", "--limit", "6", "--shard", f"{number}/3")) == 0
     assert table(tmp_path / "parts") == table(tmp_path / "whole")
+
+
+def test_parts_that_are_made_otherwise_are_not_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "run_and_close", lambda *given, **more: [])
+
+    def generate(number: int, *sets: str) -> None:
+        request = BenchmarkRequest("ueval", "builtin:shapes", tmp_path, limit=2, shard=f"{number}/2")
+        prepare(request, load_config([], [], sets), [])[0].generate(lambda record: None)
+
+    generate(1)
+    said = "1-of-2: was made with another configuration in seed; give all parts the same, or another --out"
+    with pytest.raises(UserError, match=said):
+        generate(2, "run.seed=1")
+    assert not (tmp_path / "generation.2-of-2").exists()
+    generate(2, "run.loop.concurrency=2")

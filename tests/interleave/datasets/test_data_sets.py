@@ -32,8 +32,11 @@ from PIL import Image
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from imgen_common.files import read_json
+from imgen_common.run_folder.data import DATA, DataHashes, hash_rows, record_data
 from interleave.agents.parsing import parse_plan, parse_verdict
 from interleave.agents.prompts import load_template, render_plan, render_planner, render_verdict
+from interleave.benchmarks.official import reading
 from interleave.cli import main
 from interleave.datasets import build as building
 from interleave.datasets import requests as prompts
@@ -399,12 +402,19 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Pa
             pass
     for shards, message in [
         ([one, two, one], "request 'r0' is in two of the folders; give every part once"),
-        ([one, other], "other: another configuration than .*one in max_unscored; merge parts of one"),
+        ([one, other], "other: another configuration in max_unscored than .*one; merge parts of one"),
         ([one, tmp_path], "no config.yaml or no requests.jsonl in it"),
     ]:
         with pytest.raises(UserError, match=message):
             merge_shards(shards, tmp_path / "all")
     assert not (tmp_path / "all").exists()
+    hashes = read_json(two / DATA, DataHashes).data
+    record_data(two, hashes | {"run.generator": hash_rows(["other weights"])})
+    with pytest.raises(UserError, match=r"two: another run\.generator than .*one; merge parts of one"):
+        merge_shards([one, two], tmp_path / "all")
+    record_data(two, hashes)
+    merge_shards([two, one], tmp_path / "all")
+    assert read_json(tmp_path / "all" / DATA, DataHashes).data == hashes  # by which a resumed build knows its models
     with pytest.raises(UserError, match=r"--shard 13/13: there are only 12 items"):
         build(tmp_path / "none", asked, shard="13/13")
 
@@ -873,6 +883,14 @@ def test_a_row_that_no_line_of_json_can_hold_is_left_out_and_named(
     assert re.search(r"rows(: row |:)1: cannot be kept as JSON \(.+\); correct or remove the key", info.notes[1])
 
 
+def test_a_text_that_is_not_utf_8_is_named_with_its_file(tmp_path: Path) -> None:
+    text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"caf\xe9"], pa.binary()).buffers())
+    pq.write_table(pa.table({"id": ["1"], "prompt": text}), tmp_path / "rows.parquet")
+    for read in (read_items, reading.read_rows):
+        with pytest.raises(UserError, match=r"rows\.parquet: not a .*parquet file that can be read \('utf-8' codec"):
+            list(read(tmp_path / "rows.parquet"))
+
+
 # --- check and show --------------------------------------------------------------------------------------------------
 
 
@@ -1048,8 +1066,12 @@ def test_a_row_is_shown_as_it_is_read(tmp_path: Path) -> None:
     text = "\n".join(read_row(folder / "critic_sft.jsonl", 1).lines())
     assert "which is missing]" in text
     assert "⟨U+001B⟩[31m⟨U+202E⟩" in text
+    (folder / "spread").mkdir()
+    line = (folder / "critic_sft.jsonl").read_text()
+    (folder / "spread" / "critic_sft.jsonl").write_text(f"{line}\n{line}")
     for path, number, told in [
         ("critic_sft.jsonl", 2, "no row 2; it has 1"),
+        ("spread/critic_sft.jsonl", 2, "line 2 is blank"),
         ("critic_sft.json", 1, "did you mean 'critic_sft.jsonl'"),
         ("critic_rl.jsonl", 1, "give --template"),
         ("", 1, "give one of its files: planner_sft.jsonl, critic_sft.jsonl, critic_rl.jsonl"),

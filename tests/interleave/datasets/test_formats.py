@@ -872,6 +872,15 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, store: 
         list(read_rl(tmp_path / "none.jsonl", tmp_path, store))
 
 
+SPOKEN = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_empty_keys_of_other_programs_are_no_mistake(tmp_path: Path, store: ImageStore) -> None:
+    item = SPOKEN | {"system": "", "tools": "[]", "videos": [], "audios": None}
+    (tmp_path / "f.json").write_text(json.dumps([item, SPOKEN], indent=1))
+    assert [row.completion for row in read_sft(tmp_path / "f.json", tmp_path, store)] == ["b", "b"]
+
+
 @pytest.mark.parametrize(
     ("item", "said"),
     [
@@ -881,11 +890,14 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes, store: 
             {"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": ""}]},
             "1 <image> markers for 0 images",
         ),
+        (SPOKEN | {"system": "You judge images."}, "has system beside its messages, for which rows have no place"),
+        (SPOKEN | {"tools": '[{"name": "draw"}]', "videos": ["a.mp4"]}, "has tools, videos beside its messages"),
+        ('{"messages": [], "images": ["a"], "images": []}', "the key 'images' occurs twice"),
     ],
 )
 def test_a_mistake_in_a_supervised_row_is_named(
-    tmp_path: Path, store: ImageStore, item: dict[str, Any], said: str
+    tmp_path: Path, store: ImageStore, item: dict[str, Any] | str, said: str
 ) -> None:
-    (tmp_path / "f.json").write_text(json.dumps([item]))
+    (tmp_path / "f.json").write_text(f"[ {item if isinstance(item, str) else json.dumps(item)} ]\n")
     with pytest.raises(UserError, match=rf"f\.json: item 1: .*{re.escape(said)}"):
         list(read_sft(tmp_path / "f.json", tmp_path, store))

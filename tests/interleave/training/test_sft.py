@@ -398,7 +398,9 @@ def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:
         read_rows(tmp_path, "critic_sft", SftRow)
 
 
-def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Path, rows: list[SftRow]) -> None:
+def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(
+    root: Path, rows: list[SftRow], capsys: pytest.CaptureFixture[str]
+) -> None:
     store = ImageStore(root / "set" / "images")
     mixed = [*rows[:2], planner_row(1)]
     lengths = []
@@ -412,6 +414,8 @@ def test_the_length_is_that_of_the_processor_and_long_rows_are_left_out(root: Pa
     limit = sorted(lengths)[1]
     kept = select_by_length(mixed, models.processor(), store, limit)
     assert kept == [i for i, length in enumerate(lengths) if length <= limit]
+    said = f"1 of 3 rows have more than max_length {limit} tokens and are left out; the longest has {max(lengths)}"
+    assert said in capsys.readouterr().err
     assert select_by_length(mixed, models.processor(), store, limit, answer=1) != kept
     with pytest.raises(UserError, match=f"the shortest has {min(lengths)} tokens"):
         select_by_length(mixed, models.processor(), store, 5)

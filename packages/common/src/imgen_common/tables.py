@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, check_text, one_line
-from imgen_common.files import numbered_lines, opened, read_text, text_lines
+from imgen_common.files import MAX_LINE_BYTES, numbered_lines, opened, read_text, text_lines
 
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 """What `read_table` reads."""
@@ -30,20 +30,26 @@ OTHER_FILES = {
     **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
     "{\\rtf": "rich text (RTF); save it as plain text",
     **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
-    **dict.fromkeys(("# ", "## "), "text with comments or headings (#); remove the lines that begin so"),
     "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
 }
 """What a file of lines is instead that begins so."""
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
 """One of the names in the first line of a table."""
-OPTION = re.compile(r"(?:^|\s)--(?:ar|d|h|l|n|neg|negative_prompt|no|prompt|s|v|w)\s|^Negative prompt:|^Steps: \d+,")
-"""An option behind a text, or on a line of its own, as sd-scripts, AUTOMATIC1111 and Midjourney write them."""
+COMMENT = re.compile("#{1,6} ")
+"""How a comment or a heading begins."""
+MARKS = (
+    "ar|aspect|c|cfg_scale|chaos|cref|cw|d|h|height|iw|l|n|neg|negative_prompt|niji|no|prompt|q|quality|s|sampler_name|"
+    "seed|sref|steps|stop|style|stylize|sw|tile|v|version|w|weird|width"
+)
+OPTION = re.compile(rf"(?:^|\s)--(?:{MARKS})(?:\s|$)|^Negative prompt:|^Steps: \d+,|^/imagine ")
+"""An option in a text, or on a line of its own, as sd-scripts, AUTOMATIC1111 and Midjourney write them."""
 HOLDER = re.compile(r"""\[(["'].*)?\]|\{(["'].*)?\}""", re.DOTALL)
 """A list or an object, as JSON and Python write them into a cell."""
 RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
 """Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
 QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
 """What may stand around a text, before and after it."""
+csv.field_size_limit(MAX_LINE_BYTES)  # images in base64, which stand beside texts in some tables
 ITEM = re.compile(r"([-*•·–]|\d+[.):])\s")
 """What stands before an item of a list."""
 
@@ -53,7 +59,8 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons or
     tabs divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for that of
-    `key`, and ="a text", as Excel protects one, is that text.  A row that is text alone, as in .txt, is {key: text}.
+    `key`, as is a first column without a name; ="a text", as Excel protects one, is that text.  A row that is text
+    alone, as in .txt, is {key: text}.
 
     Raises UserError for another suffix, and naming the line or item that cannot be read.
     """
@@ -89,6 +96,12 @@ def _check_lines(lines: Sequence[str], path: Path) -> None:
     closed = re.sub(r"^([\[{])\s+", r"\1", first.lower())
     if what := next((what for start, what in OTHER_FILES.items() if closed.startswith(start)), None):
         raise UserError(f"{path}: is {what}")
+    if comment := next(filter(COMMENT.match, lines), None):
+        raise UserError(
+            f"{path}: has comments or headings ({one_line(comment, 40)}); remove the lines that begin with #"
+        )
+    if any("\x1b[" in line for line in lines):
+        raise UserError(f"{path}: has the colors of a terminal in it; write it again without (--color=never)")
     if option := next(filter(None, map(OPTION.search, lines)), None):
         what = f"options of another program ({option[0].strip()})"
         raise UserError(f"{path}: has {what}, which would be read as words; write the texts alone")
@@ -165,7 +178,7 @@ def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    text = read_text(path)
+    text = read_text(path).replace("\n\ufeff", "\n")  # of the second of two files that were joined
     named = FIRST_LINE.match(text)  # a program's word to itself, no row
     columns = re.sub('"[^"]*"', "", text[named.end() if named else 0 :].partition("\n")[0])
     # spreadsheets write semicolons where numbers have commas, and tabs as "text"
@@ -204,16 +217,17 @@ def _unquote(cell: str) -> str:
 
 
 def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) -> Iterator[tuple[str, dict[str, str]]]:
-    columns: list[str] = []
+    header, columns = list[str](), list[str]()
     for number, cells in lines:
         if not any(cell.strip() for cell in cells):
             continue
         if not columns:
-            columns = [cell.strip() or f"column {place} without a name" for place, cell in enumerate(cells, 1)]
+            header = [cell.strip() for cell in cells]
+            columns = [name or f"column {place} without a name" for place, name in enumerate(header, 1)]
             if twice := sorted({name for name in columns if columns.count(name) > 1}):
                 raise UserError(f"{path}:{number}: names a column twice ({', '.join(map(repr, twice))}); rename one")
             continue
-        if [cell.strip() for cell in cells] == columns:
+        if [cell.strip() for cell in cells] == header:
             raise UserError(f"{path}:{number}: names the columns again, as where two files were joined; remove the row")
         if len(cells) != len(columns):
             quoted = "put a text with separators in double quotes, or write one text a line in a .txt"
@@ -222,6 +236,8 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
             raise UserError(f"{path}:{number}: {what}; {remedy}")
         values = (protected[1] if (protected := PROTECTED.fullmatch(cell)) else cell for cell in cells)
         row = {name: cell for name, cell in zip(columns, values, strict=True) if cell or name == key}
+        if not header[0]:
+            row.pop(columns[0], None)  # numbers of rows, as pandas writes them
         remedy = "remove the row, or write the texts one a line in a .txt if it is one"
         check_cell(row.get(key, ""), f"{path}:{number}: {key}", remedy)
         if HOLDER.fullmatch(row.get(key, "").strip()):

@@ -41,6 +41,8 @@ MAX_CHARACTERS, MAX_DEPTH, MAX_SIZE = 2**19, 64, 2**18
 """Of one text: characters, values inside each other, and characters and values in all once its aliases are replaced by
 what they stand for.  Reading the largest takes seconds."""
 UNWRITABLE = re.compile("[\\0\ud800-\udfff]")
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+"""A character beyond U+FFFF as JSON escapes it."""
 TOO_DEEP = f"more than {MAX_DEPTH} values inside each other"
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 CORE_RULES = (
@@ -122,9 +124,10 @@ def _text(node: yaml.Node) -> str:
     """The text of a scalar."""
     if not isinstance(node, yaml.ScalarNode):
         raise _error("a single word is expected here", node)
-    if UNWRITABLE.search(node.value):
+    text = PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), node.value)
+    if UNWRITABLE.search(text):
         raise _error("a zero byte, or half of a surrogate pair, which no file can hold", node)
-    return node.value
+    return text
 
 
 def _scalar(kind: str, read: Callable[[str], Any]) -> Callable[[yaml.SafeLoader, yaml.Node], Any]:

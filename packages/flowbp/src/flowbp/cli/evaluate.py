@@ -138,11 +138,7 @@ def evaluate(
             models.check_guidance_scale(scale)
         extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance_scale", guidance))
         given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, [])]
-        sources = [models.model_source(target, runs, [*(sets or []), *given])]
-        if against is not None:
-            sources.insert(0, models.other_source(against, runs, sources[0], sets or []))
-        elif sources[0].run is not None:
-            sources.insert(0, models.model_source(target, runs, sets or [], base=True))
+        sources = models.compared_sources(target, against, runs, [*(sets or []), *given])
         config, labels = sources[-1].config, [source.label for source in sources]
         for source in sources:
             source.check(scorers=True)

@@ -153,14 +153,27 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
     return ModelSource(text, config, None, said=said)
 
 
-def other_source(text: str, root: Path, source: ModelSource, sets: Sequence[str] = ()) -> ModelSource:
+def compared_sources(target: str, against: str | None, root: Path, sets: Sequence[str] = ()) -> list[ModelSource]:
+    """What an evaluation of `target` compares, it last: with `against`, or a run with its base; a model alone.
+
+    `sets` change all of them.  Two of the same pipeline are drawn alike, whichever is named first.
+    """
+    own = model_source(target, root, sets)
+    if against is None:
+        return [own] if own.run is None else [model_source(target, root, sets, base=True), own]
+    other = _drawn_as(own, against, root, sets)
+    return [other, own if own.run is not None else _drawn_as(other, target, root, sets, are_own=True)]
+
+
+def _drawn_as(source: ModelSource, text: str, root: Path, sets: Sequence[str], *, are_own: bool = False) -> ModelSource:
     """The source that `text` names, to be compared with another: if it is of the same pipeline, it draws as that does.
 
     A run takes the changes `sets`, of what is not of the other's own (its adapter and `eval.model`).  A model has the
     precision, the rescaling of guidance and, unless its sampling.json says others, the length of prompts and the
-    embedded guidance of the other.
+    embedded guidance of the other; are_own: unless `sets` say others.
     """
-    other, config = model_source(text, root), source.config
+    own = sets if are_own else ()
+    other, config = model_source(text, root, own), source.config
     refs = [one.config.model.ref for one in (source, other)]
     folders = [hub.resolve(ref, weights=False) for ref in refs]
     kinds = {hub.pipeline_index(*one).get("_class_name") for one in zip(refs, folders, strict=True)}
@@ -174,7 +187,7 @@ def other_source(text: str, root: Path, source: ModelSource, sets: Sequence[str]
     if _has_guidance_input(folders[1]):
         embedded = said.embedded_guidance
         same["model.embedded_guidance"] = config.model.embedded_guidance if embedded is None else embedded
-    return model_source(text, root, [f"{key}={value}" for key, value in same.items() if value is not None])
+    return model_source(text, root, [*(f"{key}={value}" for key, value in same.items() if value is not None), *own])
 
 
 def _has_guidance_input(folder: Path) -> bool:

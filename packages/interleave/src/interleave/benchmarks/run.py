@@ -32,7 +32,7 @@ from interleave.benchmarks.report import BenchmarkReport, make_report, table_mar
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.loop import run as session
 from interleave.loop.requests import load_requests, make_interleaved_request, make_request
-from interleave.loop.shards import ALL, Shard
+from interleave.loop.shards import ALL, Shard, what_differs
 from interleave.protocols import ChatModel
 from interleave.records import Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
@@ -124,7 +124,13 @@ class BenchmarkWork:
         folder = self._generation(self.shard.part)
         is_new = not (folder / "config.yaml").exists()
         if is_new:
-            session.create_run(folder, self.config.run, self._requests, any_words=True)
+            run, inputs = self.config.run, session.hash_inputs(self.config.run)
+            for other in sorted(self.out.glob("generation*")):
+                if differing := what_differs(run.model_dump(mode="json"), inputs, other):
+                    raise UserError(
+                        f"{other}: was made with another {differing}; give all parts the same, or another --out"
+                    )
+            session.create_run(folder, run, self._requests, any_words=True, inputs=inputs)
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
         return session.run_and_close(folder, self.config.run, list(self.command), on_record, is_new=is_new)

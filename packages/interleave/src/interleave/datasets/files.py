@@ -24,6 +24,8 @@ WHITE = "white.png"
 """Name of the white image that the released code compares an image with that is made from its prompt alone."""
 MAX_PARTS = 8
 """Parts of a path's longest end."""
+BETWEEN = re.compile(r"[\s,]*")
+"""What stands between two items of a JSON array."""
 TRAIN = re.compile(r"(?<![a-z])train(?:ing)?(?![a-z])")
 """The word in the name of a file or folder of training rows."""
 
@@ -229,16 +231,22 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 yield {key: value for key, value in row.items() if value is not None}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise UserError(f"{file}: not a parquet file that can be read ({error})") from None
 
 
 def _array(text: str, file: Path) -> list[str]:
-    """The items of a JSON array, each as JSON, so that one that holds no text does not stop the others."""
+    """The items of a JSON array, each as it stands, so that one that cannot be read does not stop the others."""
     try:
-        return [json.dumps(item) for item in json.loads(text)]
+        count, decoder = len(json.loads(text)), json.JSONDecoder()
     except (ValueError, RecursionError) as error:
         raise RowError(f"{file}: not JSON ({error})") from None
+    items, end = list[str](), 1
+    for _ in range(count):
+        start = BETWEEN.match(text, end).end()  # type: ignore[union-attr]
+        end = decoder.raw_decode(text, start)[1]
+        items.append(text[start:end])
+    return items
 
 
 def write_json(file: Path, value: Mapping[str, Any] | Sequence[Any]) -> Path:

@@ -45,7 +45,7 @@ class ReadableRow:
 
 
 def read_row(path: Path, number: int, template: TemplateRef | None = None) -> ReadableRow:
-    """Row `number`, counted from 1, of a set's file.
+    """The row in line `number`, counted from 1, of a set's file.
 
     template: for a row of critic_rl, which holds no prompt; None: the one that the set was built for.
     Raises UserError if there is no such row, it cannot be read, or no template is known.
@@ -56,7 +56,8 @@ def read_row(path: Path, number: int, template: TemplateRef | None = None) -> Re
     name, _ = FILES[path.name]
     lines = dict(read_lines(path))
     if number not in lines:
-        raise UserError(f"{path}: no row {number}; it has {len(lines)}")
+        what = f"line {number} is blank" if number < max(lines, default=0) else f"no row {number}; it has {len(lines)}"
+        raise UserError(f"{path}: {what}")
     try:
         row = parse_set_row(lines[number], name)
     except ValueError as error:

@@ -48,7 +48,7 @@ def check_models(out: Path, config: RunConfig) -> None:
 
 def check_same(out: Path, prompts: FilePrompts | ShapesPrompts | None) -> None:
     """Raises UserError for a file that has changed since the build in `out` was begun, if it is still there."""
-    # a merged folder, and one of an earlier version, has no hashes
+    # one of an earlier version has no hashes
     if not isinstance(prompts, FilePrompts) or not Path(prompts.path).exists() or not (out / DATA).exists():
         return
     check_data(out, {"prompts": _hash(make_requests(prompts, ImageStore(out / IMAGES)))})

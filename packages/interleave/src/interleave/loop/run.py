@@ -209,7 +209,7 @@ async def run_requests(
     Raises UserError if the folder is in use, or belongs to another configuration.
     """
     with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
-        if not is_new and (path / DATA).exists():  # else of an earlier version, or merged
+        if not is_new and (path / DATA).exists():  # else of an earlier version
             check_data(path, hash_inputs(config))
         requests = request_files.load_requests(path)
         with Trace(path) as trace:

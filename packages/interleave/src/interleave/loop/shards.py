@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from imgen_common.config import read_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_folder, read_text, whole_lines, write_atomic
+from imgen_common.files import atomic_folder, read_json, read_text, whole_lines, write_atomic
+from imgen_common.run_folder.data import DATA, DataHash, DataHashes, record_data
 from imgen_common.run_folder.find import CONFIG
 from interleave.loop.requests import REQUESTS, load_requests, save_requests
 from interleave.storage.images import IMAGES
@@ -66,14 +67,13 @@ def merge_shards(shards: Sequence[Path], out: Path) -> int:
 
     Folders that do not say which part they are, as of earlier versions, are taken in the order in which they are given.
     Records, images and answers of judges are copied; what is made of them (sets, pages) is made anew by resuming.
-    Raises UserError unless all are folders of one batch or one build, with requests that differ, where a part is not
-    among them, an image is cut short, or if `out` exists.
+    Raises UserError unless all are folders of one batch or one build, made with the same models and templates, with
+    requests that differ, where a part is not among them, an image is cut short, or if `out` exists.
     """
-    configs = [_read_config(shard) for shard in shards]
-    for shard, config in zip(shards[1:], configs[1:], strict=True):
-        if config != configs[0]:
-            keys = sorted(key for key in {*config, *configs[0]} if config.get(key) != configs[0].get(key))
-            raise UserError(f"{shard}: another configuration than {shards[0]} in {', '.join(keys)}; merge parts of one")
+    config, data = _read_config(shards[0]), _read_data(shards[0])
+    for shard in shards[1:]:
+        if differing := what_differs(config, data, shard):
+            raise UserError(f"{shard}: another {differing} than {shards[0]}; merge parts of one")
     shards = sorted(shards, key=lambda shard: _part(shard).number)
     rounds = zip_longest(*(load_requests(shard) for shard in shards))
     requests = [request for each in rounds for request in each if request is not None]
@@ -85,12 +85,28 @@ def merge_shards(shards: Sequence[Path], out: Path) -> int:
         text = (shards[0] / CONFIG).read_text(encoding="utf-8")
         (fresh / CONFIG).write_text(re.sub(r"(?m)^shard:.*$", "shard: 1/1", text), encoding="utf-8")
         save_requests(requests, fresh)
+        if data:
+            record_data(fresh, data)
         with (fresh / TRACE).open("wb") as trace:
             for shard in shards:
                 trace.writelines(whole_lines(shard / TRACE) if (shard / TRACE).is_file() else ())
         for shard in shards:
             _copy_rest(shard, fresh)
     return len(requests)
+
+
+def what_differs(config: Mapping[str, Any], data: Mapping[str, DataHash], other: Path) -> str:
+    """Keys of the configuration, or else models, templates and requests, with which the folder `other` was made
+    otherwise; empty: nothing differs but what is of one machine."""
+    config, theirs, recorded = _without(config), _read_config(other), _read_data(other)
+    if keys := sorted(key for key in {*config, *theirs} if config.get(key) != theirs.get(key)):
+        return f"configuration in {', '.join(keys)}"
+    return ", ".join(key for key, hashed in data.items() if recorded.get(key, hashed) != hashed)
+
+
+def _read_data(shard: Path) -> dict[str, DataHash]:
+    """Hashes of what a part was made with; none of an earlier version's."""
+    return read_json(shard / DATA, DataHashes).data if (shard / DATA).exists() else {}
 
 
 def _read_config(shard: Path) -> dict[str, Any]:

@@ -4,12 +4,14 @@ A dataset holds row numbers only; the images of a row are read from the store wh
 """
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from imgen_common.errors import UserError, is_blank, nearest
+from imgen_common.devices import launched_process
+from imgen_common.errors import UserError, is_blank, nearest, warn_once
 from imgen_common.http.chat import OPEN
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic, without_reasoning
@@ -198,7 +200,7 @@ def num_tokens(row: SftRow, processor: Any, store: ImageStore) -> int:
 def select_by_length(
     rows: Sequence[SftRow], processor: Any, store: ImageStore, max_length: int | None, answer: int = 0
 ) -> list[int]:
-    """Numbers of the rows that have at most `max_length` tokens, `answer` more included.
+    """Numbers of the rows that have at most `max_length` tokens, `answer` more included; how many have not is said.
 
     Raises UserError if there are none.
     """
@@ -209,6 +211,12 @@ def select_by_length(
     if not kept:
         raise UserError(
             f"max_length {max_length}: every row is longer, the shortest has {min(lengths)} tokens; raise it"
+        )
+    if len(kept) < len(rows) and launched_process(os.environ).rank == 0:
+        longest = f"the longest has {max(lengths)}"
+        warn_once(
+            f"{len(rows) - len(kept)} of {len(rows)} rows have more than max_length {max_length} tokens and are "
+            f"left out; {longest}"
         )
     return kept
 

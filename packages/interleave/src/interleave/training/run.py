@@ -43,6 +43,7 @@ from interleave.training.vision import freeze_vision
 
 CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
 MAY_DIFFER = (
+    "data",  # another place of equal rows: `bind_data` compares hashes
     *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
     *("cache", "prices", "scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
     *("generator.urls", "generator.url", "generator.calls", "judge.model.url", "judge.model.calls"),

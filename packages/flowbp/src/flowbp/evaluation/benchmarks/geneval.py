@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, MinLen
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from imgen_common.config import Config
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.tables import read_table
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -38,6 +38,12 @@ MARGIN = 0.1
 """Part of the extents of two objects by which their centers must differ at least to be left of, above, ..."""
 
 
+def _check_said(prompt: str) -> str:
+    if is_blank(prompt):
+        raise ValueError("is empty; say what to draw")
+    return prompt
+
+
 class ObjectClause(Config):
     """Objects of one class that an image must, or must not, show."""
 
@@ -55,7 +61,7 @@ class GenEvalTask(Config):
     colors: ClassVar[tuple[str, ...]] = COLORS
 
     tag: Tag
-    prompt: Annotated[str, MinLen(1)]
+    prompt: Annotated[str, AfterValidator(_check_said)]
     include: Annotated[tuple[ObjectClause, ...], MinLen(1)]
     exclude: tuple[ObjectClause, ...] = ()
 

@@ -20,7 +20,7 @@ from flowbp.rewards import REWARDS, RewardConfig, resolve_reward
 from imgen_common import hub
 from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, to_yaml
 from imgen_common.errors import UserError, nearest
-from imgen_common.files import numbered_lines, write_atomic
+from imgen_common.files import local_path, numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.cost import CostLimits
 from imgen_common.run_folder.data import DataHash, extend_data, record_data
@@ -134,7 +134,7 @@ def read_prompts(request: BenchmarkRequest, data: DataConfig) -> list[Prompt]:
             f"shapes give --protocol {GENEVAL_SHAPES}"
         )
     if request.protocol == "geneval":
-        return [Prompt(task.prompt, task) for task in read_tasks(Path(request.prompts), request.num_prompts)]
+        return [Prompt(task.prompt, task) for task in read_tasks(local_path(request.prompts), request.num_prompts)]
     found = load_prompts(request.prompts, data, request.num_prompts)
     if any(sources_of(prompt) for prompt in found):
         raise UserError(f"{request.prompts}: holds edits, which no protocol has; evaluate them with `flowbp eval`")

@@ -62,7 +62,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
         batches = parquet.ParquetFile(file).iter_batches(64) if file.suffix == ".parquet" else ipc.open_stream(file)
         rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{file}: row {number}", row) for number, row in enumerate(rows, 1))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: a text that is not UTF-8
         raise UserError(f"{file}: not a {file.suffix[1:]} file that can be read ({error}); get it again") from None
 
 

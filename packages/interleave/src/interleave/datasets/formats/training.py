@@ -60,6 +60,10 @@ class _SharegptItem(BaseModel):
     trajectory_id: str | None = None
 
 
+UNREAD = ("system", "tools", "videos", "audios")
+"""What other programs keep beside the messages of an item and show to the model, too."""
+
+
 def read_sft(file: Path, root: Path, images: ImageStore, left_out: list[str] | None = None) -> Iterator[SftRow]:
     """Rows of planner_sft.json or critic_sft.json; in `left_out`, why a row is left out.
 
@@ -71,6 +75,10 @@ def read_sft(file: Path, root: Path, images: ImageStore, left_out: list[str] | N
         item = validate(_SharegptItem, value, where)
         if [turn.role for turn in item.messages] != ["user", "assistant"]:
             raise RowError(f"{where}: messages must be one of the user and one of the assistant")
+        extra = item.model_extra or {}
+        if lost := [key for key in UNREAD if _unpack(extra.get(key))]:
+            what = f"has {', '.join(lost)} beside its messages, for which rows have no place"
+            raise RowError(f"{where}: {what}; write the words into the user's turn, or remove the key")
         user, assistant = item.messages
         texts = tuple(user.content.split(IMAGE_MARKER))
         if len(texts) != len(item.images) + 1:
@@ -80,7 +88,7 @@ def read_sft(file: Path, root: Path, images: ImageStore, left_out: list[str] | N
             image_ids=tuple(reader.import_image(path, where) for path in item.images),
             completion=assistant.content,
             trajectory_id=item.trajectory_id,
-            extra=item.model_extra or {},
+            extra=extra,
         )
         return check_json(row, where)
 
