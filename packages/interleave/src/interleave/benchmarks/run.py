@@ -135,6 +135,13 @@ class BenchmarkWork:
         folder = self._generation(self.shard.part)
         return sum(entry.trajectory is not None for entry in read_trace(folder).values()) if folder.exists() else 0
 
+    def unmade(self) -> list[tuple[Path, int]]:
+        """The run folders of all parts with stories that ended early, and how many."""
+        folders = sorted(self.out.glob("generation*"))
+        ended = {folder: [entry.trajectory for entry in read_trace(folder).values()] for folder in folders}
+        failed = [(folder, sum(one is not None and not one.is_whole for one in ones)) for folder, ones in ended.items()]
+        return [(folder, count) for folder, count in failed if count]
+
     def estimate(self, outputs: Mapping[str, Output], judge: ChatModel) -> Cost:
         """What the questions of this part that are not answered yet will cost; equal ones are asked once."""
         log, missing = self._log(judge), dict[str, Question]()

@@ -116,6 +116,9 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
 
     out = console.open_console(stderr=as_json)
     work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
+    for folder, count in work.unmade():
+        again = f"interleave batch --resume {folder} --retry"
+        out.print(f"{count} of the stories in {folder} ended early; to try them again: {again}")
 
 
 def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) -> None:

@@ -14,11 +14,12 @@ from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder, read_text, whole_lines, write_atomic
 from imgen_common.run_folder.find import CONFIG
 from interleave.loop.requests import REQUESTS, load_requests, save_requests
+from interleave.models.remote import HOW_REACHED
 from interleave.storage.images import IMAGES
 from interleave.storage.trace import TRACE
 
 Part = TypeVar("Part")
-OF_MACHINES = {"shard", "budget", "cache", "concurrency", "url", "urls"}
+OF_MACHINES = {"shard", "budget", "cache", *HOW_REACHED}
 """Keys that may differ between the parts."""
 PART = "shard.txt"
 """Where a part of a batch says which it is, as `2/8`; that of a build says it in its configuration."""
