@@ -19,7 +19,14 @@ from imgen_common.http.addresses import (
     redacted,
     version_hint,
 )
-from imgen_common.http.failures import HttpError, Refusal, error_message, failure_of_status, retry_after
+from imgen_common.http.failures import (
+    ConnectionLost,
+    HttpError,
+    Refusal,
+    error_message,
+    failure_of_status,
+    retry_after,
+)
 from imgen_common.http.retry import RetryingCaller, RetryPolicy
 
 if TYPE_CHECKING:
@@ -191,6 +198,8 @@ class HttpClient(RetryingCaller):
         return HttpError("malformed_response", f"{place}: {what}", has_begun=has_begun)
 
     def _unreachable(self, place: str, error: Exception, proxy: str | None) -> HttpError:
+        import httpx
+
         reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             what = "its certificate cannot be verified"
@@ -208,7 +217,10 @@ class HttpClient(RetryingCaller):
                 what, remedy = "the proxy does not speak TLS", "give the proxy's address with http://, also for https"
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
         remedy = f"; {OTHER_PROXY}" if proxy else ""
-        return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
+        message = f"{place}: cannot be reached ({reason}){remedy}"
+        if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+            return ConnectionLost(message)
+        return HttpError("unreachable", message)
 
     async def _read(self, answer: "httpx.Response", base: str) -> bytes:
         data = bytearray()
