@@ -524,6 +524,13 @@ def test_what_followed_a_lost_image_is_no_part_of_the_story(tmp_path: Path, monk
     assert story.spent.generations == 4
 
 
+def test_an_engine_runs_in_one_event_loop_after_the_other(tmp_path: Path) -> None:
+    with Trace(tmp_path) as trace:
+        engine = Engine(parts(), LoopConfig(), 0, trace, ImageStore(tmp_path / "images"))
+        for names in ("abcdef", "ghijkl"):
+            assert {one.status for one in asyncio.run(engine.run_all([*map(ask, names)]))} == {"complete"}
+
+
 def test_a_request_whose_image_is_lost_ends_alone(tmp_path: Path) -> None:
     given = HashedImage.from_pil(Image.new("RGB", (4, 4), "green"))
     lost = Request(id="b", text="a story", image_ids=(given.id,))

@@ -151,12 +151,20 @@ class HttpClient(RetryingCaller):
 
     async def close(self) -> None:
         """Close the connections; the client can be used again."""
+        self.join_loop()
         clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             await client.aclose()
 
+    def join_loop(self) -> bool:
+        """As of a caller; connections of another event loop cannot be used, nor closed, once it has ended."""
+        if is_other := super().join_loop():
+            self._clients = {}
+        return is_other
+
     def _opened(self, proxy: str | None, is_secure: bool) -> "httpx.AsyncClient":
         """The client of a proxy, or of none.  What the environment says was read before: httpx need not."""
+        self.join_loop()
         if (proxy, is_secure) not in self._clients:
             import ssl
 

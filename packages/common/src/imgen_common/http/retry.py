@@ -117,7 +117,8 @@ class RetryingCaller:
     ) -> None:
         self._policy, self._name, self._clock, self._sleep = policy, name, clock, sleep
         self._rng = rng or random.Random()
-        self._room = asyncio.Semaphore(concurrency)
+        self._num_at_once = concurrency
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._breaker = CircuitBreaker(policy, clock)
         self._down_since: float | None = None
 
@@ -131,6 +132,7 @@ class RetryingCaller:
         circuit breaker is open.
         """
         self._breaker.check()
+        self.join_loop()
         async with self._room:
             self._breaker.check()
             self._breaker.begin_trial()
@@ -141,6 +143,13 @@ class RetryingCaller:
                 raise
         self._breaker.record(None)
         return answer
+
+    def join_loop(self) -> bool:
+        """Whether another event loop runs than before, as in a second `asyncio.run`; nothing of that one is used."""
+        loop = asyncio.get_running_loop()
+        if is_other := loop is not self._loop:
+            self._loop, self._room = loop, asyncio.Semaphore(self._num_at_once)
+        return is_other
 
     async def _try_until_deadline(self, send: Callable[[float], Awaitable[T]], is_paid: bool) -> T:
         policy, end = self._policy, self._clock() + self._policy.deadline

@@ -121,6 +121,7 @@ class Engine:
         """
         if len({request.id for request in requests}) < len(requests):
             raise ValueError("two requests have the same id")
+        self._writing = asyncio.Lock()  # of this event loop
         return await map_concurrently(self.run, requests, self._loop.concurrency)
 
     async def run(self, request: Request) -> Trajectory:
