@@ -126,6 +126,16 @@ def test_why_an_answer_ended_is_kept() -> None:
         False,
     ]
     assert read_completion(answer({"content": "a"}, finish_reason=7)).finish_reason is None
+    for reason in ("model_context_window_exceeded", "max_output_tokens", "token_limit"):
+        assert read_completion(answer({"content": "a"}, finish_reason=reason)).is_cut_off
+
+
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "network_error", "error"])
+@pytest.mark.parametrize("message", [{"content": 'so {"score": [9, 9]}, but the'}, {"content": None}, None])
+def test_an_answer_that_its_server_breaks_off_is_none(reason: str, message: Any) -> None:
+    with pytest.raises(HttpError, match=f"finish_reason {reason}") as caught:
+        read_completion(answer(message, finish_reason=reason))
+    assert (caught.value.kind, caught.value.can_retry) == ("server_error", True)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +186,12 @@ def test_a_refusal_is_typed_and_has_its_words(body: bytes, words: str) -> None:
         ({"choices": None, "base_resp": {"status_code": 1027, "status_msg": "sensitive"}}, "refused", ": sensitive"),
         ({"code": 336501, "msg": "Rate limit", "choices": []}, "rate_limited", "Rate limit"),
         ({"error_code": 336003, "error_msg": "the messages"}, "refused", "the messages"),
+        ({"error": {"type": "overloaded_error", "message": "Overloaded"}}, "server_error", "Overloaded"),
+        ({"error": {"type": "server_error", "message": "We failed", "code": None}}, "server_error", "We failed"),
+        ({"error": {"type": "rate_limit_error", "message": "too many"}}, "rate_limited", "too many"),
+        ({"error": {"code": "rate_limit_exceeded", "message": "slow"}}, "rate_limited", "slow"),
+        ({"code": "Throttling.AllocationQuota", "message": "later"}, "rate_limited", "later"),
+        ({"error": {"type": "invalid_request_error", "message": "the server_error key"}}, "refused", "key"),
         ({"choices": None}, "malformed_response", '{"choices":null}'),
         ({"choices": [], "detail": "warming up"}, "malformed_response", "warming up"),
         ({"choices": [{"message": None}]}, "malformed_response", "not a chat completion"),

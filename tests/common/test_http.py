@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgen_common.http import HttpError, RetryingCaller, RetryPolicy, failure_of_status, retry_after, run_in_thread
+from imgen_common.http.failures import ConnectionLost
 
 
 class Time:
@@ -310,6 +311,25 @@ def test_errors_of_a_server_that_comes_back_are_counted_apart_from_its_absence()
     send, left = sends(*[GONE] * 8, *[HttpError("malformed_response", "not yet")] * 3, "yes")
     assert asyncio.run(caller(Time()).call(send)) == "yes"
     assert len(left) == 12
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "tries"),
+    [
+        ([ConnectionLost("lost")], 2),
+        ([ConnectionLost("idle"), "yes"], 2),
+        ([ConnectionLost("stopped"), *[GONE] * 5, "yes"], 7),
+        ([ConnectionLost("lost"), GONE, ConnectionLost("lost")], 3),
+    ],
+)
+def test_a_paid_call_whose_connection_is_lost_is_sent_once_more(outcomes: list[Any], tries: int) -> None:
+    send, left = sends(*outcomes)
+    if outcomes[-1] == "yes":
+        assert asyncio.run(caller(Time()).call(send, is_paid=True)) == "yes"
+    else:
+        with pytest.raises(ConnectionLost):
+            asyncio.run(caller(Time()).call(send, is_paid=True))
+    assert len(left) == tries
 
 
 def test_errors_of_a_server_open_the_breaker() -> None:

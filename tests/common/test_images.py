@@ -257,6 +257,27 @@ def test_16_bit_gray_with_a_transparent_shade_is_on_white() -> None:
 
 
 @pytest.mark.parametrize(
+    ("depth", "color", "row", "transparent", "shown"),
+    [
+        (2, 0, b"\x1b", b"\0\1", [0, 255, 170, 255]),
+        (2, 0, b"\x1b", b"\0\0", [255, 85, 170, 255]),
+        (4, 0, b"\x07\xf0", b"\0\7", [0, 255, 255, 0]),
+        (1, 0, b"\x50", b"\0\0", [255] * 4),
+        (16, 2, b"\1\1\2\2\3\3" + bytes(18), b"\1\1\2\2\3\3", [255, 0, 0, 0]),
+    ],
+)
+def test_a_transparent_shade_of_other_depths_is_on_white(
+    depth: int, color: int, row: bytes, transparent: bytes, shown: list[int]
+) -> None:
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 4, 1, depth, color, 0, 0, 0), b"tRNS": transparent}
+    parts |= {b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in parts.items():
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    assert np.asarray(decode(png))[0, :, 0].tolist() == shown
+
+
+@pytest.mark.parametrize(
     ("values", "dtype", "bytes_"),
     [
         ([0, 100, 255], np.int32, [0, 100, 255]),

@@ -199,6 +199,21 @@ def test_a_judge_that_is_not_the_published_one_is_said(name: str, sets: list[str
         assert part in sentence
 
 
+@pytest.mark.slow
+def test_stories_that_failed_can_be_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ("run.generator.url=http://127.0.0.1:9/v1", "run.generator.retry.max_tries=1", "run.loop.max_attempts=1")
+    sets = ("run.planner.kind=none", "run.critic.kind=none", "run.cache=null", "run.generator.kind=images_api", *gone)
+    for _ in range(2):
+        assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=sets)) == 0
+        said = capsys.readouterr().out
+        again = f"batch --resume {tmp_path / 'out' / 'generation'} --retry"
+        assert "0 of 2 items are generated" in said
+        assert "2 of 2 items failed and will be missing" in said
+        assert again in " ".join(said.split())
+    assert interleave(*again.split()) == 1
+    assert "2 requests: 2 generator_failed" in capsys.readouterr().out
+
+
 def test_every_benchmark_has_its_command() -> None:
     assert list(TITLES) == list(BENCHMARKS)
 

@@ -227,6 +227,59 @@ def test_a_batch_whose_failures_can_be_tried_again(interleave: Call, tmp_path: P
     assert "2 planner_failed" in out
 
 
+@pytest.mark.slow
+def test_what_a_resumed_batch_may_change(interleave: Call, tmp_path: Path) -> None:
+    file, runs = tmp_path / "some.txt", ("--runs", tmp_path / "runs")
+    file.write_text("a cat\na hat\n")
+    where, retry = "generator.url=http://127.0.0.1:9/v1", "generator.retry.max_tries=1"
+    gone = [
+        word for text in ("generator.kind=images_api", where, retry, "loop.max_attempts=1") for word in ("--set", text)
+    ]
+    code, out, _ = interleave("batch", file, recipe(tmp_path), *runs, *gone)
+    assert (code, "2 generator_failed" in out) == (1, True)
+    for changed in ("generator.retry.timeout=900", "generator.url=http://127.0.0.1:1/v1", "generator.key_env=OTHER"):
+        code, out, err = interleave("batch", "--resume", "some", "--retry", *runs, "--set", changed)
+        assert (code, err.count("error"), "2 generator_failed" in out) == (1, 0, True)
+    code, _, err = interleave("batch", "--resume", "some", "--retry", *runs, "--set", "generator.model=other")
+    assert (code, "the run has generator.model" in err) == (2, True)
+
+
+def test_a_story_whose_budget_is_spent_goes_on_with_a_larger_one(interleave: Call, tmp_path: Path) -> None:
+    file, runs = tmp_path / "some.txt", ("--runs", tmp_path / "runs")
+    file.write_text("a cat\n")
+    config = recipe(tmp_path, critic=(NO, NO, YES, YES))
+    code, out, _ = interleave("batch", file, config, *runs, "--set", "loop.max_generations=2")
+    assert (code, "1 budget_exhausted" in out) == (1, True)
+    assert "to go on with a larger budget: interleave batch --resume" in out
+    page = (tmp_path / "runs" / "some" / "report.html").read_text(encoding="utf-8")
+    assert "with a larger loop.max_generations" in page
+    larger = ("--retry", "--set", "loop.max_generations=9")
+    code, out, _ = interleave("batch", "--resume", "some", *runs, *larger)
+    assert (code, "1 complete" in out) == (0, True), out
+
+
+def test_a_resumed_batch_counts_from_the_stories_that_have_ended(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, runs = tmp_path / "some.txt", ("--runs", tmp_path / "runs")
+    file.write_text("a\nb\nc\n")
+    assert interleave("batch", file, recipe(tmp_path), *runs)[0] == 0
+    trace = tmp_path / "runs" / "some" / "trace.jsonl"
+    trace.write_bytes(b"".join(trace.read_bytes().splitlines(True)[:-1]))
+    assert "3/3: complete" in interleave("batch", "--resume", "some", *runs)[1]
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("interleave.loop.run.run_and_close", stop)
+    for more in ((), ("--retry",)):
+        code, _, err = interleave("batch", "--resume", "some", *runs, *more)
+        assert (code, err.split("interleave batch ")[1].strip()) == (
+            130,
+            " ".join(["--resume", str(trace.parent), *more]),
+        )
+
+
 def test_a_batch_says_that_its_judge_cannot_be_read(interleave: Call, tmp_path: Path) -> None:
     file, config = tmp_path / "some.txt", recipe(tmp_path)
     file.write_text("a cat\na hat\n")
@@ -362,6 +415,10 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
         (("run", "dessine un cercle"), ("'dessine', 'un', 'cercle'",)),
         (("run", "draw a red circle", "--set", "generator.ref=none"), ("generator", "none", "no such folder")),
         (("run", "rain on a window", "--set", "planner.kind=none"), ("shapes/generator", "'rain', 'window'")),
+        (
+            ("run", "rain on a window", "--set", "planner.kind=none", "--set", "generator.kind=images_api"),
+            ("shapes/critic", "'rain'", "give a CONFIG"),
+        ),
         (("plan", "how rain forms"), ("'how', 'rain', 'forms'",)),
         (("run", "make the circle green", "--image", "circle.png"), ("takes no images", "--set planner.kind=none")),
         (("run", "x", "circle.png"), ("circle.png: an image in the place of a CONFIG; write --image before",)),

@@ -13,6 +13,7 @@ from imgen_common.errors import UserError
 from imgen_common.run_folder.find import find_run
 from interleave import demo
 from interleave.loop.config import ModelCritic, NoPlanner, RunConfig
+from interleave.loop.functions import tell_story
 from interleave.loop.requests import make_request
 from interleave.loop.run import StoryStream, create_run, run_requests
 from interleave.models.generators.pipeline import PipelineConfig
@@ -36,6 +37,18 @@ def test_a_session_tells_its_records_with_their_images(tmp_path: Path) -> None:
     assert (tmp_path / "two_squares" / "trace.jsonl").read_text().count("\n") == 4
     with pytest.raises(UserError, match="a run of `interleave demo`, not of `flowbp train`"):
         find_run("two_squares", tmp_path, "flowbp train")
+
+
+@pytest.mark.parametrize("refused", ["", "\ud83d"])
+def test_a_story_from_python_that_is_refused_leaves_no_folder(refused: str, tmp_path: Path) -> None:
+    def generate(prompt: str, sources: object, seed: int) -> Image.Image:
+        return Image.new("RGB", (4, 4), "red")
+
+    with pytest.raises(UserError, match="the request"):
+        tell_story(refused, generate, folder=tmp_path / "story")
+    assert list(tmp_path.iterdir()) == []
+    assert tell_story("a square", generate, folder=str(tmp_path / "story")).trajectory.status == "complete"
+    assert (tmp_path / "story" / "trace.jsonl").is_file()
 
 
 def test_a_template_or_a_model_that_changed_is_not_gone_on_with(tmp_path: Path) -> None:

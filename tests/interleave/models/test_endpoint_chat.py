@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import math
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -148,6 +150,36 @@ def test_no_connection() -> None:
     assert failure(endpoint(handler)).kind == "unreachable"
     with pytest.raises(UserError, match=r"http://example.test/v1: cannot be reached \(no route to host\); start the"):
         asyncio.run(endpoint(handler).check())
+
+
+def test_it_is_asked_from_one_event_loop_after_the_other() -> None:
+    """As in a notebook; a connection that is kept open belongs to the loop that opened it."""
+
+    class Answers(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def ask(chat: EndpointChat) -> list[str]:
+        replies = await asyncio.gather(*(chat.chat((str(number),), 0) for number in range(3)))
+        return [reply.text for reply in replies]
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        chat = EndpointChat(EndpointChatConfig(url=f"http://127.0.0.1:{server.server_port}/v1", concurrency=1))
+        for _ in range(2):
+            assert asyncio.run(ask(chat)) == ["yes"] * 3
+        asyncio.run(chat.close())
+        server.shutdown()
 
 
 def test_a_slow_server() -> None:

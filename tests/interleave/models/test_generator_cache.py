@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imgen_common.errors import UserError
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.generators.scripted import ScriptedConfig, ScriptedGenerator
@@ -176,10 +175,14 @@ def test_failures_are_not_kept(tmp_path: Path) -> None:
     assert run(cached.generate(JOB)).id
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_image_is_not_lost_with_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file"):
-        run(CachedGenerator(ScriptedGenerator(), tmp_path / "file").generate(JOB))
+    assert run(CachedGenerator(ScriptedGenerator(), tmp_path / "file").generate(JOB)).id
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'file' / 'images'}: cannot be written" in said
+    assert "set cache: null" in said
 
 
 def test_a_cache_passes_on_what_its_generator_is(tmp_path: Path) -> None:

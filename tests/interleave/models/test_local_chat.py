@@ -148,6 +148,17 @@ def test_a_template_that_opens_the_thinking(folder: Path) -> None:
     assert opened.text.startswith("<think>")
 
 
+@pytest.mark.parametrize("marks", [("[THINK]", "[/THINK]"), ("<|channel>", "<channel|>"), ("<think>", "</think>")])
+def test_marks_of_thinking_that_are_special_tokens_are_kept(folder: Path, marks: tuple[str, str]) -> None:
+    of = model(folder)
+    tokenizer = of._processor.tokenizer
+    tokenizer.add_tokens([*marks, "<|other|>"], special_tokens=True)
+    begin = marks[0] + ("thought\n" if marks[0] == "<|channel>" else "")
+    said = tokenizer(f"{begin}plan: x{marks[1]}plan: y<|other|>", add_special_tokens=False).input_ids
+    text = of._reply("", said, 1, []).text
+    assert (text.startswith("<think>"), text.count("</think>"), "<|other|>" in text) == (True, 1, False)
+
+
 def test_memory_that_runs_out_halves_the_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of = model(folder)
     real, sizes = of._generate, list[int]()

@@ -27,7 +27,7 @@ from interleave.models.generators.pipeline import GenerationSettings
 from interleave.models.generators.scripted import ScriptedGenerator, color_bands
 from interleave.models.generators.service import ServiceConfig, ServiceGenerator, ServiceInfo
 from interleave.protocols import BackendError, GenerationRequest, Generator, HashedImage
-from interleave.serve import listener_url, open_listener
+from interleave.serve import ServeConfig, listener_url, open_listener
 
 QUICK = RetryPolicy(max_tries=2, initial_backoff=1e-6, deadline=60)
 RED, BLUE = (HashedImage.from_pil(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
@@ -549,6 +549,26 @@ def test_an_image_whose_answer_is_cut_short_is_not_asked_for_again(broken: Excep
     said = failure(endpoint(lambda request: asked.append(1) or httpx.Response(200, stream=Cut())))
     assert (said.kind, len(asked)) == ("malformed_response", 1)
     assert "its answer was cut short" in str(said)
+
+
+@pytest.mark.parametrize("broken", [httpx.RemoteProtocolError("no response"), httpx.ReadError("reset")])
+def test_an_image_whose_connection_is_lost_is_asked_for_once_more(broken: Exception) -> None:
+    asked: list[int] = []
+
+    def lose(request: httpx.Request) -> httpx.Response:
+        asked.append(1)
+        raise broken
+
+    assert failure(endpoint(lose, retry=RetryPolicy(initial_backoff=0.001))).kind == "unreachable"
+    assert len(asked) == 2
+
+
+@pytest.mark.slow
+def test_a_services_own_deadline_is_named() -> None:
+    backend = InProcess(ScriptedGenerator(latency=60.0))
+    with hosted(backend, config=ServeConfig(deadline=0.2)) as url:
+        said = str(failure(ServiceGenerator.connect(ServiceConfig(urls=(url,)))))
+    assert said.endswith("the image was not ready within 0.2 s; raise the service's own deadline")
 
 
 @pytest.mark.parametrize("reason", ["CONTENT_FILTERED", "content_filter"])

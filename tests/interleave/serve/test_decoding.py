@@ -45,6 +45,22 @@ def test_a_decoder_that_cannot_be_started_says_nothing_of_the_image(monkeypatch:
 
 
 @pytest.mark.slow
+def test_a_decoder_that_died_with_nothing_to_do_is_not_blamed_on_the_next_image() -> None:
+    async def decode() -> None:
+        decoders = Decoders(1, seconds=300.0, max_pixels=100)
+        try:
+            assert (await decoders.decode(png())).width == 5
+            [before] = decoder_pids()
+            os.kill(before, signal.SIGKILL)
+            eventually(lambda: decoder_pids() == [])
+            assert (await decoders.decode(png())).width == 5
+        finally:
+            decoders.stop()
+
+    asyncio.run(decode())
+
+
+@pytest.mark.slow
 def test_a_decoder_is_replaced_whatever_ends_it() -> None:
     async def decode() -> None:
         hasty = Decoders(1, seconds=0.0, max_pixels=100)

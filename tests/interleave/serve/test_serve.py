@@ -140,6 +140,7 @@ def test_a_deadline_drops_the_request(service: Get) -> None:
     narrow = service("narrow")
     answer = narrow.post("slow 20 too late", headers={"X-Deadline-Seconds": "0.3"})
     assert (answer.status_code, answer.json()["error"]["kind"]) == (504, "timeout")
+    assert "within 0.3 s; give a longer X-Deadline-Seconds" in answer.json()["error"]["message"]
     image_of(narrow.post("after the deadline"))
     assert "slow 20 too late" not in narrow.logged("draw")
 

@@ -160,6 +160,15 @@ def test_of_two_records_of_one_thing_the_later_counts(tmp_path: Path) -> None:
     assert read_trace(tmp_path)["a"].attempts == {(1, 1): attempt(prompt="second")}
 
 
+def test_what_followed_a_record_that_is_replaced_is_set_apart(tmp_path: Path) -> None:
+    with Trace(tmp_path) as trace:
+        for record in (attempt(1), attempt(2), attempt(3), attempt(2, prompt="again")):
+            trace.append(record)
+    entry = read_trace(tmp_path)["a"]
+    assert entry.attempts == {(1, 1): attempt(1), (1, 2): attempt(2, prompt="again")}
+    assert entry.replaced == [attempt(2), attempt(3)]
+
+
 def test_a_folder_without_a_trace_holds_no_records(tmp_path: Path) -> None:
     assert read_trace(tmp_path) == {}
 

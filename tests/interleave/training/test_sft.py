@@ -320,6 +320,16 @@ def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
     assert load(SftConfig, [tmp_path / "recipes" / "base.yaml"], [f"trl.{key}=null"]).trl[key] is None
 
 
+def test_a_file_of_a_recipe_may_lie_in_the_home_folder_and_have_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "zero.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert load(SftConfig, [], ["trl.deepspeed=~/zero.json"]).trl["deepspeed"] == {"a": 1}
+    (tmp_path / "mine.yaml").write_text("trl: {deepspeed: ~/zero.json}")
+    assert load(SftConfig, [tmp_path / "mine.yaml"]).trl["deepspeed"] == {"a": 1}
+
+
 def test_a_run_keeps_the_content_of_the_files_of_its_recipe(tmp_path: Path) -> None:
     from imgen_common.run_folder.folder import RunFolder
 

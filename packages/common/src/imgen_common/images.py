@@ -183,12 +183,23 @@ def _bare_png(data: bytes, max_pixels: int) -> tuple[bytes, int]:
     else:
         raise _Refused(f"more than the allowed {MAX_PARTS} chunks; save it again")
     _check_png(kept[b"IHDR"], kept[b"PLTE"], kept[b"IDAT"], max_pixels)
+    kept[b"tRNS"] = _transparent_of_8_bits(kept[b"IHDR"], kept[b"tRNS"])
     chunks = [(kind, bytes(content)) for kind, content in kept.items() if content] + [(b"IEND", b"")]
     parts = [
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(content, zlib.crc32(kind)))
         for kind, content in chunks
     ]
     return data[:8] + b"".join(parts), _orientation(exif, xmp)
+
+
+def _transparent_of_8_bits(head: bytearray, transparent: bytearray) -> bytearray:
+    """The transparent shade or color of a PNG as Pillow decodes its pixels: it makes 8 bits of them, but not of it."""
+    depth, color = head[8:10] if len(head) == 13 else (8, 0)
+    if (color, len(transparent)) == (0, 2) and depth in (2, 4):
+        return bytearray([0, (transparent[1] & (2**depth - 1)) * 255 // (2**depth - 1)])
+    if (color, depth, len(transparent)) == (2, 16, 6):
+        return bytearray(byte for high in transparent[::2] for byte in (0, high))
+    return transparent
 
 
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}

@@ -213,7 +213,8 @@ class PlanRecord(Record):
 
 
 class Spent(Record):
-    """What a trajectory cost: images asked for, calls of critic and planner; seconds of all its sessions."""
+    """What a trajectory cost in all its sessions, also what was made again: images asked for, calls of critic and
+    planner, seconds."""
 
     generations: int = 0
     critic_calls: int = 0

@@ -25,6 +25,7 @@ from imgen_common.config.schema import (
 from imgen_common.config.secrets import mask_secrets
 from imgen_common.config.yaml_files import parse_yaml, read_yaml
 from imgen_common.errors import UserError, nearest
+from imgen_common.files import local_path
 
 EXTENDS = "extends"
 MAX_FILES, MAX_KEYS = 20, 64
@@ -76,7 +77,7 @@ def _find_beside(cls: type[Config], file: Path, content: Any) -> None:
     """Makes the path of a JSON file beside `file` an absolute one."""
     for holder, key in _json_paths(cls, content):
         with contextlib.suppress(OSError, ValueError):  # no name of a file
-            if (found := file.parent / holder[key]).is_file():
+            if (found := file.parent / local_path(holder[key])).is_file():
                 holder[key] = str(found.resolve())
 
 
@@ -84,7 +85,7 @@ def with_json_files(cls: type[Config], tree: Any) -> Any:
     """`tree`, in which objects replace the paths of JSON files that hold them; a path that cannot be read stays."""
     for holder, key in _json_paths(cls, tree):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if isinstance(value := json.loads(Path(holder[key]).read_text(encoding="utf-8")), dict):
+            if isinstance(value := json.loads(local_path(holder[key]).read_text(encoding="utf-8-sig")), dict):
                 holder[key] = value
     return tree
 

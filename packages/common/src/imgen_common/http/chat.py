@@ -23,8 +23,13 @@ FILTERED = (
     *("image_safety", "image_prohibited_content", "image_recitation"),
 )
 """Reasons for which a server ends an answer that it will not give, as they begin."""
-CUT_OFF = ("length", "max_tokens", "model_length", "abort")
+CUT_OFF = (
+    *("length", "max_tokens", "model_length", "abort"),
+    *("max_output_tokens", "token_limit", "model_context_window_exceeded"),
+)
 """Reasons for which a server ends an answer before its end."""
+BROKEN_OFF = ("insufficient_system_resource", "network_error", "error")
+"""Reasons for which DeepSeek, GLM, Mistral and OpenRouter give up in the middle of an answer."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""
 STREAMED = (
@@ -47,6 +52,11 @@ HARMONY = re.compile(r"\A\s*+(?:<\|start\|>assistant)?<\|channel\|>analysis<\|me
 HARMONY_ANSWER = "<|channel|>final<|message|>"
 """The thoughts of gpt-oss, and its answer."""
 AFTER_ANSWER = re.compile(r"<\|(?:END_RESPONSE|return|end)\|>\s*+\Z")
+MARK_TOKENS = frozenset(
+    "<think> </think> [THINK] [/THINK] <seed:think> </seed:think> ◁think▷ ◁/think▷ <|channel> <channel|> "
+    "<|START_THINKING|> <|END_THINKING|> <|START_RESPONSE|> <|END_RESPONSE|>".split()
+)
+"""Those that are tokens of their own, and special ones of some models, which decoding leaves out."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +201,8 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     """The words of a choice and its reasoning.  Raises HttpError for a refusal, TypeError where there are none."""
     reason = (_finish_reason(choice) or "").lower().replace("-", "_")
     is_filtered, is_cut_off = reason.startswith(FILTERED), reason in CUT_OFF
-    message = choice.get("message") or {} if is_filtered or is_cut_off else choice["message"]
+    is_whole = not (is_filtered or is_cut_off or reason in BROKEN_OFF)
+    message = choice["message"] if is_whole else choice.get("message") or {}
     content, refusal = message.get("content"), message.get("refusal")
     split_off = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
     if isinstance(content, list):
@@ -203,18 +214,20 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     if is_filtered:
         said = f": {content}" if content else ""
         raise Refusal(f"stopped by a content filter (finish_reason {_finish_reason(choice)}){said}")
+    if reason in BROKEN_OFF:
+        raise HttpError("server_error", f"the server broke its answer off (finish_reason {reason})")
     if content is None and message.get("tool_calls"):
         raise Refusal("the model calls a tool instead of answering; serve it without tools, or name another model")
     if content is None and (is_cut_off or any(split_off)):
         content = ""
     if not isinstance(content, str):
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
-    content = _in_think_marks(content)
+    content = in_think_marks(content)
     reasoning = next(filter(None, split_off), split_off[0] if split_off else None)
     return HALF_PAIR.sub("\ufffd", content), None if reasoning is None else HALF_PAIR.sub("\ufffd", reasoning)
 
 
-def _in_think_marks(content: str) -> str:
+def in_think_marks(content: str) -> str:
     """A content whose thoughts stand between `<think>` and `</think>`, whichever marks its model writes."""
     if tag := OTHER_TAG.match(content):
         content = OPEN + content[tag.end() :].replace(f"</{tag[1]}>", CLOSE, 1)

@@ -23,6 +23,7 @@ from imgen_common.http.failures import (
     FILTERED,
     NO_CREDIT,
     USED_UP,
+    ConnectionLost,
     HttpError,
     Refusal,
     error_message,
@@ -146,12 +147,20 @@ class HttpClient(RetryingCaller):
 
     async def close(self) -> None:
         """Close the connections; the client can be used again."""
+        self.join_loop()
         clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             await client.aclose()
 
+    def join_loop(self) -> bool:
+        """As of a caller; connections of another event loop cannot be used, nor closed, once it has ended."""
+        if is_other := super().join_loop():
+            self._clients = {}
+        return is_other
+
     def _opened(self, proxy: str | None, is_secure: bool) -> "httpx.AsyncClient":
         """The client of a proxy, or of none.  What the environment says was read before: httpx need not."""
+        self.join_loop()
         if (proxy, is_secure) not in self._clients:
             import ssl
 
@@ -193,6 +202,8 @@ class HttpClient(RetryingCaller):
         return HttpError("malformed_response", f"{place}: {what}", has_begun=has_begun)
 
     def _unreachable(self, place: str, error: Exception, proxy: str | None) -> HttpError:
+        import httpx
+
         reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             what = "its certificate cannot be verified"
@@ -210,7 +221,10 @@ class HttpClient(RetryingCaller):
                 what, remedy = "the proxy does not speak TLS", "give the proxy's address with http://, also for https"
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
         remedy = f"; {OTHER_PROXY}" if proxy else ""
-        return HttpError("unreachable", f"{place}: cannot be reached ({reason}){remedy}")
+        message = f"{place}: cannot be reached ({reason}){remedy}"
+        if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
+            return ConnectionLost(message)
+        return HttpError("unreachable", message)
 
     async def _read(self, answer: "httpx.Response", base: str) -> bytes:
         data = bytearray()

@@ -15,7 +15,6 @@ DOWN_STATUSES = (502, 503, 504, 529, *range(520, 524), 530)
 much to do."""
 MAX_ERROR_BYTES = 1000
 """Bytes that are shown of an answer which is not JSON."""
-RATE_LIMIT = re.compile("rate.?limit", re.IGNORECASE)
 FILTERED = re.compile(
     r'\\*"(?:content_?filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input)\\*"'
     r"|violates (?:our |the )?(?:usage|content|safety) (?:guidelines|polic)|SAFETY_CHECK_TYPE",
@@ -33,6 +32,9 @@ USED_UP = re.compile(
 status of a busy server (429) or of a bad request (400, 412)."""
 NO_CREDIT = 402
 """The status that HTTP has for it."""
+RATE_LIMIT = re.compile("rate.?limit|throttl", re.IGNORECASE)
+MOMENTARY = re.compile("(overload|unavailable)|server_error|internal_error", re.IGNORECASE)
+"""Names of errors that pass; of the first two a server that has too much to do."""
 HTTP_ERRORS = frozenset(map(str, range(400, 600)))
 ERROR_KEYS = ("error", "errors", "base_resp", "message", "detail", "reason", "status_msg", "error_msg", "msg")
 """Where servers write what went wrong, from the outermost mapping inwards."""
@@ -68,6 +70,13 @@ class HttpError(Exception):
         return self.kind in ("unreachable", "rate_limited") or self.status in DOWN_STATUSES
 
 
+class ConnectionLost(HttpError):
+    """The connection broke once the request was sent, without an answer; the server may have worked on it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("unreachable", message)
+
+
 class Refusal(HttpError):
     """A model, or the filter of its server, will not answer this one request; the message has its words."""
 
@@ -99,16 +108,25 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
     if error is None:
         return None
     inner = error[0] if isinstance(error, list) else error
-    given = [place.get(key) for place in (inner, answer) if isinstance(place, dict) for key in ("code", "status")]
+    places = [place for place in (inner, answer) if isinstance(place, dict)]
+    given = [place.get(key) for place in places for key in ("code", "status")]
     codes = [int(code) for code in given if isinstance(code, int | str) and str(code) in HTTP_ERRORS]
-    status = codes[0] if codes else None
     words, said = _words({"error": error}), _as_json(error)
     if FILTERED.search(said):
         return Refusal(words)
-    status = 429 if status is None and RATE_LIMIT.search(words) else status
+    names = " ".join(map(str, [*given, *(place.get("type") for place in places)]))
+    status = codes[0] if codes else _status_of_names(words, names)
     status = NO_CREDIT if USED_UP.search(said) else status
     kind, can_retry = failure_of_status(status) if status else ("refused", False)
     return HttpError(kind, words, can_retry=can_retry, status=status)
+
+
+def _status_of_names(words: str, names: str) -> int | None:
+    """The status that an error without one means, by its words and the names of its code and type, if they say."""
+    if RATE_LIMIT.search(f"{words} {names}"):
+        return 429
+    passing = MOMENTARY.search(names)
+    return None if passing is None else 503 if passing[1] else 500
 
 
 def _says_something(error: Any, is_good: bool) -> bool:

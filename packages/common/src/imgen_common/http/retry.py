@@ -10,13 +10,15 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from annotated_types import Ge, Gt, Le
 
 from imgen_common.config import Config
-from imgen_common.http.failures import HttpError
+from imgen_common.http.failures import ConnectionLost, HttpError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 MAX_FAILED_TRIES = 6
 """Tries of a call that the service itself answers wrongly, at most: more of them seldom help and may cost money."""
 
+MAX_LOST = 2
+"""Connections that a paid call loses once it is sent, at most: a server that closes an idle one loses the first."""
 GATEWAY_TIMEOUTS = (504, 524)
 """Statuses of a server that did not wait for the one behind it."""
 
@@ -115,19 +117,22 @@ class RetryingCaller:
     ) -> None:
         self._policy, self._name, self._clock, self._sleep = policy, name, clock, sleep
         self._rng = rng or random.Random()
-        self._room = asyncio.Semaphore(concurrency)
+        self._num_at_once = concurrency
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._breaker = CircuitBreaker(policy, clock)
         self._down_since: float | None = None
 
     async def call(self, send: Callable[[float], Awaitable[T]], *, is_paid: bool = False) -> T:
         """What `send(seconds left for this try)` returns, sent again where its HttpError says that it can be.
 
-        is_paid: whether the service may charge for a call that took too long, which is then not sent again.
+        is_paid: whether the service may charge for a call that took too long, which is then not sent again, or whose
+        connection was lost once it was sent, which is sent once more.
 
         Raises HttpError: the one of the last try (`timeout` where it took too long), or `unreachable` at once while the
         circuit breaker is open.
         """
         self._breaker.check()
+        self.join_loop()
         async with self._room:
             self._breaker.check()
             self._breaker.begin_trial()
@@ -139,9 +144,16 @@ class RetryingCaller:
         self._breaker.record(None)
         return answer
 
+    def join_loop(self) -> bool:
+        """Whether another event loop runs than before, as in a second `asyncio.run`; nothing of that one is used."""
+        loop = asyncio.get_running_loop()
+        if is_other := loop is not self._loop:
+            self._loop, self._room = loop, asyncio.Semaphore(self._num_at_once)
+        return is_other
+
     async def _try_until_deadline(self, send: Callable[[float], Awaitable[T]], is_paid: bool) -> T:
         policy, end = self._policy, self._clock() + self._policy.deadline
-        num_failed = 0
+        num_failed = num_lost = 0
         for number in range(1, policy.max_tries + 1):
             seconds = min(policy.timeout, end - self._clock())
             try:
@@ -153,11 +165,13 @@ class RetryingCaller:
                 last = failure
             except TimeoutError:
                 last = HttpError("timeout", f"{self._name}: no answer within {seconds:.3g} s")
-            if last.kind == "timeout":
+            if last.kind == "timeout" and last.status is None:  # a service's own says what to raise
                 key = "timeout" if seconds == policy.timeout else "deadline"
                 remedy = f"{last}; if it needs longer, raise retry.{key}"
                 last = HttpError(last.kind, remedy, can_retry=last.can_retry and not is_paid, status=last.status)
-            if not last.can_retry or (is_paid and (last.has_begun or last.status in GATEWAY_TIMEOUTS)):
+            num_lost += isinstance(last, ConnectionLost)
+            may_be_paid = last.has_begun or last.status in GATEWAY_TIMEOUTS or num_lost == MAX_LOST
+            if not last.can_retry or (is_paid and may_be_paid):
                 raise last
             wait = self._backoff(number, last.retry_after)
             num_failed += not last.is_outage

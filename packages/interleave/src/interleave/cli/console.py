@@ -134,5 +134,9 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
     for trajectory in [t for t in trajectories if t.status != "complete"][:5]:
         color = STORY_COLORS.get(trajectory.status, "red")
         out.print(f"  {sanitize(trajectory.id)}: [{color}]{trajectory.status}[/] {sanitize(trajectory.error or '')}")
-    if not all(trajectory.is_whole for trajectory in trajectories):
+    early = {trajectory.status for trajectory in trajectories if not trajectory.is_whole}
+    if early - {"budget_exhausted"}:
         out.print(f"to try the others again: interleave batch --resume {run} --retry")
+    elif early:
+        larger = "--set loop.max_generations=N (or loop.max_seconds)"
+        out.print(f"to go on with a larger budget: interleave batch --resume {run} --retry {larger}")

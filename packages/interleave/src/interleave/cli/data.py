@@ -122,7 +122,8 @@ def _build(
         printer = show.BatchProgressPrinter(show.open_console(stderr=True), total)
         return scoring if as_json else replace(scoring, on_record=printer)
 
-    with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}"):
+    again = " --retry" if retry else ""
+    with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}{again}"):
         info = build_sets(folder, config, sys.argv, report_progress, retry)
     return info, write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
 

@@ -151,11 +151,14 @@ def _resume(
     from interleave.storage.trace import read_trace
 
     out = console.open_console()
-    total = len(requests.load_requests(path))
+    asked, recorded = requests.load_requests(path), read_trace(path, forget_whole=True).values()
+    ended = [entry.trajectory for entry in recorded if entry.trajectory is not None]
+    num_done = sum(trajectory.is_whole or not retry for trajectory in ended)
     on_record: Callable[[Record], None] = console.print_json
     if not as_json:
-        on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, total)
-    with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {path}"):
+        on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, len(asked), num_done)
+    again = " --retry" if retry else ""
+    with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {path}{again}"):
         trajectories = session.run_and_close(path, config, sys.argv, on_record, retry, is_new=is_new)
     attempts = [a for recorded in read_trace(path).values() for a in recorded.attempts.values()]
     page = written_or_warned(lambda: write_report(path), f"interleave report {path}")

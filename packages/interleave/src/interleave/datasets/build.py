@@ -198,7 +198,7 @@ async def _run_requests(
 ) -> None:
     """Runs all requests, several at once, until the budget is spent."""
     budget, began = config.budget, time.monotonic()
-    num_images = sum(len(entry.attempts) for entry in read_trace(out).values())
+    num_images = sum(len(entry.attempts) + len(entry.replaced) for entry in read_trace(out).values())
 
     def record(new: Record) -> None:
         nonlocal num_images

@@ -43,7 +43,8 @@ class _StoryState:
     """A request while it is worked on.
 
     images: the user's, then one of each step that has one.  parts: words and image of each step so far.
-    seconds_before: of attempts of earlier sessions.
+    seconds_before: of attempts of earlier sessions.  replaced: attempts of earlier sessions that are made again, and
+    what followed them; no budget counts them.
     """
 
     request: Request
@@ -53,6 +54,7 @@ class _StoryState:
     selected: dict[int, int] = field(default_factory=dict)
     started_at: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
+    replaced: list[Attempt] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -60,10 +62,10 @@ class _StoryState:
 
     def spent(self, planner: PlannerRecord | None) -> Spent:
         return Spent(
-            generations=len(self.attempts),
-            critic_calls=sum(attempt.critic_tries for attempt in self.attempts),
+            generations=len(self.attempts) + len(self.replaced),
+            critic_calls=sum(attempt.critic_tries for attempt in (*self.attempts, *self.replaced)),
             planner_calls=planner.num_tries if planner else 0,
-            seconds=self.seconds,
+            seconds=self.seconds + sum(sum(attempt.timings.values()) for attempt in self.replaced),
         )
 
 
@@ -119,6 +121,7 @@ class Engine:
         """
         if len({request.id for request in requests}) < len(requests):
             raise ValueError("two requests have the same id")
+        self._writing = asyncio.Lock()  # of this event loop
         return await map_concurrently(self.run, requests, self._loop.concurrency)
 
     async def run(self, request: Request) -> Trajectory:
@@ -129,9 +132,14 @@ class Engine:
         story, planned = _StoryState(request), recorded.plan
         try:
             story.images = [self._images.get(image_id) for image_id in request.image_ids]
+        except UserError as lost:  # which the other requests do not need
+            return await self._end(story, planned, _Ending("internal_error", str(lost)))
+        try:
             planned = await self._plan(story, recorded)
             if planned.plan is not None:
                 usable = await asyncio.to_thread(self._usable_attempts, recorded)
+                again = recorded.attempts.keys() - usable.keys()
+                story.replaced = [*recorded.replaced, *(recorded.attempts[key] for key in again)]
                 ending = await self._run_steps(story, planned.plan, usable)
             else:
                 about = planned.planner
@@ -142,10 +150,13 @@ class Engine:
         except Exception as failure:
             log.exception("request %s", request.id)
             ending = _Ending("internal_error", f"{type(failure).__name__}: {failure}")
+        return await self._end(story, planned, ending)
+
+    async def _end(self, story: _StoryState, planned: PlanRecord | None, ending: _Ending) -> Trajectory:
         planner = planned.planner if planned else None
         trajectory = Trajectory(
-            id=request.id,
-            request=request,
+            id=story.request.id,
+            request=story.request,
             planner=planner,
             plan=planned.plan if planned else None,
             selected=story.selected,

@@ -94,7 +94,7 @@ def tell_story(
     generate: Generate,
     criticize: Criticize | None = None,
     prompts: Sequence[str] = (),
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     loop: LoopConfig | None = None,
     seed: int = 0,
 ) -> StoryResult:
@@ -108,10 +108,10 @@ def tell_story(
     planner, critic = FixedPlanner(prompts) if prompts else None, FunctionCritic(criticize) if criticize else None
     parts = Components(planner, critic, FunctionGenerator(generate))
     with tempfile.TemporaryDirectory() as temporary:
-        run = folder or Path(temporary) / "run"
+        run = Path(folder or Path(temporary) / "run")
         images = ImageStore(run / IMAGES)
+        made = make_request(request, (), images)  # without images nothing is stored, should it be refused
         with RunFolder.create(run, config, ["interleave.tell_story"]):
-            made = make_request(request, (), images)
             save_requests([made], run)
             with Trace(run) as trace:
                 engine = Engine(parts, config.loop, seed, trace, images)

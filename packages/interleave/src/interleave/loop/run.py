@@ -36,6 +36,7 @@ from interleave.models.chat.endpoint import EndpointChat
 from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.hashes import check_models, hash_models
+from interleave.models.remote import HOW_REACHED
 from interleave.protocols import Components, Critic, Generator, HashedImage
 from interleave.records import Attempt, PlanRecord, Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
@@ -45,8 +46,12 @@ COMMAND = ("interleave", "demo")
 """What is recorded of a run that the page began."""
 MAX_SLUG = 40
 """Characters of a folder's name that is made of a request."""
-MAY_DIFFER = ("loop.concurrency", "cache")
-"""What may change between the sessions of a run: nothing that a record depends on."""
+SERVED = ("generator", "planner.model", "critic.model", "critic.edit_model", "critic.t2i_model", "judge.model")
+MAY_DIFFER = (
+    *("loop.concurrency", "loop.max_generations", "loop.max_seconds", "cache"),
+    *(f"{part}.{key}" for part in SERVED for key in HOW_REACHED),
+)
+"""What may change between the sessions of a run: budgets, and nothing else that a record depends on."""
 
 
 def build_planner(config: RunConfig) -> ChatPlanner | None:
@@ -93,8 +98,8 @@ def _build_critic(config: RunConfig, planner: ChatPlanner | None) -> Critic | No
 
 
 def check_request(config: RunConfig, request: Request, *, any_words: bool = False, section: str = "") -> None:
-    """Raises UserError for a request that the built-in models cannot answer: of another world, unless `any_words` (it
-    is a benchmark's), or with images for the planner, which takes none.
+    """Raises UserError for a request that the built-in models cannot answer or judge: of another world, unless
+    `any_words` (it is a benchmark's), or with images for the planner, which takes none.
 
     section: what stands before the keys of `config` in the user's configuration, such as `run.`.
     """
@@ -104,7 +109,9 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     if isinstance(config.critic, SelfCritic) and reader is generator:
         raise UserError("critic.kind: self is the planner's model, and planner.kind is none; set critic.kind to model")
     words = re.sub(r"\[image \d+\]", " ", request.text)  # the places of its images
-    if not any_words and (unknown := describe_unknown_words(ref, words)):
+    # what another planner or generator makes of other words, the built-in critic would judge all the same
+    knowing = ref if ref.startswith(BUILTIN) else getattr(getattr(config.critic, "model", None), "ref", "")
+    if not any_words and (unknown := describe_unknown_words(knowing, words)):
         raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
     if not any_words and not request.image_ids and (missing := describe_missing_image(ref, request.text)):
         remedy = "begin with what is to be drawn, or give the image that is meant (--image, --set planner.kind=none)"

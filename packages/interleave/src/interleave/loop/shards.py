@@ -14,11 +14,12 @@ from imgen_common.files import atomic_folder, read_json, read_text, whole_lines,
 from imgen_common.run_folder.data import DATA, DataHash, DataHashes, record_data
 from imgen_common.run_folder.find import CONFIG
 from interleave.loop.requests import REQUESTS, load_requests, save_requests
+from interleave.models.remote import HOW_REACHED
 from interleave.storage.images import IMAGES
 from interleave.storage.trace import TRACE
 
 Part = TypeVar("Part")
-OF_MACHINES = {"shard", "budget", "cache", "concurrency", "url", "urls"}
+OF_MACHINES = {"shard", "budget", "cache", *HOW_REACHED}
 """Keys that may differ between the parts."""
 PNG_END = b"IEND\xaeB`\x82"
 PART = "shard.txt"

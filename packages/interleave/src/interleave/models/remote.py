@@ -11,6 +11,9 @@ from imgen_common.images import decode
 from interleave.protocols import BackendError, HashedImage
 from interleave.records import FailureKind
 
+HOW_REACHED = ("url", "urls", "key_env", "token_env", "concurrency", "retry", "startup", "eject_after", "probe_every")
+"""Keys of an endpoint or a service on which no answer depends."""
+
 
 class RemoteFailure(HttpError):
     """`interleave serve` answered that its generator failed; `failure` is the kind that it named."""

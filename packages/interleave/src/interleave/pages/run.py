@@ -105,4 +105,9 @@ def _resume_hint(stories: Sequence[StoryView], run: Path | None) -> tuple[str, s
     if statuses & {"unfinished", "waiting"}:
         return "Not finished. To continue", command
     what = "it" if len(stories) == 1 else "those that ended early"
+    if statuses <= {"complete", "steps_not_accepted", "budget_exhausted"}:
+        return (
+            f"To go on with {what}, with a larger loop.max_generations or loop.max_seconds by --set",
+            f"{command} --retry",
+        )
     return f"To try {what} again", f"{command} --retry"

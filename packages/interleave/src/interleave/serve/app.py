@@ -164,13 +164,17 @@ class GenerationService:
         info = self._model_info()
         if self._num_admitted >= self._config.max_queue + self._backend.capacity:
             raise ErrorAnswer(429, "rate_limited", "the queue is full; ask again later", self._retry_after())
+        seconds = self._read_deadline(request)
         self._num_admitted += 1
         try:
-            async with asyncio.timeout(self._read_deadline(request)):
+            async with asyncio.timeout(seconds):
                 body = await self._read_body(request)
                 task, result = await _unless_client_leaves(request, self._run_task(body, info))
         except TimeoutError:
-            raise ErrorAnswer(504, "timeout", "the image was not ready in time") from None
+            is_asked = seconds < self._config.deadline
+            remedy = "give a longer X-Deadline-Seconds (interleave: retry.timeout and retry.deadline)"
+            remedy = remedy if is_asked else "raise the service's own deadline"
+            raise ErrorAnswer(504, "timeout", f"the image was not ready within {seconds:g} s; {remedy}") from None
         except ClientDisconnect:
             raise ErrorAnswer(CLIENT_LEFT, "client_left", "the client left") from None
         finally:

@@ -65,7 +65,7 @@ class Decoders:
         try:
             try:
                 await loop.run_in_executor(self._threads, decoder.start)
-            except OSError as error:
+            except (OSError, EOFError) as error:
                 log.warning("no decoder can be started (%s)", error)
                 raise NoDecoderError from None
             async with asyncio.timeout(self._seconds):
@@ -102,8 +102,8 @@ class _Decoder:
         self._is_stopped = False
 
     def start(self) -> None:
-        """Returns when the process is ready."""
-        if self._process is not None:
+        """Returns when the process is ready; one that died while it had nothing to do is replaced."""
+        if self._process is not None and self._process.is_alive():
             return
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()

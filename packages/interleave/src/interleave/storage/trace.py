@@ -22,11 +22,15 @@ TYPES: Mapping[str, type[PlanRecord] | type[Attempt] | type[Trajectory]] = {
 
 @dataclass
 class TraceEntry:
-    """What a trace holds of one trajectory: the latest record of each kind, attempts by (step, attempt)."""
+    """What a trace holds of one trajectory: the latest record of each kind, attempts by (step, attempt).
+
+    replaced: attempts that were made again later, and those that had followed them.
+    """
 
     plan: PlanRecord | None = None
     attempts: dict[tuple[int, int], Attempt] = field(default_factory=dict)
     trajectory: Trajectory | None = None
+    replaced: list[Attempt] = field(default_factory=list)
 
 
 class Trace:
@@ -102,8 +106,11 @@ def read_trace(folder: Path, *, forget_whole: bool = False) -> dict[str, TraceEn
             case PlanRecord():
                 found.setdefault(record.trajectory_id, TraceEntry()).plan = record
             case Attempt():
-                attempts = found.setdefault(record.trajectory_id, TraceEntry()).attempts
-                attempts[record.step, record.attempt] = record
+                entry, key = found.setdefault(record.trajectory_id, TraceEntry()), (record.step, record.attempt)
+                # what followed an attempt that is made again is of another course of the story
+                after = [other for other in entry.attempts if other >= key] if key in entry.attempts else []
+                entry.replaced += map(entry.attempts.pop, after)
+                entry.attempts[key] = record
             case Trajectory():
                 if forget_whole and record.is_whole:
                     found[record.id] = TraceEntry()

@@ -29,6 +29,7 @@ from imgen_common.shutdown import GracefulShutdown, message_when_stopped
 from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import bound_pixels, check_processor
 from interleave.models.hashes import hash_models
+from interleave.models.remote import HOW_REACHED
 from interleave.training.config import TrainingConfig
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import (
@@ -46,7 +47,7 @@ MAY_DIFFER = (
     "data",  # another place of equal rows: `bind_data` compares hashes
     *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
     *("cache", "prices", "scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
-    *("generator.urls", "generator.url", "generator.calls", "judge.model.url", "judge.model.calls"),
+    *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
 """Keys that may change when a run is resumed: the weights depend on none of them."""
 RECIPE_KEYS = {

@@ -11,6 +11,7 @@ from imgen_common.config import Config
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
+from imgen_common.http.chat import MARK_TOKENS, in_think_marks
 from imgen_common.run_folder.data import fingerprint
 from imgen_common.weights import check_patches, check_vocabulary, load_whole, loading
 from interleave.models.concurrency import Batcher, FittingBatches
@@ -180,9 +181,11 @@ class LocalChat:
         num = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
         ids, ended = tokens[:num], num < len(tokens)
         shown = alternatives[:num]
+        special = {token: one.content for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+        said = tokenizer.decode([token for token in ids if token not in special or special[token] in MARK_TOKENS])
         words = {token: tokenizer.decode([token]) for token in {*ids, *(token for step in shown for token in step)}}
         return Reply(
-            text=opened + tokenizer.decode(ids, skip_special_tokens=True),
+            text=opened + in_think_marks(said),
             num_prompt_tokens=num_prompt,
             num_completion_tokens=num + ended,
             truncated=not ended,

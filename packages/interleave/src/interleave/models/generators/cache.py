@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 from imgen_common.files import write_atomic, writing
 from interleave.models.concurrency import SingleFlight
 from interleave.protocols import GenerationRequest, Generator, HashedImage
@@ -30,7 +30,7 @@ class CachedGenerator:
         self.hits, self.misses = 0, 0
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
-        """The kept image, or the inner generator's.  Raises BackendError, and UserError if it cannot be kept."""
+        """The kept image, or the inner generator's, with one warning where it cannot be kept.  Raises BackendError."""
         key = self.key(request)
         self.hits += key in self._in_flight
         return await self._in_flight(key, lambda: self._find(key, request))
@@ -57,7 +57,10 @@ class CachedGenerator:
             return known
         self.misses += 1
         image = await self._inner.generate(request)
-        await asyncio.to_thread(self._write, key, image)
+        try:
+            await asyncio.to_thread(self._write, key, image)
+        except UserError as error:  # the image is there, and perhaps paid for
+            warn_once(f"the cache of images keeps nothing: {error}, or set cache: null")
         return image
 
     def _path(self, key: str) -> Path:
