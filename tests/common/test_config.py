@@ -445,6 +445,10 @@ def test_a_mistake_in_a_file_is_named(text: str, expected: str, tmp_path: Path) 
             "k: ..., l: ...}:1",
         ),
         ("name=[a", "--set name=[a:1:3: expected ',' or ']'"),
+        ("more=api_key=SECRET1", "--set more=api_key=...: must be a valid dictionary, got 'api_key=..."),
+        ("more='token: SECRET1'", "got 'token: ..."),
+        ("nome.Authorization=Bearer SECRET1", "--set nome.Authorization=...: nome: unknown key"),
+        ("nome={x-auth-token: token SECRET1}", "--set nome={x-auth-token: ...}: unknown key"),
         ("name.first=1", "--set name.first=1: name: must be a valid string"),
     ],
 )
@@ -452,6 +456,15 @@ def test_a_mistake_in_a_set_is_named(text: str, expected: str, tmp_path: Path) -
     said = message(tmp_path, "name: x", sets=(text,))
     assert expected in said
     assert "SECRET" not in said
+
+
+def test_a_key_in_a_file_is_not_repeated(tmp_path: Path) -> None:
+    said = message(tmp_path, "name: {api_key: SECRET}")
+    assert said.startswith("0.yaml: name: must be a valid string, got {'api_key': ...")
+    assert "SECRET" not in said
+    said = r"^optim\.api_key=\.\.\.: no such file; if it is a setting, write --set before it$"
+    with pytest.raises(UserError, match=said):
+        load(Train, [Path("optim.api_key=SECRET")])
 
 
 def test_secrets_are_looked_for_in_time_that_grows_with_the_text() -> None:

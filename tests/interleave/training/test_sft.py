@@ -317,7 +317,19 @@ def test_a_file_that_a_recipe_names_is_found_beside_it_from_anywhere(
         (tmp_path / "run" / "other.yaml").write_text(f"trl: {{{key}: {name}}}")
         assert load(SftConfig, [tmp_path / "run" / "other.yaml"]).trl[key] == expected
         assert load(SftConfig, [], [f"trl.{key}={name}"]).trl[key] == expected
-    assert load(SftConfig, [tmp_path / "recipes" / "base.yaml"], [f"trl.{key}=null"]).trl[key] is None
+    base = tmp_path / "recipes" / "base.yaml"
+    assert load(SftConfig, [base], [f"trl.{key}=null"]).trl[key] is None
+    beside.write_bytes(b'\xef\xbb\xbf{"a": 1e9, "b": {"c": 1, "d": 2}}')  # as PowerShell writes it
+    changed = {"a": 1e9, "b": {"c": 3, "d": 2}}
+    assert load(SftConfig, [base], [f"trl.{key}.b.c=3"]).trl[key] == changed
+    (tmp_path / "run" / "more.yaml").write_text(f"trl: {{{key}: {{b: {{c: 3}}}}}}")
+    assert load(SftConfig, [base, tmp_path / "run" / "more.yaml"]).trl[key] == changed
+
+
+@pytest.mark.parametrize("section", [None, True, {"stage": "auto"}, {"stage": 4}])
+def test_a_section_of_deepspeed_that_is_none_is_named(section: Any) -> None:
+    with pytest.raises(UserError, match=r"trl.deepspeed.zero_optimization: must be a mapping with a stage from 0 to 3"):
+        zero_options({"deepspeed": {"zero_optimization": section}})
 
 
 def test_a_file_of_a_recipe_may_lie_in_the_home_folder_and_have_a_byte_order_mark(

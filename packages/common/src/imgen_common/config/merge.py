@@ -44,13 +44,13 @@ def load(cls: type[C], files: Sequence[Path] = (), sets: Sequence[str] = ()) -> 
     tree: Any = {}
     for path, content in (layer for file in files for layer in read_layers(file)):
         _find_beside(cls, path, content)
-        tree = merge.apply(cls, tree, content, (), str(path))
+        tree = with_json_files(cls, merge.apply(cls, tree, content, (), str(path)))
     for keys, value, source in given:
         for key in reversed(keys):
             value = {key: value}
-        tree = merge.apply(cls, tree, value, (), source)
+        tree = with_json_files(cls, merge.apply(cls, tree, value, (), source))
     try:
-        return cls.model_validate(with_json_files(cls, tree))
+        return cls.model_validate(tree)
     except ValidationError as error:
         raise UserError(describe_errors(cls, tree, merge.origins, error)) from None
 
@@ -60,6 +60,8 @@ def read_layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path
 
     Raises UserError if one cannot be read, or extends itself.
     """
+    if "=" in str(path) and not below and not path.exists():
+        raise UserError(f"{mask_secrets(str(path))}: no such file; if it is a setting, write --set before it")
     if len(below) > MAX_FILES:
         raise UserError(f"{path}: more than {MAX_FILES} files that extend each other; write fewer")
     content = read_yaml(path)

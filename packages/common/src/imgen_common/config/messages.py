@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from imgen_common.config.schema import Config, Keys, class_of_mapping, config_classes, kinds_of, type_under
-from imgen_common.config.secrets import is_secret_name
+from imgen_common.config.secrets import is_secret_name, mask_secrets
 from imgen_common.errors import nearest
 
 MAX_SHOWN = 200
@@ -108,5 +108,6 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
 
 
 def shortened(value: object) -> str:
+    """A given value for a message, in which no key or password is shown."""
     text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return mask_secrets(text if len(text) <= 60 else f"{text[:57]}...")

@@ -13,7 +13,9 @@ SECRET_NAME = re.compile(
     r"passw(or)?d$|^(key|auth|pwd)$|authorization$|credentials?$|cookie$"
 )
 VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-NAMED_VALUE = re.compile(r"""(?<![\w-])([\w-]++)(["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}\]]+)""")
+NAME = re.compile(r"""(?<![\w-])([\w-]++)["']?\s*[:=]\s*""")
+VALUE = re.compile(r""""[^"]*"|'[^']*'|(?:(?:Bearer|Basic|Token)\s+)?[^\s,}\]]+""", re.IGNORECASE)
+"""What may follow a name: in quotes, or a word, also behind the scheme of a header."""
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
 
 
@@ -24,8 +26,13 @@ def is_secret_name(name: str) -> bool:
 
 def mask_secrets(text: str) -> str:
     """YAML that may not be valid, with `...` in the place of what looks like a key or a password."""
-    text = NAMED_VALUE.sub(lambda match: f"{match[1]}{match[2]}..." if is_secret_name(match[1]) else match[0], text)
-    return re.sub(rf"{SECRET_VALUE.pattern}[^\s,}}\]]*", "...", text)
+    parts, start = [], 0
+    for match in NAME.finditer(text):
+        value = VALUE.match(text, match.end()) if match.start() >= start and is_secret_name(match[1]) else None
+        if value is not None:
+            parts += [text[start : match.end()], "..."]
+            start = value.end()
+    return re.sub(rf"{SECRET_VALUE.pattern}[^\s,}}\]]*", "...", "".join([*parts, text[start:]]))
 
 
 def _secrets(value: Any, name: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from imgen_common import hub
+from imgen_common.config.messages import shortened
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.memory import LiveBytes, allocate, held
 from imgen_common.weights import loading
@@ -268,7 +269,7 @@ def read_json_options(key: str, given: object) -> Mapping[str, Any]:
     if given is None or isinstance(given, Mapping):
         return given or {}
     try:
-        content = json.loads(Path(str(given)).read_text(encoding="utf-8"))
+        content = json.loads(Path(str(given)).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         where = "its path counts from the YAML file that gives it, or else from the working directory"
         raise UserError(f"{key} {given}: cannot be read ({error}); give a JSON file; {where}") from None
@@ -278,8 +279,14 @@ def read_json_options(key: str, given: object) -> Mapping[str, Any]:
 
 
 def zero_options(trl: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `zero_optimization` section of DeepSpeed's configuration; {} without.  Raises UserError as above."""
-    return read_json_options("trl.deepspeed", trl.get("deepspeed")).get("zero_optimization", {})
+    """The `zero_optimization` section of DeepSpeed's configuration; {} without.  Raises UserError as above, and for one
+    that is none."""
+    found = read_json_options("trl.deepspeed", trl.get("deepspeed")).get("zero_optimization", {})
+    if not isinstance(found, Mapping) or found.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(
+            f"trl.deepspeed.zero_optimization: must be a mapping with a stage from 0 to 3, got {shortened(found)}"
+        )
+    return found
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
