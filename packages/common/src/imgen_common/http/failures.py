@@ -33,6 +33,8 @@ USED_UP = re.compile(
 status of a busy server (429) or of a bad request (400, 412)."""
 NO_CREDIT = 402
 """The status that HTTP has for it."""
+USED_UP_STATUSES = (400, NO_CREDIT, 403, 412, 429)
+"""Those under which makers say it; words under others, as 422, may be those of the request."""
 HTTP_ERRORS = frozenset(map(str, range(400, 600)))
 ERROR_KEYS = ("error", "errors", "base_resp", "message", "detail", "reason", "status_msg", "error_msg", "msg")
 """Where servers write what went wrong, from the outermost mapping inwards."""
