@@ -19,10 +19,10 @@ from flowbp.rewards.convert.checkpoints import (
 from flowbp.rewards.convert.hpsv3 import read_prompt_template, save_hpsv3
 from flowbp.rewards.convert.image_reward import EMBEDDINGS, save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
-from flowbp.rewards.loading import HEAD_FILE
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import atomic_folder
+from imgen_common.weights import HEAD_FILE
 
 
 def convert_checkpoint(
