@@ -25,11 +25,12 @@ from flowbp.config import TrainConfig
 from flowbp.estimate import Estimate, estimate_run
 from flowbp.estimate.traffic import sent_bytes
 from flowbp.rewards.hpsv3 import TEMPLATE_FILE, PromptTemplate, ranking_head
-from flowbp.rewards.loading import HEAD_FILE, scoring_head
+from flowbp.rewards.loading import scoring_head
 from flowbp.training import preflight
 from imgen_common.config import load
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import run_cli
+from imgen_common.weights import HEAD_FILE
 from scripts.miniature.world.vocabulary import clip_tokenizer, qwen_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "configs" / "flowbp"

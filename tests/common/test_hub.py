@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from imgen_common import hub
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import hash_adapter, hash_model
 from imgen_common.weights import check_file, loading, weight_files
 
 
@@ -88,6 +89,36 @@ def test_a_whole_folder_resolves_to_itself(make: Callable[[Path], Path], tmp_pat
 def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an adapter; give the model it was trained on"):
         hub.resolve(str(lora_folder(tmp_path)))
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path: Path) -> None:
+    """transformers would put the adapter on the weights, which may have it already."""
+    folder = transformers_folder(tmp_path / "merged")
+    write_json(folder / "adapter_config.json", {"r": 2})
+    write_weights(folder / "adapter_model.safetensors")
+    for check in (hub.resolve, lambda ref: weight_files(Path(ref))):
+        with pytest.raises(UserError, match=r"merged: holds a model and an adapter \(adapter_config\.json\); move"):
+            check(str(folder))
+    (folder / "model.safetensors").unlink()  # some adapters have the configuration of their model
+    assert hub.resolve(str(folder), single_file=True) == folder
+
+
+def test_a_list_of_sentence_transformers_is_no_damage(tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path / "clip")
+    write_json(folder / "modules.json", [{"idx": 0, "path": "", "type": "sentence_transformers.models.CLIPModel"}])
+    assert hub.resolve(str(folder)) == folder
+
+
+def test_hashes_hold_the_head_of_a_reward_and_the_description_of_an_adapter(tmp_path: Path) -> None:
+    folder, adapter = transformers_folder(tmp_path / "reward"), tmp_path / "adapter_model.safetensors"
+    write_weights(folder / "head.safetensors")
+    write_weights(adapter)
+    write_json(tmp_path / "adapter_config.json", {"lora_alpha": 8})
+    before = hash_model("x", str(folder)) | hash_adapter("y", adapter)
+    save_file({"w": torch.ones(3, 4)}, folder / "head.safetensors")
+    write_json(tmp_path / "adapter_config.json", {"lora_alpha": 64})
+    now = hash_model("x", str(folder)) | hash_adapter("y", adapter)
+    assert {key for key in now if now[key] != before[key]} == {"the head of x", "the configuration of y"}
 
 
 @pytest.mark.parametrize("make", WHOLE)
@@ -279,7 +310,9 @@ def test_a_folder_of_one_weights_file_and_no_description_is_that_file(tmp_path: 
     with pytest.raises(UserError, match="not a model folder"):
         hub.resolve(str(tmp_path))
     write_weights(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="not a model folder"):
+    with pytest.raises(
+        UserError, match=r"2 safetensors files \(lora\.safetensors, other\.safetensors\) and no model; name"
+    ):
         hub.resolve(str(tmp_path), single_file=True)
 
 

@@ -118,7 +118,7 @@ SCENARIOS: dict[str, list[tuple[str, str]]] = {
             "missing",
         ),
         (
-            "flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased",
+            "flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with google-bert/bert-base-uncased",
             "missing",
         ),
         ("flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2", "missing"),

@@ -1,7 +1,9 @@
 """The rewards: preprocessing, published scales, gradients, and the originals' scores on the same weights."""
 
+import argparse
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +465,36 @@ def test_a_damaged_configuration_is_refused(tmp_path: Path) -> None:
 class Evil:
     def __reduce__(self) -> tuple:
         return print, ("run",)
+
+
+def test_what_else_a_checkpoint_holds_is_said_without_torch_s_advice(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"plain containers \(it holds argparse\.Namespace\), and anything") as said:
+        read_checkpoint(tmp_path / "a.pt", "HPS.pt")
+    assert "weights_only" not in str(said.value)
+    (tmp_path / "b.pt").write_text("<html>\nnot here")
+    with pytest.raises(UserError) as said:
+        read_checkpoint(tmp_path / "b.pt", "HPS.pt")
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("companion", "said"),
+    [
+        ("builtin:shapes/critic", "is a 'qwen3_vl' model; aesthetic needs the CLIP of its head"),
+        ("builtin:shapes/generator", "is no model of transformers; aesthetic needs"),
+        ("builtin:shapes/reward", r"its features are \d+ wide, the head reads 768"),
+    ],
+)
+def test_a_head_of_another_clip_is_refused(companion: str, said: str, tmp_path: Path) -> None:
+    widths = (768, 1024, 128, 64, 16, 1)
+    layers = zip(CHECKPOINT_LAYERS, pairwise(widths), strict=True)
+    head = {f"layers.{i}.weight": torch.zeros(b, a) for i, (a, b) in layers}
+    head |= {name.replace("weight", "bias"): torch.zeros(len(weight)) for name, weight in head.items()}
+    torch.save(head, tmp_path / "head.pth")
+    with pytest.raises(UserError, match=said):
+        convert.convert_checkpoint("aesthetic", tmp_path / "head.pth", companion, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import drop_weight, tiny_folder
 
+from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from interleave.models.chat.local import LocalChat, LocalChatConfig
@@ -61,6 +62,23 @@ def test_its_name_tells_other_weights_apart(folder: Path, tmp_path: Path) -> Non
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x3f")
     assert model(copy).id != before.replace(str(folder), str(copy))
+
+
+def test_its_name_tells_what_it_sees_apart(folder: Path) -> None:
+    ids = [model(folder, **given).id for given in ({}, {"max_pixels": 4096}, {"dtype": "bfloat16"})]
+    assert len(set(ids)) == 3
+    assert ids[0].replace(" w=", " px=4096 w=") == ids[1]
+
+
+def test_an_end_of_turn_that_only_the_tokenizer_names_ends_an_answer(tmp_path: Path) -> None:
+    critic = shutil.copytree(hub.resolve("builtin:shapes/critic"), tmp_path / "critic")
+    (critic / "generation_config.json").unlink()
+    about = json.loads((critic / "config.json").read_text())
+    del about["text_config"]["eos_token_id"]
+    (critic / "config.json").write_text(json.dumps(about))
+    chat = LocalChat(LocalChatConfig(ref=str(critic), max_new_tokens=100, device="cpu"))
+    reply = asyncio.run(chat.chat((RED, RED, "was: a red circle used: a red circle"), 0))
+    assert (reply.truncated, reply.text.endswith("</answer>")) == (False, True)
 
 
 def test_seeds_decide_what_is_sampled(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Adapters in a generator's pipeline: all of one counts, as its trainer scaled it, or it is refused."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from imgen_common import hub
 from imgen_common.errors import UserError
 from interleave.models.generators.loading import load_lora, load_pipeline
+from interleave.models.generators.pipeline import PipelineConfig
+from interleave.models.hashes import hash_models
 from tests.interleave.editors import folder_of
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -84,3 +89,54 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
     save_file(plain, tmp_path / "any.safetensors", {"format": "pt", "lora_adapter_metadata": said})
     with pytest.raises(UserError, match=r"^lora any: its init_lora_weights olora changes the weights of the model"):
         load_lora(pipe, tmp_path / "any.safetensors", "lora any", 1.0)
+
+
+@pytest.mark.parametrize("end", ["diff", "diff_b", "hada_w1_a"])
+def test_what_is_no_lora_is_not_left_out(end: str, tmp_path: Path) -> None:
+    """diffusers leaves it out of FLUX.1's adapters without a word."""
+    pipe = loaded(folder_of("flux", tmp_path))
+    other = "transformer_blocks.0.attn.to_k"
+    keys = factors(pipe, "transformer", LAYER)
+    for value, refused in ((1.0, True), (0.0, False)):
+        save_file(keys | {f"transformer.{other}.{end}": torch.full((4,), value)}, tmp_path / "a.safetensors")
+        with (
+            pytest.raises(UserError, match=f"has transformer.{other}.{end}, which is no part")
+            if refused
+            else nullcontext()
+        ):
+            load_lora(pipe, tmp_path / "a.safetensors", "lora a", 1.0)
+
+
+def test_a_generator_without_the_scale_of_its_latents_is_refused(tmp_path: Path) -> None:
+    folder = folder_of("flux", tmp_path)
+    about = folder / "vae" / "config.json"
+    about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "scaling_factor"}))
+    with pytest.raises(UserError, match=r"vae/config.json scaling_factor is missing: must be a number above 0"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(("length", "said"), [(None, "says no model_max_length"), (99, "says 99 tokens")])
+def test_a_tokenizer_longer_than_clip_reads_is_refused(length: int | None, said: str, tmp_path: Path) -> None:
+    folder = folder_of("flux", tmp_path)
+    about = folder / "tokenizer" / "tokenizer_config.json"
+    settings = {k: v for k, v in json.loads(about.read_text()).items() if k != "model_max_length"}
+    about.write_text(json.dumps(settings | ({"model_max_length": length} if length else {})))
+    with pytest.raises(UserError, match=rf"tokenizer/tokenizer_config.json {said}, and text_encoder reads 13"):
+        loaded(folder)
+
+
+def test_a_run_is_bound_to_how_its_model_says_it_draws(tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "model")
+    (tmp_path / "lora").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "lora" / "adapter_model.safetensors")
+    about, config = (
+        tmp_path / "lora" / "adapter_config.json",
+        PipelineConfig(ref=str(folder), lora=str(tmp_path / "lora")),
+    )
+    about.write_text('{"lora_alpha": 8}')
+    before = hash_models({"generator": config})
+    about.write_text('{"lora_alpha": 64}')
+    (folder / hub.SAMPLING_FILE).write_text('{"num_inference_steps": 3}')
+    now = hash_models({"generator": config})
+    changed = {"sampling.json of generator", "the configuration of generator.lora"}
+    assert {key for key in now if now[key] != before.get(key)} == changed

@@ -12,8 +12,9 @@ from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import (
+    LORA_FILES,
     check_file,
-    check_numbers,
+    check_files,
     check_pointer,
     check_tokenizer_files,
     incomplete,
@@ -40,7 +41,6 @@ UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload")
 """How the files end that the hub's client, aria2 (as hfd.sh uses it) and browsers keep until a download ends."""
 ADAPTER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Adapters of PEFT and of diffusers, looked for first in a folder."""
-LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 MODEL_FILES = ("model_index.json", "config.json", *LORA_FILES)
 """One of these says what is in a folder: a pipeline, a model or an adapter."""
 SINGLE_FILE = (
@@ -190,7 +190,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
                 raise UserError(f"{folder}: {name} is a {class_name} of {library!r}; allowed: {', '.join(LIBRARIES)}")
             _check_component(folder, name, class_name, weights)
     else:
-        _check_files(folder, folder, weights)
+        check_files(folder, folder, weights)
         if (folder / "config.json").exists():
             check_tokenizer_files(folder, folder, "")
 
@@ -245,6 +245,9 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
         files = [] if described else [*path.glob("[!.]*.safetensors")]
         if single_file and len(files) == 1:
             return _check_path(files[0], weights, single_file)
+        if single_file and len(files) > 1:
+            names = ", ".join(sorted(file.name for file in files)[:4])
+            raise UserError(f"{path}: {len(files)} safetensors files ({names}) and no model; name one behind a slash")
         check_folder(path, weights=weights)
         if not (single_file or any((path / name).exists() for name in ("model_index.json", "config.json"))):
             raise UserError(f"{path}: is an adapter; give the model it was trained on, or a folder with both merged")
@@ -382,18 +385,5 @@ def _check_component(folder: Path, name: str, class_name: str, weights: bool) ->
     if WITH_WEIGHTS.match(class_name):
         if not (part / "config.json").exists():
             raise incomplete(folder, f"{name}/config.json is missing")
-        _check_files(folder, part, weights)
+        check_files(folder, part, weights)
     check_tokenizer_files(folder, part, class_name)
-
-
-def _check_files(folder: Path, part: Path, weights: bool) -> None:
-    for path in part.glob("[!.]*.json"):
-        read_json(path, folder)
-    if weights:
-        files = sorted(part.glob("[!.]*.safetensors"))
-        if not files or not any((part / name).exists() for name in LORA_FILES):
-            weight_files(part)
-        config = read_json(part / "config.json", folder) if (part / "config.json").exists() else {}
-        for file in files:
-            check_file(file, folder)
-            check_numbers(file, config)

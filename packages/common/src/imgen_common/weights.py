@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError
@@ -31,6 +32,16 @@ NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways in which PEFT draws the first A and B of an adapter and leaves the weights of the model alone."""
+MAX_LENGTH = 10**9
+"""Tokens from which on a length is none: transformers' own where a tokenizer says none."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's description of an adapter."""
+LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
+"""One of these is in the folder of an adapter."""
+OF_OTHERS = ("modules.json",)
+"""Files of other libraries that may hold a list: sentence-transformers', beside a CLIP."""
+HEAD_FILE = "head.safetensors"
+"""What scores the features of a model, beside it in the folder of a reward."""
 MAX_JSON = 10**8
 """Bytes of the largest JSON file that is read; tokenizers have 30 million."""
 
@@ -145,7 +156,7 @@ def weight_files(folder: Path) -> WeightFiles:
     """The weights of a transformers folder or of a diffusers component: the plain ones, or else those of a variant.
 
     Raises UserError where there are none of a name that the library of its config.json loads, or shards are missing,
-    or there are both a whole file and the index of shards.
+    or there are both a whole file and the index of shards, or a model and an adapter.
     """
     config = folder / "config.json"
     library = "diffusers" if config.exists() and "_class_name" in read_json(config) else "transformers"
@@ -162,6 +173,11 @@ def weight_files(folder: Path) -> WeightFiles:
     if len(found[variant]) > 1:  # diffusers would read the shards, transformers the whole file
         both = " and ".join(file.name for file in found[variant])
         raise UserError(f"{folder}: holds weights twice ({both}); remove those that are not meant")
+    if library == "transformers" and (folder / ADAPTER_CONFIG).exists():  # transformers would put it on the weights
+        raise UserError(
+            f"{folder}: holds a model and an adapter ({ADAPTER_CONFIG}); move the adapter's files out of it if it is "
+            "merged into the weights already, and merge it if not"
+        )
     missing = next((file for file in files if not file.exists()), None)
     if missing is not None:
         raise incomplete(folder, f"{missing.name} is missing")
@@ -181,6 +197,23 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
         folder = folder or path.parent
         raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object{why}")
     return content
+
+
+def check_files(folder: Path, part: Path, weights: bool) -> None:
+    """Raises UserError unless the JSON files of a model, or of a part of one, and with `weights` its weights, are
+    whole."""
+    for path in part.glob("[!.]*.json"):
+        if path.name not in OF_OTHERS:
+            read_json(path, folder)
+    if weights:
+        files = sorted(part.glob("[!.]*.safetensors"))
+        has_model = any(file.name.startswith(("model.", "model-")) for file in files)
+        if not files or has_model or not any((part / name).exists() for name in LORA_FILES):
+            weight_files(part)
+        config = read_json(part / "config.json", folder) if (part / "config.json").exists() else {}
+        for file in files:
+            check_file(file, folder)
+            check_numbers(file, config)
 
 
 def check_tokenizer_files(folder: Path, part: Path, class_name: str) -> None:
@@ -226,11 +259,34 @@ def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
 
 
 def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
-    """`check_vocabulary` of a pipeline's text encoders, each with the tokenizer of the same number."""
+    """`check_vocabulary` of a pipeline's text encoders, each with the tokenizer of the same number, and that CLIP's
+    reads as much as that says: pipelines ask the tokenizer."""
     for name, part in components.items():
-        tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
+        tokenizer: Any = components.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and part is not None and hasattr(tokenizer, "get_vocab"):
             check_vocabulary(tokenizer, part, f"{ref}: {name}")
+            given, most = tokenizer.model_max_length, getattr(part.config, "max_position_embeddings", None)
+            if type(part).__name__.startswith("CLIP") and most is not None and given > most:
+                says = f"says {given} tokens" if given < MAX_LENGTH else "says no model_max_length"
+                file = f"{name.replace('text_encoder', 'tokenizer')}/tokenizer_config.json"
+                raise UserError(
+                    f"{ref}: {file} {says}, and {name} reads {most}; set model_max_length to {most}, or copy that file "
+                    "again"
+                )
+
+
+def check_autoencoder(ref: str, folder: Path) -> None:
+    """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
+
+    diffusers fills one that is missing with that of Stable Diffusion 1, or with none.
+    """
+    settings = read_json(folder / "vae" / "config.json", folder)
+    for name, above in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
+        value = settings.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
+            shown = one_line(json.dumps(value), 40) if name in settings else "is missing"
+            what = "a number above 0" if name == "scaling_factor" else "a number"
+            raise UserError(f"{ref}: vae/config.json {name} {shown}: must be {what}; copy that file again")
 
 
 def check_channels(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any], pixels: int, where: str) -> None:

@@ -48,13 +48,24 @@ def hash_weights(files: Iterable[Path]) -> DataHash:
 
 
 def hash_model(name: str, ref: str) -> dict[str, DataHash]:
-    """Hashes of the model that `ref` names: of its weights, and of what describes it and its tokenizers, by `name`."""
+    """Hashes of the model that `ref` names: of its weights, of what describes it and its tokenizers, and of the head of
+    a reward, by `name`."""
     folder = hub.resolve(ref)
     index = folder / "model_index.json"
     parts = [folder / part for part in sorted(weights.read_json(index))] if index.exists() else [folder]
     described = [file for part in parts for kind in hub.DESCRIPTION_FILES for file in sorted(part.glob(f"[!.]{kind}"))]
     described += [index] if index.exists() else []
-    return {name: hash_weights(hub.model_files(folder)), f"the configuration of {name}": hash_weights(described)}
+    found = {name: hash_weights(hub.model_files(folder)), f"the configuration of {name}": hash_weights(described)}
+    head = folder / weights.HEAD_FILE
+    return found | ({f"the head of {name}": hash_file(head)} if head.exists() else {})
+
+
+def hash_adapter(name: str, file: Path) -> dict[str, DataHash]:
+    """Hashes of an adapter, and of PEFT's description beside it, by `name`."""
+    described = file.with_name(weights.ADAPTER_CONFIG)
+    return {name: hash_file(file)} | (
+        {f"the configuration of {name}": hash_file(described)} if described.exists() else {}
+    )
 
 
 def fingerprint(ref: str, adapters: Sequence[Path] = ()) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowbp.backbones.licenses import PUBLISHED, license_of, name_of
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import QUANTIZED, read_json
+from imgen_common.weights import QUANTIZED, check_autoencoder, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ def _resolve_family(
     module, name = FAMILIES[family]
     adapter = getattr(importlib.import_module(module), name)
     if adapter.decode is pipelines.PipelineBackbone.decode:  # others normalize latents by numbers for each channel
-        pipelines.check_autoencoder(ref, folder)
+        check_autoencoder(ref, folder)
     return folder, getattr(diffusers, family), adapter
 
 

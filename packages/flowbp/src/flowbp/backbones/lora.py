@@ -20,9 +20,8 @@ from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import check_plain_start, read_json
+from imgen_common.weights import ADAPTER_CONFIG, check_plain_start, read_json
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_ALPHA = 8
 """lora_alpha of a description that does not give it."""
 KEY = re.compile(
@@ -177,7 +176,7 @@ def _target_modules(lora: LoraConfig, net: nn.Module, layers: set[str]) -> tuple
 def _options(ref: str, file: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """PEFT's description of the adapter: adapter_config.json beside a file of PEFT, or what diffusers put into its
     header, where the keys of a pipeline's adapter say which component they are of."""
-    described = file.parent / PEFT_CONFIG
+    described = file.parent / ADAPTER_CONFIG
     is_peft = file.name == hub.ADAPTER_FILES[0] or any(key.startswith("base_model.model.") for key in keys)
     if is_peft and described.exists():
         options = read_json(described)

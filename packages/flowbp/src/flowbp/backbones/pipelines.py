@@ -3,7 +3,6 @@
 import copy
 import importlib
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -101,20 +100,6 @@ def check_scheduler(ref: str, folder: Path, entry: object) -> None:
             raise UserError(f"{ref}: scheduler/scheduler_config.json {field} true: is not sampled; set it to false")
     if settings.get("use_beta_sigmas") and find_spec("scipy") is None:
         raise UserError(f"{ref}: scheduler/scheduler_config.json use_beta_sigmas: needs scipy; pip install scipy")
-
-
-def check_autoencoder(ref: str, folder: Path) -> None:
-    """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
-
-    diffusers fills one that is missing with that of Stable Diffusion 1, or with none.
-    """
-    settings = read_json(folder / "vae" / "config.json", folder)
-    for name, above in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
-        value = settings.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-            shown = one_line(json.dumps(value), 40) if name in settings else "is missing"
-            what = "a number above 0" if name == "scaling_factor" else "a number"
-            raise UserError(f"{ref}: vae/config.json {name} {shown}: must be {what}; copy that file again")
 
 
 def init_empty_pipeline(kind: type[P], folder: Path) -> P:

@@ -87,7 +87,7 @@ def convert_reward(
             "--with",
             metavar="REF",
             help="What the checkpoint lacks: for hpsv2 the tokenizer of any CLIP, for hpsv3 Qwen2-VL-7B-Instruct, "
-            "for imagereward the tokenizer of bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
+            "for imagereward the tokenizer of google-bert/bert-base-uncased, for aesthetic the whole CLIP ViT-L/14.",
         ),
     ],
     prompt_source: Annotated[
@@ -108,7 +108,7 @@ def convert_reward(
       flowbp convert-reward hpsv2 HPS_v2.1_compressed.pt rewards/hpsv2 --with openai/clip-vit-large-patch14
       flowbp convert-reward hpsv3 HPSv3.safetensors rewards/hpsv3 --with Qwen/Qwen2-VL-7B-Instruct \\
         --prompt-source hpsv3/dataset/data_collator_qwen.py
-      flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with bert-base-uncased
+      flowbp convert-reward imagereward ImageReward.pt rewards/imagereward --with google-bert/bert-base-uncased
       flowbp train --set rewards.0.score=hpsv2 --set rewards.0.ref=rewards/hpsv2
     """
     with spinner("converting"):

@@ -15,7 +15,7 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.files import read_json
 from imgen_common.run_folder.checkpoints import find_checkpoints
-from imgen_common.run_folder.data import DataHash, check_data, hash_file, hash_model, hash_rows, hash_weights
+from imgen_common.run_folder.data import DataHash, check_data, hash_adapter, hash_model, hash_rows, hash_weights
 from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
 from imgen_common.run_folder.folder import CHECKPOINTS, RunFolder
 
@@ -66,16 +66,16 @@ class ModelSource:
 
     def hashes(self) -> dict[str, DataHash]:
         """Hashes of the weights that `load` loads, by what they are; none of trained ones is a hash of its own."""
-        config, found = self.config, dict[str, DataHash]()
+        config, found, what = self.config, dict[str, DataHash](), "what was trained (the run or lora.init)"
         for key, ref in (("model.ref", config.model.ref), ("eval.model", config.eval.model)):
             found |= {} if ref is None else hash_model(key, ref)
-        trained = hash_rows([])
+        found[what] = hash_rows([])
         if self.run is not None:
             newest = list(find_checkpoints(self.run / CHECKPOINTS).values())[-1:]
-            trained = hash_weights(file for one in newest for file in sorted(one.rglob("*")) if file.is_file())
+            found[what] = hash_weights(file for one in newest for file in sorted(one.rglob("*")) if file.is_file())
         elif config.lora is not None and config.lora.init is not None:
-            trained = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
-        return {**found, "what was trained (the run or lora.init)": trained}
+            found |= hash_adapter(what, hub.resolve_adapter(config.lora.init, "lora.init"))
+        return found
 
     def assumed_settings(
         self, size: int | None = None, steps: int | None = None, guidance_scale: float | None = None
@@ -124,7 +124,7 @@ class ModelSource:
             load_trained_weights(backbone, self.run)
         elif config.lora is not None and config.lora.init is not None:
             if self.begun is not None:
-                check_data(self.begun, {"lora.init": hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))})
+                check_data(self.begun, hash_adapter("lora.init", hub.resolve_adapter(config.lora.init, "lora.init")))
             attach_adapter(backbone, config)
         return backbone
 

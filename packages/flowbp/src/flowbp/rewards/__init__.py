@@ -117,8 +117,14 @@ def check_conversion(kind: ConvertibleReward, file: Path, companion: str, prompt
         raise UserError(f"hpsv3: needs --prompt-source FILE, {PROMPT_SOURCE}")
     if not file.is_file():
         raise UserError(f"{file}: no such file; download {PUBLISHED_FILES[kind]} first")
-    if kind == "aesthetic" or not local_path(companion).is_dir():  # a folder may hold a tokenizer alone
-        hub.resolve(companion, weights=kind == "aesthetic")
+    if kind == "aesthetic":
+        about = hub.resolve(companion) / "config.json"
+        model_type = read_json(about).get("model_type") if about.exists() else None
+        if model_type != "clip":
+            what = f"is a {model_type!r} model" if model_type else "is no model of transformers"
+            raise UserError(f"{companion}: {what}; aesthetic needs the CLIP of its head, openai/clip-vit-large-patch14")
+    elif not local_path(companion).is_dir():  # a folder may hold a tokenizer alone
+        hub.resolve(companion, weights=False)
 
 
 def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:

@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from imgen_common.errors import UserError
-from imgen_common.weights import check_vocabulary, load_whole, loading
+from imgen_common.weights import HEAD_FILE, check_vocabulary, load_whole, loading
 
-HEAD_FILE = "head.safetensors"
 WIDTHS = (1024, 128, 64, 16, 1)
 CHECKPOINT_LAYERS = (0, 2, 4, 6, 7)
 """Indices of these layers in the published checkpoints, where dropout layers stand between them."""

@@ -19,7 +19,7 @@ from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError
 from imgen_common.files import free_bytes, nearest_existing
-from imgen_common.run_folder.data import DataHash, hash_file, hash_model, hash_rows
+from imgen_common.run_folder.data import DataHash, hash_adapter, hash_model, hash_rows
 from imgen_common.streams import numpy_generator
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def hash_settings(config: TrainConfig) -> dict[str, DataHash]:
         found |= {} if ref is None else hash_model(key, ref)
     if config.lora is not None and config.lora.init is not None:
         with suppress(UserError):  # a run goes on without it
-            found["lora.init"] = hash_file(hub.resolve_adapter(config.lora.init, "lora.init"))
+            found |= hash_adapter("lora.init", hub.resolve_adapter(config.lora.init, "lora.init"))
     return found
 
 

@@ -4,7 +4,7 @@ others."""
 from collections.abc import Mapping
 
 from imgen_common import hub
-from imgen_common.run_folder.data import DataHash, hash_file, hash_model
+from imgen_common.run_folder.data import DataHash, hash_adapter, hash_file, hash_model
 from interleave.models.chat.local import LocalChatConfig
 from interleave.models.generators.pipeline import PipelineConfig
 
@@ -27,6 +27,12 @@ def hash_models(parts: Mapping[str, object]) -> dict[str, DataHash]:
     for name, part in parts.items():
         if isinstance(part, str | PipelineConfig | LocalChatConfig):
             found |= hash_model(name, part if isinstance(part, str) else part.ref)
-        if isinstance(part, PipelineConfig) and part.lora is not None:
-            found[f"{name}.lora"] = hash_file(hub.resolve_adapter(part.lora, f"{name}.lora"))
+        if isinstance(part, PipelineConfig):
+            places = {name: hub.resolve(part.ref)}
+            if part.lora is not None:
+                adapter = hub.resolve_adapter(part.lora, f"{name}.lora")
+                found |= hash_adapter(f"{name}.lora", adapter)
+                places[f"{name}.lora"] = adapter.parent
+            files = {key: place / hub.SAMPLING_FILE for key, place in places.items()}
+            found |= {f"{file.name} of {key}": hash_file(file) for key, file in files.items() if file.exists()}
     return found

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPConfig, PreTrainedTokenizerBase, Qwen2VLConfig
 
 from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import check_file, loading
 
 StateDict = Mapping[str, Tensor]
+GLOBAL = re.compile(r"GLOBAL (\S+)")
+"""What torch says that a pickle would call."""
 
 
 def read_checkpoint(file: Path, published: str = "the published checkpoint") -> dict[str, Tensor]:
@@ -32,8 +34,11 @@ def read_checkpoint(file: Path, published: str = "the published checkpoint") -> 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        found = GLOBAL.search(str(error))
+        why = f"it holds {found[1]}" if found else one_line(str(error), 120)
         raise UserError(
-            f"{file}: cannot be read as tensors in plain containers, and anything else is not unpickled ({error})"
+            f"{file}: cannot be read as tensors in plain containers ({why}), and anything else is not unpickled; give "
+            f"{published} as it is published"
         ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -76,6 +81,16 @@ def check_words(tokenizer: PreTrainedTokenizerBase, kind: str, rows: int, ref: s
     if not fits:
         what = f"a {type(tokenizer).__name__} of {len(tokenizer)} tokens"
         raise UserError(f"{ref}: its tokenizer, {what}, is not that of {kind}, which has {rows}; give {needed}")
+
+
+def check_width(width: int, folder: Path, ref: str) -> None:
+    """Raises UserError unless the CLIP in a folder has features of a head's width."""
+    with loading(f"{ref}: no configuration there"):
+        given = CLIPConfig.from_pretrained(folder).projection_dim
+    if given != width:
+        raise UserError(
+            f"{ref}: its features are {given} wide, the head reads {width}; give openai/clip-vit-large-patch14"
+        )
 
 
 def load_qwen2_vl_config(ref: str) -> Qwen2VLConfig:

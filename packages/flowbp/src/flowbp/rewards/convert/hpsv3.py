@@ -12,8 +12,8 @@ from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2VLConfig, Qwe
 from flowbp.rewards import PROMPT_SOURCE
 from flowbp.rewards.convert.checkpoints import StateDict
 from flowbp.rewards.hpsv3 import IMAGE_AREA, REWARD_TOKEN, TEMPLATE_FILE, PromptTemplate, ranking_head
-from flowbp.rewards.loading import HEAD_FILE
 from imgen_common.errors import UserError
+from imgen_common.weights import HEAD_FILE
 
 MAX_SOURCE = 2**18
 

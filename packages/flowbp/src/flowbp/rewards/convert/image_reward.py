@@ -7,7 +7,7 @@ from transformers import BlipConfig, PreTrainedTokenizerBase
 
 from flowbp.rewards.convert.checkpoints import StateDict, count_layers, head_weights
 from flowbp.rewards.image_reward import build_towers
-from flowbp.rewards.loading import HEAD_FILE
+from imgen_common.weights import HEAD_FILE
 
 BERT = "blip.text_encoder."
 EMBEDDINGS = f"{BERT}embeddings.word_embeddings.weight"

@@ -94,7 +94,8 @@ class LocalChat:
         self.config = c = config
         # what is kept of its answers is found by it, so that other weights of the same name are asked anew
         weights = fingerprint(c.ref)
-        self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens} w={weights}"
+        seen = f" px={c.max_pixels}" * (c.max_pixels is not None) + f" {c.dtype}" * (c.dtype != "auto")
+        self.id = f"{c.ref} t={c.temperature:g} p={c.top_p:g} k={c.top_k} n={c.max_new_tokens}{seen} w={weights}"
         self._device = device_of(config.device)
         folder = hub.resolve(config.ref)
         with loading(f"{config.ref}: not a vision-language model that can be loaded"):
@@ -112,6 +113,9 @@ class LocalChat:
         self._processor.tokenizer.padding_side = "left"
         if config.max_pixels is not None:
             bound_pixels(self._processor, config.max_pixels, config.ref)
+        ends = self._model.generation_config.eos_token_id
+        ends = self._processor.tokenizer.eos_token_id if ends is None else ends
+        self._ends: list[int] = [ends] if isinstance(ends, int) else [*(ends or ())]
         self._context = self._model.config.get_text_config().max_position_embeddings
         # Answers to some messages, in batches that fit into memory; where one fails, the others are still answered
         self.answer: FittingBatches[Asked, Reply] = FittingBatches(
@@ -147,6 +151,7 @@ class LocalChat:
             out = self._model.generate(
                 **inputs,
                 max_new_tokens=max(limits),
+                eos_token_id=self._ends or None,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -176,9 +181,7 @@ class LocalChat:
         self, opened: str, tokens: Sequence[int], num_prompt: int, alternatives: Sequence[Mapping[int, float]]
     ) -> Reply:
         tokenizer = self._processor.tokenizer
-        ends = self._model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        num = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+        num = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         ids, ended = tokens[:num], num < len(tokens)
         shown = alternatives[:num]
         special = {token: one.content for token, one in tokenizer.added_tokens_decoder.items() if one.special}

@@ -1,6 +1,7 @@
 """The diffusers pipelines that can be generators: how they are called, loaded, adapted and prepared for batches."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
 from imgen_common.weights import (
+    ADAPTER_CONFIG,
+    check_autoencoder,
     check_channels,
     check_plain_start,
     check_vocabularies,
@@ -67,9 +70,12 @@ FAMILIES: Mapping[str, PipelineFamily] = {
 """Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""
 
 
-PEFT_CONFIG = "adapter_config.json"
 UNREAD_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
 """Options of PEFT that scale an adapter otherwise than by lora_alpha / r, or are more than scale B A."""
+
+
+NO_LORA = re.compile(r"\.(diff|diff_b|hada_[wt]\w+|oft_\w+|w_norm|b_norm)$")
+"""Ends of the names of what others train beside LoRA: whole changes of weights and biases, LoHa, OFT, norms."""
 
 
 def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
@@ -87,7 +93,10 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
 
     quiet_libraries()
     kind = getattr(diffusers, name)
-    absent = {part: None for part, value in kind.load_config(folder).items() if value in ([None, None], (None, None))}
+    components = kind.load_config(folder)
+    if components.get("vae", ("", ""))[1] == "AutoencoderKL":  # others normalize latents by numbers for each channel
+        check_autoencoder(str(folder), folder)
+    absent = {part: None for part, value in components.items() if value in ([None, None], (None, None))}
     with loading(f"{folder}: not a {name} that can be loaded"):
         given = absent | hub.load_networks(folder, dtype=dtype)
         pipe = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True, **given)
@@ -118,6 +127,10 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
 
     with safe_open(file, "pt") as content:
         names, metadata = [*content.keys()], content.metadata() or {}
+        # what diffusers leaves out of some pipelines, and which is there as zeros too
+        more = [name for name in names if NO_LORA.search(name) and content.get_tensor(name).any()]
+    if more:
+        raise UserError(f"{what}: has {more[0]}, which is no part of a plain LoRA and is not read; give a plain LoRA")
     check_plain_start(_header_options(metadata), what)
     if dora := [name for name in names if "dora_scale" in name]:  # diffusers leaves them out, which is another adapter
         raise UserError(f"{what}: is a DoRA of kohya's form (it has {dora[0]}), which is not read; give a plain LoRA")
@@ -144,17 +157,17 @@ def _header_options(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
     """lora_alpha / r of the description that PEFT writes beside an adapter, which diffusers does not read."""
-    described = file.with_name(PEFT_CONFIG)
+    described = file.with_name(ADAPTER_CONFIG)
     is_peft = file.name == hub.ADAPTER_FILES[0] or any(name.startswith("base_model.model.") for name in names)
     if not (is_peft and described.exists()):
         return 1.0
     options = read_json(described)
     if unread := [name for name in UNREAD_OPTIONS if options.get(name)]:
-        raise UserError(f"{what}: its {unread[0]} in {PEFT_CONFIG} is not supported; give a plain LoRA")
+        raise UserError(f"{what}: its {unread[0]} in {ADAPTER_CONFIG} is not supported; give a plain LoRA")
     check_plain_start(options, what)
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
-        raise UserError(f"{what}: {PEFT_CONFIG} must have the numbers r and lora_alpha; copy it again")
+        raise UserError(f"{what}: {ADAPTER_CONFIG} must have the numbers r and lora_alpha; copy it again")
     return alpha / rank
 
 

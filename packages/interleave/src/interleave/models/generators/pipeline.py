@@ -20,9 +20,9 @@ from imgen_common.images import enlarge
 from imgen_common.prompt_limits import prompt_limits
 from imgen_common.run_folder.data import fingerprint
 from imgen_common.shapes.vocabulary import describe_large_image, describe_unknown_words
+from imgen_common.weights import ADAPTER_CONFIG
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.models.generators.loading import (
-    PEFT_CONFIG,
     family_of,
     flux2_text_options,
     img2img_pipeline,
@@ -132,7 +132,7 @@ class PipelineRunner:
             self._pipe.prepare_image_latents = split_references(self._pipe.prepare_image_latents)
         if self.family.edit == "image":
             self._editor = img2img_pipeline(self.family.img2img, self._pipe)
-        described = [file for one in adapters if (file := one.with_name(PEFT_CONFIG)).exists()]
+        described = [file for one in adapters if (file := one.with_name(ADAPTER_CONFIG)).exists()]
         self._fingerprint = fingerprint(config.ref, [*adapters, *described])
         self._cutting: set[str] = set()
         self._pads_batches = config.pad_batches and self.family.edit != "alone"
