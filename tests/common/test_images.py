@@ -263,7 +263,7 @@ def test_16_bit_gray_with_a_transparent_shade_is_on_white() -> None:
         (2, 0, b"\x1b", b"\0\0", [255, 85, 170, 255]),
         (4, 0, b"\x07\xf0", b"\0\7", [0, 255, 255, 0]),
         (1, 0, b"\x50", b"\0\0", [255] * 4),
-        (16, 2, b"\1\1\2\2\3\3" + bytes(18), b"\1\1\2\2\3\3", [255, 0, 0, 0]),
+        (16, 2, b"\1\x80\2\x80\3\x80" + bytes(18), b"\1\x80\2\x80\3\x80", [255, 0, 0, 0]),
     ],
 )
 def test_a_transparent_shade_of_other_depths_is_on_white(
