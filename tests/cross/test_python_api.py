@@ -4,8 +4,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import flowbp
+import interleave
+from imgen_common.errors import UserError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorials" / "python.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^## ([^\n]*)\n.*?```python\n(.*?)```", PAGE, re.MULTILINE | re.DOTALL))
@@ -41,3 +48,43 @@ def test_every_public_name_is_there(package: str) -> None:
     assert all(getattr(module, name) is not None for name in module.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'; it has "):
         _ = module.nothing
+
+
+# --- what is given by hand -------------------------------------------------------------------------------------------
+
+
+def draw(prompt: str, sources: Any, seed: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), "red")
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda: interleave.tell_story("a cat", draw, prompts="cat"), "prompts: must be a list, got 'cat' alone"),
+        (lambda: interleave.tell_story("a cat", draw, prompts=["cat", " "]), "prompts: number 2 of 2 is empty"),
+        (lambda: flowbp.sample("builtin:shapes/generator", "cat"), "prompts: must be a list, got 'cat' alone"),
+        (lambda: flowbp.sample("builtin:shapes/generator", []), "give at least one of each"),
+        (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], seeds=[]), "give at least one of each"),
+        (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], images="a.png"), "images: must be a list"),
+        (lambda: flowbp.load_config(flowbp.TrainConfig, "a.yaml"), "files: must be a list, got 'a.yaml' alone"),
+        (lambda: flowbp.load_config(flowbp.TrainConfig, ["none.yaml"]), "none.yaml: "),
+        (lambda: flowbp.load_config(flowbp.TrainConfig, [], "seed=3"), "sets: must be a list, got 'seed=3' alone"),
+        (lambda: interleave.tell_story("a cat", lambda *given: None), r"generate \(.*\) returned null; it must"),
+        (lambda: interleave.tell_story("a cat", lambda *given: np.zeros((8, 8, 3))), "returned a ndarray; it must"),
+        (lambda: interleave.tell_story("a cat", draw, lambda *given: True), r"criticize .* returned True; it must"),
+        (lambda: interleave.tell_story("a cat", draw, lambda *given: (True, 3)), r"returned \(True, 3\); it must"),
+    ],
+)
+def test_what_is_no_list_and_what_functions_return_is_refused_in_words(act: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        act()
+
+
+def test_paths_may_be_texts_and_a_critic_may_leave_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 7\n")
+    assert interleave.load_config(interleave.RunConfig, [str(tmp_path / "a.yaml")]).seed == 7
+    assert flowbp.load_evaluations(str(tmp_path)) == {}
+    verdicts = iter([(np.bool_(False), None), (np.float32(1) > 0, None)])
+    story = interleave.tell_story("a cat", draw, lambda *given: next(verdicts), folder=str(tmp_path / "run"))
+    assert [(one.status, one.prompt_used) for one in story.attempts] == [("rejected", "a cat"), ("accepted", "a cat")]
+    assert story.trajectory.status == "complete"

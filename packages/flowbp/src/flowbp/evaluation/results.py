@@ -84,10 +84,10 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
     return folder
 
 
-def load_evaluations(run: Path) -> dict[tuple[str, float], SavedEvaluation]:
-    """All complete evaluations of a run by (name, guidance scale).  Raises UserError if one is damaged."""
+def load_evaluations(run: str | Path) -> dict[tuple[str, float], SavedEvaluation]:
+    """All complete evaluations of a run's folder by (name, guidance scale).  Raises UserError if one is damaged."""
     found = {}
-    for file in sorted((run / "evaluations").glob("*/scores.json")):
+    for file in sorted((Path(run) / "evaluations").glob("*/scores.json")):
         saved = read_json(file, SavedScores)
         images, sources = [], dict[int, list[Path]]()
         for path in sorted(file.parent.glob("*.png")):

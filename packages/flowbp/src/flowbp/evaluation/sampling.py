@@ -18,7 +18,7 @@ from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
-from imgen_common.errors import check_text
+from imgen_common.errors import UserError, check_list, check_text
 
 
 def generate_images(
@@ -55,8 +55,12 @@ def sample(
 
     source: a run folder, its name under `runs`, or a model as in `model.ref`; size, steps and guidance scale are those
     of its configuration.  images: files that every prompt edits.
-    Raises UserError if there is no such run or model, or it does not take the images.
+    Raises UserError if there is no such run or model, it does not take the images, or prompts are no list or none.
     """
+    check_list(prompts, "prompts")
+    check_list(images, "images")
+    if not len(prompts) or not len(seeds):
+        raise UserError("prompts, seeds: give at least one of each")
     for text in prompts:
         check_text(text, "prompts")
     prompts = edits_of_files(prompts, [Path(image) for image in images])

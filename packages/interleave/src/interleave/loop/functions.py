@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from imgen_common.errors import UserError, check_list, is_blank, one_line
 from imgen_common.http import run_in_thread
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.tables import describe_type
 from interleave.agents.prompts import render_plan
 from interleave.loop.config import LoopConfig, RunConfig
 from interleave.loop.engine import Engine
@@ -23,8 +25,9 @@ from interleave.storage.trace import Trace
 Generate = Callable[[str, Sequence[Image.Image], int], Image.Image]
 """generate(prompt, sources, seed) -> RGB image: from the prompt alone where `sources` is empty, else an edit of its
 last image."""
-Criticize = Callable[[Image.Image, Image.Image, str], tuple[bool, str]]
-"""criticize(before, after, prompt) -> (accepted, prompt of the next attempt); `before` is white for a first image."""
+Criticize = Callable[[Image.Image, Image.Image, str], tuple[bool, str | None]]
+"""criticize(before, after, prompt) -> (accepted, prompt of the next attempt); `before` is white for a first image, and
+None leaves the prompt as it is."""
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -41,7 +44,10 @@ class FunctionGenerator:
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image that the function returns."""
         sources = [source.image for source in request.sources]
-        return HashedImage.from_pil(await asyncio.to_thread(self._generate, request.prompt, sources, request.seed))
+        made = await asyncio.to_thread(self._generate, request.prompt, sources, request.seed)
+        if not isinstance(made, Image.Image):
+            raise UserError(f"generate ({self.id}) returned {describe_type(made)}; it must return an image of PIL")
+        return HashedImage.from_pil(made)
 
     async def close(self) -> None:
         """Nothing to release."""
@@ -56,8 +62,11 @@ class FunctionCritic:
     async def judge(self, shown: CriticInput, seed: int) -> CriticAnswer:
         """The verdict that the function returns."""
         prompt = shown.prompt_used or shown.original_prompt
-        success, refined = await asyncio.to_thread(self._criticize, shown.before.image, shown.after.image, prompt)
-        return CriticAnswer(Verdict(success=success, refined_prompt=refined), "")
+        said: Any = await asyncio.to_thread(self._criticize, shown.before.image, shown.after.image, prompt)
+        if not (isinstance(said, tuple) and len(said) == 2 and isinstance(said[1], str | None)):
+            what = "(accepted, prompt of the next attempt)"
+            raise UserError(f"criticize ({self.id}) returned {one_line(repr(said), 80)}; it must return {what}")
+        return CriticAnswer(Verdict(success=bool(said[0]), refined_prompt=said[1] or prompt), "")
 
     async def close(self) -> None:
         """Nothing to release."""
@@ -69,6 +78,10 @@ class FixedPlanner:
     id = "fixed"
 
     def __init__(self, prompts: Sequence[str]) -> None:
+        """Raises UserError for one text in the place of a list, and for an empty prompt."""
+        check_list(prompts, "prompts")
+        if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
+            raise UserError(f"prompts: number {blank[0]} of {len(prompts)} is empty; say what to draw")
         steps = (PlanStep(index=i, instruction=prompt, prompt=prompt) for i, prompt in enumerate(prompts, 1))
         self._plan = Plan(steps=tuple(steps))
 
@@ -101,8 +114,9 @@ def tell_story(
     """Runs one request through the loop.
 
     prompts: of the steps; without any, the request is the only one.  folder: a run folder that keeps the trace and the
-    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, and
-    returns a trajectory whose status says so where a function raised a `BackendError`.
+    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, for
+    prompts that are no list, and where a function returns something else than it must; returns a trajectory whose
+    status says so where a function raised a `BackendError`.
     """
     config = RunConfig(loop=loop or LoopConfig(), seed=seed)
     planner, critic = FixedPlanner(prompts) if prompts else None, FunctionCritic(criticize) if criticize else None
