@@ -271,6 +271,12 @@ def test_used_up_credit_is_an_outage_for_a_judge_whatever_its_status(status: int
     assert (judged.is_outage, caught.value.can_retry, caught.value.status) == (True, False, 402)
 
 
+def test_words_of_a_request_that_is_not_taken_are_no_used_up_credit() -> None:
+    detail = [{"loc": ["body", "size"], "msg": "invalid", "input": {"prompt": "a man with insufficient funds"}}]
+    made = client(lambda request: httpx.Response(422, json={"detail": detail}))
+    assert not JudgeError.of_http(failure(made)).is_outage
+
+
 def test_a_gateways_message_has_the_words_of_the_server_behind_it() -> None:
     said = json.dumps({"error": {"message": "at most 1 image", "type": "invalid_request_error"}})
     for raw in (said, json.loads(said), "at most 1 image"):

@@ -327,6 +327,17 @@ def test_one_question_an_image(tmp_path: Path, items: dict[str, list[Item]], ben
     assert benchmark.questions(item, Output(("words",)), PROMPTS, {}) == []  # without an image there is nothing to ask
 
 
+def test_an_image_may_be_as_large_as_the_loop_keeps_it(tmp_path: Path, items: dict[str, list[Item]]) -> None:
+    """A PNG of 4096x4096 has about 40 MiB."""
+    file, item = tmp_path / "a.png", items["wise"][0]
+    with paint(file).open("ab") as content:
+        content.truncate(33 * 2**20)
+    (question,) = VERIFIED.questions(item, Output((file,)), PROMPTS, {})
+    assert isinstance(question.message[1], Image.Image)
+    VERIFIED.write_outputs({item.id: Output((file,))}, [item], tmp_path / "outputs")
+    assert VERIFIED.read_outputs(tmp_path / "outputs", [item])
+
+
 @pytest.mark.parametrize("benchmark", BOTH)
 def test_our_own_prompts_ask_for_the_official_answers(
     tmp_path: Path, items: dict[str, list[Item]], benchmark: Benchmark

@@ -23,6 +23,7 @@ from imgen_common.http.failures import (
     FILTERED,
     NO_CREDIT,
     USED_UP,
+    USED_UP_STATUSES,
     ConnectionLost,
     HttpError,
     Refusal,
@@ -245,7 +246,9 @@ class HttpClient(RetryingCaller):
         if FILTERED.search(text):  # one request: the server is there, and its key is right
             return Refusal(f"{place}: status {status}: {self.clean(error_message(data))}")
         message = f"{place}: status {status}: {self.clean(error_message(data))}{remedy}"
-        if USED_UP.search(text):  # waiting brings none back, and no other request is answered
+        if status in USED_UP_STATUSES and USED_UP.search(
+            text
+        ):  # waiting brings none back, and no other request is answered
             kind, can_retry, status = "refused", False, NO_CREDIT
         wait = retry_after(answer.headers)
         return HttpError(kind, message, can_retry=can_retry, retry_after=wait, status=status, body=data)

@@ -32,6 +32,8 @@ USED_UP = re.compile(
 status of a busy server (429) or of a bad request (400, 412)."""
 NO_CREDIT = 402
 """The status that HTTP has for it."""
+USED_UP_STATUSES = (400, NO_CREDIT, 403, 412, 429)
+"""Those under which makers say it; words under others, as 422, may be those of the request."""
 RATE_LIMIT = re.compile("rate.?limit|throttl", re.IGNORECASE)
 MOMENTARY = re.compile("(overload|unavailable)|server_error|internal_error", re.IGNORECASE)
 """Names of errors that pass; of the first two a server that has too much to do."""

@@ -13,10 +13,9 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.errors import HALF_PAIR
-from imgen_common.images import decode
 from imgen_common.judging.questions import Message, Unreadable
 from interleave.benchmarks.base import Content, Item, Scores
-from interleave.benchmarks.official.files import through_jpeg
+from interleave.benchmarks.official.files import read_image, through_jpeg
 
 MARK = "<IMAGE>"
 MAX_IMAGES = 10
@@ -232,7 +231,7 @@ def _numbered(parts: Iterable[str | Path], first: int, before: str) -> Message:
 def show_image(file: Path) -> Image.Image:
     """An image as the scorer sends it: its longest side at most 512 pixels.  Transparency, at which it fails, is on
     white."""
-    image = decode(file)
+    image = read_image(file)
     scale = max(*image.size, MAX_SIDE) / MAX_SIDE
     size = (max(1, int(image.width / scale)), max(1, int(image.height / scale)))
     return through_jpeg(image if size == image.size else image.resize(size))

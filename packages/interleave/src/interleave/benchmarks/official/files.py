@@ -11,6 +11,7 @@ from PIL import Image
 from imgen_common.errors import UserError
 from imgen_common.files import check_no_address, write_atomic, writing
 from imgen_common.images import decode
+from interleave.storage.images import MAX_FILE_BYTES
 
 SUFFIXES = ("png", "jpg", "jpeg")
 """Those that authors' scorers look for, in that order."""
@@ -42,6 +43,11 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     raise UserError(f"{where}: no image {name[:200]!r} in {places}; put it there, or correct the path")
 
 
+def read_image(file: Path, *, drop_alpha: bool = False) -> Image.Image:
+    """An image file as `decode` reads it, also one as large as the loop keeps.  Raises UserError."""
+    return decode(file, max_bytes=MAX_FILE_BYTES, drop_alpha=drop_alpha)
+
+
 def check_images(files: Iterable[tuple[str, Path]], hint: str) -> None:
     """Raises UserError for the first file that is missing or is no image, naming its place, with what to do."""
     with ThreadPoolExecutor() as threads:
@@ -55,7 +61,7 @@ def _problem_of(file: tuple[str, Path]) -> str:
     if not path.is_file():
         return f"{where}: {path}: no such image"
     try:
-        decode(path)
+        read_image(path)
     except UserError as error:
         return f"{where}: {error}"
     return ""
@@ -76,7 +82,7 @@ def through_jpeg(image: Image.Image) -> Image.Image:
 def write_png(source: Path, target: Path) -> None:
     """Writes an image file of any allowed format as PNG.  Raises UserError if it cannot be read or written."""
     buffer = io.BytesIO()
-    decode(source).save(buffer, "PNG")
+    read_image(source).save(buffer, "PNG")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, buffer.getvalue())
@@ -92,7 +98,7 @@ def copy_image(source: Path, folder: Path, stem: str) -> str:
     suffix = "jpg" if data.startswith(b"\xff\xd8\xff") else "png"
     if suffix == "png" and not data.startswith(b"\x89PNG\r\n\x1a\n"):
         buffer = io.BytesIO()
-        decode(source).save(buffer, "PNG")
+        read_image(source).save(buffer, "PNG")
         data = buffer.getvalue()
     target = folder / f"{stem}.{suffix}"
     with writing(target):

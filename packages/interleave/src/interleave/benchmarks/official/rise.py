@@ -14,7 +14,6 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.errors import UserError
-from imgen_common.images import decode
 from imgen_common.judging.questions import Question
 from interleave.agents.sources import constants, expect_places
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
@@ -23,6 +22,7 @@ from interleave.benchmarks.official.files import (
     check_images,
     copy_image,
     image_path,
+    read_image,
     through_jpeg,
 )
 from interleave.benchmarks.official.reading import builtin_prompts, fill
@@ -192,6 +192,6 @@ def _check_row(row: object, where: str) -> None:
 
 def _shown(file: Path) -> Image.Image:
     """An image as upstream sends it, but upright, and shrunk from all its pixels even where it is a JPEG."""
-    image = decode(file, drop_alpha=True)
+    image = read_image(file, drop_alpha=True)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return through_jpeg(image)

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from imgen_common.errors import UserError
-from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.agents.sources import constants, expect_places, find_file
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
@@ -86,7 +85,7 @@ class Ueval:
         for kind in KINDS:
             asked = {f"{kind} {n}": rubric for n, rubric in enumerate(_rubrics(item, kind), 1)}
             asked = {name: rubric for name, rubric in asked.items() if name not in answers}
-            images = [decode(file) for file in output.images] if asked and kind == "image" else []
+            images = [files.read_image(file) for file in output.images] if asked and kind == "image" else []
             for name, rubric in asked.items():
                 text = reading.fill(prompts.texts[words[kind]], rubric_item=rubric, **values)
                 questions.append(Question(name, (text, *images), parse_met, tries=TRIES, answer_tokens=tokens))

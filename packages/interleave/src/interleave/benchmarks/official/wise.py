@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from imgen_common.errors import UserError
-from imgen_common.images import decode
 from imgen_common.judging.questions import Question, Unreadable
 from interleave.agents.sources import expect_places, find_file, functions
 from interleave.benchmarks.base import Item, OfficialJudge, Output, Prompts, Scores
@@ -90,7 +89,7 @@ class _Wise:
         if QUESTION in answers or not output.images:
             return []
         words = reading.fill(prompts.texts["user"], Prompt=item.row["Prompt"], Explanation=item.row["Explanation"])
-        message, system = (words, decode(output.images[-1])), prompts.texts["system"]
+        message, system = (words, files.read_image(output.images[-1])), prompts.texts["system"]
         tokens = prompts.answer_tokens(20, 2 if self.name == "wise" else 12)
         return [Question(QUESTION, message, self.parse, system, answer_tokens=tokens)]
 
