@@ -14,6 +14,7 @@ import pytest
 
 from imgen_common.config import load
 from imgen_common.errors import UserError
+from interleave.benchmarks import setup
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.setup import BenchmarkRequest, check_judge, judge_differences, load_config, prepare
 from interleave.cli import main
@@ -46,7 +47,9 @@ def table(out: Path) -> dict[str, Any]:
     return json.loads((out / "table.json").read_text())
 
 
-def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_and_scoring_alone_make_what_both_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert interleave(*words("wise", tmp_path / "both", "--limit", "3")) == 0
     shown = capsys.readouterr()
     assert "3 items: 3 generated, 3 judged whole." in shown.out
@@ -59,6 +62,9 @@ def test_generation_and_scoring_alone_make_what_both_make(tmp_path: Path, capsys
     layout = ("--outputs-from", str(tmp_path / "both" / "outputs"), "--limit", "3")
     assert interleave(*words("wise", tmp_path / "theirs", *layout)) == 0
     assert table(tmp_path / "theirs")["figures"] == table(tmp_path / "both")["figures"]
+    monkeypatch.setattr(setup, "check_judge", lambda *given: pytest.fail("nothing is left to ask"))
+    for folder, more in (("both", ()), ("apart", ("--stage", "score")), ("theirs", layout[:2])):
+        assert interleave(*words("wise", tmp_path / folder, "--limit", "3", *more)) == 0
 
 
 @pytest.mark.parametrize(

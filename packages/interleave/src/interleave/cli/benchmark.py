@@ -88,14 +88,15 @@ def run(
         request = BenchmarkRequest(name, data, out, prompts_from, outputs_from, limit, shard)
         config = load_config(configs or [], run_configs or [], sets or [])
         work, differences = prepare(request, config, sys.argv)
-        if chosen != "generate":
+        makes = outputs_from is None and chosen != "score" and work.num_done() < len(work.shard.of(work.items))
+        if makes and chosen != "generate":
             check_judge(config.judge, work.benchmark.judge)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if outputs_from is None and chosen != "score":
             _generate(work, as_json)
         outputs = work.outputs()
         if chosen != "generate":
-            _score(work, outputs, yes)
+            _score(work, outputs, yes, is_checked=makes)
     report = work.write_report(outputs, differences)
     if as_json:
         print(json.dumps(asdict(report), indent=1))
@@ -123,15 +124,19 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
         )
 
 
-def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool) -> None:
+def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool, *, is_checked: bool) -> None:
+    """is_checked: whether the judge was asked before images were made; else it is now, if anything is left to ask."""
     from imgen_common.judging.cost import confirm_cost
     from interleave.benchmarks.run import score_now
+    from interleave.benchmarks.setup import check_judge
     from interleave.cli import console
 
     out = console.open_console(stderr=True)
     with spinner("counting questions"):
         judge = work.config.judge.build()
         cost = work.estimate(outputs, judge)
+        if cost.calls and not is_checked:
+            check_judge(work.config.judge, work.benchmark.judge)
     confirm_cost(cost, work.config, out.print, yes, "add --yes, or --limit N to ask less")
     every = max(1, len(outputs) // 20)
 
