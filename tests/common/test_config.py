@@ -106,6 +106,15 @@ def test_a_home_folder_in_a_path_is_found(tmp_path: Path, monkeypatch: pytest.Mo
         load(Paths, [], ["cache=~nobody-here/a"])
 
 
+def test_from_python_files_may_be_texts_and_one_may_stand_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("last: 3\n")
+    for files in (str(tmp_path / "a.yaml"), [str(tmp_path / "a.yaml")], tmp_path / "a.yaml"):
+        assert load(Train, files).last == 3
+    assert load(Train, sets="last=4").last == 4
+    with pytest.raises(UserError, match=r"missing\.yaml: no such file"):
+        load(Train, "missing.yaml")
+
+
 def test_nothing_given_is_the_class_default() -> None:
     assert load(Train) == Train()
 

@@ -80,6 +80,40 @@ def test_tokens_are_named_and_never_shown(tmp_path: Path, monkeypatch: pytest.Mo
     assert "top-secret-value" not in text
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+@pytest.mark.parametrize(
+    ("value", "is_offline"), [("1", True), ("True", True), ("on", True), ("Yes", True), ("0", False)]
+)
+def test_a_machine_that_is_kept_from_the_network_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, is_offline: bool
+) -> None:
+    for other in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    found = [finding.text for finding in findings._tokens() if finding.area == "network"]
+    assert found == [f"{name} is set: nothing is downloaded"] * is_offline
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("found a file: hub")])
+def test_a_cache_of_models_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refused() -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", refused)
+    found = list(findings._models())
+    assert [finding.state for finding in found] == ["problem"]
+    assert "Permission denied" in found[0].text or "found a file" in found[0].text
+
+
+def test_a_bundle_that_is_there_is_refused_before_anything_is_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imgen_common.doctor.findings.examine", None)
+    (tmp_path / "it.zip").touch()
+    with pytest.raises(UserError, match="exists; give another name"):
+        build_doctor("prog", list)(tmp_path, bundle=tmp_path / "it.zip")
+
+
 def test_licenses_of_cached_models_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)

@@ -1,5 +1,6 @@
 import errno
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import pytest
 import typer
 from safetensors import SafetensorError
 
-from imgen_common.errors import MENDABLE, DiskFullError, UserError, nearest, run_cli, written_or_warned
+from imgen_common.errors import MENDABLE, DiskFullError, UserError, nearest, quoted, run_cli, written_or_warned
 
 LIGHT_IMPORT = """
 import sys, imgen_common.config, imgen_common.errors, imgen_common.hub, imgen_common.run_folder.folder
@@ -205,9 +206,12 @@ def test_a_failure_that_safetensors_words_is_one_line(
     assert (stop.value.code, capsys.readouterr().err) == (2, said)
 
 
+@pytest.mark.parametrize(
+    ("program", "advice"), [("flowbp", "flowbp estimate --memory"), ("interleave", "--dry-run of sft and grpo")]
+)
 @pytest.mark.parametrize("error", [MemoryError(), type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.")])
 def test_memory_that_ran_out_is_one_line_with_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, program: str, advice: str
 ) -> None:
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -215,14 +219,15 @@ def test_memory_that_ran_out_is_one_line_with_what_to_do(
     def sample() -> None:
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["prog"])
+    monkeypatch.setattr(sys, "argv", [program])
     with pytest.raises(SystemExit) as stop:
-        run_cli(app, "prog")
+        run_cli(app, program)
     said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert said.startswith("prog: error: memory ran out (")
+    assert said.startswith(f"{program}: error: memory ran out (")
     assert said.count("\n") == 1
-    assert "flowbp estimate --memory" in said
+    assert advice in said
+    assert ("flowbp" in said) == (program == "flowbp")
 
 
 @pytest.mark.parametrize("library", ["libtorch_cpu.so", "libtorch_cuda.so"])
@@ -275,3 +280,33 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_the_library_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("path", "word"), [("runs/a", "runs/a"), ("runs/my run", "'runs/my run'"), (Path("a[b]"), "'a[b]'"), ("~x", "'~x'")]
+)
+def test_a_path_in_a_printed_command_is_one_word_of_a_shell(path: str, word: str) -> None:
+    assert quoted(path) == word
+    assert shlex.split(f"prog --resume {quoted(path)}")[2:] == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [("--runs=~/runs", "--runs=HOME/runs"), ("~/runs", "HOME/runs"), ("--runs=~", "--runs=HOME"), ("~", "HOME")]
+    + [(word, word) for word in ("--set=a=~/x", "a ~/x", "~~", "--runs=x~/y", "a=~/x", "")],
+)
+def test_a_home_folder_that_no_shell_has_expanded_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], word: str, read: str
+) -> None:
+    """bash leaves the ~ of `--runs=~/runs`, and every shell that of a quoted word."""
+    app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.command(context_settings={"ignore_unknown_options": True})
+    def show(words: list[str]) -> None:
+        print(words[0])
+
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.setattr(sys, "argv", ["prog", word])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(app, "prog")
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"{read}\n")

@@ -124,6 +124,15 @@ def test_what_cannot_be_written_is_a_typed_error_and_leaves_the_old_file_alone(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "log": "first\n"}
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "", "there"])
+def test_a_folder_in_the_place_of_a_file_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    with pytest.raises(UserError, match="is a folder; give the path of a file"):
+        write_atomic(Path(name), "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
 def test_a_link_to_nothing_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to(tmp_path / "gone" / "away")
     with pytest.raises(UserError, match="a part of this path is a file, or a link to nothing"):

@@ -16,7 +16,7 @@ from imgen_common.errors import UserError
 from imgen_common.http import HttpError
 from imgen_common.judging.agreement import compare_judges, rank_correlation, weighted_kappa
 from imgen_common.judging.answers import Answer, AnswerLog, read_answers
-from imgen_common.judging.cost import Prices, all_questions, describe_cost, estimate_cost
+from imgen_common.judging.cost import Cost, Prices, all_questions, describe_cost, estimate_cost
 from imgen_common.judging.questions import JudgeError, JudgeReply, Message, Question, Unreadable
 from imgen_common.judging.runner import Judging
 
@@ -230,6 +230,11 @@ def test_the_estimate_is_what_the_judge_then_counts(tmp_path: Path) -> None:
     assert cost.money == pytest.approx((2 * cost.prompt_tokens + 8 * cost.completion_tokens) / 1e6)
     assert cost.hours == pytest.approx(12 * 6 / 3 / 3600)
     assert describe_cost(cost, Prices(prompt=2.0)).startswith("12 calls of the judge, about ")
+
+
+@pytest.mark.parametrize(("money", "shown"), [(0.0, "written, 0.5"), (0.0012, ", 0.0012 USD,"), (1.234, ", 1.23 USD,")])
+def test_a_small_price_is_shown(money: float, shown: str) -> None:
+    assert shown in describe_cost(Cost(1, 1000, 100, money, 0.5), Prices())
 
 
 def test_images_count_by_their_pixels() -> None:

@@ -103,6 +103,17 @@ def test_a_finished_training_has_the_scores_at_its_own_scale(tmp_path: Path) -> 
     assert run.size == sum(file.stat().st_size for file in (tmp_path / "a").rglob("*") if file.is_file())
 
 
+def test_a_training_that_lacks_an_evaluation_is_not_finished(tmp_path: Path) -> None:
+    """It was stopped between those of two guidance scales."""
+    run = make_training(tmp_path / "run", finished=True)
+    assert summarize_run(run).state == "finished"
+    (run / "evaluations" / "trained-g2" / "scores.json").unlink()
+    found = summarize_run(run)
+    assert (found.state, found.scores) == ("stopped", {"reward": 1.5})
+    with pytest.raises(UserError, match="--images is for finished runs"):
+        find_removable(run, images=True)
+
+
 def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
     path = make_training(tmp_path / "a", finished=False)
     with RunFolder.open(path) as run:

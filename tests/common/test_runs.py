@@ -313,6 +313,26 @@ def test_a_tracker_that_is_added_later_starts_a_run(folder: Path, monkeypatch: p
         RunFolder.open(folder, Settings(), COMMAND, trackers=["wandb"])
 
 
+def test_a_start_that_fails_in_a_folder_that_was_there_can_be_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("not logged in")
+
+    folder.mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(__name__="trackio", init=refuse))
+    for _ in range(2):
+        with pytest.raises(UserError, match="not logged in"):
+            RunFolder.create(folder, Settings(), COMMAND, trackers=["trackio"])
+    RunFolder.create(folder, Settings(), COMMAND).close()
+
+
+def test_a_file_in_the_place_of_the_run_folders_is_said(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match=r"--runs .*runs: is a file; give the folder that holds the run folders"):
+        free_path(tmp_path / "runs", "x", "run")
+
+
 def test_a_missing_tracker_is_a_user_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="'wandb' is not installed"):

@@ -28,15 +28,25 @@ from flowbp.cli import app, console, options
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.data.prompts import load_prompts
+from flowbp.estimate.advice import SWITCHES
 from flowbp.evaluation.compare import Change, MeanScore, mean_score
 from flowbp.evaluation.evaluate import NotFiniteError
 from flowbp.evaluation.results import load_evaluations
 from flowbp.methods import METHODS
 from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas, methods_table, plan_strip
 from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
+from flowbp.training import launch
 from flowbp.training.loop import TrainingLoop
-from flowbp.training.progress import JsonLinesReporter, TextReporter, format_duration, format_memory, sparkline
-from flowbp.training.runs import new_run_path
+from flowbp.training.progress import (
+    JsonLinesReporter,
+    LiveReporter,
+    TextReporter,
+    format_duration,
+    format_memory,
+    make_reporter,
+    sparkline,
+)
+from flowbp.training.runs import MAY_DIFFER, new_run_path
 from flowbp.training.trainer import DIVERGED, LOWER, Trainer
 from imgen_common import hub
 from imgen_common.config import load
@@ -284,7 +294,14 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
         (["explain", "full", "--shift", "2", "--model", "builtin:shapes/generator"], "give --model or --shift"),
+        *(
+            (["explain", "full", "--shift", shift], "must be from 0.001 to 1000")
+            for shift in ("nan", "inf", "0", "1e-20")
+        ),
+        (["explain", "full", "--model", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "flowbp_sparse", "--num-inference-steps", "2"], "asks for 3 of 2 steps"),
+        (["train", "--resume-from", "last-good"], "give the run by --resume"),
+        (["estimate", "--calibrate", "--gpus", "4"], "cannot be compared with --gpus 4"),
         (["prefetch", "builtin:shapes/nothing"], "unknown model"),
         (["convert-reward", "hpsv3x", "a.pt", "out", "--with", "b"], "did you mean 'hpsv3'"),
         (["export", "x", "--to", "difusers"], "did you mean 'diffusers'"),
@@ -296,6 +313,94 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
 def test_bad_words_to_the_other_commands(flowbp: Call, tmp_path: Path, words: list[str], said: str) -> None:
     runs = ["--runs", tmp_path] if words[0] in ("report", "train", "sample", "eval") else []
     assert_refused(flowbp(*words, *runs), said)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path: Path, trained: Path) -> None:
+    """In 10 seconds, which a typo would cost; the first command that imports it ends this test."""
+    (tmp_path / "file").touch()
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    benchmark = ["benchmark", "builtin:shapes/generator", "--prompts", str(tmp_path / "prompts.txt"), "--out"]
+    wrong = [
+        ["train", "--resume-from", "last-good"],
+        ["train", "--resume", str(trained), "--set", "max_train_steps=1"],
+        ["train", "--runs", str(tmp_path / "file")],
+        ["explain", "full", "--model", "builtin:shapes/nothing"],
+        ["estimate", "--calibrate", "--gpus", "4"],
+        [*benchmark, str(tmp_path / "out"), "--guidance-scale", "nan"],
+        [*benchmark, str(trained)],
+        ["doctor", "--bundle", str(tmp_path / "file")],
+        ["export", str(trained), "--to", "merged", "--push", "a b"],
+    ]
+    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = eval(sys.argv[1]); import flowbp.cli as c; c.main()"
+    for words in wrong:
+        done = subprocess.run([sys.executable, "-c", code, repr(words)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("repo", "variables", "said"),
+    [
+        ("a b", {"HF_TOKEN": "x"}, "must be ORG/NAME"),
+        ("https://huggingface.co/me/x", {"HF_TOKEN": "x"}, "must be ORG/NAME"),
+        ("me/x", {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "x"}, "HF_HUB_OFFLINE is set"),
+        ("me/x", {}, "needs a token"),
+    ],
+)
+def test_an_upload_that_cannot_succeed_is_refused_before_the_export(
+    flowbp: Call, trained: Path, monkeypatch: pytest.MonkeyPatch, repo: str, variables: dict[str, str], said: str
+) -> None:
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: variables.get("HF_TOKEN"))
+    assert_refused(flowbp("export", trained, "--to", "merged", "--push", repo), said)
+    assert not (trained / "export-merged").exists()
+
+
+def test_a_log_has_no_bar_where_a_runner_forces_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FORCE_COLOR of CI makes rich take a file for a terminal, in which the bar would be redrawn all the time."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(make_reporter(10, ["reward"], is_main=True, as_json=False), TextReporter)
+
+
+def test_an_alert_is_shown_as_it_is() -> None:
+    """Brackets in it are no markup."""
+    text = io.StringIO()
+    LiveReporter(1, ["reward"], Console(file=text, width=80)).alert("the reward clip[v2] [/] fell")
+    assert text.getvalue() == "! the reward clip[v2] [/] fell\n"
+
+
+@pytest.mark.parametrize("setting", [*SWITCHES, "keep_graphs=2"])
+def test_what_an_estimate_advises_can_be_changed_in_a_resumed_run(tmp_path: Path, setting: str) -> None:
+    """After memory ran out; these settings train the same."""
+    config = TrainConfig()
+    RunFolder.create(tmp_path / "run", config).close()
+    changed = load(TrainConfig, [], [setting])
+    assert RunFolder.open(tmp_path / "run", changed, is_main=False, may_differ=MAY_DIFFER)
+
+
+def test_from_python_a_run_is_resumed_with_its_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(TrainConfig, [], ["total_batch_size=4", "name=run"])
+    RunFolder.create(tmp_path / "run", config).close()
+
+    def check(given: TrainConfig, *_: object) -> None:
+        assert given == config
+        raise UserError("checked")
+
+    monkeypatch.setattr("flowbp.training.launch.check_training", check)
+    with pytest.raises(UserError, match="checked"):
+        launch.train(resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0.00"), (0.0016, "0.0016"), (0.5, "0.50"), (1234.5, "1,234.50"), (3e-7, "3e-07")]
+)
+def test_small_numbers_of_an_estimate_are_not_hidden(value: float, shown: str) -> None:
+    assert console._number(value) == shown
 
 
 @pytest.mark.parametrize("seed", ["99999999999999999999999", "-9223372036854775809"])

@@ -15,7 +15,7 @@ from diffusers.loaders.lora_conversion_utils import (
 from families import FAMILIES, folder_of
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiers import tiers
 from trained_runs import TARGETS, ours, targets_of, theirs, trained
 
@@ -28,8 +28,9 @@ from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
 from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
 from flowbp.export.model_card import model_card
 from imgen_common.config import load
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.hub import SAMPLING_FILE
+from imgen_common.run_folder.data import hash_model, record_data
 from imgen_common.run_folder.folder import RunFolder
 
 
@@ -47,6 +48,20 @@ def test_an_exported_adapter_generates_the_same_image_in_diffusers(family: str, 
     assert "rank: 4" in text
     with pytest.raises(UserError, match="exists already"):
         export_run(run, "diffusers", out)
+
+
+def test_nothing_is_merged_into_a_model_that_has_changed(tmp_path: Path) -> None:
+    """Such as a newer revision of its repository."""
+    model = folder_of("sd3", tmp_path)
+    run = trained(tmp_path, model, "lora={rank: 2}")
+    record_data(run, hash_model("model.ref", str(model)))
+    file = next((model / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = max(tensors, key=lambda one: tensors[one].numel())
+    save_file({**tensors, name: tensors[name] + 1}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.ref has changed since the run was started"):
+        export_run(run, "merged", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
@@ -192,7 +207,7 @@ def test_an_upload_that_fails_is_one_line(
         monkeypatch.setattr(HfApi, "create_repo", fail)
     with pytest.raises(UserError, match=rf"--push {repo}: not uploaded \(.*\); check HF_TOKEN and the network") as said:
         push_to_hub(tmp_path, repo)
-    assert f"then run `hf upload {repo} {tmp_path}`" in str(said.value)
+    assert f"then run `hf upload {quoted(repo)} {tmp_path}`" in str(said.value)
     assert "\n" not in str(said.value)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from flowbp.evaluation import compare
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
 from flowbp.methods import METHODS
-from flowbp.reports import report
+from flowbp.reports import figure, report
 from flowbp.reports.charts import Series, line_chart, moving_average, ticks
 from flowbp.reports.explain import linear_sigmas
 from flowbp.reports.figure import plan_svg
@@ -225,6 +227,27 @@ def _width(uri: str) -> int:
     from PIL import Image
 
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).width
+
+
+@pytest.mark.parametrize("size", [0, 60])
+def test_a_damaged_image_of_an_evaluation_is_named(run: Path, size: int) -> None:
+    file = run / "evaluations" / "base-g1" / "003.png"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"base-g1/003\.png: "):
+        report.write_report(run)
+    with pytest.raises(UserError, match=r"base-g1/003\.png: "):
+        load_evaluations(str(run))["base", 1.0].images()
+
+
+def test_a_backend_that_matplotlib_does_not_know_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPLBACKEND of another version: its import would raise ValueError."""
+    (tmp_path / "matplotlib.py").write_text("import os\nfound = os.environ.get('MPLBACKEND')\nrcParams = {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Qt4Agg")
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    fake = figure._import_matplotlib()
+    del sys.modules["matplotlib"]
+    assert (fake.found, os.environ["MPLBACKEND"], fake.rcParams) == (None, "Qt4Agg", {"backend": "Qt4Agg"})
 
 
 def test_only_a_run_folder_has_a_report(tmp_path: Path) -> None:

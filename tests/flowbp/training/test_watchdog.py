@@ -1,8 +1,11 @@
 """The watchdog: what it sees in images, when it alerts, and that a run keeps its last healthy checkpoint."""
 
+import contextlib
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,15 @@ from flowbp.config import LoraConfig, TrainConfig, WatchdogConfig
 from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity, image_statistics, rms_distance
 from flowbp.training import watchdog
+from flowbp.training.loop import TrainingLoop
+from flowbp.training.progress import NullReporter
 from flowbp.training.runs import MAY_DIFFER
+from flowbp.training.trainer import Trainer
 from flowbp.training.watchdog import Finding, compare_with_base, image_drift
 from imgen_common.config import load
 from imgen_common.images import from_pil, to_pil
+from imgen_common.run_folder.folder import RunFolder
+from imgen_common.shutdown import GracefulShutdown
 
 RECIPES = Path(__file__).parents[3] / "configs" / "flowbp" / "miniature"
 
@@ -199,6 +207,89 @@ def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path)
     assert list(found) == [1]
     assert found[1]
     assert run.checkpoints() == [1]
+
+
+class Updates(Trainer):
+    """Stands for a trainer: it counts updates, and its models draw grey images with a score of 1, or 2 at last."""
+
+    def __init__(self, config: TrainConfig, update: int) -> None:
+        self.config, self.update = config, update
+        self.accelerator: Any = SimpleNamespace(device=torch.device("cpu"))
+        self.state: Any = SimpleNamespace(ema_weights=contextlib.nullcontext, state_dict=lambda: {"weights": {}})
+
+    def step(self) -> dict[str, float]:
+        self.update += 1
+        return {}
+
+
+def looping(path: Path, update: int, *sets: str) -> TrainingLoop:
+    """The loop of a run after so many updates, watched, with an alert at every evaluation."""
+    fixed = ["eval.every=1", "eval.num_prompts=2", "eval.quick_num_prompts=2", "max_train_steps=3"]
+    config = load(TrainConfig, [], [*fixed, "checkpoint.every=1", *sets])
+    run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config, ["flowbp"])
+    trainer = Updates(config, update)
+    loop = TrainingLoop(trainer, run, NullReporter(), GracefulShutdown())
+    loop.evaluation_due = update > 0
+
+    def evaluated(prompts: list[str], source: str, scale: float, label: str) -> Evaluation:
+        scores = {name: [float(trainer.update > 0)] * len(prompts) for name in ("reward", "heldout", "verifier")}
+        images = torch.full((len(prompts), 3, 8, 8), 0.5) + 0.1 * torch.eye(8)
+        return Evaluation(list(prompts), scores, None, images, {"dark": [3.0 * trainer.update] * len(prompts)})
+
+    loop._evaluate = evaluated  # type: ignore[method-assign]
+    return loop
+
+
+@pytest.mark.parametrize("place", ["image", "finding", "metrics"])
+def test_an_evaluation_that_was_cut_short_is_watched_once_resumed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, or a kill, between the images, the watchdog's finding and the metrics of an evaluation."""
+    loop = looping(tmp_path / "run", 0)
+    loop.evaluate_base()
+    targets = {
+        "image": (RunFolder, "log_image"),
+        "finding": (watchdog, "append_finding"),
+        "metrics": (RunFolder, "log"),
+    }
+    owner, name = targets[place]
+    with loop.run, monkeypatch.context() as patch:
+        real, refuses = getattr(owner, name), []
+
+        def fails(*given: Any) -> None:
+            if loop.trainer.update == 1 and (name != "log" or any(key.startswith("eval/") for key in given[2])):
+                refuses.append(1)
+                raise KeyboardInterrupt
+            real(*given)
+
+        patch.setattr(owner, name, fails)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_updates()
+    assert refuses
+    resumed = looping(tmp_path / "run", 1)
+    with resumed.run:
+        resumed.run.rewind(1)
+        resumed.run_updates()
+        lines = [line["step"] for line in resumed.run.metrics() if "eval/reward" in line]
+    assert watchdog.read_alerts(tmp_path / "run").keys() == {1, 2, 3}
+    assert lines == [0, 1, 2, 3]
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 4
+
+
+@pytest.mark.parametrize(("sets", "last"), [([], 1), (["watchdog.stop=false"], 3)])
+def test_a_run_that_the_watchdog_ended_does_not_train_on_when_resumed(
+    sets: list[str], last: int, tmp_path: Path
+) -> None:
+    """It was stopped in the evaluations that follow; told to, it goes on."""
+    loop = looping(tmp_path / "run", 0, "watchdog.stop=true")
+    with loop.run:
+        loop.evaluate_base()
+        loop.run_updates()
+    assert loop.trainer.update == 1
+    resumed = looping(tmp_path / "run", 1, "watchdog.stop=true", *sets)
+    with resumed.run:
+        resumed.run_updates()
+    assert resumed.trainer.update == last
 
 
 @pytest.mark.slow

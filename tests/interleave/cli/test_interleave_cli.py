@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from imgen_common import hub
 from imgen_common.config import load
+from imgen_common.run_folder.folder import RunFolder
 from interleave.agents.prompts import render_plan, render_verdict
 from interleave.cli import console, main
 from interleave.datasets.config import DataConfig
@@ -278,6 +280,71 @@ def test_a_resumed_batch_counts_from_the_stories_that_have_ended(
             130,
             " ".join(["--resume", str(trace.parent), *more]),
         )
+
+
+def test_paths_are_printed_as_they_are_and_commands_can_be_copied(interleave: Call, tmp_path: Path) -> None:
+    """Brackets are no markup of the terminal, and a name with spaces is one word of a shell."""
+    file, runs = tmp_path / "my requests[draft].txt", tmp_path / "all runs"
+    file.write_text("a cat\n")
+    code, out, _ = interleave("batch", file, recipe(tmp_path, planner=("mumble",)), "--runs", runs)
+    run = runs / file.stem
+    assert code == 1
+    assert f"report: {run / 'report.html'}\n" in out
+    line = next(line for line in out.splitlines() if "to try the others again: " in line)
+    assert shlex.split(line.partition("again: ")[2]) == ["interleave", "batch", "--resume", str(run), "--retry"]
+    code, out, _ = interleave("run", "a hat", recipe(tmp_path), "--runs", runs, "--name", "one[two]")
+    shown = [word for line in out.splitlines() for word in [line.rpartition("  ")[2]] if word.endswith(".png")]
+    assert code == 0
+    assert shown
+    assert all(Path(path).is_file() for path in shown)
+
+
+@pytest.mark.parametrize("place", [".", "there"])
+def test_a_page_is_not_written_in_the_place_of_a_folder(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    assert interleave("run", "a cat", recipe(tmp_path), "--runs", tmp_path, "--name", "r")[0] == 0
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = f"{place}: is a folder; give the path of a file"
+    assert_refused(interleave("report", "r", "--runs", tmp_path, "--out", place), said)
+
+
+@pytest.mark.parametrize("command", [("sft", "critic"), ("grpo",)])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--name", "taken"), "taken: holds a run already"),
+        (("--name", "a/b"), "must be the plain name of a folder"),
+        (("--resume", "ended"), "ended: is finished; its model is"),
+        (("--resume", "taken", "--name", "other"), "--name other: is for a new run"),
+        (("--resume-from", "last-good"), "give the run by --resume"),
+    ],
+)
+def test_where_a_training_goes_is_checked_before_anything_is_built_or_paid(
+    interleave: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    """The set, the model, and the image that a generator and a judge are tried with."""
+    config = (SftConfig if command[0] == "sft" else GrpoConfig)()
+    for name in ("taken", "ended"):
+        RunFolder.create(tmp_path / name, config).close()
+    (tmp_path / "ended" / "model").mkdir()
+    monkeypatch.setattr("interleave.cli.train._ensure_set", None)  # it follows
+    assert_refused(interleave(*command, *words, "--runs", tmp_path), said)
+
+
+def test_a_shard_is_checked_before_a_build_begins(
+    interleave: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("interleave.cli.data._build", None)
+    assert_refused(
+        interleave("data", "build", "--out", tmp_path / "set", "--shard", "3/2"), "the parts of 2 are 1 to 2"
+    )
 
 
 def test_a_batch_says_that_its_judge_cannot_be_read(interleave: Call, tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ from interleave.pages import run as run_pages
 from interleave.pages.images import PIXELS, SIDES, SMALL, PageImages
 from interleave.pages.run import render_stories, write_report
 from interleave.pages.story import StoryView
-from interleave.pages.words import ATTEMPT_STATUS, FAILURES, STORY_STATUS, explain_reasoning, word_changes
+from interleave.pages.words import (
+    ATTEMPT_STATUS,
+    FAILURES,
+    STORY_STATUS,
+    explain_reasoning,
+    format_seconds,
+    word_changes,
+)
 from interleave.protocols import FailureKind, HashedImage
 from interleave.records import (
     Attempt,
@@ -385,6 +392,14 @@ def test_a_story_that_ended_early_says_why_and_how_to_go_on(
 )
 def test_the_notes_of_the_miniatures_critic_are_shown_in_words(reasoning: str, words: str) -> None:
     assert explain_reasoning(reasoning) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(3.14, "3.1 s"), (59.94, "59.9 s"), (59.97, "1 min 00 s"), (119.7, "2 min 00 s"), (125, "2 min 05 s")],
+)
+def test_seconds_are_rounded_before_they_are_divided(seconds: float, shown: str) -> None:
+    assert format_seconds(seconds) == shown
 
 
 def test_every_state_has_words() -> None:

@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -88,6 +89,11 @@ def written_or_warned(write: Callable[[], Path], again: str) -> Path | None:
         return None
 
 
+def quoted(path: Path | str) -> str:
+    """A path as one word of a shell, for commands that are printed to be copied."""
+    return shlex.quote(str(path))
+
+
 def one_line(text: str, limit: int | None = 300) -> str:
     """Words of someone else on one line, so that they cannot rewrite a terminal: what cannot be printed becomes a
     space, and what exceeds `limit` is cut."""
@@ -164,6 +170,7 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
     try:
         _check_interpreter()
         _check_working_directory()
+        sys.argv[1:] = map(_expand_home, sys.argv[1:])
         for place, word in enumerate(sys.argv[1:]):
             _check_argument(word, place + 1)
             option = word.partition("=")[0]
@@ -179,7 +186,7 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         # typer ends with 130 on every KeyboardInterrupt, whichever signal it came from
         return exit_code() if ended.code == 130 else ended.code
     except Exception as error:
-        if (explained := _explain(error)) is None:
+        if (explained := _explain(error, name)) is None:
             raise
         print(f"{name}: error: {explained}", file=sys.stderr)
         return 2
@@ -192,6 +199,12 @@ def _check_interpreter() -> None:
         raise UserError(
             "Python runs without docstrings (-OO or PYTHONOPTIMIZE=2), which transformers needs; leave it out"
         )
+
+
+def _expand_home(word: str) -> str:
+    """A word of the command line whose `~` no shell has expanded, as bash leaves that of `--runs=~/runs`."""
+    found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", word, re.DOTALL)
+    return word if found is None else (found[1] or "") + os.path.expanduser(found[2])
 
 
 def _check_argument(word: str, place: int) -> None:
@@ -214,8 +227,8 @@ def _check_working_directory() -> None:
         ) from None
 
 
-def _explain(error: Exception) -> str | None:
-    """What the user can do about an error of the operating system; None where that is not known."""
+def _explain(error: Exception, program: str) -> str | None:
+    """What the user of a program can do about an error of the operating system; None where that is not known."""
     failure = system_error(error)
     where = f"{failure.filename}: {failure.strerror}" if failure is not None and failure.filename is not None else ""
     if is_disk_full(error):
@@ -227,15 +240,18 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, ImportError) and "failed to map segment" in str(error):  # by the dynamic loader, of libtorch
         return f"memory ran out as libraries were loaded ({one_line(str(error))}); lift the limit (ulimit -v)"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
-        return f"memory ran out ({one_line(str(error) or 'of the machine')}); {LESS_MEMORY}"
+        says = HELPFUL.get(program, "")
+        return f"memory ran out ({one_line(str(error) or 'of the machine')}); {LESS_MEMORY}{says}"
     return None
 
 
 SET_TMPDIR = "set TMPDIR to a folder that can be written"
-LESS_MEMORY = (
-    "lower batch sizes, image size or precision, or take a larger device; flowbp estimate --memory 24GB says which "
-    "settings help most, and --resume goes on from the last checkpoint"
-)
+LESS_MEMORY = "lower batch sizes, image size or precision, or take a larger device"
+HELPFUL = {
+    "flowbp": "; flowbp estimate --memory 24GB says which settings help most, of which --resume takes most",
+    "interleave": "; --dry-run of sft and grpo says what takes how much",
+}
+"""What a program has that says which settings help."""
 
 
 def _command_of(app: "typer.Typer") -> Callable[..., object]:

@@ -243,6 +243,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Raises UserError if it cannot be written.
     """
+    if path.is_dir():
+        raise WriteError(f"{path}: is a folder; give the path of a file, such as {path / 'NAME'}")
     fresh = path.with_name(f".{path.name[:32]}-{secrets.token_hex(8)}.tmp")
     with writing(path):
         try:

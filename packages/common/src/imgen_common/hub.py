@@ -261,8 +261,8 @@ def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     return path
 
 
-def _offline() -> str | None:
-    """The variable that keeps this process offline, if one does."""
+def offline() -> str | None:
+    """The variable that keeps this process from the network, if one does."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return next((name for name in names if os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}), None)
 
@@ -278,23 +278,23 @@ def _download(
 
     from imgen_common.http.addresses import check_proxy, proxy_of
 
-    offline = _offline() is not None
+    is_offline = offline() is not None
 
     def fetch(want: list[str], leave: str | None = None) -> Path:
-        options: dict[str, Any] = {"revision": revision, "local_files_only": offline}
+        options: dict[str, Any] = {"revision": revision, "local_files_only": is_offline}
         return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=leave, **options))
 
     try:
-        if not offline and (proxy := proxy_of(constants.ENDPOINT)):
+        if not is_offline and (proxy := proxy_of(constants.ENDPOINT)):
             check_proxy(proxy)
-        if adapter and file is None and not offline:
+        if adapter and file is None and not is_offline:
             siblings = HfApi().model_info(repo, revision=revision).siblings or []
             file = _choose_adapter(ref, [one.rfilename for one in siblings])
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
         folder = fetch(["model_index.json"])
-        if not offline:
+        if not is_offline:
             folder = fetch(*_wanted_files(folder, HUB_FILES if weights else DESCRIPTION_FILES))
     except UserError:
         raise
@@ -321,7 +321,7 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
 
     from imgen_common.http.addresses import CREDENTIALS, redacted
 
-    if variable := _offline():
+    if variable := offline():
         return f"{variable} is set, and the cache has no complete copy of it; {_remedy(ref)}"
     hidden = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
     login = f"log in with `hf auth login` or set HF_TOKEN{' and unset HF_HUB_DISABLE_IMPLICIT_TOKEN' if hidden else ''}"
@@ -355,8 +355,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _remedy(ref: str) -> str:
-    if _offline():
-        return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without {_offline()}"
+    if offline():
+        return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without {offline()}"
     proxies = [name for upper in ("HTTPS_PROXY", "ALL_PROXY") for name in (upper, upper.lower())]
     settings = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "SSLKEYLOGFILE", *proxies)
     named = [name for name in settings if name in os.environ]

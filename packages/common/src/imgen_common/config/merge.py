@@ -24,7 +24,7 @@ from imgen_common.config.schema import (
 )
 from imgen_common.config.secrets import mask_secrets
 from imgen_common.config.yaml_files import parse_yaml, read_yaml
-from imgen_common.errors import UserError, check_list, nearest
+from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path
 
 EXTENDS = "extends"
@@ -32,14 +32,15 @@ MAX_FILES, MAX_KEYS = 20, 64
 """Files that extend each other; keys of `--set`."""
 
 
-def load(cls: type[C], files: Sequence[str | Path] = (), sets: Sequence[str] = ()) -> C:
+def load(cls: type[C], files: Sequence[Path | str] | Path = (), sets: Sequence[str] = ()) -> C:
     """The configuration of class `cls` that `files` and then `sets` ("a.b=c", the value in YAML) describe.
 
-    `sets` do not depend on their order, except that of two for the same key the last wins.
+    One file, or one of `sets`, may be given alone.  `sets` do not depend on their order, except that of two for the
+    same key the last wins.
     Raises UserError naming the file or `--set`, the key, what was given and what is allowed.
     """
-    check_list(files, "files")
-    check_list(sets, "sets")
+    files = [files] if isinstance(files, str | Path) else files
+    sets = [sets] if isinstance(sets, str) else sets
     # a value comes before what lies inside it, and `kind` before its neighbors
     given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
     merge = _Merge()

@@ -45,6 +45,8 @@ def build_doctor(program: str, own_findings: Callable[[], "Iterable[Finding]"]) 
         from imgen_common.run_folder.find import find_run
 
         place = None if run is None else find_run(run, runs)
+        if bundle is not None and bundle.exists():
+            raise UserError(f"{bundle}: exists; give another name")
         found = [*examine(runs), *own_findings()]
         if bundle is not None:
             from imgen_common.doctor.bundle import write_bundle

@@ -13,8 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from imgen_common.errors import SET_TMPDIR
+from imgen_common.errors import SET_TMPDIR, one_line
 from imgen_common.files import free_bytes, nearest_existing
+from imgen_common.hub import offline
 
 GIB = 2**30
 
@@ -142,6 +143,11 @@ def _models() -> Iterator[Finding]:
     except CacheNotFound:
         yield Finding("models", "ok", "no model is in the Hugging Face cache")
         return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(str(error))
+        remedy = "set HF_HOME to a folder that can be read, or change the permissions of its files"
+        yield Finding("models", "problem", f"the Hugging Face cache cannot be read ({reason})", remedy)
+        return
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
         license_name = _license([revision.snapshot_path for revision in repo.revisions])
         size = repo.size_on_disk / GIB
@@ -168,8 +174,8 @@ def _tokens() -> Iterator[Finding]:
     yield Finding("tokens", "ok", f"Hugging Face: {'there' if there else 'none'}", remedy)
     named = sorted(name for name in os.environ if re.search(r"_(API_)?(KEY|TOKEN)$", name))
     yield Finding("tokens", "ok", f"in the environment: {', '.join(named) or 'none'} (values are never shown)")
-    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
-        yield Finding("network", "warning", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset it, or prefetch")
+    if name := offline():
+        yield Finding("network", "warning", f"{name} is set: nothing is downloaded", "unset it, or prefetch")
 
 
 def extras(packages: Mapping[str, str]) -> Iterator[Finding]:

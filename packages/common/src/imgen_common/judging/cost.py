@@ -85,7 +85,7 @@ def estimate_cost(questions: Iterable[Question], prices: Prices, concurrency: in
 
 def describe_cost(cost: Cost, prices: Prices) -> str:
     """The cost in one line."""
-    money = f", {cost.money:.2f} {prices.currency}" if cost.money else ""
+    money = f", {cost.money:{'.2f' if cost.money >= 0.1 else '.2g'}} {prices.currency}" if cost.money else ""
     tokens = f"about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} written"
     return f"{count(cost.calls, 'call')} of the judge, {tokens}{money}, {cost.hours:.1f} hours"
 

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, nearest, quoted
 
 CONFIG, ENVIRONMENT, METRICS, LOCK = "config.yaml", "environment.json", "metrics.jsonl", ".lock"
 
@@ -95,13 +95,15 @@ def free_path(root: Path, name: str | None, otherwise: str) -> Path:
     """
     plain = otherwise if name is None else name
     path = root / plain
+    if root.is_file():
+        raise UserError(f"--runs {root}: is a file; give the folder that holds the run folders")
     if plain in ("", ".", "..") or path.name != plain or len(plain.encode()) > MAX_NAME_BYTES:
         raise UserError(
             f"name {plain!r}: must be the plain name of a folder, of at most {MAX_NAME_BYTES} bytes; "
             "where it goes is --runs"
         )
     if name is not None and (path / CONFIG).exists():
-        raise UserError(f"{path}: holds a run already; go on with --resume {path} or choose another name")
+        raise UserError(f"{path}: holds a run already; go on with --resume {quoted(path)} or choose another name")
     if name is not None or not path.exists():
         return path
     numbered = (root / f"{plain}-{number}" for number in itertools.count(2))

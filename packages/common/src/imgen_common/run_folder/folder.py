@@ -24,7 +24,7 @@ from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
 from imgen_common.config import Config, load, read_yaml, to_yaml, with_json_files
-from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full
+from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full, quoted
 from imgen_common.files import (
     append_line,
     finite_or_none,
@@ -86,6 +86,8 @@ class RunFolder:
             _refuse_used(path)  # another process may have made its run meanwhile
             if is_new:
                 undo.callback(shutil.rmtree, path, ignore_errors=True)
+            for name in () if is_new else (CONFIG, ENVIRONMENT):
+                undo.callback((path / name).unlink, missing_ok=True)
             if command is not None:
                 run._record_environment(command)
             write_atomic(path / CONFIG, to_yaml(config))
@@ -158,10 +160,12 @@ class RunFolder:
             latest = self.latest_checkpoint()
             kept = "what was recorded before" if latest is None else f"the checkpoint of step {latest}"
             what = error.what if isinstance(error, DiskFullError) else f"{self.path}: the disk is full"
-            return UserError(f"{what}; {kept} is kept; make room and go on with --resume {self.path}")
+            return UserError(f"{what}; {kept} is kept; make room and go on with --resume {quoted(self.path)}")
         if isinstance(error, OSError) and Path(str(error.filename or "")).is_relative_to(self.path):
             remedy = MENDABLE.get(error.errno or 0, "mend it")
-            return UserError(f"{error.filename}: {error.strerror}; {remedy}; then go on with --resume {self.path}")
+            return UserError(
+                f"{error.filename}: {error.strerror}; {remedy}; then go on with --resume {quoted(self.path)}"
+            )
         return None
 
     def close(self) -> None:

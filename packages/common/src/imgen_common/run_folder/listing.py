@@ -185,7 +185,9 @@ def _read_train(path: Path, config: Mapping[str, Any], is_running: bool) -> _Fou
     trained = _trained_scores(path, config.get("guidance_scale"))
     if trained is not None:
         scale, scores = trained
-        return _Found(True, done, total, scores, f"the evaluation after training, guidance scale {scale:g}")
+        return _Found(
+            _is_evaluated(path), done, total, scores, f"the evaluation after training, guidance scale {scale:g}"
+        )
     quick = {name: value for name, value in metrics.items() if name.startswith(("eval/", "eval_preview/"))}
     at = max((step for step, _ in quick.values()), default=0)
     last_scores = {name: value for name, (step, value) in quick.items() if step == at}
@@ -198,6 +200,12 @@ def _read_train(path: Path, config: Mapping[str, Any], is_running: bool) -> _Fou
         {name.removeprefix(prefix): value for name, value in last_scores.items() if name.startswith(prefix)},
         f"the quick evaluation at update {at}{mark}" if quick else "",
     )
+
+
+def _is_evaluated(path: Path) -> bool:
+    """Whether each evaluation of the base has one of the trained model beside it."""
+    files = [file.parent.name for file in (path / "evaluations").glob("*/scores.json")]
+    return {"trained-" + name.removeprefix("base-") for name in files if name.startswith("base-")} <= set(files)
 
 
 def _trained_scores(path: Path, own: object) -> tuple[float, dict[str, float]] | None:

@@ -17,7 +17,7 @@ from flowbp.backbones.options import apply_model_options, check_machine, quantiz
 from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, nearest, quoted
 from imgen_common.run_folder.checkpoints import Checkpoint, check_tensors
 from imgen_common.run_folder.folder import RunFolder
 
@@ -43,7 +43,7 @@ def read_trained_weights(
     """The configuration of a run, and its averaged or last weights from a checkpoint, the newest by default."""
     chosen = run.latest_checkpoint() if step is None else step
     if chosen is None:
-        raise UserError(f"{run.path}: no checkpoint yet; continue the run (flowbp train --resume {run.path})")
+        raise UserError(f"{run.path}: no checkpoint yet; continue the run (flowbp train --resume {quoted(run.path)})")
     group = load_checkpoint(run, chosen).tensors["weights" if weights == "last" else "ema"]
     return run.config(TrainConfig), dict(group)
 

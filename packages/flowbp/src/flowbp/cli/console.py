@@ -126,9 +126,14 @@ def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) ->
     layers = numbers.get("lora_layers", {})
     rows = {ARITHMETIC_LABELS.get(key, key.replace("_", " ")): numbers[key] for key in numbers if key != "lora_layers"}
     for label, value in {**rows, **{f"adapters on layers {target}": layers[target] for target in layers}}.items():
-        table.add_row(label, f"{value:,}" if isinstance(value, int) else f"{value:,.2f}")
+        table.add_row(label, f"{value:,}" if isinstance(value, int) else _number(value))
     out.print(Padding(table, (0, 0, 0, 2)))
     out.print(f"\nrun folder: {escape(path)}\n")
+
+
+def _number(value: float) -> str:
+    """With two decimals, or two significant digits where these would hide a small one."""
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def print_estimate(content: Mapping[str, Any]) -> None:
@@ -180,7 +185,7 @@ def _cost_lines(content: Mapping[str, Any]) -> list[str]:
         )
     lines = [
         f"\ngradient accumulation steps: {content['gradient_accumulation_steps']}",
-        f"one update: {content['tflop_per_update']:,.2f} TFLOP per process; {escape(time)}",
+        f"one update: {_number(content['tflop_per_update'])} TFLOP per process; {escape(time)}",
         *_sent_line(content),
         f"disk: {format_gib(content['disk'])} GiB of checkpoints",
         f"embeddings of the prompts: at most {format_gib(content['embeddings'])} GiB per process, in the host's memory "

@@ -239,9 +239,7 @@ def benchmark(
             guidance_scale=guidance,
             seed=seed,
         )
-        settings.check_scorers(request.scorers, chosen, asking.url)
-        settings.read_prompts(request, source.config.data)
-        source.check()
+        settings.check_request(request, out, source, asking.url)
         # from here on torch is needed
         from flowbp.evaluation.benchmarks.run import prepare_benchmark
         from imgen_common.console import quiet_libraries

@@ -1,5 +1,6 @@
 """`flowbp export`, `flowbp prefetch` and `flowbp convert-reward`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from flowbp.cli.options import Runs
 from imgen_common.console import spinner
-from imgen_common.errors import check_choice
+from imgen_common.errors import UserError, check_choice
 
 
 def prefetch(
@@ -63,6 +64,8 @@ def export(
 
         chosen, kept = check_choice("--to", to, ExportFormat), check_choice("--weights", weights, ExportedWeights)
         path = find_run(run, runs, "flowbp train")
+        if push is not None:
+            _check_push(push)
         target = out or path / f"export-{to}"
         check_is_new(target)
         check_export(path, chosen, step, model)
@@ -75,6 +78,20 @@ def export(
     print(f"exported as {chosen}: {folder}")
     if push is not None:
         print(f"pushed: {export.push_to_hub(folder, push)}")
+
+
+def _check_push(repo: str) -> None:
+    """Raises UserError where nothing can be uploaded to a repository, as without a token."""
+    from huggingface_hub import get_token
+
+    from imgen_common.hub import offline
+
+    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,96}", repo, re.ASCII):
+        raise UserError(f"--push {repo}: must be ORG/NAME, the repository to upload to")
+    if name := offline():
+        raise UserError(f"--push {repo}: {name} is set, so that nothing can be uploaded; unset it")
+    if get_token() is None:
+        raise UserError(f"--push {repo}: needs a token; run `hf auth login`, or set HF_TOKEN")
 
 
 def convert_reward(

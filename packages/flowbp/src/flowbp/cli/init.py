@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 
 
 def init(
@@ -44,4 +44,5 @@ def init(
     launcher = f"torchrun --nproc_per_node {starter.gpus} -m " if starter.gpus > 1 else ""
     print(f"{file}: {family}/{starter}; reward {reward}")
     print("its first lines name the weights and prompts that it needs; then:")
-    print(f"  flowbp estimate {file} --memory {memory}{several}\n  {launcher}flowbp train {file}")
+    word = quoted(file)
+    print(f"  flowbp estimate {word} --memory {quoted(memory)}{several}\n  {launcher}flowbp train {word}")

@@ -134,14 +134,17 @@ def _figure_kind(figure: Path | None) -> str:
 def _noise_levels(config: "TrainConfig", model: str | None, shift: float) -> Sequence[float]:
     from flowbp.reports.explain import linear_sigmas
 
-    if shift <= 0:
-        raise UserError(f"--shift {shift:g}: must be above 0")
+    if not 0.001 <= shift <= 1000:
+        raise UserError(f"--shift {shift:g}: must be from 0.001 to 1000")
     if model is None:
         return linear_sigmas(config.num_inference_steps, shift)
     if shift != 1:
         raise UserError("--shift: a model has its own noise levels; give --model or --shift")
-    from flowbp import backbones
+    from imgen_common import hub
     from imgen_common.console import quiet_libraries
+
+    hub.resolve(model, weights=False)  # before torch is imported
+    from flowbp import backbones
 
     quiet_libraries()
     size = (config.model.height, config.model.width)

@@ -56,6 +56,7 @@ def print_notes(notes: Iterable[str]) -> None:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """on_progress(label, done, total): a progress bar on standard error, or a line there at each quarter."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     if not sys.stderr.isatty():
@@ -67,6 +68,6 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task("loading", total=None)
 
         def on_progress(label: str, done: int, total: int) -> None:
-            bar.update(task, description=label, completed=done, total=total)
+            bar.update(task, description=escape(label), completed=done, total=total)
 
         yield on_progress

@@ -14,7 +14,7 @@ import typer
 from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
-from imgen_common.errors import UserError, written_or_warned
+from imgen_common.errors import UserError, quoted, written_or_warned
 from imgen_common.shutdown import message_when_stopped
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def train(
             from imgen_common.run_folder.folder import choose_checkpoint
 
             run_path = find_run(resume, runs, "flowbp train") if resume is not None else None
+            if run_path is None:
+                choose_checkpoint(None, resume_from)  # refused, but for the default
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
             job, path = check_training(config, runs, run_path)
@@ -123,7 +125,7 @@ def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_m
     def describe_stop() -> str:
         latest = run.latest_checkpoint()
         saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
-        return f"stopped; {saved}; continue with: flowbp train --resume {run.path}"
+        return f"stopped; {saved}; continue with: flowbp train --resume {quoted(run.path)}"
 
     try:
         with message_when_stopped(describe_stop) if is_main else nullcontext(), run, reporter:
@@ -142,7 +144,7 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
     from flowbp.training import progress
     from flowbp.training.runs import compare_base_and_trained
 
-    page = written_or_warned(lambda: report.write_report(run), f"flowbp report {run}")
+    page = written_or_warned(lambda: report.write_report(run), f"flowbp report {quoted(run)}")
     found = compare_base_and_trained(run)
     if isinstance(reporter, progress.JsonLinesReporter):
         results = [{"guidance": scale, "scores": scores_as_json(scores)} for scale, scores in found.items()]
@@ -195,6 +197,8 @@ def estimate(
         from imgen_common.devices import device_of, known_card
 
         limit = parse_memory_size(memory) if memory is not None else None
+        if calibrate and gpus > 1:
+            raise UserError(f"--calibrate: runs one process, so it cannot be compared with --gpus {gpus}; leave it out")
         if gpu is not None and tflops is None:
             known_card(gpu)  # before torch is imported
 

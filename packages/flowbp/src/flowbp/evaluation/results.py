@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from pydantic import BaseModel, model_validator
 from torch import Tensor
 
@@ -15,7 +14,10 @@ from flowbp.data.edits import sources_of
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.errors import UserError
 from imgen_common.files import Number, finite_or_none, read_json, write_atomic, writing
-from imgen_common.images import from_pil, to_pil
+from imgen_common.images import decode, from_pil, to_pil
+
+MAX_IMAGE_BYTES = 2**28
+"""Size of the largest image that is read back."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class SavedEvaluation(ScoredPrompts):
     """As of `Evaluation`."""
 
     def images(self) -> Tensor:
-        """The images, (n, 3, h, w) in [0, 1]."""
-        return from_pil([Image.open(file) for file in self.image_files])
+        """The images, (n, 3, h, w) in [0, 1].  Raises UserError naming one that is damaged."""
+        return from_pil([decode(file, MAX_IMAGE_BYTES) for file in self.image_files])
 
 
 class SavedScores(BaseModel):

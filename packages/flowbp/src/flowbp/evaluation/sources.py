@@ -12,7 +12,7 @@ from flowbp.config import ExportFormat, TrainConfig
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from imgen_common import hub, weights
 from imgen_common.config import load
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.files import read_json
 from imgen_common.run_folder.checkpoints import find_checkpoints
 from imgen_common.run_folder.data import DataHash, check_data, hash_adapter, hash_model, hash_rows, hash_weights
@@ -237,7 +237,7 @@ def check_export(run: Path, to: ExportFormat, step: int | None = None, model: st
     if step is not None:
         opened.check_step(step)
     elif opened.latest_checkpoint() is None:
-        raise UserError(f"{run}: no checkpoint yet; continue the run (flowbp train --resume {run})")
+        raise UserError(f"{run}: no checkpoint yet; continue the run (flowbp train --resume {quoted(run)})")
     if config.lora is None and to != "merged":
         raise UserError(f"{run}: trained all weights, so there is no adapter to export; use --to merged")
     if model is not None and (config.lora is None or to != "merged"):

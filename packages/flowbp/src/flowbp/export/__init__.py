@@ -15,9 +15,10 @@ from flowbp.evaluation.sources import check_export
 from flowbp.export.adapters import DIFFUSERS_FILE, lora_adapters, merge_weights, to_diffusers
 from flowbp.export.comfyui import COMFYUI_FILE, to_comfyui
 from flowbp.export.model_card import model_card
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError, one_line, quoted
 from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.hub import SAMPLING_FILE, SIZE_AND_LENGTH
+from imgen_common.run_folder.data import check_data, hash_model
 from imgen_common.run_folder.folder import RunFolder
 
 
@@ -35,7 +36,7 @@ def export_run(
     updates after which the checkpoint was made; by default the last one.  model: a distilled sibling of the trained
     model, into which an adapter is merged instead.
     Raises UserError if `out` exists, there is no such checkpoint, the run trained all weights and `to` wants an
-    adapter, or `model` does not fit.
+    adapter, `model` does not fit, or the weights of the trained model have changed since.
     """
     check_export(run, to, step, model)
     opened = RunFolder.open(run, is_main=False)
@@ -44,6 +45,8 @@ def export_run(
     # an adapter was drawn with eval.model, if that is set, and a whole pipeline is one of both
     is_drawn = to != "merged" or (model or config.model.ref) == (config.eval.model or config.model.ref)
     sampling = _sampling(config, model, is_drawn=is_drawn)
+    if to == "merged" and model is None:  # into the weights that were trained
+        check_data(run, hash_model("model.ref", config.model.ref))
     with atomic_folder(out) as folder:
         if to == "merged":
             merge_weights(config, weights, model).save_pretrained(folder)
@@ -94,6 +97,6 @@ def push_to_hub(folder: Path, repo: str) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder)
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
         reason = one_line(str(error) or type(error).__name__)
-        again = f"check HF_TOKEN and the network, then run `hf upload {repo} {folder}`"
+        again = f"check HF_TOKEN and the network, then run `hf upload {quoted(repo)} {quoted(folder)}`"
         raise UserError(f"--push {repo}: not uploaded ({reason}); {again}") from error
     return str(address)

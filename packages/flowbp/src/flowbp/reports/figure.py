@@ -1,7 +1,11 @@
 """A plan as a figure; nothing here knows a network."""
 
+import contextlib
 import io
+import os
 import re
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +39,7 @@ MAX_RISE = 6 * LINE
 
 def plot_plan(plan: Plan, title: str, kind: str = "png") -> bytes:
     """The plan as a PNG, SVG or PDF: stems are weights over noise levels, arcs are legs, the star is the reward."""
-    import matplotlib as mpl
+    mpl = _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,6 +60,20 @@ def plot_plan(plan: Plan, title: str, kind: str = "png") -> bytes:
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, dpi=150, transparent=kind == "svg", metadata=metadata)
     return buffer.getvalue()
+
+
+def _import_matplotlib() -> ModuleType:
+    """matplotlib, whose import an MPLBACKEND of another version would end; no window is opened here."""
+    backend = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
+    try:
+        import matplotlib as mpl
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):
+            mpl.rcParams["backend"] = backend  # as its import does
+    return mpl
 
 
 def plan_svg(plan: Plan, title: str) -> str:

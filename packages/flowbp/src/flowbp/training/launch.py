@@ -10,6 +10,7 @@ from flowbp.config import TrainConfig
 from flowbp.training import loop
 from flowbp.training.progress import NullReporter
 from flowbp.training.runs import check_training, open_run
+from imgen_common.run_folder.folder import RunFolder
 
 
 def train(
@@ -21,11 +22,14 @@ def train(
 ) -> Path:
     """Trains, evaluates before and after, and returns the run folder.
 
-    config: the miniature by default.  resume: the folder of a run of the same configuration, which continues from its
-    last checkpoint.  reporter: receives stages, updates and evaluations; by default it is silent.  Under torchrun every
-    process calls it.  Raises UserError for everything that can be found wrong before models are loaded.
+    config: by default the miniature, or that of the run to resume.  resume: the folder of a run of the same
+    configuration, which continues from its last checkpoint.  reporter: receives stages, updates and evaluations; by
+    default it is silent.  Under torchrun every process calls it.  Raises UserError for everything that can be found
+    wrong before models are loaded.
     """
-    config, path = config or TrainConfig(), Path(resume) if resume else None
+    path = Path(resume) if resume else None
+    if config is None:
+        config = TrainConfig() if path is None else RunFolder.open(path, is_main=False).config(TrainConfig)
     job, _ = check_training(config, Path(runs), path)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with open_run(job, Path(runs), command, accelerator, resume=path) as run:

@@ -1,6 +1,6 @@
 """The training loop, the same for one process and many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import NullReporter
 from flowbp.training.trainer import DIVERGED, LOWER, Trainer
 from imgen_common.devices import any_process, float32_matmul_precision
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shutdown import GracefulShutdown
@@ -97,7 +97,8 @@ class TrainingLoop:
         self.trainer.accelerator.wait_for_everyone()
         update = self.trainer.update
         # what a damaged checkpoint of the end had led to is dropped with it
-        ended = update == self.config.max_train_steps and all(line["step"] <= update for line in self.run.metrics())
+        is_last = update == self.config.max_train_steps or self.has_watchdog_ended()
+        ended = is_last and all(line["step"] <= update for line in self.run.metrics())
         self.run.rewind(update or -1)  # before the first update the base is evaluated again
         if self.run.is_main:
             watchdog.drop_findings_after(self.run.path, update)
@@ -130,6 +131,7 @@ class TrainingLoop:
             base = self.run_quick_evaluation()
             if self.run.is_main:
                 save_evaluation(self.run.path / watchdog.FOLDER, "base", self.config.eval_guidance_scales[0], base)
+            self.log_quick_evaluation(base, {})
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
@@ -138,6 +140,13 @@ class TrainingLoop:
         trainer, config = self.trainer, self.config
         # a run that was stopped within an evaluation begins with it
         if self.is_evaluation_missing() and self.evaluate_update():
+            return
+        # one that the watchdog had ended, and that was stopped before its last evaluations, goes on to these
+        ended = trainer.update < config.max_train_steps and self.run.is_main and self.has_watchdog_ended()
+        if any_process(ended, trainer.accelerator.device):
+            self.reporter.alert(
+                f"update {trainer.update}: the watchdog ended the training; watchdog.stop=false goes on"
+            )
             return
         while trainer.update < config.max_train_steps:
             self.run_update()
@@ -168,9 +177,16 @@ class TrainingLoop:
         """Evaluates on prompts that are neither trained on nor reported; whether the watchdog ends the run."""
         with self.trainer.state.ema_weights():
             quick = self.run_quick_evaluation()
-        alarmed = any_process(self.run_watchdog(quick), self.trainer.accelerator.device)
+        measures = self.run_watchdog(quick)
+        # last: a run that is stopped before makes the evaluation again when it is resumed
+        self.log_quick_evaluation(quick, measures)
         self.prune_checkpoints()
-        return alarmed and self.config.watchdog.stop
+        return any_process(self.run.is_main and self.has_watchdog_ended(), self.trainer.accelerator.device)
+
+    def has_watchdog_ended(self) -> bool:
+        """Whether an alert after this update ends the training; to be asked on the main process, which keeps them."""
+        stops = self.watches and self.config.watchdog.stop
+        return stops and bool(watchdog.read_alerts(self.run.path).get(self.trainer.update))
 
     def run_update(self) -> None:
         """One update, or none at all: a gradient that is not finite is refused before it touches a weight."""
@@ -192,7 +208,7 @@ class TrainingLoop:
             message += f"remove {self.run.path}/checkpoints/step-{update:06d}, which has these weights; "
         if error.advice not in (DIVERGED, LOWER):  # a resume takes no other model, reward or precision
             return f"{message}then start anew"
-        command = f"flowbp train --resume {self.run.path} --set KEY=VALUE"
+        command = f"flowbp train --resume {quoted(self.run.path)} --set KEY=VALUE"
         return f"{message}then go on from update {max(saved, default=0)} with: {command}"
 
     def save_checkpoint(self) -> None:
@@ -226,19 +242,22 @@ class TrainingLoop:
                 save_evaluation(self.run.path, name, scale, result)
 
     def run_quick_evaluation(self) -> Evaluation:
-        """The network as it is now on the quick prompts, logged with a grid of the first images."""
+        """The network as it is now on the quick prompts; a grid of the first images is kept."""
         config, update = self.config, self.trainer.update
         source, scale = config.eval.quick_prompts, config.eval_guidance_scales[0]
         quick = self._evaluate(self.quick_prompts, source, scale, "quick")
-        mark = "_preview" if quick.preview else ""  # nobody is to compare them with scores of true images
-        self.run.log(update, {f"eval{mark}/{name}": float(np.mean(values)) for name, values in quick.scores.items()})
         if self.run.is_main:
             cells = []
             for prompt, image in zip(quick.prompts, to_pil(quick.images[:24]), strict=False):
                 cells += [*source_thumbnails(prompt, image.size)[:1], image]
             enlarged = grid(cells, columns=8, scale=max(1, 96 // quick.images.shape[-1]))
-            self.run.log_image(update, f"quick{mark}", enlarged)
+            self.run.log_image(update, f"quick{_mark(quick)}", enlarged)
         return quick
+
+    def log_quick_evaluation(self, quick: Evaluation, measures: Mapping[str, float]) -> None:
+        """Logs the scores of a quick evaluation, by which a resumed run knows it, and what the watchdog measured."""
+        scores = {f"eval{_mark(quick)}/{name}": float(np.mean(values)) for name, values in quick.scores.items()}
+        self.run.log(self.trainer.update, {**scores, **measures})
 
     def _evaluate(self, prompts: Sequence[str], source: str, scale: float, label: str) -> Evaluation:
         """Raises KeyboardInterrupt if asked to stop: what was trained is saved, and a resumed run evaluates it."""
@@ -252,20 +271,20 @@ class TrainingLoop:
 
         return self.trainer.evaluate(prompts, source, scale, on_progress, stop_if_asked, quick=label == "quick")
 
-    def run_watchdog(self, quick: Evaluation) -> bool:
-        """Compares the model with its base, logs what was found; whether there is an alert (on the main process)."""
+    def run_watchdog(self, quick: Evaluation) -> dict[str, float]:
+        """Compares the model with its base, keeps the alerts; what it measured (on the main process), to be logged."""
         config, update, path = self.config, self.trainer.update, self.run.path
         if not self.watches:
-            return False
+            return {}
         # all processes must take part in gathering; only the main one compares
         adapters = {} if config.lora is None else self.trainer.state.gather_ema()
         if not self.run.is_main:
-            return False
+            return {}
         base = load_evaluations(path / watchdog.FOLDER).get(("base", config.eval_guidance_scales[0]))
         if base is None or (base.prompts, base.preview) != (quick.prompts, quick.preview):
             what = "these quick prompts with this decoder"
             self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on {what}")
-            return False
+            return {}
         trained, heldout = ([scorer.name for scorer in part] for part in (config.rewards, config.heldout))
         drift = watchdog.image_drift(base.images(), quick.images)
         finding = watchdog.compare_with_base(config.watchdog, base, quick, trained, heldout, drift)
@@ -274,7 +293,11 @@ class TrainingLoop:
         measures["watch/distance"] = rms_distance(base.images(), quick.images).mean().item()
         if config.lora is not None:
             measures["watch/lora_norm"] = watchdog.adapter_norm(adapters, config.lora)
-        self.run.log(update, measures)
         for alert in finding.alerts:
             self.reporter.alert(f"update {update}: {alert}")
-        return bool(finding.alerts)
+        return measures
+
+
+def _mark(quick: Evaluation) -> str:
+    """What sets the scores of a tiny decoder's images apart: nobody is to compare them with those of true images."""
+    return "_preview" if quick.preview else ""

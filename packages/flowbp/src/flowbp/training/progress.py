@@ -1,6 +1,7 @@
 """How a run reports its progress: live on a terminal, as plain lines elsewhere, as JSON lines for machines."""
 
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +205,9 @@ class LiveReporter(NullReporter):
         self._bar.update(self._task, description="training", completed=update, total=total, left=left)
 
     def alert(self, text: str) -> None:
-        self._console.print(f"[bold red]![/] {text}", highlight=False)
+        from rich.text import Text
+
+        self._console.print(Text.assemble(("!", "bold red"), f" {text}"), highlight=False)
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         description = "quick evaluation" if name == "quick" else f"evaluating {name}"
@@ -220,7 +223,7 @@ def make_reporter(num_updates: int, scores: Sequence[str], *, is_main: bool, as_
     from rich.console import Console
 
     console = Console()
-    if console.is_terminal and not console.is_dumb_terminal:
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:  # rich believes FORCE_COLOR
         return LiveReporter(num_updates, scores, console)
     return TextReporter(num_updates, scores, lambda text: print(text, flush=True))
 

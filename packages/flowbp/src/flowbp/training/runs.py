@@ -27,6 +27,7 @@ MAY_DIFFER = (
     *("optim.learning_rate", "optim.max_grad_norm"),
     *("reward_batch_size", "offload_trajectory", "watchdog", "distributed"),
     *("data.prompts", "data.key", "eval.prompts"),  # other places of equal prompts: `check_data` compares hashes
+    *("keep_graphs", "model.recompute", "model.vae.gradient_checkpointing", "model.vae.slicing"),
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
     "model.vae.preview",
 )
@@ -58,6 +59,9 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
         run = RunFolder.open(resume, is_main=False)
         config, checkpoint = _with_recorded_adapter(config, run.config(TrainConfig)), run.latest_checkpoint()
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
+        if config.max_train_steps < (made := checkpoint or 0):
+            given = f"max_train_steps {config.max_train_steps}"
+            raise UserError(f"{given}: {resume} has made {made} updates already; give {made} or more")
     path = resume or new_run_path(config, root)
     for tracker in config.trackers:
         tracker_module(tracker)
@@ -91,9 +95,6 @@ def open_run(
                 record_data(run.path, job.data)
             else:
                 run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
-                if config.max_train_steps < (made := run.latest_checkpoint() or 0):
-                    given = f"max_train_steps {config.max_train_steps}"
-                    raise UserError(f"{given}: {resume} has made {made} updates already; give {made} or more")
                 _change_config(run, config)
             write_atomic(run.path / GRID, json.dumps({"sigmas": job.sigmas}) + "\n")
             answer[0] = str(run.path)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from imgen_common.console import count
-from imgen_common.errors import one_line
+from imgen_common.errors import one_line, quoted
 from imgen_common.hub import BUILTIN
 from imgen_common.shapes.vocabulary import find_left_out
 from interleave.pages.words import ATTEMPT_STATUS, explain_reasoning
@@ -114,7 +114,7 @@ def print_story(trajectory: Trajectory, attempts: Sequence[Attempt], images: "Im
     chosen = {a.step: a.image_id for a in attempts if trajectory.selected.get(a.step) == a.attempt}
     for step in trajectory.plan.steps if trajectory.plan else ():
         image_id = chosen.get(step.index)
-        where = f"  {images.path(image_id)}" if image_id else ""
+        where = f"  {sanitize(str(images.path(image_id)))}" if image_id else ""
         out.print(f"{step.index}. {sanitize(step.words or step.prompt or '')}[dim]{where}[/]")
 
 
@@ -134,9 +134,10 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
     for trajectory in [t for t in trajectories if t.status != "complete"][:5]:
         color = STORY_COLORS.get(trajectory.status, "red")
         out.print(f"  {sanitize(trajectory.id)}: [{color}]{trajectory.status}[/] {sanitize(trajectory.error or '')}")
+    again = f"interleave batch --resume {sanitize(quoted(run))} --retry"
     early = {trajectory.status for trajectory in trajectories if not trajectory.is_whole}
     if early - {"budget_exhausted"}:
-        out.print(f"to try the others again: interleave batch --resume {run} --retry")
+        out.print(f"to try the others again: {again}", soft_wrap=True)
     elif early:
         larger = "--set loop.max_generations=N (or loop.max_seconds)"
-        out.print(f"to go on with a larger budget: interleave batch --resume {run} --retry {larger}")
+        out.print(f"to go on with a larger budget: {again} {larger}", soft_wrap=True)

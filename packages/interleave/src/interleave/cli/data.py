@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError, one_line, quoted
 from imgen_common.judging.objects import ParseMode
 from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Json, MiniatureConfigs, Sets, Shard, Yes
@@ -71,20 +71,23 @@ def build(
         raise UserError("--retry goes with --resume DIR: it tries the failed trajectories of that build again")
     from imgen_common.run_folder.find import CONFIG, check_maker
     from interleave.datasets.build import has_records
+    from interleave.loop.shards import Shard as Shard_
 
     files = configs or []
     if resume is not None:
         folder, files = resume, [resume / CONFIG, *files]
         if not files[0].is_file():
-            raise UserError(f"{folder}: no build in it (no {CONFIG}); start one with --out {folder}")
+            raise UserError(f"{folder}: no build in it (no {CONFIG}); start one with --out {quoted(folder)}")
         check_maker(folder, "interleave data")
     else:
         assert out is not None
         folder, files = out, files or [RECIPES / "data_miniature.yaml"]
         if has_records(folder):
             raise UserError(
-                f"{folder}: holds a build already; continue it with --resume {folder}, or give another folder"
+                f"{folder}: holds a build already; continue it with --resume {quoted(folder)}, or give another folder"
             )
+    if shard is not None:
+        Shard_.parse(shard)  # before torch is imported
     changes = [*(sets or []), *([f"shard={shard}"] if shard is not None else [])]
     info, page = _build(folder, files, changes, as_json, retry, yes)
     _print_set(info, folder, page, as_json)
@@ -116,14 +119,16 @@ def _build(
     from interleave.pages.dataset import write_page
 
     config = load(DataConfig, files, sets)
-    scoring = _scoring_progress(config, as_json, yes, f"add --yes to interleave data build --resume {folder}")
+    scoring = _scoring_progress(config, as_json, yes, f"add --yes to interleave data build --resume {quoted(folder)}")
 
     def report_progress(total: int) -> BuildProgress:
         printer = show.BatchProgressPrinter(show.open_console(stderr=True), total)
         return scoring if as_json else replace(scoring, on_record=printer)
 
     again = " --retry" if retry else ""
-    with message_when_stopped(lambda: f"stopped; continue with: interleave data build --resume {folder}{again}"):
+    with message_when_stopped(
+        lambda: f"stopped; continue with: interleave data build --resume {quoted(folder)}{again}"
+    ):
         info = build_sets(folder, config, sys.argv, report_progress, retry)
     return info, write_page(folder) if any(sum(one.values()) for one in info.rows.values()) else None
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from imgen_common.console import spinner
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from interleave.cli.options import Configs, Json, Runs, Sets
 
 MAKERS = ("interleave sft", "interleave grpo")
@@ -76,7 +76,7 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
         return text, []
     run = find_run(text, runs, *MAKERS)
     if not (run / "model").is_dir():
-        raise UserError(f"{run}: has no model yet; finish it with --resume {run}, or name a folder of weights")
+        raise UserError(f"{run}: has no model yet; finish it with --resume {quoted(run)}, or name a folder of weights")
     if configs:
         return str(run / "model"), []
     trained = read_yaml(run / CONFIG)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from imgen_common.console import spinner
-from imgen_common.errors import UserError, written_or_warned
+from imgen_common.errors import UserError, quoted, written_or_warned
 from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Name, Runs, Sets, Shard
 
@@ -158,17 +158,17 @@ def _resume(
     if not as_json:
         on_record = console.ProgressPrinter(out) if one else console.BatchProgressPrinter(out, len(asked), num_done)
     again = " --retry" if retry else ""
-    with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {path}{again}"):
+    with message_when_stopped(lambda: f"stopped; continue with: interleave batch --resume {quoted(path)}{again}"):
         trajectories = session.run_and_close(path, config, sys.argv, on_record, retry, is_new=is_new)
     attempts = [a for recorded in read_trace(path).values() for a in recorded.attempts.values()]
-    page = written_or_warned(lambda: write_report(path), f"interleave report {path}")
+    page = written_or_warned(lambda: write_report(path), f"interleave report {quoted(path)}")
     if as_json:
         print(json.dumps({"type": "Run", "path": str(path), "report": page and str(page)}))
     else:
         if one:
             console.print_story(trajectories[0], attempts, ImageStore(path / IMAGES), out)
         console.print_summary(trajectories, attempts, path, out)
-        out.print(f"report: {page or 'not written'}")
+        out.print(f"report: {console.sanitize(str(page or 'not written'))}", soft_wrap=True)
     if any(trajectory.status != "complete" for trajectory in trajectories):
         raise typer.Exit(1)
 

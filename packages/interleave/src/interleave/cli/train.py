@@ -64,6 +64,7 @@ def sft(
 
     run, config = _load_config(SftConfig, f"sft_{agent}", resume, configs, sets, runs)
     _check_start(config, dry_run)
+    _check_place(runs, name, f"sft_{agent}", run, resume_from, dry_run)
     _ensure_set(run, configs, config, as_json, dry_run)
     rows_file(Path(config.data), f"{agent}_sft")
     from interleave.training import run as launch
@@ -115,6 +116,7 @@ def grpo(
     run, config = _load_config(GrpoConfig, "grpo_critic", resume, configs, sets, runs)
     reward_weights(config)
     _check_start(config, dry_run)
+    _check_place(runs, name, "grpo_critic", run, resume_from, dry_run)
     check_models({} if dry_run else config.models)
     _ensure_set(run, configs, config, as_json, dry_run)
     rows_file(Path(config.data), "critic_rl")
@@ -128,6 +130,28 @@ def grpo(
     else:
         _choose_checkpoint(run, resume_from)
         _print_model(grpo.train_grpo(config, sys.argv, runs=runs, name=name, resume=run), as_json)
+
+
+def _check_place(
+    runs: Path,
+    name: str | None,
+    default_name: str,
+    run: Path | None,
+    resume_from: Literal["last", "last-good"],
+    dry_run: bool,
+) -> None:
+    """Raises UserError, before anything is built, for a name that is taken, a run that has ended, and options that do
+    not go together."""
+    from imgen_common.devices import launched_process
+    from imgen_common.run_folder.folder import choose_checkpoint
+    from interleave.training.config import find_place
+
+    if run is not None and name is not None:
+        raise UserError(f"--name {name}: is for a new run; leave it out, or leave --resume out")
+    if run is None:
+        choose_checkpoint(None, resume_from)  # refused, but for the default
+    if not dry_run and launched_process(os.environ).rank == 0:  # the others find a new folder made by the first
+        find_place(runs, name, default_name, run)
 
 
 def _choose_checkpoint(run: Path | None, resume_from: Literal["last", "last-good"]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic_core import PydanticSerializationError
 
 from imgen_common.config import to_yaml
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.files import atomic_file, write_atomic, writing
 from imgen_common.judging.questions import Question
 from imgen_common.run_folder.find import CONFIG
@@ -290,7 +290,7 @@ async def _score_stories(
         out,
         config.run.loop.concurrency,
         config.max_unscored,
-        f"resume with interleave data build --resume {out} when it answers, or with a higher max_unscored",
+        f"resume with interleave data build --resume {quoted(out)} when it answers, or with a higher max_unscored",
         progress.on_questions,
         progress.on_scored,
     )

@@ -3,7 +3,6 @@
 A run of more stories than a browser shows well has several such pages, each with links to the others.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imgen_common import page
+from imgen_common.errors import quoted
 from imgen_common.files import write_atomic
 from interleave.loop.requests import load_requests
 from interleave.pages import TEMPLATES
@@ -45,7 +45,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     load = ImageStore(run_folder / IMAGES).get
     for part in parts:
         page_of_part = render_stories(stories[part.start : part.end], load, run_folder, parts, part.start)
-        write_atomic(path.with_name(part.name), page_of_part)
+        write_atomic(path.with_name(part.name) if part.start else path, page_of_part)
     return path
 
 
@@ -101,7 +101,7 @@ def _resume_hint(stories: Sequence[StoryView], run: Path | None) -> tuple[str, s
     statuses = {story.status for story in stories}
     if run is None or statuses <= {"complete", "steps_not_accepted"}:
         return None
-    command = f"interleave batch --resume {shlex.quote(str(run))}"
+    command = f"interleave batch --resume {quoted(run)}"
     if statuses & {"unfinished", "waiting"}:
         return "Not finished. To continue", command
     what = "it" if len(stories) == 1 else "those that ended early"

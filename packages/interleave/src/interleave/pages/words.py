@@ -110,4 +110,6 @@ def shorten(value: str, length: int = 110) -> str:
 
 def format_seconds(seconds: float) -> str:
     """`3.1 s`, `2 min 05 s`."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"

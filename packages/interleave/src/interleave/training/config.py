@@ -1,13 +1,16 @@
 """Configuration of `interleave sft` and `interleave grpo`; the options of TRL and peft go through as mappings."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
 from imgen_common.config import NO_SECRETS, Config, UserPath
+from imgen_common.errors import UserError
 from imgen_common.judging.objects import ParseMode
+from imgen_common.run_folder.find import free_path
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.partial_parsing import FormatRule
 from interleave.agents.prompts import TemplateRef
@@ -17,6 +20,22 @@ from interleave.models.generators.pipeline import PipelineConfig
 
 Role = Literal["planner", "critic"]
 Vision = Literal["frozen", "train", "reference"]
+
+
+MODEL = "model"
+"""Folder of a run that holds the trained model."""
+
+
+def find_place(runs: Path, name: str | None, default_name: str, resume: Path | None) -> Path:
+    """Where a training is: a new folder under `runs`, or the one to resume.
+
+    default_name: where no `name` is given.  Raises UserError for a name that is taken, and a run that has ended.
+    """
+    if resume is None:
+        return free_path(runs, name, default_name)
+    if (resume / MODEL).exists():
+        raise UserError(f"{resume}: is finished; its model is {resume / MODEL}")
+    return resume
 
 
 class TrainingConfig(Config):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.streams import numpy_generator
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
@@ -180,7 +180,7 @@ def train_grpo(
             check_trainable(trainer.model, config.vision)
             run.run_training(trainer, logging, checkpoint)
             if counting.stop_reason:
-                raise UserError(f"{counting.stop_reason}; then resume with interleave grpo --resume {run_folder.path}")
+                raise UserError(f"{counting.stop_reason}; then: interleave grpo --resume {quoted(run_folder.path)}")
             return run.export_model(trainer, run_folder.path, config)
 
 

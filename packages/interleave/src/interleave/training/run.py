@@ -19,10 +19,9 @@ from pydantic_core import to_json
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
-from imgen_common.errors import UserError, check_gradients
+from imgen_common.errors import UserError, check_gradients, quoted
 from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import check_data, hash_rows, record_data
-from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
@@ -30,7 +29,7 @@ from imgen_common.weights import load_whole, loading
 from interleave.models.chat.local import bound_pixels, check_processor
 from interleave.models.hashes import hash_models
 from interleave.models.remote import HOW_REACHED
-from interleave.training.config import TrainingConfig
+from interleave.training.config import MODEL, TrainingConfig, find_place
 from interleave.training.memory import UNLOADABLE, zero_options
 from interleave.training.trl_options import (
     OptionsRefusedError,
@@ -42,7 +41,7 @@ from interleave.training.trl_options import (
 )
 from interleave.training.vision import freeze_vision
 
-CHECKPOINTS, MODEL, ADAPTER = "checkpoints", "model", "adapter"
+CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 MAY_DIFFER = (
     "data",  # another place of equal rows: `bind_data` compares hashes
     *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
@@ -149,12 +148,11 @@ def open_run(
     trackers, opened = take_trackers(arguments), list[RunFolder]()
 
     def work() -> str:
+        place = find_place(runs, name, default_name, resume)
         if resume is None:
-            made = RunFolder.create(free_path(runs, name, default_name), config, command, trackers=trackers)
-        elif (resume / MODEL).exists():
-            raise UserError(f"{resume}: is finished; its model is {resume / MODEL}")
+            made = RunFolder.create(place, config, command, trackers=trackers)
         else:
-            made = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=trackers)
+            made = RunFolder.open(place, config, command, may_differ=MAY_DIFFER, trackers=trackers)
         opened.append(stack.enter_context(made))
         return str(made.path)
 
@@ -198,7 +196,7 @@ def message_how_to_continue(run: RunFolder, command: str) -> contextlib.Abstract
     def describe_stop() -> str:
         latest = max(whole_checkpoints(run.path), default=None)
         saved = "before the first checkpoint" if latest is None else f"saved up to update {latest}"
-        return f"stopped; {saved}; continue with: interleave {command} --resume {run.path}"
+        return f"stopped; {saved}; continue with: interleave {command} --resume {quoted(run.path)}"
 
     return message_when_stopped(describe_stop) if is_main_process() else contextlib.nullcontext()
 

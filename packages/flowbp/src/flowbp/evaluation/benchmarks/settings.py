@@ -24,7 +24,7 @@ from imgen_common.files import local_path, numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.cost import CostLimits
 from imgen_common.run_folder.data import DataHash, extend_data, record_data
-from imgen_common.run_folder.find import CONFIG
+from imgen_common.run_folder.find import CONFIG, check_maker
 from imgen_common.run_folder.folder import RunFolder
 
 BenchmarkProtocol = Literal["hpdv2", "geneval", "geneval_shapes"]
@@ -200,6 +200,17 @@ def check_scorers(scorers: Sequence[ScorerSpec], protocol: BenchmarkProtocol, ju
         elif spec.kind == GENEVAL:
             hub.resolve(spec.ref)
             hub.resolve(cast(str, spec.color_model))
+
+
+def check_request(request: BenchmarkRequest, out: Path, source: ModelSource, judge_url: str | None) -> None:
+    """Raises UserError for what can be found wrong before torch is imported."""
+    if request.guidance_scale is not None:
+        check_guidance_scale(request.guidance_scale)
+    if (out / CONFIG).is_file():
+        check_maker(out, "flowbp benchmark")
+    check_scorers(request.scorers, request.protocol, judge_url)
+    read_prompts(request, source.config.data)
+    source.check()
 
 
 def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
