@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from imgen_common.errors import UserError, check_text, is_blank
 from imgen_common.http import run_in_thread
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents.prompts import render_plan
@@ -93,22 +94,27 @@ def tell_story(
     request: str,
     generate: Generate,
     criticize: Criticize | None = None,
-    prompts: Sequence[str] = (),
-    folder: Path | None = None,
+    prompts: str | Sequence[str] = (),
+    folder: str | Path | None = None,
     loop: LoopConfig | None = None,
     seed: int = 0,
 ) -> StoryResult:
     """Runs one request through the loop.
 
     prompts: of the steps; without any, the request is the only one.  folder: a run folder that keeps the trace and the
-    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, and
-    returns a trajectory whose status says so where a function raised a `BackendError`.
+    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, or a
+    prompt is empty, and returns a trajectory whose status says so where a function raised a `BackendError`.
     """
     config = RunConfig(loop=loop or LoopConfig(), seed=seed)
-    planner, critic = FixedPlanner(prompts) if prompts else None, FunctionCritic(criticize) if criticize else None
+    steps = [prompts] if isinstance(prompts, str) and prompts else prompts
+    for number, prompt in enumerate(steps, 1):
+        check_text(prompt, f"prompts: step {number}")
+        if is_blank(prompt):
+            raise UserError(f"prompts: step {number} of {len(steps)} is empty; say what to draw")
+    planner, critic = FixedPlanner(steps) if steps else None, FunctionCritic(criticize) if criticize else None
     parts = Components(planner, critic, FunctionGenerator(generate))
     with tempfile.TemporaryDirectory() as temporary:
-        run = folder or Path(temporary) / "run"
+        run = Path(folder or Path(temporary) / "run")
         images = ImageStore(run / IMAGES)
         with RunFolder.create(run, config, ["interleave.tell_story"]):
             made = make_request(request, (), images)
