@@ -60,24 +60,25 @@ def draw(prompt: str, sources: Any, seed: int) -> Image.Image:
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda: interleave.tell_story("a cat", draw, prompts="cat"), "prompts: must be a list, got 'cat' alone"),
-        (lambda: interleave.tell_story("a cat", draw, prompts=["cat", " "]), "prompts: number 2 of 2 is empty"),
-        (lambda: flowbp.sample("builtin:shapes/generator", "cat"), "prompts: must be a list, got 'cat' alone"),
-        (lambda: flowbp.sample("builtin:shapes/generator", []), "give at least one of each"),
-        (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], seeds=[]), "give at least one of each"),
-        (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], images="a.png"), "images: must be a list"),
-        (lambda: flowbp.load_config(flowbp.TrainConfig, "a.yaml"), "files: must be a list, got 'a.yaml' alone"),
-        (lambda: flowbp.load_config(flowbp.TrainConfig, ["none.yaml"]), "none.yaml: "),
-        (lambda: flowbp.load_config(flowbp.TrainConfig, [], "seed=3"), "sets: must be a list, got 'seed=3' alone"),
+        (lambda: interleave.tell_story("a cat", draw, prompts=["cat", " "]), "prompts: step 2 of 2 is empty"),
+        (lambda: flowbp.sample("builtin:shapes/generator", []), "prompts: give at least one"),
+        (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], seeds=[]), "seeds: give at least one"),
+        (lambda: flowbp.sample("builtin:shapes/generator", "cat", images="none.png"), r"none\.png"),
+        (lambda: flowbp.load_config(flowbp.TrainConfig, "none.yaml"), "none.yaml: "),
         (lambda: interleave.tell_story("a cat", lambda *given: None), r"generate \(.*\) returned null; it must"),
         (lambda: interleave.tell_story("a cat", lambda *given: np.zeros((8, 8, 3))), "returned a ndarray; it must"),
         (lambda: interleave.tell_story("a cat", draw, lambda *given: True), r"criticize .* returned True; it must"),
         (lambda: interleave.tell_story("a cat", draw, lambda *given: (True, 3)), r"returned \(True, 3\); it must"),
     ],
 )
-def test_what_is_no_list_and_what_functions_return_is_refused_in_words(act: Any, said: str) -> None:
+def test_what_is_given_and_what_functions_return_is_refused_in_words(act: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         act()
+
+
+def test_one_prompt_file_and_setting_may_be_given_alone(tmp_path: Path) -> None:
+    assert len(interleave.tell_story("a cat", draw, prompts="cat").images) == 1
+    assert flowbp.load_config(flowbp.TrainConfig, [], "seed=3").seed == 3
 
 
 def test_paths_may_be_texts_and_a_critic_may_leave_the_prompt(tmp_path: Path) -> None:

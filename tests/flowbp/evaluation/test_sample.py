@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from families import picture
 from safetensors.torch import save_file
 from trained_runs import trained
 
@@ -123,6 +124,18 @@ def test_a_step_distilled_model_may_draw(tmp_path: Path, name: str, said: bool) 
     source = model_source(str(folder), tmp_path)
     assert source.config.model.allow_distilled == (said or name != "model")
     assert source.unread_prompts(["a red circle"]) == []  # the model is not refused
+
+
+def test_one_prompt_and_one_image_may_stand_for_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sampling, "generate_images", lambda backbone, prompt, *rest: torch.zeros(1, 3, 8, 8) + len(prompt)
+    )
+    assert [*sampling.sample(GENERATOR, "a red circle")[:, 0, 0, 0]] == [12]
+    picture(8, 8).save(tmp_path / "a.png")
+    assert len(sampling.sample(GENERATOR, "make it green", images=str(tmp_path / "a.png"))) == 1
+    for given, said in (({"prompts": []}, "prompts"), ({"prompts": "a", "seeds": ()}, "seeds")):
+        with pytest.raises(UserError, match=f"{said}: give at least one"):
+            sampling.sample(GENERATOR, **given)
 
 
 def test_what_is_compared_reads_as_much_of_a_prompt(tmp_path: Path) -> None:

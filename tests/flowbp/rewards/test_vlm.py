@@ -16,6 +16,9 @@ from vlms import FAMILIES, TEMPLATE, TOKEN, load_vlm, processor_of, vlm_folder, 
 
 from flowbp.config import TrainConfig
 from flowbp.data.edits import Edit, Source
+from flowbp.evaluation.benchmarks.run import prepare_benchmark
+from flowbp.evaluation.benchmarks.settings import BenchmarkRequest, JudgeConfig, ScorerSpec
+from flowbp.evaluation.sources import model_source
 from flowbp.rewards import RewardConfig
 from flowbp.rewards.preprocess import extract_patches
 from flowbp.rewards.vlm import model as vlm_model
@@ -453,6 +456,22 @@ def test_missing_answers_are_found_before_a_run(folders: dict[str, Path], tmp_pa
         preflight.check_run(load(TrainConfig, [], sets), 1)
     with pytest.raises(UserError, match=r"data\.answer: no row has anything under 'sad'; name the column"):
         preflight.check_run(load(TrainConfig, [], [*sets, "data.answer=sad"]), 1)
+
+
+def test_missing_answers_are_found_before_a_benchmark_draws(folders: dict[str, Path], tmp_path: Path) -> None:
+    file, folder = tmp_path / "rows.jsonl", with_settings(folders["qwen3_vl"], {"kind": "given"})
+    source = model_source("builtin:shapes/generator", tmp_path, ["data.answer=said"])
+    request = BenchmarkRequest("hpdv2", str(file), (ScorerSpec(name="vlm", kind="vlm", ref=str(folder)),))
+
+    def content(*rows: dict[str, str]) -> str:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return prepare_benchmark(source, request, tmp_path / "out", 1, JudgeConfig()).config.content
+
+    with pytest.raises(UserError, match="the prompt 'a dog' brings no answer"):
+        content({"prompt": "a cat", "said": "yes"}, {"prompt": "a dog"})
+    # a folder goes on with equal answers only, of which its scores are
+    yes, no = ({"prompt": "a cat", "said": said} for said in ("yes", "no"))
+    assert content(yes) == content(yes) != content(no)
 
 
 def test_on_the_meta_device_no_weights_are_needed(folders: dict[str, Path]) -> None:

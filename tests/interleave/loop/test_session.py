@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,16 @@ def test_a_template_or_a_model_that_changed_is_not_gone_on_with(tmp_path: Path) 
         go_on()
     file.write_text("Is {original_instruction} in <image><image>?")
     assert [story.status for story in go_on()] == ["complete"]
+
+
+def test_one_prompt_of_a_story_may_stand_for_a_list(tmp_path: Path) -> None:
+    def draw(prompt: str, sources: Sequence[Image.Image], seed: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), "red")
+
+    told = tell_story("a story", draw, prompts="a cat", folder=str(tmp_path / "run"))
+    assert told.trajectory.plan is not None
+    assert [step.prompt for step in told.trajectory.plan.steps] == ["a cat"]
+    assert (tmp_path / "run" / "trace.jsonl").is_file()
+    for prompts, said in ((["a cat", " "], "step 2 of 2 is empty"), (["\ud83d"], "step 1: holds half of a surrogate")):
+        with pytest.raises(UserError, match=f"prompts: {said}"):
+            tell_story("a story", draw, prompts=prompts)

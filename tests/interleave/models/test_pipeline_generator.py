@@ -251,6 +251,10 @@ def test_what_a_text_encoder_cuts_off_a_prompt_is_said_once(
         assert bool(said) != reads_all
     assert all("tokens that text_encoder" in message for message in said)
     assert len(set(said)) == len(said) <= 3
+    if painter.family.negative is not None:
+        monkeypatch.setattr(painter, "_cutting", set())
+        painter.generate([GenerationRequest("a", (), 0)], GenerationSettings(negative_prompt="z " * 1200))
+        assert any("the prompt 'z z z" in message for message in caplog.messages) == (painter.family.edit != "alone")
 
 
 def test_settings_that_a_family_does_not_take_are_refused(family: str, folder: Path, painter: PipelineRunner) -> None:
@@ -268,6 +272,9 @@ def test_settings_that_a_family_does_not_take_are_refused(family: str, folder: P
     else:
         with pytest.raises(UserError, match="strength"):
             PipelineRunner(PipelineConfig(ref=str(folder), strength=0.5))
+    if painter.family.max_length == 512:
+        with pytest.raises(UserError, match=r"max_sequence_length 768: \w+ takes 512 at most"):
+            painter.check(GenerationSettings(max_sequence_length=768))
     with pytest.raises(UserError, match=f"at most|{painter.family.max_references}"):
         PipelineRunner(PipelineConfig(ref=str(folder), max_references=painter.family.max_references + 1))
 

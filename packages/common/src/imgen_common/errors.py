@@ -122,12 +122,6 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair ({half}); write valid UTF-8") from None
 
 
-def check_list(given: Any, where: str) -> None:
-    """Raises UserError for one text, each letter of which would count, or one path in the place of a list of them."""
-    if isinstance(given, str | Path):
-        raise UserError(f"{where}: must be a list, got {one_line(str(given), 40)!r} alone; write it in brackets")
-
-
 def check_choice(option: str, given: str, choices: Any) -> Any:
     """`given`, if it is a value of the Literal `choices`.  Raises UserError with the nearest of them otherwise."""
     allowed = get_args(choices)

@@ -18,7 +18,7 @@ from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
-from imgen_common.errors import UserError, check_list, check_text
+from imgen_common.errors import UserError, check_text
 
 
 def generate_images(
@@ -46,29 +46,29 @@ def generate_images(
 
 def sample(
     source: str | Path,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     seeds: Sequence[int] = (0,),
     runs: str | Path = "runs",
-    images: Sequence[str | Path] = (),
+    images: str | Path | Sequence[str | Path] = (),
 ) -> Tensor:
     """Images (prompts x seeds, 3, h, w) in [0, 1], prompt by prompt, of a run or of a model reference.
 
     source: a run folder, its name under `runs`, or a model as in `model.ref`; size, steps and guidance scale are those
     of its configuration.  images: files that every prompt edits.
-    Raises UserError if there is no such run or model, it does not take the images, or prompts are no list or none.
+    Raises UserError if there is no such run or model, it does not take the images, or there is no prompt or no seed.
     """
-    check_list(prompts, "prompts")
-    check_list(images, "images")
-    if not len(prompts) or not len(seeds):
-        raise UserError("prompts, seeds: give at least one of each")
-    for text in prompts:
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not len(texts) or not len(seeds):
+        raise UserError(f"{'seeds' if len(texts) else 'prompts'}: give at least one")
+    for text in texts:
         check_text(text, "prompts")
-    prompts = edits_of_files(prompts, [Path(image) for image in images])
+    files = [images] if isinstance(images, str | Path) else images
+    edits = edits_of_files(texts, [Path(image) for image in files])
     model = model_source(str(source), Path(runs))
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
     scale = config.eval_guidance_scales[0]
-    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in prompts])
+    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in edits])
 
 
 def next_file_number(folder: Path) -> int:

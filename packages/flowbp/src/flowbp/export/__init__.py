@@ -42,9 +42,7 @@ def export_run(
     opened = RunFolder.open(run, is_main=False)
     step = opened.latest_checkpoint() if step is None else step
     config, weights = read_trained_weights(opened, kept, step)
-    # an adapter was drawn with eval.model, if that is set, and a whole pipeline is one of both
-    is_drawn = to != "merged" or (model or config.model.ref) == (config.eval.model or config.model.ref)
-    sampling = _sampling(config, model, is_drawn=is_drawn)
+    sampling = _sampling(config, to, model)
     if to == "merged" and model is None:  # into the weights that were trained
         check_data(run, hash_model("model.ref", config.model.ref))
     with atomic_folder(out) as folder:
@@ -65,7 +63,7 @@ def export_run(
     return out
 
 
-def _sampling(config: TrainConfig, model: str | None, *, is_drawn: bool) -> dict[str, int | float]:
+def _sampling(config: TrainConfig, to: ExportFormat, model: str | None) -> dict[str, int | float]:
     """How the run generated the images of its evaluations; for a model that it did not draw them with, their size and
     the length of prompts alone."""
     distilled = config.model.embedded_guidance if model is None else None
@@ -73,7 +71,8 @@ def _sampling(config: TrainConfig, model: str | None, *, is_drawn: bool) -> dict
     found: dict[str, int | float] = {"height": config.model.height, "width": config.model.width}
     if "max_sequence_length" in signature(backbone.pipe.__call__).parameters:
         found["max_sequence_length"] = config.model.max_sequence_length or backbone.max_tokens
-    if is_drawn:
+    # an adapter was drawn with eval.model, if that is set, and a whole pipeline is one of both
+    if to != "merged" or (model or config.model.ref) == (config.eval.model or config.model.ref):
         scale = backbone.pipeline_guidance(config.eval_guidance_scales[0])
         found |= {"num_inference_steps": config.eval.num_inference_steps, "guidance_scale": scale}
     return found

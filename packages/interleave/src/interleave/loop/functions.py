@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from imgen_common.errors import UserError, check_list, is_blank, one_line
+from imgen_common.errors import UserError, check_text, is_blank, one_line
 from imgen_common.http import run_in_thread
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.tables import describe_type
@@ -77,12 +77,14 @@ class FixedPlanner:
 
     id = "fixed"
 
-    def __init__(self, prompts: Sequence[str]) -> None:
-        """Raises UserError for one text in the place of a list, and for an empty prompt."""
-        check_list(prompts, "prompts")
-        if blank := [number for number, prompt in enumerate(prompts, 1) if is_blank(prompt)]:
-            raise UserError(f"prompts: number {blank[0]} of {len(prompts)} is empty; say what to draw")
-        steps = (PlanStep(index=i, instruction=prompt, prompt=prompt) for i, prompt in enumerate(prompts, 1))
+    def __init__(self, prompts: str | Sequence[str]) -> None:
+        """Raises UserError for an empty prompt, and for one with half of a surrogate pair."""
+        given = [prompts] if isinstance(prompts, str) else prompts
+        for number, prompt in enumerate(given, 1):
+            check_text(prompt, f"prompts: step {number}")
+            if is_blank(prompt):
+                raise UserError(f"prompts: step {number} of {len(given)} is empty; say what to draw")
+        steps = (PlanStep(index=i, instruction=prompt, prompt=prompt) for i, prompt in enumerate(given, 1))
         self._plan = Plan(steps=tuple(steps))
 
     async def plan(self, request: Request, images: Sequence[HashedImage], seed: int) -> PlannerAnswer:
@@ -106,7 +108,7 @@ def tell_story(
     request: str,
     generate: Generate,
     criticize: Criticize | None = None,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     folder: str | Path | None = None,
     loop: LoopConfig | None = None,
     seed: int = 0,
@@ -114,9 +116,9 @@ def tell_story(
     """Runs one request through the loop.
 
     prompts: of the steps; without any, the request is the only one.  folder: a run folder that keeps the trace and the
-    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, for
-    prompts that are no list, and where a function returns something else than it must; returns a trajectory whose
-    status says so where a function raised a `BackendError`.
+    images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, a
+    prompt is empty, or a function returns something else than it must; returns a trajectory whose status says so where
+    a function raised a `BackendError`.
     """
     config = RunConfig(loop=loop or LoopConfig(), seed=seed)
     planner, critic = FixedPlanner(prompts) if prompts else None, FunctionCritic(criticize) if criticize else None

@@ -19,8 +19,8 @@ from interleave.storage.images import IMAGES
 from interleave.storage.trace import TRACE
 
 Part = TypeVar("Part")
-OF_MACHINES = {"shard", "budget", "cache", *HOW_REACHED}
-"""Keys that may differ between the parts."""
+OF_MACHINES = {"shard", "budget", "cache", "path", *HOW_REACHED}
+"""Keys that may differ between the parts; hashes say whether the files at two paths are equal."""
 PNG_END = b"IEND\xaeB`\x82"
 PART = "shard.txt"
 """Where a part of a batch says which it is, as `2/8`; that of a build says it in its configuration."""

@@ -131,10 +131,14 @@ class Benchmark:
                 hashes |= {} if ref is None else hash_model(name, ref)
         return open_benchmark_folder(self.out, self.config, command, hashes)
 
+    @property
+    def rewards(self) -> dict[str, RewardConfig]:
+        """The scorers that are rewards, by name."""
+        return {s.name: RewardConfig(score=s.kind, ref=s.ref) for s in self.config.scorers if s.kind in REWARDS}
+
     def unread_prompts(self) -> list[str]:
         """A sentence for each text encoder and reward that does not read all of the prompts."""
-        rewards = {s.name: RewardConfig(score=s.kind, ref=s.ref) for s in self.config.scorers if s.kind in REWARDS}
-        return describe_unread_prompts([prompt.text for prompt in self.prompts], self.config.model, rewards)
+        return describe_unread_prompts([prompt.text for prompt in self.prompts], self.config.model, self.rewards)
 
     @property
     def missing_images(self) -> list[ImageId]:
@@ -246,7 +250,10 @@ def prepare_benchmark(
     check_edits([prompt.text for prompt in prompts], backbone)
     config = benchmark_config(source, request, prompts)
     check_benchmark(config, judge.url)
-    return Benchmark(source, config, prompts, out, batch_size, judge)
+    work = Benchmark(source, config, prompts, out, batch_size, judge)
+    for reward in work.rewards.values():
+        getattr(reward.load("meta"), "check_prompts", lambda given: None)([prompt.text for prompt in prompts])
+    return work
 
 
 def run_benchmark(work: Benchmark, command: Sequence[str], state: PartialState) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
 from flowbp.core.settings import GuidanceRescale
-from flowbp.data.edits import sources_of
+from flowbp.data.edits import Edit, describe_row, sources_of
 from flowbp.data.prompts import is_shapes_source, load_prompts
 from flowbp.evaluation import vlm_judge
 from flowbp.evaluation.benchmarks.geneval import GenEvalTask, read_tasks
@@ -166,6 +166,10 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
     check_guidance_scale(scale)
     from flowbp.data.embeddings import digest
 
+    # of rows that bring an answer, also that
+    content = digest(
+        *(one.row() for one in prompts), *(describe_row(p.text) for p in prompts if isinstance(p.text, Edit))
+    )
     return BenchmarkConfig(
         label=source.label,
         protocol=request.protocol,
@@ -174,7 +178,7 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
         run=source.run.name if source.run else None,
         update=RunFolder.open(source.run, is_main=False).latest_checkpoint() if source.run else None,
         prompts=request.prompts,
-        content=digest(*(prompt.row() for prompt in prompts)),
+        content=content,
         num_prompts=len(prompts),
         images=request.images or IMAGES_PER_PROMPT[request.protocol],
         num_inference_steps=request.num_inference_steps or source.config.eval.num_inference_steps,

@@ -35,7 +35,8 @@ class PipelineFamily:
     argument.
     pixels_per_token: of the latents, whose channels its transformer reads as one token; 1: it puts them together.
     negative: the negative prompt without which it has no guidance; None: it takes none.  needs_image: it cannot
-    generate without an image and is given a white one.  has_length: it takes the number of tokens that are read.
+    generate without an image and is given a white one.  has_length: it takes the number of tokens that are read,
+    at most `max_length`.
     """
 
     edit: Literal["references", "reference", "alone", "image", "none"]
@@ -45,13 +46,14 @@ class PipelineFamily:
     negative: str | None = None
     needs_image: bool = False
     has_length: bool = True
+    max_length: int = 1024
     img2img: str = ""
 
 
 FAMILIES: Mapping[str, PipelineFamily] = {
     "Flux2KleinPipeline": PipelineFamily("references", 10),
     "Flux2Pipeline": PipelineFamily("references", 10),
-    "FluxKontextPipeline": PipelineFamily("reference"),
+    "FluxKontextPipeline": PipelineFamily("reference", max_length=512),
     "QwenImageEditPipeline": PipelineFamily("alone", 1, "true_cfg_scale", negative=" ", needs_image=True),
     "QwenImageEditPlusPipeline": PipelineFamily("alone", 3, "true_cfg_scale", negative=" ", needs_image=True),
     "QwenImage21Pipeline": PipelineFamily(
@@ -62,10 +64,10 @@ FAMILIES: Mapping[str, PipelineFamily] = {
         "image", guidance="true_cfg_scale", negative=" ", img2img="QwenImageImg2ImgPipeline"
     ),
     "StableDiffusion3Pipeline": PipelineFamily(
-        "image", pixels_per_token=1, negative="", img2img="StableDiffusion3Img2ImgPipeline"
+        "image", pixels_per_token=1, negative="", max_length=512, img2img="StableDiffusion3Img2ImgPipeline"
     ),
     "ZImagePipeline": PipelineFamily("image", pixels_per_token=1, negative="", img2img="ZImageImg2ImgPipeline"),
-    "FluxPipeline": PipelineFamily("image", img2img="FluxImg2ImgPipeline"),
+    "FluxPipeline": PipelineFamily("image", max_length=512, img2img="FluxImg2ImgPipeline"),
 }
 """Families by the pipeline class that a folder's model_index.json names; a new one is one line here."""
 

@@ -153,6 +153,8 @@ class PipelineRunner:
             raise UserError(f"strength: {self.name} edits by reference and takes none; leave it null")
         if settings.max_sequence_length is not None and not self.family.has_length:
             raise UserError(f"max_sequence_length: {self.name} takes none; leave it null")
+        if (settings.max_sequence_length or 0) > (most := self.family.max_length):
+            raise UserError(f"max_sequence_length {settings.max_sequence_length}: {self.name} takes {most} at most")
         for name, side in (("height", settings.height), ("width", settings.width)):
             if side is not None and side % self._multiple:
                 below = side // self._multiple * self._multiple
@@ -233,13 +235,14 @@ class PipelineRunner:
         return own | {name: value for name, value in found.items() if value is not None}
 
     def _warn_of_cut_prompts(self, prompts: Sequence[str], settings: GenerationSettings) -> None:
-        """Says once of each text encoder that it does not read all of a prompt."""
+        """Says once of each text encoder that it does not read all of a prompt, or of the negative one."""
         if self.family.edit == "alone":  # their pipelines read all of it
             return
         length = self._shared_arguments(settings).get("max_sequence_length")
         length = length or signature(self._pipe.__call__).parameters["max_sequence_length"].default
         for name, limit in prompt_limits(self._pipe, length).items():
-            cut = [] if name in self._cutting else [prompt for prompt in prompts if limit.num_longer([prompt])]
+            texts = [] if name in self._cutting else [*prompts, settings.negative_prompt or ""]
+            cut = [text for text in texts if limit.num_longer([text])]
             if cut:
                 self._cutting.add(name)
                 shown, what = one_line(cut[0], 60), f"{limit.max_tokens} tokens that {name} of {self.config.ref} reads"
