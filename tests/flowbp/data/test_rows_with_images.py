@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, LargeList, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -95,6 +95,7 @@ def test_a_table_may_name_an_image(tmp_path: Path) -> None:
 FEATURES: dict[str, Any] = {
     "image": ImageFeature(),
     "list": List(ImageFeature()),
+    "large list": LargeList(ImageFeature()),
     "path": Value("string"),
 }
 
@@ -102,7 +103,7 @@ FEATURES: dict[str, Any] = {
 @pytest.mark.parametrize("kind", FEATURES)
 def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
     image = picture(tmp_path / "a.png")
-    value = {"image": image, "list": [image], "path": str(tmp_path / "a.png")}[kind]
+    value = {"image": image, "path": str(tmp_path / "a.png")}.get(kind, [image])
     rows = {"prompt": ["make it red", "make it blue"], "images": [value, value], "caption": ["a red house", None]}
     features = Features({"prompt": Value("string"), "images": FEATURES[kind], "caption": Value("string")})
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))

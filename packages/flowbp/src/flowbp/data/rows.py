@@ -163,13 +163,13 @@ def _column(dataset: "Dataset", path: Path, name: str) -> list[Any]:
 def _without_decoding(dataset: "Dataset", name: str) -> "Dataset":
     """The dataset with images as they are stored: our own bounded reader decodes them."""
     from datasets import Image as ImageFeature
-    from datasets import List
+    from datasets import LargeList, List
 
     kind = dataset.features[name]
     if isinstance(kind, ImageFeature):
         return dataset.cast_column(name, ImageFeature(decode=False))
-    if isinstance(kind, List) and isinstance(kind.feature, ImageFeature):
-        return dataset.cast_column(name, List(ImageFeature(decode=False)))
+    if isinstance(kind, List | LargeList) and isinstance(kind.feature, ImageFeature):
+        return dataset.cast_column(name, type(kind)(ImageFeature(decode=False)))
     return dataset
 
 
