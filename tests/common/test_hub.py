@@ -472,6 +472,13 @@ HEADERS: dict[str, tuple[object, int]] = {
 }
 
 
+@pytest.mark.parametrize("part", ["image processor", "feature extractor", "tokenizer", "configuration"])
+def test_what_a_folder_lacks_is_said_without_advice_about_names_on_the_hub(part: str) -> None:
+    said = f"Can't load {'the configuration of' if part == 'configuration' else f'{part} for'} '/a/model'. If you were"
+    with pytest.raises(UserError, match=rf"^m \(files of its {part} are missing or damaged; copy them"), loading("m"):
+        raise OSError(f"{said} trying to load it from 'https://huggingface.co/models', make sure you don't have ...")
+
+
 def test_what_libraries_raise_is_one_line() -> None:
     for error in (
         KeyError("a"),

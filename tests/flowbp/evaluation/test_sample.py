@@ -197,12 +197,23 @@ def test_a_run_is_compared_with_its_base_under_equal_settings(
         model_source(str(run), tmp_path, ["lora.init=other.safetensors"])
 
 
-def test_settings_of_the_miniature_are_named_where_another_model_is_drawn_with_them(tmp_path: Path) -> None:
+def test_settings_of_the_miniature_are_named_where_another_model_is_drawn_with_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flowbp: Callable[..., tuple[int, str, str]],
+) -> None:
     folder = shutil.copytree(hub.resolve(GENERATOR), tmp_path / "own")
     assert model_source(str(folder), tmp_path).assumed_settings() == []  # its sampling.json says them
     (folder / hub.SAMPLING_FILE).write_text('{"height": 32, "guidance_scale": 2}')
     (note,) = model_source(str(folder), tmp_path).assumed_settings()
     assert "is drawn with model.width 32, eval.num_inference_steps 25, the miniature's" in note
+    monkeypatch.setattr(sampling, "generate_images", lambda *_: torch.zeros(1, 3, 32, 32))
+    command = ("sample", "a red circle", "--model", folder, "--num-images", 1, "--out", tmp_path / "images")
+    assert f"note: {note}" in flowbp(*command)[2]
+    assert "the miniature's" not in flowbp(*command, "--size", 32, "--num-inference-steps", 2)[2]
+    sampling.sample(folder, ["a red circle"])
+    assert note in capsys.readouterr().err
     known = model_source(str(folder), tmp_path, ["model.width=1024"])
     assert known.assumed_settings(steps=50) == []
     assert model_source(GENERATOR, tmp_path).assumed_settings() == []

@@ -81,6 +81,15 @@ def test_an_end_of_turn_that_only_the_tokenizer_names_ends_an_answer(tmp_path: P
     assert (reply.truncated, reply.text.endswith("</answer>")) == (False, True)
 
 
+def test_a_model_s_own_repetition_penalty_changes_answers_and_no_probabilities(folder: Path, tmp_path: Path) -> None:
+    penalized = shutil.copytree(folder, tmp_path / "penalized")
+    about = penalized / "generation_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"repetition_penalty": 5.0}))
+    plain, other = (asyncio.run(model(one).chat(MESSAGES[1], 0)) for one in (folder, penalized))
+    assert plain.text != other.text
+    assert plain.token_probabilities[0][1] == other.token_probabilities[0][1]
+
+
 def test_seeds_decide_what_is_sampled(folder: Path) -> None:
     message = [MESSAGES[0]] * 3
     sampled = answers(model(folder, temperature=1.0), message, [1, 2, 1])

@@ -80,6 +80,7 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
         (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "is a DoRA of kohya's form"),
         (of_peft, {"r": 2, "use_rslora": True}, "its use_rslora in adapter_config.json is not supported"),
         (of_peft, {"r": 2, "lora_alpha": 2, "init_lora_weights": "PiSSA_niter_4"}, "its init_lora_weights PiSSA_niter"),
+        (of_peft, {"r": 8, "lora_alpha": 8}, "has rank 2, but adapter_config.json says 8; copy both from one place"),
         (of_peft, {"r": "2"}, "must have the numbers r and lora_alpha"),
         (plain | {f"transformer.{LAYER}.lora_B.bias": wide}, {}, "does not fit Flux2KleinPipeline .*lora_bias"),
     ):

@@ -18,7 +18,7 @@ from flowbp.data.rows import edits_of_files
 from flowbp.evaluation.evaluate import Evaluation, EvaluationTask, decode_finite, evaluate, generate_latents
 from flowbp.evaluation.sources import ModelSource, model_source
 from imgen_common.devices import device_of
-from imgen_common.errors import UserError, check_text
+from imgen_common.errors import UserError, check_text, warn_once
 
 
 def generate_images(
@@ -65,6 +65,8 @@ def sample(
     files = [images] if isinstance(images, str | Path) else images
     edits = edits_of_files(texts, [Path(image) for image in files])
     model = model_source(str(source), Path(runs))
+    for note in model.assumed_settings():
+        warn_once(note)
     config, backbone = model.config, model.load(device_of("auto"))
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
     scale = config.eval_guidance_scales[0]

@@ -146,6 +146,7 @@ class LocalChat:
                 "refused", f"a prompt of {max(prompts)} tokens; {self.config.ref} takes {self._context - 1}"
             )
         settings = self.config.model_dump(include={"temperature", "top_p", "top_k", "top_logprobs"})
+        settings["repetition_penalty"] = self._model.generation_config.repetition_penalty or 1.0
         sampler = GumbelSampler([seed for _, seed in asked], self._device, **settings)
         with torch.inference_mode():
             out = self._model.generate(
@@ -156,6 +157,7 @@ class LocalChat:
                 temperature=None,
                 top_p=None,
                 top_k=None,
+                repetition_penalty=1.0,  # the sampler's, which keeps the probabilities before it
                 logits_processor=LogitsProcessorList([sampler]),
             )
         start = inputs["input_ids"].shape[1]

@@ -129,6 +129,7 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
 
     with safe_open(file, "pt") as content:
         names, metadata = [*content.keys()], content.metadata() or {}
+        ranks = {name: content.get_slice(name).get_shape()[0] for name in names if ".lora_A." in name}
         # what diffusers leaves out of some pipelines, and which is there as zeros too
         more = [name for name in names if NO_LORA.search(name) and content.get_tensor(name).any()]
     if more:
@@ -136,7 +137,7 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
     check_plain_start(_header_options(metadata), what)
     if dora := [name for name in names if "dora_scale" in name]:  # diffusers leaves them out, which is another adapter
         raise UserError(f"{what}: is a DoRA of kohya's form (it has {dora[0]}), which is not read; give a plain LoRA")
-    weight *= _described_scale(file, names, what)
+    weight *= _described_scale(file, names, ranks, what)
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
@@ -157,8 +158,11 @@ def _header_options(metadata: Mapping[str, str]) -> dict[str, Any]:
         return {}  # diffusers says what is wrong with it
 
 
-def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
-    """lora_alpha / r of the description that PEFT writes beside an adapter, which diffusers does not read."""
+def _described_scale(file: Path, names: Sequence[str], ranks: Mapping[str, int], what: str) -> float:
+    """lora_alpha / r of the description that PEFT writes beside an adapter, which diffusers does not read.
+
+    ranks: of the factors A, by their names, all of which must be r.
+    """
     described = file.with_name(ADAPTER_CONFIG)
     is_peft = file.name == hub.ADAPTER_FILES[0] or any(name.startswith("base_model.model.") for name in names)
     if not (is_peft and described.exists()):
@@ -170,6 +174,10 @@ def _described_scale(file: Path, names: Sequence[str], what: str) -> float:
     rank, alpha = options.get("r"), options.get("lora_alpha")
     if not (isinstance(rank, int) and isinstance(alpha, int | float) and rank > 0):
         raise UserError(f"{what}: {ADAPTER_CONFIG} must have the numbers r and lora_alpha; copy it again")
+    if other := [name for name, of_factor in ranks.items() if of_factor != rank]:
+        raise UserError(
+            f"{what}: {other[0]} has rank {ranks[other[0]]}, but {ADAPTER_CONFIG} says {rank}; copy both from one place"
+        )
     return alpha / rank
 
 
