@@ -231,7 +231,7 @@ def _models(config: TrainConfig) -> tuple[str | None, ...]:
 
 def check_export(run: Path, to: ExportFormat, step: int | None = None, model: str | None = None) -> None:
     """Raises UserError where a run has no checkpoint of `step` (None: any), or cannot be exported as `to`, or into
-    `model`."""
+    `model`, or the weights to merge into are not those that were trained."""
     opened = RunFolder.open(run, is_main=False)
     config = opened.config(TrainConfig)
     if step is not None:
@@ -244,6 +244,8 @@ def check_export(run: Path, to: ExportFormat, step: int | None = None, model: st
         raise UserError(f"--model {model}: only an adapter is merged into another model; use --to merged")
     if to == "merged":
         hub.resolve(model or config.model.ref)
+        if model is None:
+            check_data(run, hash_model("model.ref", config.model.ref))
 
 
 def evaluation_prompts(config: TrainConfig) -> list[str]:

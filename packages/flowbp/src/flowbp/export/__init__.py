@@ -18,7 +18,6 @@ from flowbp.export.model_card import model_card
 from imgen_common.errors import UserError, one_line, quoted
 from imgen_common.files import atomic_folder, write_atomic
 from imgen_common.hub import SAMPLING_FILE, SIZE_AND_LENGTH
-from imgen_common.run_folder.data import check_data, hash_model
 from imgen_common.run_folder.folder import RunFolder
 
 
@@ -43,8 +42,6 @@ def export_run(
     step = opened.latest_checkpoint() if step is None else step
     config, weights = read_trained_weights(opened, kept, step)
     sampling = _sampling(config, to, model)
-    if to == "merged" and model is None:  # into the weights that were trained
-        check_data(run, hash_model("model.ref", config.model.ref))
     with atomic_folder(out) as folder:
         if to == "merged":
             merge_weights(config, weights, model).save_pretrained(folder)
