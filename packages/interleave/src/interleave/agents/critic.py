@@ -79,7 +79,7 @@ class ChatCritic:
         return CriticAnswer(verdict, reply.text, None, probability, reply.finish_reason)
 
     async def _ask(self, message: Message, seed: int) -> "Reply | BackendError":
-        """An answer; where one is refused, or no answer that can be read, that failure: other samples may be answered."""
+        """An answer; where it is refused, or cannot be read, that failure, since other samples may be answered."""
         try:
             return await self.model.chat(message, seed)
         except BackendError as error:
