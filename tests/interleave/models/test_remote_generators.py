@@ -530,6 +530,13 @@ def test_what_may_be_charged_for_is_asked_for_once(body: Any, tries: int) -> Non
     assert len(asked) == tries
 
 
+def test_an_image_behind_lines_that_kept_the_connection_open_is_read() -> None:
+    answer = json.dumps({"data": [{"b64_json": base64.b64encode(png(RED.image)).decode()}]}).encode()
+    for before in (b": keep-alive\n\n" * 3, b"\n \n"):
+        made = endpoint(lambda request, before=before: httpx.Response(200, content=before + answer))
+        assert drawn(made) == RED
+
+
 @pytest.mark.parametrize("error", [{"message": "", "type": "", "code": None}, {"code": 0, "message": "success"}])
 def test_an_error_that_says_nothing_is_none(error: Any) -> None:
     encoded = base64.b64encode(png(RED.image)).decode()
