@@ -85,7 +85,12 @@ def answer(message: Any, **choice: Any) -> bytes:
         ({"content": "</think>\n\nb", "reasoning_content": ""}, "<think></think>\n\nb"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "output_text", "text": "b"}]}, "ab"),
         (
-            {"content": [{"type": "thinking", "thinking": [{"text": "a"}]}, {"type": "text", "text": "b"}]},
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"ids": [1]}, {"text": "a"}]},
+                    {"type": "text", "text": "b"},
+                ]
+            },
             "<think>a</think>b",
         ),
         ({"content": None, "reasoning": "a"}, "<think>a</think>"),

@@ -314,22 +314,22 @@ def test_errors_of_a_server_that_comes_back_are_counted_apart_from_its_absence()
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "tries"),
-    [
-        ([ConnectionLost("lost")], 2),
-        ([ConnectionLost("idle"), "yes"], 2),
-        ([ConnectionLost("stopped"), *[GONE] * 5, "yes"], 7),
-        ([ConnectionLost("lost"), GONE, ConnectionLost("lost")], 3),
-    ],
+    ("seconds", "is_paid", "tries"), [(60.0, True, 1), (60.0, False, 6), (0.1, True, 16), (0.1, False, 16)]
 )
-def test_a_paid_call_whose_connection_is_lost_is_sent_once_more(outcomes: list[Any], tries: int) -> None:
-    send, left = sends(*outcomes)
-    if outcomes[-1] == "yes":
-        assert asyncio.run(caller(Time()).call(send, is_paid=True)) == "yes"
-    else:
-        with pytest.raises(ConnectionLost):
-            asyncio.run(caller(Time()).call(send, is_paid=True))
-    assert len(left) == tries
+def test_a_call_whose_connection_is_lost_after_a_while_may_have_been_worked_on(
+    seconds: float, is_paid: bool, tries: int
+) -> None:
+    """As by the limits of a gateway; where a port has no server behind it, as of ssh, it is lost at once."""
+    time, sent = Time(), []
+
+    async def send(left: float) -> None:
+        sent.append(left)
+        time.now += seconds
+        raise ConnectionLost("lost")
+
+    with pytest.raises(HttpError, match="lost"):
+        asyncio.run(caller(time, deadline=8e4).call(send, is_paid=is_paid))
+    assert len(sent) == tries
 
 
 def test_errors_of_a_server_open_the_breaker() -> None:

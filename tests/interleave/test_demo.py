@@ -194,6 +194,21 @@ def test_what_the_user_can_mend_is_said(browser: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [None, -1, 2**63, 10**30])
+def test_a_seed_that_no_run_can_have_is_refused_before_a_story_begins(seed: int | None) -> None:
+    pytest.importorskip("gradio")
+    teller = Teller()
+    (generate,) = [one.fn for one in demo.build_page(teller).fns.values() if one.name == "generate"]
+
+    async def said() -> list[str]:
+        return [html async for html, _ in generate("a square", None, seed)]
+
+    (html,) = asyncio.run(said())
+    assert "the seed must be a whole number of at least 0, and below 9223372036854775808" in html
+    assert teller.asked == []
+
+
+@pytest.mark.slow
 def test_a_stopped_story_stops_the_work(browser: Any) -> None:
     pytest.importorskip("gradio")
     teller = Teller()

@@ -133,13 +133,16 @@ def counted(answers: Sequence[str | BackendError], seeds: list[int]) -> Scripted
         ("???-", 0.5, False),
         ("!++-", 0.5, True),
         ("!?-!", 0.5, False),
+        ("+#+-", 0.6, True),
+        ("#!?-", 0.5, False),
         ("-----------------------------+", 0.01, True),
     ],
 )
 def test_a_share_of_the_critics_answers_decides(answers: str, share: float, success: bool) -> None:
-    """+ accepts, - does not, ? cannot be read, ! is refused."""
+    """+ accepts, - does not, ? cannot be read, # not even as an answer of a server, ! is refused."""
     seeds: list[int] = []
     words = {"+": said(True), "-": said(False), "?": "mumble", "!": BackendError("refused", "a filter")}
+    words["#"] = BackendError("malformed_response", "not a chat completion")
     model = counted([words[a] for a in answers], seeds)
     critic = ChatCritic(model, load_template("critic"), num_samples=len(answers), acceptance_threshold=share)
     answer = asyncio.run(critic.judge(LOOK, 7))

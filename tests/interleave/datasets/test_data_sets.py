@@ -546,6 +546,14 @@ def test_answers_out_of_range_are_counted_and_never_become_scores(tmp_path: Path
     assert report.dropped == unscored
 
 
+def test_a_build_says_how_many_trajectories_ended_early(tmp_path: Path, asked: Path) -> None:
+    short = load(DataConfig, [], []).run.model_validate({"loop": {"max_generations": 1}})
+    info = build(tmp_path / "set", asked, run=short)
+    early = info.trajectories["budget_exhausted"]
+    assert early > 0
+    assert f"{early} trajectories ended early; --resume with --retry tries those of this build again" in info.notes
+
+
 def test_without_a_judge_there_is_nothing_to_reinforce(tmp_path: Path, asked: Path) -> None:
     info = build(tmp_path / "set", asked, judge=None)
     assert info.rows["critic_rl"] == {"train": 0, "val": 0}

@@ -39,6 +39,8 @@ MAX_WAITING = 16
 """Requests that may wait; further ones are refused."""
 MAX_CONCURRENT = 4
 """Stories that are made at the same time."""
+MAX_SEED = 2**63
+"""A seed is below it, as a run's configuration can be read again."""
 LIVE_SIDES = (384, 256)
 """Longest sides of large images while the story is made; the page to download has them larger."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
@@ -143,8 +145,8 @@ def build_page(streamer: StoryStreamer) -> "gradio.Blocks":
         html = ""
         try:
             images = await asyncio.to_thread(_read_uploads, files)
-            if seed is None or seed < 0:
-                raise UserError("the seed must be a whole number of at least 0")
+            if seed is None or not 0 <= seed < MAX_SEED:
+                raise UserError(f"the seed must be a whole number of at least 0, and below {MAX_SEED}")
             async with aclosing(_stream_html(streamer, text, images, seed)) as pages:
                 async for html, file in pages:
                     yield html, gr.DownloadButton(value=file, visible=file is not None)

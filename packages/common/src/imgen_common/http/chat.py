@@ -240,4 +240,4 @@ def in_think_marks(content: str) -> str:
 
 
 def _thinking(parts: Any) -> str:
-    return parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
+    return parts if isinstance(parts, str) else "".join(part.get("text", "") for part in parts)

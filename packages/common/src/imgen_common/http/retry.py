@@ -17,8 +17,9 @@ log = logging.getLogger(__name__)
 MAX_FAILED_TRIES = 6
 """Tries of a call that the service itself answers wrongly, at most: more of them seldom help and may cost money."""
 
-MAX_LOST = 2
-"""Connections that a paid call loses once it is sent, at most: a server that closes an idle one loses the first."""
+LOST_SECONDS = 5.0
+"""Seconds from which on a call whose connection is lost without an answer may have been worked on; one to a port of ssh
+or Docker behind which no server is there yet, or one that had been idle, is lost at once."""
 GATEWAY_TIMEOUTS = (504, 524)
 """Statuses of a server that did not wait for the one behind it."""
 
@@ -125,8 +126,8 @@ class RetryingCaller:
     async def call(self, send: Callable[[float], Awaitable[T]], *, is_paid: bool = False) -> T:
         """What `send(seconds left for this try)` returns, sent again where its HttpError says that it can be.
 
-        is_paid: whether the service may charge for a call that took too long, which is then not sent again, or whose
-        connection was lost once it was sent, which is sent once more.
+        is_paid: whether the service may charge for a call that took too long, or whose connection was lost after a
+        while, which is then not sent again.
 
         Raises HttpError: the one of the last try (`timeout` where it took too long), or `unreachable` at once while the
         circuit breaker is open.
@@ -153,9 +154,10 @@ class RetryingCaller:
 
     async def _try_until_deadline(self, send: Callable[[float], Awaitable[T]], is_paid: bool) -> T:
         policy, end = self._policy, self._clock() + self._policy.deadline
-        num_failed = num_lost = 0
+        num_failed = 0
         for number in range(1, policy.max_tries + 1):
-            seconds = min(policy.timeout, end - self._clock())
+            began = self._clock()
+            seconds = min(policy.timeout, end - began)
             try:
                 async with asyncio.timeout(seconds):
                     answer = await send(seconds)
@@ -169,12 +171,11 @@ class RetryingCaller:
                 key = "timeout" if seconds == policy.timeout else "deadline"
                 remedy = f"{last}; if it needs longer, raise retry.{key}"
                 last = HttpError(last.kind, remedy, can_retry=last.can_retry and not is_paid, status=last.status)
-            num_lost += isinstance(last, ConnectionLost)
-            may_be_paid = last.has_begun or last.status in GATEWAY_TIMEOUTS or num_lost == MAX_LOST
-            if not last.can_retry or (is_paid and may_be_paid):
+            is_lost = isinstance(last, ConnectionLost) and self._clock() - began >= LOST_SECONDS
+            if not last.can_retry or (is_paid and (last.has_begun or is_lost or last.status in GATEWAY_TIMEOUTS)):
                 raise last
             wait = self._backoff(number, last.retry_after)
-            num_failed += not last.is_outage
+            num_failed += is_lost or not last.is_outage
             if number == policy.max_tries or num_failed == MAX_FAILED_TRIES:
                 break
             # another call may have opened the breaker meanwhile: then this one gives up as well

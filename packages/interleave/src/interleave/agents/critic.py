@@ -79,11 +79,11 @@ class ChatCritic:
         return CriticAnswer(verdict, reply.text, None, probability, reply.finish_reason)
 
     async def _ask(self, message: Message, seed: int) -> "Reply | BackendError":
-        """An answer; where the model, or a filter, refuses one, that refusal, since other samples may be answered."""
+        """An answer; where it is refused, or cannot be read, that failure, since other samples may be answered."""
         try:
             return await self.model.chat(message, seed)
         except BackendError as error:
-            if error.kind != "refused":
+            if error.kind not in ("refused", "malformed_response"):
                 raise
             return error
 

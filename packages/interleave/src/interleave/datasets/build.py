@@ -363,6 +363,8 @@ def _describe_set(
     notes = list(selected.notes)
     if waiting := ends.get("not finished"):
         notes.append(f"{waiting} requests have no trajectory yet; continue with --resume, or with a larger budget")
+    if early := sum(not trajectory.is_whole for trajectory in trajectories):
+        notes.append(f"{early} trajectories ended early; --resume with --retry tries those of this build again")
     if judge is None:
         notes.append("no judge: only scores that the trajectories have already were used")
     return SetInfo(

@@ -23,7 +23,7 @@ from imgen_common.http import (
     redacted,
     version_hint,
 )
-from imgen_common.http.chat import FILTERED, STREAMED
+from imgen_common.http.chat import COMMENTS, FILTERED, STREAMED
 from imgen_common.http.failures import ERROR_KEYS
 from interleave.models.remote import backend_errors, decode_base64_image, decode_image, encode_png
 from interleave.protocols import GenerationRequest, HashedImage, check_sources
@@ -180,6 +180,7 @@ def _read_entry(data: bytes) -> tuple[str | None, str, str | None]:
     """
     if data.startswith(IMAGE_FILES):
         return base64.b64encode(data).decode(), "", None
+    data = COMMENTS.sub(b"", data, count=1)
     try:
         answer = json.loads(data)
         if (error := error_in_answer(answer, "data")) is not None:
