@@ -22,6 +22,7 @@ from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
 from imgen_common.images import from_pil, to_pil
+from imgen_common.run_folder.data import hash_rows, record_data
 from imgen_common.shapes.edits import sample_edit, verify_edits
 from imgen_common.streams import numpy_generator
 from interleave.agents.critic import ChatCritic
@@ -215,6 +216,9 @@ def test_a_run_is_exported_with_the_template_of_its_rows(kind: str, tmp_path: Pa
     )
     assert {file.suffix for file in out.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
     chosen = [*arguments[:-3], "--out", str(tmp_path / "other"), "--set", "critic.template=shapes_critic"]
+    record_data(run, {"planner_sft": hash_rows([])})
+    assert f"{run}: trained a planner; name a run of a critic" in str(CliRunner().invoke(app, chosen).exception)
+    (run / "data.json").unlink()
     CliRunner().invoke(app, chosen, catch_exceptions=False)
     assert "was: {prompt} used" in json.loads((tmp_path / "other" / "reward.json").read_text())["template"]
 

@@ -105,6 +105,8 @@ def test_an_existing_file_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     first = CliRunner().invoke(app, words)
     assert first.exit_code == 0, first.output
     assert "flowbp estimate mine.yaml --memory 24GiB\n  flowbp train mine.yaml" in first.output
+    spaced = CliRunner().invoke(app, [words[0], "a run", *words[2:]]).output
+    assert "flowbp estimate 'a run.yaml' --memory 24GiB\n  flowbp train 'a run.yaml'" in spaced
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     for name, said in (("mine", "exists already"), ("mine.yaml", "exists already"), ("a/b", "plain name")):
         result = CliRunner().invoke(app, [words[0], name, *words[2:]])

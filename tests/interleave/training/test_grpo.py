@@ -47,7 +47,7 @@ from interleave.training.reward import (
     reward_weights,
 )
 from interleave.training.rows import GrpoJob, critic_prompt, image_store, read_rows
-from interleave.training.run import bind_data, build_run_callback
+from interleave.training.run import MAY_DIFFER, bind_data, build_run_callback
 from interleave.training.scoring import (
     check_image_tokens,
     concurrency_per_process,
@@ -243,6 +243,9 @@ def test_a_chat_template_that_opens_the_thoughts_costs_no_reward(root: Path, tmp
         for name, path in (("plain", root / "model"), ("opens", model))
     }
     assert {name: job.opened for name, job in jobs.items()} == {"plain": "", "opens": "<think>"}
+    template.write_text(template.read_text().replace("%- if add", "%- if enable_thinking is not false and add"))
+    trl = QUICK | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert grpo.check_grpo(quick(root, model=str(model), trl=trl), 1).opened == ""
     verdict = '{"previous_step_success": true, "refine_prompt": "a red circle"}'
     said = [[{"role": "assistant", "content": f"it is there</think><answer>{verdict}</answer>"}]]
     for name, expected in (("plain", 0.0), ("opens", 1.0)):
@@ -332,6 +335,19 @@ def test_images_that_vllm_would_not_scale_are_refused(root: Path, rows: list[RlR
     grpo.check_image_sizes(rows, store, 32 * 32)
     with pytest.raises(UserError, match="32x32 is more than max_pixels 1000"):
         grpo.check_image_sizes(rows, store, 1000)
+
+
+def test_how_services_are_reached_may_change_when_a_run_is_resumed(tmp_path: Path) -> None:
+    services = ["generator.kind=images_api", "judge.kind=model"]
+    RunFolder.create(tmp_path / "run", load(GrpoConfig, [], services)).close()
+    recorded = tmp_path / "run" / "config.yaml"
+    for part in ("generator", "judge.model"):
+        for change in ("retry.timeout=900", "concurrency=2", "key_env=OTHER", "url=http://other/v1"):
+            config = load(GrpoConfig, [recorded], [f"{part}.{change}"])
+            RunFolder.open(tmp_path / "run", config, may_differ=MAY_DIFFER).close()
+        other = load(GrpoConfig, [recorded], [f"{part}.model=other"])
+        with pytest.raises(UserError, match=rf"has {part}.model = "):
+            RunFolder.open(tmp_path / "run", other, may_differ=MAY_DIFFER)
 
 
 # --- training (slow) -------------------------------------------------------------------------------------------------

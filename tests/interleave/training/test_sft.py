@@ -28,6 +28,7 @@ from tiny import drop_weight
 from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import hash_rows, record_data
 from interleave.datasets.rows import SftRow
 from interleave.models.chat.local import to_conversation
 from interleave.protocols import HashedImage
@@ -781,6 +782,50 @@ def test_adapters_of_a_frozen_vision_tower_are_refused(root: Path, targets: Any)
         check_adapters(quick(root, {"r": 2, "target_modules": targets}, "frozen"), has_images=False)
 
 
+@pytest.mark.parametrize("lora", [{"bias": "all"}, {"modules_to_save": ["norm"]}])
+def test_other_weights_of_a_frozen_vision_tower_are_not_trained(root: Path, lora: dict[str, Any]) -> None:
+    config = quick(root, {"r": 2, "target_modules": ["q_proj"]} | lora)
+    with pytest.raises(UserError, match=r"lora trains \d+ weights of the vision tower, .*visual.* with vision: frozen"):
+        check_adapters(config)
+    check_adapters(config.model_copy(update={"vision": "train"}))
+    check_adapters(quick(root, {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"}))
+
+
+def test_peft_does_not_change_a_configuration(root: Path) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    config = quick(root, lora)
+    build_meta_model(config)
+    assert config.lora is not None
+    assert config.lora["modules_to_save"] == ["embed_tokens"]
+
+
+@pytest.mark.parametrize("needs_weights", [True, False])
+def test_words_without_embeddings_are_found_before_a_run(root: Path, tmp_path: Path, needs_weights: bool) -> None:
+    from transformers import AutoProcessor
+
+    shutil.copytree(root / "model", tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    processor.tokenizer.add_tokens([f"word{number}" for number in range(200)])
+    processor.save_pretrained(tmp_path / "model")
+    said = r"its tokenizer has \d+ words, its Qwen3VLForConditionalGeneration embeddings of \d+"
+    given = {"model": str(tmp_path / "model")}
+    with pytest.raises(UserError, match=said):
+        check_sft("critic", quick(root).model_copy(update=given), 1, needs_weights=needs_weights)
+    with pytest.raises(UserError, match=said):
+        check_grpo(GrpoConfig(data=str(root / "set"), **given), 1, needs_weights=needs_weights)
+
+
+def test_a_run_goes_on_with_the_agent_that_it_trains(root: Path, tmp_path: Path) -> None:
+    from interleave.training import sft
+
+    record_data(tmp_path, {name: hash_rows([]) for name in ("planner_sft", "planner_sft.val", "model")})
+    said = rf"{tmp_path}: trains the planner; resume it with interleave sft planner --resume {tmp_path}$"
+    with pytest.raises(UserError, match=said):
+        sft.train_sft("critic", quick(root), ["t"], resume=tmp_path)
+    assert sft.trained_agent(tmp_path) == "planner"
+    assert sft.trained_agent(root) is None
+
+
 @pytest.mark.parametrize("case", tiers(["asked for", "torch's default"], slow=["asked for"]))
 def test_weights_without_gradient_end_the_run_by_name(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
@@ -838,6 +883,11 @@ def test_the_sums_of_the_papers_recipe() -> None:
     mixed = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}
     sums = plan_sft_batches(mixed, 10, 0, 2, num_with_images=3)  # batches of 4: one with images, two without
     assert (sums.repeated, sums.updates_per_epoch, sums.updates) == (2, 1, 2)
+    dropped = {"per_device_train_batch_size": 3, "num_train_epochs": 2, "dataloader_drop_last": True}
+    assert plan_sft_batches(dropped, 8, 0, 1).updates == 4
+    assert plan_sft_batches(dropped, 8, 0, 1, num_with_images=4).updates == 8
+    with pytest.raises(UserError, match=r"8 rows do not fill a batch of 9; .* leave out trl.dataloader_drop_last"):
+        plan_sft_batches(dropped, 8, 0, 3)
     order = order_by_kind([True] * 3 + [False] * 7, 4, 1, 0)
     assert len(order) - 10 == sums.repeated
     with pytest.raises(UserError, match=r"trl.per_device_train_batch_size: must be a positive whole number, got 0"):

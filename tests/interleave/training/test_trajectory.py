@@ -138,12 +138,13 @@ def play(
     row: RecordedAttempt = ROW,
     fails: Any = lambda job: None,
     judge: Judge | None = None,
+    opened: str = "",
 ) -> tuple[float | None, list[GenerationRequest], list[CriticInput], ScoringThread]:
     """Its reward, and what generator and judge were asked, for a trajectory in which the critic says `answers`."""
     rows = read_rows(root / "set", "critic_rl", grpo.RlRow)
     prompts = tuple(critic_prompt(one, load_template("shapes_critic")) for one in rows)
     config = config_of(root)
-    job = GrpoJob(config, tuple(rows), prompts, plan_grpo_batches(config, len(rows), 4, 0, 1))
+    job = GrpoJob(config, tuple(rows), prompts, plan_grpo_batches(config, len(rows), 4, 0, 1), opened)
     generator, words, looks = FakeGenerator(fails=fails), caller().tokenizer, []
 
     def score(shown: CriticInput) -> float:
@@ -166,6 +167,15 @@ def play(
         (function,) = scored.reward_functions(config)
         (value,) = asyncio.run(function(completions=[said], environments=[there], row=[row]))
         return value, generator.jobs, looks, scored
+
+
+def test_answers_begin_within_what_the_chat_template_opens(root: Path) -> None:
+    answers = [rejection("one").removeprefix("<think>"), rejection("two").removeprefix("<think>")]
+    assert answers[0].startswith("wrong")
+    for opened, reward in (("<think>", 0.64), ("", 0.0)):
+        value, jobs, *_ = play(root, answers, opened=opened)
+        assert value == pytest.approx(reward)
+        assert [job.prompt for job in jobs] == ["one"]
 
 
 def test_the_reward_is_the_judges_score_of_the_last_image(root: Path) -> None:

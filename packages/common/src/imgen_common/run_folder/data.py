@@ -90,6 +90,11 @@ def record_data(run: Path, data: Mapping[str, DataHash]) -> None:
     write_atomic(run / DATA, DataHashes(data=dict(data)).model_dump_json(indent=1) + "\n")
 
 
+def recorded_data(run: Path) -> Mapping[str, DataHash]:
+    """The hashes that are kept with the run; none with one of an earlier version."""
+    return read_json(run / DATA, DataHashes).data if (run / DATA).exists() else {}
+
+
 def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
     """Raises UserError if the data is not that which the run was started with.
 
@@ -98,7 +103,7 @@ def check_data(run: Path, data: Mapping[str, DataHash]) -> None:
     if not (run / DATA).exists():
         warn_once(f"{run}: has no {DATA} (made by an earlier version), so it is not checked that its data is the same")
         return
-    recorded = read_json(run / DATA, DataHashes).data
+    recorded = recorded_data(run)
     for key, now in data.items():
         if (before := recorded.get(key)) is not None and before != now:
             counts = f" ({before.rows} rows then, {now.rows} now)" if before.rows != now.rows else ""

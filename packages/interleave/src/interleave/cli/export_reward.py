@@ -63,6 +63,7 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
     Raises UserError for a run that is not finished, and where no template is known.
     """
     from imgen_common.config import read_yaml
+    from imgen_common.run_folder.data import recorded_data
     from imgen_common.run_folder.find import CONFIG, check_is_model, find_run, is_run
     from interleave.datasets.check import read_set_info
 
@@ -79,6 +80,8 @@ def _find_critic(text: str, runs: Path, configs: list[Path] | None) -> tuple[str
         raise UserError(f"{run}: has no model yet; finish it with --resume {quoted(run)}, or name a folder of weights")
     if configs:
         return str(run / "model"), []
+    if "planner_sft" in recorded_data(run):
+        raise UserError(f"{run}: trained a planner; name a run of a critic, or give the CONFIG in which it judges")
     trained = read_yaml(run / CONFIG)
     info = read_set_info(Path(str(trained.get("data"))))
     template = trained.get("template") or (info.templates.get("critic") if info else None)

@@ -25,13 +25,14 @@ class TrlBatchOptions:
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     max_completion_length: int | None = 512
+    dataloader_drop_last: bool = False
 
     @classmethod
     def from_trl(cls, trl: Mapping[str, Any]) -> "TrlBatchOptions":
         """The options of a `trl:` mapping.  Raises UserError for a value that is no positive number."""
         found = {name: trl[name] for name in cls.__dataclass_fields__ if trl.get(name) is not None}
         for name, value in found.items():
-            if name == "save_strategy" or (name == "max_steps" and value == -1):
+            if name in ("save_strategy", "dataloader_drop_last") or (name == "max_steps" and value == -1):
                 continue
             whole = name not in ("num_train_epochs", "save_steps")
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value <= 0:
@@ -70,12 +71,16 @@ def plan_sft_batches(
     """The batches of TRL's SFTTrainer.
 
     num_with_images: how many rows have images, where neither all nor none have; then each batch is of one kind, and
-    all epochs are laid out as one.
+    all epochs are laid out as one.  Raises UserError where rows that do not fill a batch are all that there are, and
+    they are to be dropped.
     """
     b = TrlBatchOptions.from_trl(trl)
     batch = b.per_device_train_batch_size * processes
     kinds = (rows,) if num_with_images is None else (num_with_images, rows - num_with_images)
-    batches = sum(math.ceil(kind / batch) for kind in kinds)
+    drops = b.dataloader_drop_last and num_with_images is None  # batches of one kind are filled
+    batches = rows // batch if drops else sum(math.ceil(kind / batch) for kind in kinds)
+    if not batches:
+        raise UserError(f"{rows} rows do not fill a batch of {batch}; give more, or leave out trl.dataloader_drop_last")
     repeated = 0 if num_with_images is None else batches * batch - rows
     per_epoch = math.ceil(batches / b.gradient_accumulation_steps)
     if b.max_steps > 0:

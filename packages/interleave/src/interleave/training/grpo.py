@@ -13,6 +13,7 @@ import numpy as np
 from imgen_common import hub
 from imgen_common.errors import UserError, quoted
 from imgen_common.streams import numpy_generator
+from imgen_common.weights import check_vocabulary
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
 from interleave.datasets.rows import RlRow
@@ -22,7 +23,14 @@ from interleave.training import run
 from interleave.training.batch_plan import GrpoBatchPlan, TrlBatchOptions, plan_grpo_batches
 from interleave.training.config import GrpoConfig
 from interleave.training.environment import add_regenerate_tool
-from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory, zero_options
+from interleave.training.memory import (
+    MemoryEstimate,
+    build_inputs,
+    build_meta_model,
+    check_adapters,
+    estimate_memory,
+    zero_options,
+)
 from interleave.training.reward import reward_weights
 from interleave.training.rows import (
     GrpoJob,
@@ -71,14 +79,14 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     check_settings(config)
     check_sharding(config, processes)
     hub.resolve(config.model, weights=needs_weights)
-    if needs_weights:
-        run.load_model(config, device_map="meta")
+    model = run.load_model(config, device_map="meta") if needs_weights else build_meta_model(config)
     template = load_single_step_template(config.template)
     rows = read_rows(Path(config.data), "critic_rl", RlRow)
     prompts = [critic_prompt(row, template) for row in rows]
     store = image_store(config)
     answer = config.trl.get("max_completion_length") or 512  # TRL's default
     processor = run.load_processor(config)
+    check_vocabulary(processor.tokenizer, model, config.model)
     check_adapters(config)
     kept = select_by_length(prompts, processor, store, config.max_length, answer)
     if config.trl.get("use_vllm") and config.max_pixels is not None:
@@ -86,7 +94,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     failed = sum(not rows[i].evaluation.success for i in kept)
     batch_plan = plan_grpo_batches(config, len(kept), failed, len(rows) - len(kept), processes)
     check_arguments(config.trl, GRPOConfig, processes)  # its words about batches are worse than the plan's
-    opened = opened_by_template(processor, prompts[kept[0]])
+    opened = opened_by_template(processor, prompts[kept[0]], config.trl.get("chat_template_kwargs") or {})
     return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan, opened)
 
 

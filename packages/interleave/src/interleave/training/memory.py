@@ -210,12 +210,24 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
             "lora.target_modules adapts the embeddings, which are one weight with the output layer of this model, so "
             "that merging the adapter would change that too; put embed_tokens into lora.modules_to_save instead"
         )
+    trained = [name for name, w in model.named_parameters() if w.requires_grad and is_frozen(name, config.vision)]
+    if trained:
+        raise UserError(
+            f"lora trains {len(trained)} weights of the vision tower, {trained[0]} among them, with vision: frozen; "
+            "set vision: train, or lora.bias: lora_only and lora.modules_to_save that are not in it"
+        )
     in_tower = any(w.requires_grad and is_frozen(name, "frozen") for name, w in model.named_parameters())
     if in_tower and not has_images:
         raise UserError(
             f"lora adapts the vision tower, but no row of {config.data} has an image, so that it gets no gradient; set "
             "vision: frozen, or lora.target_modules that are not in it"
         )
+    if in_tower:
+        _check_checkpointing(config)
+
+
+def _check_checkpointing(config: TrainingConfig) -> None:
+    """Raises UserError where checkpointing would keep gradients from adapters of the vision tower."""
     checkpointing = config.trl.get("gradient_checkpointing", True) or config.trl.get("activation_checkpointing")
     options: dict[str, Any] = {}
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
@@ -224,7 +236,7 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
     # TRL makes checkpointing re-entrant under ZeRO-3, whatever is asked for; torch where options leave it open
     forced = zero_options(config.trl).get("stage") == 3
     reentrant = forced or (bool(options) and options.get("use_reentrant") in (None, True))
-    if checkpointing and reentrant and in_tower:
+    if checkpointing and reentrant:
         raise UserError(
             "lora on the vision tower gets no gradient under re-entrant checkpointing"
             f"{', which TRL uses with ZeRO-3' if forced else ''}; set vision: frozen, or "

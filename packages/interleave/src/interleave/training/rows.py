@@ -157,10 +157,12 @@ def build_dataset(
     return Dataset.from_dict({"number": list(numbers)}).with_transform(make_examples)
 
 
-def opened_by_template(processor: Any, row: SftRow) -> str:
+def opened_by_template(processor: Any, row: SftRow, options: Mapping[str, Any]) -> str:
     """`<think>` where the chat template opens it for the model, which then does not say it, as of Qwen3-VL-Thinking;
-    else nothing.  Run time puts it before the answer, too."""
-    prompt: str = processor.apply_chat_template(chat_turns(row)[:1], tokenize=False, add_generation_prompt=True)
+    else nothing.  Run time puts it before the answer, too.  options: of the template."""
+    prompt: str = processor.apply_chat_template(
+        chat_turns(row)[:1], tokenize=False, add_generation_prompt=True, **options
+    )
     return OPEN if prompt.rstrip().endswith(OPEN) else ""
 
 

@@ -4,16 +4,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from imgen_common import hub
-from imgen_common.errors import UserError, warn_once
+from imgen_common.errors import UserError, quoted, warn_once
+from imgen_common.run_folder.data import recorded_data
+from imgen_common.weights import check_vocabulary
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.datasets.rows import SftRow
 from interleave.training import run
 from interleave.training.batch_plan import SftBatchPlan, TrlBatchOptions, plan_sft_batches
 from interleave.training.config import Role, SftConfig
-from interleave.training.memory import MemoryEstimate, build_inputs, check_adapters, estimate_memory
+from interleave.training.memory import (
+    MemoryEstimate,
+    build_inputs,
+    build_meta_model,
+    check_adapters,
+    estimate_memory,
+)
 from interleave.training.rows import (
     build_dataset,
     check_chat_template,
@@ -65,8 +73,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     check_settings(config)
     check_arguments(config.trl, SFTConfig, processes)
     hub.resolve(config.model, weights=needs_weights)
-    if needs_weights:
-        run.load_model(config, device_map="meta")
+    model = run.load_model(config, device_map="meta") if needs_weights else build_meta_model(config)
     name = f"{role}_sft"
     folder = Path(config.data)
     has_val = (folder / f"{name}.val.jsonl").exists()
@@ -75,6 +82,7 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     if run.is_main_process():
         warn_of_unreadable_answers(role, rows, config)
     processor = run.load_processor(config)
+    check_vocabulary(processor.tokenizer, model, config.model)
     check_adapters(config, has_images=any(row.image_ids for row in rows))
     check_chat_template(processor, rows[0])
     store = image_store(config)
@@ -112,6 +120,11 @@ def plan_sft(role: Role, config: SftConfig, processes: int) -> tuple[SftBatchPla
     return job.batch_plan, estimate_memory(config, processes, inputs)
 
 
+def trained_agent(folder: Path) -> str | None:
+    """The agent that a run of `train_sft` trains; None for another run, and one of an earlier version."""
+    return next((role for role in get_args(Role) if f"{role}_sft" in recorded_data(folder)), None)
+
+
 def train_sft(
     role: Role,
     config: SftConfig,
@@ -123,6 +136,10 @@ def train_sft(
     callbacks: Sequence[Any] = (),
 ) -> Path:
     """Trains, or resumes the run in `resume`; returns the folder of the trained model.  Raises UserError."""
+    if resume is not None and (trained := trained_agent(resume)) not in (None, role):
+        raise UserError(
+            f"{resume}: trains the {trained}; resume it with interleave sft {trained} --resume {quoted(resume)}"
+        )
     run.prepare_environment()
     from trl import SFTConfig
 

@@ -1,6 +1,7 @@
 """The `trl:` and `lora:` mappings: every option of theirs is open under its own name, but for those listed here."""
 
 import contextlib
+import copy
 import dataclasses
 import re
 import warnings
@@ -58,6 +59,7 @@ RESERVED_GRPO: Mapping[str, str] = {
     **RESERVED,
     "reward_weights": "use the key reward_weights, which has their names",
     "max_tool_calling_iterations": "use the key max_attempts",
+    "sync_ref_model": "the reference model is in no checkpoint, so that a run could not be resumed",
     "log_completions_hub_repo": UPLOADS,
 }
 RESERVED_LORA: Mapping[str, str] = {
@@ -341,7 +343,7 @@ def build_lora_config(config: TrainingConfig) -> Any:
     if start not in LORA_STARTS:
         allowed = ", ".join(map(str, LORA_STARTS)).lower()
         raise UserError(f"lora.init_lora_weights: {shortened(start)} cannot be trained from; allowed: {allowed}")
-    options: dict[str, Any] = {"target_modules": "all-linear", **config.lora}
+    options = copy.deepcopy({"target_modules": "all-linear", **config.lora})  # PEFT adds to lists
     if config.vision == "frozen":
         options["exclude_modules"] = VISION_MODULES
     try:
