@@ -189,6 +189,20 @@ def test_without_images_only_checkpoints_go(tmp_path: Path) -> None:
         find_removable(path, images=True)
 
 
+def test_the_checkpoint_that_is_loaded_at_the_end_is_not_cleaned(tmp_path: Path) -> None:
+    """With load_best_model_at_end; without it transformers would leave the last model, without a word."""
+    run = make_sft(tmp_path / "sft", finished=False)
+    for step, best in ((4, 2), (6, 4)):
+        folder = run / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir()
+        state = {"global_step": step, "best_model_checkpoint": f"elsewhere/checkpoints/checkpoint-{best}"}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        write_manifest(folder)
+    assert [one.what for one in find_removable(run, images=False)] == ["checkpoint of update 2"]
+    (run / "model").mkdir()
+    assert len(find_removable(run, images=False)) == 2
+
+
 def test_a_run_in_use_is_not_cleaned(tmp_path: Path) -> None:
     path = make_training(tmp_path / "a", finished=True)
     with RunFolder.open(path), pytest.raises(UserError, match="in use by another process"):

@@ -382,6 +382,7 @@ def test_a_batch_of_two_machines_is_that_of_one(interleave: Call, tmp_path: Path
     images = [[a.image_id for name in sorted(one) for a in one[name].values()] for one in found]
     assert images[0] == images[1]
     assert_refused(interleave("batch", "--resume", "all", "--shard", "1/2", "--runs", runs), "leave it out")
+    assert_refused(interleave("batch", "--resume", "all", "--name", "x", "--runs", runs), "--name x: is for a new run")
     assert_refused(interleave("batch", file, config, "--shard", "3/2", "--runs", runs), "the parts of 2 are 1 to 2")
     assert_refused(interleave("merge", *parts, "--out", runs / "all"), "all")
 

@@ -1,11 +1,12 @@
 """What of a run folder can be removed without losing what the run found or where it can go on."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from imgen_common.errors import UserError
-from imgen_common.run_folder.checkpoints import remove_checkpoint
+from imgen_common.run_folder.checkpoints import TRAINER_STATE, remove_checkpoint
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.listing import is_in_use, summarize_run, whole_checkpoints
 
@@ -24,12 +25,15 @@ class Removable:
 def find_removable(path: Path, images: bool) -> list[Removable]:
     """The checkpoints of a run before its last one and, with `images`, the images of a finished run.
 
-    Never the last checkpoint, scores, records, metrics or exported models; never images that a training set names.
+    Never the last checkpoint, that which a training of TRL will load at its end as its best, scores, records, metrics
+    or exported models; never images that a training set names.
     Raises UserError if the run is in use or, with `images`, not finished.
     """
     if is_in_use(path):
         raise UserError(f"{path}: in use by another process; wait for it to end, or leave it out")
-    older = list(whole_checkpoints(path).items())[:-1]
+    checkpoints, is_ended = whole_checkpoints(path), (path / "model").is_dir()
+    best = "" if is_ended else next(map(_best_of, reversed(checkpoints.values())), "")
+    older = [(step, folder) for step, folder in list(checkpoints.items())[:-1] if folder.name != best]
     found = [_removable(folder, f"checkpoint of update {step}", True) for step, folder in older]
     if images:
         run = summarize_run(path)
@@ -55,6 +59,15 @@ def remove(path: Path, images: bool) -> int:
             for file in one.files:
                 file.unlink(missing_ok=True)
     return sum(one.size for one in found)
+
+
+def _best_of(checkpoint: Path) -> str:
+    """The name of the best checkpoint so far, as one of TRL knows it; "" of others."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE).read_bytes())
+        return Path(state["best_model_checkpoint"]).name
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _images(path: Path, kind: str) -> Iterator[Removable]:

@@ -101,6 +101,8 @@ def batch(
             raise UserError("give a FILE of requests to start a run, or --resume RUN to continue one (one of the two)")
         if shard is not None and resume is not None:
             raise UserError("--shard: a resumed run has its part of the requests; leave it out")
+        if name is not None and resume is not None:
+            raise UserError(f"--name {name}: is for a new run; leave it out, or leave --resume out")
         if retry and resume is None:
             raise UserError("--retry goes with --resume RUN: it tries the failed stories of that run again")
         if resume is not None:
