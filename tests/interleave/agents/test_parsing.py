@@ -188,6 +188,16 @@ def test_an_answer_without_any_tag_is_quoted() -> None:
         assert describe_failure(Reply(text), ParseFailure("no <answer>")) == "no <answer>"
 
 
+def test_an_answer_without_reasoning_is_told_its_mode() -> None:
+    answer = f"<answer>{GOOD}</answer>"
+    why = parse_verdict(answer, "strict")
+    assert isinstance(why, ParseFailure)
+    assert describe_failure(Reply(answer), why).endswith(
+        "no <think>; if the model answers without reasoning, set parse_mode: direct"
+    )
+    assert isinstance(parse_verdict(answer, "direct"), Verdict)
+
+
 def test_the_thought_is_kept() -> None:
     assert parse_verdict(wrapped(GOOD, "<think>\nwhy <b>\n</think>\n")) == Verdict(
         success=False, refined_prompt="good", reasoning="why <b>"

@@ -370,6 +370,12 @@ def test_a_story_with_steps_that_were_never_accepted_is_not_complete(
     assert run(tmp_path, made, retry_failed=True) == [trajectory]  # nothing failed, so there is nothing to try again
 
 
+def test_a_critic_that_nobody_can_read_is_not_said_to_have_rejected(tmp_path: Path) -> None:
+    (story,) = run(tmp_path, parts(verdict=lambda shown, seed: "mumble"), loop=LoopConfig(max_attempts=2))
+    said = "no answer of the critic on steps 1, 2 could be read (the last: unreadable)"
+    assert (story.status, story.error) == ("steps_not_accepted", said)
+
+
 def test_a_critic_that_fails_ends_the_story(tmp_path: Path) -> None:
     made = parts(plan_of("one", "two"), lambda shown, seed: BackendError("refused", "wrong token"))
     (trajectory,) = run(tmp_path, made)

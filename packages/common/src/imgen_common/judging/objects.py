@@ -41,6 +41,10 @@ MAX_STARTS = 8
 """How many of the first and of the last `<answer>` of an answer are tried: its own words seldom hold more."""
 
 
+NO_THOUGHT = "no <think>"
+"""Why an answer is unreadable that has no reasoning, where some is asked for."""
+
+
 class UnreadableAnswer(Exception):
     """Ends the reading; the message is the reason."""
 
@@ -56,7 +60,7 @@ def read_object(answer: str, mode: ParseMode) -> tuple[str, Mapping[str, Any]]:
         _, opened, rest = answer.partition("<think>")
         reasoning, closed, tail = rest.partition("</think>")
         if not opened or not closed:
-            raise UnreadableAnswer("no <think>" if not opened else "<think> is not closed")
+            raise UnreadableAnswer(NO_THOUGHT if not opened else "<think> is not closed")
     first_error = None
     for body in answer_bodies(tail):
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from imgen_common.errors import one_line
 from imgen_common.http.chat import split_reasoning
 from imgen_common.judging.objects import (
+    NO_THOUGHT,
     ParseMode,
     UnreadableAnswer,
     answer_bodies,
@@ -127,14 +128,16 @@ def _text(value: object, name: str, mode: ParseMode) -> str | None:
 
 def describe_failure(reply: Reply, read: ParseFailure) -> str:
     """Why a reply could not be read, as records show it; with its first words where it has none of the tags asked for,
-    which often say that the model will not answer, and what to do about one that was cut off."""
+    which often say that the model will not answer, and what to do about one that was cut off or has no reasoning."""
     is_plain = not re.search("</?(think|answer)>", reply.text)
     words = f"it said {one_line(reply.text, 120)!r}" if is_plain and reply.text.strip() else ""
-    remedy = (
-        "; allow a longer answer (max_new_tokens, or max_completion_tokens in extra), or have the model think less"
-        if reply.truncated
-        else ""
-    )
+    remedy = ""
+    if reply.truncated:
+        remedy = (
+            "; allow a longer answer (max_new_tokens, or max_completion_tokens in extra), or have the model think less"
+        )
+    elif read.reason == NO_THOUGHT and "</answer>" in reply.text:
+        remedy = "; if the model answers without reasoning, set parse_mode: direct"
     return ": ".join(filter(None, (describe_ending(reply), read.reason, words))) + remedy
 
 

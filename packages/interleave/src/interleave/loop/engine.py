@@ -222,6 +222,10 @@ class Engine:
         accepted = {attempt.step for attempt in story.attempts if attempt.status in ("accepted", "unjudged")}
         if rejected := sorted(story.selected.keys() - accepted):
             steps = f"step{'s' * (len(rejected) > 1)} {', '.join(map(str, rejected))}"
+            tried = [attempt for attempt in story.attempts if attempt.step in rejected and attempt.image_id]
+            if all(attempt.status == "critic_unparsable" for attempt in tried):
+                what = f"no answer of the critic on {steps} could be read (the last: {tried[-1].error})"
+                return _Ending("steps_not_accepted", what)
             return _Ending("steps_not_accepted", f"the critic accepted no image of {steps}")
         return _Ending()
 
