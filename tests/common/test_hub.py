@@ -336,6 +336,14 @@ def test_the_address_of_a_page_says_which_name_to_give() -> None:
         hub.resolve("https" + "://hub.example/org/name/tree/main")
 
 
+@pytest.mark.parametrize("scheme", ["s3", "hf", "file", "git+ssh"])
+def test_other_addresses_are_refused_without_their_passwords(scheme: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^model \.\.\.: is given as an address; give a folder or org/name\[@revision\]$"
+    ):
+        hub.resolve(f"{scheme}{'://'}name:password@place/org/name")
+
+
 @pytest.mark.parametrize("end", ["/org/name", "", "/x", "/org/name/blob/main/a.safetensors"])
 def test_a_password_in_the_address_of_a_model_is_not_shown(end: str) -> None:
     with pytest.raises(UserError, match="is given as an address") as error:

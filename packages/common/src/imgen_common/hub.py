@@ -30,6 +30,7 @@ WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>.+\.safetensors)")
 """A file of a repository, whose revision is then named without a slash."""
+ADDRESS = re.compile(r"https?://[^/]*/?([\w.-]+/[\w.-]+)?|[a-zA-Z][\w+.-]*://")
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 SAMPLING_FILE = "sampling.json"
@@ -95,8 +96,9 @@ def _find(ref: str, *, weights: bool, single_file: bool, adapter: bool = False) 
         raise UserError(f"model {ref!r}: cannot be read as a path ({error.strerror})") from None
     if exists:
         return path, ""
-    if address := re.match(r"https?://[^/]*/?([\w.-]+/[\w.-]+)?", ref):  # it may hold a password
-        raise UserError(f"model {address[1] or '...'}: is given as an address; give org/name[@revision]")
+    if address := ADDRESS.match(ref):  # it may hold a password
+        places = "org/name[@revision]" if ref.startswith("http") else "a folder or org/name[@revision]"
+        raise UserError(f"model {address[1] or '...'}: is given as an address; give {places}")
     match = (HUB_FILE.fullmatch(ref) if single_file else None) or HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         places = "a safetensors file, a folder" if single_file else f"a folder, one of {', '.join(_builtins())}"
