@@ -115,7 +115,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_taken_when_asked(
 ) -> None:
     damage(checkpoint(folder, 3))
     before = files(folder)
-    said = r"step-000003: damaged checkpoint \(.+\); that of step 2 is whole: go on with --resume-from last-good"
+    said = r"damaged checkpoint \(.+\); that of step 2 is whole: go on with --resume \S+ --resume-from last-good"
     with pytest.raises(UserError, match=said):
         RunFolder.open(folder)
     with pytest.raises(UserError, match=said):
@@ -140,7 +140,7 @@ def set_aside(run: Path) -> set[int]:
 @pytest.mark.parametrize("step", [4, 9])
 def test_a_copy_under_another_name_is_set_aside_and_the_run_goes_on(step: int, folder: Path) -> None:
     shutil.copytree(checkpoint(folder, 3), checkpoint(folder, step))
-    said = r"state\.json is of step 3\); that of step 3 is whole: go on with --resume-from last-good"
+    said = r"state\.json is of step 3\); that of step 3 is whole: go on with --resume \S+ --resume-from last-good"
     with pytest.raises(UserError, match=said):
         RunFolder.open(folder)
     choose_checkpoint(folder, "last-good")
@@ -190,7 +190,9 @@ def test_the_last_whole_one_may_be_further_back_or_none(folder: Path) -> None:
     with pytest.raises(UserError, match="that of step 1 is whole"):
         RunFolder.open(folder)
     flip("model.safetensors")(checkpoint(folder, 1))
-    with pytest.raises(UserError, match="no earlier one is whole: it starts again with --resume-from last-good"):
+    with pytest.raises(
+        UserError, match=r"no earlier one is whole: it starts again with --resume \S+ --resume-from last-good"
+    ):
         RunFolder.open(folder)
     assert set_aside(folder) == {1, 2, 3}
     RunFolder.open(folder).close()

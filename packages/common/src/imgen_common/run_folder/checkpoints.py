@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from annotated_types import Ge
 from pydantic import BaseModel, StringConstraints
 
-from imgen_common.errors import DiskFullError, UserError, is_disk_full, system_error, warn_once
+from imgen_common.errors import DiskFullError, UserError, is_disk_full, quoted, system_error, warn_once
 from imgen_common.files import free_bytes, read_json, sync, write_atomic
 from imgen_common.run_folder.find import free_path
 from imgen_common.run_folder.sharded import ShardedTensors, is_sharded, on_main, save_sharded
@@ -170,7 +170,8 @@ def damaged_error(found: Mapping[int, Path], step: int, reason: str) -> UserErro
     whole = (other for other in sorted(found, reverse=True) if other < step and find_damage(found[other]) is None)
     before = next(whole, None)
     offer = "no earlier one is whole: it starts again" if before is None else f"that of step {before} is whole: go on"
-    return UserError(f"{found[step]}: damaged checkpoint ({reason}); {offer} with --resume-from last-good")
+    how = f"--resume {quoted(found[step].parents[1])} --resume-from last-good"
+    return UserError(f"{found[step]}: damaged checkpoint ({reason}); {offer} with {how}")
 
 
 def set_aside_damaged(found: Mapping[int, Path]) -> dict[Path, str]:
