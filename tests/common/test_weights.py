@@ -45,6 +45,7 @@ def saved(model: PreTrainedModel, folder: Path, drop: str = "", **added: torch.T
     return folder
 
 
+@pytest.mark.slow
 def test_tied_weights_may_be_there_once_or_twice(tmp_path: Path) -> None:
     model = Qwen3ForCausalLM(qwen(tie_word_embeddings=True))
     tied = model.state_dict()["model.embed_tokens.weight"]

@@ -74,6 +74,7 @@ def test_an_exported_adapter_gives_the_same_image(family: str, tmp_path: Path) -
     assert np.abs(drawn_by_interleave(family, merged, None) - aligned).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_says_how_it_is_drawn_and_one_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = folder_of("flux2", tmp_path)
     run = trained(tmp_path, model, "model.max_sequence_length=9", "model.height=64")
@@ -95,9 +96,14 @@ T5_LAYER = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
 @pytest.mark.parametrize(
     ("factor", "layer", "said"),
     [
-        ("lora_A", None, "has one of two factors"),
+        pytest.param("lora_A", None, "has one of two factors", marks=pytest.mark.slow),
         ("lora_B", None, "has one of two factors"),
-        (None, "text_encoder.text_model.encoder.layers.7.self_attn.q_proj", "does not fit StableDiffusion3Pipeline"),
+        pytest.param(
+            None,
+            "text_encoder.text_model.encoder.layers.7.self_attn.q_proj",
+            "does not fit StableDiffusion3Pipeline",
+            marks=pytest.mark.slow,
+        ),
         (None, T5_LAYER, "which has no"),  # diffusers loads it without a word
     ],
 )

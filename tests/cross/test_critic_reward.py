@@ -106,6 +106,7 @@ def test_the_reward_shows_what_the_critic_sees(name: str, num_sources: int, tmp_
         assert (patches - expected.pixel_values).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_its_rate_is_that_of_the_critics_answers(reward: VlmReward) -> None:
     """Edits that the verifier accepts, and the same images for other instructions; their gradients are finite."""
     rng = numpy_generator(3, "critic-reward")

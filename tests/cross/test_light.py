@@ -143,7 +143,9 @@ assert not {"torch", "transformers", "diffusers"} & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize("judge", ["judge=null", "judge={kind: model, model: SERVER}"])
+@pytest.mark.parametrize(
+    "judge", [pytest.param("judge=null", marks=pytest.mark.slow), "judge={kind: model, model: SERVER}"]
+)
 def test_models_that_servers_run_need_no_torch(judge: str) -> None:
     subprocess.run([sys.executable, "-c", SERVED, judge], check=True)
 

@@ -65,7 +65,7 @@ SOON = {"default": ["flux2", "flux_kontext"], "slow": ["flux2_dev", *NEEDY]}
 
 
 @pytest.mark.parametrize("folder", tiers(EDITORS, **SOON), indirect=True)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_an_edit_is_the_pipelines_own(folder: Path, guidance: float, backbone: Backbone) -> None:
     if guidance != 1 and not FAMILIES[folder.name].true_guidance:
         pytest.skip("its pipeline has no guidance but the distilled one")

@@ -492,6 +492,7 @@ def test_target_modules_that_match_no_layer_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["sd3"], indirect=True)
+@pytest.mark.slow
 def test_layers_are_counted_by_target_module(folder: Path) -> None:
     """The defaults are of several families, and may match none in one of them."""
 
@@ -543,6 +544,7 @@ def test_distilled_guidance_is_an_input(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["z_image"], indirect=True)
+@pytest.mark.slow
 def test_texts_of_several_lengths_are_seen_whole(folder: Path) -> None:
     """A guided image has a long and an empty text in one evaluation; the sweep has both with their guidance."""
     backbone = backbones.load(str(folder), dtype=torch.float64)

@@ -97,6 +97,7 @@ def test_the_gradient_through_tiles_is_that_of_their_image(recomputable: Path) -
     assert slope.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_tiles_lower_what_a_decoding_holds(recomputable: Path) -> None:
     def held(**vae: object) -> int:
         backbone, x, _ = decoded(recomputable, **vae)

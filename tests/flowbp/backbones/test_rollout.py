@@ -62,6 +62,7 @@ def inputs(models: LoadedModels, size: tuple[int, int]) -> tuple[Tensor, Tensor,
     return x, torch.tensor([0.9, 0.2]), models.backbone.encode(["a red circle", "two blue crosses"])
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_a_rollout_whose_rounding_errors_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the whole rollout, against one joint graph of  x + h (v(x) + e),  e = the rounded v(x) - v(x)."""
     trainer = trainer_of("rollout.dtype=fp8", "guidance_scale=2", "guidance.detach_negative=false")
@@ -133,7 +134,11 @@ AMPLIFYING = ("qwen_edit", "qwen_edit_plus", "qwen_image_21")
 
 
 @pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3"]))
-@pytest.mark.parametrize("sets", [[], ["lora.rank=2"], ["lora.rank=2", "model.dtype=bfloat16"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "sets",
+    [[], pytest.param(["lora.rank=2"], marks=pytest.mark.slow), ["lora.rank=2", "model.dtype=bfloat16"]],
+    ids=" ".join,
+)
 def test_every_family_rolls_out_in_low_precision(family: str, sets: list[str], tmp_path: Path) -> None:
     size = FAMILIES[family].size
     where = [f"model.ref={folder_of(family, tmp_path)}", f"model.height={size[0]}", f"model.width={size[1]}"]

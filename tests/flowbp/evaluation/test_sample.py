@@ -76,7 +76,8 @@ def test_the_skeleton_refuses_what_loading_refuses() -> None:
 
 @pytest.mark.parametrize(
     ("pipeline", "embeds", "expected"),
-    [("ZImagePipeline", False, (5.0, None)), ("FluxPipeline", True, (1.0, 4.0)), ("FluxPipeline", False, (1.0, None)),
+    [("ZImagePipeline", False, (5.0, None)), ("FluxPipeline", True, (1.0, 4.0)),
+     pytest.param("FluxPipeline", False, (1.0, None), marks=pytest.mark.slow),
      pytest.param("Flux2KleinPipeline", False, (4.0, None), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_model_is_drawn_as_its_folder_says(
@@ -183,6 +184,7 @@ def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
     assert (plain.model.embedded_guidance, plain.model.dtype) == (None, "float32")
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_its_base_under_equal_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flowbp: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -34,7 +34,7 @@ from imgen_common.run_folder.data import hash_model, record_data
 from imgen_common.run_folder.folder import RunFolder
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, default=["sd3", "flux2"], slow=["flux", "z_image"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, default=["flux2"], slow=["sd3", "flux", "z_image"]))
 def test_an_exported_adapter_generates_the_same_image_in_diffusers(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", targets_of(family))
@@ -64,6 +64,7 @@ def test_nothing_is_merged_into_a_model_that_has_changed(tmp_path: Path) -> None
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_the_average_is_an_adapter_of_its_own(tmp_path: Path) -> None:
     """Beside that of the last update, in one pipeline, and that of an earlier checkpoint."""
     model = folder_of("flux2", tmp_path)
@@ -124,7 +125,7 @@ def test_a_merged_pipeline_generates_the_same_image(family: str, lora: str, tmp_
     assert (theirs(last, family) - ours(run, model, base=True)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("family", tiers(["flux2", "sd3", "z_image"], default=["flux2", "sd3"]))
+@pytest.mark.parametrize("family", tiers(["flux2", "sd3", "z_image"], default=["flux2"], slow=["sd3"]))
 def test_a_comfyui_adapter_loads_back_through_diffusers(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model, "lora={rank: 4, alpha: 2}", targets_of(family))

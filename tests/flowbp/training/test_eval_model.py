@@ -124,6 +124,7 @@ def test_training_changes_what_evaluations_draw(tmp_path: Path) -> None:
     assert (images["sibling", 0] - images["own", 0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_the_second_transformer(tmp_path: Path) -> None:
     model = folder_of("flux2", tmp_path)
     configs = [small(model, ref, "heldout=[]") for ref in ("null", sibling_of(model, tmp_path))]

@@ -83,7 +83,7 @@ def distance(trainer: Trainer, base: Backbone, plan: Plan) -> float:
     return torch.stack(squares).mean().item()
 
 
-@pytest.mark.parametrize("sets", [LORA, ("lora=null",)], ids=["lora", "full"])
+@pytest.mark.parametrize("sets", [pytest.param(LORA, marks=pytest.mark.slow), ("lora=null",)], ids=["lora", "full"])
 def test_the_gradient_of_the_distance_is_added(flux2: Path, sets: tuple[str, ...]) -> None:
     """After updates the base is still the model as it was read; the gradient is linear in the weight."""
     found = {}
