@@ -96,9 +96,8 @@ def loading(what: str) -> Iterator[None]:
         if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
             shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
             reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
-        if part := re.search(
-            r"Can't load (?:the )?([a-z ]+?) (?:for|of) '", reason
-        ):  # and what to do of names on the hub
+        # transformers goes on with what to do about names on the hub
+        if part := re.search(r"Can't load (?:the )?([a-z ]+?) (?:for|of) '", reason):
             reason = f"files of its {part[1]} are missing or damaged; copy them from the model that it was made of"
         raise UserError(f"{what} ({reason})") from error
 

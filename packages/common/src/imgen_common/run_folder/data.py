@@ -114,4 +114,4 @@ def extend_data(run: Path, data: Mapping[str, DataHash]) -> None:
     """As `check_data`, and keeps the hashes under new keys with the run."""
     check_data(run, data)
     if (run / DATA).exists():
-        record_data(run, {**data, **read_json(run / DATA, DataHashes).data})
+        record_data(run, {**data, **recorded_data(run)})

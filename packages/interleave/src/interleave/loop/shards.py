@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from imgen_common.config import read_yaml
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_folder, read_json, read_text, whole_lines, write_atomic
-from imgen_common.run_folder.data import DATA, DataHash, DataHashes, record_data
+from imgen_common.files import atomic_folder, read_text, whole_lines, write_atomic
+from imgen_common.run_folder.data import DataHash, record_data, recorded_data
 from imgen_common.run_folder.find import CONFIG
 from interleave.loop.requests import REQUESTS, load_requests, save_requests
 from interleave.models.remote import HOW_REACHED
@@ -71,7 +71,7 @@ def merge_shards(shards: Sequence[Path], out: Path) -> int:
     Raises UserError unless all are folders of one batch or one build, made with the same models and templates, with
     requests that differ, where a part is not among them, an image is cut short, or if `out` exists.
     """
-    config, data = _read_config(shards[0]), _read_data(shards[0])
+    config, data = _read_config(shards[0]), recorded_data(shards[0])
     for shard in shards[1:]:
         if differing := what_differs(config, data, shard):
             raise UserError(f"{shard}: another {differing} than {shards[0]}; merge parts of one")
@@ -99,15 +99,10 @@ def merge_shards(shards: Sequence[Path], out: Path) -> int:
 def what_differs(config: Mapping[str, Any], data: Mapping[str, DataHash], other: Path) -> str:
     """Keys of the configuration, or else models, templates and requests, with which the folder `other` was made
     otherwise; empty: nothing differs but what is of one machine."""
-    config, theirs, recorded = _without(config), _read_config(other), _read_data(other)
+    config, theirs, recorded = _without(config), _read_config(other), recorded_data(other)
     if keys := sorted(key for key in {*config, *theirs} if config.get(key) != theirs.get(key)):
         return f"configuration in {', '.join(keys)}"
     return ", ".join(key for key, hashed in data.items() if recorded.get(key, hashed) != hashed)
-
-
-def _read_data(shard: Path) -> dict[str, DataHash]:
-    """Hashes of what a part was made with; none of an earlier version's."""
-    return read_json(shard / DATA, DataHashes).data if (shard / DATA).exists() else {}
 
 
 def _read_config(shard: Path) -> dict[str, Any]:
