@@ -61,6 +61,10 @@ def answer(message: Any, **choice: Any) -> bytes:
     [
         ({"content": "a"}, "a"),
         ({"content": "b", "reasoning_content": "a"}, "<think>a</think>b"),
+        ({"content": "b", "reasoning_details": [{"text": "a"}, {"summary": "n"}, {"data": "?"}]}, "<think>an</think>b"),
+        ({"content": "b", "reasoning": "a", "reasoning_details": [{"text": "a"}]}, "<think>a</think>b"),
+        ({"content": "b", "reasoning_details": [{"text": 3}, "?"]}, "b"),
+        ({"content": "b", "reasoning_details": "a"}, "b"),
         ({"content": "b", "reasoning": "a", "reasoning_content": None}, "<think>a</think>b"),
         ({"content": "b", "reasoning": "a", "reasoning_content": ""}, "<think>a</think>b"),
         ({"content": "b", "reasoning_content": ""}, "<think></think>b"),
@@ -135,7 +139,7 @@ def test_why_an_answer_ended_is_kept() -> None:
         assert read_completion(answer({"content": "a"}, finish_reason=reason)).is_cut_off
 
 
-@pytest.mark.parametrize("reason", ["insufficient_system_resource", "network_error", "error"])
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "network_error", "error", "abort"])
 @pytest.mark.parametrize("message", [{"content": 'so {"score": [9, 9]}, but the'}, {"content": None}, None])
 def test_an_answer_that_its_server_breaks_off_is_none(reason: str, message: Any) -> None:
     with pytest.raises(HttpError, match=f"finish_reason {reason}") as caught:
@@ -453,6 +457,8 @@ def test_a_key_that_is_a_word_changes_no_answer(word: str, monkeypatch: pytest.M
         ({"HTTP_PROXY": "http://proxy", "no_proxy": ".lan"}, "http://gpu.lan:8000/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "*"}, "http://host/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "other"}, "http://host/v1", "http://proxy"),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "localhost, *.Corp.test"}, "http://gpu.corp.test:8000/v1", None),
+        ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "*.corp.test"}, "http://notcorp.test/v1", "http://proxy"),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "a.b,10.0.0.0/8"}, "http://10.1.2.3:8000", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "fd00::/8"}, "http://[fd00::1]/v1", None),
         ({"HTTP_PROXY": "http://proxy", "NO_PROXY": "10.0.0.0/8"}, "http://11.1.2.3/v1", "http://proxy"),

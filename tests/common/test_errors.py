@@ -290,6 +290,22 @@ def test_a_path_in_a_printed_command_is_one_word_of_a_shell(path: str, word: str
     assert shlex.split(f"prog --resume {quoted(path)}")[2:] == [str(path)]
 
 
+@pytest.mark.parametrize("words", [["--runs", "s3://key:secret@bucket/runs"], ["--out=gs://bucket/x"]])
+def test_an_address_in_the_place_of_a_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Its folder would be made here, as `s3:`."""
+    monkeypatch.setattr(sys, "argv", ["prog", *words])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(typer.Typer(), "prog")
+    said = capsys.readouterr().err
+    assert (stop.value.code, "is an address; give a folder of this machine" in said, "secret" in said) == (
+        2,
+        True,
+        False,
+    )
+
+
 @pytest.mark.parametrize(
     ("word", "read"),
     [("--runs=~/runs", "--runs=HOME/runs"), ("~/runs", "HOME/runs"), ("--runs=~", "--runs=HOME"), ("~", "HOME")]

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from safetensors.torch import save_file
 
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.run_folder.data import hash_adapter, hash_model
 from imgen_common.weights import check_file, loading, weight_files
 
@@ -690,6 +690,31 @@ def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
     (fake.folder / "my_lora.safetensors").rename(fake.folder / "adapter_model.safetensors")
     hub.resolve_adapter("org/name", "lora")
     assert [call["allow_patterns"] for call in fake.calls] == [["adapter_model.safetensors", *described]]
+
+
+def test_what_is_no_model_is_named_where_it_is_known(tmp_path: Path) -> None:
+    run, cache = tmp_path / "runs" / "a b", tmp_path / "models--org--name"
+    checkpoint = run / "checkpoints" / "step-000002"
+    for file in (run / "config.yaml", checkpoint / "manifest.json", cache / "snapshots" / "abc" / "config.json"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    for name in ("weights", "ema"):
+        write_weights(checkpoint / f"{name}.safetensors")
+    made = f"`flowbp export {quoted(run)}` makes a model or an adapter"
+    for folder, said in (
+        (run, f"; of a run of flowbp {made}"),
+        (checkpoint, f"; of a checkpoint of flowbp {made}"),
+        (cache, f"; it is a cache of the hub: give the model in it, {cache}/snapshots/abc"),
+    ):
+        for act in (hub.resolve, lambda ref: hub.resolve_adapter(ref, "lora.init")):
+            with pytest.raises(UserError, match=re.escape(said)):
+                act(str(folder))
+    with pytest.raises(UserError, match=r"^lora\.init: .*ema\.safetensors: not an adapter; of a checkpoint"):
+        hub.resolve_adapter(str(checkpoint / "ema.safetensors"), "lora.init")
+    # as ai-toolkit leaves its adapters
+    (tmp_path / "config.yaml").write_text("job: extension\n")
+    write_weights(tmp_path / "my_lora.safetensors")
+    assert hub.resolve_adapter(str(tmp_path / "my_lora.safetensors"), "lora.init").name == "my_lora.safetensors"
 
 
 def test_a_description_is_fetched_without_weights(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -528,8 +528,9 @@ def test_evaluating_a_model_alone(flowbp: Call) -> None:
         1,
         *sets("eval.num_inference_steps=2"),
     ]
-    code, output, _ = flowbp(*words)
+    code, output, said = flowbp(*words)
     assert code == 0
+    assert "too few prompts (6) for intervals that say much; give 10 or more" in " ".join(said.split())
     assert "builtin:shapes/generator, 6 prompts" in output
     assert "Verifier" in output
 

@@ -494,6 +494,10 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
             ("run", "make the circle green", "--image", "photo.png", "--set", "planner.kind=none"),
             ("edits images of 32x32 pixels", "one of 300x200", "give one of 128 at most"),
         ),
+        (
+            tuple("run x --image strip.png --set planner.kind=none --set generator.kind=scripted".split()),
+            ("an image is 400x1; models take at most 200 times", "such as critic.model; cut it"),
+        ),
         (("batch", "words.jsonl"), ("'cat'",)),
         (("batch",), ("FILE", "--resume")),
         (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
@@ -509,6 +513,7 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32), "red").save(tmp_path / "circle.png")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "photo.png")
+    Image.new("RGB", (400, 1), "red").save(tmp_path / "strip.png")
     (tmp_path / "words.jsonl").write_text('{"text": "a red circle"}\n{"text": "a cat"}\n', encoding="utf-8")
     assert_refused(interleave(*words), *told)
     assert not list(tmp_path.glob("runs/*"))

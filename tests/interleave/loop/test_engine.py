@@ -245,8 +245,16 @@ def test_the_laws_of_the_loop(
     assert trajectory.spent.critic_calls == len(made.critic.looks) == len(said)
 
 
+def test_images_that_cannot_be_read_are_not_paid_for_time_and_again(tmp_path: Path) -> None:
+    generator = FakeGenerator()
+    generator.fails = lambda job: BackendError("malformed_response", "no image in base64")
+    (story,) = run(tmp_path, parts(generator=generator), loop=LoopConfig(max_attempts=8))
+    assert (story.status, len(generator.jobs)) == ("generator_failed", 2)
+    assert story.error == "step 1: malformed_response: no image in base64"
+
+
 @pytest.mark.parametrize("limit", [1, 3])
-@pytest.mark.parametrize("kind", ["server_error", "timeout", "malformed_response"])
+@pytest.mark.parametrize("kind", ["server_error", "timeout"])
 def test_images_that_failed_count_as_asked_for(limit: int, kind: Any, tmp_path: Path) -> None:
     generator = FakeGenerator()
     generator.fails = lambda job: BackendError(kind, "broke")

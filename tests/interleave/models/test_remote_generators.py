@@ -464,6 +464,7 @@ def wrapped_lines(text: str) -> str:
         wrapped_lines,
         lambda text: f"data:image/png;base64,{wrapped_lines(text)}",
         lambda text: text.rstrip("="),
+        lambda text: text.translate(str.maketrans("+/", "-_")).rstrip("="),
         lambda text: f" {text} ",
     ],
 )

@@ -613,12 +613,16 @@ UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {
     "a parameter": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "lora.target_parameters: no parameter"),
     "a rank": ({"rank_pattern": {"q_prj": 4}}, "lora: .*rank_pattern.*q_prj"),
     "an alpha": ({"alpha_pattern": {"layers.99.q_proj": 4}}, "lora: .*alpha_pattern.*layers.99"),
+    "a layer's number": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 40]},
+        r"lora.layers_to_transform: no adapted layer has the number 40; there are 0 to 0",
+    ),
     "a pattern that is none": ({"target_modules": "("}, "^lora: "),
     "a choice that peft does not have": ({"bias": "alll"}, "^lora: .*alll"),
 }
 
 
-@pytest.mark.parametrize("case", tiers(UNMATCHED, default=list(UNMATCHED)[:4]))
+@pytest.mark.parametrize("case", tiers(UNMATCHED, default=list(UNMATCHED)[:5]))
 def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: str) -> None:
     lora, said = UNMATCHED[case]
     with pytest.raises(UserError, match=said):
@@ -663,6 +667,8 @@ def test_entries_of_lora_that_match_are_taken(root: Path) -> None:
         "alpha_pattern": {"layers.0.self_attn.q_proj": 2},
     }
     check_adapters(quick(root, {"r": 2, "target_modules": ["q_proj"]} | lora))
+    some = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}
+    check_adapters(quick(root, {"r": 2} | some))
 
 
 @pytest.mark.parametrize("given", ["wandb", ["tensorboard", "trackio"]])

@@ -167,7 +167,8 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
         sys.argv[1:] = map(_expand_home, sys.argv[1:])
         for place, word in enumerate(sys.argv[1:]):
             _check_argument(word, place + 1)
-            option = word.partition("=")[0]
+            option, _, value = word.partition("=")
+            _check_place(option, value or "".join(sys.argv[place + 2 : place + 3]))
             if option in renamed and (option.startswith("-") or place == 0):
                 raise UserError(f"{option}: renamed; write {renamed[option]}")
         _command_of(app)(prog_name=name)
@@ -199,6 +200,14 @@ def _expand_home(word: str) -> str:
     """A word of the command line whose `~` no shell has expanded, as bash leaves that of `--runs=~/runs`."""
     found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", word, re.DOTALL)
     return word if found is None else (found[1] or "") + os.path.expanduser(found[2])
+
+
+def _check_place(option: str, value: str) -> None:
+    """Raises UserError for an address in the place of a folder, which would be made here under its name."""
+    if option in ("--runs", "--out") and (found := re.match(r"([a-zA-Z][\w+.-]*)://", value)):
+        raise UserError(
+            f"{option} {found[1]}://...: is an address; give a folder of this machine, and copy it afterwards"
+        )
 
 
 def _check_argument(word: str, place: int) -> None:

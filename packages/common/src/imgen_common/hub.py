@@ -17,6 +17,7 @@ from imgen_common.weights import (
     check_files,
     check_pointer,
     check_tokenizer_files,
+    describe_other_folder,
     incomplete,
     is_plain_name,
     load_whole,
@@ -130,6 +131,8 @@ def resolve_adapter(ref: str, key: str) -> Path:
     """
     try:
         path, remedy = _find(ref, weights=True, single_file=True, adapter=True)
+        if what := describe_other_folder(path if path.is_dir() else path.parent):
+            raise UserError(f"{ref}: not an adapter{what}")
         if not path.is_dir():
             return _check_path(path, True, True)
         chosen = path / _choose_adapter(ref, [file.name for file in path.glob("*")], remedy)
@@ -180,7 +183,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
             )
         file = next(folder.glob("[!.]*.safetensors"), None)
         remedy = "" if file is None else f"; the model in the one file {file.name} is not read: {SINGLE_FILE}"
-        raise UserError(f"{folder}: not a model folder (none of {', '.join(MODEL_FILES)} in it){remedy}")
+        what = describe_other_folder(folder) or remedy
+        raise UserError(f"{folder}: not a model folder (none of {', '.join(MODEL_FILES)} in it){what}")
     for file in sorted(folder.rglob("*")):
         if weights and file.name.endswith(UNFINISHED):
             raise incomplete(folder, f"{file.relative_to(folder)} is an unfinished download")

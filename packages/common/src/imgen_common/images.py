@@ -300,6 +300,13 @@ def _upright_rgb(image: Image.Image, orientation: int, drop_alpha: bool) -> Imag
     return to_rgb(image)
 
 
+def shape_problem(width: int, height: int) -> str | None:
+    """What keeps the processor of a vision-language model from reading an image of that size; None: nothing."""
+    if max(width, height) <= MAX_ASPECT_RATIO * min(width, height):
+        return None
+    return f"is {width}x{height}; models take at most {MAX_ASPECT_RATIO} times as wide as high or as high as wide"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """A new image of 8-bit RGB, of whatever mode, with transparency on white.
 

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imgen_common.errors import UserError, one_line
+from imgen_common.errors import UserError, one_line, quoted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -350,6 +350,18 @@ def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
 PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
 """Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
 other processors have a patch_size of another form, or of another meaning."""
+
+
+def describe_other_folder(folder: Path) -> str:
+    """What a folder is that is no model's, and what to do, as the end of a message; empty where that is not known."""
+    is_checkpoint = (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints"
+    if is_checkpoint or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
+        run = quoted(folder.parents[1] if is_checkpoint else folder)
+        what = f"of a {'checkpoint' if is_checkpoint else 'run'} of flowbp"
+        return f"; {what} `flowbp export {run}` makes a model or an adapter"
+    if (folder / "snapshots").is_dir() and (found := sorted((folder / "snapshots").glob("[!.]*"))):
+        return f"; it is a cache of the hub: give the model in it, {found[-1]}"
+    return ""
 
 
 def check_plain_start(options: Mapping[str, Any], what: str) -> None:

@@ -82,18 +82,22 @@ def proxy_of(url: str) -> str | None:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or is_loopback(host) or urllib.request.proxy_bypass(parts.netloc):
         return None
-    if _is_in_networks(host, proxies.get("no", "")):
+    if _is_listed(host, proxies.get("no", "")):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _is_in_networks(host: str, listed: str) -> bool:
-    """Whether an address is in a network of NO_PROXY, such as 10.0.0.0/8, as clusters write it and Python reads not."""
+def _is_listed(host: str, listed: str) -> bool:
+    """Whether NO_PROXY names a host in a form that Go's and Node's programs read, and Python does not: *.DOMAIN, and a
+    network such as 10.0.0.0/8."""
+    entries = [entry.strip().lower() for entry in listed.split(",")]
+    if any(entry.startswith("*.") and host.endswith(entry[1:]) for entry in entries):
+        return True
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
-        for entry in listed.split(","):
+        for entry in entries:
             with suppress(ValueError):
-                if address in ipaddress.ip_network(entry.strip(" []"), strict=False):
+                if address in ipaddress.ip_network(entry.strip("[]"), strict=False):
                     return True
     return False
 

@@ -1,7 +1,7 @@
 """Chat completions of OpenAI-compatible endpoints: how one is asked, and what an answer holds.
 
 What is read beyond OpenAI's own form: content in parts; reasoning that a server split off (`reasoning_content`,
-`reasoning`, parts of type `thinking`); a refusal in words; errors under status 200.
+`reasoning`, `reasoning_details`, parts of type `thinking`); a refusal in words; errors under status 200.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ FILTERED = (
 )
 """Reasons for which a server ends an answer that it will not give, as they begin."""
 CUT_OFF = (
-    *("length", "max_tokens", "model_length", "abort"),
+    *("length", "max_tokens", "model_length"),
     *("max_output_tokens", "token_limit", "model_context_window_exceeded"),
 )
 """Reasons for which a server ends an answer before its end."""
-BROKEN_OFF = ("insufficient_system_resource", "network_error", "error")
-"""Reasons for which DeepSeek, GLM, Mistral and OpenRouter give up in the middle of an answer."""
+BROKEN_OFF = ("insufficient_system_resource", "network_error", "error", "abort")
+"""Reasons for which DeepSeek, GLM, Mistral, OpenRouter and vLLM give up in the middle of an answer."""
 BLOCKED = ("promptFeedback", "prompt_feedback", "prompt_filter_results")
 """Where an answer without choices says that the prompt was blocked."""
 STREAMED = (
@@ -205,6 +205,7 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     message = choice["message"] if is_whole else choice.get("message") or {}
     content, refusal = message.get("content"), message.get("refusal")
     split_off = [message[name] for name in ("reasoning_content", "reasoning") if isinstance(message.get(name), str)]
+    split_off += _details(message.get("reasoning_details"))
     if isinstance(content, list):
         refusal = refusal or "".join(part["refusal"] for part in content if part.get("type") == "refusal")
         split_off += [_thinking(part["thinking"]) for part in content if part.get("type") == "thinking"]
@@ -225,6 +226,14 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
     content = in_think_marks(content)
     reasoning = next(filter(None, split_off), split_off[0] if split_off else None)
     return HALF_PAIR.sub("\ufffd", content), None if reasoning is None else HALF_PAIR.sub("\ufffd", reasoning)
+
+
+def _details(parts: Any) -> list[str]:
+    """The reasoning of `reasoning_details`, a list of parts with a `text` or a `summary`; nothing for another form."""
+    found = parts if isinstance(parts, list) else []
+    texts = [part.get("text") or part.get("summary") for part in found if isinstance(part, dict)]
+    said = "".join(text for text in texts if isinstance(text, str))
+    return [said] if said else []
 
 
 def in_think_marks(content: str) -> str:

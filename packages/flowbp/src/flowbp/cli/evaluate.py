@@ -156,6 +156,8 @@ def evaluate(
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
     print_notes(compare.describe_not_finite(found))
+    if len(found) == 1 and len(texts) < compare.MIN_PROMPTS:
+        print_notes([f"too few prompts ({len(texts)}) for intervals that say much; give {compare.MIN_PROMPTS} or more"])
     if as_json:
         print(json.dumps({"prompts": config.eval.prompts, "results": compare.results_as_json(labels, found)}))
     elif len(found) == 1:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, is_blank, nearest
+from imgen_common.images import shape_problem
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.agents.prompts import IMAGE_MARKER, Template, expect_planner, load_template, nearest_prompt
 from interleave.datasets.filters import INFO, SETS, SPLITS, SetInfo, SetName, Split, file_name
-from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, shape_problem, text_problems
+from interleave.datasets.rows import RlRow, SftRow, parse_row, read_lines, text_problems
 from interleave.loop.config import ModelCritic, ModelPlanner, RunConfig, SelfCritic
 from interleave.storage.images import IMAGES, ImageStore
 

@@ -11,7 +11,6 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from imgen_common.files import byte_lines
-from imgen_common.images import MAX_ASPECT_RATIO
 from interleave.agents.prompts import (
     CONTROL_TOKEN,
     Template,
@@ -155,13 +154,6 @@ def text_problems(row: SftRow) -> Iterator[str]:
         yield f"the text holds {token}; images stand between texts, which must not hold such a token"
     if not row.completion.strip():
         yield "the answer is empty"
-
-
-def shape_problem(width: int, height: int) -> str | None:
-    """What keeps the processor of a vision-language model from reading an image of that size; None: nothing."""
-    if max(width, height) <= MAX_ASPECT_RATIO * min(width, height):
-        return None
-    return f"is {width}x{height}; models take at most {MAX_ASPECT_RATIO} times as wide as high or as high as wide"
 
 
 def make_planner_row(story: FinishedStory, text: Template, images: Template) -> SftRow | None:

@@ -248,8 +248,9 @@ class Engine:
             story.attempts.append(attempt)
             if attempt.status == "critic_failed":
                 return _Ending("critic_failed", f"step {step.index}: {attempt.error}", attempt.error_kind)
-            # What the generator refuses for good it would refuse again
-            if attempt.status == "generator_failed" and attempt.error_kind == "refused":
+            # What the generator refuses for good it would refuse again, and what cannot be read was perhaps paid for
+            failures = [one.error_kind for one in story.attempts[-min(number, 2) :] if one.status == "generator_failed"]
+            if failures[-1:] == ["refused"] or failures == ["malformed_response"] * 2:
                 break
             if self._loop.stop_on_success and attempt.status in ("accepted", "unjudged"):
                 break

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
+from imgen_common.images import shape_problem
 from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, record_data
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
@@ -33,6 +34,7 @@ from interleave.loop.config import (
 )
 from interleave.loop.engine import Engine, request_plan
 from interleave.models.chat.endpoint import EndpointChat
+from interleave.models.chat.local import LocalChatConfig
 from interleave.models.concurrency import mark_retrieved
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.hashes import check_models, hash_models
@@ -170,9 +172,7 @@ def create_run(
             requests = ask(store)
             for request in requests:
                 check_request(config, request, any_words=any_words, section="run." if any_words else "")
-                sizes = (store.get(image).image.size for image in request.image_ids)
-                if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
-                    raise UserError(f"request {one_line(request.text, 80)!r}: {large}")
+                _check_sizes(config, request, [store.get(image).image.size for image in request.image_ids])
             check_references(config)
             record_data(path, inputs or hash_inputs(config))
             request_files.save_requests(requests, path)
@@ -183,6 +183,16 @@ def create_run(
                     path.parent.rmdir()
             raise
     return requests
+
+
+def _check_sizes(config: RunConfig, request: Request, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises UserError for images of a request that a model that is loaded here cannot read."""
+    where = f"request {one_line(request.text, 80)!r}"
+    if large := describe_large_image(getattr(config.generator, "ref", ""), sizes):
+        raise UserError(f"{where}: {large}")
+    readers = [name for name, model in _models(config).items() if isinstance(model, LocalChatConfig)]
+    if readers and (problem := next(filter(None, (shape_problem(*size) for size in sizes)), None)):
+        raise UserError(f"{where}: an image {problem}, such as {readers[0]}; cut it, or enlarge its short side")
 
 
 async def check_endpoints(components: Components, *, with_images: bool = False) -> None:

@@ -15,6 +15,10 @@ HOW_REACHED = ("url", "urls", "key_env", "token_env", "concurrency", "retry", "s
 """Keys of an endpoint or a service on which no answer depends."""
 
 
+URL_SAFE = str.maketrans("-_", "+/")
+"""The alphabet of base64 in addresses, as Go and Google's encoders write it, to the usual one."""
+
+
 class RemoteFailure(HttpError):
     """`interleave serve` answered that its generator failed; `failure` is the kind that it named."""
 
@@ -55,10 +59,13 @@ def decode_image(data: bytes, max_pixels: int) -> HashedImage:
 
 
 def read_base64(text: str) -> bytes:
-    """What base64 holds, also as a data address, with line breaks or without padding.  Raises ValueError."""
+    """What base64 holds, in either alphabet, also as a data address, with line breaks or without padding.
+
+    Raises ValueError.
+    """
     if text.startswith("data:"):
         text = text.partition(",")[2]
-    packed = "".join(text.split()).rstrip("=")
+    packed = "".join(text.split()).rstrip("=").translate(URL_SAFE)
     return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
 
 

@@ -197,6 +197,8 @@ class GenerationService:
     async def _read_body(self, request: Request) -> bytes:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ErrorAnswer(415, "bad_request", "Content-Type: must be application/json")
+        if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("identity", ""):
+            raise ErrorAnswer(415, "bad_request", f"Content-Encoding: must be none, not {encoding[:40]!r}")
         limit = self._config.max_body_bytes
         too_large = ErrorAnswer(413, "too_large", f"the body has more than the allowed {limit} bytes")
         declared = request.headers.get("content-length", "")

@@ -210,6 +210,7 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
             "lora.target_modules adapts the embeddings, which are one weight with the output layer of this model, so "
             "that merging the adapter would change that too; put embed_tokens into lora.modules_to_save instead"
         )
+    _check_layers(config.lora, model.base_model.targeted_module_names)
     trained = [name for name, w in model.named_parameters() if w.requires_grad and is_frozen(name, config.vision)]
     if trained:
         raise UserError(
@@ -224,6 +225,17 @@ def check_adapters(config: TrainingConfig, *, has_images: bool = True) -> None:
         )
     if in_tower:
         _check_checkpointing(config)
+
+
+def _check_layers(lora: Mapping[str, Any], adapted: Sequence[str]) -> None:
+    """Raises UserError for an entry of `layers_to_transform` that is the number of no adapted layer."""
+    numbers, patterns = lora.get("layers_to_transform"), lora.get("layers_pattern") or [r"[^.]*"]
+    wanted = [numbers] if isinstance(numbers, int) else numbers or []
+    either = "|".join([patterns] if isinstance(patterns, str) else patterns)
+    found = {int(match[1]) for name in adapted if (match := re.match(rf"(?:.*?\.)?(?:{either})\.(\d+)\.", name))}
+    if missed := [number for number in wanted if number not in found]:
+        there = f"{min(found)} to {max(found)}" if found else "none"
+        raise UserError(f"lora.layers_to_transform: no adapted layer has the number {missed[0]}; there are {there}")
 
 
 def _check_checkpointing(config: TrainingConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from imgen_common.devices import launched_process
 from imgen_common.errors import UserError, is_blank, nearest, warn_once
 from imgen_common.http.chat import OPEN
+from imgen_common.images import shape_problem
 from imgen_common.streams import numpy_generator
 from interleave.agents.prompts import Template, render_critic, without_reasoning
 from interleave.datasets.rows import (
@@ -22,7 +23,6 @@ from interleave.datasets.rows import (
     parse_row,
     placeholder_image,
     read_lines,
-    shape_problem,
     text_problems,
 )
 from interleave.protocols import HashedImage

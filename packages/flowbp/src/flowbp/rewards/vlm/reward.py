@@ -23,7 +23,7 @@ from flowbp.rewards.vlm.settings import (
     VlmSettings,
 )
 from imgen_common.errors import UserError, one_line
-from imgen_common.images import MAX_ASPECT_RATIO
+from imgen_common.images import shape_problem
 from imgen_common.judging.escaping import escape_control_tokens
 from imgen_common.streams import numpy_generator
 
@@ -69,11 +69,9 @@ class VlmReward:
         sources = ((prompt, source) for prompt in prompts for source in getattr(prompt, "sources", ()))
         for prompt, source in sources if SOURCE in self.settings.template else ():
             height, width = source.size
-            if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-                raise UserError(
-                    f"{self.vlm.model.name_or_path}: the source of {one_line(prompt, 60)!r} has {width}x{height} "
-                    f"pixels; the model takes at most {MAX_ASPECT_RATIO} times as long as wide; cut it, or drop the row"
-                )
+            if problem := shape_problem(width, height):
+                where = f"{self.vlm.model.name_or_path}: the source of {one_line(prompt, 60)!r}"
+                raise UserError(f"{where} {problem}; cut it, or drop the row")
         if isinstance(self.settings.answer, GivenAnswer):
             _given_texts(self.settings.answer, prompts)
 
