@@ -66,13 +66,11 @@ def train(
             from imgen_common.run_folder.folder import choose_checkpoint
 
             run_path = find_run(resume, runs, "flowbp train") if resume is not None else None
-            if run_path is None:
-                choose_checkpoint(None, resume_from)  # refused, but for the default
+            if is_main and not (dry_run and run_path):
+                choose_checkpoint(run_path, resume_from)
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])
             job, path = check_training(config, runs, run_path)
-            if not dry_run and is_main:
-                choose_checkpoint(run_path, resume_from)
         if not dry_run:
             _run(job, runs, run_path, as_json, is_main)
         elif is_main:
