@@ -301,7 +301,7 @@ def test_the_control_learns_its_own_loss(bench: Bench) -> None:
     assert len(bench.pretraining_data.captions) == len(bench.pretraining_data.latents) == 32
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_calibration_and_base(bench: Bench, tmp_path: Path) -> None:
     found = {}
     for name, work in (("base", miniature_cells.evaluate_base), ("calibration", miniature_cells.calibrate)):

@@ -82,7 +82,7 @@ def estimated(*sets: str, count: int = 1) -> Estimate:
     return estimate_run(preflight.check_run(config_of(*sets), count))
 
 
-@pytest.mark.parametrize("case", tiers(CASES, default=[], slow=["chunks", "adapters"]))
+@pytest.mark.parametrize("case", tiers(CASES, slow=["adapters"]))
 def test_the_peak_of_an_update_is_what_was_said(case: str) -> None:
     taken, _ = measure_run(config_of(*CASES[case]), torch.device("cpu"))
     assert estimated(*CASES[case]).update_peak == pytest.approx(taken, rel=0.1)
@@ -129,7 +129,7 @@ def test_of_a_vision_language_model_the_weights_are_counted(tmp_path: Path) -> N
     assert found.static["rewards"] == pytest.approx(vlm / 2 + heldout, rel=0.01)  # in bfloat16, as on a GPU
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_weights_are_not_needed_to_estimate(tmp_path: Path) -> None:
     """Of generator, reward and held-out reward; the same answer as with them, and training still asks for them."""
     keys = {"generator": "model.ref", "reward": "rewards.0.ref", "heldout": "heldout.0.ref"}

@@ -101,7 +101,7 @@ def as_comfyui(run: Path, out: Path, family: str) -> Path:
 FORMS: tuple[Callable[[Path, Path, str], Path], ...] = (as_diffusers, as_comfyui, as_peft, as_kohya)
 
 
-@pytest.mark.parametrize("family", tiers(FAMILIES, slow=["flux2", "sd3"]))
+@pytest.mark.parametrize("family", tiers(FAMILIES, slow=["flux2"]))
 def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     run = trained(tmp_path, model, f"lora={{rank: {RANK}, alpha: {ALPHA}}}", targets_of(family))

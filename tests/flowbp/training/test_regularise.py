@@ -141,7 +141,7 @@ def test_its_evaluations_are_counted(flux2: Path) -> None:
     assert sizes.static["base copy"] == sizes.startup["base copy"] == sizes.static["trained weights"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_estimate_counts_its_operations_and_no_second_graph(flux2: Path) -> None:
     ours, theirs = (estimate_run(check_run(config_of(flux2, *LORA, *sets), 1)) for sets in ((), (WEIGHT,)))
     assert theirs.static == ours.static

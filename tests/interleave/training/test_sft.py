@@ -1244,8 +1244,8 @@ def test_a_plan_counts_what_fsdp_shares_out(root: Path) -> None:
     ("lora", "vision", "trl"),
     [
         (None, "frozen", {}),
-        (None, "train", {"gradient_checkpointing": True}),
-        (None, "train", {"bf16": True}),
+        pytest.param(None, "train", {"gradient_checkpointing": True}, marks=pytest.mark.exhaustive),
+        pytest.param(None, "train", {"bf16": True}, marks=pytest.mark.exhaustive),
         ({"r": 4, "target_modules": "all-linear"}, "frozen", {"gradient_checkpointing": True}),
     ],
     ids=["frozen", "whole", "bf16", "lora"],
