@@ -38,6 +38,19 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("p.txt", "text, caption and title\nls --all\n-- a # b\n", ["text, caption and title", "ls --all", "-- a # b"]),
         ("wildcards.txt", "{a|the} cat\n[a:b:0.5] <lora:x:1> dog\n", ["{a|the} cat", "[a:b:0.5] <lora:x:1> dog"]),
         ("joined.txt", "\ufeffa cat\n\ufeffa dog\n", ["a cat", "a dog"]),
+        ("tags.txt", "1girl,solo,text\n1boy,hat\n", ["1girl,solo,text", "1boy,hat"]),
+        ("tags.txt", "1girl, text,\n1girl, hat, rain,\n", ["1girl, text,", "1girl, hat, rain,"]),
+        ("label.txt", "Prompt: a cat\n", ["Prompt: a cat"]),
+        ("label.txt", "Prompt 1: a cat\na dog\na hat\n", ["Prompt 1: a cat", "a dog", "a hat"]),
+        ("same.txt", "Route 66: rain\nRoute 66: sun\n", ["Route 66: rain", "Route 66: sun"]),
+        ("far.txt", "Boeing 737: rain\nBoeing 777: sun\n", ["Boeing 737: rain", "Boeing 777: sun"]),
+        ("fan.txt", "#1 fan\na cat\na dog\n", ["#1 fan", "a cat", "a dog"]),
+        ("color.txt", "#ff0000 sky\n#fed sea\n" + "a cat\n" * 4, ["#ff0000 sky", "#fed sea"] + ["a cat"] * 4),
+        ("hashtags.txt", "#a cat\na dog #b\na hat\n", ["#a cat", "a dog #b", "a hat"]),
+        ("hashtag.txt", "#sunset\na dog\na hat\n", ["#sunset", "a dog", "a hat"]),
+        ("no_value.txt", "none\nnan\n", ["none", "nan"]),
+        ("near.jsonl", '"a <lora:x:0.8> <s0> cat"\n"nan bread"\n', ["a <lora:x:0.8> <s0> cat", "nan bread"]),
+        ("flickr30k.csv", "name| n| prompt\n1.jpg| 0| a cat , grey .\n", ["a cat , grey ."]),
         ("p.jsonl", '{"prompt": "a"}\n\n"b"\n', ["a", "b"]),
         ("p.JSONL", '\ufeff{"prompt": "a\\ud83d\\ude00"}\r\n{"id": 1, "prompt": "b"}', ["a\U0001f600", "b"]),
         ("p.json", '["a, b", {"prompt": "c"}]', ["a, b", "c"]),
@@ -141,6 +154,40 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for name, mark in (("p.csv", ","), ("p.tsv", "\t"))
             for cell in ("NaN", "nan", "NULL", "None", "#N/A", "<NA>", "#NAME?", "\\N", "NA")
         ),
+        ("p.jsonl", '"a"\n{"prompt": "nan"}\n', "p.jsonl:2: prompt is nan, as programs write a cell without a value;"),
+        ("p.json", '["a", {"prompt": "None"}]', "p.json: item 2: prompt is None, as programs write"),
+        ("p.jsonl", """{"prompt": "['a cat']"}""", "p.jsonl:1: prompt holds a list or an object (['a cat'])"),
+        *(
+            (name, f"{before}a<|im_end|>{after}", f"{place} holds <|im_end|>, which a chat model reads as")
+            for name, before, after, place in (
+                ("p.txt", "a cat\n", "\na", "p.txt:2:"),
+                ("p.jsonl", '"a"\n"', '"', "p.jsonl:2: prompt"),
+                ("p.json", '["a", "', '"]', "p.json: item 2: prompt"),
+                ("p.csv", "id,prompt\n1,", "\n", "p.csv:2: prompt"),
+                ("p.tsv", "id\tprompt\n1\t", "\n", "p.tsv:2: prompt"),
+            )
+        ),
+        *(
+            ("p.txt", f"a cat {token}\n", f"p.txt:1: holds {token}, which")
+            for token in ("<\uff5cend\uff5c>", "</s>", "<eos>", "[/INST]", "<image>", "<end_of_turn>")
+        ),
+        ("p.txt", "a cat\na hat\n#a dog\n", "p.txt:3: is commented out with # (#a dog); remove the line, or write"),
+        *(
+            ("p.txt", lines, "p.txt: is a list whose items are numbered or begin with a mark")
+            for lines in (
+                "Prompt 1: a cat\nPrompt 2: a dog\n",
+                "Here they are:\n**Image prompt 11 (wide):** a\n**Image prompt 12:** b\nSCENE 13: c\n",
+                "Prompt 1:\na cat\nPrompt 2:\na dog\nEnjoy!\n",
+                "提示词1：a\n提示词2：b\n",
+                "Prompt #1 - a\nPrompt #3 - b\n",
+                "**1.** a cat\n**2.** a dog\n",
+                "(1) a cat\n(2) a dog\n",
+            )
+        ),
+        *(
+            ("p.txt", lines, "names a column, as that of a table; name it .csv, or put another line first")
+            for lines in ("image,text\na.png,cat\n", "image,text\na.png,1girl,solo\n", "image,text\na,a cat, b\nc\n")
+        ),
         *(
             ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as a client of a database prints")
             for cell in ("--------", "(3 rows affected)", "(1 row)")
@@ -151,11 +198,11 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for before, after in ("“”", "«»", "''")
         ),
         *(
-            ("p.txt", lines, "p.txt: is a list whose items begin with a number or a mark")
+            ("p.txt", lines, "p.txt: is a list whose items are numbered or begin with a mark")
             for lines in ("1. a cat\n2. a dog\n", "1) a cat\n2) a dog\n", "- a cat\n- a dog\n", "•\ta cat\n•\ta dog\n")
         ),
         *(
-            ("p.txt", f"{before}1. a cat\n2. a dog\n{after}3. a hat\n", "is a list whose items begin with")
+            ("p.txt", f"{before}1. a cat\n2. a dog\n{after}3. a hat\n", "is a list whose items are numbered")
             for before, after in (("Here are 3 prompts:\n", ""), ("Animals\n", "\nThings\n"))
         ),
         ("p.txt", "## Animals\n- a cat\n", "p.txt: has comments or headings (## Animals); remove the lines"),

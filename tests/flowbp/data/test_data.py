@@ -47,6 +47,8 @@ def test_a_dataset_folder_gives_its_column(tmp_path: Path) -> None:
         ([{"en": "a cat"}], "row 1: no text under 'prompt' (there is: an object, whose keys are not read)"),
         ([0.5], "row 1: no text under 'prompt' (there is: a number)"),
         ([True], "row 1: no text under 'prompt' (there is: true or false)"),
+        (["a cat", "nan"], "row 2: prompt is nan, as programs write a cell without a value"),
+        (["a cat<|endoftext|>"], "row 1: prompt holds <|endoftext|>, which a chat model reads"),
         ([b"a cat"], "row 1: no text under 'prompt' (there is: binary data)"),
     ],
 )
@@ -57,6 +59,19 @@ def test_a_dataset_folder_with_other_values_than_text(tmp_path: Path, values: li
     with pytest.raises(UserError) as error:
         load(tmp_path / "data")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "said"), [("prompt", "set data.key"), ("text", "set data.key, which counts for all")])
+def test_one_key_counts_for_all_files(tmp_path: Path, key: str, said: str) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"caption": ["a cat"]}).save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "p.csv").write_text("caption\na cat\n")
+    for name in ("data", "p.csv"):
+        with pytest.raises(UserError) as error:
+            load(tmp_path / name, key)
+        assert said in str(error.value)
+        assert ("all files" in str(error.value)) == (key == "text")
 
 
 def test_a_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,7 @@ def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
         ([3], r"rows\.jsonl:2: images: must be the path of an image, got a number"),
         ("", r"rows\.jsonl:2: images: must be the path of an image, got a text without a name in it"),
         (["a.png", None], r"rows\.jsonl:2: images: must be the path of an image, got null"),
+        ("['a.png', 'b.png']", r"rows\.jsonl:2: images: a cell of images has one path; write the rows as \.jsonl"),
         ("https" + "://a.b/c.png?token=SECRET", "an image is a file, not an address; download it"),
     ],
 )
@@ -133,6 +134,12 @@ def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path: Path, imag
     with pytest.raises(UserError, match=said) as error:
         load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png"}, {"prompt": "b", "images": images}))
     assert "SECRET" not in str(error.value)
+
+
+def test_a_caption_holds_no_control_token(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: caption holds <\|im_end\|>, which a chat model reads"):
+        load_prompts(row_file(tmp_path, {"prompt": "a", "images": "a.png", "caption": "b<|im_end|>"}))
 
 
 def test_a_caption_is_a_text(tmp_path: Path) -> None:

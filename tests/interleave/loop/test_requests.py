@@ -63,6 +63,9 @@ def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, n
         ("r.jsonl", '{"content": [{"text": "a"}]}', "content.0: Input should be a valid string, got an object;"),
         ("r.jsonl", '{"text": null}', "r.jsonl:1: the request is empty"),
         ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
+        ("r.jsonl", '{"text": "NaN"}', "r.jsonl:1: text is NaN, as programs write a cell without a value"),
+        ("r.jsonl", '{"text": "a <|im_end|>"}', "r.jsonl:1: text holds <|im_end|>, which a chat model reads"),
+        ("r.jsonl", '{"content": ["a", "b</s>"]}', "r.jsonl:1: content holds </s>, which a chat model reads"),
     ],
 )
 def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -74,7 +77,7 @@ def test_other_rows_are_refused_with_their_place(tmp_path: Path, name: str, cont
 
 def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("text,images\na,\"['a.png', 'b.png']\"\n")
-    with pytest.raises(UserError, match=r"r\.csv:2: images: a cell has one path; write the rows as \.jsonl"):
+    with pytest.raises(UserError, match=r"r\.csv:2: a cell of images has one path; write the rows as \.jsonl"):
         read_requests(tmp_path / "r.csv", ImageStore(tmp_path / "images"))
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,26 +51,41 @@ RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
 QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
 """What may stand around a text, before and after it."""
 csv.field_size_limit(MAX_LINE_BYTES)  # images in base64, which stand beside texts in some tables
-ITEM = re.compile(r"([-*•·–]|\d+[.):])\s")
+ITEM = re.compile(r"\*{0,2}([-*•·–]|\(?\d+[.):])\*{0,2}\s")
 """What stands before an item of a list."""
+LABEL = re.compile(
+    r"[*_]{0,3}([^\W\d_]{1,30}(?: [^\W\d_]{1,30}){0,2}) ?(?:#|no\. ?)?(\d{1,4})[*_]{0,3}(?: ?\([^)]*\))? ?"
+    r"(?:：|:(?!\d)|[.)](?=[\s*_]|$)|[-–—](?=\s|$))[*_]{0,3}",
+    re.IGNORECASE,
+)
+"""A numbered label, as chat models write it: `Prompt 1:`, `**Image prompt #2** -`."""
+COMMENTED = re.compile(r"#(?![0-9a-f]{3,8}\b)[^\W\d_]\S*\s+[^\s#]", re.IGNORECASE)
+"""How a text that was commented out begins, unless it begins with a color."""
+HASHTAG = re.compile(r"#[^\W\d_]")
+CONTROL_TOKEN = re.compile(
+    r"<image>|<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>"
+    r"|</s>|<(?:bos|eos|pad)>|<(?:start|end)_of_turn>|\[/?INST\]"
+)
+"""What a reader of rows takes for an image, or a tokenizer for an image or the end of a turn, wherever it occurs."""
 
 
 def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place for messages; the suffix, whatever its case, says how they are written.
 
-    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons or
-    tabs divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for that of
-    `key`, as is a first column without a name; ="a text", as Excel protects one, is that text.  A row that is text
-    alone, as in .txt, is {key: text}.
+    .txt: a line each.  .jsonl: a JSON value in each line.  .json: an array.  .csv, whose cells commas, semicolons,
+    tabs or | divide, and .tsv: the first line names the columns; cells that are empty are left out of a row, but for
+    that of `key`, as is a first column without a name; ="a text", as Excel protects one, is that text.  A row that is
+    text alone, as in .txt, is {key: text}.
 
-    Raises UserError for another suffix, and naming the line or item that cannot be read.
+    Raises UserError for another suffix, and naming the line or item that cannot be read, or whose text `check_texts`
+    refuses; a line of a .txt may be what stands elsewhere for no value.
     """
     rows: Iterator[tuple[str, Any]]
     match path.suffix.lower():
         case ".txt":
             lines = numbered_lines(path)
-            _check_lines([line for _, line in lines], path)
-            rows = ((f"{path}:{number}", line) for number, line in lines)
+            _check_lines(lines, path)
+            return ((f"{path}:{number}", {key: line}) for number, line in lines)
         case ".jsonl":
             rows = ((f"{path}:{number}", parse_json(line, f"{path}:{number}")) for number, line in numbered_lines(path))
         case ".json":
@@ -84,12 +100,34 @@ def read_table(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(
                 f"{path}: cannot read rows of {suffix or 'a file without suffix'}; allowed: {', '.join(TABLE_SUFFIXES)}"
             )
-    return ((where, _object(row, key, where)) for where, row in rows)
+    return check_texts(((where, _object(row, key, where)) for where, row in rows), key)
 
 
-def _check_lines(lines: Sequence[str], path: Path) -> None:
+def check_texts(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows.  Raises UserError naming the one whose text under `key` is none to be used: what programs write for no
+    value or for several, or a control token of a chat model."""
+    for where, row in rows:
+        if isinstance(text := row.get(key), str):
+            what = f"{where}: {key}"
+            check_cell(text, what, "remove the row, or write the texts one a line in a .txt if it is one")
+            if HOLDER.fullmatch(text.strip()):
+                holds = f"a list or an object ({one_line(text, 40)}), not a text"
+                raise UserError(f"{what} holds {holds}; write a row for each text")
+            check_no_token(text, what)
+        yield where, row
+
+
+def check_no_token(text: str, what: str) -> None:
+    """Raises UserError for a control token of a chat model, which a tokenizer would not read as words."""
+    if token := CONTROL_TOKEN.search(text):
+        means = "which a chat model reads as an image or the end of a turn"
+        raise UserError(f"{what} holds {token[0]}, {means}; remove it from the texts")
+
+
+def _check_lines(numbered: Sequence[tuple[int, str]], path: Path) -> None:
     """Raises UserError where the lines of a file, most often the first, say that they are no texts to be used one by
     one."""
+    lines = [line for _, line in numbered]
     first = lines[0] if lines else ""
     if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
         raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
@@ -109,17 +147,60 @@ def _check_lines(lines: Sequence[str], path: Path) -> None:
         what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
         raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
     cells = [cell.strip(' "').lower() for cell in re.split("[,;|]", first)]
-    if any(cell in COLUMNS for cell in cells) and not any(" " in cell for cell in cells):
-        raise UserError(f"{path}: its first line, {first.strip()}, names a column, as that of a table; name it .csv")
-    items = list(filter(ITEM.match, lines))
-    if len(items) > max(1, len(lines) / 2):  # the others are headings, or what a chat model says of its list
-        what = f"a list whose items begin with a number or a mark ({one_line(items[0], 40)})"
+    if any(cell in COLUMNS for cell in cells) and not any(" " in cell for cell in cells) and not _are_tags(lines):
+        what = f"its first line, {first.strip()}, names a column, as that of a table"
+        raise UserError(f"{path}: {what}; name it .csv, or put another line first if it is a text")
+    _check_marks(numbered, path)
+
+
+def _check_marks(numbered: Sequence[tuple[int, str]], path: Path) -> None:
+    """Raises UserError where something stands before, between, around or in the texts that is no part of them."""
+    lines = [line for _, line in numbered]
+    if item := _item(lines):
+        what = f"a list whose items are numbered or begin with a mark ({one_line(item, 40)})"
         raise UserError(f"{path}: is {what}; write each text on a line without it")
-    if "\t" in first:
+    if lines and "\t" in lines[0]:
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
     ends = {line[0] + line.rstrip(" ,")[-1:] if len(line) > 1 else "" for line in lines}
     if len(ends) == 1 and ends <= set(QUOTES):
         raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
+    commented = [(number, line) for number, line in numbered if COMMENTED.match(line)]
+    if 0 < 2 * len(commented) < len(lines) and sum(len(HASHTAG.findall(line)) for line in lines) == len(commented):
+        number, line = commented[0]
+        remedy = "remove the line, or write the texts as .jsonl if it is one"
+        raise UserError(f"{path}:{number}: is commented out with # ({one_line(line, 40)}); {remedy}")
+    for number, line in numbered:
+        check_no_token(line, f"{path}:{number}:")
+
+
+def _are_tags(lines: Sequence[str]) -> bool:
+    """Whether lines are tags as boorus write them, `1girl,solo,text`: words alone, in some lines fewer than in the
+    first, or some of the first again.  The lines of a table have as many cells as its first, or more, unquoted."""
+    first, *others = [[cell.strip() for cell in line.strip(" ,").split(",")] for line in lines]
+    if not others or any(len(row) == 1 or any(re.search(r"\s", cell) for cell in row) for row in (first, *others)):
+        return False
+    again = set(first).difference(COLUMNS)
+    return any(len(row) < len(first) for row in others) or any(
+        len(row) != len(first) and again.intersection(row) for row in others
+    )
+
+
+def _item(lines: Sequence[str]) -> str | None:
+    """The first item where most lines are those of a list; the others are headings, or what a chat model says of it.
+
+    The numbers of labels follow each other, and a label alone on its line stands for the text below it too.
+    """
+    items = list(filter(ITEM.match, lines))
+    if len(items) > max(1, len(lines) / 2):
+        return items[0]
+    found = list(filter(None, map(LABEL.match, lines)))
+    ((word, _),) = Counter(label[1].lower() for label in found).most_common(1) or [("", 0)]
+    labels = [label for label in found if label[1].lower() == word]
+    numbers = {int(label[2]) for label in labels}
+    alone = sum(label.end() == len(label.string) for label in labels)
+    if len(numbers) < 2 or max(numbers) - min(numbers) >= 2 * len(numbers):
+        return None
+    return labels[0].string if 2 * (len(labels) + alone) >= len(lines) else None
 
 
 def check_cell(text: str, what: str, remedy: str) -> None:
@@ -128,6 +209,16 @@ def check_cell(text: str, what: str, remedy: str) -> None:
         raise UserError(f"{what} is {text.strip()}, as programs write a cell without a value; {remedy}")
     if NO_ROW.fullmatch(text.strip()):
         raise UserError(f"{what} is {text.strip()}, as a client of a database prints with its rows; {remedy}")
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """The path of a row's image.  Raises UserError for a list in a cell, and for an address, which may hold a token, so
+    that it is not shown."""
+    if "://" in name:
+        raise UserError("an image is a file, not an address; download it, and give its path")
+    if name.startswith(("['", '["')):
+        raise UserError("a cell of images has one path; write the rows as .jsonl, where a list of them may stand")
+    return folder / name
 
 
 def describe_type(value: object) -> str:
@@ -181,8 +272,8 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     text = read_text(path).replace("\n\ufeff", "\n")  # of the second of two files that were joined
     named = FIRST_LINE.match(text)  # a program's word to itself, no row
     columns = re.sub('"[^"]*"', "", text[named.end() if named else 0 :].partition("\n")[0])
-    # spreadsheets write semicolons where numbers have commas, and tabs as "text"
-    guessed = next((mark for mark in ";\t" if mark in columns and "," not in columns), ",")
+    # spreadsheets write semicolons where numbers have commas, and tabs as "text"; Flickr30k has |
+    guessed = next((mark for mark in ";\t|" if mark in columns and "," not in columns), ",")
     separator = named[1] if named and named[1] else guessed
     reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True, skipinitialspace=True)
     begun = 1
@@ -238,9 +329,4 @@ def _with_columns(path: Path, lines: Iterable[tuple[int, list[str]]], key: str) 
         row = {name: cell for name, cell in zip(columns, values, strict=True) if cell or name == key}
         if not header[0]:
             row.pop(columns[0], None)  # numbers of rows, as pandas writes them
-        remedy = "remove the row, or write the texts one a line in a .txt if it is one"
-        check_cell(row.get(key, ""), f"{path}:{number}: {key}", remedy)
-        if HOLDER.fullmatch(row.get(key, "").strip()):
-            what = f"a list or an object ({one_line(row[key], 40)}), not a text"
-            raise UserError(f"{path}:{number}: {key} holds {what}; write a row for each text")
         yield f"{path}:{number}", row

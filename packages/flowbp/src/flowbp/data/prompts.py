@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from flowbp.config import DataConfig, ModelConfig
 from flowbp.data.edits import caption_of, sources_of
-from flowbp.data.rows import read_dataset, read_prompts, shapes_edits
+from flowbp.data.rows import read_dataset, read_prompts, set_key, shapes_edits
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError, is_blank, nearest
 from imgen_common.files import check_no_address, local_path
@@ -92,7 +92,8 @@ def _text(row: Mapping[str, Any], key: str, where: str) -> str:
         found = ", ".join(row) or "nothing"
         is_table = where.rpartition(":")[0].lower().endswith((".csv", ".tsv"))
         names = "; the first line of the file must name its columns" if is_table else ""
-        raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; set data.key{names}")
+        remedy = set_key(key) + names
+        raise UserError(f"{where}: no text under {key!r} (there is: {found}){nearest(key, row)}; {remedy}")
     value = row[key]
     if not isinstance(value, str):
         found = describe_type(value) + (", whose keys are not read" if isinstance(value, dict) else "")

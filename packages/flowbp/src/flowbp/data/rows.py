@@ -14,7 +14,7 @@ from flowbp.data.edits import Edit, Source
 from imgen_common.errors import UserError, is_blank, nearest, one_line
 from imgen_common.images import content_hash, decode
 from imgen_common.streams import numpy_generator
-from imgen_common.tables import check_cell, describe_type
+from imgen_common.tables import check_cell, check_no_token, check_texts, describe_type, image_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +49,7 @@ def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) 
     captions = [_said(where, row, column) for column in (data.caption, data.source_caption)]
     for column, caption in zip((data.caption, data.source_caption), captions, strict=True):
         check_cell(caption, f"{where}: {column}", "leave the cell empty")
+        check_no_token(caption, f"{where}: {column}")
     return Edit(text, sources, captions[0], captions[1], answer)
 
 
@@ -81,9 +82,7 @@ def _stored(value: object, folder: Path) -> bytes | Path:
     if not isinstance(path, str) or is_blank(path):
         what = "a text without a name in it" if isinstance(path, str) else describe_type(path)
         raise UserError(f"must be the path of an image, got {what}")
-    if "://" in path:
-        raise UserError("an image is a file, not an address; download it, and give its path")
-    return folder / path
+    return image_path(folder, path)
 
 
 def _load(given: Any, index: int, folder: Path) -> Image.Image:
@@ -142,7 +141,8 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
     names = dataset.column_names
     if data.key not in names:
         raise UserError(
-            f"{path}: no column {data.key!r}{nearest(data.key, names)}; there are: {', '.join(names)}; set data.key"
+            f"{path}: no column {data.key!r}{nearest(data.key, names)}; there are: {', '.join(names)}; "
+            + set_key(data.key)
         )
     texts = (data.key, data.caption, data.source_caption, data.answer)
     columns = {name: _column(dataset, path, name) for name in texts if name is not None and name in names}
@@ -150,7 +150,14 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
         stored = _without_decoding(dataset.select_columns([data.images]), data.images)
         columns[data.images] = [partial(_read_images, stored, path, data.images, i) for i in range(len(stored))]
     rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    return ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
+    return check_texts(((f"{path}: row {number}", row) for number, row in enumerate(rows, 1)), data.key)
+
+
+def set_key(key: str) -> str:
+    """What helps where a file has no such column; where it was set, perhaps for another file, that all must have it."""
+    if key == DataConfig().key:
+        return "set data.key"
+    return "set data.key, which counts for all files of prompts, or rename the column"
 
 
 def _column(dataset: "Dataset", path: Path, name: str) -> list[Any]:

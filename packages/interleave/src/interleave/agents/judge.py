@@ -22,8 +22,9 @@ from imgen_common.judging.escaping import JOINER
 from imgen_common.judging.questions import JudgeError, JudgeReply, Question, Unreadable
 from imgen_common.judging.questions import Message as JudgeMessage
 from imgen_common.judging.runner import ask_question
+from imgen_common.tables import CONTROL_TOKEN
 from interleave.agents.parsing import ParseFailure, describe_ending, parse_json
-from interleave.agents.prompts import CONTROL_TOKEN, Template, load_template, render_judge
+from interleave.agents.prompts import Template, load_template, render_judge
 from interleave.models.chat import ChatConfig
 from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.concurrency import map_concurrently

@@ -18,6 +18,7 @@ from imgen_common.config import Config
 from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path, read_text
 from imgen_common.judging.escaping import OPENING, escape_control_tokens
+from imgen_common.tables import CONTROL_TOKEN
 from interleave.agents.sources import constants
 from interleave.protocols import BackendError, CriticInput, HashedImage, Message
 from interleave.records import Plan, Request, Verdict
@@ -29,12 +30,6 @@ BUILTIN = (
 PLACEHOLDERS = ("text_input", "original_instruction", "rewritten_prompt", "request", "story")
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 IMAGE_MARKER = "<image>"
-
-CONTROL_TOKEN = re.compile(
-    r"<image>|<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>"
-    r"|</s>|<(?:bos|eos|pad)>|<(?:start|end)_of_turn>|\[/?INST\]"
-)
-"""What a reader of rows takes for an image, or a tokenizer for an image or the end of a turn, wherever it occurs."""
 
 
 class TemplateFile(Config):

@@ -11,8 +11,8 @@ from PIL import Image
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from imgen_common.files import byte_lines
+from imgen_common.tables import CONTROL_TOKEN
 from interleave.agents.prompts import (
-    CONTROL_TOKEN,
     Template,
     render_critic,
     render_plan,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from imgen_common.errors import UserError, check_text, is_blank, nearest
 from imgen_common.files import numbered_lines, write_atomic
 from imgen_common.images import decode
-from imgen_common.tables import describe_type, read_table
+from imgen_common.tables import check_no_token, describe_type, image_path, read_table
 from interleave.protocols import HashedImage
 from interleave.records import Request
 from interleave.storage.images import ImageStore
@@ -113,21 +113,14 @@ def read_requests(path: Path, store: ImageStore) -> list[Request]:
     return list(requests.values())
 
 
-def _image_file(folder: Path, name: str) -> Path:
-    """Its path.  Raises UserError for an address, which may hold a token, so that it is not shown."""
-    if "://" in name:
-        raise UserError("an image is a file, not an address; download it, and give its path")
-    if name.startswith(("['", '["')):
-        raise UserError("images: a cell has one path; write the rows as .jsonl, where a list of them may stand")
-    return folder / name
-
-
 def _make(row: RequestRow, folder: Path, store: ImageStore) -> Request:
     if not row.content:
-        return make_request(row.text, [_image_file(folder, image) for image in row.images], store, row.id, row.category)
+        return make_request(row.text, [image_path(folder, image) for image in row.images], store, row.id, row.category)
     if row.text or row.images:
         raise UserError("has content, and text or images beside it; give all of it in content")
-    content = [part if isinstance(part, str) else _image_file(folder, part.image) for part in row.content]
+    for words in (part for part in row.content if isinstance(part, str)):
+        check_no_token(words, "content")
+    content = [part if isinstance(part, str) else image_path(folder, part.image) for part in row.content]
     return make_interleaved_request(content, store, row.id, row.category)
 
 
