@@ -62,6 +62,25 @@ def test_nearest_names_a_close_option_only() -> None:
     assert nearest("zzz", []) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "30s", "a whole number of seconds"),
+        ("HF_HUB_ETAG_TIMEOUT", "", "a whole number of seconds"),
+        ("DIFFUSERS_TIMEOUT_REMOTE_CODE", "1.5", "a whole number of seconds"),
+        ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "4GB", "a number of bytes"),
+    ],
+)
+def test_a_variable_that_libraries_cannot_read_as_a_number_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str, what: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    said = f"prog: error: {name}={value}: must be {what}; correct or unset it\n"
+    assert run(monkeypatch, capsys, "train") == (2, said)
+    monkeypatch.setenv(name, "30")
+    assert run(monkeypatch, capsys, "train") == (0, "trained\n")
+
+
 def test_success_exits_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "train") == (0, "trained\n")
 

@@ -1,8 +1,11 @@
 """Networks load whole or not at all; published folders load, with tied weights, old buffers, parts of larger models."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,8 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from imgen_common.errors import UserError
-from imgen_common.weights import load_whole
+from imgen_common import hub
+from imgen_common.errors import UserError, warn_once
+from imgen_common.weights import load_whole, warn_of_unknown_settings
 
 Weights = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -89,3 +93,35 @@ def test_a_missing_weight_is_named(model: PreTrainedModel, name: str, tmp_path: 
     folder = saved(model, tmp_path / "m", name)
     with pytest.raises(UserError, match=r"m: \d weights are missing, the first is \S+; copy weights and config"):
         load_whole(type(model), folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "named"),
+    [
+        ("transformer", {"use_rope_v2": True, "_of_someone": 1}, "use_rope_v2"),
+        ("vae", {"mean_of": [0.5], "_diffusers_version": "99.1.0.dev0"}, "mean_of"),
+        ("transformer", {"later": 1, "_diffusers_version": None, "rope_scales": [1]}, "later, rope_scales"),
+        ("transformer", {"use_rope_v2": False, "other": None, "more": []}, ""),
+        ("transformer", {"pooled_projection_dim": 768}, ""),  # of Qwen-Image, as it is published
+        ("vae", {"force_upcast": True}, ""),  # of FLUX.2
+        ("vae", {"optimization_step": 45531, "_diffusers_version": "0.30.3"}, ""),  # of an EMA
+    ],
+)
+def test_a_setting_that_diffusers_does_not_know_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str, settings: dict[str, Any], named: str
+) -> None:
+    source = hub.resolve("builtin:shapes/generator")
+    shutil.copy(source / "model_index.json", tmp_path)
+    for name in ("transformer", "vae"):
+        content = json.loads((source / name / "config.json").read_text())
+        content = content | {"_diffusers_version": diffusers.__version__} | (settings if name == part else {})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(
+            json.dumps({key: value for key, value in content.items() if (key, value) != ("_diffusers_version", None)})
+        )
+    warn_once.cache_clear()
+    for _ in range(2):
+        warn_of_unknown_settings(tmp_path)
+    installed = f"the installed diffusers {diffusers.__version__} does not know {named} and ignores it"
+    said = f"warning: {tmp_path / part / 'config.json'}: {installed}; perhaps the model is of a newer release"
+    assert capsys.readouterr().err == (f"{said}: pip install -U diffusers\n" if named else "")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import Qwen3Config
 from flowbp import backbones
 from flowbp.backbones.families.flux2 import Flux2, text_layers
 from imgen_common import hub
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 
 SIZE = (32, 32)
 GOLDEN_512 = (
@@ -112,3 +113,14 @@ def test_a_transformer_that_is_stored_quantized_is_refused(pipeline: Flux2KleinP
         backbones.load(str(tmp_path))
     with pytest.raises(UserError, match="its weights are quantized, which needs bitsandbytes; install it, or give"):
         hub.check_networks(tmp_path)
+
+
+def test_a_setting_that_diffusers_does_not_know_is_said_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(hub.resolve("builtin:shapes/generator"), tmp_path / "model"))
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rope_v2": True, "_diffusers_version": "99.0"}))
+    warn_once.cache_clear()
+    backbones.init_empty_weights(str(folder))
+    assert "transformer/config.json: the installed diffusers" in capsys.readouterr().err

@@ -240,6 +240,7 @@ def test_a_run_of_another_configuration_is_not_resumed(flowbp: Call, trained: Pa
     for pair, said in (("seed=33", "now 33 was given"), ("eval.seed=99", "now 99 was given")):
         assert_refused(flowbp("train", "--resume", trained, *sets(pair)), said)
     assert tree(trained) == before
+    assert (trained / "config-at-start.yaml").read_bytes() == (trained / "config.yaml").read_bytes()
 
 
 @pytest.mark.slow

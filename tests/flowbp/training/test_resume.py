@@ -11,6 +11,10 @@ import pytest
 import torch
 from tiers import tiers
 
+from flowbp.config import TrainConfig
+from flowbp.training import runs
+from imgen_common.config import load, to_yaml
+from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 
 NUM_UPDATES = 14
@@ -77,3 +81,37 @@ def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     updates = [line["step"] for line in metrics(run) if "train/loss" in line]
     assert updates == list(range(1, NUM_UPDATES + 1))
+
+
+@pytest.mark.parametrize(
+    ("edit", "refused"),
+    [
+        (("  seed: 1\n", "  seed: 99\n"), "the run has eval.seed = 1, now 99 was given"),
+        (("combine: weighted", "combine: normalized"), "the run has combine"),
+        (("max_train_steps: 105", "max_train_steps: 200"), None),
+        (("  ref: builtin:shapes/generator", "  ref: moved"), None),  # its hash is compared
+    ],
+)
+def test_a_run_whose_configuration_was_edited_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: tuple[str, str], refused: str | None
+) -> None:
+    def check_run(*_: object, **__: object) -> None:
+        raise UserError("what else is checked")
+
+    monkeypatch.setattr(runs, "check_run", check_run)
+    run, text = tmp_path / "run", to_yaml(TrainConfig())
+    RunFolder.create(run, TrainConfig()).close()
+    (run / runs.FIRST_CONFIG).write_text(text)
+    assert text.count(edit[0]) == 1
+    (run / "config.yaml").write_text(text.replace(*edit))
+    edited = load(TrainConfig, [run / "config.yaml"])
+    said = (
+        None
+        if refused is None
+        else rf"run/config.yaml: edited since the run was started, by config-at-start.yaml: .*{refused}"
+    )
+    with pytest.raises(UserError, match=said or "what else is checked"):
+        runs.check_training(edited, tmp_path, run)
+    (run / runs.FIRST_CONFIG).unlink()  # as in a run of an earlier version
+    with pytest.raises(UserError, match="what else is checked"):
+        runs.check_training(edited, tmp_path, run)

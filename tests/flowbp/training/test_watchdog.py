@@ -128,6 +128,24 @@ def test_scores_that_are_not_finite_raise_an_alert(name: str, value: float, lost
     ]
 
 
+def test_one_image_or_equal_scores_are_no_measure() -> None:
+    def few(reward: list[float], heldout: list[float], dark: list[float]) -> Evaluation:
+        scores = {"reward": reward, "heldout": heldout}
+        return Evaluation(["p"] * len(reward), scores, None, torch.empty(0), {"dark": dark})
+
+    base, now = few([14.2], [0.31], [0.1]), few([14.3], [0.30], [0.9])
+    found = compare_with_base(WatchdogConfig(), base, now, ["reward"], ["heldout"], drift=math.nan)
+    assert found.alerts == []
+    assert all(math.isnan(value) for value in found.measures.values())
+    base = few([14.2, 14.2 + 2e-6, 14.2], [0.3, 0.5, 0.4], [0.1] * 3)  # equal up to float32's rounding
+    now = few([14.3, 14.3, 14.3], [0.3, 0.5, 0.4], [0.1] * 3)
+    found = compare_with_base(WatchdogConfig(), base, now, ["reward"], ["heldout"], drift=0.1)
+    assert found.alerts == []
+    assert math.isnan(found.measures["reward"])
+    found = compare_with_base(WatchdogConfig(), base, now, ["heldout"], ["reward"], drift=0.1)
+    assert found.alerts == []
+
+
 def test_without_held_out_rewards_images_are_still_watched() -> None:
     found = compare_with_base(WatchdogConfig(), evaluation(0, 0), evaluation(9, 0, dark=2), ["reward"], [], drift=0)
     assert [alert.split(" moved")[0] for alert in found.alerts] == ["the images' dark"]

@@ -24,7 +24,7 @@ from PIL import Image
 from tiny import drop_weight
 
 from imgen_common.config import load
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 from imgen_common.hub import SAMPLING_FILE
 from imgen_common.run_folder.data import fingerprint
 from interleave.models.generators.loading import load_pipeline
@@ -545,6 +545,17 @@ def test_a_network_smaller_than_its_weights_is_refused(
     config.write_text(json.dumps(json.loads(config.read_text()) | changed))
     with pytest.raises(UserError, match=r"changed/transformer: \d+ weights have no place in the network of"):
         PipelineRunner(PipelineConfig(ref=str(folder)))
+
+
+def test_a_setting_that_diffusers_does_not_know_is_said(
+    klein_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(klein_folder, tmp_path / "changed"))
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"later": [1], "_diffusers_version": "99.0"}))
+    warn_once.cache_clear()
+    load_pipeline("Flux2KleinPipeline", folder, torch.float32, torch.device("cpu"))
+    assert "does not know later and ignores it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels", [1, 8])

@@ -164,6 +164,7 @@ def _run(app: "typer.Typer", name: str, renamed: Mapping[str, str]) -> int | str
     try:
         _check_interpreter()
         _check_working_directory()
+        _check_numeric_variables()
         sys.argv[1:] = map(_expand_home, sys.argv[1:])
         for place, word in enumerate(sys.argv[1:]):
             _check_argument(word, place + 1)
@@ -228,6 +229,23 @@ def _check_working_directory() -> None:
         raise UserError(
             f"the working directory is gone or cannot be read ({error.strerror}); cd to a folder that exists"
         ) from None
+
+
+NUMERIC_VARIABLES = {
+    **dict.fromkeys(("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DIFFUSERS_TIMEOUT_REMOTE_CODE"), int),
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": float,
+}
+"""Variables that huggingface_hub, diffusers and datasets read as numbers when they are imported: seconds and bytes."""
+
+
+def _check_numeric_variables() -> None:
+    """Raises UserError where one of them is no number, which would be a traceback of the library."""
+    for name, kind in NUMERIC_VARIABLES.items():
+        try:
+            kind(os.environ.get(name, "0"))
+        except ValueError:
+            what = "a whole number of seconds" if kind is int else "a number of bytes"
+            raise UserError(f"{name}={one_line(os.environ[name], 40)}: must be {what}; correct or unset it") from None
 
 
 def _explain(error: Exception, program: str) -> str | None:

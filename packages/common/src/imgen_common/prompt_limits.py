@@ -1,13 +1,18 @@
 """How much of a prompt text encoders and rewards read; the rest of a longer one they cut off."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from imgen_common.errors import UserError
+from imgen_common.weights import check_vocabulary
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 """Stands for an image in the text of a Qwen-VL; its second token is repeated for each of the image's."""
 MARK = "mark"
 """A prompt by which a template's end is found."""
+MAX_LENGTH = 10**9
+"""Tokens from which on a length is none: transformers' own where a tokenizer says none."""
 
 
 @dataclass(frozen=True)
@@ -103,3 +108,20 @@ def _flux2_dev(pipe: Any, prompt: str) -> str:
 
     (text,) = pipe.tokenizer.apply_chat_template(format_input([prompt], pipe.system_message), tokenize=False)
     return str(text).removeprefix(pipe.tokenizer.tokenizer.bos_token or "")  # the tokenizer adds it
+
+
+def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
+    """`check_vocabulary` of a pipeline's text encoders, each with the tokenizer of the same number, and that CLIP's
+    reads as much as that says: pipelines ask the tokenizer."""
+    for name, part in components.items():
+        tokenizer: Any = components.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and part is not None and hasattr(tokenizer, "get_vocab"):
+            check_vocabulary(tokenizer, part, f"{ref}: {name}")
+            given, most = tokenizer.model_max_length, getattr(part.config, "max_position_embeddings", None)
+            if type(part).__name__.startswith("CLIP") and most is not None and given > most:
+                says = f"says {given} tokens" if given < MAX_LENGTH else "says no model_max_length"
+                file = f"{name.replace('text_encoder', 'tokenizer')}/tokenizer_config.json"
+                raise UserError(
+                    f"{ref}: {file} {says}, and {name} reads {most}; set model_max_length to {most}, or copy that file "
+                    "again"
+                )

@@ -1,6 +1,7 @@
 """Networks from folders whose weights and config.json fit each other: no weight missing, unused or of coded numbers."""
 
 import contextlib
+import inspect
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imgen_common.errors import UserError, one_line, quoted
+from imgen_common.errors import UserError, one_line, quoted, warn_once
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +22,8 @@ FLOAT8 = "F8_"
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 QUANTIZED = ("quantization_config", "compression_config")
 """What config.json calls the way in which weights are coded; libraries decode those that it describes."""
+OLD_SETTINGS = ("pooled_projection_dim", "force_upcast", QUANTIZED[0])
+"""Keys of published files of Qwen-Image and FLUX.2 that their classes have no more, and that of quantized weights."""
 REMEDY = "copy weights and config.json from one place"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library names the file of a whole model's weights."""
@@ -32,8 +35,6 @@ NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways in which PEFT draws the first A and B of an adapter and leaves the weights of the model alone."""
-MAX_LENGTH = 10**9
-"""Tokens from which on a length is none: transformers' own where a tokenizer says none."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
@@ -261,23 +262,6 @@ def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
         )
 
 
-def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
-    """`check_vocabulary` of a pipeline's text encoders, each with the tokenizer of the same number, and that CLIP's
-    reads as much as that says: pipelines ask the tokenizer."""
-    for name, part in components.items():
-        tokenizer: Any = components.get(name.replace("text_encoder", "tokenizer"))
-        if name.startswith("text_encoder") and part is not None and hasattr(tokenizer, "get_vocab"):
-            check_vocabulary(tokenizer, part, f"{ref}: {name}")
-            given, most = tokenizer.model_max_length, getattr(part.config, "max_position_embeddings", None)
-            if type(part).__name__.startswith("CLIP") and most is not None and given > most:
-                says = f"says {given} tokens" if given < MAX_LENGTH else "says no model_max_length"
-                file = f"{name.replace('text_encoder', 'tokenizer')}/tokenizer_config.json"
-                raise UserError(
-                    f"{ref}: {file} {says}, and {name} reads {most}; set model_max_length to {most}, or copy that file "
-                    "again"
-                )
-
-
 def check_autoencoder(ref: str, folder: Path) -> None:
     """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
 
@@ -304,6 +288,27 @@ def check_channels(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any
             f"{where}the transformer reads {read} channels, and the autoencoder has {made} of its own, which makes "
             f"{pixels * made}; copy transformer/ and vae/ from one place"
         )
+
+
+def warn_of_unknown_settings(folder: Path) -> None:
+    """Warns of what a diffusers folder sets for its networks that the installed release does not know and so ignores,
+    unless an earlier release wrote it."""
+    import diffusers
+
+    index, installed = read_json(folder / "model_index.json"), diffusers.__version__
+    for part in ("transformer", "vae"):
+        entry, file = index.get(part), folder / part / "config.json"
+        kind = getattr(diffusers, str(entry[-1]), None) if isinstance(entry, list) and entry else None
+        settings = {} if kind is None else read_json(file, folder)
+        versions = (settings.get("_diffusers_version", installed), installed)
+        made_by, here = ([int(number) for number in re.findall(r"\d+", str(text))[:2]] for text in versions)
+        known = {*OLD_SETTINGS, *(() if kind is None else inspect.signature(kind).parameters)}
+        unknown = [key for key, value in settings.items() if value and key[:1] != "_" and key not in known]
+        if unknown and made_by >= here:
+            warn_once(
+                f"{file}: the installed diffusers {installed} does not know {one_line(', '.join(unknown))} and ignores "
+                "it; perhaps the model is of a newer release: pip install -U diffusers"
+            )
 
 
 def incomplete(folder: Path, what: str) -> UserError:

@@ -115,7 +115,7 @@ class RunFolder:
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
         if config is not None:
-            _refuse_other_config(path, config, may_differ)
+            check_config(path / CONFIG, config, may_differ)
         if not is_main:
             return cls(path, is_main=False)
         modules = [tracker_module(name) for name in trackers]
@@ -347,9 +347,9 @@ def _refuse_used(path: Path) -> None:
         raise UserError(f"{path}: not empty and not a run; choose another name")
 
 
-def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]) -> None:
-    """A key that the run does not have was added by a later version: its default is what the run was made with."""
-    old, new = leaves(with_json_files(type(config), read_yaml(path / CONFIG))), leaves(config.model_dump(mode="json"))
+def check_config(file: Path, config: Config, may_differ: Collection[str]) -> None:
+    """Raises UserError unless a run's file has `config`; a key that it lacks is of a later version, and was default."""
+    old, new = leaves(with_json_files(type(config), read_yaml(file))), leaves(config.model_dump(mode="json"))
     changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
     given = {prefix for key in old for prefix in _prefixes(key)}
     for key in [*new, *(key for key in old if key not in new)]:
@@ -360,7 +360,7 @@ def _refuse_other_config(path: Path, config: Config, may_differ: Collection[str]
         if not allowed and old.get(key) != new.get(key):
             was, now = (json.dumps(side.get(key)) for side in (old, new))
             raise UserError(
-                f"{path}: the run has {key} = {was}, now {now} was given; "
+                f"{file.parent}: the run has {key} = {was}, now {now} was given; "
                 f"go on with the configuration of the run, or choose another name or folder"
             )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowbp.backbones.licenses import PUBLISHED, license_of, name_of
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import QUANTIZED, check_autoencoder, read_json
+from imgen_common.weights import QUANTIZED, check_autoencoder, read_json, warn_of_unknown_settings
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,7 @@ def _resolve_family(
     adapter = getattr(importlib.import_module(module), name)
     if adapter.decode is pipelines.PipelineBackbone.decode:  # others normalize latents by numbers for each channel
         check_autoencoder(ref, folder)
+    warn_of_unknown_settings(folder)
     return folder, getattr(diffusers, family), adapter
 
 

@@ -16,7 +16,7 @@ from imgen_common.errors import UserError
 from imgen_common.files import read_text, write_atomic
 from imgen_common.run_folder.data import check_data, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
-from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.folder import RunFolder, check_config, leaves
 from imgen_common.run_folder.trackers import tracker_module
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ MAY_DIFFER = (
 evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""
 EARLIER_CONFIG = "config-until-{:06d}.yaml"
 """File of a run folder with the configuration up to an update after which the run went on with another one."""
+FIRST_CONFIG = "config-at-start.yaml"
+"""File of a run folder with the configuration that it was started with, by which an edit of the other is noticed."""
 GRID = "grid.json"
 """File of a run folder with the noise levels it trains on, for images of its plans."""
 
@@ -51,13 +53,14 @@ def new_run_path(config: TrainConfig, root: Path) -> Path:
 def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tuple[CheckedRun, Path]:
     """The run, checked, and where it goes; nothing is written.  resume: the folder of a run to continue.
 
-    Raises UserError as `check_run` does, and if the run to continue has another configuration or other prompts, the
-    folder is taken, the launcher does not fit, or the disk has no room.
+    Raises UserError as `check_run` does, and if the run to continue has another configuration (also where its file was
+    edited) or other prompts, the folder is taken, the launcher does not fit, or the disk has no room.
     """
     checkpoint = None
     if resume is not None:
         run = RunFolder.open(resume, is_main=False)
-        config, checkpoint = _with_recorded_adapter(config, run.config(TrainConfig)), run.latest_checkpoint()
+        _check_unedited(resume, recorded := run.config(TrainConfig))
+        config, checkpoint = _with_recorded_adapter(config, recorded), run.latest_checkpoint()
         RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
         if config.max_train_steps < (made := checkpoint or 0):
             given = f"max_train_steps {config.max_train_steps}"
@@ -71,6 +74,18 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     if resume is not None:
         check_data(resume, job.data)
     return job, path
+
+
+def _check_unedited(run: Path, recorded: TrainConfig) -> None:
+    """Raises UserError where the configuration of a run was edited in what a resumed run may not change, unless it says
+    where a model lies now: `check_data` compares hashes of models.  Runs of earlier versions have no copy of it."""
+    if (run / FIRST_CONFIG).exists():
+        keys = leaves(recorded.model_dump(mode="json"))
+        places = [key for key in keys if key.endswith(".ref") or key in ("eval.model", "lora.init")]
+        try:
+            check_config(run / FIRST_CONFIG, recorded, (*MAY_DIFFER, *places))
+        except UserError as error:
+            raise UserError(f"{run / CONFIG}: edited since the run was started, by {FIRST_CONFIG}: {error}") from None
 
 
 def _with_recorded_adapter(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
@@ -93,6 +108,7 @@ def open_run(
             if resume is None:
                 run = RunFolder.create(new_run_path(config, root), config, command, trackers=config.trackers)
                 record_data(run.path, job.data)
+                write_atomic(run.path / FIRST_CONFIG, to_yaml(config))
             else:
                 run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
                 _change_config(run, config)

@@ -23,6 +23,8 @@ from imgen_common.files import append_line, read_json_lines, write_atomic
 
 FOLDER = "watchdog"
 LOG = "log.jsonl"
+ROUNDING = 1e-5
+"""Share of the largest score up to which the base's scores count as equal: their deviation is no measure then."""
 MIN_STD = {"colors": 0.5}
 """Least standard deviation of a statistic, in its units: where the base is all alike, a small change is not large."""
 MIN_STD_OF_SHARES = 0.2
@@ -59,12 +61,12 @@ def compare_with_base(
     Alerts where a score is not finite; where a held-out reward is clearly lower (95 % paired interval below 0) while a
     trained one is clearly higher; where a trained one is ahead of all held-out ones by `lead`; where a statistic has
     moved by `shift`; where the images have drifted further than `config.drift`.  drift: by `image_drift`; nan
-    raises no alert.
+    raises no alert.  One image alone raises none either, but for a score that is not finite.
     """
     alerts = _not_finite({name: now.scores[name] for name in (*trained, *heldout)})
     changes = {name: standardized_change(base.scores[name], now.scores[name]) for name in (*trained, *heldout)}
     risen = [name for name in trained if paired_change(base.scores[name], now.scores[name]).low > 0]
-    for name in heldout:
+    for name in heldout if len(now.prompts) > 1 else ():
         found = paired_change(base.scores[name], now.scores[name])
         if risen and found.high < 0:
             alerts.append(
@@ -72,9 +74,9 @@ def compare_with_base(
                 f"{format_score(name, found.after, found.before)} while "
                 f"{score_title(risen[0])} rose"
             )
-    for name in trained if heldout else ():
-        ahead = changes[name] - max(changes[other] for other in heldout)
-        if ahead > config.lead:
+    others = [changes[name] for name in heldout if not math.isnan(changes[name])]
+    for name in trained if others else ():
+        if (ahead := changes[name] - max(others)) > config.lead:
             alerts.append(f"{score_title(name)} is {ahead:.2f} standard deviations ahead of every held-out reward")
     shifts = {
         name: standardized_change(base.statistics[name], now.statistics[name], MIN_STD.get(name, MIN_STD_OF_SHARES))
@@ -109,13 +111,18 @@ def image_drift(base: Tensor, now: Tensor) -> float:
     return dissimilarity(base, now).mean().item() * len(offsets) / apart if apart else math.nan
 
 
-def standardized_change(before: Sequence[float], after: Sequence[float], min_std: float = 1e-6) -> float:
-    """Change of the mean in standard deviations of `before`, `min_std` at least, over what is finite in both."""
+def standardized_change(before: Sequence[float], after: Sequence[float], min_std: float = 0.0) -> float:
+    """Change of the mean in standard deviations of `before`, `min_std` at least, over what is finite in both.
+
+    nan of fewer than two values, and where those before are equal up to rounding and there is no `min_std`.
+    """
     a, b = np.asarray(before, float), np.asarray(after, float)
     finite = np.isfinite(a) & np.isfinite(b)
-    if not finite.any():
-        return 0.0
-    return float((b - a)[finite].mean()) / max(float(a[finite].std()), min_std)
+    a, b = a[finite], b[finite]
+    if len(a) < 2:
+        return math.nan
+    std = max(float(a.std()), min_std)
+    return float((b - a).mean()) / std if std > ROUNDING * float(np.abs(a).max()) else math.nan
 
 
 def adapter_norm(parameters: Mapping[str, Tensor], lora: LoraConfig) -> float:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.prompt_limits import check_vocabularies
 from imgen_common.weights import (
     ADAPTER_CONFIG,
     check_autoencoder,
     check_channels,
     check_plain_start,
-    check_vocabularies,
     loading,
     read_json,
     text_layers,
+    warn_of_unknown_settings,
 )
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def load_pipeline(name: str, folder: Path, dtype: "torch.dtype", device: "torch.
     components = kind.load_config(folder)
     if components.get("vae", ("", ""))[1] == "AutoencoderKL":  # others normalize latents by numbers for each channel
         check_autoencoder(str(folder), folder)
+    warn_of_unknown_settings(folder)
     absent = {part: None for part, value in components.items() if value in ([None, None], (None, None))}
     with loading(f"{folder}: not a {name} that can be loaded"):
         given = absent | hub.load_networks(folder, dtype=dtype)
