@@ -238,7 +238,7 @@ def test_the_laws_of_the_loop(
         assert set(chosen) == {i for i, p in enumerate(prompts, 1) if p is not None}
     elif trajectory.status == "generator_failed":
         assert by_step[max(by_step)][-1].status == "generator_failed"
-        assert not any(a.status == "accepted" for a in by_step[max(by_step)])
+        assert not (stop and any(a.status == "accepted" for a in by_step[max(by_step)]))
     else:
         assert trajectory.status == "budget_exhausted"
         assert len(drawn) == limit
@@ -269,6 +269,15 @@ def test_an_outage_does_not_make_a_rejected_image_that_of_the_story(
     (story,) = run(tmp_path, good, loop=LoopConfig(max_attempts=4), retry_failed=True)
     assert story.status == "complete"
     assert [job.prompt for job in good.generator.jobs] == ["another", *prompts[1:]]
+
+
+def test_the_best_of_fewer_images_than_asked_for_is_not_taken_in_an_outage(tmp_path: Path) -> None:
+    generator, loop = FakeGenerator(), LoopConfig(max_attempts=4, stop_on_success=False)
+    generator.fails = lambda job: BackendError("unreachable", "down") if len(generator.jobs) in (2, 3) else None
+    assert run(tmp_path, parts(plan_of("one"), generator=generator), loop=loop)[0].status == "generator_failed"
+    good = parts(plan_of("one"))
+    assert run(tmp_path, good, loop=loop, retry_failed=True)[0].status == "complete"
+    assert len(good.generator.jobs) == 3
 
 
 def test_a_rejected_image_stays_where_the_next_prompt_is_refused(tmp_path: Path) -> None:
@@ -422,7 +431,7 @@ def test_out_of_memory_in_mid_story(tmp_path: Path) -> None:
     (trajectory,) = run(tmp_path, parts(plan_of("one", "two"), generator=generator), loop=LoopConfig(max_attempts=5))
     assert trajectory.status == "generator_failed"
     assert trajectory.selected == {1: 1}
-    assert [a.status for a in attempts(tmp_path)] == ["accepted"] + ["generator_failed"] * 2
+    assert [a.status for a in attempts(tmp_path)] == ["accepted"] + ["generator_failed"] * 5
 
 
 def test_what_is_refused_for_good_is_asked_once(tmp_path: Path) -> None:
