@@ -3,6 +3,8 @@
 import asyncio
 import email.utils
 import random
+import signal
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -348,3 +350,19 @@ def test_a_coroutine_is_run_beside_a_running_loop() -> None:
         return run_in_thread(number())
 
     assert run_in_thread(number()) == asyncio.run(main()) == 3
+
+
+def test_ctrl_c_ends_a_coroutine_that_runs_in_a_thread() -> None:
+    ended: list[str] = []
+
+    async def work() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_thread(work())
+    assert ended == ["cancelled"]

@@ -121,9 +121,10 @@ def test_a_judge_that_is_down_is_refused_before_anything_is_generated(
 def test_stories_that_failed_are_said_with_how_to_try_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = ("run.generator.kind=images_api", "run.generator.url=http" + "://127.0.0.1:9/v1")
     gone = (*FAST[:2], *gone, "run.generator.retry.max_tries=1", "run.loop.max_attempts=1")
-    assert interleave(*words("wise", tmp_path / "out", "--limit", "2", "--stage", "generate", sets=gone)) == 0
+    out = tmp_path / "my out[1]"
+    assert interleave(*words("wise", out, "--limit", "2", "--stage", "generate", sets=gone)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    folder = tmp_path / "out" / "generation"
+    folder = f"'{out / 'generation'}'"
     assert f"2 of 2 items failed and will be missing; to try again: interleave batch --resume {folder} --retry" in said
 
 
@@ -266,6 +267,22 @@ def test_parts_that_generate_have_the_table_of_one(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         assert interleave(*words("ueval", tmp_path / "parts", "--limit", "6", "--shard", f"{number}/3")) == 0
     assert table(tmp_path / "parts") == table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("again", ["1/1", "1/4"])
+def test_what_parts_have_is_not_generated_again(again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the same command without --shard, to see the figures of all parts."""
+    monkeypatch.setattr(session, "run_and_close", lambda *given, **more: [])
+
+    def generate(shard: str) -> None:
+        request = BenchmarkRequest("ueval", "builtin:shapes", tmp_path, limit=4, shard=shard)
+        prepare(request, load_config([], [], []), [])[0].generate(lambda record: None)
+
+    generate("1/2")
+    with pytest.raises(UserError, match=r"1-of-2: has [12] of these items already.* --stage score"):
+        generate(again)
+    generate("1/2")
+    generate("2/2")
 
 
 def test_parts_that_are_made_otherwise_are_not_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

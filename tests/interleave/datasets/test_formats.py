@@ -262,6 +262,16 @@ def test_the_older_form_of_sharegpt_is_read(tmp_path: Path, store: ImageStore) -
     assert (row.texts, row.image_ids, row.completion) == (("x", "y"), (A.id,), "z")
 
 
+@pytest.mark.parametrize("images", [{"image": "a.png"}, {"image": ["a.png"]}, {"images": "a.png"}])
+def test_the_one_image_of_llavas_items_is_read(images: dict[str, Any], tmp_path: Path, store: ImageStore) -> None:
+    save(A, tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "z"}]
+    words = {"conversations": [{"from": "human", "value": "x"}, turns[1]], "image": ""}
+    (tmp_path / "f.json").write_text(json.dumps([{"id": "1", "conversations": turns, **images}, words]))
+    row, other = read_sft(tmp_path / "f.json", tmp_path, store)
+    assert (row.texts, row.image_ids, other.image_ids) == (("", "\nx"), (A.id,), ())
+
+
 @settings(max_examples=25)
 @given(
     st.lists(plain, min_size=1, max_size=3), texts, st.none() | texts, st.dictionaries(st.sampled_from("xyz"), values)
@@ -892,6 +902,9 @@ def test_empty_keys_of_other_programs_are_no_mistake(tmp_path: Path, store: Imag
         ),
         (SPOKEN | {"system": "You judge images."}, "has system beside its messages, for which rows have no place"),
         (SPOKEN | {"tools": '[{"name": "draw"}]', "videos": ["a.mp4"]}, "has tools, videos beside its messages"),
+        (SPOKEN | {"video": "a.mp4"}, "has video beside its messages"),
+        (SPOKEN | {"image": "a.png"}, "0 <image> markers for 1 images"),
+        (SPOKEN | {"images": [], "image": "a.png"}, "has image beside its messages"),
         ('{"messages": [], "images": ["a"], "images": []}', "the key 'images' occurs twice"),
     ],
 )

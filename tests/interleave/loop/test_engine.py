@@ -237,7 +237,8 @@ def test_the_laws_of_the_loop(
         assert (trajectory.status == "complete") == (judged_well == set(chosen))
         assert set(chosen) == {i for i, p in enumerate(prompts, 1) if p is not None}
     elif trajectory.status == "generator_failed":
-        assert not any(a.image_id for a in by_step[max(by_step)])
+        assert by_step[max(by_step)][-1].status == "generator_failed"
+        assert not (stop and any(a.status == "accepted" for a in by_step[max(by_step)]))
     else:
         assert trajectory.status == "budget_exhausted"
         assert len(drawn) == limit
@@ -245,20 +246,54 @@ def test_the_laws_of_the_loop(
     assert trajectory.spent.critic_calls == len(made.critic.looks) == len(said)
 
 
-def test_images_that_cannot_be_read_are_not_paid_for_time_and_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["malformed_response", "timeout", "server_error", "unreachable"])
+def test_images_that_fail_are_not_paid_for_time_and_again(kind: Any, tmp_path: Path) -> None:
     generator = FakeGenerator()
-    generator.fails = lambda job: BackendError("malformed_response", "no image in base64")
+    generator.fails = lambda job: BackendError(kind, "no image")
     (story,) = run(tmp_path, parts(generator=generator), loop=LoopConfig(max_attempts=8))
     assert (story.status, len(generator.jobs)) == ("generator_failed", 2)
-    assert story.error == "step 1: malformed_response: no image in base64"
+    assert story.error == f"step 1: {kind}: no image"
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "rate_limited", "server_error", "timeout"])
+@pytest.mark.parametrize("prompts", [["one"], ["one", "two"]])
+def test_an_outage_does_not_make_a_rejected_image_that_of_the_story(
+    kind: Any, prompts: list[str], tmp_path: Path
+) -> None:
+    """The critic is not said to have rejected what was never drawn, and the story can be tried again."""
+    generator, rejecting = FakeGenerator(), lambda shown, seed: (False, "another")
+    generator.fails = lambda job: BackendError(kind, "down") if len(generator.jobs) in (2, 3) else None
+    (story,) = run(tmp_path, parts(plan_of(*prompts), rejecting, generator), loop=LoopConfig(max_attempts=4))
+    assert (story.status, story.error, story.selected) == ("generator_failed", f"step 1: {kind}: down", {1: 1})
+    good = parts(plan_of(*prompts))
+    (story,) = run(tmp_path, good, loop=LoopConfig(max_attempts=4), retry_failed=True)
+    assert story.status == "complete"
+    assert [job.prompt for job in good.generator.jobs] == ["another", *prompts[1:]]
+
+
+def test_the_best_of_fewer_images_than_asked_for_is_not_taken_in_an_outage(tmp_path: Path) -> None:
+    generator, loop = FakeGenerator(), LoopConfig(max_attempts=4, stop_on_success=False)
+    generator.fails = lambda job: BackendError("unreachable", "down") if len(generator.jobs) in (2, 3) else None
+    assert run(tmp_path, parts(plan_of("one"), generator=generator), loop=loop)[0].status == "generator_failed"
+    good = parts(plan_of("one"))
+    assert run(tmp_path, good, loop=loop, retry_failed=True)[0].status == "complete"
+    assert len(good.generator.jobs) == 3
+
+
+def test_a_rejected_image_stays_where_the_next_prompt_is_refused(tmp_path: Path) -> None:
+    generator, rejecting = FakeGenerator(), lambda shown, seed: (False, "another")
+    generator.fails = lambda job: BackendError("refused", "a filter") if job.prompt == "another" else None
+    (story,) = run(tmp_path, parts(plan_of("one"), rejecting, generator), loop=LoopConfig(max_attempts=4))
+    assert (story.status, story.selected) == ("steps_not_accepted", {1: 1})
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("kind", ["server_error", "timeout"])
 def test_images_that_failed_count_as_asked_for(limit: int, kind: Any, tmp_path: Path) -> None:
-    generator = FakeGenerator()
-    generator.fails = lambda job: BackendError(kind, "broke")
-    (story,) = run(tmp_path, parts(generator=generator), loop=LoopConfig(max_attempts=8, max_generations=limit))
+    generator, rejecting = FakeGenerator(), lambda shown, seed: (False, "another")
+    generator.fails = lambda job: BackendError(kind, "broke") if len(generator.jobs) % 2 == limit % 2 else None
+    made = parts(verdict=rejecting, generator=generator)
+    (story,) = run(tmp_path, made, loop=LoopConfig(max_attempts=8, max_generations=limit))
     assert len(generator.jobs) == story.spent.generations == limit
     assert story.status == "budget_exhausted"
     assert story.error == (
@@ -578,7 +613,7 @@ def test_failed_stories_can_be_tried_again(tmp_path: Path) -> None:
     records, whole = without_times(tmp_path)["a"], without_times(tmp_path / "whole")["a"]
     spent = records.pop(), whole.pop()
     assert records == whole, "the attempts of the outage are no part of the story"
-    assert [one["generations"] for one in spent] == [18, 2]
+    assert [one["generations"] for one in spent] == [4, 2]
 
 
 def test_what_a_story_went_on_from_is_not_tried_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import struct
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,36 @@ def test_a_broken_connection_is_asked_again_elsewhere() -> None:
 
     assert drawn(pool(gone, good)) == RED
     assert failure(pool(gone)).kind == "unreachable"
+
+
+def test_a_replica_that_comes_later_with_other_settings_gets_no_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was still loading at the start, or was started again meanwhile."""
+    steps, asked = [4], Counter[str]()
+
+    def late(request: httpx.Request) -> httpx.Response:
+        asked[request.url.path] += 1
+        info = {"model": "m", "params": {"num_inference_steps": steps[0]}, "max_sources": 1}
+        return good(request) if request.url.path == "/v1/generate" else httpx.Response(200, json=info)
+
+    hosts = {"replica0": good, "replica1": late}
+    config = ServiceConfig(urls=("http://replica0", "http://replica1"), retry=QUICK, probe_every=0.001)
+    transport = httpx.MockTransport(lambda request: hosts[request.url.host](request))
+    generator = ServiceGenerator(
+        config, ServiceInfo("m", {"num_inference_steps": 28}, 1), transport, down={"http://replica1"}
+    )
+
+    async def main() -> None:
+        while asked["/v1/info"] < 3:
+            await generator.generate(JOB)
+        assert not asked["/v1/generate"]
+        steps[0] = 28
+        while not asked["/v1/generate"]:
+            await generator.generate(JOB)
+        await generator.close()
+
+    asyncio.run(main())
+    said = capsys.readouterr().err
+    assert said.count("http://replica1: generates with m {'num_inference_steps': 4}, not with m") == 1
 
 
 def test_a_full_service_is_asked_again_when_it_says() -> None:
@@ -665,6 +696,13 @@ def test_a_key_that_the_server_does_not_take_is_said(
     assert words in str(said)
     assert ("; if it does not take" in str(said)) == (remedy is not None)
     assert remedy is None or str(said).endswith(remedy)
+
+
+def test_credit_that_is_used_up_is_no_refusal_of_the_image() -> None:
+    """With new credit the same image is drawn."""
+    said = {"error": {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}}
+    assert failure(endpoint(lambda request: httpx.Response(400, json=said))).kind == "rate_limited"
+    assert failure(endpoint(lambda request: httpx.Response(402, json={}))).kind == "rate_limited"
 
 
 def test_errors_of_an_images_endpoint_open_the_breaker() -> None:

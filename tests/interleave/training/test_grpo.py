@@ -233,6 +233,22 @@ def test_rewards_are_made_on_their_own_loop_and_parts_are_closed_there(root: Pat
     assert closed == [loop]
 
 
+def test_an_answer_without_a_reward_is_scored_again_in_the_next_rollout(root: Path, rows: list[RlRow]) -> None:
+    down = [True]
+    generator = FakeGenerator(fails=lambda request: BackendError("unreachable", "x") if down[0] else None)
+    job = job_of(root, rows)
+    failed = next(number for number, row in enumerate(job.rows) if not row.evaluation.success)
+    recorded = job.example(failed, image_store(job.config).get)["row"]
+    with start_scoring(job, generator, LengthJudge()) as scored:
+        callback = grpo.build_scoring_callback(scored, job)
+        assert scored.run(scored.scorer.score("x", recorded)) is None
+        down[0] = False
+        assert scored.run(scored.scorer.score("x", recorded)) is None  # as all parts of its reward in this rollout
+        state = SimpleNamespace(global_step=job.batch_plan.updates_per_rollout)
+        callback.on_step_end(None, state, SimpleNamespace())
+        assert scored.run(scored.scorer.score("x", recorded)) is not None
+
+
 def test_a_chat_template_that_opens_the_thoughts_costs_no_reward(root: Path, tmp_path: Path) -> None:
     """Of Qwen3-VL-Thinking each answer begins behind `<think>`, which the model then does not say."""
     model = Path(shutil.copytree(root / "model", tmp_path / "model"))

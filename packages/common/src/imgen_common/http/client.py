@@ -1,6 +1,7 @@
 """The HTTP client: requests to one service, its token, bounded answers, and errors in words."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -275,6 +276,22 @@ def token_of(variable: str) -> str:
 
 
 def run_in_thread(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, for code that is not asynchronous but may be called where an event loop runs."""
+    """The result of a coroutine, for code that is not asynchronous but may be called where an event loop runs.
+
+    Ctrl-C, or a notebook's stop button, cancels it.
+    """
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
+
+    async def main() -> T:
+        task = asyncio.ensure_future(work)
+        running.append((asyncio.get_running_loop(), task))
+        return await task
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asyncio.run, work).result()
+        try:
+            return pool.submit(asyncio.run, main()).result()
+        except KeyboardInterrupt:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                for loop, task in running:
+                    loop.call_soon_threadsafe(task.cancel)
+            raise

@@ -125,7 +125,13 @@ class BenchmarkWork:
         is_new = not (folder / "config.yaml").exists()
         if is_new:
             run, inputs = self.config.run, session.hash_inputs(self.config.run)
+            mine = {item.id for item in self.shard.of(self.items)}
             for other in sorted(self.out.glob("generation*")):
+                if twice := len(mine & {request.id for request in load_requests(other)}):
+                    raise UserError(
+                        f"{other}: has {twice} of these items already, which would be generated again; give --shard as "
+                        "for the other parts, or --stage score for the figures of all of them"
+                    )
                 if differing := what_differs(run.model_dump(mode="json"), inputs, other):
                     raise UserError(
                         f"{other}: was made with another {differing}; give all parts the same, or another --out"

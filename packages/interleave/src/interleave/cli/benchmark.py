@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from imgen_common.console import count, spinner
-from imgen_common.errors import UserError, check_choice
+from imgen_common.errors import UserError, check_choice, quoted
 from imgen_common.shutdown import message_when_stopped
 from interleave.cli.options import Configs, Json, Sets, Yes
 
@@ -120,7 +120,8 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
     if failed := sum(not story.is_whole for story in stories):
         out.print(
             f"{failed} of {count(len(stories), 'item')} failed and will be missing; to try again: interleave batch "
-            f"--resume {work.generation} --retry, then this command"
+            f"--resume {console.sanitize(quoted(work.generation))} --retry, then this command",
+            soft_wrap=True,
         )
 
 

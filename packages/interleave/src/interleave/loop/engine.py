@@ -21,6 +21,7 @@ from interleave.models.concurrency import map_concurrently
 from interleave.protocols import BackendError, Components, HashedImage, Planner, PlannerAnswer
 from interleave.records import (
     Attempt,
+    AttemptStatus,
     FailureKind,
     Plan,
     PlannerRecord,
@@ -36,6 +37,9 @@ from interleave.storage.images import ImageStore
 from interleave.storage.trace import Trace, TraceEntry
 
 log = logging.getLogger(__name__)
+NOT_ACCEPTED: tuple[AttemptStatus, ...] = ("rejected", "critic_unparsable")
+OF_THE_SERVER: tuple[FailureKind, ...] = ("unreachable", "rate_limited", "server_error", "timeout")
+"""Failures of the generator that say nothing of the request, which may be answered later."""
 
 
 @dataclass
@@ -216,8 +220,11 @@ class Engine:
                 story.parts.append((step.words, image))
             if ending is not None:
                 return ending
-            if chosen is None:
-                last = attempts[-1]
+            last = attempts[-1]
+            # a rejected image, or the best of fewer than were asked for, is not the step's because the server is away
+            is_lost = last.error_kind in OF_THE_SERVER
+            is_early = last.attempt < self._loop.max_attempts
+            if chosen is None or (is_lost and (is_early or chosen.status in NOT_ACCEPTED)):
                 return _Ending("generator_failed", f"step {step.index}: {last.error}", last.error_kind)
         accepted = {attempt.step for attempt in story.attempts if attempt.status in ("accepted", "unjudged")}
         if rejected := sorted(story.selected.keys() - accepted):
@@ -248,9 +255,11 @@ class Engine:
             story.attempts.append(attempt)
             if attempt.status == "critic_failed":
                 return _Ending("critic_failed", f"step {step.index}: {attempt.error}", attempt.error_kind)
-            # What the generator refuses for good it would refuse again, and what cannot be read was perhaps paid for
+            # What the generator refuses for good it would refuse again; a server is asked once more: each call waits
+            # for it by itself, and an image that took too long, or cannot be read, was perhaps paid for
             failures = [one.error_kind for one in story.attempts[-min(number, 2) :] if one.status == "generator_failed"]
-            if failures[-1:] == ["refused"] or failures == ["malformed_response"] * 2:
+            num_lost = sum(kind in (*OF_THE_SERVER, "malformed_response") for kind in failures)
+            if failures[-1:] == ["refused"] or num_lost == 2:
                 break
             if self._loop.stop_on_success and attempt.status in ("accepted", "unjudged"):
                 break

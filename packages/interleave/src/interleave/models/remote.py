@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from imgen_common.errors import UserError
 from imgen_common.http import HttpError
+from imgen_common.http.failures import NO_CREDIT
 from imgen_common.images import decode
 from interleave.protocols import BackendError, HashedImage
 from interleave.records import FailureKind
@@ -34,6 +35,8 @@ def backend_errors() -> Iterator[None]:
         yield
     except HttpError as error:
         kind = error.failure if isinstance(error, RemoteFailure) else error.kind
+        if error.status == NO_CREDIT:  # not of this request, which is answered once there is credit again
+            kind = "rate_limited"
         raise BackendError(kind, str(error)) from error
 
 

@@ -120,6 +120,16 @@ class CriticScorer:
         self._parts.move_to_end(key)
         return await asyncio.shield(self._parts[key])
 
+    def forget_failures(self) -> None:
+        """Score answers that had no reward when they come again, as once a service is back; only between rollouts, so
+        that all parts of a reward are of one try."""
+        for key in [
+            key
+            for key, task in self._parts.items()
+            if task.done() and (task.cancelled() or task.exception() or not task.result())
+        ]:
+            del self._parts[key]
+
     @property
     def unscored_rate(self) -> float:
         """Share of the last answers without a reward, in [0, 1]."""

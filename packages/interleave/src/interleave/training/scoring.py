@@ -148,6 +148,7 @@ def build_scoring_callback(scored: ScoringThread, job: GrpoJob) -> Any:
             # only between two rollouts: a run cannot resume exactly from the middle of one
             if state.global_step % job.batch_plan.updates_per_rollout:
                 return
+            scored.loop.call_soon_threadsafe(scored.scorer.forget_failures)
             self.metrics = gather_scoring_metrics(scored)
             if self.metrics["scoring/failed_too_often"]:
                 reasons = ", ".join(f"{kind} {n}" for kind, n in scored.scorer.counts.reasons.most_common())

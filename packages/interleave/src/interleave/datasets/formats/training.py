@@ -51,16 +51,24 @@ def _unpack(value: object) -> object:
     return value
 
 
+def _several(value: object) -> object:
+    """A list of images, also of the one that LLaVA's items have, or of none."""
+    value = _unpack(value)
+    return value if isinstance(value, list) else [value] if value else []
+
+
 class _SharegptItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     messages: Annotated[list[_Turn], BeforeValidator(_unpack)] = Field(
         validation_alias=AliasChoices("messages", "conversations")
     )
-    images: Annotated[list[str | dict[str, Any]], BeforeValidator(_unpack)] = []
+    images: Annotated[list[str | dict[str, Any]], BeforeValidator(_several)] = Field(
+        default=[], validation_alias=AliasChoices("images", "image")
+    )
     trajectory_id: str | None = None
 
 
-UNREAD = ("system", "tools", "videos", "audios")
+UNREAD = ("system", "tools", "videos", "video", "audios", "audio", "image")
 """What other programs keep beside the messages of an item and show to the model, too."""
 
 

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -90,14 +90,22 @@ class ServiceGenerator:
     """Images over HTTP; made by `connect`.  A cancelled call closes its request, so that the service drops it."""
 
     def __init__(
-        self, config: ServiceConfig, info: ServiceInfo, transport: "httpx.AsyncBaseTransport | None" = None
+        self,
+        config: ServiceConfig,
+        info: ServiceInfo,
+        transport: "httpx.AsyncBaseTransport | None" = None,
+        *,
+        down: Collection[str] = (),
     ) -> None:
-        """transport: for tests.  Raises UserError for an address that is none, or a token that no header can carry."""
-        self._config = config
+        """transport: for tests.  down: addresses of replicas that are not ready yet.
+
+        Raises UserError for an address that is none, or a token that no header can carry.
+        """
+        self._config, self._info = config, info
         self.id, self.max_sources = info.model, info.max_sources
         self._params = config.params.model_dump(mode="json", exclude_none=True)
         self.params = {**info.params, **self._params}
-        self._replicas = [_Replica(check_url(url)) for url in config.urls]
+        self._replicas = [_Replica(url, up=url not in down) for url in map(check_url, config.urls)]
         self._turns = itertools.count(1)
         self._client = _client(config, transport)
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -129,7 +137,7 @@ class ServiceGenerator:
                     f"{url} generates with {info.model} {info.params}, {first_url} with {first.model} {first.params}; "
                     "give replicas of one model"
                 )
-        return cls(config, first)
+        return cls(config, first, down={*urls} - {*found})
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
         """The image.  Raises BackendError."""
@@ -161,6 +169,8 @@ class ServiceGenerator:
         end = time.monotonic() + seconds
         last = HttpError("unreachable", "no replica is up")
         tried: list[_Replica] = []
+        for replica in self._replicas:
+            self._probe_where_down(replica)
         while able := [replica for replica in self._replicas if replica.up and replica not in tried]:
             replica = min(able, key=lambda one: (one.in_flight, one.turn))
             replica.turn = next(self._turns)
@@ -186,14 +196,24 @@ class ServiceGenerator:
         replica.failures += 1
         if replica.up and (at_once or replica.failures >= self._config.eject_after):
             replica.up = False
+            self._probe_where_down(replica)
+
+    def _probe_where_down(self, replica: _Replica) -> None:
+        if not replica.up and (replica.url not in self._probes or self._probes[replica.url].done()):
             self._probes[replica.url] = asyncio.create_task(self._probe_until_ready(replica))
 
     async def _probe_until_ready(self, replica: _Replica) -> None:
+        """Until it is ready, with the model and the settings of the first one: it may have been started with others."""
         while not replica.up:
             await asyncio.sleep(self._config.probe_every)
             with contextlib.suppress(HttpError):
                 await self._client.request("GET", replica.url, "/readyz", seconds=CONNECT_SECONDS)
-                replica.failures, replica.up = 0, True
+                info = await _describe(self._client, replica.url)
+                if info == self._info:
+                    replica.failures, replica.up = 0, True
+                elif isinstance(info, ServiceInfo):
+                    what = f"generates with {info.model} {info.params}, not with {self._info.model} {self._info.params}"
+                    warn_once(f"{replica.url}: {what}; it gets no calls until it does")
 
     # --- one replica ---
 
