@@ -88,6 +88,7 @@ def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
     [
         (("  seed: 1\n", "  seed: 99\n"), "the run has eval.seed = 1, now 99 was given"),
         (("combine: weighted", "combine: normalized"), "the run has combine"),
+        (("eval:\n  model: null", "eval:\n  model: builtin:shapes/generator"), "the run has eval.model = null"),
         (("max_train_steps: 105", "max_train_steps: 200"), None),
         (("  ref: builtin:shapes/generator", "  ref: moved"), None),  # its hash is compared
     ],
@@ -99,8 +100,9 @@ def test_a_run_whose_configuration_was_edited_is_not_resumed(
         raise UserError("what else is checked")
 
     monkeypatch.setattr(runs, "check_run", check_run)
-    run, text = tmp_path / "run", to_yaml(TrainConfig())
-    RunFolder.create(run, TrainConfig()).close()
+    config = load(TrainConfig, [], ["lora.rank=4"])
+    run, text = tmp_path / "run", to_yaml(config)
+    RunFolder.create(run, config).close()
     (run / runs.FIRST_CONFIG).write_text(text)
     assert text.count(edit[0]) == 1
     (run / "config.yaml").write_text(text.replace(*edit))

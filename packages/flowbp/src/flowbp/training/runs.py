@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, check_run
-from imgen_common.config import to_yaml
+from imgen_common.config import read_yaml, to_yaml
 from imgen_common.devices import launched_process
 from imgen_common.errors import UserError
 from imgen_common.files import read_text, write_atomic
@@ -80,8 +80,9 @@ def _check_unedited(run: Path, recorded: TrainConfig) -> None:
     """Raises UserError where the configuration of a run was edited in what a resumed run may not change, unless it says
     where a model lies now: `check_data` compares hashes of models.  Runs of earlier versions have no copy of it."""
     if (run / FIRST_CONFIG).exists():
-        keys = leaves(recorded.model_dump(mode="json"))
-        places = [key for key in keys if key.endswith(".ref") or key in ("eval.model", "lora.init")]
+        was, now = leaves(read_yaml(run / FIRST_CONFIG)), leaves(recorded.model_dump(mode="json"))
+        given = [key for key in now if None not in (was.get(key), now[key])]
+        places = [key for key in given if key.endswith(".ref") or key in ("eval.model", "lora.init")]
         try:
             check_config(run / FIRST_CONFIG, recorded, (*MAY_DIFFER, *places))
         except UserError as error:
