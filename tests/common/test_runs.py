@@ -609,6 +609,9 @@ def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path, program: st
     assert find_run("own", tmp_path, "flowbp train") == tmp_path / "own"  # of a script: what it holds must tell
     with pytest.raises(UserError, match="story: a run of `interleave run`, not of `flowbp train`"):
         find_run("story", tmp_path, "flowbp train")
+    RunFolder.create(tmp_path / "table", Settings(), [aligned, "benchmark", "aligned"]).close()
+    with pytest.raises(UserError, match="table: a run of `flowbp benchmark`, not of `flowbp train`"):
+        find_run("table", tmp_path, "flowbp train")
     (tmp_path / "own" / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"own/config\.yaml: is empty, as after a loss of power; restore it, or start"):
         find_run("own", tmp_path, "flowbp train")

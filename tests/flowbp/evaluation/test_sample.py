@@ -4,16 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
-from families import picture
+from families import folder_of, picture
 from safetensors.torch import save_file
 from trained_runs import trained
 
 from flowbp import backbones
-from flowbp.config import TrainConfig
+from flowbp.config import Scorer, TrainConfig
+from flowbp.evaluation import evaluate as evaluation
 from flowbp.evaluation import sampling
 from flowbp.evaluation.sources import ModelSource, compared_sources, model_source
 from flowbp.training.preflight import unread_prompts
@@ -137,6 +139,83 @@ def test_one_prompt_and_one_image_may_stand_for_a_list(tmp_path: Path, monkeypat
     for given, said in (({"prompts": []}, "prompts"), ({"prompts": "a", "seeds": ()}, "seeds")):
         with pytest.raises(UserError, match=f"{said}: give at least one"):
             sampling.sample(GENERATOR, **given)
+
+
+@pytest.mark.parametrize(
+    ("sets", "images", "said"),
+    [
+        (["model.height=30"], 0, "height and width must be multiples of 8"),
+        (["model.embedded_guidance=3"], 0, "is not guidance-distilled"),
+        (["lora.rank=2", "eval.model=builtin:shapes/reward"], 0, "not a diffusers pipeline"),
+        (["model.attention=flash"], 0, "needs a CUDA device|not installed"),
+        ([], 20, "has 20 images, and Flux2KleinPipeline takes"),
+    ],
+)
+def test_what_a_model_does_not_draw_is_refused_before_its_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], images: int, said: str
+) -> None:
+    file = tmp_path / "a.png"
+    picture(8, 8).save(file)
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(sampling, "model_source", lambda ref, runs: model_source(ref, runs, sets))
+    with pytest.raises(UserError, match=said):
+        sampling.sample(GENERATOR, "a red circle", images=[file] * images)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "a red circle", "--size", "500"], "image size 500x500: height and width must be multiples of 8"),
+        (["eval", GENERATOR, "--set", "model.width=500"], "image size 32x500"),
+        (["eval", GENERATOR, "--set", "model.embedded_guidance=3"], "is not guidance-distilled"),
+    ],
+)
+def test_commands_refuse_it_then_too(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flowbp: Callable[..., tuple[int, str, str]],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("weights are read"))
+    code, _, told = flowbp(*words)
+    assert code == 2
+    assert said in " ".join(told.split())
+
+
+def test_prompts_that_a_reward_cannot_score_are_refused_before_any_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, flowbp: Callable[..., tuple[int, str, str]]
+) -> None:
+    class Reward:
+        def check_prompts(self, prompts: list[str]) -> None:
+            raise UserError(f"{len(prompts)} prompts bring no answer")
+
+    monkeypatch.setattr(ModelSource, "load", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(Scorer, "load", lambda self, device: Reward())
+    code, _, told = flowbp("eval", GENERATOR, "--num-prompts", "3")
+    assert (code, "3 prompts bring no answer" in told) == (2, True)
+
+
+def test_text_encoders_are_gone_while_images_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training, so that a run can be evaluated on the card that trained it."""
+    source, prompts = model_source(GENERATOR, Path()), ["a red circle", "two blue crosses"]
+    drawn: list[bool] = []
+
+    def draw(backbone: Any, *rest: object) -> torch.Tensor:
+        drawn.append(backbone.pipe.text_encoder is not None)
+        return torch.zeros(2, *backbone.latent_shape(SIZE))
+
+    monkeypatch.setattr(evaluation, "generate_latents", draw)
+    sampling.evaluate_model(source, prompts, {}, source.config, (1.0, 2.0), lambda *_: None)
+    assert drawn == [False, False]
+
+
+def test_an_image_has_no_more_patches_than_stable_diffusion_has_positions(tmp_path: Path) -> None:
+    backbone = backbones.init_empty_weights(str(folder_of("sd3", tmp_path)))
+    assert backbone.latent_shape((128, 64)) == (4, 64, 32)
+    with pytest.raises(UserError, match="image size 64x132: this model has positions for sides of 128 pixels at most"):
+        backbone.latent_shape((64, 132))
 
 
 def test_what_is_compared_reads_as_much_of_a_prompt(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from inspect import signature
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trained_runs import TARGETS, ours, targets_of, theirs, trained
 from flowbp import backbones
 from flowbp.backbones.licenses import license_of
 from flowbp.config import TrainConfig
+from flowbp.evaluation.compare import Change
 from flowbp.evaluation.sources import model_source
 from flowbp.export import export_run, push_to_hub
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter
@@ -62,6 +64,20 @@ def test_nothing_is_merged_into_a_model_that_has_changed(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"model\.ref has changed since the run was started"):
         export_run(run, "merged", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("ema", "kept", "scored"), [(0.9, "ema", True), (0.9, "last", False), (0, "last", True)])
+def test_a_card_shows_no_scores_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float, kept: str, scored: bool
+) -> None:
+    """A run evaluates its averaged weights."""
+    config = load(TrainConfig, [], [f"ema={ema}", "lora.rank=2"])
+    found = {1.0: {"reward": Change(11.5, 12.5, 1.0, 0.9, 1.1, 20)}}
+    monkeypatch.setattr(sys.modules["flowbp.export.model_card"], "compare_base_and_trained", lambda run: found)
+    with RunFolder.create(tmp_path / "run", config) as run:
+        text = model_card(run, config, "diffusers", kept, None, None, {"num_inference_steps": 4})  # type: ignore[arg-type]
+    assert ("11.50" in text) == scored
+    assert ("The last weights were not evaluated." in text) != scored
 
 
 @pytest.mark.slow

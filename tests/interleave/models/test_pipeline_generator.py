@@ -219,6 +219,13 @@ def test_sides_that_a_family_would_round_are_refused(family: str, folder: Path, 
     painter.check(GenerationSettings(**SIZE))
 
 
+def test_an_image_larger_than_the_positions_of_a_network_is_refused(tmp_path: Path) -> None:
+    folder = folder_of("sd3", tmp_path)  # 32 positions of 4 pixels, as others have 192 of 16
+    PipelineRunner(PipelineConfig(ref=str(folder), width=128, height=128))
+    with pytest.raises(UserError, match=r"height 132: .* has positions for 128 pixels at most"):
+        PipelineRunner(PipelineConfig(ref=str(folder), width=128, height=132))
+
+
 def test_settings_reach_the_pipeline(family: str, folder: Path, painter: PipelineRunner) -> None:
     job = GenerationRequest(PROMPTS[0], (), 3)
     before = painter.generate([job])[0]

@@ -15,7 +15,7 @@ MAX_NAME_BYTES = 240
 
 
 MAKERS = (
-    *("flowbp train", "interleave run", "interleave batch", "interleave demo"),
+    *("flowbp train", "flowbp benchmark", "interleave run", "interleave batch", "interleave demo"),
     *("interleave sft", "interleave grpo", "interleave data", "interleave benchmark"),
 )
 """Commands that make run folders."""

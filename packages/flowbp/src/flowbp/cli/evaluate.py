@@ -88,9 +88,9 @@ def sample(
         from imgen_common.devices import device_of
         from imgen_common.images import grid, save_png, to_pil
     quiet_libraries()
+    source.check_drawing(prompts, shape, steps)
     print_notes([*source.assumed_settings(size, given, guidance), *source.unread_prompts(prompts)])
-    backbone = source.load(device_of("auto"))
-    seeds, cells = range(seed, seed + num), []
+    backbone, seeds, cells = source.load(device_of("auto")), range(seed, seed + num), []
     with sampling.own_numbers(out, len(prompts)) as number, progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
             made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
@@ -150,6 +150,7 @@ def evaluate(
         from imgen_common.console import quiet_libraries
         from imgen_common.devices import device_of
     quiet_libraries()
+    models.check_compared(sources, texts)
     print_notes(sources[-1].assumed_settings())
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale

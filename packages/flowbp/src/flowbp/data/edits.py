@@ -1,6 +1,6 @@
 """Edits: instructions with the images that they change, and what rewards see of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -123,6 +123,12 @@ def check_edits(prompts: Sequence[str], backbone: "Backbone", *, one_layout: boo
 
 def _sizes(layout: Sizes) -> str:
     return ", ".join(f"{width}x{height}" for height, width in layout) or "none"
+
+
+def check_scored(rewards: "Iterable[Reward]", prompts: Sequence[str]) -> None:
+    """Raises UserError where a reward cannot score images of some prompt; nothing is scored."""
+    for reward in rewards:
+        getattr(reward, "check_prompts", lambda given: None)(prompts)
 
 
 def score_images(reward: "Reward", images: "Tensor", prompts: Sequence[str]) -> "Tensor":

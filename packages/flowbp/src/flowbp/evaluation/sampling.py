@@ -67,8 +67,10 @@ def sample(
     model = model_source(str(source), Path(runs))
     for note in model.assumed_settings():
         warn_once(note)
-    config, backbone = model.config, model.load(device_of("auto"))
+    config = model.config
     size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
+    model.check_drawing(edits, size, steps)
+    backbone = model.load(device_of("auto"))
     scale = config.eval_guidance_scales[0]
     return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in edits])
 
@@ -112,8 +114,9 @@ def evaluate_model(
 ) -> dict[float, Evaluation]:
     """Evaluations of one model by guidance scale, with the seeds and sizes of `config`."""
     backbone = source.load(device_of("auto"))
-    check_edits(prompts, backbone)
     embeddings = PromptEmbeddings(backbone)
+    embeddings.add(prompts)
+    backbone.unload_text_encoders()
     task = EvaluationTask(prompts, rewards, verify=is_shapes_source(config.eval.prompts))
 
     def at(scale: float) -> Evaluation:

@@ -108,6 +108,30 @@ class ModelSource:
             prompts, self.config.model, {scorer.name: scorer for scorer in self.config.scorers if scorers}
         )
 
+    def check_drawing(
+        self, prompts: Sequence[str], size: tuple[int, int], steps: int, *, scorers: bool = False
+    ) -> None:
+        """Raises UserError, before any weights are read, where the model cannot be set up as the configuration says, or
+        cannot draw these prompts, images of this (height, width), or in so many steps; with `scorers`, where a reward
+        cannot score them."""
+        from flowbp import backbones
+        from flowbp.backbones.loading import check_same_shapes
+        from flowbp.backbones.options import apply_model_options, check_machine
+        from flowbp.data.edits import check_edits, check_scored
+
+        model = self.config.model
+        check_machine(model)
+        backbone = backbones.init_empty_weights(
+            model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
+        )
+        if self.config.eval.model is not None:
+            check_same_shapes(backbone.net, type(backbone.pipe), self.config.eval.model, "eval.model")
+        apply_model_options(backbone, model)
+        check_edits(prompts, backbone)
+        backbone.sigmas(steps, size)
+        backbone.latent_shape(size)
+        check_scored((scorer.load("meta") for scorer in self.config.scorers if scorers), prompts)
+
     def load(self, device: "torch.device") -> "Backbone":
         """The backbone with its weights."""
         from flowbp.backbones.loading import load_backbone, load_eval_backbone, load_trained_weights
@@ -163,6 +187,14 @@ def compared_sources(target: str, against: str | None, root: Path, sets: Sequenc
         return [own] if own.run is None else [model_source(target, root, sets, base=True), own]
     other = _drawn_as(own, against, root, sets)
     return [other, own if own.run is not None else _drawn_as(other, target, root, sets, are_own=True)]
+
+
+def check_compared(sources: Sequence[ModelSource], prompts: Sequence[str]) -> None:
+    """As `ModelSource.check_drawing`, with the rewards, of models that are all drawn as the last one's `eval` says."""
+    config = sources[-1].config
+    for source in sources:
+        size, steps = (config.model.height, config.model.width), config.eval.num_inference_steps
+        source.check_drawing(prompts, size, steps, scorers=True)
 
 
 def _drawn_as(source: ModelSource, text: str, root: Path, sets: Sequence[str], *, are_own: bool = False) -> ModelSource:

@@ -1,7 +1,6 @@
 """The model card of an exported run."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from flowbp.backbones.licenses import license_of
 from flowbp.config import ExportedWeights, ExportFormat, TrainConfig
@@ -40,7 +39,6 @@ def model_card(
     sibling = f" by `{config.eval.model}`" if is_drawn and config.eval.model else ""
     merged = f" The adapter is merged into `{model}`, which was not trained." if model else ""
     models = [config.model.ref, model, config.eval.model if is_drawn else None, *(one.ref for one in config.scorers)]
-    scores = _scores(run.path) if is_drawn and step == run.latest_checkpoint() else ""
     how = ", ".join(f"{name} {value:g}" for name, value in drawn.items())
     lines = [
         "---",
@@ -53,7 +51,7 @@ def model_card(
         f"{step} update{'s' * (step != 1)}; the {kept} weights. {DESCRIPTIONS[to]}{merged}",
         f"Drawn{sibling} with {how}, as the pipeline names them.",
         "## Scores",
-        scores or f"This {'checkpoint' if is_drawn else 'model'} was not evaluated.",
+        _scores(run, config, kept, step) if is_drawn else "This model was not evaluated.",
         "## Licenses",
         *(f"- `{ref}`: {license_of(ref)}" for ref in dict.fromkeys(filter(None, models))),
         "## Configuration",
@@ -70,8 +68,12 @@ def _base_model(ref: str) -> list[str]:
     return [f"base_model: {match['repo']}"] if match else []
 
 
-def _scores(run: Path) -> str:
-    changes = compare_base_and_trained(run)
+def _scores(run: RunFolder, config: TrainConfig, kept: ExportedWeights, step: int | None) -> str:
+    if kept == "last" and config.ema > 0:  # the run evaluates the averaged weights
+        return "The last weights were not evaluated."
+    if step != run.latest_checkpoint():
+        return "This checkpoint was not evaluated."
+    changes = compare_base_and_trained(run.path)
     if not changes:
         return "The run was exported before its evaluation."
     rows = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import DataConfig, TrainConfig
-from flowbp.data.edits import Edit, check_edits, describe_row, sources_of
+from flowbp.data.edits import Edit, check_edits, check_scored, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts
 from flowbp.evaluation.sources import read_sampling
 from flowbp.rewards import resolve_reward
@@ -153,8 +153,7 @@ def _check_models(config: TrainConfig, prompts: Sequence[str], *, weights: bool)
         hub.check_networks(hub.resolve(model.ref))
         if model.vae.preview is not None:
             load_preview(backbone.pipe.vae, model.vae.preview, "meta")
-        for reward in load_rewards(config, "meta").values():
-            getattr(reward, "check_prompts", lambda given: None)(prompts)
+        check_scored(load_rewards(config, "meta").values(), prompts)
     apply_model_options(backbone, model)
     if config.eval.model is not None:
         check_same_shapes(backbone.net, type(backbone.pipe), config.eval.model, "eval.model")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowbp.backbones import pipelines
 from flowbp.core.types import Cond
+from imgen_common.errors import UserError
 
 
 class SD3(pipelines.PipelineBackbone):
@@ -34,9 +35,15 @@ class SD3(pipelines.PipelineBackbone):
         return {"text": text, "pooled": pooled}
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it."""
-        patch = self.pipe.transformer.config.patch_size
-        rows, columns = pipelines.grid_size(size, patch * self.pipe.vae_scale_factor)
+        """(c, h, w) for images of `size` (height, width) pixels.  Raises UserError where patches do not divide it, or
+        the network has fewer positions."""
+        patch, most = self.pipe.transformer.config.patch_size, self.pipe.transformer.config.pos_embed_max_size
+        pixels = patch * self.pipe.vae_scale_factor
+        rows, columns = pipelines.grid_size(size, pixels)
+        if most is not None and max(rows, columns) > most:
+            raise UserError(
+                f"image size {size[0]}x{size[1]}: this model has positions for sides of {most * pixels} pixels at most"
+            )
         return self.pipe.transformer.config.in_channels, patch * rows, patch * columns
 
     def has_linear_levels(self) -> bool:

@@ -24,9 +24,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 
-from flowbp import backbones
 from flowbp.core.noise import initial_noise
-from flowbp.data.edits import check_edits
+from flowbp.data.edits import check_scored
 from flowbp.data.embeddings import PromptEmbeddings
 from flowbp.data.prompts import describe_unread_prompts
 from flowbp.evaluation import vlm_judge
@@ -245,14 +244,12 @@ def prepare_benchmark(
 ) -> Benchmark:
     """The benchmark of a request; nothing is written.  Raises UserError for what is wrong without loading weights."""
     prompts = read_prompts(request, source.config.data)
-    model = source.config.model
-    backbone = backbones.init_empty_weights(model.ref, distilled=model.allow_distilled)
-    check_edits([prompt.text for prompt in prompts], backbone)
+    texts = [prompt.text for prompt in prompts]
     config = benchmark_config(source, request, prompts)
+    source.check_drawing(texts, (config.model.height, config.model.width), config.num_inference_steps)
     check_benchmark(config, judge.url)
     work = Benchmark(source, config, prompts, out, batch_size, judge)
-    for reward in work.rewards.values():
-        getattr(reward.load("meta"), "check_prompts", lambda given: None)([prompt.text for prompt in prompts])
+    check_scored((reward.load("meta") for reward in work.rewards.values()), texts)
     return work
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from flowbp import backbones
 from flowbp.config import DataConfig, ModelConfig, PositiveInt
 from flowbp.core.settings import GuidanceRescale
 from flowbp.data.edits import Edit, describe_row, sources_of
@@ -218,23 +217,13 @@ def check_request(request: BenchmarkRequest, out: Path, source: ModelSource, jud
 
 
 def check_benchmark(config: BenchmarkConfig, judge_url: str | None) -> None:
-    """Raises UserError for whatever can be found wrong without loading weights."""
+    """Raises UserError for what can be found wrong with the scorers without loading weights."""
     check_scorers(config.scorers, config.protocol, judge_url)
     for spec in config.scorers:
         if spec.kind == GENEVAL:
             from flowbp.evaluation.benchmarks.detector import check_detector
 
             check_detector(spec.ref)
-    hub.resolve(config.model.ref)
-    from flowbp.backbones.options import apply_model_options
-
-    model = config.model
-    backbone = backbones.init_empty_weights(
-        model.ref, embedded_guidance=model.embedded_guidance, distilled=model.allow_distilled
-    )
-    apply_model_options(backbone, model)
-    # noise levels depend on the shape of the latents, so that this checks the size of the images too
-    backbone.sigmas(config.num_inference_steps, (config.model.height, config.model.width))
 
 
 def open_benchmark_folder(

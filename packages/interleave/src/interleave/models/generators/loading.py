@@ -116,6 +116,12 @@ def size_multiple(pipe: "DiffusionPipeline") -> int:
     return pipe.vae_scale_factor * getattr(pipe, "patch_size", 2)
 
 
+def largest_side(pipe: "DiffusionPipeline") -> int | None:
+    """Most pixels of a side for which the network has positions, as those of Stable Diffusion 3 have; None: any."""
+    positions = pipe.transformer.config.get("pos_embed_max_size")
+    return None if positions is None else positions * size_multiple(pipe)
+
+
 def img2img_pipeline(name: str, pipe: "DiffusionPipeline") -> "DiffusionPipeline":
     """The pipeline of class `name` over the networks of `pipe`."""
     import diffusers

@@ -26,6 +26,7 @@ from interleave.models.generators.loading import (
     family_of,
     flux2_text_options,
     img2img_pipeline,
+    largest_side,
     load_lora,
     load_pipeline,
     size_multiple,
@@ -119,12 +120,14 @@ class PipelineRunner:
         for file in (place / hub.SAMPLING_FILE for place in (folder, *(adapter.parent for adapter in adapters))):
             own = read_json(file, GenerationSettings).with_defaults(own) if file.exists() else own
         self.settings = config.with_defaults(own)
-        self._multiple = 1  # until the model is loaded
+        # until the model is loaded
+        self._multiple = 1
+        self._largest: int | None = None
         self.check(self.settings)
         self._device = device_of(config.device)
         self._dtype = dtype_of(config.dtype, self._device)
         self._pipe = self._editor = load_pipeline(self.name, folder, self._dtype, self._device)
-        self._multiple = size_multiple(self._pipe)
+        self._multiple, self._largest = size_multiple(self._pipe), largest_side(self._pipe)
         self.check(self.settings)
         for adapter in adapters:
             load_lora(self._pipe, adapter, f"lora {config.lora}", config.lora_weight)
@@ -162,6 +165,8 @@ class PipelineRunner:
                     f"{name} {side}: {self.name} generates multiples of {self._multiple} pixels; give "
                     + " or ".join(str(near) for near in (below, below + self._multiple) if near)
                 )
+            if side is not None and self._largest is not None and side > self._largest:
+                raise UserError(f"{name} {side}: {self.name} has positions for {self._largest} pixels at most")
 
     def generate(
         self, requests: Sequence[GenerationRequest], settings: GenerationSettings | None = None
