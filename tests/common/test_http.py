@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -355,7 +356,15 @@ def test_a_coroutine_is_run_beside_a_running_loop() -> None:
 def test_ctrl_c_ends_a_coroutine_that_runs_in_a_thread() -> None:
     ended: list[str] = []
 
+    def is_waited_for() -> bool:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_code.co_name != "result":
+            frame = frame.f_back
+        return frame is not None
+
     async def work() -> None:
+        while not is_waited_for():
+            await asyncio.sleep(0.001)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         try:
             await asyncio.sleep(600)

@@ -1124,6 +1124,7 @@ def test_the_commands(
             "critic": says(NO, YES, YES),
             "generator": {"kind": "scripted"},
             "cache": None,
+            "loop": {"concurrency": 1},  # scripted answers are given in the order of the questions
         },
         "judge": says('{"score": [7, 8]}', '{"score": [3, 10]}'),
         "filters": {"rl_share": None, "balance": None},
@@ -1152,6 +1153,7 @@ def test_the_commands(
     code, told = interleave("data", "show", out / "planner_sft.jsonl", 1)
     assert (code, "--- answer" in told) == (0, True)
     code, told = interleave("data", "show", out / "critic_rl.jsonl", 1, "--json")
+    assert code == 0, told
     assert set(json.loads(told)) == {"prompt", "answer", "known"}
     code, told = interleave("data", "agreement", out, "--set", "judge.num_samples=2", "--most", 1, "--yes")
     assert code == 0, told
