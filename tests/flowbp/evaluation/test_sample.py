@@ -211,6 +211,19 @@ def test_text_encoders_are_gone_while_images_are_evaluated(monkeypatch: pytest.M
     assert drawn == [False, False]
 
 
+def test_a_run_that_goes_on_meanwhile_is_drawn_as_it_was_found(tmp_path: Path) -> None:
+    run = trained(tmp_path, hub.resolve(GENERATOR), "lora.rank=2")
+    source = model_source(str(run), tmp_path)
+    hashes = source.hashes()
+    with RunFolder.open(run) as folder:
+        tensors = folder.load_checkpoint(1).tensors
+        later = {name: torch.zeros_like(value) for name, value in tensors["ema"].items()}
+        folder.save_checkpoint(2, {"weights": later, "ema": later, "optimizer": {}}, {})
+    drawn = dict(source.load(torch.device("cpu")).net.named_parameters())
+    assert all(torch.equal(drawn[name], value) for name, value in tensors["ema"].items())
+    assert source.hashes() == hashes != model_source(str(run), tmp_path).hashes()
+
+
 def test_an_image_has_no_more_patches_than_stable_diffusion_has_positions(tmp_path: Path) -> None:
     backbone = backbones.init_empty_weights(str(folder_of("sd3", tmp_path)))
     assert backbone.latent_shape((128, 64)) == (4, 64, 32)

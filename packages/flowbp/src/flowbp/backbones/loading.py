@@ -49,9 +49,9 @@ def read_trained_weights(
 
 
 @torch.no_grad()
-def load_trained_weights(backbone: Backbone, run_path: Path) -> None:
-    """Puts a run's averaged weights into a freshly loaded backbone."""
-    config, weights = read_trained_weights(RunFolder.open(run_path, is_main=False))
+def load_trained_weights(backbone: Backbone, run_path: Path, step: int | None = None) -> None:
+    """Puts a run's averaged weights, from its newest checkpoint by default, into a freshly loaded backbone."""
+    config, weights = read_trained_weights(RunFolder.open(run_path, is_main=False), step=step)
     parameters = mark_trainable(backbone.net, config)
     check_tensors(f"{run_path}: ema", weights, parameters)
     for name, parameter in parameters.items():

@@ -49,13 +49,15 @@ OF_ONE_MODEL = ("lora", "eval.model", "model.ref")
 class ModelSource:
     """The model of a configuration, or its `eval.model`, with the trained weights of `run` if there is one, else with
     the adapter of `lora.init`.  begun: the run that began with these, which must be the same still.  said: for a model
-    the keys that its folder, its adapter or the user gave; None for a run, which has all."""
+    the keys that its folder, its adapter or the user gave; None for a run, which has all.  step: the checkpoint of
+    `run`, also if that goes on meanwhile; None: its last."""
 
     label: str
     config: TrainConfig
     run: Path | None
     begun: Path | None = None
     said: frozenset[str] | None = None
+    step: int | None = None
 
     def check(self, *, scorers: bool = False) -> None:
         """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
@@ -71,8 +73,9 @@ class ModelSource:
             found |= {} if ref is None else hash_model(key, ref)
         found[what] = hash_rows([])
         if self.run is not None:
-            newest = list(find_checkpoints(self.run / CHECKPOINTS).values())[-1:]
-            found[what] = hash_weights(file for one in newest for file in sorted(one.rglob("*")) if file.is_file())
+            saved = find_checkpoints(self.run / CHECKPOINTS)
+            drawn = [saved[step] for step in (self.step or max(saved, default=0),) if step in saved]
+            found[what] = hash_weights(file for one in drawn for file in sorted(one.rglob("*")) if file.is_file())
         elif config.lora is not None and config.lora.init is not None:
             found |= hash_adapter(what, hub.resolve_adapter(config.lora.init, "lora.init"))
         return found
@@ -145,7 +148,7 @@ class ModelSource:
         if config.eval.model is not None:
             backbone = load_eval_backbone(config, backbone, device)
         if self.run is not None:
-            load_trained_weights(backbone, self.run)
+            load_trained_weights(backbone, self.run, self.step)
         elif config.lora is not None and config.lora.init is not None:
             if self.begun is not None:
                 check_data(self.begun, hash_adapter("lora.init", hub.resolve_adapter(config.lora.init, "lora.init")))
@@ -166,7 +169,9 @@ def model_source(text: str, root: Path, sets: Sequence[str] = (), *, base: bool 
         if config.lora != recorded.lora:
             raise UserError(f"lora: {path} has adapters of its own; leave it out, or name a model in the run's place")
         begun = path if _models(config) == _models(recorded) else None
-        return ModelSource(f"{path.name} (base)" if base else path.name, config, None if base else path, begun)
+        if base:
+            return ModelSource(f"{path.name} (base)", config, None, begun)
+        return ModelSource(path.name, config, path, begun, step=RunFolder.open(path, is_main=False).latest_checkpoint())
     check_is_model(text, root, "flowbp train")
     lora = load(TrainConfig, [], sets).lora
     adapter = None if lora is None or lora.init is None else hub.resolve_adapter(lora.init, "lora.init").parent

@@ -14,7 +14,7 @@ Every file is written whole or not at all, and is found again, so that the same 
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -259,6 +259,9 @@ def run_benchmark(work: Benchmark, command: Sequence[str], state: PartialState) 
     def mine(missing: list[ImageId]) -> list[ImageId]:
         return broadcast_object_list([missing])[0][state.process_index :: state.num_processes]
 
+    # each process has looked for the run's last checkpoint at a time of its own
+    step = broadcast_object_list([work.source.step])[0]
+    work = replace(work, source=replace(work.source, step=step))
     folder = run_on_all_processes(lambda: work.open(command) if state.is_main_process else None)
     try:
         run_on_all_processes(partial(work.generate_images, mine(work.missing_images)))

@@ -175,7 +175,7 @@ def benchmark_config(source: ModelSource, request: BenchmarkRequest, prompts: Se
         model=source.config.model,
         eval_model=source.config.eval.model,
         run=source.run.name if source.run else None,
-        update=RunFolder.open(source.run, is_main=False).latest_checkpoint() if source.run else None,
+        update=source.step,
         prompts=request.prompts,
         content=content,
         num_prompts=len(prompts),
