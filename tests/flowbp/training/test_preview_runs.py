@@ -74,6 +74,7 @@ def logged(run: RunFolder, start: str) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_rewards_gradients_weights_and_final_evaluations_are_the_same_bit_for_bit(runs: dict[str, RunFolder]) -> None:
     plain, preview = (logged(run, "train/") for run in runs.values())
     assert plain == preview

@@ -338,11 +338,14 @@ def test_a_weight_without_gradient_ends_the_run_by_name(cut: Callable[[Backbone]
 @pytest.mark.parametrize(
     ("update", "broken", "what", "advice"),
     [
-        (0, "velocity", "the network's latents", "check the weights of the model"),
+        pytest.param(0, "velocity", "the network's latents", "check the weights of the model", marks=pytest.mark.slow),
         (7, "velocity", "the network's latents", "the weights have diverged; lower optim.learning_rate or optim.max_g"),
         (0, "decode", "the VAE's images", "check the weights of the VAE"),
-        (0, "reward", "the scores of reward", "check its weights"),
-        (7, "gradient", "the gradient", "lower optim.learning_rate or optim.max_grad_norm"),
+        pytest.param(0, "reward", "the scores of reward", "check its weights", marks=pytest.mark.slow),
+        pytest.param(
+            *(7, "gradient", "the gradient", "lower optim.learning_rate or optim.max_grad_norm"),
+            marks=pytest.mark.slow,
+        ),
         (0, "gradient", "the gradient", "check the weights of the model and of the rewards, or compute in float32"),
     ],
 )
