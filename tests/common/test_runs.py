@@ -497,7 +497,7 @@ class Killed(BaseException):
     """Stands for the instant after which a killed process does nothing more."""
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_kill_between_any_two_file_operations_leaves_old_or_new(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,7 @@ T5_LAYER = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
             "does not fit StableDiffusion3Pipeline",
             marks=pytest.mark.slow,
         ),
-        (None, T5_LAYER, "which has no"),  # diffusers loads it without a word
+        pytest.param(None, T5_LAYER, "which has no", marks=pytest.mark.slow),  # diffusers loads it without a word
     ],
 )
 def test_an_adapter_that_would_be_loaded_in_part_is_refused(

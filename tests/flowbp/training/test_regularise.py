@@ -130,6 +130,7 @@ def test_a_resumed_run_has_the_same_base(flux2: Path, sets: tuple[str, ...]) -> 
     assert torch.equal(gradient(again)[0], expected)
 
 
+@pytest.mark.slow
 def test_its_evaluations_are_counted(flux2: Path) -> None:
     before, after = (update_arithmetic(check_run(config_of(flux2, *LORA, *sets), 1)) for sets in ((), (WEIGHT,)))
     key = "evaluations_per_image_"

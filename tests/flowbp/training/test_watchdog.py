@@ -194,6 +194,7 @@ def test_adapters_have_the_norm_of_what_they_add() -> None:
     assert watchdog.adapter_norm({"other": torch.ones(3)}, lora) == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path) -> None:
     """Every look but the first finds a statistic moved: the threshold is absurd, the path is the real one."""
     from accelerate import Accelerator

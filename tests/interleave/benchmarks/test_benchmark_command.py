@@ -47,6 +47,7 @@ def table(out: Path) -> dict[str, Any]:
     return json.loads((out / "table.json").read_text())
 
 
+@pytest.mark.slow
 def test_generation_and_scoring_alone_make_what_both_make(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_mistakes_are_one_line(
     assert len([line for line in shown if line.startswith("interleave: error:")]) == 1
 
 
+@pytest.mark.slow
 def test_a_price_above_the_limit_waits_for_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     limited = (*FAST, "confirm_calls=2")
     assert interleave(*words("wise", tmp_path / "out", "--limit", "3", sets=limited)) == 2

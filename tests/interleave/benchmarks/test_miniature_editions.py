@@ -310,6 +310,7 @@ def test_other_items_words_or_judges_need_another_folder(tmp_path: Path) -> None
             act(outputs=work.outputs(), judge=ScriptedChat(lambda message, seed: "Score: 1", name="other"))
 
 
+@pytest.mark.slow
 def test_two_judges_are_compared_on_the_same_items(tmp_path: Path) -> None:
     layout = written("wise", tmp_path, make_right)
     scored(work_on("wise", tmp_path / "a", layout))

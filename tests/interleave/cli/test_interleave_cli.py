@@ -276,10 +276,8 @@ def test_a_resumed_batch_counts_from_the_stories_that_have_ended(
     monkeypatch.setattr("interleave.loop.run.run_and_close", stop)
     for more in ((), ("--retry",)):
         code, _, err = interleave("batch", "--resume", "some", *runs, *more)
-        assert (code, err.split("interleave batch ")[1].strip()) == (
-            130,
-            " ".join(["--resume", str(trace.parent), *more]),
-        )
+        assert code > 128  # by the signal that this process had before, if any
+        assert err.split("interleave batch ")[1].strip() == " ".join(["--resume", str(trace.parent), *more])
 
 
 def test_paths_are_printed_as_they_are_and_commands_can_be_copied(interleave: Call, tmp_path: Path) -> None:

@@ -675,6 +675,7 @@ def test_killed_at_twenty_moments_a_batch_ends_as_if_it_were_not(tmp_path: Path)
 # --- throughput and controls -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_throughput_is_that_of_the_slowest_stage(tmp_path: Path) -> None:
     """200 requests of two steps; the generator takes 8 at once for 80 ms each: 400 images take at least 4 s."""
     made = Components(
