@@ -548,6 +548,7 @@ def test_prefetch_prints_folders(flowbp: Call) -> None:
     assert len(output.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
     words = [
         "train",

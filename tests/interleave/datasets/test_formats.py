@@ -441,6 +441,7 @@ def execution_records(draw: st.DrawFn) -> tuple[dict[str, Any], list[tuple[str, 
     return {"user_input": draw(texts), "global_context": context, "steps": steps}, pictures
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(execution_records())
 def test_execution_records_lose_nothing(

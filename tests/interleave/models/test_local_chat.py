@@ -217,6 +217,7 @@ def test_one_that_does_not_fit_alone_fails_alone(folder: Path, monkeypatch: pyte
     assert found[1].kind == "out_of_memory"
 
 
+@pytest.mark.slow
 def test_what_is_no_such_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         model(tmp_path / "none")
