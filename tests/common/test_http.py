@@ -3,8 +3,6 @@
 import asyncio
 import email.utils
 import random
-import signal
-import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -353,29 +351,23 @@ def test_a_coroutine_is_run_beside_a_running_loop() -> None:
     assert run_in_thread(number()) == asyncio.run(main()) == 3
 
 
-def test_ctrl_c_ends_a_coroutine_that_runs_in_a_thread() -> None:
+def test_ctrl_c_ends_a_coroutine_that_runs_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
-
-    def is_waited_for() -> bool:
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        while frame is not None and frame.f_code.co_name != "result":
-            frame = frame.f_back
-        return frame is not None
+    begun = threading.Event()
 
     async def work() -> None:
-        while not is_waited_for():
-            await asyncio.sleep(0.001)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         try:
+            begun.set()
             await asyncio.sleep(600)
         except asyncio.CancelledError:
             ended.append("cancelled")
             raise
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job of the background begins without
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_in_thread(work())
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def interrupted(*_: object) -> None:  # as by the handler of the signal, in the thread that waits
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_in_thread(work())
     assert ended == ["cancelled"]
