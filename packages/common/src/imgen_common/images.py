@@ -30,6 +30,8 @@ MAX_PARTS = 2**16
 """Chunks or segments that a file may have."""
 MAX_SCANS = 32
 """How often each of the allowed pixels may be written by the scans of a JPEG; progressive ones have 6 to 20."""
+MAX_OWN_BYTES = 2**28
+"""Size of the largest file of an image that we wrote ourselves."""
 MAX_ASPECT_RATIO = 200
 """The processors of Qwen2-VL and its successors refuse an image beyond it."""
 MAX_SIDE = 2**16 - 1

@@ -118,7 +118,7 @@ def error_in_answer(answer: Any, wanted: str | None = None) -> HttpError | None:
         return Refusal(words)
     names = " ".join(map(str, [*given, *(place.get("type") for place in places)]))
     status = codes[0] if codes else _status_of_names(words, names)
-    status = NO_CREDIT if USED_UP.search(said) else status
+    status = NO_CREDIT if status in (None, *USED_UP_STATUSES) and USED_UP.search(said) else status
     kind, can_retry = failure_of_status(status) if status else ("refused", False)
     return HttpError(kind, words, can_retry=can_retry, status=status)
 

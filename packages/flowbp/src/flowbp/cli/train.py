@@ -66,7 +66,7 @@ def train(
             from imgen_common.run_folder.folder import choose_checkpoint
 
             run_path = find_run(resume, runs, "flowbp train") if resume is not None else None
-            if is_main and not (dry_run and run_path):
+            if run_path is None or (is_main and not dry_run):
                 choose_checkpoint(run_path, resume_from)
             recorded = [run_path / CONFIG] if run_path else []
             config = load(TrainConfig, [*recorded, *(configs or [])], sets or [])

@@ -14,10 +14,7 @@ from flowbp.data.edits import sources_of
 from flowbp.evaluation.evaluate import Evaluation, ScoredPrompts
 from imgen_common.errors import UserError
 from imgen_common.files import Number, finite_or_none, read_json, write_atomic, writing
-from imgen_common.images import decode, from_pil, to_pil
-
-MAX_IMAGE_BYTES = 2**28
-"""Size of the largest image that is read back."""
+from imgen_common.images import MAX_OWN_BYTES, decode, from_pil, to_pil
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class SavedEvaluation(ScoredPrompts):
 
     def images(self) -> Tensor:
         """The images, (n, 3, h, w) in [0, 1].  Raises UserError naming one that is damaged."""
-        return from_pil([decode(file, MAX_IMAGE_BYTES) for file in self.image_files])
+        return from_pil([decode(file, MAX_OWN_BYTES) for file in self.image_files])
 
 
 class SavedScores(BaseModel):

@@ -74,8 +74,8 @@ class ModelSource:
         found[what] = hash_rows([])
         if self.run is not None:
             saved = find_checkpoints(self.run / CHECKPOINTS)
-            drawn = [saved[step] for step in (self.step or max(saved, default=0),) if step in saved]
-            found[what] = hash_weights(file for one in drawn for file in sorted(one.rglob("*")) if file.is_file())
+            drawn = saved.get(self.step or max(saved, default=0))
+            found[what] = hash_weights(file for file in sorted(drawn.rglob("*") if drawn else ()) if file.is_file())
         elif config.lora is not None and config.lora.init is not None:
             found |= hash_adapter(what, hub.resolve_adapter(config.lora.init, "lora.init"))
         return found

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from flowbp.config import TrainConfig
 from flowbp.core.plan import draw_plan
 from flowbp.evaluation.compare import Change, describe_change, format_score, paired_changes_by_category, score_title
-from flowbp.evaluation.results import MAX_IMAGE_BYTES, SavedEvaluation
+from flowbp.evaluation.results import SavedEvaluation
 from flowbp.reports.charts import TEMPLATES, Series, interval_chart, line_chart, moving_average
 from flowbp.reports.explain import describe_axes, describe_reward_input, linear_sigmas, plan_costs
 from flowbp.reports.figure import plan_svg
@@ -21,7 +21,7 @@ from flowbp.training.stage_clock import STAGES
 from imgen_common import page
 from imgen_common.config import to_yaml
 from imgen_common.files import write_atomic
-from imgen_common.images import data_uri, decode
+from imgen_common.images import MAX_OWN_BYTES, data_uri, decode
 from imgen_common.streams import numpy_generator
 
 PAGE = "report.html"
@@ -162,7 +162,7 @@ def _figure(base: SavedEvaluation, trained: SavedEvaluation, reward: str, i: int
 
 
 def _image(file: Path, alt: str, passes: bool | None) -> Values:
-    image = decode(file, MAX_IMAGE_BYTES)
+    image = decode(file, MAX_OWN_BYTES)
     small = max(image.size) <= 128
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return {"uri": data_uri(image), "alt": alt, "small": small, "passes": passes}

@@ -8,11 +8,10 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.files import write_atomic, writing
-from imgen_common.images import content_hash, decode
+from imgen_common.images import MAX_OWN_BYTES, content_hash, decode
 from interleave.protocols import HashedImage
 
 IMAGES = "images"
-MAX_FILE_BYTES = 2**28
 
 
 class ImageStore:
@@ -52,7 +51,7 @@ class ImageStore:
     def get(self, image_id: str) -> HashedImage:
         """The image.  Raises UserError if it is missing or its pixels are not those of its id."""
         path = self._existing(image_id)
-        image = HashedImage.from_pil(decode(path, max_bytes=MAX_FILE_BYTES))
+        image = HashedImage.from_pil(decode(path, max_bytes=MAX_OWN_BYTES))
         if image.id != image_id:
             raise UserError(f"{path}: its pixels are not those it was stored with; remove it and make it again")
         return image

@@ -52,7 +52,7 @@ from flowbp.rewards import REWARDS, RewardConfig, load_reward
 from imgen_common import hub
 from imgen_common.errors import UserError
 from imgen_common.files import finite_or_none, numbered_lines, write_atomic
-from imgen_common.images import decode, from_pil, save_png, to_pil
+from imgen_common.images import MAX_OWN_BYTES, decode, from_pil, save_png, to_pil
 from imgen_common.judging.answers import AnswerLog, read_answers
 from imgen_common.judging.cost import Cost, estimate_cost
 from imgen_common.judging.questions import Question
@@ -186,7 +186,7 @@ class Benchmark:
         for start in range(0, len(todo), size):
             batch = todo[start : start + size]
             prompts = [self.prompts[i] for i, _ in batch]
-            rows = score([decode(image_file(self.out, image_id)) for image_id in batch], prompts)
+            rows = score([decode(image_file(self.out, image_id), MAX_OWN_BYTES) for image_id in batch], prompts)
             for (i, k), prompt, row in zip(batch, prompts, rows, strict=True):
                 lines.append(json.dumps({"prompt": i, "image": k, "text": prompt.text} | row))
             write_atomic(file, "\n".join(lines) + "\n")
@@ -213,7 +213,7 @@ class Benchmark:
         """Asks the judge about images on disk.  Raises UserError once it is not there; its answers are kept."""
 
         def ask(image_id: ImageId) -> list[Question]:
-            return [_question(spec, decode(image_file(self.out, image_id)), self.prompts[image_id[0]])]
+            return [_question(spec, decode(image_file(self.out, image_id), MAX_OWN_BYTES), self.prompts[image_id[0]])]
 
         judge = self._judge(spec)
         log = AnswerLog(self.out / "scores" / spec.name, f"rank{self.rank}")

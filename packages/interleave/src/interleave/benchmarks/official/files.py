@@ -10,8 +10,7 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.files import check_no_address, write_atomic, writing
-from imgen_common.images import decode
-from interleave.storage.images import MAX_FILE_BYTES
+from imgen_common.images import MAX_OWN_BYTES, decode
 
 SUFFIXES = ("png", "jpg", "jpeg")
 """Those that authors' scorers look for, in that order."""
@@ -45,7 +44,7 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
 
 def read_image(file: Path, *, drop_alpha: bool = False) -> Image.Image:
     """An image file as `decode` reads it, also one as large as the loop keeps.  Raises UserError."""
-    return decode(file, max_bytes=MAX_FILE_BYTES, drop_alpha=drop_alpha)
+    return decode(file, max_bytes=MAX_OWN_BYTES, drop_alpha=drop_alpha)
 
 
 def check_images(files: Iterable[tuple[str, Path]], hint: str) -> None:
