@@ -161,7 +161,7 @@ def test_a_critic_that_does_not_reason_is_read_at_its_verdict(tmp_path: Path) ->
         assert found.success == (verdict == answer.token)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_its_log_odds_are_those_of_its_verdicts(tmp_path: Path) -> None:
     """A critic is trained not to reason, exported by the name of its run, and judges as in a story."""
     sets.make_set(tmp_path / "set")

@@ -421,7 +421,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Pa
         build(tmp_path / "none", asked, shard="13/13")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_many_moments_a_build_ends_as_if_it_were_not(tmp_path: Path, asked: Path) -> None:
     """A process of its own, SIGKILL at moments spread over its time."""
     script = Path(__file__).parents[1] / "killed_build.py"
