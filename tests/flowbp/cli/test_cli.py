@@ -419,6 +419,7 @@ def test_a_run_says_what_it_does_and_leaves_a_report(trained: Path) -> None:
     output = (trained.parent / "output.txt").read_text()
     for said in ("update 1/3", "update 3/3", "gradient norm", "s/update", "peak", "Verifier", "95 % interval"):
         assert said in output
+    assert "3,000 training prompts, such as\n  " in output
     assert f"run folder: {trained}" in output
     assert (trained / "report.html").read_text().startswith("<!doctype html>")
     assert len(load_evaluations(trained)) == 4
@@ -562,6 +563,7 @@ def test_a_dry_run_writes_nothing(flowbp: Call, tmp_path: Path) -> None:
     assert "  name: draft_k" in output
     assert "trained weights" in output
     assert not errors
+    assert re.search(r"3,000 training prompts, such as\n  a green square\n  .*\n  .*\nrun folder: ", output)
     assert re.search(r"adapters on layers to_qkv_mlp_proj +6\b", output)
     (tmp_path / "long.json").write_text(json.dumps(["a red circle " * 9]))
     code, output, errors = flowbp(*words, *sets(f"data.prompts={tmp_path / 'long.json'}"), "--json")

@@ -553,7 +553,9 @@ def test_an_adapter_the_papers_reward_and_a_scripted_generator_from_the_configur
 
 @pytest.mark.slow
 def test_a_plan_starts_nothing(root: Path, tmp_path: Path) -> None:
-    sums, held = grpo.plan_grpo(quick(root), processes=2)
+    sums, held, first = grpo.plan_grpo(quick(root), processes=2)
+    assert first.lines()[1].strip().startswith("<|im_start|>user")
+    assert "the answer that is learned:" not in first.lines()
     assert (sums.processes, sums.prompts_per_rollout, sums.failed_rows) == (2, 4, 4)
     assert held.num_trainable < held.num_parameters
     assert held.reference == 0

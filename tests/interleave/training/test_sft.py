@@ -1234,7 +1234,12 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
 def test_a_plan_counts_what_fsdp_shares_out(root: Path) -> None:
     from interleave.training import sft
 
-    one, two = (sft.plan_sft("critic", quick(root, **SHARDS["fsdp2"]), processes)[1] for processes in (1, 2))
+    (_, one, first), (_, two, _) = (
+        sft.plan_sft("critic", quick(root, **SHARDS["fsdp2"]), processes) for processes in (1, 2)
+    )
+    rows = (Path(quick(root).data) / "critic_sft.jsonl").read_text().splitlines()
+    assert first.completion == json.loads(rows[0])["completion"]
+    assert first.lines()[-3:] == ["the answer that is learned:", f"  {first.completion}", ""]
     assert two.static == pytest.approx(one.static / 2, rel=1e-3)
     assert two.activation == one.activation
 
@@ -1269,7 +1274,7 @@ def test_an_update_holds_what_the_plan_says(root: Path, tmp_path: Path, lora: An
             peaks.append(self.live.peak)
 
     config = quick(root, lora, vision, **{"per_device_train_batch_size": 8, "max_steps": 2, **trl})
-    _, held = sft.plan_sft("critic", config, 1)
+    _, held, _ = sft.plan_sft("critic", config, 1)
     assert held.activation
     assert held.peak == held.static + held.activation
     sft.train_sft("critic", config, ["t"], runs=tmp_path, callbacks=[Watch()])

@@ -17,6 +17,7 @@ from flowbp.reports.explain import describe_axes, describe_reward_input, plan_co
 from flowbp.training.progress import format_duration
 from imgen_common.config import to_yaml
 from imgen_common.console import print_table
+from imgen_common.errors import one_line
 
 if TYPE_CHECKING:
     from flowbp.evaluation.benchmarks.tables import BenchmarkRow
@@ -115,7 +116,15 @@ def print_plan(config: TrainConfig, plan: Plan, heading: str) -> None:
     print_table(out, cost)
 
 
-def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) -> None:
+def print_start(prompts: Sequence[str], path: str) -> None:
+    """The first training prompts, as they were read, and the run folder."""
+    print(f"{len(prompts):,} training prompts, such as")
+    for prompt in prompts[:3]:
+        print(f"  {one_line(prompt, 100)}")
+    print(f"run folder: {path}", flush=True)
+
+
+def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any]) -> None:
     """The resolved configuration and the numbers that follow from it."""
     out = standard_output()
     out.print("[bold]Configuration[/]\n")
@@ -128,7 +137,7 @@ def print_dry_run(config: TrainConfig, numbers: Mapping[str, Any], path: str) ->
     for label, value in {**rows, **{f"adapters on layers {target}": layers[target] for target in layers}}.items():
         table.add_row(label, f"{value:,}" if isinstance(value, int) else _number(value))
     out.print(Padding(table, (0, 0, 0, 2)))
-    out.print(f"\nrun folder: {escape(path)}\n")
+    out.print()
 
 
 def _number(value: float) -> str:

@@ -97,7 +97,9 @@ def _print_dry_run(job: "CheckedRun", path: Path, as_json: bool) -> None:
         print(json.dumps(content | {"plan": asdict(plan) | costs, "notes": notes}))
         return
     print_notes(notes)
-    console.print_dry_run(job.config, numbers, str(path))
+    console.print_dry_run(job.config, numbers)
+    console.print_start(job.prompts, str(path))
+    print()
     console.print_plan(job.config, plan, f"{job.config.method.name}: the plan of the first update")
 
 
@@ -106,6 +108,7 @@ def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_m
     import torch
     from accelerate import Accelerator
 
+    from flowbp.cli.console import print_start
     from flowbp.training import loop as training
     from flowbp.training import progress
     from flowbp.training.runs import open_run
@@ -118,7 +121,7 @@ def _run(job: "CheckedRun", runs: Path, resume: Path | None, as_json: bool, is_m
     if isinstance(reporter, progress.JsonLinesReporter):
         reporter.event("start", run=str(run.path), max_train_steps=job.config.max_train_steps)
     elif is_main:
-        print(f"run folder: {run.path}", flush=True)
+        print_start(job.prompts, str(run.path))
 
     def describe_stop() -> str:
         latest = run.latest_checkpoint()

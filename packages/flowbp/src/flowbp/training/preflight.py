@@ -42,8 +42,8 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that passed every check, with the plans of its first updates, the number of trained weights, and hashes of
-    its prompts, of the adapter that it begins with and of the questions of its rewards.
+    """A run that passed every check, with the plans of its first updates, the number of trained weights, its training
+    prompts, and hashes of its data, of the adapter that it begins with and of the questions of its rewards.
 
     lora_layers: how many layers each of `lora.target_modules` stands for; empty without adapters.  sources: (height,
     width) of the source images, as the family prepares them, of the edit that has most of them; empty without edits.
@@ -54,10 +54,14 @@ class CheckedRun:
     sigmas: tuple[float, ...]
     plans: "tuple[Plan, ...]"
     num_weights: int
-    num_prompts: int
+    prompts: Sequence[str]
     data: Mapping[str, DataHash]
     lora_layers: Mapping[str, int]
     sources: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
 
 
 def check_run(
@@ -97,9 +101,7 @@ def check_run(
     data = {key: hash_rows(map(describe_row, rows)) for key, rows in parts.items()}
     data |= {} if estimate_only else hash_settings(config)
     num_layers = {target: len(names) for target, names in layers.items()}
-    return CheckedRun(
-        config, num_processes, sigmas, plans, num_weights, len(prompts.data), data, num_layers, layouts[-1]
-    )
+    return CheckedRun(config, num_processes, sigmas, plans, num_weights, prompts.data, data, num_layers, layouts[-1])
 
 
 def hash_settings(config: TrainConfig) -> dict[str, DataHash]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from interleave.training.batch_plan import GrpoBatchPlan, SftBatchPlan
     from interleave.training.config import TrainingConfig
     from interleave.training.memory import MemoryEstimate
+    from interleave.training.rows import FirstRow
 
 C = TypeVar("C", bound="TrainingConfig")
 Resume = Annotated[str | None, typer.Option(metavar="RUN", help="Resume a run that was stopped or killed.")]
@@ -212,12 +213,14 @@ def _ensure_set(
         data.build_miniature_set(Path(config.data), as_json, may_build)
 
 
-def _print_estimate(plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", as_json: bool) -> None:
+def _print_estimate(
+    plan: "SftBatchPlan | GrpoBatchPlan", memory: "MemoryEstimate", first: "FirstRow", as_json: bool
+) -> None:
     if as_json:
         held = asdict(memory) | {"static": memory.static, "peak": memory.peak}
-        print(json.dumps(asdict(plan) | {"memory": held}))
+        print(json.dumps(asdict(plan) | {"memory": held, "first_row": asdict(first)}))
     else:
-        print("\n".join([*plan.lines(), *memory.lines()]))
+        print("\n".join([*first.lines(), *plan.lines(), *memory.lines()]))
 
 
 def _print_model(model: Path, as_json: bool) -> None:

@@ -33,12 +33,14 @@ from interleave.training.memory import (
 )
 from interleave.training.reward import reward_weights
 from interleave.training.rows import (
+    FirstRow,
     GrpoJob,
     build_dataset,
     critic_prompt,
     image_store,
     opened_by_template,
     read_rows,
+    rendered_prompt,
     select_by_length,
 )
 from interleave.training.scoring import (
@@ -94,7 +96,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     failed = sum(not rows[i].evaluation.success for i in kept)
     batch_plan = plan_grpo_batches(config, len(kept), failed, len(rows) - len(kept), processes)
     check_arguments(config.trl, GRPOConfig, processes)  # its words about batches are worse than the plan's
-    opened = opened_by_template(processor, prompts[kept[0]], config.trl.get("chat_template_kwargs") or {})
+    opened = opened_by_template(processor, prompts[kept[0]], config.trl.get("chat_template_kwargs"))
     return GrpoJob(config, tuple(rows[i] for i in kept), tuple(prompts[i] for i in kept), batch_plan, opened)
 
 
@@ -132,14 +134,17 @@ def check_sharding(config: GrpoConfig, processes: int) -> None:
         )
 
 
-def plan_grpo(config: GrpoConfig, processes: int) -> tuple[GrpoBatchPlan, MemoryEstimate]:
-    """The batches, costs and memory of a training run; nothing is started."""
+def plan_grpo(config: GrpoConfig, processes: int) -> tuple[GrpoBatchPlan, MemoryEstimate, FirstRow]:
+    """The batches, costs and memory of a training run, and its first prompt as the model reads it; nothing is
+    started."""
     job = check_grpo(config, processes, needs_weights=False)
     processor, b = run.load_processor(config), TrlBatchOptions.from_trl(config.trl)
     batch, answer = b.per_device_train_batch_size, b.max_completion_length or 0
     inputs = build_inputs(job.prompts, processor, image_store(config), batch, answer)
     rollout = job.batch_plan.completions_per_rollout // processes * inputs["input_ids"].shape[1]
-    return job.batch_plan, estimate_memory(config, processes, inputs, 0 if config.trl.get("use_vllm") else rollout)
+    memory = estimate_memory(config, processes, inputs, 0 if config.trl.get("use_vllm") else rollout)
+    prompt = rendered_prompt(processor, job.prompts[0], config.trl.get("chat_template_kwargs"))
+    return job.batch_plan, memory, FirstRow(prompt)
 
 
 def _bound(job: GrpoJob) -> dict[str, Sequence[object]]:

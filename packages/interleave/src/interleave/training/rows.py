@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.devices import launched_process
-from imgen_common.errors import UserError, is_blank, nearest, warn_once
+from imgen_common.errors import UserError, is_blank, nearest, one_line, warn_once
 from imgen_common.http.chat import OPEN
 from imgen_common.images import shape_problem
 from imgen_common.streams import numpy_generator
@@ -33,6 +33,25 @@ from interleave.training.reward import RecordedAttempt
 
 LoadImage = Callable[[str], HashedImage]
 """Gives the image of an id."""
+
+
+@dataclass(frozen=True)
+class FirstRow:
+    """The first row that is trained on: its prompt as the model reads it, with one token for each image, and the
+    answer that is learned, empty where the model writes it."""
+
+    prompt: str
+    completion: str = ""
+
+    def lines(self) -> list[str]:
+        """For a terminal, without what could rewrite it."""
+        parts = {"first prompt, as the model reads it:": self.prompt, "the answer that is learned:": self.completion}
+        return [
+            line
+            for title, text in parts.items()
+            if text
+            for line in (title, *(f"  {one_line(line, limit=None)}" for line in text.splitlines()), "")
+        ]
 
 
 @dataclass(frozen=True)
@@ -157,20 +176,24 @@ def build_dataset(
     return Dataset.from_dict({"number": list(numbers)}).with_transform(make_examples)
 
 
-def opened_by_template(processor: Any, row: SftRow, options: Mapping[str, Any]) -> str:
+def opened_by_template(processor: Any, row: SftRow, options: Mapping[str, Any] | None = None) -> str:
     """`<think>` where the chat template opens it for the model, which then does not say it, as of Qwen3-VL-Thinking;
     else nothing.  Run time puts it before the answer, too.  options: of the template."""
+    return OPEN if rendered_prompt(processor, row, options).rstrip().endswith(OPEN) else ""
+
+
+def rendered_prompt(processor: Any, row: SftRow, options: Mapping[str, Any] | None = None) -> str:
+    """What the model reads before its answer, as its chat template writes it; one token stands for each image."""
     prompt: str = processor.apply_chat_template(
-        chat_turns(row)[:1], tokenize=False, add_generation_prompt=True, **options
+        chat_turns(row)[:1], tokenize=False, add_generation_prompt=True, **(options or {})
     )
-    return OPEN if prompt.rstrip().endswith(OPEN) else ""
+    return prompt
 
 
 def check_chat_template(processor: Any, row: SftRow) -> None:
     """Raises UserError unless the chat template renders the prompt of run time and after it the unchanged answer."""
-    prompt = processor.apply_chat_template(chat_turns(row)[:1], tokenize=False, add_generation_prompt=True)
     whole = processor.apply_chat_template(chat_turns(row), tokenize=False)
-    if not whole.startswith(prompt + row.completion):
+    if not whole.startswith(rendered_prompt(processor, row) + row.completion):
         raise UserError(
             "the model's chat template changes the answer (it may remove <think>), so that the model would not learn "
             "what is asked for at run time; use a model whose template keeps the answer"

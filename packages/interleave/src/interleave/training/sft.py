@@ -23,12 +23,14 @@ from interleave.training.memory import (
     estimate_memory,
 )
 from interleave.training.rows import (
+    FirstRow,
     build_dataset,
     check_chat_template,
     has_both_kinds,
     image_store,
     order_by_kind,
     read_rows,
+    rendered_prompt,
     select_by_length,
     sft_example,
 )
@@ -112,12 +114,14 @@ def warn_of_unreadable_answers(role: Role, rows: Sequence[SftRow], config: SftCo
         )
 
 
-def plan_sft(role: Role, config: SftConfig, processes: int) -> tuple[SftBatchPlan, MemoryEstimate]:
-    """The batches and the memory of a training run; nothing is started."""
+def plan_sft(role: Role, config: SftConfig, processes: int) -> tuple[SftBatchPlan, MemoryEstimate, FirstRow]:
+    """The batches and the memory of a training run, and its first row as the model reads it; nothing is started."""
     job = check_sft(role, config, processes, needs_weights=False)
     batch = TrlBatchOptions.from_trl(config.trl).per_device_train_batch_size
-    inputs = build_inputs(job.rows, run.load_processor(config), image_store(config), batch)
-    return job.batch_plan, estimate_memory(config, processes, inputs)
+    processor = run.load_processor(config)
+    inputs = build_inputs(job.rows, processor, image_store(config), batch)
+    first = FirstRow(rendered_prompt(processor, job.rows[0]), job.rows[0].completion)
+    return job.batch_plan, estimate_memory(config, processes, inputs), first
 
 
 def trained_agent(folder: Path) -> str | None:
