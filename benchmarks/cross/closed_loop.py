@@ -238,7 +238,6 @@ def measure_images(config: ClosedLoop, folder: Path, job: BenchmarkJob) -> dict[
     """Per caption and per edit: whether the image is right, and the share of each critic's answers that accept it."""
     from flowbp.evaluation import sampling
     from flowbp.evaluation.sources import evaluation_prompts, model_source
-    from flowbp.training.loading import load_rewards
 
     assert job.cell is not None
     arm, seed, _ = job.cell
@@ -251,9 +250,8 @@ def measure_images(config: ClosedLoop, folder: Path, job: BenchmarkJob) -> dict[
     for kind, prompts in PROMPTS.items():
         ref = generator_of(config, folder, arm, seed).ref
         source = model_source(ref, Path("runs"), [*sets, f"eval.prompts={prompts}"])
-        rewards, scale = load_rewards(source.config, "cpu"), settings.guidance_scale or 1.0
-        texts = evaluation_prompts(source.config)
-        one = sampling.evaluate_model(source, texts, rewards, source.config, (scale,), lambda *done: None)[scale]
+        texts, scale = evaluation_prompts(source.config), settings.guidance_scale or 1.0
+        one = sampling.evaluate_model(source, texts, source.config, (scale,), lambda *done: None)[scale]
         found[kind] = one.scores
     return {"seconds": time.perf_counter() - start, "scores": found}
 

@@ -631,7 +631,7 @@ def test_a_repository_is_fetched_without_pickles(fake: FakeHub, monkeypatch: pyt
     assert {call["revision"] for call in fake.calls} == {"v1.0"}
     assert not any(call["local_files_only"] for call in fake.calls)
     assert set(fake.calls[-1]["allow_patterns"]) == {"model_index.json", hub.SAMPLING_FILE, *hub.HUB_FILES}
-    assert fake.calls[-1]["ignore_patterns"] == "*/*"
+    assert fake.calls[-1]["ignore_patterns"] == ["*/*"]
     assert not any("bin" in pattern or "pt" in pattern.split(".") for pattern in fake.calls[-1]["allow_patterns"])
 
 
@@ -642,7 +642,21 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub, monkeypatch: pytest.M
     patterns = fake.calls[-1]["allow_patterns"]
     assert "transformer/*.safetensors" in patterns
     assert "*.safetensors" not in patterns
-    assert fake.calls[-1]["ignore_patterns"] is None
+    assert fake.calls[-1]["ignore_patterns"] == []
+    twice = "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16-00001-of-00002.safetensors"
+    for name in twice:
+        write_weights(fake.folder / name)
+    whole = fake.folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_suffix(".fp16.safetensors"))
+    write_weights(fake.folder / "text_encoder" / "model-00001-of-00002.safetensors")
+    write_weights(fake.folder / "vae" / whole.name)
+    hub.resolve("org/name")
+    assert sorted(fake.calls[-1]["ignore_patterns"]) == sorted(twice)
+    hub.resolve("org/name", weights=False)
+    assert fake.calls[-1]["ignore_patterns"] == []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: 1 / 0)  # no network
+    hub.resolve("org/name")
+    assert fake.calls[-1]["ignore_patterns"] == []
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
 
 

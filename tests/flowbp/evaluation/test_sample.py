@@ -198,7 +198,7 @@ def test_prompts_that_a_reward_cannot_score_are_refused_before_any_weights_are_r
 
 
 def test_text_encoders_are_gone_while_images_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in training, so that a run can be evaluated on the card that trained it."""
+    """As in training, so that a run can be evaluated on the card that trained it; and before rewards are loaded."""
     source, prompts = model_source(GENERATOR, Path()), ["a red circle", "two blue crosses"]
     drawn: list[bool] = []
 
@@ -207,8 +207,13 @@ def test_text_encoders_are_gone_while_images_are_evaluated(monkeypatch: pytest.M
         return torch.zeros(2, *backbone.latent_shape(SIZE))
 
     monkeypatch.setattr(evaluation, "generate_latents", draw)
-    sampling.evaluate_model(source, prompts, {}, source.config, (1.0, 2.0), lambda *_: None)
-    assert drawn == [False, False]
+    backbone, load = source.load(torch.device("cpu")), Scorer.load
+    monkeypatch.setattr(ModelSource, "load", lambda *_: backbone)
+    monkeypatch.setattr(
+        Scorer, "load", lambda *given: drawn.append(backbone.pipe.text_encoder is not None) or load(*given)
+    )
+    sampling.evaluate_model(source, prompts, source.config, (1.0, 2.0), lambda *_: None)
+    assert drawn == [False] * (len(source.config.scorers) + 2)
 
 
 def test_a_run_that_goes_on_meanwhile_is_drawn_as_it_was_found(tmp_path: Path) -> None:

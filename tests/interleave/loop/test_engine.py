@@ -167,6 +167,33 @@ def test_the_judge_chooses(tmp_path: Path) -> None:
     assert scores[trajectory.selected[1]] == max(scores.values())
 
 
+def test_lost_scores_are_asked_for_again_and_nothing_else(tmp_path: Path) -> None:
+    judge = FakeJudge(lambda shown: 5.0)
+    made = parts(plan_of("one", "two"), lambda shown, seed: (seed % 2 == 0, "more"), judge=judge)
+    loop = LoopConfig(max_attempts=3, stop_on_success=False, select="best_by_judge")
+
+    def outage(shown: CriticInput) -> float:
+        raise BackendError("unreachable", "nobody is there")
+
+    judge.score_of = outage
+    (trajectory,) = run(tmp_path, made, loop=loop)
+    before, num_jobs, num_looks = attempts(tmp_path), len(made.generator.jobs), len(made.critic.looks)
+    assert all(a.error and a.scores is None for a in before)
+    assert run(tmp_path, made, loop=loop, retry_failed=True) == [trajectory]
+    assert attempts(tmp_path) == before
+    judge.score_of = lambda shown: int(shown.after.id[0], 16) / 1.6
+    assert run(tmp_path, made, loop=loop) == [trajectory]
+    assert attempts(tmp_path) == before
+    ImageStore(tmp_path / "images").path(str(before[-1].image_id)).unlink()
+    assert run(tmp_path, made, loop=loop, retry_failed=True) == [trajectory]
+    assert (len(made.generator.jobs), len(made.critic.looks)) == (num_jobs, num_looks)
+    after = attempts(tmp_path)
+    assert [a.scores is not None for a in after] == [True] * 5 + [False]
+    assert [a.error for a in after[:5]] == [None] * 5
+    assert [a.image_id for a in after] == [a.image_id for a in before]
+    assert not read_trace(tmp_path)["a"].replaced
+
+
 def test_a_selection_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a judge"):
         run(tmp_path, parts(), loop=LoopConfig(select="best_by_judge"))

@@ -90,6 +90,29 @@ def test_what_is_sent_and_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert HashedImage.from_pil(Image.open(io.BytesIO(sent))).id == RED.id
 
 
+def test_large_images_are_sent_smaller() -> None:
+    noise = HashedImage.from_pil(Image.effect_noise((300, 200), 5).convert("RGB"))
+    sent: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sent.append(json.loads(request.content)["messages"][0]["content"][0]["image_url"]["url"])
+        return httpx.Response(200, json=completion())
+
+    settings = ({}, {"max_pixels": 15000}, {"max_image_bytes": 40000}, {"max_image_bytes": 16384})
+    models = [endpoint(handler, **one) for one in settings]
+    for model in models:
+        ask(model, (noise, "look"))
+    assert len({model.id for model in models}) == 4
+    kinds, data = zip(*(address.split(";base64,") for address in sent), strict=True)
+    files = [base64.b64decode(one) for one in data]
+    assert kinds == ("data:image/png", "data:image/png", "data:image/jpeg", "data:image/jpeg")
+    sizes = [Image.open(io.BytesIO(file)).size for file in files]
+    assert sizes[:3] == [(300, 200), (150, 100), (300, 200)]
+    assert sizes[3][0] < 300
+    assert len(files[2]) < 40000 < len(files[0])
+    assert len(files[3]) <= 16384
+
+
 def test_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("INTERLEAVE_API_KEY", raising=False)
     seen: list[httpx.Request] = []

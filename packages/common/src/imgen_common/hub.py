@@ -1,10 +1,11 @@
 """Model references: `builtin:shapes/generator`, a local folder or file, or `org/name@revision`, each to a path."""
 
+import contextlib
 import importlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ HUB_REF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_FILE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?/(?P<file>.+\.safetensors)")
 """A file of a repository, whose revision is then named without a slash."""
 ADDRESS = re.compile(r"https?://[^/]*/?([\w.-]+/[\w.-]+)?|[a-zA-Z][\w+.-]*://")
+WEIGHTS_FILE = re.compile(r"((?:.*/)?(?:model|diffusion_pytorch_model))(\.[\w-]+?)?(?:-\d{5}-of-\d{5})?\.safetensors")
+"""Of a whole model or a shard, perhaps of a variant such as `.fp16`, of which the first is loaded (`weight_files`)."""
 DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 SAMPLING_FILE = "sampling.json"
@@ -117,8 +120,7 @@ def prefetch(ref: str) -> Path:
 
     The weights of a diffusers pipeline are checked to fit its networks.  Raises UserError when that cannot be done.
     """
-    path = resolve(ref, single_file=True)
-    if (path / "model_index.json").exists():
+    if (path := resolve(ref, single_file=True)).joinpath("model_index.json").exists():
         check_networks(path)
     return path
 
@@ -151,12 +153,10 @@ def _choose_adapter(ref: str, names: Sequence[str], remedy: str = "") -> str:
         shown = ", ".join(files[:4])
         raise UserError(f"{ref}: {len(files)} safetensors files ({shown}); give one of them, as {ref}/{files[0]}")
     if not chosen:
+        if any(Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt") for name in names):
+            raise UserError(f"{ref}: only pickled weights; convert them to safetensors")
         made = remedy or "give an adapter, which `flowbp export --to diffusers` makes of a run"
-        pickled = any(Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt") for name in names)
-        none = (
-            "only pickled weights; convert them to safetensors" if pickled else f"no *.safetensors file in it; {made}"
-        )
-        raise UserError(f"{ref}: {none}")
+        raise UserError(f"{ref}: no *.safetensors file in it; {made}")
     return chosen[0]
 
 
@@ -247,8 +247,7 @@ def _builtins() -> list[str]:
 
 def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     if path.is_dir():
-        described = any((path / name).exists() for name in MODEL_FILES)
-        files = [] if described else [*path.glob("[!.]*.safetensors")]
+        files = [] if any((path / name).exists() for name in MODEL_FILES) else [*path.glob("[!.]*.safetensors")]
         if single_file and len(files) == 1:
             return _check_path(files[0], weights, single_file)
         if single_file and len(files) > 1:
@@ -286,22 +285,24 @@ def _download(
 
     is_offline = offline() is not None
 
-    def fetch(want: list[str], leave: str | None = None) -> Path:
+    def fetch(want: list[str], leave: Sequence[str] = ()) -> Path:
         options: dict[str, Any] = {"revision": revision, "local_files_only": is_offline}
-        return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=leave, **options))
+        return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=[*leave], **options))
+
+    def names() -> list[str]:
+        return [one.rfilename for one in HfApi().model_info(repo, revision=revision).siblings or []]
 
     try:
         if not is_offline and (proxy := proxy_of(constants.ENDPOINT)):
             check_proxy(proxy)
         if adapter and file is None and not is_offline:
-            siblings = HfApi().model_info(repo, revision=revision).siblings or []
-            file = _choose_adapter(ref, [one.rfilename for one in siblings])
+            file = _choose_adapter(ref, names())
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
         folder = fetch(["model_index.json"])
         if not is_offline:
-            folder = fetch(*_wanted_files(folder, HUB_FILES if weights else DESCRIPTION_FILES))
+            folder = fetch(*_wanted_files(folder, *((HUB_FILES, names) if weights else (DESCRIPTION_FILES, list))))
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
@@ -311,14 +312,18 @@ def _download(
     return folder
 
 
-def _wanted_files(folder: Path, kinds: Sequence[str]) -> tuple[list[str], str | None]:
-    """The patterns of the files to download of a model's repository, and of those to leave."""
-    # A diffusers repository often holds the same weights again as single files beside its component folders.
+def _wanted_files(folder: Path, kinds: Sequence[str], names: Callable[[], list[str]]) -> tuple[list[str], list[str]]:
+    """The patterns of the files to download of a model's repository, and of those to leave.  names: of all its files"""
+    # What is not of a pipeline lies in its top folder; the other places often hold the same weights in other forms
     is_pipeline = (folder / "model_index.json").exists()
     places = [f"{name}/" for name in _components(folder)] if is_pipeline else [""]
     wanted = [place + kind for place in places for kind in kinds]
-    # what is not of a pipeline lies in the top folder; others hold it in other precisions and forms
-    return ["model_index.json", SAMPLING_FILE, *wanted], None if is_pipeline else "*/*"
+    forms: list[tuple[str, str, str]] = []
+    with contextlib.suppress(Exception):  # without a network the client takes what its cache has
+        forms = sorted((match[1], match[2] or "", name) for name in names() if (match := WEIGHTS_FILE.fullmatch(name)))
+    loaded: dict[str, str] = {}
+    other_forms = [name for place, form, name in forms if form != loaded.setdefault(place, form)]
+    return ["model_index.json", SAMPLING_FILE, *wanted], ["*/*"] * (not is_pipeline) + other_forms
 
 
 def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> str:
@@ -365,16 +370,14 @@ def _remedy(ref: str) -> str:
         return f"run `flowbp prefetch {ref}` or `interleave prefetch {ref}` with a network and without {offline()}"
     proxies = [name for upper in ("HTTPS_PROXY", "ALL_PROXY") for name in (upper, upper.lower())]
     settings = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "SSLKEYLOGFILE", *proxies)
-    named = [name for name in settings if name in os.environ]
-    checked = ", ".join(["check the name", *(f"the variable {name}" for name in named)])
+    checked = ", ".join(["check the name", *(f"the variable {name}" for name in settings if name in os.environ)])
     return f"{checked} and the network, then run this command again: a download continues where it stopped"
 
 
 def _components(folder: Path) -> dict[str, tuple[str, str]]:
     """Component name to library and class name, from model_index.json; components that are null there are left out."""
-    entries = read_json(folder / "model_index.json").items()
     found = {}
-    for name, entry in entries:
+    for name, entry in read_json(folder / "model_index.json").items():
         if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
             continue
         if all(isinstance(part, str) for part in entry):

@@ -185,6 +185,16 @@ class Attempt(Record):
     status: AttemptStatus
 
     @property
+    def has_lost_scores(self) -> bool:
+        """Whether a judge was asked, and gave no scores."""
+        return "judge" in self.timings and self.scores is None
+
+    def with_scores(self, scores: Scores, seconds: float) -> "Attempt":
+        """The same attempt, scored later.  seconds: that the judge took in all."""
+        error = None if self.status in ("accepted", "rejected", "unjudged") else self.error  # else the judge's alone
+        return self.model_copy(update={"scores": scores, "error": error, "timings": {**self.timings, "judge": seconds}})
+
+    @property
     def drawn_prompt(self) -> str:
         """What was drawn, in words: what the critic sees, and what it is taught."""
         return self.revised_prompt or self.prompt_used

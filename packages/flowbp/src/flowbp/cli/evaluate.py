@@ -146,16 +146,15 @@ def evaluate(
         # from here on torch is needed
         from flowbp.cli import console
         from flowbp.evaluation import compare, sampling
-        from flowbp.training.loading import load_rewards
         from imgen_common.console import quiet_libraries
-        from imgen_common.devices import device_of
     quiet_libraries()
     models.check_compared(sources, texts)
     print_notes(sources[-1].assumed_settings())
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
-    rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
     with progress_bar() as on_progress:
-        found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
+        found = [
+            sampling.evaluate_model(one, texts, config, config.eval.guidance_scale, on_progress) for one in sources
+        ]
     print_notes(compare.describe_not_finite(found))
     if len(found) == 1 and len(texts) < compare.MIN_PROMPTS:
         print_notes([f"too few prompts ({len(texts)}) for intervals that say much; give {compare.MIN_PROMPTS} or more"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowbp.backbones.source_tokens import pack_sources
 from flowbp.config import TrainConfig
-from flowbp.core.types import Backbone, Reward, repeat_batch
+from flowbp.core.types import Backbone, repeat_batch
 from flowbp.data.edits import check_edits, sources_of
 from flowbp.data.embeddings import PromptEmbeddings, SourceLatents, encode_one, negative_of
 from flowbp.data.prompts import is_shapes_source
@@ -107,16 +107,17 @@ def slug(text: str) -> str:
 def evaluate_model(
     source: ModelSource,
     prompts: Sequence[str],
-    rewards: dict[str, Reward],
     config: TrainConfig,
     scales: Sequence[float],
     on_progress: Callable[[str, int, int], None],
 ) -> dict[float, Evaluation]:
-    """Evaluations of one model by guidance scale, with the seeds and sizes of `config`."""
-    backbone = source.load(device_of("auto"))
+    """Evaluations of one model by guidance scale, with the rewards, seeds and sizes of `config`."""
+    device = device_of("auto")
+    backbone = source.load(device)
     embeddings = PromptEmbeddings(backbone)
     embeddings.add(prompts)
     backbone.unload_text_encoders()
+    rewards = {scorer.name: scorer.load(device) for scorer in config.scorers}  # in the memory that these have left
     task = EvaluationTask(prompts, rewards, verify=is_shapes_source(config.eval.prompts))
 
     def at(scale: float) -> Evaluation:

@@ -128,7 +128,7 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
         + f"; {len(attempts)} image{'s' * (len(attempts) != 1)}: "
         + ", ".join(f"{count} {status}" for status, count in tries.most_common())
     )
-    unscored = [a for a in attempts if a.error and a.status in STATUS_COLORS]  # they count without the judge's scores
+    unscored = [a for a in attempts if a.has_lost_scores]  # they count without the judge's scores
     if unscored:
         out.print(f"  {len(unscored)} of {len(attempts)} images not scored: {sanitize(unscored[0].error or '')}")
     for trajectory in [t for t in trajectories if t.status != "complete"][:5]:
@@ -141,3 +141,5 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
     elif early:
         larger = "--set loop.max_generations=N (or loop.max_seconds)"
         out.print(f"to go on with a larger budget: {again} {larger}", soft_wrap=True)
+    elif unscored:
+        out.print(f"to ask for the scores again: {again}", soft_wrap=True)

@@ -71,7 +71,9 @@ def batch(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Resume a run; CONFIG files override its own.")
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="With --resume: try failed stories again.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="With --resume: try failed stories, and lost scores of a judge, again.")
+    ] = False,
     shard: Shard = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from imgen_common.errors import UserError
 from imgen_common.streams import stream_seed
 from interleave.loop.config import LoopConfig, Selection
 from interleave.protocols import BackendError, Components, CriticAnswer, CriticInput, GenerationRequest, HashedImage
@@ -145,6 +146,19 @@ class AttemptRunner:
                 outcome.scores = await judge.score(shown)
         except BackendError as failure:
             outcome.error = "; ".join(filter(None, (outcome.error, f"judge: {failure.description}")))
+
+    async def score_again(self, attempt: Attempt) -> Attempt | None:
+        """The attempt with the scores that its judge could not give; None where it fails again, or an image is lost."""
+        ids = [image_id for image_id in (attempt.before_id, attempt.image_id) if image_id is not None]
+        try:
+            before, after = [await asyncio.to_thread(self._images.get, image_id) for image_id in ids]
+        except UserError:
+            return None
+        outcome = _Outcome()
+        await self._score(CriticInput(before, after, attempt.original_prompt, attempt.drawn_prompt), outcome)
+        if outcome.scores is None:
+            return None
+        return attempt.with_scores(outcome.scores, attempt.timings["judge"] + outcome.timings["judge"])
 
     def _stream_seed(self, purpose: str, start: AttemptInput, *counters: int) -> int:
         return stream_seed(self._seed, f"{purpose}/{start.request.id}", start.step.index, start.number, *counters)

@@ -102,7 +102,8 @@ class Engine:
         on_record: Callable[[Record], None] = lambda record: None,
         retry_failed: bool = False,
     ) -> None:
-        """on_record: called with every new record.  retry_failed: stories that ended early are continued.
+        """on_record: called with every new record.  retry_failed: stories that ended early are continued, and a judge
+        that gave no scores to attempts of the others is asked again.
 
         Raises UserError if the selection needs a judge or a critic that is not there.
         """
@@ -132,6 +133,10 @@ class Engine:
         """One request, to its end."""
         recorded = self._recorded.get(request.id, TraceEntry())
         if recorded.trajectory is not None and (recorded.trajectory.is_whole or not self._retry_failed):
+            if self._retry_failed:  # what the story shows stays as it is: its later steps came from that
+                for attempt in (attempt for attempt in recorded.attempts.values() if attempt.has_lost_scores):
+                    if (scored := await self._attempts.score_again(attempt)) is not None:
+                        await self._write(scored)
             return recorded.trajectory
         story, planned = _StoryState(request), recorded.plan
         try:

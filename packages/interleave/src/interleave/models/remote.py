@@ -5,6 +5,8 @@ import contextlib
 import io
 from collections.abc import Iterator
 
+from PIL import Image
+
 from imgen_common.errors import UserError
 from imgen_common.http import HttpError
 from imgen_common.http.failures import NO_CREDIT
@@ -50,6 +52,22 @@ def encode_png(image: HashedImage) -> bytes:
 def encode_base64_png(image: HashedImage) -> str:
     """The same in base64."""
     return base64.b64encode(encode_png(image)).decode()
+
+
+def data_address(image: HashedImage, max_pixels: int, max_bytes: int) -> str:
+    """An image in an address, scaled down to `max_pixels`: as PNG, or as JPEG where that would be larger than
+    `max_bytes`, and with half the pixels, or a quarter, ... where that would be too."""
+    shown = image.image
+    if (num_pixels := shown.width * shown.height) > max_pixels:
+        scale = (max_pixels / num_pixels) ** 0.5
+        size = max(1, int(shown.width * scale)), max(1, int(shown.height * scale))
+        shown = shown.resize(size, Image.Resampling.LANCZOS)
+    for kind, options in (("png", {"compress_level": 1}), ("jpeg", {"quality": 95, "subsampling": 0})):
+        buffer = io.BytesIO()
+        shown.save(buffer, kind, **options)
+        if buffer.tell() <= max_bytes or shown.width * shown.height == 1:
+            return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_address(image, shown.width * shown.height // 2, max_bytes)
 
 
 def decode_image(data: bytes, max_pixels: int) -> HashedImage:

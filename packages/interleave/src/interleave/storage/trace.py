@@ -83,7 +83,7 @@ class Trace:
 def read_trace(folder: Path, *, forget_whole: bool = False) -> dict[str, TraceEntry]:
     """The records in a run folder by trajectory id; of two for the same thing the later one counts.
 
-    forget_whole: whether of stories that are whole the trajectory alone is kept, to save memory.
+    forget_whole: whether of stories that are whole, with all scores, the trajectory alone is kept, to save memory.
     A last line that is still being written is left out; without a file there are none.
     Raises UserError naming the line if one is damaged, and for a run of an earlier version.
     """
@@ -107,12 +107,21 @@ def read_trace(folder: Path, *, forget_whole: bool = False) -> dict[str, TraceEn
                 found.setdefault(record.trajectory_id, TraceEntry()).plan = record
             case Attempt():
                 entry, key = found.setdefault(record.trajectory_id, TraceEntry()), (record.step, record.attempt)
-                # what followed an attempt that is made again is of another course of the story
-                after = [other for other in entry.attempts if other >= key] if key in entry.attempts else []
-                entry.replaced += map(entry.attempts.pop, after)
+                if not _is_only_scored(entry.attempts.get(key), record):
+                    # what followed an attempt that is made again is of another course of the story
+                    after = [other for other in entry.attempts if other >= key] if key in entry.attempts else []
+                    entry.replaced += map(entry.attempts.pop, after)
                 entry.attempts[key] = record
             case Trajectory():
-                if forget_whole and record.is_whole:
+                attempts = found.get(record.id, TraceEntry()).attempts.values()
+                if forget_whole and record.is_whole and not any(attempt.has_lost_scores for attempt in attempts):
                     found[record.id] = TraceEntry()
                 found.setdefault(record.id, TraceEntry()).trajectory = record
     return found
+
+
+def _is_only_scored(old: Attempt | None, new: Attempt) -> bool:
+    """Whether the attempt is not made again, but its judge asked again for the scores that it could not give."""
+    if old is None or new.scores is None or not old.has_lost_scores:
+        return False
+    return new == old.with_scores(new.scores, new.timings["judge"])

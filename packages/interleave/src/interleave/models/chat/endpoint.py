@@ -13,7 +13,7 @@ from imgen_common.errors import UserError
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
 from imgen_common.http.chat import complete, encode_body
 from imgen_common.http.failures import NO_CREDIT
-from interleave.models.remote import backend_errors, encode_base64_png
+from interleave.models.remote import backend_errors, data_address
 from interleave.protocols import Message, Reply, split_system
 
 if TYPE_CHECKING:
@@ -68,10 +68,18 @@ class EndpointChatConfig(Config):
     """Timeouts, retries and the circuit breaker."""
     max_answer_bytes: Annotated[int, Ge(1024)] = 8 * 2**20
     """Largest answer that is read."""
+    max_pixels: Annotated[int, Ge(1024)] = 2048 * 2048
+    """Largest image in pixels; a larger one is sent scaled down."""
+    max_image_bytes: Annotated[int, Ge(16384)] = 3_750_000
+    """Largest file of an image, which base64 makes a third larger (Anthropic takes 5 MB of that, DashScope 10 MB).
+    Where a PNG is larger, a JPEG of quality 95 is sent.  No image of up to 1.2 megapixels is changed by default."""
 
     def build(self) -> "EndpointChat":
         """The model.  Raises UserError for an address or a key that is none."""
         return EndpointChat(self)
+
+
+DEFAULTS = EndpointChatConfig.model_fields
 
 
 class EndpointChat:
@@ -82,7 +90,9 @@ class EndpointChat:
         self._config, self._url, c = config, check_url(config.url), config
         self._client = HttpClient(self._url, c.key_env, c.retry, c.concurrency, c.max_answer_bytes, transport)
         extra = f" {json.dumps(dict(c.extra), sort_keys=True)}" if c.extra else ""
-        self.id = f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{extra}"
+        bounds = ((" px", "max_pixels"), (" bytes", "max_image_bytes"))
+        seen = "".join(f"{name}={getattr(c, key)}" for name, key in bounds if getattr(c, key) != DEFAULTS[key].default)
+        self.id = f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{seen}{extra}"
 
     async def chat(self, message: Message, seed: int) -> Reply:
         """The answer.  Raises BackendError."""
@@ -133,7 +143,7 @@ class EndpointChat:
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encode_base64_png(part)}"}}
+            else {"type": "image_url", "image_url": {"url": data_address(part, c.max_pixels, c.max_image_bytes)}}
             for part in turn
         ]
         before = [{"role": "system", "content": system}] if system else []
