@@ -364,6 +364,9 @@ def test_how_services_are_reached_may_change_when_a_run_is_resumed(tmp_path: Pat
         other = load(GrpoConfig, [recorded], [f"{part}.model=other"])
         with pytest.raises(UserError, match=rf"has {part}.model = "):
             RunFolder.open(tmp_path / "run", other, may_differ=MAY_DIFFER)
+    for change in ("ddp_timeout=7200", "per_device_eval_batch_size=1", "vllm_server_port=8001"):
+        config = load(GrpoConfig, [recorded], [f"trl.{change}"])
+        RunFolder.open(tmp_path / "run", config, may_differ=MAY_DIFFER).close()
 
 
 # --- training (slow) -------------------------------------------------------------------------------------------------
