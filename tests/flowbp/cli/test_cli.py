@@ -229,6 +229,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert_refused(flowbp("train", "--runs", tmp_path / "runs"), "no room for 3 checkpoints")
+    assert_refused(flowbp("train", "--runs", tmp_path / "runs", *sets("max_train_steps=50")), "no room for 2 ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))  # as FUSE may say
     assert flowbp("train", "--dry-run", "--runs", tmp_path / "runs")[0] == 0
     assert not (tmp_path / "runs").exists()
