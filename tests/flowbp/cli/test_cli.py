@@ -374,9 +374,9 @@ def test_an_alert_is_shown_as_it_is() -> None:
     assert text.getvalue() == "! the reward clip[v2] [/] fell\n"
 
 
-@pytest.mark.parametrize("setting", [*SWITCHES, "keep_graphs=2"])
+@pytest.mark.parametrize("setting", [*SWITCHES, "keep_graphs=2", "guidance.batched=false", "model.attention=native"])
 def test_what_an_estimate_advises_can_be_changed_in_a_resumed_run(tmp_path: Path, setting: str) -> None:
-    """After memory ran out; these settings train the same."""
+    """After memory ran out, or on another machine; these settings train the same, but for rounding."""
     config = TrainConfig()
     RunFolder.create(tmp_path / "run", config).close()
     changed = load(TrainConfig, [], [setting])
