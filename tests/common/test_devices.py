@@ -53,14 +53,24 @@ def test_what_is_left_over_is_refused(environment: dict[str, str]) -> None:
         launched_process(environment)
 
 
-@pytest.mark.parametrize(("host", "own"), [("node17.invalid", False), ("192.0.2.7", False), ("127.0.0.1", True)])
+@pytest.mark.parametrize(
+    ("host", "launcher", "waits"),
+    [
+        ("node17.invalid", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, True),
+        ("192.0.2.7", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, True),
+        ("127.0.0.1", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
+        ("node17.invalid", {}, False),  # a job's script exported it for others
+        ("job-master-0.invalid", {"RANK": "0", "WORLD_SIZE": "1"}, False),  # Kubernetes, of a job of one process
+    ],
+)
 def test_the_only_process_does_not_wait_for_another_machine(
-    monkeypatch: pytest.MonkeyPatch, host: str, own: bool
+    monkeypatch: pytest.MonkeyPatch, host: str, launcher: dict[str, str], waits: bool
 ) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    for name, value in (PLACE | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": host}).items():
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (PLACE | launcher | {"MASTER_ADDR": host}).items():
         monkeypatch.setenv(name, value)
-    if own:
+    if not waits:
         assert announce_process() == (0, 1)
         return
     with pytest.raises(UserError, match=rf"MASTER_ADDR={host} is not this machine, and WORLD_SIZE is 1: unset RANK"):

@@ -103,9 +103,10 @@ def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path: Path) -> None:
     assert hub.resolve(str(folder), single_file=True) == folder
 
 
-def test_a_list_of_sentence_transformers_is_no_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["modules.json", "results.json"])  # of sentence-transformers, of an evaluation
+def test_a_list_beside_a_model_is_no_damage(tmp_path: Path, name: str) -> None:
     folder = transformers_folder(tmp_path / "clip")
-    write_json(folder / "modules.json", [{"idx": 0, "path": "", "type": "sentence_transformers.models.CLIPModel"}])
+    write_json(folder / name, [{"idx": 0, "path": "", "type": "sentence_transformers.models.CLIPModel"}])
     assert hub.resolve(str(folder)) == folder
 
 
@@ -438,7 +439,7 @@ def test_weights_that_are_there_twice_are_refused(make: Callable[[Path], Path], 
 def test_weights_that_are_not_loaded_are_no_weights(name: str, tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path)
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(UserError, match=f"no model.*there is {name}, which transformers does not load"):
+    with pytest.raises(UserError, match=f"no model.*there is {name}, which .* load.*give it that name"):
         hub.resolve(str(folder))
 
 

@@ -145,10 +145,10 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>\n", "is a web page"),
         ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "p.txt: is JSON; name it .jsonl"),
         ("p.txt", '["a", "b"]\n', "p.txt: is JSON"),
-        ("p.txt", "['a red circle', 'b']\n", "p.txt: is a list of a program; write each text on a line"),
-        ("p.txt", "[\n'a red circle',\n]\n", "p.txt: begins a list of a program or of JSON ([); write each text"),
-        ("p.txt", "\nPROMPTS = [ \n  'a',\n]\n", "p.txt: begins a list of a program or of JSON (PROMPTS = [)"),
-        ("p.txt", '{\n "prompts": ["a"]\n}\n', "p.txt: begins a list of a program or of JSON ({)"),
+        ("p.txt", "['a red circle', 'b']\n", "p.txt: begins a list of a program or of JSON; write each text"),
+        ("p.txt", "[\n'a red circle',\n]\n", "p.txt: begins a list of a program or of JSON; write each text"),
+        ("p.txt", "\nPROMPTS = [ \n  'a',\n]\n", "p.txt: begins a list of a program or of JSON"),
+        ("p.txt", '{\n "prompts": ["a"]\n}\n', "p.txt: begins a list of a program or of JSON"),
         *(
             (name, f"id{mark}prompt\n1{mark}a\n2{mark}{cell}\n", f"{name}:3: prompt is {cell}, as programs write")
             for name, mark in (("p.csv", ","), ("p.tsv", "\t"))
@@ -205,23 +205,23 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             ("p.txt", f"{before}1. a cat\n2. a dog\n{after}3. a hat\n", "is a list whose items are numbered")
             for before, after in (("Here are 3 prompts:\n", ""), ("Animals\n", "\nThings\n"))
         ),
-        ("p.txt", "## Animals\n- a cat\n", "p.txt: has comments or headings (## Animals); remove the lines"),
-        ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt: has comments or headings (# prompt 1)"),
-        ("p.txt", "a cat\na dog --n low quality --w 768\n", "p.txt: has options of another program (--n)"),
-        ("p.txt", '--prompt "a cat" --width 1024\n', "p.txt: has options of another program (--prompt)"),
+        ("p.txt", "## Animals\n- a cat\n", "p.txt:1: has comments or headings (## Animals); remove the lines"),
+        ("p.txt", "# prompt 1\na cat --n low quality --w 768\n", "p.txt:1: has comments or headings (# prompt 1)"),
+        ("p.txt", "a cat\na dog --n low quality --w 768\n", "p.txt:2: has options of another program (--n)"),
+        ("p.txt", '--prompt "a cat" --width 1024\n', "p.txt:1: has options of another program (--prompt)"),
         (
             "p.txt",
             "a cat\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a\n",
             "another program (Negative prompt:)",
         ),
         ("p.txt", "a cat\nSteps: 20, Sampler: Euler a, Seed: 1\n", "another program (Steps: 20,)"),
-        ("p.txt", "a cat\na dog, oil --ar 16:9 --v 6\n", "p.txt: has options of another program (--ar)"),
-        ("p.txt", "a cat --style raw\n", "p.txt: has options of another program (--style)"),
-        ("p.txt", "a cat\na dog --niji\n", "p.txt: has options of another program (--niji)"),
-        ("p.txt", "a cat --steps 20 --cfg_scale 7\n", "p.txt: has options of another program (--steps)"),
-        ("p.txt", "/imagine prompt: a cat\n", "p.txt: has options of another program (/imagine)"),
-        ("p.txt", "a cat\n### dogs\na dog\n", "p.txt: has comments or headings (### dogs); remove the lines"),
-        ("p.txt", "a \x1b[01;31mcat\x1b[m\n", "p.txt: has the colors of a terminal in it"),
+        ("p.txt", "a cat\na dog, oil --ar 16:9 --v 6\n", "p.txt:2: has options of another program (--ar)"),
+        ("p.txt", "a cat --style raw\n", "p.txt:1: has options of another program (--style)"),
+        ("p.txt", "a cat\na dog --niji\n", "p.txt:2: has options of another program (--niji)"),
+        ("p.txt", "a cat --steps 20 --cfg_scale 7\n", "p.txt:1: has options of another program (--steps)"),
+        ("p.txt", "/imagine prompt: a cat\n", "p.txt:1: has options of another program (/imagine)"),
+        ("p.txt", "a cat\n### dogs\na dog\n", "p.txt:2: has comments or headings (### dogs); remove the lines"),
+        ("p.txt", "a \x1b[01;31mcat\x1b[m\n", "p.txt:1: has the colors of a terminal in it"),
         ("p.csv", "\ufeffprompt,n\na cat,1\n\ufeffprompt,n\na dog,2\n", "p.csv:3: names the columns again"),
         ("p.csv", ",prompt\n0,a cat\n,prompt\n0,a dog\n", "p.csv:3: names the columns again"),
         *(
@@ -238,12 +238,13 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         *(
-            ("p.txt", table, "p.txt: is a table with lines around its names")
-            for table in (
-                "+---------+\n| prompt  |\n+---------+\n| a cat   |\n+---------+\n",
-                "     prompt      \n-----------------\n a cat\n(1 row)\n",
-                "┌────────┐\n│ prompt │\n├────────┤\n│ a cat  │\n└────────┘\n",
-                "| prompt | id |\n|:---|---:|\n| a cat | 1 |\n",
+            ("p.txt", table, f"p.txt:{line}: is a rule ({rule}), as around the names of a table; remove it, or name")
+            for table, line, rule in (
+                ("+---------+\n| prompt  |\n+---------+\n| a cat   |\n+---------+\n", 1, "+---------+"),
+                ("     prompt      \n-----------------\n a cat\n(1 row)\n", 2, "-----------------"),
+                ("┌────────┐\n│ prompt │\n├────────┤\n│ a cat  │\n└────────┘\n", 1, "┌────────┐"),
+                ("| prompt | id |\n|:---|---:|\n| a cat | 1 |\n", 2, "|:---|---:|"),
+                ("a cat\na dog\n---\na hat\n", 3, "---"),
             )
         ),
         ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),

@@ -194,9 +194,10 @@ def test_sharding_lowers_what_it_shards() -> None:
         assert cut["AdamW"] == whole["AdamW"] // 4
 
 
-@pytest.mark.parametrize("text", ["24GB", "24 GiB", "1.5GiB", "24000000000"])
+@pytest.mark.parametrize("text", ["24GB", "24 GiB", "1.5GiB", "24000000000", "24g", "24Gi"])
 def test_sizes(text: str) -> None:
     known = {"24GB": 24 * 10**9, "24 GiB": 24 * 2**30, "1.5GiB": 3 * 2**29, "24000000000": 24 * 10**9}
+    known |= {"24g": 24 * 10**9, "24Gi": 24 * 2**30}
     assert parse_memory_size(text) == known[text]
 
 

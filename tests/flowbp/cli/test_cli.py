@@ -229,6 +229,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert_refused(flowbp("train", "--runs", tmp_path / "runs"), "no room for 3 checkpoints")
+    assert_refused(flowbp("train", "--runs", tmp_path / "runs", *sets("max_train_steps=50")), "no room for 2 ")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))  # as FUSE may say
     assert flowbp("train", "--dry-run", "--runs", tmp_path / "runs")[0] == 0
     assert not (tmp_path / "runs").exists()
@@ -373,9 +374,9 @@ def test_an_alert_is_shown_as_it_is() -> None:
     assert text.getvalue() == "! the reward clip[v2] [/] fell\n"
 
 
-@pytest.mark.parametrize("setting", [*SWITCHES, "keep_graphs=2"])
+@pytest.mark.parametrize("setting", [*SWITCHES, "keep_graphs=2", "guidance.batched=false", "model.attention=native"])
 def test_what_an_estimate_advises_can_be_changed_in_a_resumed_run(tmp_path: Path, setting: str) -> None:
-    """After memory ran out; these settings train the same."""
+    """After memory ran out, or on another machine; these settings train the same, but for rounding."""
     config = TrainConfig()
     RunFolder.create(tmp_path / "run", config).close()
     changed = load(TrainConfig, [], [setting])

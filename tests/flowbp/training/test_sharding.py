@@ -214,6 +214,7 @@ def test_a_launcher_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"several processes were asked for and one was started.*--multi_gpu"):
         check_launcher("ddp", quiet)
     check_launcher("ddp", quiet | {"RANK": "0"})
+    check_launcher("ddp", quiet | {"MASTER_ADDR": "node17"})  # which accelerate was started with
     check_launcher("ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
     check_launcher("ddp", {})
     check_launcher("zero3", {"RANK": "0", "ACCELERATE_USE_FSDP": "false"})

@@ -413,8 +413,9 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Pa
     with pytest.raises(UserError, match=r"two: another run\.generator than .*one; merge parts of one"):
         merge_shards([one, two], tmp_path / "all")
     record_data(two, hashes)
-    # on another machine the file of requests lies elsewhere
-    (two / "config.yaml").write_text((two / "config.yaml").read_text().replace(str(asked), "requests/asked.jsonl"))
+    # on another machine the file of requests lies elsewhere; and each part may have a GPU of its own
+    text = (two / "config.yaml").read_text().replace(str(asked), "requests/asked.jsonl")
+    (two / "config.yaml").write_text(text.replace("device: auto", "device: cuda:1"))
     merge_shards([two, one], tmp_path / "all")
     assert read_json(tmp_path / "all" / DATA, DataHashes).data == hashes  # by which a resumed build knows its models
     with pytest.raises(UserError, match=r"--shard 13/13: there are only 12 items"):

@@ -446,6 +446,7 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
         ("This model only supports streaming, please set stream to true", "answers are read whole here"),
         ("parameter.enable_thinking must be set to false for non-streaming calls", "extra: {enable_thinking: false}"),
         ("API key not valid. Please pass a valid API key.", "set INTERLEAVE_API_KEY to a valid key"),
+        ("the upstream server answered: The model `Qwen/Qwen2.5-VL` does not exist.", "correct model ("),
         ("'max_tokens' is too large: 4096. The model's maximum context length is 2048", "set max_new_tokens lower"),
         ("the request exceeds the available context size, try increasing it", "serve the model with a longer context"),
         ("prompt is too long: 210000 tokens > 200000 maximum", "set max_new_tokens lower"),

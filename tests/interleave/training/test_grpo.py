@@ -126,6 +126,7 @@ def of(**trl: Any) -> GrpoBatchPlan:
             "3 steps_per_generation x 1 num_iterations = 3",
         ),
         ({"steps_per_generation": 4, "save_steps": 6}, "multiple of the 4 updates of a rollout"),
+        ({"steps_per_generation": 4, "save_steps": 0.2, "max_steps": 50}, "multiple of the 4 updates of a rollout"),
         ({"num_generations": True}, "must be a positive whole number, got True"),
     ],
 )
@@ -138,6 +139,7 @@ def test_numbers_that_do_not_go_together_are_shown(trl: dict[str, Any], said: st
 def test_sums_of_other_layouts() -> None:
     assert of(generation_batch_size=32, per_device_train_batch_size=8).updates_per_rollout == 2
     assert of(num_iterations=3, num_generations=4).updates_per_rollout == 3
+    assert of(save_steps=0.1).updates_per_rollout == 1
     assert of(max_steps=7).updates == 7
     assert "2 prompts x 8 answers = 16 over 2 processes" in "\n".join(of().lines())
 
@@ -364,6 +366,9 @@ def test_how_services_are_reached_may_change_when_a_run_is_resumed(tmp_path: Pat
         other = load(GrpoConfig, [recorded], [f"{part}.model=other"])
         with pytest.raises(UserError, match=rf"has {part}.model = "):
             RunFolder.open(tmp_path / "run", other, may_differ=MAY_DIFFER)
+    for change in ("ddp_timeout=7200", "per_device_eval_batch_size=1", "vllm_server_port=8001"):
+        config = load(GrpoConfig, [recorded], [f"trl.{change}"])
+        RunFolder.open(tmp_path / "run", config, may_differ=MAY_DIFFER).close()
 
 
 # --- training (slow) -------------------------------------------------------------------------------------------------

@@ -1155,6 +1155,7 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
     ("place", "error"),
     [
         ("__init__", ValueError("no such\nloss")),
+        ("__init__", ConnectionError("the vLLM server is gone")),
         ("create_optimizer", TypeError("betas")),
         ("get_train_dataloader", KeyError("x")),
     ],

@@ -133,19 +133,14 @@ def launched_process(environment: Mapping[str, str]) -> LaunchedProcess:
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *(("LOCAL_RANK",) if size > 1 else ()))
     missing = [name for name in needed if not environment.get(name)]
     sizes = {name: environment[name] for name in MPI_SIZES if environment.get(name, "1") not in ("", "0", "1")}
-    if sizes and missing:
-        raise UserError(
-            f"the environment has {', '.join(f'{name}={text}' for name, text in sizes.items())}, but not "
-            f"{', '.join(missing)}, as under mpirun; for one process: unset {' '.join(sizes)}; for several: start them "
-            "with torchrun or accelerate launch"
-        )
     # accelerate takes any LOCAL_RANK for a launcher, and on GPUs each process without it for the only one
-    if (missing and ("LOCAL_RANK" in given or (rank, size) != (0, 1))) or not 0 <= rank < size:
+    if (missing and (sizes or "LOCAL_RANK" in given or (rank, size) != (0, 1))) or not 0 <= rank < size:
+        given |= sizes
         said = ", ".join(f"{name}={text}" for name, text in given.items())
         lacking = f", but not {', '.join(missing)}" if missing else ""
         raise UserError(
-            f"the environment has {said}{lacking}, as no launcher sets them; for one process: unset {' '.join(given)}; "
-            "for several: start them with torchrun or accelerate launch"
+            f"the environment has {said}{lacking}, as {'mpirun' if sizes else 'no launcher'} sets them; for one "
+            f"process: unset {' '.join(given)}; for several: start them with torchrun or accelerate launch"
         )
     return LaunchedProcess(rank, size)
 
@@ -169,11 +164,12 @@ def announce_process() -> LaunchedProcess:
     """Which process this is.  Where no torchrun shows that there are others, one that prints nothing says so.
 
     Raises UserError as `launched_process`, and where the only process would wait at another machine's address for
-    itself, which torch does for many minutes and no signal ends.
+    itself, which torch does for many minutes and no signal ends; it does so where LOCAL_RANK is set.
     """
     process, host = launched_process(os.environ), os.environ.get("MASTER_ADDR")
     names = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name in os.environ]
-    if process.size == 1 and host and "TORCHELASTIC_RUN_ID" not in os.environ and not _is_of_this_machine(host):
+    is_joined = process.size == 1 and "LOCAL_RANK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if is_joined and host and not _is_of_this_machine(host):
         raise UserError(f"MASTER_ADDR={host} is not this machine, and WORLD_SIZE is 1: unset {' '.join(names)}")
     if process.rank > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         print(
@@ -193,7 +189,8 @@ def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[s
     """
     launched_process(environment)
     # where accelerate sees no GPU it starts a single process without a word, and these variables give that away
-    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment and "RANK" not in environment:
+    is_alone = "ACCELERATE_MIXED_PRECISION" in environment and "RANK" not in environment
+    if is_alone and environment.get("MASTER_ADDR") == "127.0.0.1":  # another one is of whoever called accelerate
         raise UserError(
             "accelerate launch: several processes were asked for and one was started, as it does on a CPU; add "
             f"--multi_gpu, which works without a GPU too, or use torchrun --nproc_per_node N -m {command} ..."

@@ -25,29 +25,32 @@ PROTECTED = re.compile('="([^"]*)"')
 FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
 """The first line of a .csv in which Excel keeps what divides its cells, or PowerShell the type of its rows."""
 
-OTHER_FILES = {
-    "```": "text with a fence of Markdown; remove the lines of ```",
-    "version https://git-lfs": "a pointer of Git LFS; run `git lfs pull` there",
-    **dict.fromkeys(("<!doctype", "<html", "<?xml"), "a web page; download the file itself"),
-    "{\\rtf": "rich text (RTF); save it as plain text",
-    **dict.fromkeys(('{"', '[{"', '["'), "JSON; name it .jsonl, or .json where it is one list"),
-    "['": "a list of a program; write each text on a line without quotes, or save the list as .json",
+FIRST_LINES = {
+    "```": "is text with a fence of Markdown; remove the lines of ```",
+    "version https://git-lfs": "is a pointer of Git LFS; run `git lfs pull` there",
+    r"<!doctype|<html|<\?xml": "is a web page; download the file itself",
+    r"\{\\rtf": "is rich text (RTF); save it as plain text",
+    r"\[?\s*\{\s*\"|\[\s*\"": "is JSON; name it .jsonl, or .json where it is one list",
+    r"\[\s*'|.*[\[{]$": "begins a list of a program or of JSON; write each text on a line, or save the list as .json",
 }
-"""What a file of lines is instead that begins so."""
+"""What a file of lines is instead whose first line begins so."""
 COLUMNS = ("prompt", "prompts", "caption", "captions", "text", "texts", "instruction")
 """One of the names in the first line of a table."""
-COMMENT = re.compile("#{1,6} ")
-"""How a comment or a heading begins."""
 MARKS = (
     "ar|aspect|c|cfg_scale|chaos|cref|cw|d|h|height|iw|l|n|neg|negative_prompt|niji|no|prompt|q|quality|s|sampler_name|"
     "seed|sref|steps|stop|style|stylize|sw|tile|v|version|w|weird|width"
 )
-OPTION = re.compile(rf"(?:^|\s)--(?:{MARKS})(?:\s|$)|^Negative prompt:|^Steps: \d+,|^/imagine ")
-"""An option in a text, or on a line of its own, as sd-scripts, AUTOMATIC1111 and Midjourney write them."""
+LINES = {
+    r"^[-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡]{3,}$": "is a rule ({}), as around the names of a table; remove it, or name it .csv",
+    "^#{1,6} .*": "has comments or headings ({}); remove the lines that begin with #",
+    r"\x1b\[": "has the colors of a terminal in it; write it again without (--color=never)",
+    rf"(?:^|\s)--(?:{MARKS})(?=\s|$)|^Negative prompt:|^Steps: \d+,|^/imagine ": "has options of another program ({}), "
+    "which would be read as words; write the texts alone",
+}
+"""What is wrong with a line of texts in which one of these is found; options are those of sd-scripts, AUTOMATIC1111 and
+Midjourney."""
 HOLDER = re.compile(r"""\[(["'].*)?\]|\{(["'].*)?\}""", re.DOTALL)
 """A list or an object, as JSON and Python write them into a cell."""
-RULE = frozenset("-+|:= \t─━┌┬┐╭╮┏┓├┼┤╞═╪╡")
-"""Signs of the line above or under the names of a table that a program printed, or of one in Markdown."""
 QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
 """What may stand around a text, before and after it."""
 csv.field_size_limit(MAX_LINE_BYTES)  # images in base64, which stand beside texts in some tables
@@ -129,23 +132,12 @@ def _check_lines(numbered: Sequence[tuple[int, str]], path: Path) -> None:
     one."""
     lines = [line for _, line in numbered]
     first = lines[0] if lines else ""
-    if any(len(line) > 2 and RULE.issuperset(line) for line in lines[:2]):
-        raise UserError(f"{path}: is a table with lines around its names; write each text on a line, or name a .csv")
-    closed = re.sub(r"^([\[{])\s+", r"\1", first.lower())
-    if what := next((what for start, what in OTHER_FILES.items() if closed.startswith(start)), None):
-        raise UserError(f"{path}: is {what}")
-    if comment := next(filter(COMMENT.match, lines), None):
-        raise UserError(
-            f"{path}: has comments or headings ({one_line(comment, 40)}); remove the lines that begin with #"
-        )
-    if any("\x1b[" in line for line in lines):
-        raise UserError(f"{path}: has the colors of a terminal in it; write it again without (--color=never)")
-    if option := next(filter(None, map(OPTION.search, lines)), None):
-        what = f"options of another program ({option[0].strip()})"
-        raise UserError(f"{path}: has {what}, which would be read as words; write the texts alone")
-    if first.rstrip().endswith(("[", "{")):
-        what = f"begins a list of a program or of JSON ({one_line(first, 40)})"
-        raise UserError(f"{path}: {what}; write each text on a line without quotes, or save the list as .json")
+    if what := next((what for start, what in FIRST_LINES.items() if re.match(start, first, re.IGNORECASE)), None):
+        raise UserError(f"{path}: {what}")
+    for number, line in numbered:
+        for mark, what in LINES.items():
+            if found := re.search(mark, line):
+                raise UserError(f"{path}:{number}: {what.format(one_line(found[0], 40))}")
     cells = [cell.strip(' "').lower() for cell in re.split("[,;|]", first)]
     if any(cell in COLUMNS for cell in cells) and not any(" " in cell for cell in cells) and not _are_tags(lines):
         what = f"its first line, {first.strip()}, names a column, as that of a table"

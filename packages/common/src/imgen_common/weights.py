@@ -39,8 +39,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
 """One of these is in the folder of an adapter."""
-OF_OTHERS = ("modules.json",)
-"""Files of other libraries that may hold a list: sentence-transformers', beside a CLIP."""
 HEAD_FILE = "head.safetensors"
 """What scores the features of a model, beside it in the folder of a reward."""
 MAX_JSON = 10**8
@@ -188,8 +186,11 @@ def weight_files(folder: Path) -> WeightFiles:
     return WeightFiles(variant, files)
 
 
-def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
-    """The JSON object in a file of a model.  Raises UserError where there is none."""
+def read_json(path: Path, folder: Path | None = None, *, may_be_list: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of a model.  Raises UserError where there is none.
+
+    may_be_list: whether it may hold a list, as files of other libraries do, and results; that is read as no object.
+    """
     why = ""
     try:
         if path.stat().st_size > MAX_JSON:
@@ -197,6 +198,8 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         content, why = None, f" ({one_line(str(error), 100)})"
+    if may_be_list and isinstance(content, list):
+        return {}
     if not isinstance(content, dict):
         folder = folder or path.parent
         raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object{why}")
@@ -207,8 +210,7 @@ def check_files(folder: Path, part: Path, weights: bool) -> None:
     """Raises UserError unless the JSON files of a model, or of a part of one, and with `weights` its weights, are
     whole."""
     for path in part.glob("[!.]*.json"):
-        if path.name not in OF_OTHERS:
-            read_json(path, folder)
+        read_json(path, folder, may_be_list="config" not in path.name)
     if weights:
         files = sorted(part.glob("[!.]*.safetensors"))
         has_model = any(file.name.startswith(("model.", "model-")) for file in files)
@@ -332,9 +334,13 @@ def _shards(file: Path) -> tuple[Path, ...]:
 def _no_weights(folder: Path, library: str) -> UserError:
     if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.glob("*")):
         return UserError(f"{folder}: only pickled weights; convert them to safetensors")
-    other = next(folder.glob("[!.]*.safetensors"), None)
-    found = f" (there is {other.name}, which {library} does not load)" if other else ""
-    return incomplete(folder, f"no {STEMS[library]}.safetensors{found}")
+    wanted = f"no {STEMS[library]}.safetensors"
+    if (other := next(folder.glob("[!.]*.safetensors"), None)) is None:
+        return incomplete(folder, wanted)
+    what = f"{wanted} (there is {other.name}, which {library} does not load)"
+    return UserError(
+        f"{folder}: {what}; give it that name if {library} wrote it, download what is missing, or convert it"
+    )
 
 
 def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:

@@ -352,7 +352,8 @@ def check_config(file: Path, config: Config, may_differ: Collection[str]) -> Non
     old, new = leaves(with_json_files(type(config), read_yaml(file))), leaves(config.model_dump(mode="json"))
     changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
     given = {prefix for key in old for prefix in _prefixes(key)}
-    for key in [*new, *(key for key in old if key not in new)]:
+    sections = {above for key in (*old, *new) for above in _prefixes(key)[:-1]}  # also of one that was empty
+    for key in (key for key in {**new, **old} if key not in sections):
         added = [prefix for prefix in _prefixes(key) if prefix not in given]
         is_item = any(prefix.rpartition(".")[2].isdigit() for prefix in added)
         is_later = added and not is_item and not any(prefix in old or prefix in changed for prefix in _prefixes(key))
@@ -372,12 +373,8 @@ def _prefixes(key: str) -> list[str]:
 
 def leaves(node: object, prefix: str = "") -> dict[str, Any]:
     """Nested data as dotted keys."""
-    items: Sequence[tuple[object, object]] = ()
-    if isinstance(node, dict):
-        items = list(node.items())
-    elif isinstance(node, list | tuple):
-        items = list(enumerate(node))
-    if not items:
+    inner: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    if not (items := list(inner)):
         return {prefix: node}
     return {
         key: value

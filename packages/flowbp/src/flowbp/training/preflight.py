@@ -306,7 +306,9 @@ def check_launcher(kind: str, environment: Mapping[str, str]) -> None:
 
 def check_disk(job: CheckedRun, folder: Path, *, resume: bool) -> None:
     """Raises UserError unless the disk of `folder` (or of its nearest parent) has room for the run's checkpoints."""
-    checkpoints = 1 if resume else job.config.checkpoint.keep + 1
+    updates, every, evaluated = job.config.max_train_steps, job.config.checkpoint.every, job.config.eval.every
+    made = len({*range(0, updates, every), *range(0, updates, evaluated or updates)})  # 0 stands for the last update
+    checkpoints = 1 if resume else min(made, job.config.checkpoint.keep + 1)
     needed = job.num_weights * 4 * TENSORS_PER_WEIGHT * checkpoints
     free = free_bytes(nearest_existing(folder))
     if free < needed:

@@ -29,10 +29,11 @@ MAY_DIFFER = (
     *("data.prompts", "data.key", "eval.prompts"),  # other places of equal prompts: `check_data` compares hashes
     *("keep_graphs", "model.recompute", "model.vae.gradient_checkpointing", "model.vae.slicing"),
     *("data.embeddings", "data.cache", "eval.every", "eval.batch_size", "eval.quick_prompts", "eval.quick_num_prompts"),
-    "model.vae.preview",
+    *("model.vae.preview", "model.working_copy", "model.attention", "model.compile", "rollout.compile"),
+    "guidance.batched",
 )
-"""Keys of the configuration that a resumed run may change: none alters the updates already made, or makes the
-evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""
+"""Keys of the configuration that a resumed run may change: none alters the updates already made or, but for rounding,
+makes the evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""
 EARLIER_CONFIG = "config-until-{:06d}.yaml"
 """File of a run folder with the configuration up to an update after which the run went on with another one."""
 FIRST_CONFIG = "config-at-start.yaml"

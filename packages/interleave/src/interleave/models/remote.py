@@ -14,8 +14,11 @@ from imgen_common.images import decode
 from interleave.protocols import BackendError, HashedImage
 from interleave.records import FailureKind
 
-HOW_REACHED = ("url", "urls", "key_env", "token_env", "concurrency", "retry", "startup", "eject_after", "probe_every")
-"""Keys of an endpoint or a service on which no answer depends."""
+HOW_REACHED = (
+    *("url", "urls", "key_env", "token_env", "concurrency", "retry", "startup", "eject_after", "probe_every"),
+    "device",
+)
+"""Keys of an endpoint, a service or a model that is loaded here on which no answer depends, but for rounding."""
 
 
 URL_SAFE = str.maketrans("-_", "+/")

@@ -142,6 +142,7 @@ def plan_grpo_batches(config: GrpoConfig, rows: int, failed: int, left_out: int,
     per_rollout, prompts, updates_per_rollout = _check_rollout(b, rows, processes)
     per_epoch = rows // prompts
     updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
+    _check_saving(b, updates, updates_per_rollout)
     rollouts = math.ceil(updates / updates_per_rollout)
     images = judgments = math.ceil(rollouts * per_rollout * failed / rows)
     if config.reward == "trajectory":
@@ -189,13 +190,17 @@ def _check_rollout(b: TrlBatchOptions, rows: int, processes: int) -> tuple[int, 
             f"trl.gradient_accumulation_steps {b.gradient_accumulation_steps}: does not divide the steps of a rollout, "
             f"{steps} steps_per_generation x {b.num_iterations} num_iterations = {steps * b.num_iterations}"
         )
-    updates_per_rollout = steps * b.num_iterations // b.gradient_accumulation_steps
-    if b.save_strategy == "steps" and b.save_steps % updates_per_rollout:
+    return per_rollout, prompts, steps * b.num_iterations // b.gradient_accumulation_steps
+
+
+def _check_saving(b: TrlBatchOptions, updates: int, updates_per_rollout: int) -> None:
+    """Raises UserError where a checkpoint would fall into the middle of a rollout; below 1, `save_steps` is a share."""
+    every = math.ceil(updates * b.save_steps) if b.save_steps < 1 else b.save_steps
+    if b.save_strategy == "steps" and every % updates_per_rollout:
         raise UserError(
             f"trl.save_steps {b.save_steps}: must be a multiple of the {updates_per_rollout} updates of a rollout, or "
             "a run cannot resume exactly from its checkpoint"
         )
-    return per_rollout, prompts, updates_per_rollout
 
 
 def _rollout_size(b: TrlBatchOptions, processes: int) -> tuple[int, int]:

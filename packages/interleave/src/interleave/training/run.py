@@ -45,10 +45,14 @@ CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 MAY_DIFFER = (
     "data",  # another place of equal rows: `bind_data` compares hashes
     *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
+    *("trl.dataloader_pin_memory", "trl.dataloader_prefetch_factor", "trl.dataloader_persistent_workers"),
+    *("trl.ddp_timeout", "trl.per_device_eval_batch_size", "trl.eval_accumulation_steps", "trl.gradient_checkpointing"),
+    *("trl.torch_empty_cache_steps", "trl.vllm_gpu_memory_utilization", "trl.vllm_server_base_url"),
+    *("trl.vllm_server_host", "trl.vllm_server_port", "trl.vllm_server_timeout", "trl.vllm_group_port"),
     *("cache", "prices", "scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
     *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
-"""Keys that may change when a run is resumed: the weights depend on none of them."""
+"""Keys that may change when a run is resumed: the weights depend on none of them, but for rounding."""
 RECIPE_KEYS = {
     "DEEPSPEED": "trl.deepspeed=configs/interleave/deepspeed/zero2.json (or zero3.json)",
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",

@@ -150,7 +150,7 @@ def refusals_of_trl(where: str = "trl", has_begun: Callable[[], bool] = lambda: 
     """
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, FileNotFoundError, ConnectionError) as error:
         if has_begun():
             raise
         said = one_line(str(error)) or type(error).__name__

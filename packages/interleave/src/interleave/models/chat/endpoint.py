@@ -25,14 +25,14 @@ REMEDIES = {
     " image": "a critic and a judge show two images in a prompt, and a planner those of a request: serve the model so "
     "(vLLM: --limit-mm-per-prompt), or name one that reads them",
     "enable_thinking": "set extra: {enable_thinking: false}",
-    "stream": "answers are read whole here, so that a model which only streams cannot be used; name another one",
+    "(?<!up)stream": "answers are read whole here, so that a model which only streams cannot be used; name another one",
     "context length": LONGER_CONTEXT,
     "context size": LONGER_CONTEXT,  # llama.cpp
     "prompt is too long": LONGER_CONTEXT,  # Anthropic
 }
-"""What to do where a server's words about a request that it does not take hold one of these."""
+"""What to do where a server's words about a request that it does not take match one of these."""
 UNKNOWN_MODEL = re.compile(
-    r"model not exist|model [^.;]{0,80}(?:does not exist|not found)|(?:invalid|unknown|not a valid) model",
+    r"model not exist|model [^;]{0,80}(?:does not exist|not found)|(?:invalid|unknown|not a valid) model",
     re.IGNORECASE,
 )
 """How DeepSeek, Mistral, OpenRouter and others say under status 400 that they have no such model."""
@@ -125,7 +125,7 @@ class EndpointChat:
                 )
                 remedies = {"API key": f"set {c.key_env} to a valid key", **REMEDIES}
                 otherwise = remedy if failure.status == 500 else left_out
-                remedy = next((words for sign, words in remedies.items() if sign in reason), otherwise)
+                remedy = next((words for sign, words in remedies.items() if re.search(sign, reason)), otherwise)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
         if c.top_logprobs and not answer.token_probabilities:
             raise UserError(
