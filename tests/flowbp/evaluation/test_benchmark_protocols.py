@@ -307,6 +307,9 @@ def test_a_scorer_whose_files_were_replaced_is_refused(copied: Benchmark, tmp_pa
     shutil.copytree(hub.resolve(HELDOUT.ref), folder)
     scorer = HELDOUT.model_copy(update={"ref": str(folder)})
     done(work(copied.out, scorers=(scorer,)))
+    moved = HELDOUT.model_copy(update={"ref": str(folder.rename(tmp_path / "moved"))})
+    done(work(copied.out, scorers=(moved,)))
+    (tmp_path / "moved").rename(folder)
     for file in hub.resolve(CLIP.ref).glob("*.safetensors"):
         shutil.copyfile(file, folder / file.name)
     with pytest.raises(UserError, match="the scorer heldout has changed since the run was started"):

@@ -282,6 +282,8 @@ def test_images_do_not_see_each_other(name: str, tmp_path: Path) -> None:
     assert together.shape == (2,)
     assert together[0].item() == pytest.approx(others[0].item(), abs=1e-4)
     assert together[1] != others[1]
+    with torch.no_grad():  # a text alone is the prompt of all
+        assert torch.equal(reward(images, PROMPTS[0]), reward(images, [PROMPTS[0]] * 2))
 
 
 @pytest.mark.parametrize("name", MAKERS)

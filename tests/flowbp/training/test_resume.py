@@ -1,6 +1,7 @@
 """A run killed at any moment, three times over, ends with the very weights of one that was left alone."""
 
 import random
+import shutil
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -13,8 +14,12 @@ from tiers import tiers
 
 from flowbp.config import TrainConfig
 from flowbp.training import runs
+from flowbp.training.preflight import hash_settings
+from imgen_common import hub
 from imgen_common.config import load, to_yaml
 from imgen_common.errors import UserError
+from imgen_common.run_folder.data import FIRST_CONFIG, record_data
+from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 
 NUM_UPDATES = 14
@@ -90,7 +95,6 @@ def test_kill_nine_three_times(tmp_path: Path, adapters: str) -> None:
         (("combine: weighted", "combine: normalized"), "the run has combine"),
         (("eval:\n  model: null", "eval:\n  model: builtin:shapes/generator"), "the run has eval.model = null"),
         (("max_train_steps: 105", "max_train_steps: 200"), None),
-        (("  ref: builtin:shapes/generator", "  ref: moved"), None),  # its hash is compared
     ],
 )
 def test_a_run_whose_configuration_was_edited_is_not_resumed(
@@ -103,7 +107,6 @@ def test_a_run_whose_configuration_was_edited_is_not_resumed(
     config = load(TrainConfig, [], ["lora.rank=4"])
     run, text = tmp_path / "run", to_yaml(config)
     RunFolder.create(run, config).close()
-    (run / runs.FIRST_CONFIG).write_text(text)
     assert text.count(edit[0]) == 1
     (run / "config.yaml").write_text(text.replace(*edit))
     edited = load(TrainConfig, [run / "config.yaml"])
@@ -114,6 +117,30 @@ def test_a_run_whose_configuration_was_edited_is_not_resumed(
     )
     with pytest.raises(UserError, match=said or "what else is checked"):
         runs.check_training(edited, tmp_path, run)
-    (run / runs.FIRST_CONFIG).unlink()  # as in a run of an earlier version
+    (run / FIRST_CONFIG).unlink()  # as in a run of an earlier version
     with pytest.raises(UserError, match="what else is checked"):
         runs.check_training(edited, tmp_path, run)
+
+
+def test_a_run_is_resumed_with_its_models_at_other_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_run(*_: object, **__: object) -> None:
+        raise UserError("what else is checked")
+
+    monkeypatch.setattr(runs, "check_run", check_run)
+    run, config = tmp_path / "run", TrainConfig()
+    RunFolder.create(run, config).close()
+    places = {"model.ref": "generator", "rewards.0.ref": "reward", "heldout.0.ref": "heldout"}
+    for name in places.values():
+        shutil.copytree(hub.resolve(f"builtin:shapes/{name}"), tmp_path / name)
+    moved = load(TrainConfig, [run / CONFIG], [f"{key}={tmp_path / name}" for key, name in places.items()])
+    with pytest.raises(UserError, match=r'the run has model\.ref = "builtin:shapes/generator", now ".*" was given'):
+        runs.check_training(moved, tmp_path, run)  # without hashes, as in a run of an earlier version
+    record_data(run, hash_settings(config))
+    with pytest.raises(UserError, match="what else is checked"):
+        runs.check_training(moved, tmp_path, run)
+    (run / CONFIG).write_text(to_yaml(moved))
+    with pytest.raises(UserError, match="what else is checked"):
+        runs.check_training(load(TrainConfig, [run / CONFIG]), tmp_path, run)
+    other = load(TrainConfig, [run / CONFIG], [f"rewards.0.ref={tmp_path / 'heldout'}"])
+    with pytest.raises(UserError, match=rf"the reward {config.rewards[0].name} has changed since the run was started"):
+        runs.check_training(other, tmp_path, run)

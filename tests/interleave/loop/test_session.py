@@ -10,6 +10,7 @@ from backends import FakeCritic, FakeGenerator, FakePlanner, plan_of
 from PIL import Image
 
 from imgen_common import hub
+from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.find import find_run
 from interleave import demo
@@ -75,6 +76,17 @@ def test_a_template_or_a_model_that_changed_is_not_gone_on_with(tmp_path: Path) 
     with pytest.raises(UserError, match="the text of a template has changed since the run was started; restore it"):
         go_on()
     file.write_text("Is {original_instruction} in <image><image>?")
+    # both may lie elsewhere, but nothing else of the configuration was edited
+    written, places = (tmp_path / "run" / "config.yaml").read_text(), {model: tmp_path / "b", file: tmp_path / "c.txt"}
+    for before, after in places.items():
+        before.rename(after)
+        written = written.replace(str(before), str(after))
+    (tmp_path / "run" / "config.yaml").write_text(written.replace("seed: 0", "seed: 1"))
+    config = load(RunConfig, [tmp_path / "run" / "config.yaml"])
+    with pytest.raises(UserError, match=r"config.yaml: edited .*: the run has seed = 0, now 1 was given"):
+        go_on()
+    (tmp_path / "run" / "config.yaml").write_text(written)
+    config = load(RunConfig, [tmp_path / "run" / "config.yaml"])
     assert [story.status for story in go_on()] == ["complete"]
 
 

@@ -109,8 +109,8 @@ def compare(
       PROGRAM runs compare RUN_A RUN_B --json
     """
     from imgen_common.config import read_yaml
+    from imgen_common.run_folder.data import leaves
     from imgen_common.run_folder.find import CONFIG, find_run
-    from imgen_common.run_folder.folder import leaves
     from imgen_common.run_folder.listing import summarize_run
 
     paths = [find_run(text, runs) for text in (first, second)]

@@ -1,15 +1,23 @@
-"""What a run is trained and evaluated on, by a hash, so that a resumed run cannot go on with other data."""
+"""What a resumed run has in common with the one that was started: its configuration, and its data and models by their
+hashes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
 from imgen_common import hub, weights
+from imgen_common.config import Config, read_yaml, with_json_files
 from imgen_common.errors import UserError, warn_once
 from imgen_common.files import read_json, write_atomic
+from imgen_common.run_folder.find import CONFIG
 
+FIRST_CONFIG = "config-at-start.yaml"
+"""File of a run folder with the configuration that it was started with, by which an edit of the other is noticed."""
 DATA = "data.json"
 WHOLE_FILE, BLOCK, STRIDE = 2**26, 2**16, 2**22
 """Bytes of the largest file that `sample_file` reads whole, of one reading, and from one to the next in larger files: a
@@ -115,3 +123,60 @@ def extend_data(run: Path, data: Mapping[str, DataHash]) -> None:
     check_data(run, data)
     if (run / DATA).exists():
         record_data(run, {**data, **recorded_data(run)})
+
+
+def check_config(run: Path, config: Config, may_differ: Collection[str]) -> None:
+    """Raises UserError unless a run has `config`, and the run's file was not edited but in keys that may differ."""
+    _compare(run / CONFIG, config, may_differ)
+    if (run / FIRST_CONFIG).exists():  # a run of an earlier version has none
+        try:
+            _compare(run / FIRST_CONFIG, config, may_differ)
+        except UserError as error:
+            raise UserError(f"{run / CONFIG}: edited since the run was started, by {FIRST_CONFIG}: {error}") from None
+
+
+def moved_models(run: Path, config: Config, names: Mapping[str, str]) -> list[str]:
+    """Keys of models and other files that lie elsewhere than a run says, and of which it has hashes (`check_data`).
+
+    names: what the hashes are called, by the keys.
+    """
+    now, recorded = leaves(config.model_dump(mode="json")), recorded_data(run)
+    sides = [leaves(read_yaml(file)) for file in (run / CONFIG, run / FIRST_CONFIG) if file.exists()]
+    hashed = [key for key, name in names.items() if name in recorded and now.get(key) is not None]
+    return [key for key in hashed if any(was.get(key) not in (None, now[key]) for was in sides)]
+
+
+def _compare(file: Path, config: Config, may_differ: Collection[str]) -> None:
+    """Raises UserError unless a file has `config`; a key that it lacks is of a later version, and was default."""
+    old, new = leaves(with_json_files(type(config), read_yaml(file))), leaves(config.model_dump(mode="json"))
+    changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
+    given = {prefix for key in old for prefix in _prefixes(key)}
+    sections = {above for key in (*old, *new) for above in _prefixes(key)[:-1]}  # also of one that was empty
+    for key in (key for key in {**new, **old} if key not in sections):
+        added = [prefix for prefix in _prefixes(key) if prefix not in given]
+        is_item = any(prefix.rpartition(".")[2].isdigit() for prefix in added)
+        is_later = added and not is_item and not any(prefix in old or prefix in changed for prefix in _prefixes(key))
+        allowed = is_later or any(key == free or key.startswith(f"{free}.") for free in may_differ)
+        if not allowed and old.get(key) != new.get(key):
+            was, now = (json.dumps(side.get(key)) for side in (old, new))
+            raise UserError(
+                f"{file.parent}: the run has {key} = {was}, now {now} was given; "
+                f"go on with the configuration of the run, or choose another name or folder"
+            )
+
+
+def _prefixes(key: str) -> list[str]:
+    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
+    return list(accumulate(key.split("."), "{}.{}".format))
+
+
+def leaves(node: object, prefix: str = "") -> dict[str, Any]:
+    """Nested data as dotted keys."""
+    inner: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    if not (items := list(inner)):
+        return {prefix: node}
+    return {
+        key: value
+        for name, child in items
+        for key, value in leaves(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -1,6 +1,7 @@
 """Run folders: what was asked, on what it ran, what it measured, and checkpoints that survive a kill at any instant.
 
     config.yaml        the resolved configuration        environment.json   versions, device, git revision, command
+    config-at-start.yaml   the same, by which an edit is noticed
     metrics.jsonl      one JSON object a line            tensorboard/       the same numbers and the images
     samples/           images that were logged           checkpoints/step-000123/{GROUP.safetensors, state.json}
 
@@ -16,14 +17,13 @@ import shutil
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Lt
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.config import Config, load, read_yaml, to_yaml, with_json_files
+from imgen_common.config import Config, load, to_yaml
 from imgen_common.errors import MENDABLE, DiskFullError, UserError, WriteError, is_disk_full, quoted
 from imgen_common.files import (
     append_line,
@@ -35,6 +35,7 @@ from imgen_common.files import (
 )
 from imgen_common.run_folder import checkpoints
 from imgen_common.run_folder.checkpoints import Checkpoint, Tensors
+from imgen_common.run_folder.data import FIRST_CONFIG, check_config
 from imgen_common.run_folder.environment import environment, read_environment
 from imgen_common.run_folder.find import CONFIG, ENVIRONMENT, LOCK, METRICS
 from imgen_common.run_folder.trackers import Tracker, finish_tracker, log_to, start_tracker, tracker_module
@@ -86,11 +87,12 @@ class RunFolder:
             _refuse_used(path)  # another process may have made its run meanwhile
             if is_new:
                 undo.callback(shutil.rmtree, path, ignore_errors=True)
-            for name in () if is_new else (CONFIG, ENVIRONMENT):
+            for name in () if is_new else (CONFIG, FIRST_CONFIG, ENVIRONMENT):
                 undo.callback((path / name).unlink, missing_ok=True)
             if command is not None:
                 run._record_environment(command)
             write_atomic(path / CONFIG, to_yaml(config))
+            write_atomic(path / FIRST_CONFIG, to_yaml(config))
             run._start_trackers(modules, config)
             undo.pop_all()
         return run
@@ -108,14 +110,15 @@ class RunFolder:
     ) -> "RunFolder":
         """Go on in an existing run folder; with `is_main=False` only read it, without taking the lock.
 
-        config: what this process is asked to do; it must equal the recorded one, except under the dotted keys in
-        `may_differ`.  command: recorded with the environment of this process; the earlier ones are kept beside it.
+        config: what this process is asked to do; it must equal the recorded one, which must not have been edited,
+        except under the dotted keys in `may_differ`.  command: recorded with the environment of this process; the
+        earlier ones are kept beside it.
         Raises UserError if there is no run, it is in use, or its configuration is another.
         """
         if not (path / CONFIG).is_file():
             raise UserError(f"{path}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
         if config is not None:
-            check_config(path / CONFIG, config, may_differ)
+            check_config(path, config, may_differ)
         if not is_main:
             return cls(path, is_main=False)
         modules = [tracker_module(name) for name in trackers]
@@ -345,42 +348,6 @@ def _refuse_used(path: Path) -> None:
         raise UserError(f"{path}: holds a run already; go on with it by --resume or choose another name")
     if {name for name in entries if not name.endswith(".tmp")} - {LOCK, ENVIRONMENT}:
         raise UserError(f"{path}: not empty and not a run; choose another name")
-
-
-def check_config(file: Path, config: Config, may_differ: Collection[str]) -> None:
-    """Raises UserError unless a run's file has `config`; a key that it lacks is of a later version, and was default."""
-    old, new = leaves(with_json_files(type(config), read_yaml(file))), leaves(config.model_dump(mode="json"))
-    changed = leaves(config.model_dump(mode="json", exclude_defaults=True))
-    given = {prefix for key in old for prefix in _prefixes(key)}
-    sections = {above for key in (*old, *new) for above in _prefixes(key)[:-1]}  # also of one that was empty
-    for key in (key for key in {**new, **old} if key not in sections):
-        added = [prefix for prefix in _prefixes(key) if prefix not in given]
-        is_item = any(prefix.rpartition(".")[2].isdigit() for prefix in added)
-        is_later = added and not is_item and not any(prefix in old or prefix in changed for prefix in _prefixes(key))
-        allowed = is_later or any(key == free or key.startswith(f"{free}.") for free in may_differ)
-        if not allowed and old.get(key) != new.get(key):
-            was, now = (json.dumps(side.get(key)) for side in (old, new))
-            raise UserError(
-                f"{file.parent}: the run has {key} = {was}, now {now} was given; "
-                f"go on with the configuration of the run, or choose another name or folder"
-            )
-
-
-def _prefixes(key: str) -> list[str]:
-    """`a`, `a.b`, `a.b.c` of `a.b.c`."""
-    return list(accumulate(key.split("."), "{}.{}".format))
-
-
-def leaves(node: object, prefix: str = "") -> dict[str, Any]:
-    """Nested data as dotted keys."""
-    inner: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    if not (items := list(inner)):
-        return {prefix: node}
-    return {
-        key: value
-        for name, child in items
-        for key, value in leaves(child, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
 
 
 def _acquire(path: Path) -> int:

@@ -11,7 +11,14 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import at_least_float32, load_frozen, load_head, load_tokenizer, scoring_head
+from flowbp.rewards.loading import (
+    at_least_float32,
+    load_frozen,
+    load_head,
+    load_tokenizer,
+    prompt_of_each,
+    scoring_head,
+)
 from imgen_common.prompt_limits import PromptLimit
 
 MIN_CHANGE = 1e-3
@@ -63,7 +70,7 @@ class ClipReward:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""
-        cosine = (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        cosine = (self.image_features(images) * self.text_features(prompt_of_each(prompts, images))).sum(-1)
         return cosine if self.cosine else self.model.logit_scale.exp() * cosine
 
     @torch.no_grad()
@@ -95,7 +102,7 @@ class EditClipReward(ClipReward):
         sources: Sequence[Sequence[Float[Tensor, "3 _ _"]]] = (),
     ) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their instructions and source images."""
-        change = self.image_features(images)
+        change, prompts = self.image_features(images), prompt_of_each(prompts, images)
         wanted = self.text_features([getattr(prompt, "caption", None) or prompt for prompt in prompts])
         edits = [i for i in range(len(images)) if sources and sources[i]]
         if edits:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessor, Qwen2VLModel
 
 from flowbp.rewards import preprocess
-from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_head, load_part, load_tokenizer
+from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_head, load_part, load_tokenizer, prompt_of_each
 from imgen_common.config import Config
 from imgen_common.errors import UserError
 
@@ -88,7 +88,7 @@ class HPSv3:
         start = f"{PROMPT_START}{image_tokens}<|vision_end|>{self.template.before}"
         end = self.template.after + REWARD_TOKEN
         batch = self.tokenizer(
-            [start + self.special.sub(" ", prompt) + end for prompt in prompts],
+            [start + self.special.sub(" ", prompt) + end for prompt in prompt_of_each(prompts, images)],
             return_tensors="pt",
             padding=True,
             padding_side="right",

@@ -16,6 +16,7 @@ from flowbp.rewards.loading import (
     load_part,
     load_tokenizer,
     load_weights,
+    prompt_of_each,
     read_tensors,
     scoring_head,
 )
@@ -59,10 +60,10 @@ class ImageReward:
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts."""
         seen = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
-        length = self.prompt_limit.max_length
-        batch = self.tokenizer(
-            list(prompts), return_tensors="pt", padding="max_length", truncation=True, max_length=length
-        ).to(seen.device)
+        length, texts = self.prompt_limit.max_length, [*prompt_of_each(prompts, images)]
+        batch = self.tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=length).to(
+            seen.device
+        )
         read = self.text(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

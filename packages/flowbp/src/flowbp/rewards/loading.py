@@ -1,6 +1,6 @@
 """Frozen models from transformers folders, and heads beside them; on the meta device only headers are read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -103,6 +103,11 @@ def load_weights(module: nn.Module, folder: Path, weights: dict[str, Tensor]) ->
 def are_weights_missing(folder: Path, device: torch.device | str) -> bool:
     """Whether a model is loaded without its weights: on the meta device, from a folder that has none but of a head."""
     return str(device) == "meta" and not any(file.name != HEAD_FILE for file in folder.glob("[!.]*.safetensors"))
+
+
+def prompt_of_each(prompts: Sequence[str], images: Tensor) -> Sequence[str]:
+    """The prompts; a text alone is the prompt of every image, and no list of letters."""
+    return [prompts] * len(images) if isinstance(prompts, str) else prompts
 
 
 def load_part(kind: Any, folder: Path, **options: Any) -> Any:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
-from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, check_run
-from imgen_common.config import read_yaml, to_yaml
+from flowbp.training.preflight import CheckedRun, check_disk, check_launcher, check_run, hash_settings
+from imgen_common.config import to_yaml
 from imgen_common.devices import launched_process
 from imgen_common.errors import UserError
 from imgen_common.files import read_text, write_atomic
-from imgen_common.run_folder.data import check_data, record_data
+from imgen_common.run_folder.data import check_data, moved_models, record_data
 from imgen_common.run_folder.find import CONFIG, free_path
-from imgen_common.run_folder.folder import RunFolder, check_config, leaves
+from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.trackers import tracker_module
 
 if TYPE_CHECKING:
@@ -33,11 +33,10 @@ MAY_DIFFER = (
     "guidance.batched",
 )
 """Keys of the configuration that a resumed run may change: none alters the updates already made or, but for rounding,
-makes the evaluation after another one than the evaluation before.  What it changes is recorded (`EARLIER_CONFIG`)."""
+makes the evaluation after another one than the evaluation before; nor does another place of the same model
+(`moved_models`).  What it changes is recorded (`EARLIER_CONFIG`)."""
 EARLIER_CONFIG = "config-until-{:06d}.yaml"
 """File of a run folder with the configuration up to an update after which the run went on with another one."""
-FIRST_CONFIG = "config-at-start.yaml"
-"""File of a run folder with the configuration that it was started with, by which an edit of the other is noticed."""
 GRID = "grid.json"
 """File of a run folder with the noise levels it trains on, for images of its plans."""
 
@@ -60,9 +59,11 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     checkpoint = None
     if resume is not None:
         run = RunFolder.open(resume, is_main=False)
-        _check_unedited(resume, recorded := run.config(TrainConfig))
-        config, checkpoint = _with_recorded_adapter(config, recorded), run.latest_checkpoint()
-        RunFolder.open(resume, config, is_main=False, may_differ=MAY_DIFFER)
+        config = _with_recorded_adapter(config, run.config(TrainConfig))
+        checkpoint, moved = run.latest_checkpoint(), moved_models(resume, config, _places(config))
+        RunFolder.open(resume, config, is_main=False, may_differ=(*MAY_DIFFER, *moved))
+        if moved:  # before anything of another model is blamed
+            check_data(resume, hash_settings(config))
         if config.max_train_steps < (made := checkpoint or 0):
             given = f"max_train_steps {config.max_train_steps}"
             raise UserError(f"{given}: {resume} has made {made} updates already; give {made} or more")
@@ -77,22 +78,16 @@ def check_training(config: TrainConfig, root: Path, resume: Path | None) -> tupl
     return job, path
 
 
-def _check_unedited(run: Path, recorded: TrainConfig) -> None:
-    """Raises UserError where the configuration of a run was edited in what a resumed run may not change, unless it says
-    where a model lies now: `check_data` compares hashes of models.  Runs of earlier versions have no copy of it."""
-    if (run / FIRST_CONFIG).exists():
-        was, now = leaves(read_yaml(run / FIRST_CONFIG)), leaves(recorded.model_dump(mode="json"))
-        given = [key for key in now if None not in (was.get(key), now[key])]
-        places = [key for key in given if key.endswith(".ref") or key in ("eval.model", "lora.init")]
-        try:
-            check_config(run / FIRST_CONFIG, recorded, (*MAY_DIFFER, *places))
-        except UserError as error:
-            raise UserError(f"{run / CONFIG}: edited since the run was started, by {FIRST_CONFIG}: {error}") from None
+def _places(config: TrainConfig) -> dict[str, str]:
+    """What the hashes of models and adapters are called (`hash_settings`), by the keys that say where these lie."""
+    parts = {"rewards": config.rewards, "heldout": config.heldout}
+    rewards = {f"{key}.{i}.ref": f"the reward {one.name}" for key, part in parts.items() for i, one in enumerate(part)}
+    return {key: key for key in ("model.ref", "eval.model", "lora.init")} | rewards
 
 
 def _with_recorded_adapter(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
     """A configuration with what its run recorded of the adapter that both begin with, where it says nothing else."""
-    if config.lora is None or recorded.lora is None or config.lora.init != recorded.lora.init:
+    if config.lora is None or recorded.lora is None or (config.lora.init is None) != (recorded.lora.init is None):
         return config
     given = {name: getattr(config.lora, name) for name in config.lora.model_fields_set}
     return config.model_copy(update={"lora": recorded.lora.model_copy(update=given)})
@@ -110,9 +105,9 @@ def open_run(
             if resume is None:
                 run = RunFolder.create(new_run_path(config, root), config, command, trackers=config.trackers)
                 record_data(run.path, job.data)
-                write_atomic(run.path / FIRST_CONFIG, to_yaml(config))
             else:
-                run = RunFolder.open(resume, config, command, may_differ=MAY_DIFFER, trackers=config.trackers)
+                free = (*MAY_DIFFER, *moved_models(resume, config, _places(config)))
+                run = RunFolder.open(resume, config, command, may_differ=free, trackers=config.trackers)
                 _change_config(run, config)
             write_atomic(run.path / GRID, json.dumps({"sigmas": job.sigmas}) + "\n")
             answer[0] = str(run.path)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from imgen_common.judging.answers import AnswerLog, by_item, read_answers
 from imgen_common.judging.cost import Cost, all_questions, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, NextQuestions
-from imgen_common.run_folder.data import hash_file
+from imgen_common.run_folder.data import hash_file, hash_rows
 from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
 from interleave.benchmarks.config import BenchmarkConfig
@@ -56,6 +56,9 @@ class BenchmarkFacts(BaseModel):
     prompts_source: str
     is_official: bool
     outputs: str
+    """Where what others made lies."""
+    outputs_hash: str = ""
+    """Hash of that when it was last read, by which it is known elsewhere; empty in folders of earlier versions."""
 
 
 def read_facts(out: Path) -> BenchmarkFacts | None:
@@ -90,6 +93,7 @@ class BenchmarkWork:
             prompts_source=self.prompts.source,
             is_official=self.prompts.is_official,
             outputs=str(self.outputs_from.absolute()) if self.outputs_from else GENERATED,
+            outputs_hash=_hash_outputs(self.outputs()) if self.outputs_from else "",
         )
 
     def open(self) -> None:
@@ -102,7 +106,9 @@ class BenchmarkWork:
             write_atomic(self.out / FACTS, facts.model_dump_json(indent=1) + "\n")
             return
         if self.outputs_from is not None and kept.outputs != GENERATED:  # earlier versions kept it as it was given
-            kept = kept.model_copy(update={"outputs": str(Path(kept.outputs).absolute())})
+            is_same = kept.outputs_hash == facts.outputs_hash
+            place = facts.outputs if is_same else str(Path(kept.outputs).absolute())
+            kept = kept.model_copy(update={"outputs": place, "outputs_hash": facts.outputs_hash})
         for name, value in kept:
             if value != getattr(facts, name):
                 now = getattr(facts, name)
@@ -112,6 +118,7 @@ class BenchmarkWork:
                 raise UserError(
                     f"{self.out}: was begun with {differ}; figures of both cannot be mixed; give another --out"
                 )
+        write_atomic(self.out / FACTS, facts.model_dump_json(indent=1) + "\n")
 
     @property
     def generation(self) -> Path:
@@ -144,11 +151,16 @@ class BenchmarkWork:
     def outputs(self) -> dict[str, Output]:
         """What was made, by item id, of all parts."""
         if self.outputs_from is not None:
-            return self.benchmark.read_outputs(self.outputs_from, self.items)
+            return self._given
         found: dict[str, Output] = {}
         for folder in sorted(self.out.glob("generation*")):
             found |= read_generated(folder)
         return {item.id: found[item.id] for item in self.items if item.id in found}
+
+    @cached_property
+    def _given(self) -> dict[str, Output]:
+        assert self.outputs_from is not None
+        return self.benchmark.read_outputs(self.outputs_from, self.items)
 
     def num_done(self) -> int:
         """How many stories of this part have ended."""
@@ -214,6 +226,13 @@ class BenchmarkWork:
 
 def _image_hashes(item: Item) -> list[str]:
     return [hash_file(part).sha256 for part in item.content if isinstance(part, Path)]
+
+
+def _hash_outputs(outputs: Mapping[str, Output]) -> str:
+    parts = ((key, part) for key, output in sorted(outputs.items()) for part in output.content)
+    return hash_rows(
+        f"{key} {hash_file(part).sha256 if isinstance(part, Path) else part}" for key, part in parts
+    ).sha256
 
 
 def _request(item: Item, store: ImageStore) -> Request:

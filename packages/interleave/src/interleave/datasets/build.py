@@ -19,6 +19,7 @@ from imgen_common.config import to_yaml
 from imgen_common.errors import UserError, quoted
 from imgen_common.files import atomic_file, write_atomic, writing
 from imgen_common.judging.questions import Question
+from imgen_common.run_folder.data import FIRST_CONFIG, moved_models
 from imgen_common.run_folder.find import CONFIG
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents import scoring
@@ -101,23 +102,26 @@ def build_sets(
 
 @contextlib.contextmanager
 def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterator[list[Request]]:
-    """Opens the build in `out`, new or resumed, for this process alone, and gives its requests.
-
-    While nothing is recorded the configuration may change, so that a mistake in it can be fixed by starting again.
-    """
+    """Opens the build in `out`, new or resumed, for this process alone, and gives its requests.  While nothing is
+    recorded the configuration may change, so that a mistake in it can be fixed by starting again."""
     _check_templates(config.templates)
     _check_trajectories(out, config)
     begun = has_records(out)
+    names = {**run.places(config.run, "run."), "prompts.path": "prompts"}
+    moved = moved_models(out, config, names) if begun else []
     folder = (
-        RunFolder.open(out, config if begun else None, command, may_differ=MAY_DIFFER)
+        RunFolder.open(out, config if begun else None, command, may_differ=(*MAY_DIFFER, *moved))
         if (out / CONFIG).is_file()
         else RunFolder.create(out, config, command)
     )
     with folder:
+        if moved:
+            prompts.check_models(out, config.run)
         write_atomic(out / CONFIG, to_yaml(config))
         if begun:
             prompts.check_same(out, config.prompts)
         else:
+            write_atomic(out / FIRST_CONFIG, to_yaml(config))
             requests = prompts.make_requests(config.prompts, ImageStore(out / IMAGES))
             prompts.record(out, requests, config.run)
             request_files.save_requests(Shard.parse(config.shard).of(requests), out)

@@ -13,7 +13,7 @@ from pathlib import Path
 from imgen_common.errors import UserError, one_line
 from imgen_common.hub import BUILTIN
 from imgen_common.images import shape_problem
-from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, record_data
+from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, moved_models, record_data
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.shapes.vocabulary import describe_large_image, describe_missing_image, describe_unknown_words
@@ -54,6 +54,8 @@ MAY_DIFFER = (
     *(f"{part}.{key}" for part in SERVED for key in HOW_REACHED),
 )
 """What may change between the sessions of a run: budgets, and nothing else that a record depends on."""
+TEMPLATES = "the text of a template"
+"""What the hash of all templates is called."""
 
 
 def build_planner(config: RunConfig) -> ChatPlanner | None:
@@ -135,7 +137,16 @@ def hash_inputs(config: RunConfig, section: str = "") -> dict[str, DataHash]:
     parts = (config.planner, config.critic, config.judge)
     refs = [ref for part in parts for name, ref in part or () if name.endswith("template")]
     models = {section + key: model for key, model in _models(config).items()}
-    return {**hash_models(models), "the text of a template": hash_rows(load_template(ref).text for ref in refs)}
+    return {**hash_models(models), TEMPLATES: hash_rows(load_template(ref).text for ref in refs)}
+
+
+def places(config: RunConfig, section: str = "") -> dict[str, str]:
+    """What the hashes of models and templates are called (`hash_inputs`), by the keys that say where these lie."""
+    keys = [section + key for key in _models(config)]
+    parts = {"planner": config.planner, "critic": config.critic, "judge": config.judge}
+    found = {f"{section}{key}.{name}": TEMPLATES for key, part in parts.items() for name, _ in part or ()}
+    templates = {key: name for key, name in found.items() if key.endswith("template")}
+    return {f"{key}.ref": key for key in keys} | {f"{section}generator.lora": f"{section}generator.lora"} | templates
 
 
 def _models(config: RunConfig) -> dict[str, object]:
@@ -225,7 +236,7 @@ async def run_requests(
 
     Raises UserError if the folder is in use, or belongs to another configuration.
     """
-    with RunFolder.open(path, config, command, may_differ=MAY_DIFFER):
+    with RunFolder.open(path, config, command, may_differ=(*MAY_DIFFER, *moved_models(path, config, places(config)))):
         if not is_new and (path / DATA).exists():  # else of an earlier version
             check_data(path, hash_inputs(config))
         requests = request_files.load_requests(path)

@@ -21,7 +21,7 @@ from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients, quoted
 from imgen_common.run_folder.checkpoints import write_manifest
-from imgen_common.run_folder.data import check_data, hash_rows, record_data
+from imgen_common.run_folder.data import check_data, hash_rows, moved_models, record_data
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
@@ -53,6 +53,9 @@ MAY_DIFFER = (
     *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
 """Keys that may change when a run is resumed: the weights depend on none of them, but for rounding."""
+PLACES = {"model": "model", "generator.lora": "generator.lora"}
+PLACES |= {f"{key}.ref": key for key in ("generator", "judge.model")}
+"""What the hashes of models are called, by the keys that say where these lie."""
 RECIPE_KEYS = {
     "DEEPSPEED": "trl.deepspeed=configs/interleave/deepspeed/zero2.json (or zero3.json)",
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
@@ -156,7 +159,8 @@ def open_run(
         if resume is None:
             made = RunFolder.create(place, config, command, trackers=trackers)
         else:
-            made = RunFolder.open(place, config, command, may_differ=MAY_DIFFER, trackers=trackers)
+            free = (*MAY_DIFFER, *moved_models(place, config, PLACES))  # `bind_data` compares hashes
+            made = RunFolder.open(place, config, command, may_differ=free, trackers=trackers)
         opened.append(stack.enter_context(made))
         return str(made.path)
 

@@ -22,7 +22,7 @@ from imgen_common.errors import UserError, nearest
 from imgen_common.files import local_path, numbered_lines, write_atomic
 from imgen_common.judging.answers import read_answers
 from imgen_common.judging.cost import CostLimits
-from imgen_common.run_folder.data import DataHash, extend_data, record_data
+from imgen_common.run_folder.data import DataHash, extend_data, moved_models, record_data, recorded_data
 from imgen_common.run_folder.find import CONFIG, check_maker
 from imgen_common.run_folder.folder import RunFolder
 
@@ -237,12 +237,18 @@ def open_benchmark_folder(
         folder = RunFolder.create(out, config, command)
         record_data(out, hashes)
         return folder
-    # the digest stands for the prompts, and scorers may be added
-    folder = RunFolder.open(out, config, command, may_differ=("prompts", "scorers"))
+    # the digest stands for the prompts, and scorers may be added; hashes say whether a model is the same elsewhere
+    moved = moved_models(out, config, {"model.ref": "model.ref", "eval_model": "eval.model"})
+    label = ["label"] if "model.ref" in moved and config.run is None else []  # which is then that place
+    folder = RunFolder.open(out, config, command, may_differ=("prompts", "scorers", *moved, *label))
     try:
         known = {spec.name: spec for spec in folder.config(BenchmarkConfig).scorers}
         for spec in config.scorers:
-            if (before := known.setdefault(spec.name, spec)) != spec:
+            before, recorded = known.setdefault(spec.name, spec), recorded_data(out)
+            ends = f"the scorer {spec.name}", f"the color model of {spec.name}"
+            of_it = {key: hashed for key, hashed in hashes.items() if key.endswith(ends)}
+            is_same = before.kind == spec.kind and of_it and of_it.items() <= recorded.items()
+            if before != spec and not is_same:
                 raise UserError(
                     f"{out}: its scores {spec.name!r} are of {before.kind}={before.ref}, now {spec.kind}={spec.ref} "
                     f"was given; give the new ones another name, NAME:{spec.kind}={spec.ref}"

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from flowbp.rewards.loading import prompt_of_each
 from flowbp.rewards.vlm.model import AnswerBatch, EncodedImage, PromptBatch, VisionLanguageModel, precise
 from flowbp.rewards.vlm.settings import (
     FILE,
@@ -79,6 +80,7 @@ class VlmReward:
         self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str], sources: Sources = ()
     ) -> Float[Tensor, " b"]:
         """Scores of images in [0, 1] for their prompts and source images."""
+        prompts = prompt_of_each(prompts, images)
         shown = [self._shown_sources(i, images, sources) for i in range(len(images))]
         edited = self.vlm.encode_images([images])
         with torch.no_grad():
