@@ -63,8 +63,9 @@ def test_edits_without_captions_or_evaluation_are_said(tmp_path: Path, captions:
         missing
     )
     assert "data.prompts has edits; set eval.prompts and eval.quick_prompts" in notes
-    evaluation = config.eval.model_copy(update={"prompts": file, "quick_prompts": file})
-    assert "eval.prompts" not in " ".join(unread_prompts(config.model_copy(update={"eval": evaluation})))
+    for others in ({"quick_prompts": file}, {"every": 0, "quick_prompts": "none.txt"}):  # not read where none is made
+        evaluation = config.eval.model_copy(update={"prompts": file, **others})
+        assert "eval.prompts" not in " ".join(unread_prompts(config.model_copy(update={"eval": evaluation})))
 
 
 def test_rows_of_a_file_may_have_images(tmp_path: Path) -> None:
