@@ -311,9 +311,7 @@ def test_a_folder_of_one_weights_file_and_no_description_is_that_file(tmp_path: 
     with pytest.raises(UserError, match="not a model folder"):
         hub.resolve(str(tmp_path))
     write_weights(tmp_path / "other.safetensors")
-    with pytest.raises(
-        UserError, match=r"2 safetensors files \(lora\.safetensors, other\.safetensors\) and no model; name"
-    ):
+    with pytest.raises(UserError, match=r"2 safetensors files \(lora\.safetensors, other\.safetensors\); give one"):
         hub.resolve(str(tmp_path), single_file=True)
 
 

@@ -63,8 +63,9 @@ def test_edits_without_captions_or_evaluation_are_said(tmp_path: Path, captions:
         missing
     )
     assert "data.prompts has edits; set eval.prompts and eval.quick_prompts" in notes
-    evaluation = config.eval.model_copy(update={"prompts": file, "quick_prompts": file})
-    assert "eval.prompts" not in " ".join(unread_prompts(config.model_copy(update={"eval": evaluation})))
+    for others in ({"quick_prompts": file}, {"every": 0, "quick_prompts": "none.txt"}):  # not read where none is made
+        evaluation = config.eval.model_copy(update={"prompts": file, **others})
+        assert "eval.prompts" not in " ".join(unread_prompts(config.model_copy(update={"eval": evaluation})))
 
 
 def test_rows_of_a_file_may_have_images(tmp_path: Path) -> None:
@@ -124,7 +125,9 @@ def test_a_dataset_may_hold_images(kind: str, tmp_path: Path) -> None:
         ("", r"rows\.jsonl:2: images: must be the path of an image, got a text without a name in it"),
         (["a.png", None], r"rows\.jsonl:2: images: must be the path of an image, got null"),
         ("['a.png', 'b.png']", r"rows\.jsonl:2: images: a cell of images has one path; write the rows as \.jsonl"),
-        ("https" + "://a.b/c.png?token=SECRET", "an image is a file, not an address; download it"),
+        ("https" + "://a.b/c.png?token=SECRET", r"https://\.\.\.: is an address, not a file; download it"),
+        ("data:image/png;base64,AAAA", r"data:\.\.\.: is the content of a file, not its path; write it into a file"),
+        ("A" * 5000, r"A{9,}\.\.\.: cannot be read"),
     ],
 )
 def test_an_image_that_cannot_be_read_is_named_with_its_row(tmp_path: Path, images: object, said: str) -> None:

@@ -77,7 +77,7 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
     for keys, options, scale in ((plain, {}, 1), (of_peft, {"r": 2, "lora_alpha": 8}, 4)):
         torch.testing.assert_close(fused(keys, options), scale * up @ down, rtol=1e-4, atol=1e-5)
     for keys, options, message in (
-        (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "is a DoRA of kohya's form"),
+        (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "dora_scale, which is no part of a plain LoRA"),
         (of_peft, {"r": 2, "use_rslora": True}, "its use_rslora in adapter_config.json is not supported"),
         (of_peft, {"r": 2, "lora_alpha": 2, "init_lora_weights": "PiSSA_niter_4"}, "its init_lora_weights PiSSA_niter"),
         (of_peft, {"r": 8, "lora_alpha": 8}, "has rank 2, but adapter_config.json says 8; copy both from one place"),

@@ -247,12 +247,10 @@ def _builtins() -> list[str]:
 
 def _check_path(path: Path, weights: bool, single_file: bool) -> Path:
     if path.is_dir():
-        files = [] if any((path / name).exists() for name in MODEL_FILES) else [*path.glob("[!.]*.safetensors")]
-        if single_file and len(files) == 1:
-            return _check_path(files[0], weights, single_file)
-        if single_file and len(files) > 1:
-            names = ", ".join(sorted(file.name for file in files)[:4])
-            raise UserError(f"{path}: {len(files)} safetensors files ({names}) and no model; name one behind a slash")
+        described = any((path / name).exists() for name in MODEL_FILES)
+        files = [] if described else [file.name for file in path.glob("[!.]*.safetensors")]
+        if single_file and files:
+            return _check_path(path / _choose_adapter(str(path), files), weights, single_file)
         check_folder(path, weights=weights)
         if not (single_file or any((path / name).exists() for name in ("model_index.json", "config.json"))):
             raise UserError(f"{path}: is an adapter; give the model it was trained on, or a folder with both merged")

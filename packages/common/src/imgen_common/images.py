@@ -36,6 +36,8 @@ MAX_ASPECT_RATIO = 200
 """The processors of Qwen2-VL and its successors refuse an image beyond it."""
 MAX_SIDE = 2**16 - 1
 """Longest side, that of JPEG; each row costs time of its own."""
+MAX_NAME = 4096
+"""Longest path; what is longer is most often the content of an image in the place of its path."""
 ORIENTATION = 0x0112
 
 
@@ -111,6 +113,7 @@ def decode(
     Raises UserError for an image that is too large, of another format, damaged or cut short.
     """
     name = "the image" if isinstance(source, bytes) else str(source)
+    name = name if len(name) <= MAX_NAME else f"{name[:300]}..."
     data = _read(source, name, max_bytes)
     try:
         bare, orientation = _without_metadata(data, max_pixels)

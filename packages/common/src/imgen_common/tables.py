@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError, check_text, one_line
-from imgen_common.files import MAX_LINE_BYTES, numbered_lines, opened, read_text, text_lines
+from imgen_common.files import MAX_LINE_BYTES, check_no_address, numbered_lines, opened, read_text, text_lines
 
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 """What `read_table` reads."""
@@ -204,10 +204,8 @@ def check_cell(text: str, what: str, remedy: str) -> None:
 
 
 def image_path(folder: Path, name: str) -> Path:
-    """The path of a row's image.  Raises UserError for a list in a cell, and for an address, which may hold a token, so
-    that it is not shown."""
-    if "://" in name:
-        raise UserError("an image is a file, not an address; download it, and give its path")
+    """The path of a row's image.  Raises UserError for a list in a cell, and as `check_no_address`."""
+    check_no_address(name)
     if name.startswith(("['", '["')):
         raise UserError("a cell of images has one path; write the rows as .jsonl, where a list of them may stand")
     return folder / name

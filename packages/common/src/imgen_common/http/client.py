@@ -206,24 +206,20 @@ class HttpClient(RetryingCaller):
     def _unreachable(self, place: str, error: Exception, proxy: str | None) -> HttpError:
         import httpx
 
-        reason = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__
+        reason, what = self.clean(CREDENTIALS.sub("//...@", str(error))) or type(error).__name__, ""
         if "CERTIFICATE_VERIFY_FAILED" in reason:
             what = "its certificate cannot be verified"
             remedy = next((words for sign, words in CERTIFICATE_REMEDIES.items() if sign in reason), AUTHORITY)
-            return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
-        if "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
+        elif "CERTIFICATE_REQUIRED" in reason or "HANDSHAKE_FAILURE" in reason:
+            what = "refuses the TLS connection"
             remedy = "if it asks for a certificate of its clients, reach it through a proxy that has one"
-            return HttpError(
-                "unreachable", f"{place}: refuses the TLS connection ({reason}); {remedy}", can_retry=False
-            )
-        if "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
-            what = "it does not speak TLS"
-            remedy = "give its address with http:// instead of https://"
+        elif "WRONG_VERSION_NUMBER" in reason or "RECORD_LAYER_FAILURE" in reason:
+            what, remedy = "it does not speak TLS", "give its address with http:// instead of https://"
             if (proxy or "").startswith("https:"):
                 what, remedy = "the proxy does not speak TLS", "give the proxy's address with http://, also for https"
+        if what:
             return HttpError("unreachable", f"{place}: {what} ({reason}); {remedy}", can_retry=False)
-        remedy = f"; {OTHER_PROXY}" if proxy else ""
-        message = f"{place}: cannot be reached ({reason}){remedy}"
+        message = f"{place}: cannot be reached ({reason}){f'; {OTHER_PROXY}' if proxy else ''}"
         if isinstance(error, httpx.ReadError | httpx.RemoteProtocolError):
             return ConnectionLost(message)
         return HttpError("unreachable", message)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from flowbp.config import DataConfig, ModelConfig
+from flowbp.config import DataConfig, EvalConfig, ModelConfig
 from flowbp.data.edits import caption_of, sources_of
 from flowbp.data.rows import read_dataset, read_prompts, set_key, shapes_edits
 from flowbp.rewards import RewardConfig
@@ -54,6 +54,11 @@ def load_prompts(source: str, data: DataConfig | None = None, limit: int | None 
     if not prompts:
         raise UserError(f"{source}: holds no prompt; give at least one")
     return prompts[:limit]
+
+
+def load_quick_prompts(config: EvalConfig, data: DataConfig) -> list[str]:
+    """The prompts of the quick evaluations; none where none is made.  Raises UserError as `load_prompts`."""
+    return load_prompts(config.quick_prompts, data, config.quick_num_prompts) if config.every else []
 
 
 def shapes_split(source: str, *, edits: bool = False) -> "Split":

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
 from flowbp.data.edits import source_thumbnails
-from flowbp.data.prompts import load_prompts
+from flowbp.data.prompts import load_prompts, load_quick_prompts
 from flowbp.evaluation.evaluate import Evaluation, NotFiniteError
 from flowbp.evaluation.image_statistics import rms_distance
 from flowbp.evaluation.results import delete_evaluations, load_evaluations, save_evaluation
@@ -82,7 +82,7 @@ class TrainingLoop:
         config = self.config = self.trainer.config
         evaluation, data = config.eval, config.data
         self.full_prompts = load_prompts(evaluation.prompts, data, evaluation.num_prompts)
-        self.quick_prompts = load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts)
+        self.quick_prompts = load_quick_prompts(evaluation, data)
         self.watches = config.watchdog.enabled and evaluation.every > 0
         self.evaluation_due = False
 
@@ -93,7 +93,7 @@ class TrainingLoop:
         if (latest := self.run.latest_checkpoint()) is not None:
             checkpoint = load_checkpoint(self.run, latest)
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
-            self.evaluation_due = bool(checkpoint.state.get("evaluation_due"))
+            self.evaluation_due = bool(checkpoint.state.get("evaluation_due")) and self.config.eval.every > 0
         self.trainer.accelerator.wait_for_everyone()
         update = self.trainer.update
         # what a damaged checkpoint of the end had led to is dropped with it

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, check_scored, describe_row, sources_of
-from flowbp.data.prompts import describe_unread_prompts, load_prompts
+from flowbp.data.prompts import describe_unread_prompts, load_prompts, load_quick_prompts
 from flowbp.evaluation.sources import read_sampling
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
@@ -171,7 +171,7 @@ def all_prompts(config: TrainConfig) -> Prompts:
     found = Prompts(
         load_prompts(config.data.prompts, data),
         load_prompts(evaluation.prompts, data, evaluation.num_prompts),
-        load_prompts(evaluation.quick_prompts, data, evaluation.quick_num_prompts),
+        load_quick_prompts(evaluation, data),
     )
     rows = [prompt for part in found for prompt in part if isinstance(prompt, Edit)]
     filled = {
@@ -197,9 +197,10 @@ def unread_prompts(config: TrainConfig) -> list[str]:
     found = all_prompts(config)
     prompts = [prompt for part in found for prompt in part]
     notes = describe_unread_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
-    trained, *evaluated = (any(map(sources_of, part)) for part in found)
-    if trained and not all(evaluated):
-        notes.append("data.prompts has edits; set eval.prompts and eval.quick_prompts, which have none, to edits too")
+    evaluated = {"eval.prompts": found.eval, "eval.quick_prompts": found.quick}
+    without = [key for key, part in evaluated.items() if part and not any(map(sources_of, part))]
+    if without and any(map(sources_of, found.data)):
+        notes.append(f"data.prompts has edits; set {' and '.join(without)}, without any, to edits too")
     return [*notes, *_other_lengths(config)]
 
 

@@ -77,8 +77,8 @@ UNREAD_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "mo
 """Options of PEFT that scale an adapter otherwise than by lora_alpha / r, or are more than scale B A."""
 
 
-NO_LORA = re.compile(r"\.(diff|diff_b|hada_[wt]\w+|oft_\w+|w_norm|b_norm)$")
-"""Ends of the names of what others train beside LoRA: whole changes of weights and biases, LoHa, OFT, norms."""
+NO_LORA = re.compile(r"\.(diff|diff_b|hada_[wt]\w+|oft_\w+|w_norm|b_norm|dora_scale)$")
+"""Ends of the names of what others train beside LoRA: whole changes of weights and biases, LoHa, OFT, norms, DoRA."""
 
 
 def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
@@ -143,8 +143,6 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
     if more:
         raise UserError(f"{what}: has {more[0]}, which is no part of a plain LoRA and is not read; give a plain LoRA")
     check_plain_start(_header_options(metadata), what)
-    if dora := [name for name in names if "dora_scale" in name]:  # diffusers leaves them out, which is another adapter
-        raise UserError(f"{what}: is a DoRA of kohya's form (it has {dora[0]}), which is not read; give a plain LoRA")
     weight *= _described_scale(file, names, ranks, what)
     try:
         keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
