@@ -19,7 +19,7 @@ from interleave.models.generators.pipeline import PipelineConfig
 from interleave.models.hashes import hash_models
 from tests.interleave.editors import folder_of
 
-LAYER = "transformer_blocks.0.attn.to_q"
+LAYER, LAYER_OF_KOHYA = "transformer_blocks.0.attn.to_q", "lora_unet_double_blocks_0_img_attn_proj"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,7 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
         torch.testing.assert_close(fused(keys, options), scale * up @ down, rtol=1e-4, atol=1e-5)
     for keys, options, message in (
         (plain | {f"transformer.{LAYER}.dora_scale": wide}, {}, "dora_scale, which is no part of a plain LoRA"),
+        (plain | {f"transformer.{LAYER}.lokr_w1": wide}, {}, "lokr_w1, which is no part of a plain LoRA"),
         (of_peft, {"r": 2, "use_rslora": True}, "its use_rslora in adapter_config.json is not supported"),
         (of_peft, {"r": 2, "lora_alpha": 2, "init_lora_weights": "PiSSA_niter_4"}, "its init_lora_weights PiSSA_niter"),
         (of_peft, {"r": 8, "lora_alpha": 8}, "has rank 2, but adapter_config.json says 8; copy both from one place"),
@@ -90,6 +91,53 @@ def test_what_is_not_read_is_refused_and_peft_s_alpha_is_read(klein: Path, tmp_p
     save_file(plain, tmp_path / "any.safetensors", {"format": "pt", "lora_adapter_metadata": said})
     with pytest.raises(UserError, match=r"^lora any: its init_lora_weights olora changes the weights of the model"):
         load_lora(pipe, tmp_path / "any.safetensors", "lora any", 1.0)
+
+
+@pytest.mark.parametrize("family", ["flux", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_layers_named_as_in_diffusers_count_as_their_trainer_scaled_them(family: str, tmp_path: Path) -> None:
+    """diffusers itself drops some of the alphas, and takes some forms in some pipelines only."""
+    pipe = loaded(folder_of(family, tmp_path))
+    down, up = factors(pipe, "transformer", LAYER).values()
+    for start, halves, alpha in (
+        ("transformer.", ("lora_down", "lora_up"), 1.0),  # OneTrainer
+        ("lora_transformer_", ("lora_down", "lora_up"), 1.0),
+        ("base_model.model.", ("lora_A", "lora_B"), None),  # PEFT
+        ("diffusion_model.", ("lora_A", "lora_B"), 4.0),
+        ("", ("lora.down", "lora.up"), None),
+    ):
+        before = pipe.transformer.get_submodule(LAYER).weight.clone()
+        layer = start + (LAYER.replace(".", "_") if start.endswith("_") else LAYER)
+        keys = {f"{layer}.{half}.weight": one for half, one in zip(halves, (down, up), strict=True)}
+        save_file(keys | ({f"{layer}.alpha": torch.tensor(alpha)} if alpha else {}), tmp_path / "a.safetensors")
+        load_lora(pipe, tmp_path / "a.safetensors", "lora a", 1.0)
+        added = pipe.transformer.get_submodule(LAYER).weight - before
+        torch.testing.assert_close(added, (alpha or 2) / 2 * up @ down, rtol=1e-4, atol=1e-5)
+
+
+def test_what_diffusers_leaves_out_is_refused(klein: Path, tmp_path: Path) -> None:
+    """T5 of FLUX.1, and layers of FLUX.2 outside of blocks, in kohya's names."""
+    file = tmp_path / "a.safetensors"
+
+    def refusal(pipe: DiffusionPipeline, *layers: str, value: float = 1.0) -> str:
+        keys = {f"{LAYER_OF_KOHYA}.lora_{one}.weight": torch.ones(32, 32) for one in ("down", "up")}
+        for layer in layers:
+            keys |= {f"{layer}.lora_{one}.weight": torch.full((2, 2), value) for one in ("down", "up")}
+        save_file(keys, file)
+        with nullcontext() if not value else pytest.raises(UserError) as said:
+            load_lora(pipe, file, "lora a", 1.0)
+        return str(said.value) if said else ""
+
+    flux = loaded(folder_of("flux", tmp_path))
+    t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    assert f"loads adapters of FluxPipeline without {t5}" in refusal(flux, t5)
+    assert not refusal(flux, t5, value=0.0)
+    assert "does not fit FluxPipeline" in refusal(flux, "lora_transformer_a", "lora_te2_b")
+    assert "without lora_unet_single_stream_modulation_lin" in refusal(
+        loaded(klein), "lora_unet_single_stream_modulation_lin"
+    )
+    save_file({f"{LAYER_OF_KOHYA}.lora_down.weight": torch.ones(2, 32)}, file)
+    with pytest.raises(UserError, match=f"one of two factors .* of {LAYER_OF_KOHYA}"):
+        load_lora(flux, file, "lora a", 1.0)
 
 
 @pytest.mark.parametrize("end", ["diff", "diff_b", "hada_w1_a"])

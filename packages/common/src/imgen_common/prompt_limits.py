@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgen_common.errors import UserError
 from imgen_common.weights import check_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 """Stands for an image in the text of a Qwen-VL; its second token is repeated for each of the image's."""
@@ -125,3 +128,18 @@ def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:
                     f"{ref}: {file} {says}, and {name} reads {most}; set model_max_length to {most}, or copy that file "
                     "again"
                 )
+
+
+def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
+    """Which hidden states of its text encoder FLUX.2 reads: evenly spaced, 9, 18, 27 of 36 layers.
+
+    Its pipeline does not derive them.  Their number follows from the transformer's text width.
+    Raises UserError if the two models do not fit.
+    """
+    count, rest = divmod(joint_dim, config.hidden_size)
+    if rest or not 0 < count < config.num_hidden_layers:
+        raise UserError(
+            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
+            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
+        )
+    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))

@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from imgen_common.errors import UserError, one_line, quoted, warn_once
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
+T = TypeVar("T")
 INTEGERS = frozenset(sign + bits for sign in "IU" for bits in ("8", "16", "32", "64"))
 """Numbers, by safetensors' names, that a plain weight never has; buffers, such as position_ids, may have them."""
 FLOAT8 = "F8_"
@@ -37,6 +35,12 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways in which PEFT draws the first A and B of an adapter and leaves the weights of the model alone."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
+ADAPTER_KEY = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<part>A|B|down|up)(?:\.default)?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
+)
+IS_DOWN = {"A": True, "down": True, "B": False, "up": False}
+ADAPTER_PREFIXES = ("", "transformer_", "base_model_model_", "lora_unet_", "lora_transformer_", "diffusion_model_")
+"""What stands before the name of a layer, dots as underscores: nothing, diffusers, PEFT, kohya twice, ComfyUI."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
 """One of these is in the folder of an adapter."""
 HEAD_FILE = "head.safetensors"
@@ -343,21 +347,6 @@ def _no_weights(folder: Path, library: str) -> UserError:
     )
 
 
-def text_layers(config: "PretrainedConfig", joint_dim: int) -> tuple[int, ...]:
-    """Which hidden states of its text encoder FLUX.2 reads: evenly spaced, 9, 18, 27 of 36 layers.
-
-    Its pipeline does not derive them.  Their number follows from the transformer's text width.
-    Raises UserError if the two models do not fit.
-    """
-    count, rest = divmod(joint_dim, config.hidden_size)
-    if rest or not 0 < count < config.num_hidden_layers:
-        raise UserError(
-            f"a text encoder of {config.num_hidden_layers} layers of width {config.hidden_size} does not fit a "
-            f"transformer that reads {joint_dim} numbers per token; take both from one folder"
-        )
-    return tuple(config.num_hidden_layers * k // (count + 1) for k in range(1, count + 1))
-
-
 PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
 """Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
 other processors have a patch_size of another form, or of another meaning."""
@@ -396,3 +385,15 @@ def check_patches(image_processor: Any, folder: Path, ref: str) -> None:
                 f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
                 "preprocessor_config.json and config.json from one place"
             )
+
+
+def parse_adapter_key(key: str, targets: Mapping[str, T]) -> tuple[str, str, T | None] | None:
+    """The module of an adapter's tensor, its part of that (down, up or alpha), and what the module stands for among
+    `targets`, by names with underscores for dots; None for a tensor that is no part of a plain LoRA."""
+    match = ADAPTER_KEY.fullmatch(key)
+    if match is None:
+        return None
+    part = "alpha" if match["alpha"] else "down" if IS_DOWN[match["part"] or match["old"]] else "up"
+    flat = match["module"].replace(".", "_")
+    names = (flat.removeprefix(prefix) for prefix in ADAPTER_PREFIXES if flat.startswith(prefix))
+    return match["module"], part, next((targets[name] for name in names if name in targets), None)

@@ -20,16 +20,10 @@ from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import ADAPTER_CONFIG, check_plain_start, read_json
+from imgen_common.weights import ADAPTER_CONFIG, check_plain_start, parse_adapter_key, read_json
 
 PEFT_ALPHA = 8
 """lora_alpha of a description that does not give it."""
-KEY = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<part>A|B|down|up)(?:\.default)?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
-)
-IS_DOWN = {"A": True, "down": True, "B": False, "up": False}
-PREFIXES = ("", "transformer_", "base_model_model_", "lora_unet_", "lora_transformer_", "diffusion_model_")
-"""What stands before the name of a layer, dots as underscores: nothing, diffusers, PEFT, kohya twice, ComfyUI."""
 TRIED = (
     "diffusers (transformer.LAYER.lora_A.weight), PEFT (base_model.model.LAYER.lora_A.weight), kohya "
     "(lora_unet_LAYER.lora_down.weight) and ComfyUI (diffusion_model.LAYER.lora_A.weight)"
@@ -215,15 +209,11 @@ def _by_module(
     found: dict[str, tuple[_Target, dict[str, Tensor]]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        flat = match["module"].replace(".", "_") if match else ""
-        names = (flat.removeprefix(prefix) for prefix in PREFIXES if flat.startswith(prefix))
-        target = next((targets[name] for name in names if name in targets), None)
-        if match is None or target is None:
+        module, part, target = parse_adapter_key(key, targets) or ("", "", None)
+        if target is None:
             unknown.append(key)
             continue
-        part = "alpha" if match["alpha"] else "down" if IS_DOWN[match["part"] or match["old"]] else "up"
-        found.setdefault(match["module"], (target, {}))[1][part] = tensor
+        found.setdefault(module, (target, {}))[1][part] = tensor
     if not found:
         has = f"its {len(tensors)} keys begin with {min(tensors)}" if tensors else "it is empty"
         example = next((target.layers[0] for target in targets.values()), "none")

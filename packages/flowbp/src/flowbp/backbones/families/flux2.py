@@ -17,7 +17,7 @@ from flowbp.backbones.source_tokens import by_layout, with_sources
 from flowbp.core.types import Cond, Layout
 from imgen_common.errors import UserError
 from imgen_common.images import enlarge
-from imgen_common.weights import text_layers
+from imgen_common.prompt_limits import text_layers
 
 SOURCE_TIME = 10
 """First coordinate of the tokens of source k is SOURCE_TIME (k + 1), that of the image's own tokens 0."""

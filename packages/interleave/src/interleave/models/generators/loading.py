@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
-from imgen_common.prompt_limits import check_vocabularies
+from imgen_common.prompt_limits import check_vocabularies, text_encoder_names, text_layers
 from imgen_common.weights import (
     ADAPTER_CONFIG,
     check_autoencoder,
     check_channels,
     check_plain_start,
     loading,
+    parse_adapter_key,
     read_json,
-    text_layers,
     warn_of_unknown_settings,
 )
 
@@ -77,8 +77,9 @@ UNREAD_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "mo
 """Options of PEFT that scale an adapter otherwise than by lora_alpha / r, or are more than scale B A."""
 
 
-NO_LORA = re.compile(r"\.(diff|diff_b|hada_[wt]\w+|oft_\w+|w_norm|b_norm|dora_scale)$")
-"""Ends of the names of what others train beside LoRA: whole changes of weights and biases, LoHa, OFT, norms, DoRA."""
+NO_LORA = re.compile(r"\.(diff|diff_b|hada_[wt]\w+|lokr_w\w+|oft_\w+|w_norm|b_norm|dora_scale)$")
+"""Ends of the names of what others train beside LoRA: whole changes of weights and biases, LoHa, LoKr, OFT, norms,
+DoRA."""
 
 
 def family_of(ref: str, folder: Path) -> tuple[str, PipelineFamily]:
@@ -136,23 +137,90 @@ def load_lora(pipe: "DiffusionPipeline", file: Path, what: str, weight: float) -
     from safetensors import safe_open
 
     with safe_open(file, "pt") as content:
-        names, metadata = [*content.keys()], content.metadata() or {}
-        ranks = {name: content.get_slice(name).get_shape()[0] for name in names if ".lora_A." in name}
-        # what diffusers leaves out of some pipelines, and which is there as zeros too
-        more = [name for name in names if NO_LORA.search(name) and content.get_tensor(name).any()]
+        metadata = content.metadata() or {}
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
+    # what diffusers leaves out of some pipelines, and which is there as zeros too
+    more = [name for name, tensor in tensors.items() if NO_LORA.search(name) and tensor.any()]
     if more:
         raise UserError(f"{what}: has {more[0]}, which is no part of a plain LoRA and is not read; give a plain LoRA")
     check_plain_start(_header_options(metadata), what)
-    weight *= _described_scale(file, names, ranks, what)
+    ranks = {name: len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+    weight *= _described_scale(file, [*tensors], ranks, what)
     try:
-        keys = pipe.lora_state_dict(file.parent, weight_name=file.name)
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name="adapter")
+        # a header of diffusers says how it is scaled, which only that reads
+        plain = {} if "lora_adapter_metadata" in metadata else _named_as_here(pipe, tensors)
+        if not plain:
+            _check_nothing_is_lost(pipe, tensors, what)
+        given: dict[str, Any] = {"pretrained_model_name_or_path_or_dict": plain or file.parent}
+        given |= {} if plain else {"weight_name": file.name}
+        keys = pipe.lora_state_dict(**given)
+        pipe.load_lora_weights(**given, adapter_name="adapter")
         _check_lora_keys(pipe, keys, what)
         # by default diffusers fuses the transformer alone in some pipelines whose text encoders it loads adapters for
         pipe.fuse_lora(components=pipe._lora_loadable_modules, lora_scale=weight)
-    except (RuntimeError, ValueError, LookupError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         raise UserError(f"{what}: does not fit {type(pipe).__name__} ({one_line(str(error))})") from error
     pipe.unload_lora_weights()
+
+
+def _named_as_here(pipe: "DiffusionPipeline", tensors: "Mapping[str, torch.Tensor]") -> "dict[str, torch.Tensor]":
+    """An adapter all of whose layers have their names in diffusers, whatever its trainer puts before them, under the
+    keys that every pipeline loads, its alphas in the factors B; empty for another, which diffusers has to convert."""
+    networks = {name: getattr(pipe, name) for name in ("transformer", *text_encoder_names(pipe))}
+    layers = [(name, layer) for name, part in networks.items() if part is not None for layer, _ in part.named_modules()]
+    targets = {
+        f"{name}.{layer}".replace(".", "_").removeprefix("transformer_"): f"{name}.{layer}" for name, layer in layers
+    }
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        _, part, layer = parse_adapter_key(key.replace(".text_model.", "."), targets) or ("", "", None)
+        if layer is None:
+            return {}
+        found.setdefault(layer, {})[part] = tensor
+    keys: dict[str, torch.Tensor] = {}
+    for layer, parts in found.items():
+        scale = float(parts["alpha"]) / len(parts["down"]) if {"alpha", "down"} <= parts.keys() else 1.0
+        halves = {"A": parts.get("down"), "B": parts.get("up")}
+        keys |= {
+            f"{layer}.lora_{half}.weight": one * scale if half == "B" and scale != 1 else one
+            for half, one in halves.items()
+            if one is not None
+        }
+    return keys
+
+
+def _check_nothing_is_lost(pipe: "DiffusionPipeline", tensors: "Mapping[str, torch.Tensor]", what: str) -> None:
+    """Raises UserError where a part of an adapter has no counterpart, or diffusers would leave it out without a word.
+
+    It does so of layers outside of blocks and of T5 for FLUX.1 and FLUX.2 alone, and refuses in other pipelines what it
+    does not know.  It is asked to convert numbers of the modules in the place of their factors.
+    """
+    import torch
+
+    modules: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        module, part, _ = parse_adapter_key(key, {}) or ("", "", None)
+        modules.setdefault(module, {})[part] = key
+    modules = {module: parts for module, parts in modules.items() if module and parts.keys() != {"alpha"}}
+    if halves := [module for module, parts in modules.items() if not {"down", "up"} <= parts.keys()]:
+        raise UserError(f"{what}: has one of two factors (lora_A, lora_B) of {halves[0]}; download or copy it again")
+    if "Flux" not in type(pipe).__name__ or not modules:
+        return
+    numbers = {module: float(number) for number, module in enumerate(modules, 2)}
+    marked = dict(tensors)
+    for module, parts in modules.items():
+        rank = len(tensors[parts["down"]])
+        for part, value in {"down": 1.0, "up": numbers[module], "alpha": float(rank)}.items():
+            if part in parts:
+                marked[parts[part]] = torch.full((), value).expand(tensors[parts[part]].shape)
+    kept = {float(one.flatten()[0]) for one in pipe.lora_state_dict(marked).values() if one.dim() == 2}
+    lost = [module for module, number in numbers.items() if number not in kept]
+    for module in lost:  # some files hold text encoders as zeros
+        if tensors[modules[module]["up"]].any() and tensors[modules[module]["down"]].any():
+            raise UserError(
+                f"{what}: diffusers loads adapters of {type(pipe).__name__} without {module}; give one without such "
+                "layers, as the result would be another one"
+            )
 
 
 def _header_options(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class PipelineConfig(GenerationSettings):
     ref: str = "builtin:shapes/generator"
     """The model: `builtin:shapes/generator`, a folder, or `org/name@revision`; safetensors only."""
     lora: str | None = None
-    """An adapter that is fused into it: a file or folder that `flowbp export` wrote, or any that diffusers loads;
-    also `org/name@revision`, with `/FILE.safetensors` behind it where a repository has several."""
+    """An adapter that is fused into it: a file or folder that `flowbp export` wrote, of PEFT, or any that diffusers
+    loads; also `org/name@revision`, with `/FILE.safetensors` behind it where a repository has several."""
     lora_weight: Annotated[float, Ge(-10), Le(10)] = 1.0
     """Factor of the adapter."""
     max_references: Annotated[int, Ge(0), Le(16)] | None = None
