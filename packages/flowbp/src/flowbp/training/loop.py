@@ -22,6 +22,7 @@ from imgen_common.devices import any_process, float32_matmul_precision
 from imgen_common.errors import UserError, quoted
 from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import last_healthy_update, read_alerts
 from imgen_common.shutdown import GracefulShutdown
 
 QUICK_METRICS = ("eval/", "eval_preview/")
@@ -186,7 +187,7 @@ class TrainingLoop:
     def has_watchdog_ended(self) -> bool:
         """Whether an alert after this update ends the training; to be asked on the main process, which keeps them."""
         stops = self.watches and self.config.watchdog.stop
-        return stops and bool(watchdog.read_alerts(self.run.path).get(self.trainer.update))
+        return stops and bool(read_alerts(self.run.path).get(self.trainer.update))
 
     def run_update(self) -> None:
         """One update, or none at all: a gradient that is not finite is refused before it touches a weight."""
@@ -220,7 +221,7 @@ class TrainingLoop:
 
     def prune_checkpoints(self) -> None:
         """Removes old checkpoints, but never the last healthy one."""
-        healthy = watchdog.last_healthy_update(self.run.path)
+        healthy = last_healthy_update(self.run.path)
         self.run.prune(self.config.checkpoint.keep, keep=() if healthy is None else (healthy,))
 
     # --- evaluations -------------------------------------------------------------------------------------------------
