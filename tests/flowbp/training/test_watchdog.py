@@ -260,6 +260,24 @@ def looping(path: Path, update: int, *sets: str) -> TrainingLoop:
     return loop
 
 
+def test_whole_evaluations_of_the_base_are_not_made_again(tmp_path: Path) -> None:
+    asked = list[str]()
+    for stop in ("base, guidance 2", None):
+        loop = looping(tmp_path / "run", 0)
+        real = loop._evaluate
+
+        def evaluated(prompts: list[str], source: str, scale: float, label: str, real: Any = real) -> Evaluation:
+            asked.append(label)
+            if label == stop:  # noqa: B023
+                raise KeyboardInterrupt
+            return real(prompts, source, scale, label)
+
+        loop._evaluate = evaluated  # type: ignore[assignment]
+        with loop.run, contextlib.suppress(KeyboardInterrupt):
+            loop.evaluate_base()
+    assert asked == ["base, guidance 1", "base, guidance 2", "base, guidance 2", "quick"]
+
+
 @pytest.mark.parametrize("place", ["image", "finding", "metrics"])
 def test_an_evaluation_that_was_cut_short_is_watched_once_resumed(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -114,7 +114,8 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Number of prompts to use.", min=1)] = None,
     guidance: Annotated[
-        list[float] | None, typer.Option("--guidance-scale", help="Guidance scale; may be repeated.")
+        list[float] | None,
+        typer.Option("--guidance-scale", help="Guidance scale; may be repeated. Default: the run's or model's own."),
     ] = None,
     sets: Sets = None,
     runs: Runs = Path("runs"),
@@ -153,7 +154,7 @@ def evaluate(
     models.check_compared(sources, texts)
     print_notes(sources[-1].assumed_settings())
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
-    rewards, scales = load_rewards(config, device_of("auto")), config.eval.guidance_scale
+    rewards, scales = load_rewards(config, device_of("auto")), guidance or sources[-1].eval_guidance_scales
     with progress_bar() as on_progress:
         found = [sampling.evaluate_model(one, texts, rewards, config, scales, on_progress) for one in sources]
     print_notes(compare.describe_not_finite(found))

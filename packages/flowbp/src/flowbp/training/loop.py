@@ -100,7 +100,7 @@ class TrainingLoop:
         # what a damaged checkpoint of the end had led to is dropped with it
         is_last = update == self.config.max_train_steps or self.has_watchdog_ended()
         ended = is_last and all(line["step"] <= update for line in self.run.metrics())
-        self.run.rewind(update or -1)  # before the first update the base is evaluated again
+        self.run.rewind(update or -1)  # before the first update the quick evaluation is made again
         if self.run.is_main:
             watchdog.drop_findings_after(self.run.path, update)
             if not ended:
@@ -229,10 +229,10 @@ class TrainingLoop:
     def run_full_evaluation(self, name: str) -> None:
         """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows.
 
-        Those of the trained model that a stopped process had made are not made again.
+        Those that a stopped process had made are not made again.
         """
         config = self.config
-        done = load_evaluations(self.run.path) if self.run.is_main and name == "trained" else {}
+        done = load_evaluations(self.run.path) if self.run.is_main else {}
         for scale in config.eval_guidance_scales:
             if any_process((name, scale) in done, self.trainer.accelerator.device):
                 continue
