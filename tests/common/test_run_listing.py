@@ -184,7 +184,13 @@ def test_cleaning_keeps_the_last_checkpoint_and_scores(tmp_path: Path) -> None:
 
 def test_without_images_only_checkpoints_go(tmp_path: Path) -> None:
     path = make_training(tmp_path / "a", finished=False)
-    assert [one.path.name for one in find_removable(path, images=False)] == ["step-000001", "step-000002"]
+    names = [one.path.name for one in find_removable(path, images=False)]
+    assert names == ["step-000001", "step-000002"]
+    (path / "watchdog").mkdir()
+    for alerts, kept in (([], []), (["drift"], ["step-000002"])):  # of the last update before the first alert
+        lines = [{"update": 2, "alerts": []}, {"update": 3, "alerts": alerts}]
+        (path / "watchdog" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert [one.path.name for one in find_removable(path, images=False)] == names[: 2 - len(kept)]
     with pytest.raises(UserError, match="--images is for finished runs"):
         find_removable(path, images=True)
 

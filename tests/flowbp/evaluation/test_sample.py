@@ -98,6 +98,7 @@ def test_a_model_is_drawn_as_its_folder_says(
     assert (config.guidance_scale, config.model.embedded_guidance) == expected
     assert config.eval.num_inference_steps == 7
     assert model_source(str(folder), tmp_path, ["model.height=8"]).config.model.height == 8
+    assert model_source(str(folder), tmp_path).eval_guidance_scales == (*dict.fromkeys((expected[0], 1.0, 2.0)),)
     (tmp_path / "adapter").mkdir()
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
     (tmp_path / "adapter" / hub.SAMPLING_FILE).write_text('{"height": 48, "width": 32, "max_sequence_length": 9}')
@@ -112,6 +113,10 @@ def test_a_model_is_drawn_as_its_folder_says(
     assert not any(
         "was exported with" in note for note in unread_prompts(load(TrainConfig, [], [f"model.ref={GENERATOR}", *sets]))
     )
+    (folder / hub.SAMPLING_FILE).unlink()
+    scales = {"": (1.0, 2.0), "guidance_scale=3": (3.0, 1.0, 2.0), "eval.guidance_scale=[4]": (4.0,)}
+    for given, found in scales.items():
+        assert model_source(str(folder), tmp_path, [given] if given else []).eval_guidance_scales == found
     (folder / hub.SAMPLING_FILE).write_text('{"height": "tall"}')
     with pytest.raises(UserError, match=r"sampling\.json: damaged"):
         model_source(str(folder), tmp_path)
@@ -261,6 +266,9 @@ def test_a_model_is_drawn_as_the_run_that_it_is_compared_with(tmp_path: Path) ->
         for pair in (("run", GENERATOR), (GENERATOR, "run")):
             found = [source.config.model for source in compared_sources(*pair, tmp_path, sets)]
             assert {(model.dtype, model.max_sequence_length) for model in found} == {(dtype, 8)}
+    shutil.copytree(tmp_path / "run", tmp_path / "other" / "run")
+    pair = [str(tmp_path / "other" / "run"), str(tmp_path / "run")]
+    assert [source.label for source in compared_sources(pair[1], pair[0], tmp_path)] == pair
 
 
 def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
@@ -285,13 +293,21 @@ def test_what_a_model_is_compared_with_is_drawn_like_it(tmp_path: Path) -> None:
 def test_a_run_is_compared_with_its_base_under_equal_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flowbp: Callable[..., tuple[int, str, str]]
 ) -> None:
-    run = trained(tmp_path, hub.resolve(GENERATOR), "lora.rank=2")
+    run = trained(tmp_path, hub.resolve(GENERATOR), "lora.rank=2", "guidance_scale=3")
     drawn: list[ModelSource] = []
-    monkeypatch.setattr(sampling, "evaluate_model", lambda source, *_: drawn.append(source) or {})
+    scales: list[tuple[float, ...]] = []
+
+    def evaluate(source: ModelSource, prompts: Any, rewards: Any, config: Any, at: Any, on_progress: Any) -> Any:
+        drawn.append(source)
+        scales.append(tuple(at))
+        return {}
+
+    monkeypatch.setattr(sampling, "evaluate_model", evaluate)
     for command in (["eval", str(run)], ["eval", str(run), "--against", str(run)]):
         assert flowbp(*command, "--set", "model.dtype=bfloat16", "--json")[0] == 0
     assert [source.config.model.dtype for source in drawn] == ["bfloat16"] * 4
     assert [source.run is None for source in drawn] == [True, False, False, False]
+    assert set(scales) == {(3.0, *drawn[-1].config.eval.guidance_scale)}
     with pytest.raises(UserError, match=r"^lora: .* has adapters of its own"):
         model_source(str(run), tmp_path, ["lora.init=other.safetensors"])
 

@@ -18,10 +18,10 @@ from flowbp.evaluation.results import load_evaluations
 from flowbp.reports.run_data import read_run
 from flowbp.training.progress import NullReporter
 from flowbp.training.state import TorchTrainState
-from flowbp.training.watchdog import read_alerts
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder, set_aside_damaged_checkpoints
+from imgen_common.run_folder.listing import read_alerts
 
 State = dict[str, dict[str, Tensor]]
 

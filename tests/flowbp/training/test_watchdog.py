@@ -24,6 +24,7 @@ from flowbp.training.watchdog import Finding, compare_with_base, image_drift
 from imgen_common.config import load
 from imgen_common.images import from_pil, to_pil
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import last_healthy_update, read_alerts
 from imgen_common.shutdown import GracefulShutdown
 
 RECIPES = Path(__file__).parents[3] / "configs" / "flowbp" / "miniature"
@@ -176,14 +177,14 @@ def test_drift_is_measured_in_what_the_base_s_images_differ_by() -> None:
 
 
 def test_the_last_healthy_update_is_the_one_before_the_first_alert(tmp_path: Path) -> None:
-    assert watchdog.last_healthy_update(tmp_path) is None
+    assert last_healthy_update(tmp_path) is None
     for update, alerts in ((10, []), (20, []), (30, ["bad"]), (40, [])):
         watchdog.append_finding(tmp_path, update, Finding(alerts, {}))
-    assert watchdog.last_healthy_update(tmp_path) == 20
-    assert watchdog.read_alerts(tmp_path)[30] == ["bad"]
+    assert last_healthy_update(tmp_path) == 20
+    assert read_alerts(tmp_path)[30] == ["bad"]
     watchdog.drop_findings_after(tmp_path, 20)
     watchdog.append_finding(tmp_path, 30, Finding([], {}))
-    assert watchdog.last_healthy_update(tmp_path) == 30
+    assert last_healthy_update(tmp_path) == 30
 
 
 def test_adapters_have_the_norm_of_what_they_add() -> None:
@@ -222,7 +223,7 @@ def test_a_run_that_hacks_is_stopped_and_keeps_its_healthy_state(tmp_path: Path)
     with RunFolder.create(tmp_path / "run", config, ["flowbp"]) as run:
         train(config, run, Accelerator(cpu=True), JsonLinesReporter(said.append))
     assert any('"event": "alert"' in line for line in said)
-    found = watchdog.read_alerts(tmp_path / "run")
+    found = read_alerts(tmp_path / "run")
     assert list(found) == [1]
     assert found[1]
     assert run.checkpoints() == [1]
@@ -259,6 +260,24 @@ def looping(path: Path, update: int, *sets: str) -> TrainingLoop:
     return loop
 
 
+def test_whole_evaluations_of_the_base_are_not_made_again(tmp_path: Path) -> None:
+    asked = list[str]()
+    for stop in ("base, guidance 2", None):
+        loop = looping(tmp_path / "run", 0)
+        real = loop._evaluate
+
+        def evaluated(prompts: list[str], source: str, scale: float, label: str, real: Any = real) -> Evaluation:
+            asked.append(label)
+            if label == stop:  # noqa: B023
+                raise KeyboardInterrupt
+            return real(prompts, source, scale, label)
+
+        loop._evaluate = evaluated  # type: ignore[assignment]
+        with loop.run, contextlib.suppress(KeyboardInterrupt):
+            loop.evaluate_base()
+    assert asked == ["base, guidance 1", "base, guidance 2", "base, guidance 2", "quick"]
+
+
 @pytest.mark.parametrize("place", ["image", "finding", "metrics"])
 def test_an_evaluation_that_was_cut_short_is_watched_once_resumed(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,7 +309,7 @@ def test_an_evaluation_that_was_cut_short_is_watched_once_resumed(
         resumed.run.rewind(1)
         resumed.run_updates()
         lines = [line["step"] for line in resumed.run.metrics() if "eval/reward" in line]
-    assert watchdog.read_alerts(tmp_path / "run").keys() == {1, 2, 3}
+    assert read_alerts(tmp_path / "run").keys() == {1, 2, 3}
     assert lines == [0, 1, 2, 3]
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 4
 
@@ -369,7 +388,7 @@ def test_hacking_is_caught_before_the_verifier_falls(
         train(config, run, Accelerator(cpu=True), JsonLinesReporter(lambda line: None))
     lines = run.metrics()
     verifier = {line["step"]: line["eval/verifier"] for line in lines if "eval/verifier" in line}
-    *healthy, (update, alerts) = watchdog.read_alerts(tmp_path / "run").items()
+    *healthy, (update, alerts) = read_alerts(tmp_path / "run").items()
     assert verifier[update] - verifier[0] > -0.05
     assert not any(found for _, found in healthy)
     assert bool(alerts) == alerts_expected

@@ -1,6 +1,7 @@
 """`interleave grpo`: sums, prompts as at run time, rewards off the trainer's loop, refusals; and that a run goes on."""
 
 import asyncio
+import contextlib
 import hashlib
 import shutil
 import signal
@@ -21,9 +22,11 @@ from launching import SHARDS, forked, lines
 from safetensors.torch import save
 from sets import write
 from tiers import tiers
+from transformers import TrainerState
 
 from imgen_common import hub
 from imgen_common.config import load, to_yaml
+from imgen_common.devices import LaunchedProcess
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 from interleave.agents.prompts import load_template, render_critic
@@ -473,6 +476,28 @@ def test_a_run_that_is_to_stop_ends_its_rollout_first(
     assert callback.stopped == bool(stops)
 
 
+def test_older_checkpoints_go_once_the_new_one_is_whole_and_steps_are_those_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    callback = build_run_callback(RunFolder(tmp_path, is_main=False))
+    steps = {"logging_steps": 1, "eval_steps": None, "save_steps": 0.5}
+    arguments = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1, **steps)
+    state = TrainerState(max_steps=9, global_step=2, logging_steps=4)
+    callback.on_train_begin(arguments, state, None)
+    assert (state.logging_steps, state.save_steps, arguments.save_total_limit) == (1, 5, None)
+    for state.global_step in (2, 4):
+        (tmp_path / f"checkpoint-{state.global_step}").mkdir()
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr("interleave.training.run.write_manifest", kill)
+            callback.on_save(arguments, state, None)
+        assert (tmp_path / "checkpoint-2").exists()
+        callback.on_save(arguments, state, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
 @pytest.mark.exhaustive
 def test_a_signal_stops_between_two_rollouts(root: Path, taught: Path, tmp_path: Path) -> None:
     trl = QUICK | {"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 48}
@@ -659,7 +684,9 @@ def test_two_processes_give_the_losses_of_one_and_go_on_exactly(
     assert updates(run) == found
 
 
-def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None:
+def test_models_behind_the_rewards_and_number_of_processes_are_part_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, lora = tmp_path / "generator", tmp_path / "lora.safetensors"
     shutil.copytree(hub.resolve("builtin:shapes/generator"), folder)
     lora.write_bytes(save({"a.lora_A.weight": torch.zeros(1, 1)}))
@@ -670,6 +697,10 @@ def test_the_models_behind_the_rewards_are_part_of_a_run(tmp_path: Path) -> None
     bind = partial(bind_data, opened, config.models)
     bind(grpo._bound(job), True)
     bind(grpo._bound(job), False)
+    with monkeypatch.context() as patch:
+        patch.setattr("interleave.training.run.launched_process", lambda environment: LaunchedProcess(0, 2))
+        with pytest.raises(UserError, match="the number of processes has changed since the run was started"):
+            bind(grpo._bound(job), False)
     lora.write_bytes(save({"a.lora_A.weight": torch.ones(1, 1)}))
     with pytest.raises(UserError, match=r"generator\.lora has changed since the run was started"):
         bind(grpo._bound(job), False)

@@ -8,7 +8,13 @@ from pathlib import Path
 from imgen_common.errors import UserError
 from imgen_common.run_folder.checkpoints import TRAINER_STATE, remove_checkpoint
 from imgen_common.run_folder.folder import RunFolder
-from imgen_common.run_folder.listing import is_in_use, summarize_run, whole_checkpoints
+from imgen_common.run_folder.listing import (
+    is_in_use,
+    last_healthy_update,
+    read_alerts,
+    summarize_run,
+    whole_checkpoints,
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +31,17 @@ class Removable:
 def find_removable(path: Path, images: bool) -> list[Removable]:
     """The checkpoints of a run before its last one and, with `images`, the images of a finished run.
 
-    Never the last checkpoint, that which a training of TRL will load at its end as its best, scores, records, metrics
-    or exported models; never images that a training set names.
+    Never the last checkpoint, the last one before the first alert of a watchdog, that which a training of TRL will load
+    at its end as its best, scores, records, metrics or exported models; never images that a training set names.
     Raises UserError if the run is in use or, with `images`, not finished.
     """
     if is_in_use(path):
         raise UserError(f"{path}: in use by another process; wait for it to end, or leave it out")
     checkpoints, is_ended = whole_checkpoints(path), (path / "model").is_dir()
     best = "" if is_ended else next(map(_best_of, reversed(checkpoints.values())), "")
-    older = [(step, folder) for step, folder in list(checkpoints.items())[:-1] if folder.name != best]
+    healthy = last_healthy_update(path) if any(read_alerts(path).values()) else None
+    older = list(checkpoints.items())[:-1]
+    older = [(step, folder) for step, folder in older if step != healthy and folder.name != best]
     found = [_removable(folder, f"checkpoint of update {step}", True) for step, folder in older]
     if images:
         run = summarize_run(path)

@@ -163,9 +163,9 @@ def clean(
 ) -> None:
     """Free disk space: show what can be removed from runs, and remove it once that is confirmed. These are the
     checkpoints before the last one and, with --images, the images of finished runs, which pages made before keep only
-    if they are in the page itself. The last checkpoint, that which trl.load_best_model_at_end will load, scores,
-    records, metrics and exported models stay, and a run in use is refused. Where standard input is not a terminal
-    nothing is removed without --yes.
+    if they are in the page itself. The last checkpoint, the last one before the watchdog's first alert, that which
+    trl.load_best_model_at_end will load, scores, records, metrics and exported models stay, and a run in use is
+    refused. Where standard input is not a terminal nothing is removed without --yes.
 
     Example:
 

@@ -9,8 +9,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
 from pydantic import BaseModel
 
 from imgen_common.config import read_yaml
@@ -29,6 +30,8 @@ KINDS: tuple[tuple[str, frozenset[str]], ...] = (
     ("stories", frozenset({"loop", "planner"})),
 )
 """Kinds of runs, each with keys of its configuration that the kinds after it lack."""
+ALERTS = "watchdog/log.jsonl"
+"""File of a run of `flowbp train` with what its watchdog found."""
 TRL_SCORES = ("reward", "eval_loss", "loss")
 """What TRL's trainers log that is shown as scores."""
 
@@ -84,6 +87,13 @@ class _Evaluation(BaseModel):
     name: str
     guidance: float
     scores: dict[str, list[Number]]
+
+
+class AlertLine(BaseModel):
+    """A line of `ALERTS`: the alerts of an update, none if all was well."""
+
+    update: Annotated[int, Ge(0)]
+    alerts: list[str]
 
 
 class _Rows(BaseModel):
@@ -154,6 +164,21 @@ def whole_checkpoints(path: Path) -> dict[int, Path]:
     found = find_checkpoints(path / CHECKPOINTS)
     # those of TRL are made in place, and whole once they have a manifest
     return {step: one for step, one in found.items() if one.name.startswith("step-") or (one / MANIFEST).is_file()}
+
+
+def read_alerts(path: Path) -> dict[int, list[str]]:
+    """Alerts of a run by update; an empty list where all was well."""
+    return {line.update: line.alerts for line, _ in read_json_lines(path / ALERTS, AlertLine)}
+
+
+def last_healthy_update(path: Path) -> int | None:
+    """The newest update before the first alert whose evaluation raised none."""
+    healthy = None
+    for update, alerts in sorted(read_alerts(path).items()):
+        if alerts:
+            return healthy
+        healthy = update
+    return healthy
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:

@@ -114,7 +114,8 @@ def evaluate(
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Number of prompts to use.", min=1)] = None,
     guidance: Annotated[
-        list[float] | None, typer.Option("--guidance-scale", help="Guidance scale; may be repeated.")
+        list[float] | None,
+        typer.Option("--guidance-scale", help="Guidance scale; may be repeated. Default: the run's or model's own."),
     ] = None,
     sets: Sets = None,
     runs: Runs = Path("runs"),
@@ -151,10 +152,9 @@ def evaluate(
     models.check_compared(sources, texts)
     print_notes(sources[-1].assumed_settings())
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
+    scales = guidance or sources[-1].eval_guidance_scales
     with progress_bar() as on_progress:
-        found = [
-            sampling.evaluate_model(one, texts, config, config.eval.guidance_scale, on_progress) for one in sources
-        ]
+        found = [sampling.evaluate_model(one, texts, config, scales, on_progress) for one in sources]
     print_notes(compare.describe_not_finite(found))
     if len(found) == 1 and len(texts) < compare.MIN_PROMPTS:
         print_notes([f"too few prompts ({len(texts)}) for intervals that say much; give {compare.MIN_PROMPTS} or more"])

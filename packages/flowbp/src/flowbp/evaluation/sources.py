@@ -1,7 +1,7 @@
 """Which model a command means, and on which prompts; found without importing torch, so that a typo costs no time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,13 @@ class ModelSource:
     begun: Path | None = None
     said: frozenset[str] | None = None
     step: int | None = None
+
+    @property
+    def eval_guidance_scales(self) -> tuple[float, ...]:
+        """Those of an evaluation, the model's own first; those of `eval` alone where only they were said."""
+        said = {"guidance_scale"} if self.said is None else self.said
+        of_eval_alone = "guidance_scale" not in said and not said.isdisjoint(("eval", "eval.guidance_scale"))
+        return self.config.eval.guidance_scale if of_eval_alone else self.config.eval_guidance_scales
 
     def check(self, *, scorers: bool = False) -> None:
         """Raises UserError if the model, or with `scorers` a reward, is missing or incomplete."""
@@ -191,7 +198,10 @@ def compared_sources(target: str, against: str | None, root: Path, sets: Sequenc
     if against is None:
         return [own] if own.run is None else [model_source(target, root, sets, base=True), own]
     other = _drawn_as(own, against, root, sets)
-    return [other, own if own.run is not None else _drawn_as(other, target, root, sets, are_own=True)]
+    compared = [other, own if own.run is not None else _drawn_as(other, target, root, sets, are_own=True)]
+    if other.label == own.label:  # runs of one name in two folders
+        compared = [replace(one, label=text) for one, text in zip(compared, (against, target), strict=True)]
+    return compared
 
 
 def check_compared(sources: Sequence[ModelSource], prompts: Sequence[str]) -> None:

@@ -10,10 +10,10 @@ from pydantic import BaseModel, FiniteFloat
 from flowbp.config import TrainConfig
 from flowbp.evaluation.compare import Change, paired_changes
 from flowbp.evaluation.results import SavedEvaluation, load_evaluations, pair_evaluations
-from flowbp.training.watchdog import read_alerts
 from imgen_common.files import read_json, read_text
 from imgen_common.run_folder.environment import read_environment
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import read_alerts
 
 GRID = "grid.json"
 

@@ -22,6 +22,7 @@ from imgen_common.devices import any_process, float32_matmul_precision
 from imgen_common.errors import UserError, quoted
 from imgen_common.images import grid, to_pil
 from imgen_common.run_folder.folder import RunFolder
+from imgen_common.run_folder.listing import last_healthy_update, read_alerts
 from imgen_common.shutdown import GracefulShutdown
 
 QUICK_METRICS = ("eval/", "eval_preview/")
@@ -99,7 +100,7 @@ class TrainingLoop:
         # what a damaged checkpoint of the end had led to is dropped with it
         is_last = update == self.config.max_train_steps or self.has_watchdog_ended()
         ended = is_last and all(line["step"] <= update for line in self.run.metrics())
-        self.run.rewind(update or -1)  # before the first update the base is evaluated again
+        self.run.rewind(update or -1)  # before the first update the quick evaluation is made again
         if self.run.is_main:
             watchdog.drop_findings_after(self.run.path, update)
             if not ended:
@@ -186,7 +187,7 @@ class TrainingLoop:
     def has_watchdog_ended(self) -> bool:
         """Whether an alert after this update ends the training; to be asked on the main process, which keeps them."""
         stops = self.watches and self.config.watchdog.stop
-        return stops and bool(watchdog.read_alerts(self.run.path).get(self.trainer.update))
+        return stops and bool(read_alerts(self.run.path).get(self.trainer.update))
 
     def run_update(self) -> None:
         """One update, or none at all: a gradient that is not finite is refused before it touches a weight."""
@@ -220,7 +221,7 @@ class TrainingLoop:
 
     def prune_checkpoints(self) -> None:
         """Removes old checkpoints, but never the last healthy one."""
-        healthy = watchdog.last_healthy_update(self.run.path)
+        healthy = last_healthy_update(self.run.path)
         self.run.prune(self.config.checkpoint.keep, keep=() if healthy is None else (healthy,))
 
     # --- evaluations -------------------------------------------------------------------------------------------------
@@ -228,10 +229,10 @@ class TrainingLoop:
     def run_full_evaluation(self, name: str) -> None:
         """Evaluates at every guidance scale of the configuration and the training's own, and keeps the rows.
 
-        Those of the trained model that a stopped process had made are not made again.
+        Those that a stopped process had made are not made again.
         """
         config = self.config
-        done = load_evaluations(self.run.path) if self.run.is_main and name == "trained" else {}
+        done = load_evaluations(self.run.path) if self.run.is_main else {}
         for scale in config.eval_guidance_scales:
             if any_process((name, scale) in done, self.trainer.accelerator.device):
                 continue

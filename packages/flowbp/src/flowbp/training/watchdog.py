@@ -7,11 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge
-from pydantic import BaseModel
 from torch import Tensor
 
 from flowbp.config import LoraConfig, WatchdogConfig
@@ -20,9 +17,9 @@ from flowbp.evaluation.evaluate import Evaluation
 from flowbp.evaluation.image_statistics import dissimilarity
 from flowbp.evaluation.results import SavedEvaluation
 from imgen_common.files import append_line, read_json_lines, write_atomic
+from imgen_common.run_folder.listing import ALERTS, AlertLine
 
 FOLDER = "watchdog"
-LOG = "log.jsonl"
 ROUNDING = 1e-5
 """Share of the largest score up to which the base's scores count as equal: their deviation is no measure then."""
 MIN_STD = {"colors": 0.5}
@@ -31,13 +28,6 @@ MIN_STD_OF_SHARES = 0.2
 """The same of those that are shares."""
 DRIFT = "1: as unlike the base's as those of different prompts are"
 """What drift is measured in."""
-
-
-class AlertLine(BaseModel):
-    """A line of the log: the alerts of an update, none if all was well."""
-
-    update: Annotated[int, Ge(0)]
-    alerts: list[str]
 
 
 @dataclass(frozen=True)
@@ -139,27 +129,12 @@ def adapter_norm(parameters: Mapping[str, Tensor], lora: LoraConfig) -> float:
 def append_finding(run: Path, update: int, finding: Finding) -> None:
     """Appends what was found to the run's log."""
     (run / FOLDER).mkdir(exist_ok=True)
-    append_line(run / FOLDER / LOG, AlertLine(update=update, alerts=finding.alerts).model_dump_json())
-
-
-def read_alerts(run: Path) -> dict[int, list[str]]:
-    """Alerts of a run by update; an empty list where all was well."""
-    return {line.update: line.alerts for line, _ in read_json_lines(run / FOLDER / LOG, AlertLine)}
+    append_line(run / ALERTS, AlertLine(update=update, alerts=finding.alerts).model_dump_json())
 
 
 def drop_findings_after(run: Path, update: int) -> None:
     """Deletes what was found after an update that the run goes back to."""
-    file = run / FOLDER / LOG
+    file = run / ALERTS
     kept = [text for line, text in read_json_lines(file, AlertLine) if line.update <= update]
     if file.exists():
         write_atomic(file, b"".join(kept))
-
-
-def last_healthy_update(run: Path) -> int | None:
-    """The newest update before the first alert whose evaluation raised none."""
-    healthy = None
-    for update, alerts in sorted(read_alerts(run).items()):
-        if alerts:
-            return healthy
-        healthy = update
-    return healthy

@@ -44,12 +44,13 @@ from interleave.training.vision import freeze_vision
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 MAY_DIFFER = (
     "data",  # another place of equal rows: `bind_data` compares hashes
-    *("trl.logging_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to", "trl.disable_tqdm"),
+    *("trl.logging_steps", "trl.save_steps", "trl.save_total_limit", "trl.dataloader_num_workers", "trl.report_to"),
     *("trl.dataloader_pin_memory", "trl.dataloader_prefetch_factor", "trl.dataloader_persistent_workers"),
     *("trl.ddp_timeout", "trl.per_device_eval_batch_size", "trl.eval_accumulation_steps", "trl.gradient_checkpointing"),
     *("trl.torch_empty_cache_steps", "trl.vllm_gpu_memory_utilization", "trl.vllm_server_base_url"),
     *("trl.vllm_server_host", "trl.vllm_server_port", "trl.vllm_server_timeout", "trl.vllm_group_port"),
-    *("cache", "prices", "scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
+    *("trl.disable_tqdm", "cache", "prices"),
+    *("scorer.concurrency", "scorer.deadline", "scorer.max_unscored", "scorer.window"),
     *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
 """Keys that may change when a run is resumed: the weights depend on none of them, but for rounding."""
@@ -186,12 +187,12 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
 
 
 def bind_data(run: RunFolder, models: Mapping[str, Any], sets: Mapping[str, Sequence[Any]], is_new: bool) -> None:
-    """Keeps hashes of models (`hash_models`), rows and texts, by what they are, with a new run.  Raises UserError, on
-    all processes, if a resumed one was started with others."""
+    """Keeps hashes of models (`hash_models`), rows and texts, by what they are, and of the number of processes with a
+    new run.  Raises UserError, on all processes, if a resumed one was started with others."""
 
     def work() -> str:
         data = {name: hash_rows(to_json(row).decode() for row in rows) for name, rows in sets.items()}
-        data |= hash_models(models)
+        data |= {"the number of processes": hash_rows([str(launched_process(os.environ).size)]), **hash_models(models)}
         record_data(run.path, data) if is_new else check_data(run.path, data)
         return ""
 
@@ -254,6 +255,7 @@ def build_run_callback(
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
+    from transformers.trainer_utils import rotate_checkpoints
 
     class RunCallback(TrainerCallback):
         def __init__(self) -> None:
@@ -262,6 +264,9 @@ def build_run_callback(
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.began = True
+            state.compute_steps(args, state.max_steps)  # a resumed run has those of its checkpoint
+            # transformers would remove the checkpoints before one that is not whole until it has a manifest
+            self.save_total_limit, args.save_total_limit = args.save_total_limit, None
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:
@@ -275,6 +280,7 @@ def build_run_callback(
             _barrier()
             if is_main_process():
                 write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
