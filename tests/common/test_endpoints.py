@@ -267,6 +267,7 @@ def test_a_filter_that_answers_as_to_a_wrong_key_refuses_one_request(status: int
         (400, {"type": "invalid_request_error", "message": "Your credit balance is too low to access the API."}),
         (400, {"message": "Access denied, is your account in good standing?", "code": "Arrearage"}),
         (400, {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}),
+        (403, {"message": "API key: Key limit exceeded, total limit", "code": 403}),
         (412, {"message": "Account me/x is suspended, possibly due to reaching the monthly limit"}),
         (429, {"message": "please check your plan", "type": "exceeded_current_quota_error"}),
         (200, {"message": "insufficient balance", "code": "1008"}),

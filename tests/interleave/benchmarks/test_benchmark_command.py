@@ -176,6 +176,14 @@ def test_the_recipe_of_a_judge_is_that_of_the_published_figures(name: str) -> No
     assert config.run.planner == load(RunConfig, [RECIPES / "klein_qwen3vl.yaml"]).planner
 
 
+def test_settings_of_the_loop_beside_its_recipe_are_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("run: {loop: {max_attempts: 3}}\n")
+    for configs, sets in (([tmp_path / "own.yaml"], []), ([], ["run={seed: 3}"])):
+        with pytest.raises(UserError, match="--run-config: `run` is set beside it"):
+            load_config(configs, [RECIPES / "klein_qwen3vl.yaml"], sets)
+    assert load_config([tmp_path / "own.yaml"], [], []).run.loop.max_attempts == 3
+
+
 @pytest.mark.parametrize(
     ("name", "sets", "said"),
     [
@@ -284,6 +292,7 @@ def test_what_parts_have_is_not_generated_again(again: str, tmp_path: Path, monk
     with pytest.raises(UserError, match=r"1-of-2: has [12] of these items already.* --stage score"):
         generate(again)
     generate("1/2")
+    (tmp_path / "generation.1-of-2" / "requests.jsonl").unlink()  # as while another process makes that part
     generate("2/2")
 
 

@@ -58,7 +58,7 @@ from interleave.datasets.formats.training import write_rl, write_sft
 from interleave.datasets.importing import import_set
 from interleave.datasets.inspect import read_row
 from interleave.datasets.rows import Evaluation, FinishedStory, RlRow, SftRow
-from interleave.loop.config import RunConfig
+from interleave.loop.config import LoopConfig, RunConfig
 from interleave.loop.requests import load_requests
 from interleave.loop.shards import merge_shards
 from interleave.models.generators.pipeline import PipelineConfig
@@ -397,12 +397,14 @@ def test_a_request_that_the_miniature_cannot_answer_is_refused_before_a_model_is
 
 def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path, asked: Path) -> None:
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
-    for out, changes in ((one, {"shard": "1/2"}), (two, {"shard": "2/2"}), (other, {"max_unscored": 0.5})):
+    run = RunConfig(generator=PipelineConfig(device="cuda:1"), loop=LoopConfig(max_generations=9))
+    of_a_machine = {"shard": "2/2", "max_unscored": 0.5, "confirm_calls": 9, "run": run}
+    for out, changes in ((one, {"shard": "1/2"}), (two, of_a_machine), (other, {"max_unscored": 0.5, "judge": None})):
         with building.open_build(out, DataConfig(prompts=FilePrompts(path=str(asked)), **changes), ["test"]):
             pass
     for shards, message in [
         ([one, two, one], "request 'r0' is in two of the folders; give every part once"),
-        ([one, other], "other: another configuration in max_unscored than .*one; merge parts of one"),
+        ([one, other], "other: another configuration in judge than .*one; merge parts of one"),
         ([one, tmp_path], "no config.yaml or no requests.jsonl in it"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -282,7 +282,7 @@ def test_images_that_fail_are_not_paid_for_time_and_again(kind: Any, tmp_path: P
     assert story.error == f"step 1: {kind}: no image"
 
 
-@pytest.mark.parametrize("kind", ["unreachable", "rate_limited", "server_error", "timeout"])
+@pytest.mark.parametrize("kind", ["denied", "unreachable", "rate_limited", "server_error", "timeout"])
 @pytest.mark.parametrize("prompts", [["one"], ["one", "two"]])
 def test_an_outage_does_not_make_a_rejected_image_that_of_the_story(
     kind: Any, prompts: list[str], tmp_path: Path
@@ -601,11 +601,25 @@ def test_what_followed_a_lost_image_is_no_part_of_the_story(tmp_path: Path, monk
     assert story.spent.generations == 4
 
 
-def test_an_engine_runs_in_one_event_loop_after_the_other(tmp_path: Path) -> None:
+def test_an_engine_runs_in_one_event_loop_after_the_other_and_does_nothing_twice(tmp_path: Path) -> None:
+    made = parts()
     with Trace(tmp_path) as trace:
-        engine = Engine(parts(), LoopConfig(), 0, trace, ImageStore(tmp_path / "images"))
-        for names in ("abcdef", "ghijkl"):
+        engine = Engine(made, LoopConfig(), 0, trace, ImageStore(tmp_path / "images"))
+        for names in ("abcdef", "abcdefghijkl"):
             assert {one.status for one in asyncio.run(engine.run_all([*map(ask, names)]))} == {"complete"}
+        assert len(made.generator.jobs) == 12 * len(attempts(tmp_path))
+
+
+def test_an_engine_that_tries_failed_stories_again_goes_on_with_them(tmp_path: Path) -> None:
+    made = parts(plan_of("one", "two"))
+    made.generator.fails = lambda job: (
+        BackendError("unreachable", "down") if len(made.generator.jobs) in (2, 3) else None
+    )
+    with Trace(tmp_path) as trace:
+        engine = Engine(made, LoopConfig(), 0, trace, ImageStore(tmp_path / "images"), retry_failed=True)
+        stories = [asyncio.run(engine.run(ask())) for _ in range(3)]
+    assert [story.status for story in stories] == ["generator_failed", "complete", "complete"]
+    assert len(made.generator.jobs) == stories[1].spent.generations == 4
 
 
 def test_a_request_whose_image_is_lost_ends_alone(tmp_path: Path) -> None:

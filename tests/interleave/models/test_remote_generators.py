@@ -300,7 +300,7 @@ def test_what_is_refused_is_asked_once(status: int) -> None:
         return httpx.Response(status, json={"error": {"kind": "invalid", "message": "no\nway"}})
 
     refused = failure(pool(handler, handler))
-    assert refused.kind == "refused"
+    assert refused.kind == ("denied" if status == 401 else "refused")
     assert "no way" in str(refused)
     assert len(asked) == 1
 
@@ -388,8 +388,7 @@ BAD_IMAGES: dict[str, tuple[httpx.Response, str]] = {
     "text": (httpx.Response(200, json={"data": [{"b64_json": base64_of(b"hello")}]}), "malformed_response"),
     "bomb": (httpx.Response(200, json={"data": [{"b64_json": base64_of(bomb())}]}), "malformed_response"),
     "too long": (httpx.Response(200, content=b" " * 2000), "malformed_response"),
-    "an address": (httpx.Response(200, json={"data": [{"url": "https://example.test/a.png"}]}), "refused"),
-    "wrong key": (httpx.Response(401, json={"error": {"message": "bad key"}}), "refused"),
+    "wrong key": (httpx.Response(401, json={"error": {"message": "bad key"}}), "denied"),
     "moderated": (httpx.Response(400, json={"error": {"message": "not allowed"}}), "refused"),
     "elsewhere": (httpx.Response(302, headers={"Location": "http://other.test"}), "refused"),
     "full": (httpx.Response(429), "rate_limited"),
@@ -429,20 +428,25 @@ def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatc
     monkeypatch.setenv("INTERLEAVE_API_KEY", "secret")
     seen: list[httpx.Request] = []
 
-    def handler(scheme: str, content: bytes) -> Handler:
+    def handler(scheme: str, content: bytes, name: str = "a.png") -> Handler:
         def answer(request: httpx.Request) -> httpx.Response:
             seen.append(request)
+            if request.url.path == "/short":  # as Together answers
+                return httpx.Response(302, headers={"location": "https://other.test/a.png?sig=1%2F2"})
             if request.method == "GET":
                 return httpx.Response(200, content=content)
-            return httpx.Response(200, json={"data": [{"url": f"{scheme}://files.test/a.png"}]})
+            return httpx.Response(200, json={"data": [{"url": f"{scheme}://files.test/{name}"}]})
 
         return answer
 
+    assert drawn(endpoint(handler("https", png(BLUE.image), "short"), allow_addresses=True)) == BLUE
+    assert str(seen[-1].url) == "https://other.test/a.png?sig=1%2F2"
+    assert ["authorization" in request.headers for request in seen] == [True, False, False]
     assert drawn(endpoint(handler("https", png(BLUE.image)), allow_addresses=True)) == BLUE
-    assert "authorization" in seen[0].headers
-    assert "authorization" not in seen[1].headers
-    assert failure(endpoint(handler("http", png(BLUE.image)), allow_addresses=True)).kind == "refused"
-    assert failure(endpoint(handler("file", png(BLUE.image)), allow_addresses=True)).kind == "refused"
+    for scheme, allowed in (("https", False), ("http", True), ("file", True)):  # all other images would be lost as well
+        (said,) = together(endpoint(handler(scheme, png(BLUE.image)), allow_addresses=allowed), JOB)
+        assert isinstance(said, UserError)
+        assert "set response_format: b64_json" in str(said)
     assert failure(endpoint(handler("https", bomb()), allow_addresses=True)).kind == "malformed_response"
     large = endpoint(handler("https", b" " * 3000), allow_addresses=True, max_answer_bytes=1024)
     assert failure(large).kind == "malformed_response"
@@ -456,10 +460,11 @@ def test_addresses_are_fetched_only_where_allowed_and_without_the_key(monkeypatc
         (httpx.Response(503, text="busy"), "status 503: busy", 3),
         (httpx.Response(404, text="gone"), "status 404: gone", 1),
         (httpx.Response(403, text="<Code>AccessDenied</Code>"), "status 403", 1),
-        (httpx.Response(302, headers={"location": "https://other.test/b.png?sig=SIGNATURE"}), "status 302", 1),
+        (httpx.Response(302, headers={"location": "http://other.test/b.png?sig=SIGNATURE"}), "status 302", 1),
+        (httpx.Response(302, headers={"location": "https://files.test/a.png?sig=SIGNATURE"}), "moved on more than", 6),
         (httpx.Response(200, text="<html>Just a moment...</html>"), "not an image of an allowed format", 1),
     ],
-    ids=["no host", "slow", "busy", "gone", "not allowed", "elsewhere", "a page"],
+    ids=["no host", "slow", "busy", "gone", "not allowed", "without TLS", "in a circle", "a page"],
 )
 def test_a_file_that_cannot_be_fetched_does_not_buy_another_image(
     get: httpx.Response | Exception, said: str, gets: int
@@ -475,7 +480,9 @@ def test_a_file_that_cannot_be_fetched_does_not_buy_another_image(
         return get
 
     retry = {"max_tries": 3, "initial_backoff": 0.001}
-    message = str(failure(endpoint(answer, allow_addresses=True, retry=retry)))
+    found = failure(endpoint(answer, allow_addresses=True, retry=retry))
+    message = str(found)
+    assert found.kind != "denied"
     assert (seen.count("POST"), seen.count("GET")) == (1, gets)
     assert said in message
     assert message.count("https://files.test/a.png: ") == (said in message and "allowed format" not in said)
@@ -698,11 +705,27 @@ def test_a_key_that_the_server_does_not_take_is_said(
     assert remedy is None or str(said).endswith(remedy)
 
 
-def test_credit_that_is_used_up_is_no_refusal_of_the_image() -> None:
-    """With new credit the same image is drawn."""
-    said = {"error": {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}}
-    assert failure(endpoint(lambda request: httpx.Response(400, json=said))).kind == "rate_limited"
-    assert failure(endpoint(lambda request: httpx.Response(402, json={}))).kind == "rate_limited"
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, {"message": "Billing hard limit has been reached", "code": "billing_hard_limit_reached"}),
+        (401, {"message": "Request had invalid authentication credentials", "status": "UNAUTHENTICATED"}),  # of an hour
+        (402, {}),
+        (403, {"message": "Key limit exceeded (total limit). Manage it at ...", "code": 403}),
+        (404, "ERR_NGROK_3200"),
+    ],
+)
+def test_an_endpoint_that_takes_no_request_does_not_refuse_the_image(status: int, error: Any) -> None:
+    """With another key, new credit or at its new address the same image is drawn."""
+    assert failure(endpoint(lambda request: httpx.Response(status, json={"error": error}))).kind == "denied"
+
+
+@pytest.mark.parametrize("answer", [{"created": 1, "data": []}, {"data": [{"b64_json": None}]}])
+def test_a_server_whose_answers_have_no_image_is_not_down(answer: Any) -> None:
+    """As those to prompts that a filter held back."""
+    generator = endpoint(lambda request: httpx.Response(200, json=answer), retry=RetryPolicy(failure_threshold=1))
+    assert [one.kind for one in together(generator, JOB, JOB)] == ["malformed_response"] * 2  # type: ignore[union-attr]
+    assert failure(generator).kind == "malformed_response"
 
 
 def test_errors_of_an_images_endpoint_open_the_breaker() -> None:

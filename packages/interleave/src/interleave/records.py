@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validat
 FailureKind = Literal[
     "unreachable",
     "refused",
+    "denied",
     "rate_limited",
     "server_error",
     "timeout",
@@ -19,9 +20,10 @@ FailureKind = Literal[
     "out_of_memory",
     "model_error",
 ]
-"""unreachable: no connection.  refused: the endpoint said no for good (token, model name, request).  rate_limited: it
-said not now (429), however often it was asked.  server_error: it failed (5xx).  timeout: it was too slow.
-malformed_response: its answer cannot be read.  out_of_memory, model_error: a local model failed."""
+"""unreachable: no connection.  refused: the endpoint said no to this request for good.  denied: it takes none at all
+(key, credit, address).  rate_limited: it said not now (429), however often it was asked.  server_error: it failed
+(5xx).  timeout: it was too slow.  malformed_response: its answer cannot be read.  out_of_memory, model_error: a local
+model failed."""
 
 AttemptStatus = Literal["accepted", "rejected", "unjudged", "critic_unparsable", "critic_failed", "generator_failed"]
 """accepted, rejected: the critic's verdict.  unjudged: no critic was asked.  critic_unparsable: none of its answers

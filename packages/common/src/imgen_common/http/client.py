@@ -27,6 +27,7 @@ from imgen_common.http.failures import (
     USED_UP_STATUSES,
     ConnectionLost,
     HttpError,
+    Moved,
     Refusal,
     error_message,
     failure_of_status,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
+MAX_REDIRECTS = 5
+"""Of a file, one after the other."""
 MIN_SECRET, LONGEST_WORD = 6, 16
 """Characters of the shortest token that is taken out of answers, and of one of letters alone; another may be a
 placeholder or an ordinary word, such as EMPTY or secret."""
@@ -56,7 +59,7 @@ class HttpClient(RetryingCaller):
     """Requests to one service, under a RetryPolicy: `call` sends one, made by `request`, until it is answered.
 
     The bearer token is read once from the environment.  It follows no redirect, and no message shows it, not even where
-    the server repeats it.
+    the server repeats it; `download` sends none, and follows.
     """
 
     def __init__(
@@ -117,11 +120,27 @@ class HttpClient(RetryingCaller):
         if with_token:
             data = self._without_token(data)
         if answer.status_code >= 300:
+            following = None if with_token else answer.next_request
+            if following is not None and following.url.scheme == "https":
+                raise Moved(str(following.url), f"{base}{through}: is moved on more than {MAX_REDIRECTS} times")
             remedy = self._remedy(answer, base + path) if with_token else ""
             if proxy and base.startswith("http:"):
                 remedy += self._remedy_of_proxy(base + through, answer, data)
             raise self._status_error(base + through, answer, data, remedy)
         return data
+
+    async def download(self, address: str, seconds: float, num_redirects: int = MAX_REDIRECTS) -> bytes:
+        """The file at an address that the service answered, or at one to which that points; without the token.
+
+        What follows `?` in an address is often a signature that opens it, so that no message has it.  Raises HttpError.
+        """
+        place, mark, query = address.partition("?")
+        try:
+            return await self.request("GET", place, mark + query, seconds=seconds, with_token=False)
+        except Moved as moved:
+            if not num_redirects:
+                raise
+            return await self.download(moved.address, seconds, num_redirects - 1)
 
     def malformed(self, base: str, reason: str) -> HttpError:
         """The error of an answer that cannot be read; the request may be sent again."""

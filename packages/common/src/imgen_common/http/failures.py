@@ -25,7 +25,7 @@ gateways into a JSON text inside it."""
 USED_UP = re.compile(
     r"insufficient_quota|exceeded_current_quota|billing_hard_limit|billing_not_active|Arrearage|"
     r"credit balance is too low|account [^.]{0,80}is suspended|spending limit|"
-    r"insufficient (?:balance|credits|funds)",
+    r"insufficient (?:balance|credits|funds)|key limit exceeded",
     re.IGNORECASE,
 )
 """What OpenAI, Moonshot, DashScope, Anthropic, Fireworks and others call a quota or credit that is used up, under the
@@ -34,6 +34,8 @@ NO_CREDIT = 402
 """The status that HTTP has for it."""
 USED_UP_STATUSES = (400, NO_CREDIT, 403, 412, 429)
 """Those under which makers say it; words under others, as 422, may be those of the request."""
+DENIED = (401, NO_CREDIT, 403, 404, 405, 407)
+"""Statuses of a service that takes no request: of this key, which may have expired, without credit, at this address."""
 RATE_LIMIT = re.compile("rate.?limit|throttl", re.IGNORECASE)
 MOMENTARY = re.compile("(overload|unavailable)|server_error|internal_error", re.IGNORECASE)
 """Names of errors that pass; of the first two a server that has too much to do."""
@@ -67,6 +69,11 @@ class HttpError(Exception):
         self.has_begun = has_begun
 
     @property
+    def is_denied(self) -> bool:
+        """Whether it says nothing of the request, which is answered once key, credit or address are."""
+        return self.status in DENIED
+
+    @property
     def is_outage(self) -> bool:
         """Whether the service is not there for anybody, so that waiting helps."""
         return self.kind in ("unreachable", "rate_limited") or self.status in DOWN_STATUSES
@@ -77,6 +84,14 @@ class ConnectionLost(HttpError):
 
     def __init__(self, message: str) -> None:
         super().__init__("unreachable", message)
+
+
+class Moved(HttpError):
+    """A file is at another address."""
+
+    def __init__(self, address: str, message: str) -> None:
+        super().__init__("refused", message, can_retry=False)
+        self.address = address
 
 
 class Refusal(HttpError):

@@ -91,8 +91,9 @@ class CircuitBreaker:
             self._open_until = self._clock() + self._policy.cooldown
 
     def record(self, failure: HttpError | None) -> None:
-        """Count the outcome of a call.  A server that refuses a call, or is busy, is not down."""
-        if failure is None or failure.kind in ("refused", "rate_limited"):
+        """Count the outcome of a call.  A server that refuses a call, is busy, or answers what cannot be read is not
+        down."""
+        if failure is None or failure.kind in ("refused", "rate_limited", "malformed_response"):
             self._failures, self._open_until = 0, None
             return
         self._failures += 1

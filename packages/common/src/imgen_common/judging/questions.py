@@ -15,10 +15,6 @@ Message = tuple[str | Image.Image, ...]
 """One user turn: texts and RGB images in the order in which the model reads them."""
 
 
-DENIED = (401, 402, 403, 404, 405, 407, 429)
-"""Statuses of an endpoint that would deny any question."""
-
-
 class Unreadable(ValueError):
     """An answer that is not of the form that was asked for.  The message says what is wrong, on one line."""
 
@@ -39,10 +35,9 @@ class JudgeError(Exception):
     def of_http(cls, error: HttpError) -> "JudgeError":
         """What the failure of an endpoint says of a question.  A key, an address or a quota that it does not accept
         would end every other question too."""
-        is_denied = error.status in DENIED and not isinstance(error, Refusal)
-        is_of_server = error.kind == "refused" and not is_denied and not isinstance(error, Refusal)
+        is_of_server = error.kind == "refused" and not error.is_denied and not isinstance(error, Refusal)
         kind = "bad_request" if is_of_server else error.kind
-        return cls(kind, str(error), is_outage=error.is_outage or is_denied)
+        return cls(kind, str(error), is_outage=error.is_outage or error.is_denied)
 
 
 @dataclass(frozen=True)

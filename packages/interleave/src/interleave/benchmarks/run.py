@@ -25,13 +25,14 @@ from imgen_common.judging.cost import Cost, all_questions, estimate_cost
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import Judging, NextQuestions
 from imgen_common.run_folder.data import hash_file, hash_rows
+from imgen_common.run_folder.find import CONFIG
 from interleave.agents.judge import ChatModelJudge
 from interleave.benchmarks.base import Benchmark, Item, Output, Prompts
 from interleave.benchmarks.config import BenchmarkConfig
 from interleave.benchmarks.report import BenchmarkReport, make_report, table_markdown
 from interleave.datasets.rows import FinishedStory, before_and_after
 from interleave.loop import run as session
-from interleave.loop.requests import load_requests, make_interleaved_request, make_request
+from interleave.loop.requests import REQUESTS, load_requests, make_interleaved_request, make_request
 from interleave.loop.shards import ALL, Shard, what_differs
 from interleave.protocols import ChatModel
 from interleave.records import Record, Request, Trajectory
@@ -129,11 +130,13 @@ class BenchmarkWork:
         """Makes what is missing of this part's items; how all of its stories ended.  Raises UserError as `interleave
         batch`."""
         folder = self._generation(self.shard.part)
-        is_new = not (folder / "config.yaml").exists()
+        is_new = not (folder / CONFIG).exists()
         if is_new:
             run, inputs = self.config.run, session.hash_inputs(self.config.run)
             mine = {item.id for item in self.shard.of(self.items)}
-            for other in sorted(self.out.glob("generation*")):
+            # one without requests is just being made by another process, or was killed as it began
+            begun = [part for part in sorted(self.out.glob("generation*")) if (part / REQUESTS).exists()]
+            for other in begun:
                 if twice := len(mine & {request.id for request in load_requests(other)}):
                     raise UserError(
                         f"{other}: has {twice} of these items already, which would be generated again; give --shard as "

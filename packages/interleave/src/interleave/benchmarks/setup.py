@@ -44,12 +44,14 @@ class BenchmarkRequest:
 def load_config(configs: Sequence[Path], run_configs: Sequence[Path], sets: Sequence[str]) -> BenchmarkConfig:
     """The configuration of files and `KEY=VALUE`; run_configs: recipes of `interleave batch` for its key `run`.
 
-    Raises UserError as `imgen_common.config.load`.
+    Raises UserError as `imgen_common.config.load`, and where both kinds of files set `run`.
     """
     if not run_configs:
         return load(BenchmarkConfig, configs, sets)
     of_run = [text.removeprefix(RUN) for text in sets if text.startswith(RUN)]
     config = load(BenchmarkConfig, configs, [text for text in sets if not text.startswith(RUN)])
+    if "run" in config.model_fields_set:
+        raise UserError("--run-config: `run` is set beside it, and one would be lost; write all of it in one of them")
     return config.model_copy(update={"run": load(RunConfig, run_configs, of_run)})
 
 

@@ -34,11 +34,11 @@ from interleave.records import (
     TrajectoryStatus,
 )
 from interleave.storage.images import ImageStore
-from interleave.storage.trace import Trace, TraceEntry
+from interleave.storage.trace import Trace, TraceEntry, add_record
 
 log = logging.getLogger(__name__)
 NOT_ACCEPTED: tuple[AttemptStatus, ...] = ("rejected", "critic_unparsable")
-OF_THE_SERVER: tuple[FailureKind, ...] = ("unreachable", "rate_limited", "server_error", "timeout")
+OF_THE_SERVER: tuple[FailureKind, ...] = ("denied", "unreachable", "rate_limited", "server_error", "timeout")
 """Failures of the generator that say nothing of the request, which may be answered later."""
 
 
@@ -264,7 +264,7 @@ class Engine:
             # for it by itself, and an image that took too long, or cannot be read, was perhaps paid for
             failures = [one.error_kind for one in story.attempts[-min(number, 2) :] if one.status == "generator_failed"]
             num_lost = sum(kind in (*OF_THE_SERVER, "malformed_response") for kind in failures)
-            if failures[-1:] == ["refused"] or num_lost == 2:
+            if failures[-1:] in (["refused"], ["denied"]) or num_lost == 2:
                 break
             if self._loop.stop_on_success and attempt.status in ("accepted", "unjudged"):
                 break
@@ -286,6 +286,7 @@ class Engine:
     async def _write(self, record: PlanRecord | Attempt | Trajectory) -> None:
         async with self._writing:
             await asyncio.to_thread(self._trace.append, record)
+        add_record(self._recorded, record, forget_whole=True)  # for a second call
         self._on_record(record)
 
 

@@ -149,6 +149,6 @@ def load_requests(run: Path) -> list[Request]:
         return [Request.model_validate_json(line) for _, line in numbered_lines(run / REQUESTS)]
     except (UserError, ValidationError):
         raise UserError(
-            f"{run}: has no requests that can be read ({REQUESTS}): it was killed as it began, or that file was "
-            "changed; start it again"
+            f"{run}: has no requests that can be read ({REQUESTS}): it was killed as it began (remove it, and start it "
+            "again), or that file was changed (restore it)"
         ) from None

@@ -19,7 +19,10 @@ from interleave.storage.images import IMAGES
 from interleave.storage.trace import TRACE
 
 Part = TypeVar("Part")
-OF_MACHINES = {"shard", "budget", "cache", "path", *HOW_REACHED}
+OF_MACHINES = {
+    *("shard", "budget", "cache", "path", *HOW_REACHED),
+    *("max_generations", "max_seconds", "max_unscored", "prices", "confirm_calls", "confirm_money"),
+}
 """Keys that may differ between the parts; hashes say whether the files at two paths are equal."""
 PNG_END = b"IEND\xaeB`\x82"
 PART = "shard.txt"

@@ -9,16 +9,15 @@ from PIL import Image
 
 from imgen_common.errors import UserError
 from imgen_common.http import HttpError
-from imgen_common.http.failures import NO_CREDIT
 from imgen_common.images import decode
 from interleave.protocols import BackendError, HashedImage
 from interleave.records import FailureKind
 
 HOW_REACHED = (
     *("url", "urls", "key_env", "token_env", "concurrency", "retry", "startup", "eject_after", "probe_every"),
-    "device",
+    *("response_format", "allow_addresses", "device"),
 )
-"""Keys of an endpoint, a service or a model that is loaded here on which no answer depends, but for rounding."""
+"""Keys of a model, wherever it is, on which no answer depends, but for the rounding of a device."""
 
 
 URL_SAFE = str.maketrans("-_", "+/")
@@ -40,9 +39,7 @@ def backend_errors() -> Iterator[None]:
         yield
     except HttpError as error:
         kind = error.failure if isinstance(error, RemoteFailure) else error.kind
-        if error.status == NO_CREDIT:  # not of this request, which is answered once there is credit again
-            kind = "rate_limited"
-        raise BackendError(kind, str(error)) from error
+        raise BackendError("denied" if error.is_denied else kind, str(error)) from error
 
 
 def encode_png(image: HashedImage) -> bytes:

@@ -43,6 +43,7 @@ IN_PROGRESS = "in progress"
 FAILURES = {
     "unreachable": "no connection",
     "refused": "the endpoint refused the request",
+    "denied": "the endpoint takes no request (key, credit or address)",
     "rate_limited": "the endpoint was too busy after all retries",
     "server_error": "an error of the server",
     "timeout": "no answer in time",

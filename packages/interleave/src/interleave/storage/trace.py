@@ -102,22 +102,29 @@ def read_trace(folder: Path, *, forget_whole: bool = False) -> dict[str, TraceEn
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = one_line(error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error))
             raise UserError(f"{path}:{number}: damaged record ({reason}); remove the line and resume") from None
-        match record:
-            case PlanRecord():
-                found.setdefault(record.trajectory_id, TraceEntry()).plan = record
-            case Attempt():
-                entry, key = found.setdefault(record.trajectory_id, TraceEntry()), (record.step, record.attempt)
-                if not _is_only_scored(entry.attempts.get(key), record):
-                    # what followed an attempt that is made again is of another course of the story
-                    after = [other for other in entry.attempts if other >= key] if key in entry.attempts else []
-                    entry.replaced += map(entry.attempts.pop, after)
-                entry.attempts[key] = record
-            case Trajectory():
-                attempts = found.get(record.id, TraceEntry()).attempts.values()
-                if forget_whole and record.is_whole and not any(attempt.has_lost_scores for attempt in attempts):
-                    found[record.id] = TraceEntry()
-                found.setdefault(record.id, TraceEntry()).trajectory = record
+        add_record(found, record, forget_whole=forget_whole)
     return found
+
+
+def add_record(
+    found: dict[str, TraceEntry], record: PlanRecord | Attempt | Trajectory, *, forget_whole: bool = False
+) -> None:
+    """One record more, as `read_trace` has it."""
+    match record:
+        case PlanRecord():
+            found.setdefault(record.trajectory_id, TraceEntry()).plan = record
+        case Attempt():
+            entry, key = found.setdefault(record.trajectory_id, TraceEntry()), (record.step, record.attempt)
+            if not _is_only_scored(entry.attempts.get(key), record):
+                # what followed an attempt that is made again is of another course of the story
+                after = [other for other in entry.attempts if other >= key] if key in entry.attempts else []
+                entry.replaced += map(entry.attempts.pop, after)
+            entry.attempts[key] = record
+        case Trajectory():
+            attempts = found.get(record.id, TraceEntry()).attempts.values()
+            if forget_whole and record.is_whole and not any(attempt.has_lost_scores for attempt in attempts):
+                found[record.id] = TraceEntry()
+            found.setdefault(record.id, TraceEntry()).trajectory = record
 
 
 def _is_only_scored(old: Attempt | None, new: Attempt) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, KeyVariable, ServedModel
-from imgen_common.errors import one_line
+from imgen_common.errors import UserError, one_line
 from imgen_common.http import (
     HttpClient,
     HttpError,
@@ -71,7 +71,8 @@ class ImagesApiConfig(Config):
     """Further keys of every request, as the server names them; null leaves one out.  No keys or passwords: they
     belong into the environment."""
     allow_addresses: bool = False
-    """Whether an image is fetched from the address that the server answers; https only, without the key."""
+    """Whether an image is fetched from the address that the server answers, or to which that points; https only,
+    without the key."""
     concurrency: Annotated[int, Ge(1), Le(10000)] = 16
     """Requests in flight at once."""
     retry: RetryPolicy = RetryPolicy()
@@ -98,7 +99,7 @@ class ImagesApiGenerator:
         self._client, self._files = HttpClient(self._url, *more), HttpClient(f"the files of {self._url}", *more)
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
-        """The image.  Raises BackendError."""
+        """The image.  Raises BackendError, and UserError for an answer that the configuration does not let be read."""
         check_sources(self, request)
         content = await asyncio.to_thread(self._content, request)
         with backend_errors():
@@ -144,24 +145,23 @@ class ImagesApiGenerator:
     async def _fetch(self, address: str) -> HashedImage:
         """The image at an address that the endpoint answered.
 
-        What follows `?` in the address is often a signature that opens it, so that no message has it.
+        Raises UserError where none may be fetched: so would all others be bought in vain.
         """
-        place, mark, query = address.partition("?")
         if not self._config.allow_addresses:
             remedy = "set response_format: b64_json or allow_addresses: true"
-            raise HttpError("refused", f"{self._url} answers an address; {remedy}", can_retry=False)
+            raise UserError(f"{self._url} answers an address; {remedy}")
         if not address.lower().startswith("https://"):
             what = f"{self._url} answers an address that is not https ({redacted(address)})"
-            raise HttpError("refused", f"{what}; set response_format: b64_json", can_retry=False)
-
-        async def get(seconds: float) -> bytes:
-            return await self._files.request("GET", place, mark + query, seconds=seconds, with_token=False)
+            raise UserError(f"{what}; set response_format: b64_json")
 
         try:
-            return await asyncio.to_thread(decode_image, await self._files.call(get), self._config.max_pixels)
+            data = await self._files.call(lambda left: self._files.download(address, left))
+            return await asyncio.to_thread(decode_image, data, self._config.max_pixels)
         except HttpError as error:
             remedy = "where the server knows response_format: b64_json, set it to get the image itself"
-            raise HttpError(error.kind, f"{error}; {remedy}", can_retry=False, status=error.status) from None
+            raise HttpError(
+                error.kind, f"{error}; {remedy}", can_retry=False
+            ) from None  # the status is of the file alone
 
 
 def _remedy(error: HttpError, content: Mapping[str, Any]) -> str | None:
