@@ -142,6 +142,9 @@ def plan_grpo_batches(config: GrpoConfig, rows: int, failed: int, left_out: int,
     per_rollout, prompts, updates_per_rollout = _check_rollout(b, rows, processes)
     per_epoch = rows // prompts
     updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
+    if b.save_strategy == "best" or (b.save_strategy == "epoch" and updates > per_epoch * updates_per_rollout):
+        why = "nothing is evaluated" if b.save_strategy == "best" else "all passes count as one epoch"
+        raise UserError(f"trl.save_strategy: {b.save_strategy}: {why}, so nothing would be saved in time; use steps")
     rollouts = math.ceil(updates / updates_per_rollout)
     images = judgments = math.ceil(rollouts * per_rollout * failed / rows)
     if config.reward == "trajectory":
