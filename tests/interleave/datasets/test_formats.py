@@ -300,7 +300,7 @@ def test_files_of_reinforcement_rows_lose_nothing(tmp_path: Path, store: ImageSt
     lines = [
         {
             "origin_prompt": "a cat",
-            "rewritten_prompt": "",
+            "rewritten_prompt": None,
             "origin_image_path": save(WHITE, tmp_path / "data" / "interleave" / "white.png"),
             "edited_image_path": "a.png",
             "evaluation": {"success": True, "semantics": 10, "quality": 0.5, "note": "n"},
@@ -320,6 +320,7 @@ def test_files_of_reinforcement_rows_lose_nothing(tmp_path: Path, store: ImageSt
     rows = list(read_rl(file, tmp_path, store))
     assert [row.is_t2i for row in rows] == [True, False]
     write_rl(rows, again, store)
+    lines[0]["rewritten_prompt"] = ""
     expected = [with_pixels(line, tmp_path) for line in lines]
     assert load_lines(again) == expected
     paths = [json.loads(line)["origin_image_path"] for line in again.read_text().splitlines()]
@@ -843,6 +844,12 @@ def root(tmp_path: Path) -> Path:
 def test_a_good_image_is_taken(root: Path, kind: str, store: ImageStore) -> None:
     assert READERS[kind]("good.png", root, store)
     assert READERS[kind](str(root / "good.png"), root, store)
+    snapshot = root / "cache" / "snapshots" / "0a1b"  # of the hub, which links to its files
+    snapshot.mkdir(parents=True)
+    save(A, root / "cache" / "blobs" / "1.png")
+    for name in ("good.png", "step1_0.png"):
+        (snapshot / name).symlink_to("../../blobs/1.png")
+    assert READERS[kind]("good.png", snapshot, store)
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -888,6 +895,7 @@ SPOKEN = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
 
 def test_empty_keys_of_other_programs_are_no_mistake(tmp_path: Path, store: ImageStore) -> None:
     item = SPOKEN | {"system": "", "tools": "[]", "videos": [], "audios": None}
+    item["messages"] = [turn | {"tool_calls": None, "name": None} for turn in SPOKEN["messages"]]
     (tmp_path / "f.json").write_text(json.dumps([item, SPOKEN], indent=1))
     assert [row.completion for row in read_sft(tmp_path / "f.json", tmp_path, store)] == ["b", "b"]
 

@@ -131,6 +131,8 @@ def of(**trl: Any) -> GrpoBatchPlan:
         ({"steps_per_generation": 4, "save_steps": 6}, "multiple of the 4 updates of a rollout"),
         ({"steps_per_generation": 4, "save_steps": 0.2, "max_steps": 50}, "multiple of the 4 updates of a rollout"),
         ({"num_generations": True}, "must be a positive whole number, got True"),
+        ({"save_strategy": "epoch"}, "save_strategy: epoch: all passes count as one epoch"),
+        ({"save_strategy": "best", "num_train_epochs": 1}, "save_strategy: best: nothing is evaluated"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_shown(trl: dict[str, Any], said: str) -> None:
@@ -143,7 +145,7 @@ def test_sums_of_other_layouts() -> None:
     assert of(generation_batch_size=32, per_device_train_batch_size=8).updates_per_rollout == 2
     assert of(num_iterations=3, num_generations=4).updates_per_rollout == 3
     assert of(save_steps=0.1).updates_per_rollout == 1
-    assert of(max_steps=7).updates == 7
+    assert of(max_steps=7, save_strategy="epoch").updates == 7
     assert "2 prompts x 8 answers = 16 over 2 processes" in "\n".join(of().lines())
 
 

@@ -61,6 +61,7 @@ from interleave.training.trl_options import (
     RESERVED_SFT,
     OptionsRefusedError,
     check_arguments,
+    check_evaluation,
     check_keys,
     check_options,
     check_reserved,
@@ -146,6 +147,7 @@ class Options:
             {"generation_kwargs": {"repetiton_penalty": 1.1}},
             r"generation_kwargs.repetiton_penalty: unknown option of .*; did you mean 'repetition_penalty'",
         ),
+        ({"generation_kwargs": {"stop_strings": ["x"]}}, "generation_kwargs.stop_strings: cannot be set, TRL gives"),
         ({"speed": ["slow"]}, r"speed: is \['slow'\].*; allowed: slow, fast"),
         *(
             pytest.param({"report_to": given}, f"report_to: is {said}.*; allowed: none, all, ", marks=pytest.mark.slow)
@@ -160,6 +162,19 @@ def test_a_value_that_an_option_of_trl_cannot_have_is_refused(given: dict[str, o
     check_values(whole, Options)
     check_values({"generation_kwargs": {"suppress_tokens": [1], "min_p": 0.1, "do_sample": True}}, Options)
     check_values({"deepspeed": "a.json", "gradient_checkpointing_kwargs": {}, "scale_rewards": False}, Options)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy: best: nothing would be saved"),
+        ({"eval_strategy": "steps", "metric_for_best_model": "accuracy"}, "metric_for_best_model: is 'accuracy'"),
+    ],
+)
+def test_options_about_evaluations_that_there_are_not(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^trl.{said}"):
+        check_evaluation(given)
+    check_evaluation(given | {"eval_strategy": "epoch", "metric_for_best_model": "eval_loss"})
 
 
 @pytest.mark.slow
@@ -858,6 +873,10 @@ def test_a_model_without_a_vision_tower_is_refused() -> None:
 
     with pytest.raises(UserError, match="no vision tower found in Linear"):
         freeze_vision(torch.nn.Linear(2, 2), "frozen")
+    other = torch.nn.ModuleDict({"vision_tower": torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2)})})
+    freeze_vision(other, "frozen")
+    with pytest.raises(UserError, match="vision: reference is of Qwen's models, and would train the whole tower"):
+        freeze_vision(other, "reference")
 
 
 @pytest.mark.parametrize("name", ["visual", "mlp"])
@@ -1137,6 +1156,7 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
         "did you mean 'learning_rate'": {"learing_rate": 1},
         "output_dir: cannot be set": {"output_dir": "x"},
         "eval_strategy": {"eval_strategy": "steps"},
+        "eval_on_start.*missing": {"eval_on_start": True},
         "cannot be read": {"deepspeed": "none.json"},
         "No such file or directory: 'none.json'": {"accelerator_config": "none.json"},
         "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},

@@ -97,17 +97,24 @@ class ImageImporter:
         return self.images.put(image)
 
     def _find(self, name: str, where: str) -> Path:
-        root, leads_out = self.root.resolve(), False
+        roots, leads_out = [self.root.resolve(), *_blobs(self.root)], False
         places = [(self.folder, 1), (self.root, 2)] if self.folder is not None else [(self.root, 2)]
         for base, shortest in places:
             for end in _ends(name, shortest):
                 with contextlib.suppress(OSError, ValueError):  # no name of a file
                     path = (base / end).resolve()
-                    if path.is_file() and path.is_relative_to(root):
+                    if path.is_file() and any(map(path.is_relative_to, roots)):
                         return path
                     leads_out |= path.is_file()
         reason = "it leads out of the folder" if leads_out else "no such image"
         raise RowError(f"{where}: {name!r}: {reason}; images must lie in {self.root}")
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where the files of a folder in a cache of the hub are, which it links to."""
+    for place in folder.absolute().parents:
+        if place.name == "snapshots":
+            yield place.with_name("blobs").resolve()
 
 
 def _ends(name: str, shortest: int) -> Iterator[str]:

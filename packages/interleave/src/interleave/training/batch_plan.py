@@ -142,7 +142,7 @@ def plan_grpo_batches(config: GrpoConfig, rows: int, failed: int, left_out: int,
     per_rollout, prompts, updates_per_rollout = _check_rollout(b, rows, processes)
     per_epoch = rows // prompts
     updates = b.max_steps if b.max_steps > 0 else math.ceil(b.num_train_epochs * per_epoch * updates_per_rollout)
-    _check_saving(b, updates, updates_per_rollout)
+    _check_saving(b, updates, per_epoch, updates_per_rollout)
     rollouts = math.ceil(updates / updates_per_rollout)
     images = judgments = math.ceil(rollouts * per_rollout * failed / rows)
     if config.reward == "trajectory":
@@ -193,8 +193,13 @@ def _check_rollout(b: TrlBatchOptions, rows: int, processes: int) -> tuple[int, 
     return per_rollout, prompts, steps * b.num_iterations // b.gradient_accumulation_steps
 
 
-def _check_saving(b: TrlBatchOptions, updates: int, updates_per_rollout: int) -> None:
-    """Raises UserError where a checkpoint would fall into the middle of a rollout; below 1, `save_steps` is a share."""
+def _check_saving(b: TrlBatchOptions, updates: int, per_epoch: int, updates_per_rollout: int) -> None:
+    """Raises UserError where nothing is saved in time, or a checkpoint would fall into the middle of a rollout.
+
+    Below 1, `save_steps` is a share of the updates."""
+    if b.save_strategy == "best" or (b.save_strategy == "epoch" and updates > per_epoch * updates_per_rollout):
+        why = "nothing is evaluated" if b.save_strategy == "best" else "all passes count as one epoch"
+        raise UserError(f"trl.save_strategy: {b.save_strategy}: {why}, so nothing would be saved in time; use steps")
     every = math.ceil(updates * b.save_steps) if b.save_steps < 1 else b.save_steps
     if b.save_strategy == "steps" and every % updates_per_rollout:
         raise UserError(

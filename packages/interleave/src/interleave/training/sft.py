@@ -38,6 +38,7 @@ from interleave.training.trl_options import (
     RESERVED_SFT,
     build_lora_config,
     check_arguments,
+    check_evaluation,
     check_options,
     check_values,
     refusals_of_trl,
@@ -61,6 +62,7 @@ def check_settings(config: SftConfig) -> None:
 
     check_options("trl", config.trl, SFTConfig, RESERVED_SFT)
     check_values(config.trl, SFTConfig)
+    check_evaluation(config.trl)
     build_lora_config(config)
     TrlBatchOptions.from_trl(config.trl)
 
@@ -90,9 +92,10 @@ def check_sft(role: Role, config: SftConfig, processes: int, *, needs_weights: b
     store = image_store(config)
     kept = [rows[i] for i in select_by_length(rows, processor, store, config.max_length)]
     kept_val = [val[i] for i in select_by_length(val, processor, store, config.max_length)] if val else []
-    if config.trl.get("eval_strategy", "no") != "no" and not kept_val:
+    evaluated = "eval_strategy" if config.trl.get("eval_strategy", "no") != "no" else "eval_on_start"
+    if config.trl.get(evaluated) and not kept_val:
         raise UserError(
-            f"trl.eval_strategy: {folder / f'{name}.val.jsonl'} is missing; build a set that has it, or remove the key"
+            f"trl.{evaluated}: {folder / f'{name}.val.jsonl'} is missing; build a set that has it, or remove the key"
         )
     if has_both_kinds(kept) and "epoch" in (config.trl.get("save_strategy"), config.trl.get("eval_strategy")):
         raise UserError("trl: a strategy of `epoch` needs rows that all have images or rows without any; use `steps`")

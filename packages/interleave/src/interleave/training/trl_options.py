@@ -47,6 +47,7 @@ RESERVED_SFT: Mapping[str, str] = {
     "chat_template_path": "prompts must be those of run time, made by the model's own chat template",
     "eos_token": "the end of turn is that of the model's own chat template",
     "pad_token": "the model's own is used",
+    "pad_to_multiple_of": "TRL cannot pad prompts with images to it",
     **dict.fromkeys(
         ("completion_only_loss", "assistant_only_loss", "dataset_text_field", "dataset_kwargs", "dataset_num_proc"),
         ANSWER_ONLY,
@@ -61,6 +62,7 @@ RESERVED_GRPO: Mapping[str, str] = {
     "max_tool_calling_iterations": "use the key max_attempts",
     "sync_ref_model": "the reference model is in no checkpoint, so that a run could not be resumed",
     "log_completions_hub_repo": UPLOADS,
+    "eval_on_start": "there are no rows to evaluate on",
 }
 RESERVED_LORA: Mapping[str, str] = {
     "task_type": "it is CAUSAL_LM",
@@ -239,6 +241,7 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
                 _check_plain(f"trl.{key}.use_reentrant", value["use_reentrant"], bool | None)
             if key == "generation_kwargs" and isinstance(value, Mapping) and not given.get("use_vllm"):
                 check_keys(f"trl.{key}", value, set(vars(GenerationConfig())), "GenerationConfig")
+                check_reserved(f"trl.{key}", value, {"stop_strings": "TRL gives generation no tokenizer to find them"})
         elif parts <= {str, NoneType} and key != "fsdp" and not isinstance(value, str):
             raise UserError(f"trl.{key}: must be a text, got {shortened(value)}")
 
@@ -247,6 +250,15 @@ def _choices(field: "dataclasses.Field[Any]", parts: set[Any]) -> list[str | boo
     """The values that an option may have: those of its enum, those it declares, or those of `CHOICES`."""
     of_enum = [one.value for part in parts if isinstance(part, type) and issubclass(part, Enum) for one in part]
     return of_enum or list(field.metadata.get("choices", CHOICES.get(field.name, ())))
+
+
+def check_evaluation(given: Mapping[str, Any]) -> None:
+    """Raises UserError for options of supervised training that need an evaluation, or a metric, that there is not."""
+    is_evaluated, metric = given.get("eval_strategy", "no") != "no", given.get("metric_for_best_model")
+    if given.get("save_strategy") == "best" and not is_evaluated:
+        raise UserError("trl.save_strategy: best: nothing would be saved without evaluations; set trl.eval_strategy")
+    if is_evaluated and metric not in (None, "loss", "eval_loss"):
+        raise UserError(f"trl.metric_for_best_model: is {shortened(metric)}; allowed: eval_loss, which is measured")
 
 
 def check_arguments(given: Mapping[str, Any], cls: type[Any], processes: int) -> None:

@@ -23,12 +23,18 @@ def is_frozen(name: str, vision: Vision) -> bool:
 
 
 def freeze_vision(model: "nn.Module", vision: Vision) -> None:
-    """Turns off the gradient of what `vision` freezes.  Raises UserError where no vision tower is found."""
+    """Turns off the gradient of what `vision` freezes.  Raises UserError where no vision tower is found, or `reference`
+    would freeze none of it, since its parts have other names."""
     named = list(model.named_parameters())
     if vision != "train" and not any(is_frozen(name, "frozen") for name, _ in named):
         raise UserError(
             f"vision: {vision}: no vision tower found in {type(model).__name__} (none of {', '.join(VISION_PARTS)} "
             "among its parts); set vision: train"
+        )
+    if vision == "reference" and not any(is_frozen(name, vision) for name, _ in named):
+        raise UserError(
+            f"vision: reference is of Qwen's models, and would train the whole tower of {type(model).__name__}; set "
+            "vision: frozen or train"
         )
     for name, weight in named:
         weight.requires_grad_(not is_frozen(name, vision))

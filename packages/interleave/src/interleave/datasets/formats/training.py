@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from imgen_common.files import write_atomic, writing
 from interleave.agents.prompts import IMAGE_MARKER
@@ -41,6 +41,12 @@ class _Turn(BaseModel):
         validation_alias=AliasChoices("role", "from")
     )
     content: str = Field(validation_alias=AliasChoices("content", "value"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, turn: Any) -> Any:
+        """Without keys such as `tool_calls`, which a table has for every turn once one turn has it."""
+        return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
 
 
 def _unpack(value: object) -> object:
@@ -126,7 +132,7 @@ def write_sft(rows: Iterable[SftRow], file: Path, images: ImageStore) -> None:
 class _RlLine(BaseModel):
     model_config = ConfigDict(extra="allow")
     origin_prompt: str
-    rewritten_prompt: str
+    rewritten_prompt: Annotated[str, BeforeValidator(lambda prompt: prompt or "")] = ""
     origin_image_path: str
     edited_image_path: str
     evaluation: Annotated[Evaluation, BeforeValidator(_unpack)]
