@@ -49,6 +49,13 @@ def rows(folder: Path, name: str, content: str | bytes, key: str = "prompt") -> 
         ("hashtags.txt", "#a cat\na dog #b\na hat\n", ["#a cat", "a dog #b", "a hat"]),
         ("hashtag.txt", "#sunset\na dog\na hat\n", ["#sunset", "a dog", "a hat"]),
         ("no_value.txt", "none\nnan\n", ["none", "nan"]),
+        ("signs.txt", '"Open" above "Closed"\n"Rome", not "Paris"\n', ['"Open" above "Closed"', '"Rome", not "Paris"']),
+        ("said.txt", "“Hi”, says the cat, “bye”\n", ["“Hi”, says the cat, “bye”"]),
+        ("tab.txt", "a\tcat\na dog\n", ["a\tcat", "a dog"]),
+        ("tag.txt", "1girl,solo,text\n", ["1girl,solo,text"]),
+        ("rule.txt", "a cat\n" * 30 + "---\n", ["a cat"] * 30 + ["---"]),
+        ("structured.jsonl", '{"prompt": "{\\"scene\\": [\\"a\\"]}"}\n', ['{"scene": ["a"]}']),
+        ("structured.csv", 'prompt\n"{""scene"": ""a""}"\n', ['{"scene": "a"}']),
         ("near.jsonl", '"a <lora:x:0.8> <s0> cat"\n"nan bread"\n', ["a <lora:x:0.8> <s0> cat", "nan bread"]),
         ("flickr30k.csv", "name| n| prompt\n1.jpg| 0| a cat , grey .\n", ["a cat , grey ."]),
         ("p.jsonl", '{"prompt": "a"}\n\n"b"\n', ["a", "b"]),
@@ -238,12 +245,13 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
         ("p.txt", "```\na cat\n```\n", "p.txt: is text with a fence of Markdown; remove the lines of ```"),
         ("p.txt", "{\\rtf1\\ansi\na cat\\par\n}\n", "p.txt: is rich text (RTF); save it as plain text"),
         *(
-            ("p.txt", table, "p.txt: is a table with lines around its names")
+            ("p.txt", table, "which are in tables or between texts; write each text on a line of its own")
             for table in (
                 "+---------+\n| prompt  |\n+---------+\n| a cat   |\n+---------+\n",
                 "     prompt      \n-----------------\n a cat\n(1 row)\n",
                 "┌────────┐\n│ prompt │\n├────────┤\n│ a cat  │\n└────────┘\n",
                 "| prompt | id |\n|:---|---:|\n| a cat | 1 |\n",
+                "a cat,\nin oil\n---\na dog\n",
             )
         ),
         ("p.txt", "Prompt\tCategory\na cat\tAnimals\n", "p.txt: has tabs, as a table has; name it .tsv"),
