@@ -292,6 +292,7 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["sample", "x", "--set", "model.dtyp=float32"], "did you mean 'dtype'"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
+        (["sample", str(hub.WEIGHTS / "generator" / "model_index.json")], "is a file, and only its name would be read"),
         (["sample", "x", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),
         (["explain", "full", "--figure", "x.gif"], "must end in .png, .svg or .pdf"),
@@ -536,6 +537,20 @@ def test_evaluating_a_model_alone(flowbp: Call) -> None:
     assert "too few prompts (6) for intervals that say much; give 10 or more" in " ".join(said.split())
     assert "builtin:shapes/generator, 6 prompts" in output
     assert "Verifier" in output
+
+
+@pytest.mark.parametrize(("words", "said"), [([], True), (["--num-prompts", 6], False)])
+def test_evaluating_a_part_of_a_file_by_default_is_said(
+    words: list[object], said: bool, flowbp: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*given: object) -> None:
+        raise UserError("was evaluated")
+
+    monkeypatch.setattr("flowbp.evaluation.sampling.evaluate_model", evaluate)
+    (tmp_path / "p.txt").write_text("a red circle\n" * 505)
+    _, _, errors = flowbp("eval", "builtin:shapes/generator", "--prompts", tmp_path / "p.txt", *words)
+    assert "was evaluated" in errors
+    assert ("p.txt: only its first 504 prompts are used; --num-prompts N takes more" in errors) is said
 
 
 def test_the_report_command_writes_the_page_anew(flowbp: Call, trained: Path) -> None:

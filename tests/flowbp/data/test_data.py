@@ -10,6 +10,7 @@ from flowbp.data.edits import Edit
 from flowbp.data.prompts import describe_unread_prompts, load_prompts, prompt_indices
 from flowbp.rewards import RewardConfig
 from imgen_common.errors import UserError
+from imgen_common.hub import WEIGHTS
 from imgen_common.shapes.scene import parse_caption
 
 
@@ -238,6 +239,18 @@ def test_rewards_read_the_captions_of_edits(score: str, counted: str) -> None:
 
 def test_prompts_of_its_world_are_read_whole_by_the_miniature() -> None:
     assert describe_unread_prompts(load_prompts("builtin:shapes/test", limit=50), ModelConfig(), {}) == []
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("a red circle", 0), ("a cat", 1)])
+def test_rewards_of_the_miniature_say_that_they_do_not_know_what_they_score(
+    prompt: str, count: int, tmp_path: Path
+) -> None:
+    (tmp_path / "other").symlink_to(WEIGHTS / "generator")
+    rewards = {"r": RewardConfig(ref="builtin:shapes/heldout")}
+    said = describe_unread_prompts([prompt], ModelConfig(ref=str(tmp_path / "other")), rewards)
+    start = "reward r: builtin:shapes/heldout knows nothing but circles"
+    assert len(said) == count
+    assert all(one.startswith(start) and one.endswith("'cat'; its scores mean nothing") for one in said)
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])

@@ -86,6 +86,18 @@ def test_rows_of_a_file_may_have_images(tmp_path: Path) -> None:
     assert len({describe_row(prompt) for prompt in found}) == 4
 
 
+def test_a_column_named_images_may_be_left_unread(tmp_path: Path) -> None:
+    data = DataConfig(
+        prompts=row_file(tmp_path, {"prompt": "a cat", "images": "https://example.org/a.png"}), images=None
+    )
+    Dataset.from_dict({"prompt": ["a dog"], "images": [3]}).save_to_disk(str(tmp_path / "data"))
+    found = [*all_prompts(TrainConfig(data=data)).data, *load_prompts(str(tmp_path / "data"), data)]
+    assert found == ["a cat", "a dog"]
+    assert not any(map(sources_of, found))
+    with pytest.raises(UserError, match=r"not an address; .*; data\.images=null reads no images"):
+        load_prompts(data.prompts)
+
+
 def test_a_table_may_name_an_image(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "rows.csv").write_text("text,source\nmake it red,a.png\na cat,\n")

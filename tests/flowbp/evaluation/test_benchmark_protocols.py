@@ -362,6 +362,14 @@ def test_a_small_score_is_not_shown_as_zero() -> None:
     assert tables.format_cell(row, "x") == ("0.000024", "0.000019 to 0.000029")
 
 
+@pytest.mark.parametrize(("protocol", "content", "said"), [("hpdv2", "b", 1), ("hpdv2", "a", 0), ("geneval", "b", 0)])
+def test_rows_of_different_prompts_are_said(protocol: str, content: str, said: int) -> None:
+    first = tables.BenchmarkRow("m", "f", "hpdv2", 9, {}, {}, {}, "a")
+    other = tables.BenchmarkRow("n", "g", protocol, 9, {}, {}, {}, content)
+    notes = tables.table_notes([first, other, first])
+    assert notes.count("Rows of hpdv2 are of different prompts: their scores cannot be compared.") == said
+
+
 def geneval_folder(folder: Path, right: dict[str, list[float]]) -> Path:
     """A finished folder of two images a prompt, as far as a table needs it; right: by tag, a value per image."""
     spec = ScorerSpec(name="geneval", kind="geneval", ref="detector", color_model="clip")

@@ -497,6 +497,8 @@ def test_a_page_anew(interleave: Call, tmp_path: Path) -> None:
             ("an image is 400x1; models take at most 200 times", "such as critic.model; cut it"),
         ),
         (("batch", "words.jsonl"), ("'cat'",)),
+        (("run", "words.jsonl"), ("words.jsonl: is a file, and only its name would be read; interleave batch takes",)),
+        (("plan", "words.jsonl"), ("words.jsonl: is a file", "give one request")),
         (("batch",), ("FILE", "--resume")),
         (("batch", "none.jsonl"), ("none.jsonl", "no such file")),
         (("batch", "--resume", "none"), ("no such run",)),

@@ -1,5 +1,6 @@
 """Tables: rows of objects or texts, from files of lines, of JSON and of cells."""
 
+import contextlib
 import csv
 import io
 import json
@@ -49,10 +50,12 @@ LINES = {
 }
 """What is wrong with a line of texts in which one of these is found; options are those of sd-scripts, AUTOMATIC1111 and
 Midjourney."""
-HOLDER = re.compile(r"""\[(["'].*)?\]|\{(["'].*)?\}""", re.DOTALL)
-"""A list or an object, as JSON and Python write them into a cell."""
+HOLDER = re.compile(r"""\[(["'].*)?\]|\{('.*)?\}""", re.DOTALL)
+"""A list, as JSON and Python write it into a cell, or an object of Python; one of JSON may be a structured prompt."""
 QUOTES = ('""', "''", "“”", "„“", "„”", "«»", "‘’")
 """What may stand around a text, before and after it."""
+QUOTE_ENDS = re.compile(r"""(?<=[^\s\\"])["'”“»’](?=[\s,.;:!?])""")
+"""The end of a quotation inside a text, as in `"Open" above "Closed"`; jq writes a backslash before it, others two."""
 csv.field_size_limit(MAX_LINE_BYTES)  # images in base64, which stand beside texts in some tables
 ITEM = re.compile(r"\*{0,2}([-*•·–]|\(?\d+[.):])\*{0,2}\s")
 """What stands before an item of a list."""
@@ -120,6 +123,13 @@ def check_texts(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> Iterato
         yield where, row
 
 
+def check_no_table(text: str, remedy: str) -> None:
+    """Raises UserError where a text is the name of a file of rows, which stands there for what it holds."""
+    with contextlib.suppress(OSError, ValueError):  # no name of a file
+        if text.lower().endswith(TABLE_SUFFIXES) and Path(text).is_file():
+            raise UserError(f"{one_line(text)}: is a file, and only its name would be read; {remedy}")
+
+
 def check_no_token(text: str, what: str) -> None:
     """Raises UserError for a control token of a chat model, which a tokenizer would not read as words."""
     if token := CONTROL_TOKEN.search(text):
@@ -139,7 +149,8 @@ def _check_lines(numbered: Sequence[tuple[int, str]], path: Path) -> None:
             if found := re.search(mark, line):
                 raise UserError(f"{path}:{number}: {what.format(one_line(found[0], 40))}")
     cells = [cell.strip(' "').lower() for cell in re.split("[,;|]", first)]
-    if any(cell in COLUMNS for cell in cells) and not any(" " in cell for cell in cells) and not _are_tags(lines):
+    is_table = len(lines) > 1 and not any(" " in cell for cell in cells) and not _are_tags(lines)
+    if is_table and any(cell in COLUMNS for cell in cells):
         what = f"its first line, {first.strip()}, names a column, as that of a table"
         raise UserError(f"{path}: {what}; name it .csv, or put another line first if it is a text")
     _check_marks(numbered, path)
@@ -150,11 +161,13 @@ def _check_marks(numbered: Sequence[tuple[int, str]], path: Path) -> None:
     lines = [line for _, line in numbered]
     if item := _item(lines):
         what = f"a list whose items are numbered or begin with a mark ({one_line(item, 40)})"
-        raise UserError(f"{path}: is {what}; write each text on a line without it")
-    if lines and "\t" in lines[0]:
+        remedy = "write each text on a line without it, or the texts as .jsonl if it is a part of them"
+        raise UserError(f"{path}: is {what}; {remedy}")
+    if lines and "\t" in lines[0] and any("\t" in line for line in lines[1:]):
         raise UserError(f"{path}: has tabs, as a table has; name it .tsv, whose first line names the columns")
-    ends = {line[0] + line.rstrip(" ,")[-1:] if len(line) > 1 else "" for line in lines}
-    if len(ends) == 1 and ends <= set(QUOTES):
+    texts = [line.rstrip(" ,") for line in lines]
+    ends = {text[0] + text[-1] if len(text) > 1 else "" for text in texts}
+    if len(ends) == 1 and ends <= set(QUOTES) and not all(QUOTE_ENDS.search(text, 1, len(text) - 1) for text in texts):
         raise UserError(f"{path}: has each text in quotes, as jq writes them without -r; remove the quotes")
     commented = [(number, line) for number, line in numbered if COMMENTED.match(line)]
     if 0 < 2 * len(commented) < len(lines) and sum(len(HASHTAG.findall(line)) for line in lines) == len(commented):
@@ -169,7 +182,7 @@ def _are_tags(lines: Sequence[str]) -> bool:
     """Whether lines are tags as boorus write them, `1girl,solo,text`: words alone, in some lines fewer than in the
     first, or some of the first again.  The lines of a table have as many cells as its first, or more, unquoted."""
     first, *others = [[cell.strip() for cell in line.strip(" ,").split(",")] for line in lines]
-    if not others or any(len(row) == 1 or any(re.search(r"\s", cell) for cell in row) for row in (first, *others)):
+    if any(len(row) == 1 or any(re.search(r"\s", cell) for cell in row) for row in (first, *others)):
         return False
     again = set(first).difference(COLUMNS)
     return any(len(row) < len(first) for row in others) or any(

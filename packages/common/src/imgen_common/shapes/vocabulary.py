@@ -26,7 +26,7 @@ def _known_words(ref: str) -> frozenset[str]:
     folder = WEIGHTS / ref.removeprefix(BUILTIN)
     file = next(path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file())
     tokens = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
-    words = {token.removeprefix("Ġ") for token in tokens}
+    words = {token.removeprefix("Ġ").removesuffix("</w>") for token in tokens}
     return frozenset(word for word in words if {word, word.lower()} & _world_words())
 
 

@@ -215,7 +215,8 @@ class PipelineBackbone(ABC):
 
     def _cannot_edit(self) -> UserError:
         return UserError(
-            f"{type(self.pipe).__name__} cannot edit; take out the images, or train a family that can (flowbp families)"
+            f"{type(self.pipe).__name__} cannot edit; take out the images (data.images=null reads none), or train a "
+            "family that can (flowbp families)"
         )
 
     @abstractmethod

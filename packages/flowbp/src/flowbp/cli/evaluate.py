@@ -138,8 +138,8 @@ def evaluate(
         for scale in guidance or []:
             models.check_guidance_scale(scale)
         extra = (("prompts", prompts), ("num_prompts", num_prompts), ("guidance_scale", guidance))
-        given = [f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, [])]
-        sources = models.compared_sources(target, against, runs, [*(sets or []), *given])
+        given = [*(sets or []), *(f"eval.{key}={json.dumps(value)}" for key, value in extra if value not in (None, []))]
+        sources = models.compared_sources(target, against, runs, given)
         config, labels = sources[-1].config, [source.label for source in sources]
         for source in sources:
             source.check(scorers=True)
@@ -150,7 +150,7 @@ def evaluate(
         from imgen_common.console import quiet_libraries
     quiet_libraries()
     models.check_compared(sources, texts)
-    print_notes(sources[-1].assumed_settings())
+    print_notes([*sources[-1].assumed_settings(), *models.describe_left_out(config, given)])
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     scales = guidance or sources[-1].eval_guidance_scales
     with progress_bar() as on_progress:

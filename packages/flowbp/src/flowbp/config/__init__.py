@@ -177,9 +177,9 @@ class DataConfig(Config):
     .json (an array), .csv or .tsv (with names of columns); or a folder of `datasets.save_to_disk`."""
     key: str = "prompt"
     """Name of the prompt's column in .jsonl, .json, .csv and .tsv files and dataset folders."""
-    images: str = "images"
+    images: str | None = "images"
     """Name of the column of source images, where prompts are edits: a path, counted from the file's folder, or a list;
-    in dataset folders images too."""
+    in dataset folders images too.  null: rows have none, also where a column has that name."""
     caption: str = "caption"
     """Name of the column with what the result of an edit should show, for rewards that do not see its sources; where
     rows have none, these read the instruction."""

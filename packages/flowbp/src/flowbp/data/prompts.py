@@ -110,7 +110,8 @@ def describe_unread_prompts(
     prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]
 ) -> list[str]:
     """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; one where
-    edits lack the captions that rewards read; and one where prompts have words that the built-in model does not know.
+    edits lack the captions that rewards read; and one where prompts have words that the built-in model, or built-in
+    rewards of another model, do not know.
 
     No weights are read; equal texts count once.  Of edits, text encoders read the instructions, rewards with a limit
     the captions.
@@ -144,8 +145,14 @@ def describe_unread_prompts(
     if bare and of_captions:
         which = f"{'has' if bare == 1 else 'have'} no caption (data.caption)"
         cut.append(f"{bare} of {len(edits)} edits {which}; {', '.join(of_captions)} will score the instruction instead")
-    unknown = describe_unknown_words(model.ref, " ".join(dict.fromkeys(prompts)))
-    return cut if unknown is None else [*cut, f"{unknown}; images of such prompts mean nothing"]
+    return [*cut, *_describe_unknown_words(" ".join(dict.fromkeys(prompts)), model, rewards)]
+
+
+def _describe_unknown_words(words: str, model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:
+    if (unknown := describe_unknown_words(model.ref, words)) is not None:
+        return [f"{unknown}; images of such prompts mean nothing"]
+    found = {name: describe_unknown_words(config.ref, words) for name, config in rewards.items()}
+    return [f"reward {name}: {text}; its scores mean nothing" for name, text in found.items() if text is not None]
 
 
 def prompt_indices(count: int, seed: int, first: int, number: int) -> list[int]:

@@ -14,7 +14,7 @@ from flowbp.data.edits import Edit, Source
 from imgen_common.errors import UserError, is_blank, nearest, one_line
 from imgen_common.images import content_hash, decode
 from imgen_common.streams import numpy_generator
-from imgen_common.tables import check_cell, check_no_token, check_texts, describe_type, image_path
+from imgen_common.tables import check_cell, check_no_table, check_no_token, check_texts, describe_type, image_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,12 +35,12 @@ def read_prompts(rows: Sequence[tuple[str, Mapping[str, Any]]], data: DataConfig
 
 
 def _prompt(where: str, row: Mapping[str, Any], data: DataConfig, folder: Path) -> str:
-    text, given = row[data.key].strip(), row.get(data.images)
+    text, given = row[data.key].strip(), None if data.images is None else row.get(data.images)
     try:
         files = [_stored(value, folder) for value in _values(given)]
         sources = [Source(*_measure(file), partial(_load, given, k, folder)) for k, file in enumerate(files)]
     except UserError as error:
-        raise UserError(f"{where}: {data.images}: {error}") from None
+        raise UserError(f"{where}: {data.images}: {error}; data.images=null reads no images") from None
     answer = "" if data.answer is None else _said(where, row, data.answer)
     if answer.lower() != "none":  # which is an answer
         check_cell(answer, f"{where}: {data.answer}", "leave the cell empty")
@@ -92,10 +92,12 @@ def _load(given: Any, index: int, folder: Path) -> Image.Image:
 def edits_of_files(instructions: Sequence[str], images: Sequence[Path]) -> list[str]:
     """Edits of the same image files; the instructions themselves where there are none.
 
-    Raises UserError for an empty instruction, and for a file that is no image.
+    Raises UserError for an empty instruction, one that is the name of a file of prompts, and a file that is no image.
     """
     if blank := [number for number, text in enumerate(instructions, 1) if is_blank(text)]:
         raise UserError(f"prompt {blank[0]} of {len(instructions)} is empty; say what to draw")
+    for text in instructions:
+        check_no_table(text, "give its prompts one by one, or take flowbp benchmark --prompts")
     sources = [Source(*_measure(image), partial(decode, image)) for image in images]
     return [Edit(text, sources) if sources else text for text in instructions]
 
@@ -146,7 +148,7 @@ def read_dataset(path: Path, data: DataConfig) -> Iterator[tuple[str, dict[str, 
         )
     texts = (data.key, data.caption, data.source_caption, data.answer)
     columns = {name: _column(dataset, path, name) for name in texts if name is not None and name in names}
-    if data.images in names:
+    if data.images is not None and data.images in names:
         stored = _without_decoding(dataset.select_columns([data.images]), data.images)
         columns[data.images] = [partial(_read_images, stored, path, data.images, i) for i in range(len(stored))]
     rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))

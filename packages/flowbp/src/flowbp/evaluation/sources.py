@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from flowbp.backbones import what_says_distilled
 from flowbp.config import ExportFormat, TrainConfig
-from flowbp.data.prompts import describe_unread_prompts, load_prompts
+from flowbp.data.prompts import describe_unread_prompts, is_shapes_source, load_prompts
 from imgen_common import hub, weights
 from imgen_common.config import load
 from imgen_common.errors import UserError, quoted
@@ -298,6 +298,16 @@ def check_export(run: Path, to: ExportFormat, step: int | None = None, model: st
 def evaluation_prompts(config: TrainConfig) -> list[str]:
     """The prompts of the evaluation that `config.eval` describes."""
     return load_prompts(config.eval.prompts, config.data, config.eval.num_prompts)
+
+
+def describe_left_out(config: TrainConfig, sets: Sequence[str]) -> list[str]:
+    """A sentence where a file of prompts that `sets` name has more than are evaluated, and they do not say how many."""
+    named, source, count = {one.partition("=")[0] for one in sets}, config.eval.prompts, config.eval.num_prompts
+    if "eval.prompts" not in named or "eval.num_prompts" in named or is_shapes_source(source):
+        return []
+    if len(load_prompts(source, config.data, count + 1)) <= count:
+        return []
+    return [f"{source}: only its first {count} prompts are used; --num-prompts N takes more"]
 
 
 def check_guidance_scale(scale: float) -> None:

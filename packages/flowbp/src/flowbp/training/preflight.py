@@ -183,7 +183,7 @@ def all_prompts(config: TrainConfig) -> Prompts:
     usual = DataConfig()
     for key, is_filled in filled.items():
         column = getattr(data, key)
-        if column != getattr(usual, key) and not is_filled:
+        if column not in (getattr(usual, key), None) and not is_filled:
             where = "row" if key in ("images", "answer") else "row with images"
             raise UserError(
                 f"data.{key}: no {where} has anything under {column!r}; name the column that has it, or take "

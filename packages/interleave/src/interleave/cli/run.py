@@ -50,8 +50,11 @@ def run(
     with spinner("loading"):
         if file := next((file for file in configs or [] if file.suffix.lower() in IMAGE_SUFFIXES), None):
             raise UserError(f"{file}: an image in the place of a CONFIG; write --image before each image")
-        config = load_run_config(configs, sets)
         from imgen_common.run_folder.find import free_path
+        from imgen_common.tables import check_no_table
+
+        check_no_table(request, "interleave batch takes a file of requests")
+        config = load_run_config(configs, sets)
         from interleave.loop import requests
         from interleave.loop import run as session
 
@@ -189,10 +192,13 @@ def plan(
       interleave plan "draw a red circle, then make it green" --json
     """
     with spinner("loading"):
-        config = load_run_config(configs, sets)
         import asyncio
         import tempfile
 
+        from imgen_common.tables import check_no_table
+
+        check_no_table(request, "give one request, in quotation marks")
+        config = load_run_config(configs, sets)
         from interleave.cli import console
         from interleave.loop import requests
         from interleave.loop import run as session

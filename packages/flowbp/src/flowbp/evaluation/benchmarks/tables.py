@@ -1,6 +1,7 @@
 """Benchmark folders as rows of the papers' tables, with bootstrap intervals over prompts."""
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class BenchmarkRow:
     """One folder: the mean of every score and its 95 % interval.
 
     scored: number of images with a row, by scorer.  unscored: of those, images to which the scorer gave no score; the
-    means leave them out.
+    means leave them out.  content: digest of the prompts.
     """
 
     label: str
@@ -54,6 +55,7 @@ class BenchmarkRow:
     scored: dict[str, int]
     unscored: dict[str, int]
     means: dict[str, MeanScore]
+    content: str = ""
 
 
 def read_row(folder: Path) -> BenchmarkRow:
@@ -75,7 +77,9 @@ def read_row(folder: Path) -> BenchmarkRow:
         else:
             strata[spec.name] = [_by_prompt(rows)]
     means = {name: mean_score(*values) for name, values in strata.items() if any(values)}
-    return BenchmarkRow(config.label, str(folder), config.protocol, len(config.image_ids), scored, unscored, means)
+    return BenchmarkRow(
+        config.label, str(folder), config.protocol, len(config.image_ids), scored, unscored, means, config.content
+    )
 
 
 def _by_prompt(rows: Collection[Mapping[str, Any]]) -> list[float]:
@@ -126,6 +130,12 @@ def table_notes(rows: Sequence[BenchmarkRow]) -> list[str]:
         asked = any(row.scored for row in rows)
         notes = ["No image has a score; see below." if asked else "No scores yet; give --score KIND=REF."]
     notes += [SHAPES_NOTE] if not SHAPES_TITLES.keys().isdisjoint(columns) else []
+    contents = Counter(protocol for protocol, _ in {(row.protocol, row.content) for row in rows})
+    notes += [
+        f"Rows of {protocol} are of different prompts: their scores cannot be compared."
+        for protocol, count in contents.items()
+        if count > 1
+    ]
     for row in rows:
         notes += [
             f"{row.folder}: {name} has {number} of {row.images} images; run the same command again to continue."
