@@ -350,6 +350,9 @@ def test_an_address_without_its_version_is_told_apart(base: str) -> None:
     for handler in (lambda r: httpx.Response(404, text="Not Found"), lambda r: httpx.Response(405)):
         assert "give it with /v1 at its end" in str(failure(client(handler), base, "/chat/completions"))
     page = client(lambda request: httpx.Response(200, text="<html>"))
+    lm_studio = httpx.Response(200, json={"error": "Unexpected endpoint or method. (POST /chat/completions)"})
+    with pytest.raises(HttpError, match=r"Unexpected endpoint.*give it with /v1 at its end"):
+        asyncio.run(complete(client(lambda request: lm_studio), base, b"{}", 5))
     with pytest.raises(HttpError, match="give it with /v1 at its end"):
         asyncio.run(complete(page, base, b"{}", 5))
 

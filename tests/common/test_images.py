@@ -382,6 +382,11 @@ def test_an_image_that_is_cut_in_its_header_is_damaged_not_of_another_format(kin
         decode(buffer.getvalue()[:kept])
 
 
+def test_a_pointer_of_git_lfs_is_named() -> None:
+    with pytest.raises(UserError, match=r"is a pointer of Git LFS; run `git lfs pull` there"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+
+
 @pytest.mark.parametrize("data", [b"GIF89a", b"RIFF....WAVE", b"\x89PN", b"BM"])
 def test_other_files_are_of_another_format(data: bytes) -> None:
     with pytest.raises(UserError, match="not an image of an allowed format"):

@@ -15,6 +15,7 @@ import pytest
 from imgen_common.config import load
 from imgen_common.errors import UserError
 from interleave.benchmarks import setup
+from interleave.benchmarks.official import files
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.setup import BenchmarkRequest, check_judge, judge_differences, load_config, prepare
 from interleave.cli import main
@@ -22,7 +23,7 @@ from interleave.cli.benchmark import TITLES
 from interleave.loop import run as session
 from interleave.loop.config import RunConfig
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
-from interleave.protocols import HashedImage, Message
+from interleave.protocols import HashedImage, Message, SystemText
 
 RECIPES = Path(__file__).parents[3] / "configs" / "interleave"
 FAST = ("run.planner.kind=none", "run.critic.kind=none", "run.generator.num_inference_steps=2", "run.cache=null")
@@ -130,11 +131,12 @@ def test_stories_that_failed_are_said_with_how_to_try_again(tmp_path: Path, caps
     assert f"2 of 2 items failed and will be missing; to try again: interleave batch --resume {folder} --retry" in said
 
 
-@pytest.mark.parametrize(("name", "images"), [("ueval", 2), ("rise", 2), ("comm", 2), ("wise", 1), ("wise_legacy", 1)])
-def test_a_judge_is_first_asked_about_as_many_images_as_later(
-    name: str, images: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some servers are started with a limit of one image."""
+@pytest.mark.parametrize(
+    ("name", "images", "systems"),
+    [("ueval", 2, 0), ("rise", 2, 0), ("comm", 2, 1), ("wise", 1, 1), ("wise_legacy", 1, 1)],
+)
+def test_a_judge_is_first_asked_as_later(name: str, images: int, systems: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some servers are started with a limit of one image, and some models take no system turn beside images."""
     asked: list[Message] = []
 
     async def check(_: EndpointChat, message: Message) -> None:
@@ -142,7 +144,8 @@ def test_a_judge_is_first_asked_about_as_many_images_as_later(
 
     monkeypatch.setattr(EndpointChat, "check", check)
     check_judge(load(EndpointChatConfig, [], ["url=http" + "://127.0.0.1:9/v1", "model=m"]), BENCHMARKS[name].judge)
-    assert [sum(isinstance(part, HashedImage) for part in message) for message in asked] == [images]
+    kinds = (HashedImage, SystemText)
+    assert [[sum(isinstance(part, kind) for part in m) for kind in kinds] for m in asked] == [[images, systems]]
 
 
 def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,6 +156,9 @@ def test_two_folders_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[
     changed = ("judge.kind=scripted", 'judge.answers=["Score: 1"]')
     assert interleave(*words("wise", tmp_path / "b", *layout, sets=changed)) == 2
     assert "holds answers of the judge 'scripted " in capsys.readouterr().err
+    assert interleave(*words("wise", tmp_path / "a", "--limit", "3", sets=(*FAST, *changed))) == 2
+    said = capsys.readouterr().err
+    assert f"give another --out, and --outputs-from {tmp_path / 'a' / 'outputs'} for the same images" in said
     assert interleave("benchmark", "agree", str(tmp_path / "a"), str(tmp_path / "b")) == 0
     said = capsys.readouterr().out
     assert "| score " in said
@@ -196,6 +202,8 @@ def test_settings_of_the_loop_beside_its_recipe_are_not_lost(tmp_path: Path) -> 
         ("comm", ["judge.extra.top_p=0.5"], ["the judge's top_p is 0.5, that of published figures unset"]),
         ("ueval", ["judge.extra.temperature=0"], ["the judge's temperature is 0, that of published figures unset"]),
         ("wise_legacy", ["judge.max_new_tokens=500"], ["max_tokens is 500, that of published figures 2000"]),
+        ("rise", ["judge.extra.max_completion_tokens=500"], ["max_tokens is 500, that of published figures 4096"]),
+        ("rise", ["judge.extra.max_completion_tokens=4096", "judge.max_new_tokens=9"], []),
         (
             "wise",
             ["judge.extra.chat_template_kwargs=null"],
@@ -309,3 +317,36 @@ def test_parts_that_are_made_otherwise_are_not_put_together(tmp_path: Path, monk
         generate(2, "run.seed=1")
     assert not (tmp_path / "generation.2-of-2").exists()
     generate(2, "run.loop.concurrency=2")
+
+
+def test_a_part_that_was_killed_as_it_began_is_to_be_removed(tmp_path: Path) -> None:
+    request = BenchmarkRequest("ueval", "builtin:shapes", tmp_path, limit=2)
+    work = prepare(request, load_config([], [], []), [])[0]
+    (tmp_path / "generation").mkdir()
+    (tmp_path / "generation" / "config.yaml").touch()
+    with pytest.raises(
+        UserError, match=r"generation: has no requests\.jsonl yet: .* was killed as it began; then remove it"
+    ):
+        work.generate(lambda record: None)
+
+
+def test_the_miniature_judges_no_images_of_official_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its critic, which is the default, would have up to 16 of them made in each step."""
+    row = {"id": 1, "prompt": "How do I fold a crane?", "task": "art", "text_rubrics": ["a"], "image_rubrics": ["b"]}
+    (tmp_path / "items.json").write_text(json.dumps([row]))
+    monkeypatch.setattr(session, "run_and_close", lambda *given, **more: [])
+    sets = ["run.planner.kind=none", "run.generator.kind=images_api"]
+    request = BenchmarkRequest("ueval", str(tmp_path / "items.json"), tmp_path / "out")
+    with pytest.raises(UserError, match="builtin:shapes/critic knows nothing but"):
+        prepare(request, load_config([], [], sets), [])[0].generate(lambda record: None)
+    prepare(request, load_config([], [], [*sets, "run.critic.kind=none"]), [])[0].generate(lambda record: None)
+
+
+@pytest.mark.slow
+def test_what_is_generated_needs_no_model_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the planner's server has made room for the judge's; nor is any image compressed again."""
+    assert interleave(*words("wise", tmp_path, "--limit", "1", "--stage", "generate")) == 0
+    monkeypatch.setattr(session, "build_components", lambda config: pytest.fail("nothing is left to make"))
+    monkeypatch.setattr(files, "write_atomic", lambda *given: pytest.fail("it is written already"))
+    assert interleave(*words("wise", tmp_path, "--limit", "1")) == 0
+    assert table(tmp_path)["num_judged"] == 1

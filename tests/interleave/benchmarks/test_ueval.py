@@ -366,7 +366,9 @@ def test_items_are_the_same_whatever_the_file(tmp_path: Path) -> None:
     whole.to_parquet(tmp_path / "snapshot" / "data" / "test-00000-of-00001.parquet")
     whole.save_to_disk(tmp_path / "saved", num_shards=2)
     DatasetDict({"test": whole}).save_to_disk(tmp_path / "saved_splits")
-    for name in ("data.jsonl", "data.parquet", "shards", "snapshot", "saved", "saved_splits"):
+    (tmp_path / "lines").mkdir()
+    whole.to_json(tmp_path / "lines" / "test.jsonl")
+    for name in ("data.jsonl", "data.parquet", "shards", "snapshot", "saved", "saved_splits", "lines"):
         assert UEVAL.load(tmp_path / name) == expected, name
 
 
@@ -403,6 +405,13 @@ def test_damaged_data(tmp_path: Path, name: str) -> None:
         UEVAL.load(tmp_path / name)
     assert f"{name}:" in str(raised.value)
     assert "; give the split `test` of the data set zlab-princeton/UEval" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.parquet"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    with pytest.raises(UserError, match=r"is a pointer of Git LFS.*run `git lfs pull`"):
+        UEVAL.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["", "missing"])
@@ -460,6 +469,8 @@ def test_predictions_of_others(tmp_path: Path, items: list[Item], monkeypatch: p
         ({"text_answer": "a"}, "item 1: id"),
         ({"id": "99", "text_answer": "a"}, "no prediction has the id of an item"),
         ("words", "item 1: "),
+        # as the authors' runner writes them: all items would be judged as empty replies
+        ({"id": 1, "gemini_text_ans": "a"}, "item 1: neither text_answer nor image_answer (other keys: 'gemini_text"),
     ],
 )
 def test_bad_predictions(tmp_path: Path, items: list[Item], prediction: Any, message: str) -> None:

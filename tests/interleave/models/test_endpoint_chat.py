@@ -443,6 +443,8 @@ def test_the_check_asks_as_the_run_will(key: str, mended: dict[str, Any]) -> Non
     [
         ("At most 1 image(s) may be provided in one prompt.", "--limit-mm-per-prompt"),
         ("image input is not supported", "name one that reads them"),
+        ("Prompting with images is incompatible with system messages.", "name a model whose chat template takes a"),
+        ("System role not supported", "name a model whose chat template takes a system turn"),
         ("This model only supports streaming, please set stream to true", "answers are read whole here"),
         ("parameter.enable_thinking must be set to false for non-streaming calls", "extra: {enable_thinking: false}"),
         ("API key not valid. Please pass a valid API key.", "set INTERLEAVE_API_KEY to a valid key"),
@@ -514,8 +516,8 @@ def test_the_check_of_a_critic_shows_two_images() -> None:
     asyncio.run(check_endpoints(parts))
     assert [[part["type"] for part in content] for content in seen] == [["text"], ["image_url", "image_url", "text"]]
     seen.clear()
-    asyncio.run(check_endpoints(parts, with_images=True))
-    assert [part["type"] for part in seen[0]] == ["image_url", "text"]
+    asyncio.run(check_endpoints(parts, num_images=2))
+    assert [part["type"] for part in seen[0]] == ["image_url", "image_url", "text"]
 
 
 def test_a_key_that_a_model_repeats_is_in_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:

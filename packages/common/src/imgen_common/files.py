@@ -41,12 +41,14 @@ MAX_JSON_BYTES = 2**28
 """Size of the largest JSON file that is read."""
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 """How an address begins, also one that was taken for a path, which has no two slashes together."""
+GIT_LFS = b"version https://git-lfs"
 OTHER_BYTES = {
     b"PK\x03\x04": "a .zip or a spreadsheet (.xlsx, .ods); unpack it, or save the table as .csv",
     b"\x1f\x8b": "compressed; unpack it",
     b"\x28\xb5\x2f\xfd": "compressed; unpack it",
     b"PAR1\x15": "a table of parquet; name it .parquet where that is read, or save it as .jsonl",
     b"%PDF-": "a PDF; save its text as .txt",
+    GIT_LFS: "a pointer of Git LFS; run `git lfs pull` there",
 }
 """What a file is instead of text that begins so."""
 CANNOT_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EISDIR}

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from imgen_common.errors import UserError
-from imgen_common.files import atomic_file, check_no_address
+from imgen_common.files import GIT_LFS, OTHER_BYTES, atomic_file, check_no_address
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +125,8 @@ def decode(
     except Image.DecompressionBombError:
         raise UserError(f"{name}: more than the allowed {max_pixels} pixels; give a smaller image") from None
     except (OSError, ValueError, SyntaxError):
-        raise UserError(f"{name}: {CUT if BEGINNING.match(data) else OTHER_FORMAT}") from None
+        other = f"is {OTHER_BYTES[GIT_LFS]}" if data.startswith(GIT_LFS) else OTHER_FORMAT
+        raise UserError(f"{name}: {CUT if BEGINNING.match(data) else other}") from None
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
         raise UserError(f"{name}: {size} is more than the allowed {max_pixels} pixels; give a smaller image")

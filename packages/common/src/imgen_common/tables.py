@@ -28,7 +28,6 @@ FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
 
 FIRST_LINES = {
     "```": "is text with a fence of Markdown; remove the lines of ```",
-    "version https://git-lfs": "is a pointer of Git LFS; run `git lfs pull` there",
     r"<!doctype|<html|<\?xml": "is a web page; download the file itself",
     r"\{\\rtf": "is rich text (RTF); save it as plain text",
     r"\[?\s*\{\s*\"|\[\s*\"": "is JSON; name it .jsonl, or .json where it is one list",

@@ -148,6 +148,8 @@ class HttpClient(RetryingCaller):
 
     def named(self, base: str, error: HttpError, remedy: str = "") -> HttpError:
         """The same failure, its message in one line that begins with the address and ends with the remedy."""
+        if "Unexpected endpoint" in str(error):  # LM Studio, under status 200
+            remedy = remedy or version_hint(base)
         message = f"{base}: {self.clean(str(error))}{remedy}"
         if isinstance(error, Refusal):
             return Refusal(message)

@@ -71,11 +71,13 @@ class Prompts:
 
 @dataclass(frozen=True)
 class OfficialJudge:
-    """The judge of published figures: its model, settings of its requests, and whether one shows several images."""
+    """The judge of published figures: its model and settings of its requests; whether one shows several images, and
+    whether questions have a system turn, for the check of any judge before images are made."""
 
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     sees_several: bool = True
+    has_system: bool = False
 
 
 class Benchmark(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, quoted
 from imgen_common.files import read_json, write_atomic, writing
 from imgen_common.judging.answers import AnswerLog, by_item, read_answers
 from imgen_common.judging.cost import Cost, all_questions, estimate_cost
@@ -39,7 +39,7 @@ from interleave.records import Record, Request, Trajectory
 from interleave.storage.images import IMAGES, ImageStore
 from interleave.storage.trace import read_trace
 
-FACTS, GENERATED = "benchmark.json", "generated"
+FACTS, GENERATED, OUTPUTS = "benchmark.json", "generated", "outputs"
 Progress = Callable[[int, int], None]
 """on_progress(done, total)."""
 
@@ -71,7 +71,8 @@ def read_facts(out: Path) -> BenchmarkFacts | None:
 class BenchmarkWork:
     """A benchmark in a folder, and the part of it that this process does.
 
-    outputs_from: a folder with what others made, in the authors' layout; None: the loop makes it.
+    outputs_from: a folder with what others made, in the authors' layout; None: the loop makes it.  is_miniature: the
+    items are of the shapes world, whose riddles have words that its models do not know.
     """
 
     benchmark: Benchmark
@@ -82,6 +83,7 @@ class BenchmarkWork:
     shard: Shard = ALL
     outputs_from: Path | None = None
     command: Sequence[str] = field(default_factory=tuple)
+    is_miniature: bool = False
 
     def facts(self) -> BenchmarkFacts:
         """What the folder is of."""
@@ -146,7 +148,11 @@ class BenchmarkWork:
                     raise UserError(
                         f"{other}: was made with another {differing}; give all parts the same, or another --out"
                     )
-            session.create_run(folder, run, self._requests, any_words=True, inputs=inputs)
+            session.create_run(folder, run, self._requests, any_words=self.is_miniature, section="run.", inputs=inputs)
+        elif not (folder / REQUESTS).exists():
+            raise UserError(
+                f"{folder}: has no {REQUESTS} yet: another process begins it, or one was killed as it began; then remove it"
+            )
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
         return session.run_and_close(folder, self.config.run, list(self.command), on_record, is_new=is_new)
@@ -192,11 +198,13 @@ class BenchmarkWork:
         judging = Judging(ChatModelJudge(judge), self._log(judge), self.prompts.hash, self.config.concurrency)
         await judging.judge_all(self._questions(outputs), on_progress)
 
-    def write_report(self, outputs: Mapping[str, Output], differences: Sequence[str]) -> BenchmarkReport:
-        """The figures of all answers about these outputs, which are written to table.md and table.json, and what was
-        made in the authors' layout to outputs/."""
+    def write_outputs(self, outputs: Mapping[str, Output]) -> None:
+        """Writes what was made in the authors' layout to outputs/."""
         if self.outputs_from is None:
-            self.benchmark.write_outputs(outputs, self.items, self.out / "outputs")
+            self.benchmark.write_outputs(outputs, self.items, self.out / OUTPUTS)
+
+    def write_report(self, outputs: Mapping[str, Output], differences: Sequence[str]) -> BenchmarkReport:
+        """The figures of all answers about these outputs, which are written to table.md and table.json."""
         answers = by_item(answer for answer in read_answers(self.out) if answer.item in outputs)
         report = make_report(self.benchmark, self.items, outputs, answers, self.prompts, differences)
         write_atomic(self.out / "table.json", json.dumps(asdict(report), indent=1) + "\n")
@@ -207,9 +215,12 @@ class BenchmarkWork:
         """Raises UserError if the folder holds answers of another judge."""
         others = {answer.judge for answer in read_answers(self.out)} - {judge.id}
         if others:
+            images = (
+                "" if self.outputs_from else f", and --outputs-from {quoted(self.out / OUTPUTS)} for the same images"
+            )
             raise UserError(
                 f"{self.out}: holds answers of the judge {min(others)!r}, this is {judge.id!r}; figures of both "
-                "cannot be mixed; give another --out"
+                f"cannot be mixed; give another --out{images}"
             )
         return AnswerLog(self.out, self.shard.part)
 

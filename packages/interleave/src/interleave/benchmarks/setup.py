@@ -17,7 +17,7 @@ from interleave.loop.config import RunConfig
 from interleave.loop.shards import Shard
 from interleave.models.chat.endpoint import EndpointChat, EndpointChatConfig
 from interleave.models.hashes import check_models
-from interleave.protocols import HashedImage
+from interleave.protocols import HashedImage, SystemText
 
 BUILTIN = "builtin:shapes"
 RUN = "run."
@@ -83,7 +83,8 @@ def prepare(
         remedy = "give --prompts-from a copy of the authors' repository, if they have one"
         differences.append(f"the judge's questions are in our own words; {remedy}")
     differences += judge_differences(config.judge, benchmark.judge)
-    work = BenchmarkWork(benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command))
+    parts = benchmark, config, items, prompts, request.out, shard, request.outputs_from, tuple(command)
+    work = BenchmarkWork(*parts, is_miniature=request.data == BUILTIN)
     work.open()
     return work, differences
 
@@ -93,7 +94,8 @@ def judge_differences(config: Config, official: OfficialJudge) -> list[str]:
     if not isinstance(config, EndpointChatConfig) or config.model.rpartition("/")[2] != official.model:
         given = config.model if isinstance(config, EndpointChatConfig) else f"of the kind {getattr(config, 'kind', '')}"
         return [f"the judge is {given}, published figures are of {official.model}"]
-    settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+    limit = config.extra.get("max_completion_tokens", config.max_new_tokens)
+    settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": limit}
     sent, expected = {**settings, **config.extra}, {"temperature": None, "top_p": None, **official.settings}
     if expected["temperature"] == 0:  # the most probable answer, whatever its share
         del expected["top_p"]
@@ -141,13 +143,14 @@ def check_judge(config: Config, official: OfficialJudge) -> None:
     """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer, and for a model that is
     not there."""
     check_models({"judge": config})
+    system = [SystemText("Answer in one word.")] * official.has_system
     images = [HashedImage.white(32, 32)] * (2 if official.sees_several else 1)
     if not isinstance(config, EndpointChatConfig):
         return
 
     async def check(judge: EndpointChat) -> None:
         try:
-            await judge.check((*images, "Say yes."))
+            await judge.check((*system, *images, "Say yes."))
         finally:
             await judge.close()
 

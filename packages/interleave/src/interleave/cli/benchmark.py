@@ -92,9 +92,12 @@ def run(
         if makes and chosen != "generate":
             check_judge(config.judge, work.benchmark.judge)
     with message_when_stopped(lambda: "stopped; the same command continues"):
-        if outputs_from is None and chosen != "score":
+        if makes:
             _generate(work, as_json)
         outputs = work.outputs()
+        work.write_outputs(outputs)
+        if outputs_from is None and chosen != "score":
+            _print_failed(work, outputs, as_json)
         if chosen != "generate":
             _score(work, outputs, yes, is_checked=makes)
     report = work.write_report(outputs, differences)
@@ -116,10 +119,16 @@ def _generate(work: "BenchmarkWork", as_json: bool) -> None:
     from interleave.cli import console
 
     out = console.open_console(stderr=as_json)
-    stories = work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
-    if failed := sum(not story.is_whole for story in stories):
-        out.print(
-            f"{failed} of {count(len(stories), 'item')} failed and will be missing; to try again: interleave batch "
+    work.generate(console.BatchProgressPrinter(out, len(work.shard.of(work.items)), work.num_done()))
+
+
+def _print_failed(work: "BenchmarkWork", outputs: "Mapping[str, Output]", as_json: bool) -> None:
+    from interleave.cli import console
+
+    mine = work.shard.of(work.items)
+    if failed := sum(item.id not in outputs for item in mine):
+        console.open_console(stderr=as_json).print(
+            f"{failed} of {count(len(mine), 'item')} failed and will be missing; to try again: interleave batch "
             f"--resume {console.sanitize(quoted(work.generation))} --retry, then this command",
             soft_wrap=True,
         )

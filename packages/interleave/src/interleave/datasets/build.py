@@ -178,7 +178,7 @@ async def continue_build(
         if parts is not None:
             if judge is not None:
                 await scoring.check_judge(judge)
-            await run.check_endpoints(parts, with_images=any(request.image_ids for request in requests))
+            await run.check_endpoints(parts, num_images=run.fewest_images(requests))
             await _run_requests(out, config, requests, parts, progress, retry)
         stories, ends = _collect_stories(out, config, requests)
         scored, failed = await _score_stories(out, config, stories, judge, progress)

@@ -167,12 +167,13 @@ def create_run(
     ask: Callable[[ImageStore], list[Request]],
     *,
     any_words: bool = False,
+    section: str = "",
     inputs: Mapping[str, DataHash] | None = None,
 ) -> list[Request]:
     """Start a run folder with the requests that `ask` makes with its image store; `run_requests` records how it is run.
 
-    any_words: the requests are a benchmark's, and words that the built-in models do not know are part of it.  inputs:
-    what `hash_inputs` gives, where it is known.
+    any_words: the requests are a benchmark's, and words that the built-in models do not know are part of it.  section:
+    as for `check_request`.  inputs: what `hash_inputs` gives, where it is known.
 
     Raises UserError, and leaves no folder, for a request that cannot be read or answered.
     """
@@ -182,7 +183,7 @@ def create_run(
             store = ImageStore(path / IMAGES)
             requests = ask(store)
             for request in requests:
-                check_request(config, request, any_words=any_words, section="run." if any_words else "")
+                check_request(config, request, any_words=any_words, section=section)
                 _check_sizes(config, request, [store.get(image).image.size for image in request.image_ids])
             check_references(config)
             record_data(path, inputs or hash_inputs(config))
@@ -206,21 +207,26 @@ def _check_sizes(config: RunConfig, request: Request, sizes: Sequence[tuple[int,
         raise UserError(f"{where}: an image {problem}, such as {readers[0]}; cut it, or enlarge its short side")
 
 
-async def check_endpoints(components: Components, *, with_images: bool = False) -> None:
+def fewest_images(requests: Sequence[Request]) -> int:
+    """Of the requests that have any: a server that does not take so many answers none of these."""
+    return min((len(request.image_ids) for request in requests if request.image_ids), default=0)
+
+
+async def check_endpoints(components: Components, *, num_images: int = 0) -> None:
     """Raises UserError if an endpoint that the components need does not answer, or refuses the key.
 
-    with_images: whether a request has images, which the planner is then asked with.
+    num_images: with how many the planner is asked, as of `fewest_images`.
     """
     for part in (components.planner, components.critic, components.judge):
-        await _check_endpoints_of(part, with_images)
+        await _check_endpoints_of(part, num_images)
 
 
-async def _check_endpoints_of(part: object, with_images: bool) -> None:
+async def _check_endpoints_of(part: object, num_images: int) -> None:
     models = (part.model,) if isinstance(part, ChatPlanner | ChatCritic | ChatJudge) else ()
     for model in part.models if isinstance(part, RubricCritic) else models:
         if isinstance(model, EndpointChat):
-            num_images = with_images if isinstance(part, ChatPlanner) else 2
-            await model.check((*[HashedImage.white(32, 32)] * num_images, "Say yes."))
+            num_shown = num_images if isinstance(part, ChatPlanner) else 2
+            await model.check((*[HashedImage.white(32, 32)] * num_shown, "Say yes."))
 
 
 async def run_requests(
@@ -251,7 +257,7 @@ async def plan_only(config: RunConfig, request: Request, images: Sequence[Hashed
     check_request(config, request)
     planner = build_planner(config)
     try:
-        await _check_endpoints_of(planner, bool(images))
+        await _check_endpoints_of(planner, len(images))
         return await request_plan(planner, request, images, config.loop, config.seed)
     finally:
         if planner is not None:
@@ -310,7 +316,7 @@ def run_and_close(
     async def main() -> list[Trajectory]:
         try:
             requests = request_files.load_requests(path)
-            await check_endpoints(components, with_images=any(request.image_ids for request in requests))
+            await check_endpoints(components, num_images=fewest_images(requests))
             return await run_requests(path, components, config, command, on_record, retry_failed, is_new)
         finally:
             await components.close()

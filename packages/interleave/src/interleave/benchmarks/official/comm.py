@@ -34,7 +34,7 @@ class Comm:
     """Style, entities, trend, completeness, image quality and IRS, from 0 to 10."""
 
     name, title = "comm", "CoMM"
-    judge = OfficialJudge("gpt-4o", {"temperature": 1.0})
+    judge = OfficialJudge("gpt-4o", {"temperature": 1.0}, has_system=True)
 
     def load(self, data: Path) -> list[Item]:
         """The items of a folder with a folder of each, by name.

@@ -79,12 +79,13 @@ def through_jpeg(image: Image.Image) -> Image.Image:
 
 
 def write_png(source: Path, target: Path) -> None:
-    """Writes an image file of any allowed format as PNG.  Raises UserError if it cannot be read or written."""
-    buffer = io.BytesIO()
-    read_image(source).save(buffer, "PNG")
+    """Writes an image file of any allowed format as PNG; one is copied, since compressing it again takes as long as all
+    else.  Raises UserError if it cannot be read or written."""
+    data = _as_png(source, _read(source))
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, buffer.getvalue())
+        if not target.exists() or target.read_bytes() != data:
+            write_atomic(target, data)
 
 
 def copy_image(source: Path, folder: Path, stem: str) -> str:
@@ -95,10 +96,7 @@ def copy_image(source: Path, folder: Path, stem: str) -> str:
     """
     data = _read(source)
     suffix = "jpg" if data.startswith(b"\xff\xd8\xff") else "png"
-    if suffix == "png" and not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        buffer = io.BytesIO()
-        read_image(source).save(buffer, "PNG")
-        data = buffer.getvalue()
+    data = data if suffix == "jpg" else _as_png(source, data)
     target = folder / f"{stem}.{suffix}"
     with writing(target):
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +113,14 @@ def copy_file(source: Path, target: Path) -> None:
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, data)
+
+
+def _as_png(file: Path, data: bytes) -> bytes:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    buffer = io.BytesIO()
+    read_image(file).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _read(file: Path) -> bytes:

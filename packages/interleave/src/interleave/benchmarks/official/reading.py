@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.errors import UserError
+from imgen_common.weights import check_pointer
 from interleave.benchmarks.base import Item, Prompts
 from interleave.datasets.files import RowError, read_items
 
@@ -58,6 +59,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import ipc, parquet
 
+    check_pointer(file)
     try:
         batches = parquet.ParquetFile(file).iter_batches(64) if file.suffix == ".parquet" else ipc.open_stream(file)
         rows = (row for batch in batches for row in batch.to_pylist())

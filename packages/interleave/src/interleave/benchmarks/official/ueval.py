@@ -25,7 +25,10 @@ TASKS = ("art", "life", "tech", "exercise", *CLOSED)
 OTHER = "other"
 """Category of items whose task is none of the eight."""
 KINDS = ("text", "image")
-FILES = ("test-*.parquet", "*/test-*.parquet", "*.parquet", "data-*.arrow", "test/data-*.arrow")
+FILES = (
+    *("test-*.parquet", "*/test-*.parquet", "*.parquet", "data-*.arrow", "test/data-*.arrow"),
+    *("test*.jsonl", "test*.json"),
+)
 """The items in a copy of the data set, or in what the library `datasets` saved to disk."""
 PARTS = {
     "text": ("TEXT_TEMPLATE", "TEXT_RUBRIC_TEMPLATE"),

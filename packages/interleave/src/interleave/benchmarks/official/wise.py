@@ -25,6 +25,7 @@ CATEGORIES = ("culture", "time", "space", "biology", "physics", "chemistry")
 NAMES = ("cultural knowledge", "time", "space", "biology", "physical knowledge", "chemistry")
 """What the data calls the categories, in small letters."""
 NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
+ONE_IMAGE = {"sees_several": False, "has_system": True}
 PARTS = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
 MARKS = "Consistency|Realism|Aesthetic Quality"
 MARK_WEIGHTS = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
@@ -136,7 +137,7 @@ class WiseVerified(_Wise):
     """WISE_Verified, the edition of April 2026: an image is right or not.  Scores and figures are in [0, 1]."""
 
     name, title = "wise", "WISE_Verified"
-    judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING}, sees_several=False)
+    judge = OfficialJudge("Qwen3.5-35B-A3B", {"temperature": 0.0, "max_tokens": 500, **NO_THINKING}, **ONE_IMAGE)
     other = "wise_legacy"
     sizes = (400, 120, 120, 120, 120, 120)
     folders = ("data_verified", "")
@@ -164,7 +165,7 @@ class WiseLegacy(_Wise):
     """WISE as first published: three marks of 0 to 2 make a WiScore in [0, 1], of which figures are means."""
 
     name, title = "wise_legacy", "WISE (legacy)"
-    judge = OfficialJudge("gpt-4o-2024-05-13", {"temperature": 0.0, "max_tokens": 2000}, sees_several=False)
+    judge = OfficialJudge("gpt-4o-2024-05-13", {"temperature": 0.0, "max_tokens": 2000}, **ONE_IMAGE)
     other = "wise"
     sizes = (400, 167, 133, 100, 100, 100)
     folders = ("WISE_legacy/data", "data", "")

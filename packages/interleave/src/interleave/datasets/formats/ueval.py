@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from interleave.datasets.files import (
     ImageImporter,
@@ -42,6 +42,13 @@ class UevalPrediction(BaseModel):
     task: str | None = None
     image_answer: str | list[str | None] | None = None
     text_answer: str | None = None
+
+    @model_validator(mode="after")
+    def _has_an_answer(self) -> "UevalPrediction":
+        if not self.model_fields_set & {"image_answer", "text_answer"}:
+            found = ", ".join(map(repr, self.model_extra or ())) or "none"
+            raise ValueError(f"neither text_answer nor image_answer (other keys: {found}); rename its keys to these")
+        return self
 
     @property
     def image_paths(self) -> list[str]:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 LONGER_CONTEXT = "set max_new_tokens lower, or serve the model with a longer context"
+OTHER_TEMPLATE = "name a model whose chat template takes a system turn, also beside images, or serve it with such a one"
 REMEDIES = {
+    "incompatible with system": OTHER_TEMPLATE,  # Llama 3.2 Vision
+    "System role": OTHER_TEMPLATE,  # Gemma 2
     " image": "a critic and a judge show two images in a prompt, and a planner those of a request: serve the model so "
     "(vLLM: --limit-mm-per-prompt), or name one that reads them",
     "enable_thinking": "set extra: {enable_thinking: false}",
