@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class BenchmarkWork:
             session.create_run(folder, run, self._requests, any_words=self.is_miniature, section="run.", inputs=inputs)
         elif not (folder / REQUESTS).exists():
             raise UserError(
-                f"{folder}: has no {REQUESTS} yet: another process begins it, or one was killed as it began; then remove it"
+                f"{folder}: has no {REQUESTS} yet: another process begins it, or was killed as it began; then remove it"
             )
         elif [request.id for request in load_requests(folder)] != [item.id for item in self.shard.of(self.items)]:
             raise UserError(f"{folder}: was begun for other items; give another --out")
@@ -160,16 +160,11 @@ class BenchmarkWork:
     def outputs(self) -> dict[str, Output]:
         """What was made, by item id, of all parts."""
         if self.outputs_from is not None:
-            return self._given
+            return self.benchmark.read_outputs(self.outputs_from, self.items)
         found: dict[str, Output] = {}
         for folder in sorted(self.out.glob("generation*")):
             found |= read_generated(folder)
         return {item.id: found[item.id] for item in self.items if item.id in found}
-
-    @cached_property
-    def _given(self) -> dict[str, Output]:
-        assert self.outputs_from is not None
-        return self.benchmark.read_outputs(self.outputs_from, self.items)
 
     def num_done(self) -> int:
         """How many stories of this part have ended."""
