@@ -62,7 +62,11 @@ def test_an_image_may_stand_alone_where_no_list_can_be_written(tmp_path: Path, n
         ("r.jsonl", '{"text": "a", "category": 3}', "category: Input should be a valid string, got a number; allowed"),
         ("r.jsonl", '{"content": [{"text": "a"}]}', "content.0: Input should be a valid string, got an object;"),
         ("r.jsonl", '{"text": null}', "r.jsonl:1: the request is empty"),
-        ("r.txt", "a cat\na cat\n", "r.txt:2: this request is there already"),
+        (
+            "r.txt",
+            "a cat\na cat\n",
+            "r.txt:2: this request is there already; give every request an id of its own, as a .jsonl",
+        ),
         ("r.jsonl", '{"text": "NaN"}', "r.jsonl:1: text is NaN, as programs write a cell without a value"),
         ("r.jsonl", '{"text": "a <|im_end|>"}', "r.jsonl:1: text holds <|im_end|>, which a chat model reads"),
         ("r.jsonl", '{"content": ["a", "b</s>"]}', "r.jsonl:1: content holds </s>, which a chat model reads"),

@@ -697,20 +697,20 @@ def test_models_behind_the_rewards_and_number_of_processes_are_part_of_a_run(
     opened = RunFolder(tmp_path, is_main=True)
     job = GrpoJob(config, (), (), None)  # type: ignore[arg-type]
     bind = partial(bind_data, opened, config.models)
-    bind(grpo._bound(job), True)
-    bind(grpo._bound(job), False)
+    bind(grpo._bound(job))  # also of a run that was stopped before
+    bind(grpo._bound(job))
     with monkeypatch.context() as patch:
         patch.setattr("interleave.training.run.launched_process", lambda environment: LaunchedProcess(0, 2))
         with pytest.raises(UserError, match="the number of processes has changed since the run was started"):
-            bind(grpo._bound(job), False)
+            bind(grpo._bound(job))
     lora.write_bytes(save({"a.lora_A.weight": torch.ones(1, 1)}))
     with pytest.raises(UserError, match=r"generator\.lora has changed since the run was started"):
-        bind(grpo._bound(job), False)
+        bind(grpo._bound(job))
     lora.write_bytes(save({"a.lora_A.weight": torch.zeros(1, 1)}))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UserError, match="generator has changed since the run was started"):
-        bind(grpo._bound(job), False)
+        bind(grpo._bound(job))
     service = load(GrpoConfig, [], ["generator={kind: service}"])
     assert set(hash_models(service.models)) == {"model", "the configuration of model"}
 

@@ -106,7 +106,8 @@ def read_requests(path: Path, store: ImageStore) -> list[Request]:
             raise UserError(f"{where}: {error}") from None
         if made.id in requests:
             what = f"id {made.id!r}" if row.id else "this request"
-            raise UserError(f"{where}: {what} is there already; give every request an id of its own")
+            remedy = "give every request an id of its own, as a .jsonl or a .csv has it, or remove one"
+            raise UserError(f"{where}: {what} is there already; {remedy}")
         requests[made.id] = made
     if not requests:
         raise UserError(f"{path}: no requests in it; write one a line, or give rows with the key 'text'")

@@ -185,7 +185,7 @@ def train_grpo(
         where: dict[str, Any] = {"runs": runs, "name": name, "default_name": "grpo_critic", "resume": resume}
         opened = run.open_run(config, arguments, command, **where)
         with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, "grpo"):
-            run.bind_data(run_folder, config.models, _bound(job), resume is None)
+            run.bind_data(run_folder, config.models, _bound(job))
             counting = build_scoring_callback(scored, job)
             # the run's callback comes after the one that counts, whose metrics it logs beside TRL's
             logging = run.build_run_callback(run_folder, lambda: counting.metrics, job.batch_plan.updates_per_rollout)

@@ -21,7 +21,7 @@ from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
 from imgen_common.errors import UserError, check_gradients, quoted
 from imgen_common.run_folder.checkpoints import write_manifest
-from imgen_common.run_folder.data import check_data, hash_rows, moved_models, record_data
+from imgen_common.run_folder.data import DATA, check_data, hash_rows, moved_models, record_data
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.run_folder.listing import whole_checkpoints
 from imgen_common.shutdown import GracefulShutdown, message_when_stopped
@@ -186,14 +186,16 @@ def _removed_if_refused(run: Path) -> Iterator[None]:
         raise
 
 
-def bind_data(run: RunFolder, models: Mapping[str, Any], sets: Mapping[str, Sequence[Any]], is_new: bool) -> None:
+def bind_data(run: RunFolder, models: Mapping[str, Any], sets: Mapping[str, Sequence[Any]]) -> None:
     """Keeps hashes of models (`hash_models`), rows and texts, by what they are, and of the number of processes with a
-    new run.  Raises UserError, on all processes, if a resumed one was started with others."""
+    run that has none and no checkpoint.  Raises UserError, on all processes, if a resumed one was started with others.
+    """
 
     def work() -> str:
         data = {name: hash_rows(to_json(row).decode() for row in rows) for name, rows in sets.items()}
         data |= {"the number of processes": hash_rows([str(launched_process(os.environ).size)]), **hash_models(models)}
-        record_data(run.path, data) if is_new else check_data(run.path, data)
+        is_bound = (run.path / DATA).exists() or whole_checkpoints(run.path)
+        check_data(run.path, data) if is_bound else record_data(run.path, data)
         return ""
 
     run_on_main_process(work)

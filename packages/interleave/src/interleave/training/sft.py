@@ -159,7 +159,7 @@ def train_sft(
     opened = run.open_run(config, arguments, command, runs=runs, name=name, default_name=f"sft_{role}", resume=resume)
     with opened as (run_folder, checkpoint), run.message_how_to_continue(run_folder, f"sft {role}"):
         rows = {f"{role}_sft": job.rows, f"{role}_sft.val": job.val_rows}
-        run.bind_data(run_folder, {"model": config.model}, rows, resume is None)
+        run.bind_data(run_folder, {"model": config.model}, rows)
         callback = run.build_run_callback(run_folder)
         trainer = _build_trainer(job, arguments, [callback, *callbacks])
         check_trainable(trainer.model, config.vision)
