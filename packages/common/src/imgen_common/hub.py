@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.console import quiet_libraries
-from imgen_common.errors import UserError, is_disk_full, nearest, one_line
+from imgen_common.errors import MENDABLE, UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import (
     LORA_FILES,
@@ -82,10 +82,8 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
 
 
 def _find(ref: str, *, weights: bool, single_file: bool, adapter: bool = False) -> tuple[Path, str]:
-    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole.
-
-    adapter: whether only an adapter is wanted, of which a repository may have several.
-    """
+    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole.  adapter:
+    whether only an adapter is wanted, of which a repository may have several."""
     if ref.startswith("builtin:"):
         if ref not in _builtins():
             allowed = ", ".join(_builtins()) or "none"
@@ -273,11 +271,9 @@ def offline() -> str | None:
 def _download(
     ref: str, repo: str, revision: str | None, file: str | None, *, weights: bool, adapter: bool = False
 ) -> Path:
-    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.
-
-    file: the adapter that is wanted alone, with what describes it; with `adapter`, the one that the repository has.
-    """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.  file: the
+    adapter that is wanted alone, with what describes it; with `adapter`, the one that the repository has."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
     from imgen_common.http.addresses import check_proxy, proxy_of
 
@@ -294,7 +290,13 @@ def _download(
         if not is_offline and (proxy := proxy_of(constants.ENDPOINT)):
             check_proxy(proxy)
         if adapter and file is None and not is_offline:
-            file = _choose_adapter(ref, names())
+            try:
+                found = names()
+            except Exception:  # as for models, the cache is taken where the hub cannot be reached
+                with contextlib.suppress(errors.LocalEntryNotFoundError):
+                    return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+                raise
+            file = _choose_adapter(ref, found)
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
@@ -338,6 +340,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     kinds = [type(one) for one in causes]
     if any(map(is_disk_full, causes)):
         return f"the disk of {constants.HF_HUB_CACHE} is full; make room, or set HF_HOME to another disk"
+    if broken := [one for one in causes if isinstance(one, OSError) and one.filename and one.errno in MENDABLE]:
+        return f"its cache cannot be used ({one_line(str(broken[0]))}); set HF_HOME to a folder that can be written"
     said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
         page, words = f"{redacted(constants.ENDPOINT)}/{repo}", f" (the hub says: {said})" if said else ""

@@ -99,6 +99,11 @@ def loading(what: str) -> Iterator[None]:
         if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
             shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
             reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
+        if "Unrecognized image processor" in reason:  # of a name that transformers had for a few weeks, among others
+            reason = (
+                "the installed transformers does not know the image_processor_type in its preprocessor_config.json; "
+                "for a Qwen2.5-VL write Qwen2VLImageProcessor"
+            )
         # transformers goes on with what to do about names on the hub
         if part := re.search(r"Can't load (?:the )?([a-z ]+?) (?:for|of) '", reason):
             reason = f"files of its {part[1]} are missing or damaged; copy them from the model that it was made of"
@@ -355,7 +360,9 @@ other processors have a patch_size of another form, or of another meaning."""
 def describe_other_folder(folder: Path) -> str:
     """What a folder is that is no model's, and what to do, as the end of a message; empty where that is not known."""
     is_checkpoint = (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints"
-    if is_checkpoint or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
+    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    # other trainers put their adapters beside these
+    if is_checkpoint or (is_run and not any(folder.glob("*.safetensors"))):
         run = quoted(folder.parents[1] if is_checkpoint else folder)
         what = f"of a {'checkpoint' if is_checkpoint else 'run'} of flowbp"
         return f"; {what} `flowbp export {run}` makes a model or an adapter"
