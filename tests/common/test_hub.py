@@ -655,12 +655,12 @@ def test_a_pipeline_is_fetched_by_component(fake: FakeHub, monkeypatch: pytest.M
     assert fake.calls[-1]["ignore_patterns"] == []
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *given, **options: 1 / 0)  # no network
     hub.resolve("org/name")
-    assert fake.calls[-1]["ignore_patterns"] == []
+    assert sorted(fake.calls[-1]["ignore_patterns"]) == sorted(twice)  # by the names in the cache
     assert not any(pattern.startswith("image_encoder/") for pattern in patterns)
 
 
 def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
-    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the workflow of ComfyUI, or the configuration of the model that it is for; one of several is named."""
     write_weights(fake.folder / "my_lora.safetensors")
@@ -693,6 +693,14 @@ def test_adapters_of_a_repository_are_found_whatever_lies_beside_them(
     hub.resolve("org/name@v1/other.safetensors", single_file=True)
     described = ["sampling.json", "adapter_config.json"]
     assert fake.calls[0]["allow_patterns"] == ["other.safetensors", *described]
+    # where the hub cannot be asked, it is the one in the cache
+    with monkeypatch.context() as away:
+        (fake.folder / "other.safetensors").rename(tmp_path / "other.safetensors")
+        away.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: 1 / 0)
+        assert hub.resolve_adapter("org/name", "lora") == fake.folder / "my_lora.safetensors"
+        with pytest.raises(UserError, match=r"lora: model 'org/none': .* \(division by zero\); check the name"):
+            hub.resolve_adapter("org/none", "lora")
+        (tmp_path / "other.safetensors").rename(fake.folder / "other.safetensors")
     # several are found, and one is chosen, before anything is downloaded
     fake.calls.clear()
     with pytest.raises(
@@ -724,8 +732,9 @@ def test_what_is_no_model_is_named_where_it_is_known(tmp_path: Path) -> None:
                 act(str(folder))
     with pytest.raises(UserError, match=r"^lora\.init: .*ema\.safetensors: not an adapter; of a checkpoint"):
         hub.resolve_adapter(str(checkpoint / "ema.safetensors"), "lora.init")
-    # as ai-toolkit leaves its adapters
+    # as other trainers leave their adapters
     (tmp_path / "config.yaml").write_text("job: extension\n")
+    (tmp_path / "checkpoints").mkdir()
     write_weights(tmp_path / "my_lora.safetensors")
     assert hub.resolve_adapter(str(tmp_path / "my_lora.safetensors"), "lora.init").name == "my_lora.safetensors"
 
@@ -793,6 +802,11 @@ ANSWERS: list[tuple[Exception, str]] = [
     ),
     (answer(429, "", HfHubHTTPError, "Too many requests"), r"\(Too many requests\); check the name and the network"),
     (OSError(28, "No space left on device"), r"the disk of \S+ is full; make room, or set HF_HOME to another disk"),
+    (
+        PermissionError(13, "Permission denied", "/a/hub"),
+        r"cache cannot be used \(.*/a/hub'\); set HF_HOME to a folder",
+    ),
+    (NotADirectoryError(20, "Not a directory", "a-file/token"), r"cache cannot be used \(.*a-file/token'\)"),
     (NETWORK, r"\(Name or service not known\); check the name and the network, then run"),
     (ValueError(), r"\(ValueError\)"),
 ]
@@ -831,7 +845,6 @@ def test_a_setting_that_hides_the_token_is_named(fake: FakeHub, monkeypatch: pyt
     [
         ("HF_ENDPOINT", "mirror", httpx2.UnsupportedProtocol("Request URL is missing a protocol.")),
         ("HTTPS_PROXY", "http://me:hf_caf\xe9@127.0.0.1:1", httpx2.ProxyError("407 Proxy Authentication Required")),
-        ("HF_HOME", "a-file", NotADirectoryError(20, "Not a directory", "a-file/token")),
     ],
 )
 def test_variables_that_the_hub_is_reached_by_are_named(
@@ -936,6 +949,17 @@ def test_a_folder_wins_over_a_repository(fake: FakeHub, tmp_path: Path, monkeypa
     transformers_folder(tmp_path / "org" / "name")
     assert hub.resolve("org/name") == Path("org/name")
     assert fake.calls == []
+
+
+def test_a_name_that_transformers_had_for_a_while_is_told_with_the_one_it_has() -> None:
+    words = (
+        "Unrecognized image processor in m. Should have a `image_processor_type` key in its preprocessor_config.json"
+    )
+    with (
+        pytest.raises(UserError, match=r"does not know .* Qwen2\.5-VL write Qwen2VLIm"),
+        loading("m: cannot be loaded"),
+    ):
+        raise ValueError(words)
 
 
 @pytest.mark.parametrize(

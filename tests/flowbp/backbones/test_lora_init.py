@@ -28,7 +28,7 @@ from flowbp.evaluation.sampling import generate_images
 from flowbp.evaluation.sources import ModelSource, model_source
 from flowbp.export import export_run
 from flowbp.export.adapters import DIFFUSERS_FILE, Adapter, lora_adapters
-from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters
+from flowbp.export.comfyui import COMFYUI_FILE, fuse_adapters, to_comfyui
 from flowbp.training.loading import load_models
 from flowbp.training.preflight import check_run, hash_settings
 from flowbp.training.runs import check_training
@@ -119,6 +119,28 @@ def test_an_adapter_of_every_form_draws_the_same_image(family: str, tmp_path: Pa
         assert (lora.rank, lora.rank_pattern, lora.alpha_pattern) == (RANK, {}, {}), form.__name__
         assert lora.alpha == {as_peft: ALPHA, as_kohya: RANK / 2}.get(form, RANK)
         assert (drawn(config) - expected).abs().max() < 1e-5, form.__name__
+
+
+@pytest.mark.parametrize("family", tiers(["flux", "flux2"], default=["flux"], slow=["flux2"]))
+def test_layers_outside_of_blocks_have_original_names_too(family: str, tmp_path: Path) -> None:
+    net = FAMILIES[family].make().transformer
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    ends = {name: module for name, module in linear.items() if "blocks" not in name}
+    rng = torch.Generator().manual_seed(0)
+    given = {
+        name: Adapter(
+            torch.randn(2, module.in_features, generator=rng), torch.randn(module.out_features, 2, generator=rng)
+        )
+        for name, module in ends.items()
+    }
+    keys = to_comfyui(given, PIPELINES[family], {name: module.out_features for name, module in linear.items()})
+    save_file(keys, tmp_path / "a.safetensors")
+    found = read_adapter(str(tmp_path / "a.safetensors"), net, PIPELINES[family])
+    assert found.keys() == given.keys()
+    for name, one in found.items():
+        torch.testing.assert_close(one.up @ one.down, given[name].update, msg=name)
+    (swapped,) = (one for key, one in keys.items() if "adaLN_modulation" in key and ("lora_up" in key or "_B" in key))
+    assert torch.equal(swapped, torch.cat(given["norm_out.linear"].up.chunk(2)[::-1]))
 
 
 class Lenient(dict):

@@ -105,6 +105,8 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path, value: float
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "._a.safetensors").write_bytes(b"what macOS leaves on other file systems")
+    EmbeddingStore(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(UserError, match=r"a\.safetensors: damaged"):
         EmbeddingStore(tmp_path)

@@ -14,7 +14,7 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_flux2_lora_to_diffusers,
 )
 from families import FAMILIES, folder_of
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from tiers import tiers
@@ -224,8 +224,17 @@ def test_an_upload_that_fails_is_one_line(
         monkeypatch.setattr(HfApi, "create_repo", fail)
     with pytest.raises(UserError, match=rf"--push {repo}: not uploaded \(.*\); check HF_TOKEN and the network") as said:
         push_to_hub(tmp_path, repo)
-    assert f"then run `hf upload {quoted(repo)} {tmp_path}`" in str(said.value)
+    assert f"then run `hf upload --private {quoted(repo)} {tmp_path}`" in str(said.value)
     assert "\n" not in str(said.value)
+
+
+def test_an_upload_goes_to_the_repository_that_was_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name without an organization is made the user's own."""
+    asked: list[str] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **_: RepoUrl(f"hub/me/{repo}", endpoint="hub"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, *, repo_id, folder_path: asked.append(repo_id))
+    push_to_hub(tmp_path, "model")
+    assert asked == ["me/model"]
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from vlms import load_vlm, vlm_folder
 
 from flowbp.config import TrainConfig
 from flowbp.evaluation.benchmarks.settings import parse_scorer
-from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward, preprocess
+from flowbp.rewards import REWARDS, RewardConfig, RewardType, convert, load_reward, preprocess, resolve_reward
 from flowbp.rewards.clip import AestheticReward, ClipReward
 from flowbp.rewards.convert.checkpoints import load_qwen2_vl_config, load_tokenizer, read_checkpoint
 from flowbp.rewards.convert.image_reward import save_image_reward
 from flowbp.rewards.convert.open_clip import clip_from_open_clip, save_clip
 from flowbp.rewards.image_reward import ImageReward
 from flowbp.rewards.loading import CHECKPOINT_LAYERS, compute_in, load_head, modules_of, scoring_head
+from flowbp.training.preflight import check_inputs
 from imgen_common import hub
 from imgen_common.config import load
 from imgen_common.errors import UserError
@@ -504,3 +505,16 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(UserError, match="anything else is not unpickled"):
         read_checkpoint(tmp_path / "evil.pt")
     assert capsys.readouterr().out == ""
+
+
+def test_weights_of_a_model_of_another_kind_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tens of gigabytes; the files that say so are fetched first."""
+    wanted: list[bool] = []
+    monkeypatch.setattr(hub, "resolve", lambda ref, *, weights=True, **_: wanted.append(weights) or tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "siglip"}')
+    with pytest.raises(UserError, match="needs a 'clip' model, this is a 'siglip'"):
+        resolve_reward(RewardConfig(score="clip", ref="org/name"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(UserError, match="org/name: cannot train a StableDiffusionXLPipeline"):
+        check_inputs(load(TrainConfig, [], ["model.ref=org/name"]), 1)
+    assert wanted == [False, False]

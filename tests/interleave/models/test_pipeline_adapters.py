@@ -16,7 +16,7 @@ from imgen_common import hub
 from imgen_common.errors import UserError
 from interleave.models.generators.loading import load_lora, load_pipeline
 from interleave.models.generators.pipeline import PipelineConfig
-from interleave.models.hashes import hash_models
+from interleave.models.hashes import check_models, hash_models
 from tests.interleave.editors import folder_of
 
 LAYER, LAYER_OF_KOHYA = "transformer_blocks.0.attn.to_q", "lora_unet_double_blocks_0_img_attn_proj"
@@ -189,3 +189,16 @@ def test_a_run_is_bound_to_how_its_model_says_it_draws(tmp_path: Path) -> None:
     now = hash_models({"generator": config})
     changed = {"sampling.json of generator", "the configuration of generator.lora"}
     assert {key for key in now if now[key] != before.get(key)} == changed
+
+
+def test_weights_of_a_pipeline_of_another_family_are_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[bool] = []
+    monkeypatch.setattr(hub, "resolve", lambda ref, *, weights=True, **_: wanted.append(weights) or tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    config = PipelineConfig(ref="org/name")
+    for act in (config.build, lambda: check_models({"generator": config})):
+        with pytest.raises(UserError, match="org/name: cannot generate with a StableDiffusionXLPipeline"):
+            act()
+    assert wanted == [False, False]

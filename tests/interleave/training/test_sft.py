@@ -627,6 +627,7 @@ UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a parameter": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "lora.target_parameters: no parameter"),
     "a rank": ({"rank_pattern": {"q_prj": 4}}, "lora: .*rank_pattern.*q_prj"),
+    "an exclusion": ({"exclude_modules": ["k_proj", "v_prj"]}, "lora.exclude_modules: no layer .*'v_prj'; did you"),
     "an alpha": ({"alpha_pattern": {"layers.99.q_proj": 4}}, "lora: .*alpha_pattern.*layers.99"),
     "a layer's number": (
         {"target_modules": ["q_proj"], "layers_to_transform": [0, 40]},
@@ -637,11 +638,11 @@ UNMATCHED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", tiers(UNMATCHED, default=list(UNMATCHED)[:5]))
+@pytest.mark.parametrize("case", tiers(UNMATCHED, default=list(UNMATCHED)[:6]))
 def test_other_entries_of_lora_that_match_nothing_are_named(root: Path, case: str) -> None:
     lora, said = UNMATCHED[case]
     with pytest.raises(UserError, match=said):
-        check_adapters(quick(root, {"r": 2} | lora))
+        check_adapters(quick(root, {"r": 2} | lora, "train" if "exclude_modules" in lora else "frozen"))
 
 
 @pytest.mark.parametrize(

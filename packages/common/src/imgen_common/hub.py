@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from imgen_common.console import quiet_libraries
-from imgen_common.errors import UserError, is_disk_full, nearest, one_line
+from imgen_common.errors import MENDABLE, UserError, is_disk_full, nearest, one_line
 from imgen_common.files import local_path
 from imgen_common.weights import (
     LORA_FILES,
@@ -18,9 +18,9 @@ from imgen_common.weights import (
     check_files,
     check_pointer,
     check_tokenizer_files,
+    components,
     describe_other_folder,
     incomplete,
-    is_plain_name,
     load_whole,
     loading,
     read_json,
@@ -82,10 +82,8 @@ def resolve(ref: str, *, weights: bool = True, single_file: bool = False) -> Pat
 
 
 def _find(ref: str, *, weights: bool, single_file: bool, adapter: bool = False) -> tuple[Path, str]:
-    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole.
-
-    adapter: whether only an adapter is wanted, of which a repository may have several.
-    """
+    """The path of what `ref` names, downloaded if it must be, and then what to do where it is not whole.  adapter:
+    whether only an adapter is wanted, of which a repository may have several."""
     if ref.startswith("builtin:"):
         if ref not in _builtins():
             allowed = ", ".join(_builtins()) or "none"
@@ -164,7 +162,7 @@ def model_files(folder: Path) -> tuple[Path, ...]:
     """The files of the weights that are loaded of a model's folder, which `resolve` has checked."""
     parts = [folder]
     if (folder / "model_index.json").exists():
-        parts = [folder / name for name, (_, kind) in _components(folder).items() if WITH_WEIGHTS.match(kind)]
+        parts = [folder / name for name, (_, kind) in components(folder).items() if WITH_WEIGHTS.match(kind)]
     return tuple(file for part in parts for file in weight_files(part).files)
 
 
@@ -191,7 +189,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
         if any(map(file.match, DESCRIPTION_FILES)):
             check_pointer(file)
     if index.exists():
-        for name, (library, class_name) in _components(folder).items():
+        for name, (library, class_name) in components(folder).items():
             if library not in LIBRARIES:
                 raise UserError(f"{folder}: {name} is a {class_name} of {library!r}; allowed: {', '.join(LIBRARIES)}")
             _check_component(folder, name, class_name, weights)
@@ -227,7 +225,7 @@ def load_networks(folder: Path, *, skip: Collection[str] = (), **options: Any) -
     skip: components that are not wanted.  options: further arguments of the components' own `from_pretrained`.
     """
     given = {}
-    for name, (library, class_name) in _components(folder).items():
+    for name, (library, class_name) in components(folder).items():
         if WITH_WEIGHTS.match(class_name) and name not in skip:
             kind = getattr(importlib.import_module(library), class_name)
             given[name] = load_whole(kind, folder / name, **options)
@@ -273,11 +271,9 @@ def offline() -> str | None:
 def _download(
     ref: str, repo: str, revision: str | None, file: str | None, *, weights: bool, adapter: bool = False
 ) -> Path:
-    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.
-
-    file: the adapter that is wanted alone, with what describes it; with `adapter`, the one that the repository has.
-    """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    """The snapshot of a repository, as much of it as is needed; offline, as much of it as the cache has.  file: the
+    adapter that is wanted alone, with what describes it; with `adapter`, the one that the repository has."""
+    from huggingface_hub import constants, snapshot_download
 
     from imgen_common.http.addresses import check_proxy, proxy_of
 
@@ -288,7 +284,7 @@ def _download(
         return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=[*leave], **options))
 
     def names() -> list[str]:
-        return [one.rfilename for one in HfApi().model_info(repo, revision=revision).siblings or []]
+        return _names_of_files(repo, revision)
 
     try:
         if not is_offline and (proxy := proxy_of(constants.ENDPOINT)):
@@ -310,11 +306,24 @@ def _download(
     return folder
 
 
+def _names_of_files(repo: str, revision: str | None) -> list[str]:
+    """The names of a repository's files; where the hub cannot be asked, of those in the cache, as the client takes."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    try:
+        return [one.rfilename for one in HfApi().model_info(repo, revision=revision).siblings or []]
+    except Exception:
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+        raise
+
+
 def _wanted_files(folder: Path, kinds: Sequence[str], names: Callable[[], list[str]]) -> tuple[list[str], list[str]]:
     """The patterns of the files to download of a model's repository, and of those to leave.  names: of all its files"""
     # What is not of a pipeline lies in its top folder; the other places often hold the same weights in other forms
     is_pipeline = (folder / "model_index.json").exists()
-    places = [f"{name}/" for name in _components(folder)] if is_pipeline else [""]
+    places = [f"{name}/" for name in components(folder)] if is_pipeline else [""]
     wanted = [place + kind for place in places for kind in kinds]
     forms: list[tuple[str, str, str]] = []
     with contextlib.suppress(Exception):  # without a network the client takes what its cache has
@@ -338,6 +347,8 @@ def _hub_reason(ref: str, repo: str, revision: str | None, error: Exception) -> 
     kinds = [type(one) for one in causes]
     if any(map(is_disk_full, causes)):
         return f"the disk of {constants.HF_HUB_CACHE} is full; make room, or set HF_HOME to another disk"
+    if broken := [one for one in causes if isinstance(one, OSError) and one.filename and one.errno in MENDABLE]:
+        return f"its cache cannot be used ({one_line(str(broken[0]))}); set HF_HOME to a folder that can be written"
     said = one_line(next((words for one in causes if (words := getattr(one, "server_message", None))), ""))
     if any(issubclass(kind, errors.GatedRepoError) for kind in kinds):
         page, words = f"{redacted(constants.ENDPOINT)}/{repo}", f" (the hub says: {said})" if said else ""
@@ -370,19 +381,6 @@ def _remedy(ref: str) -> str:
     settings = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "SSLKEYLOGFILE", *proxies)
     checked = ", ".join(["check the name", *(f"the variable {name}" for name in settings if name in os.environ)])
     return f"{checked} and the network, then run this command again: a download continues where it stopped"
-
-
-def _components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Component name to library and class name, from model_index.json; components that are null there are left out."""
-    found = {}
-    for name, entry in read_json(folder / "model_index.json").items():
-        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
-            continue
-        if all(isinstance(part, str) for part in entry):
-            if not all(map(is_plain_name, (name, *entry))):
-                raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
-            found[name] = (entry[0], entry[1])
-    return found
 
 
 def _check_component(folder: Path, name: str, class_name: str, weights: bool) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imgen_common.errors import UserError
-from imgen_common.weights import check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,6 +110,24 @@ def _flux2_dev(pipe: Any, prompt: str) -> str:
 
     (text,) = pipe.tokenizer.apply_chat_template(format_input([prompt], pipe.system_message), tokenize=False)
     return str(text).removeprefix(pipe.tokenizer.tokenizer.bos_token or "")  # the tokenizer adds it
+
+
+def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
+    """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone.
+
+    Special tokens that no text gets may go beyond, as that for images does in Gemma 3's models of text.
+    """
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added - {
+        getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk", "cls", "sep")
+    }
+    words = 1 + max((number for number in tokenizer.get_vocab().values() if number not in special), default=-1)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if words > rows:
+        raise UserError(
+            f"{ref}: its tokenizer has {words} words, its {type(model).__name__} embeddings of {rows}; copy both from "
+            "one place, or take out what was added to the tokenizer"
+        )
 
 
 def check_vocabularies(components: Mapping[str, Any], ref: str) -> None:

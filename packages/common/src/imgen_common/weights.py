@@ -38,7 +38,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>A|B|down|up)(?:\.default)?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
 )
-IS_DOWN = {"A": True, "down": True, "B": False, "up": False}
 ADAPTER_PREFIXES = ("", "transformer_", "base_model_model_", "lora_unet_", "lora_transformer_", "diffusion_model_")
 """What stands before the name of a layer, dots as underscores: nothing, diffusers, PEFT, kohya twice, ComfyUI."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
@@ -99,6 +98,11 @@ def loading(what: str) -> Iterator[None]:
         if "ignore_mismatched_sizes" in reason:  # transformers' and diffusers' advice for calls that no user makes
             shape = re.search(r"\S+ expected shape .*?, but got .*?\)", reason)
             reason = f"weights do not fit its config.json{': ' + shape[0] if shape else ''}; copy both from one place"
+        if "Unrecognized image processor" in reason:  # of a name that transformers had for a few weeks, among others
+            reason = (
+                "the installed transformers does not know the image_processor_type in its preprocessor_config.json; "
+                "for a Qwen2.5-VL write Qwen2VLImageProcessor"
+            )
         # transformers goes on with what to do about names on the hub
         if part := re.search(r"Can't load (?:the )?([a-z ]+?) (?:for|of) '", reason):
             reason = f"files of its {part[1]} are missing or damaged; copy them from the model that it was made of"
@@ -250,24 +254,6 @@ def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty fi
     return any(file.stat().st_size >= least for file in part.glob(pattern))
 
 
-def check_vocabulary(tokenizer: Any, model: Any, ref: str) -> None:
-    """Raises UserError for a tokenizer with more words than the model has embeddings: words were added to it alone.
-
-    Special tokens that no text gets may go beyond, as that for images does in Gemma 3's models of text.
-    """
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added - {
-        getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad", "unk", "cls", "sep")
-    }
-    words = 1 + max((number for number in tokenizer.get_vocab().values() if number not in special), default=-1)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if words > rows:
-        raise UserError(
-            f"{ref}: its tokenizer has {words} words, its {type(model).__name__} embeddings of {rows}; copy both from "
-            "one place, or take out what was added to the tokenizer"
-        )
-
-
 def check_autoencoder(ref: str, folder: Path) -> None:
     """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
 
@@ -325,6 +311,19 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
 
 
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Component name to library and class name, from model_index.json; components that are null there are left out."""
+    found = {}
+    for name, entry in read_json(folder / "model_index.json").items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            continue
+        if all(isinstance(part, str) for part in entry):
+            if not all(map(is_plain_name, (name, *entry))):
+                raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
+            found[name] = (entry[0], entry[1])
+    return found
+
+
 def _shards(file: Path) -> tuple[Path, ...]:
     """The files of an index, or the file itself."""
     if file.suffix != ".json":
@@ -355,7 +354,9 @@ other processors have a patch_size of another form, or of another meaning."""
 def describe_other_folder(folder: Path) -> str:
     """What a folder is that is no model's, and what to do, as the end of a message; empty where that is not known."""
     is_checkpoint = (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints"
-    if is_checkpoint or ((folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()):
+    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
+    # other trainers put their adapters beside these
+    if is_checkpoint or (is_run and not any(folder.glob("*.safetensors"))):
         run = quoted(folder.parents[1] if is_checkpoint else folder)
         what = f"of a {'checkpoint' if is_checkpoint else 'run'} of flowbp"
         return f"; {what} `flowbp export {run}` makes a model or an adapter"
@@ -393,7 +394,7 @@ def parse_adapter_key(key: str, targets: Mapping[str, T]) -> tuple[str, str, T |
     match = ADAPTER_KEY.fullmatch(key)
     if match is None:
         return None
-    part = "alpha" if match["alpha"] else "down" if IS_DOWN[match["part"] or match["old"]] else "up"
+    part = "alpha" if match["alpha"] else "down" if (match["part"] or match["old"]) in ("A", "down") else "up"
     flat = match["module"].replace(".", "_")
     names = (flat.removeprefix(prefix) for prefix in ADAPTER_PREFIXES if flat.startswith(prefix))
     return match["module"], part, next((targets[name] for name in names if name in targets), None)

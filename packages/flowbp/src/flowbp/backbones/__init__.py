@@ -102,10 +102,8 @@ def _resolve_family(
     from flowbp.backbones import pipelines
 
     folder = hub.resolve(ref, weights=weights)
-    content = hub.pipeline_index(ref, folder)
-    family = str(content.get("_class_name"))
-    if family not in FAMILIES:
-        raise UserError(f"{ref}: cannot train a {family}; allowed: {', '.join(FAMILIES)}")
+    content = check_family(ref, folder)
+    family = str(content["_class_name"])
     said = what_says_distilled(ref, content)
     if said and not distilled:
         raise UserError(
@@ -124,6 +122,14 @@ def _resolve_family(
         check_autoencoder(ref, folder)
     warn_of_unknown_settings(folder)
     return folder, getattr(diffusers, family), adapter
+
+
+def check_family(ref: str, folder: Path) -> Mapping[str, Any]:
+    """The model_index.json of a model's folder.  Raises UserError for one of a family that cannot be trained."""
+    content = hub.pipeline_index(ref, folder)
+    if content.get("_class_name") not in FAMILIES:
+        raise UserError(f"{ref}: cannot train a {content.get('_class_name')}; allowed: {', '.join(FAMILIES)}")
+    return content
 
 
 def what_says_distilled(ref: str, index: Mapping[str, Any]) -> str:

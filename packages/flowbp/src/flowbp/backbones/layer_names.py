@@ -1,6 +1,6 @@
 """Names of layers in the original models, which ComfyUI and kohya's scripts use, and those of diffusers for them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 Inner = Mapping[str, tuple[str, ...]]
 """Layer of a block by its original name: the layers of diffusers whose outputs it stacks."""
@@ -54,6 +54,31 @@ FLUX2: Mapping[str, tuple[str, Inner]] = {
         {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
     ),
 }
+SWAPPED = "final_layer.adaLN_modulation.1"
+"""A layer of which diffusers has the halves of the outputs in the other order."""
+FLUX_ENDS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": SWAPPED,
+    **{
+        f"{ours}.linear_{i}": f"{theirs}.{layer}_layer"
+        for i, layer in ((1, "in"), (2, "out"))
+        for ours, theirs in (
+            ("time_text_embed.timestep_embedder", "time_in"),
+            ("time_text_embed.guidance_embedder", "guidance_in"),
+            ("time_text_embed.text_embedder", "vector_in"),
+            ("time_guidance_embed.timestep_embedder", "time_in"),
+            ("time_guidance_embed.guidance_embedder", "guidance_in"),
+        )
+    },
+    **{
+        f"{name}.linear": f"{name}.lin"
+        for name in ("single_stream_modulation", "double_stream_modulation_img", "double_stream_modulation_txt")
+    },
+}
+"""Layers of FLUX.1 and FLUX.2 outside of blocks by their names in diffusers: the original ones."""
+ENDS = dict.fromkeys(("FluxPipeline", "FluxKontextPipeline", "Flux2KleinPipeline", "Flux2Pipeline"), FLUX_ENDS)
 ORIGINAL: Mapping[str, Mapping[str, tuple[str, Inner]]] = {
     "FluxPipeline": FLUX,
     "FluxKontextPipeline": FLUX,
@@ -65,13 +90,15 @@ ORIGINAL: Mapping[str, Mapping[str, tuple[str, Inner]]] = {
 """By pipeline and by diffusers' name of a list of blocks: its original name, and the layers of a block."""
 
 
-def original_layers(layers: Iterable[str], pipeline: str) -> dict[str, list[str]]:
-    """Every layer, by its original name, of the blocks that `layers` are in, and the diffusers layers it consists of.
+def original_layers(layers: Collection[str], pipeline: str) -> dict[str, list[str]]:
+    """Every layer, by its original name, of the blocks that `layers` are in, and the diffusers layers it consists of;
+    with those of `layers` outside of blocks.
 
     layers: names in diffusers.  pipeline: class name of the family's pipeline.  Some of what is named may not be there:
     the last block of Stable Diffusion 3 has less.
     """
-    names: dict[str, list[str]] = {}
+    ends = ENDS.get(pipeline, {})
+    names = {ends[name]: [name] for name in layers if name in ends}
     for block in sorted({".".join(name.split(".")[:2]) for name in layers}):
         kind, _, number = block.partition(".")
         theirs, inner = ORIGINAL.get(pipeline, {}).get(kind, ("", {}))

@@ -283,5 +283,5 @@ def _check_shapes(ref: str, name: str, whole: LayerAdapter, inputs: int, widths:
 
 def _is_swapped(net: nn.Module, layer: str) -> bool:
     """Whether diffusers has the halves of a layer's outputs in the other order than the original model: the modulation
-    of the text in the last block of Stable Diffusion 3."""
+    of the text in the last block of Stable Diffusion 3, and the last one of FLUX."""
     return isinstance(net.get_submodule(layer.rpartition(".")[0]), AdaLayerNormContinuous)

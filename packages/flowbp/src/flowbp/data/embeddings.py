@@ -44,7 +44,7 @@ class EmbeddingStore:
         self._open: dict[Path, safe_open] = {}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("[!.]*.safetensors")):
             self._index(file)
 
     def _index(self, file: Path) -> None:

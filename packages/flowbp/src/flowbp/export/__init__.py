@@ -90,9 +90,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
     try:
         api = HfApi()
         address = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder)  # a name alone is the user's own
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
         reason = one_line(str(error) or type(error).__name__)
-        again = f"check HF_TOKEN and the network, then run `hf upload {quoted(repo)} {quoted(folder)}`"
+        again = f"check HF_TOKEN and the network, then run `hf upload --private {quoted(repo)} {quoted(folder)}`"
         raise UserError(f"--push {repo}: not uploaded ({reason}); {again}") from error
     return str(address)

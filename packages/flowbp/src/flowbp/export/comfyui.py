@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from flowbp.backbones.layer_names import original_layers
+from flowbp.backbones.layer_names import SWAPPED, original_layers
 from flowbp.export.adapters import Adapter, to_diffusers
 from imgen_common.errors import UserError
 
@@ -31,6 +31,8 @@ def to_comfyui(found: Mapping[str, Adapter], pipeline: str, widths: Mapping[str,
         parts = [left.pop(layer, None) for layer in ours]
         if any(parts):
             one = fuse_adapters(parts, [widths[layer] for layer in ours])
+            if theirs == SWAPPED:
+                one = Adapter(one.down, torch.cat(one.up.chunk(2)[::-1]))
             if pipeline in ("Flux2KleinPipeline", "Flux2Pipeline"):
                 name, down, up = f"diffusion_model.{theirs}", "lora_A", "lora_B"
             else:

@@ -131,7 +131,7 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
     """The folder of a reward, with its weights or without.  Raises UserError for a model of another type."""
     kind = REWARDS[config.score]
     try:
-        folder = hub.resolve(config.ref, weights=weights)
+        folder = hub.resolve(config.ref, weights=False)
     except UserError as error:
         command = "interleave export-reward" if config.score == "vlm" else f"flowbp convert-reward {config.score}"
         is_made = config.score == "vlm" or config.score in PUBLISHED_FILES
@@ -148,7 +148,7 @@ def resolve_reward(config: RewardConfig, *, weights: bool = True) -> Path:
             f"{config.ref}: the score {config.score!r} needs a {needed} model, this is a {model_type!r}; "
             f"scores are {', '.join(REWARDS)}"
         )
-    return folder
+    return hub.resolve(config.ref) if weights else folder
 
 
 def load_reward(config: RewardConfig, device: "torch.device | str" = "cpu") -> "Reward":

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from imgen_common.errors import UserError
-from imgen_common.weights import HEAD_FILE, check_vocabulary, load_whole, loading
+from imgen_common.prompt_limits import check_vocabulary
+from imgen_common.weights import HEAD_FILE, load_whole, loading
 
 WIDTHS = (1024, 128, 64, 16, 1)
 CHECKPOINT_LAYERS = (0, 2, 4, 6, 7)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flowbp.backbones import check_family
 from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, check_scored, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts, load_quick_prompts
@@ -241,6 +242,7 @@ def check_inputs(
         hub.resolve_adapter(config.lora.init, "lora.init")
     for ref in (config.model.ref, config.eval.model):
         if ref is not None:
+            check_family(ref, hub.resolve(ref, weights=False))  # before tens of gigabytes are downloaded
             hub.resolve(ref, weights=weights)
     for scorer in config.scorers:
         resolve_reward(scorer, weights=weights)

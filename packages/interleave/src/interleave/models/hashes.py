@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from imgen_common import hub
 from imgen_common.run_folder.data import DataHash, hash_adapter, hash_file, hash_model
 from interleave.models.chat.local import LocalChatConfig
+from interleave.models.generators.loading import family_of
 from interleave.models.generators.pipeline import PipelineConfig
 
 
 def check_models(parts: Mapping[str, object]) -> None:
     """Raises UserError for a model or an adapter, of a reference or a configuration by its name, that is not there."""
     for name, part in parts.items():
+        if isinstance(part, PipelineConfig):
+            family_of(part.ref, hub.resolve(part.ref, weights=False))
         if isinstance(part, str | PipelineConfig | LocalChatConfig):
             hub.resolve(part if isinstance(part, str) else part.ref)
         if isinstance(part, PipelineConfig) and part.lora is not None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from imgen_common import hub
 from imgen_common.errors import UserError, quoted
+from imgen_common.prompt_limits import check_vocabulary
 from imgen_common.streams import numpy_generator
-from imgen_common.weights import check_vocabulary
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
 from interleave.datasets.rows import RlRow

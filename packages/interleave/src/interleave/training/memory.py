@@ -266,7 +266,7 @@ def check_targets(config: TrainingConfig, model: Any) -> None:
     given = config.lora or {}
     modules = [name for name, _ in model.named_modules() if not is_frozen(f"{name}.weight", config.vision)]
     parameters = [name for name, _ in model.named_parameters()]
-    for key in ("target_modules", "modules_to_save", "target_parameters"):
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         entries = given.get(key)
         if entries is None or isinstance(entries, str) or (key != "target_modules" and not entries):
             continue

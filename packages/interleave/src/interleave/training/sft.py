@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from imgen_common import hub
 from imgen_common.errors import UserError, quoted, warn_once
+from imgen_common.prompt_limits import check_vocabulary
 from imgen_common.run_folder.data import recorded_data
-from imgen_common.weights import check_vocabulary
 from interleave.agents.parsing import ParseFailure, parse_plan, parse_verdict
 from interleave.datasets.rows import SftRow
 from interleave.training import run

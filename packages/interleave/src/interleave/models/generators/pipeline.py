@@ -109,8 +109,8 @@ class PipelineRunner:
     def __init__(self, config: PipelineConfig) -> None:
         """Raises UserError for a model or adapter that cannot be had, or settings that its family does not take."""
         self.config = config
-        folder = hub.resolve(config.ref)
-        self.name, self.family = family_of(config.ref, folder)
+        self.name, self.family = family_of(config.ref, hub.resolve(config.ref, weights=False))
+        folder = hub.resolve(config.ref)  # which downloads tens of gigabytes
         most = self.family.max_references
         self.max_references = min(1, most) if config.max_references is None else config.max_references
         if self.max_references > most:
