@@ -238,7 +238,7 @@ def test_anchors_and_merge_keys_are_read(tmp_path: Path) -> None:
     assert read_yaml(tmp_path / "a.yaml")["d"] == {"b": 1, "c": 3}
 
 
-def test_a_file_lies_over_those_it_extends(tmp_path: Path) -> None:
+def test_a_file_lies_over_those_it_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sub").mkdir()
     for name, text in (("base.yaml", "a: 1\nb: 1\nc: 1"), ("sub/mid.yaml", "extends: ../base.yaml\nb: 2\nc: 2")):
         (tmp_path / name).write_text(text)
@@ -251,6 +251,10 @@ def test_a_file_lies_over_those_it_extends(tmp_path: Path) -> None:
         c: int
 
     assert load(Numbers, [top]) == Numbers(a=1, b=2, c=3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    top.write_text("extends: ~/sub/mid.yaml\nc: 4")
+    assert load(Numbers, [top]) == Numbers(a=1, b=2, c=4)
+    top.write_text("extends: mid.yaml\nc: 3")
     (tmp_path / "base.yaml").write_text("extends: sub/top.yaml")
     with pytest.raises(UserError, match="extends itself"):
         load(Numbers, [top])

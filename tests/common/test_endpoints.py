@@ -232,6 +232,8 @@ def test_a_quota_that_is_used_up_is_not_waited_for(code: str) -> None:
     [
         (500, {"message": "rejected by the safety system", "type": "upstream_error", "code": "moderation_blocked"}),
         (400, {"message": "violates our policy", "code": "content_policy_violation"}),
+        (400, {"message": "may be sensitive", "code": "InputTextSensitiveContentDetected.PolicyViolation"}),
+        (400, {"message": "litellm.ContentPolicyViolationError: rejected by the safety system", "code": "400"}),
         (503, {"message": "may contain inappropriate content", "code": "DataInspectionFailed"}),
         (403, {"message": "flagged", "code": 403, "metadata": {"reasons": ["violence"], "flagged_input": "a"}}),
     ],

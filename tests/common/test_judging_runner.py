@@ -77,7 +77,7 @@ SAID: dict[str, tuple[list[str | Exception], int | None, str | None, int]] = {
     "times out, then reads": ([JudgeError("timeout", "slow"), "2"], 2, None, 2),
     "nothing": ([""] * 3, None, "unreadable", 3),
     "thinks of another": (["<think>\n1\n</think>\n\n4"], 4, None, 1),
-    "all words are thoughts": (["<think>4</think>"] * 3, None, "unreadable", 3),
+    "all words are thoughts": (["<think>4</think>"] * 3, None, "malformed_response", 3),  # of the server's parser
     "is cut off in thoughts without a mark, then reads": (["4...", "<think>1</think>4"], 4, None, 2),
     "thinks to no end, then reads": (["<think>\n1", "perhaps 1</think>5"], 5, None, 2),
 }

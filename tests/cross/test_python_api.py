@@ -65,6 +65,10 @@ def draw(prompt: str, sources: Any, seed: int) -> Image.Image:
         (lambda: flowbp.sample("builtin:shapes/generator", ["cat"], seeds=[]), "seeds: give at least one"),
         (lambda: flowbp.sample("builtin:shapes/generator", "cat", images="none.png"), r"none\.png"),
         (lambda: flowbp.load_config(flowbp.TrainConfig, "none.yaml"), "none.yaml: "),
+        (
+            lambda: interleave.tell_story("a cat", draw, loop=interleave.LoopConfig(select="best_by_judge")),
+            "functions give no scores; choose last or first_success",
+        ),
         (lambda: interleave.tell_story("a cat", lambda *given: None), r"generate \(.*\) returned null; it must"),
         (lambda: interleave.tell_story("a cat", lambda *given: np.zeros((8, 8, 3))), "returned a ndarray; it must"),
         (lambda: interleave.tell_story("a cat", draw, lambda *given: True), r"criticize .* returned True; it must"),

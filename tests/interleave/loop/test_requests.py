@@ -88,7 +88,8 @@ def test_a_list_in_a_cell_is_said_to_be_one(tmp_path: Path) -> None:
 def test_null_is_a_key_that_is_left_out(tmp_path: Path) -> None:
     """As pandas and datasets write rows without a value."""
     names = ("id", "category", "images", "content")
-    for row in ({"text": "a"}, {"text": "a"} | dict.fromkeys(names)):
+    empty = dict.fromkeys(("id", "category", "images"), "")  # of fillna("")
+    for row in ({"text": "a"}, {"text": "a"} | dict.fromkeys(names), {"text": "a"} | empty):
         (tmp_path / "r.jsonl").write_text(json.dumps(row))
         assert read_requests(tmp_path / "r.jsonl", store := ImageStore(tmp_path)) == [make_request("a", (), store)]
 
@@ -98,6 +99,10 @@ def test_null_is_a_key_that_is_left_out(tmp_path: Path) -> None:
 def test_an_address_is_no_image_and_is_not_shown(tmp_path: Path, row: str, address: str) -> None:
     (tmp_path / "r.jsonl").write_text(row % address)
     with pytest.raises(UserError, match=r"r\.jsonl:1: \w+://\.\.\.: is an address, not a file; download it") as error:
+        read_requests(tmp_path / "r.jsonl", ImageStore(tmp_path))
+    assert "SECRET" not in str(error.value)
+    (tmp_path / "r.jsonl").write_text(row % "data:image/png;base64,SECRET")
+    with pytest.raises(UserError, match=r"r\.jsonl:1: data:\.\.\.: is the content of a file") as error:
         read_requests(tmp_path / "r.jsonl", ImageStore(tmp_path))
     assert "SECRET" not in str(error.value)
 

@@ -14,12 +14,14 @@ from imgen_common.config import load
 from imgen_common.errors import UserError
 from imgen_common.run_folder.find import find_run
 from interleave import demo
+from interleave.cli.run import batch, report
 from interleave.loop.config import ModelCritic, NoPlanner, RunConfig
 from interleave.loop.functions import tell_story
 from interleave.loop.requests import make_request
 from interleave.loop.run import StoryStream, create_run, run_requests
 from interleave.models.generators.pipeline import PipelineConfig
-from interleave.protocols import Components, HashedImage
+from interleave.pages.run import write_report
+from interleave.protocols import BackendError, Components, HashedImage
 from interleave.records import Attempt, Record, Trajectory
 
 
@@ -88,6 +90,19 @@ def test_a_template_or_a_model_that_changed_is_not_gone_on_with(tmp_path: Path) 
     (tmp_path / "run" / "config.yaml").write_text(written)
     config = load(RunConfig, [tmp_path / "run" / "config.yaml"])
     assert [story.status for story in go_on()] == ["complete"]
+
+
+def test_a_story_from_python_is_not_gone_on_with_by_a_command(tmp_path: Path) -> None:
+    """Which does not know the functions, and would use the miniature in their place."""
+
+    def fail(prompt: str, sources: object, seed: int) -> Image.Image:
+        raise BackendError("unreachable", "down")
+
+    assert tell_story("a cat", fail, folder=tmp_path / "run").trajectory.status == "generator_failed"
+    assert "interleave batch" not in write_report(tmp_path / "run").read_text()
+    report(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"a run of `interleave\.tell_story`, not of `interleave batch`"):
+        batch(resume=str(tmp_path / "run"), retry=True)
 
 
 def test_one_prompt_of_a_story_may_stand_for_a_list(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from imgen_common.errors import UserError
 from imgen_common.http import HttpError, RetryPolicy
 from interleave.models.chat.endpoint import EndpointChatConfig
+from interleave.models.generators import service
 from interleave.models.generators.cache import CachedGenerator
 from interleave.models.generators.images_api import ImagesApiConfig, ImagesApiGenerator
 from interleave.models.generators.pipeline import GenerationSettings
@@ -159,13 +161,21 @@ def test_failures_of_the_service_are_typed() -> None:
         assert failure(ServiceGenerator.connect(wrong)).kind == "refused"
 
 
-def test_without_a_service_the_command_says_what_to_do() -> None:
+def test_without_a_service_the_command_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_listener("127.0.0.1", 0) as taken:
         url = listener_url(taken)
     with pytest.raises(UserError, match="start `interleave serve`"):
         ServiceConfig(urls=(url,), startup=0).build()
     with pytest.raises(UserError, match="must be like"):
         ServiceConfig(urls=("ftp://x",), startup=0).build()
+    said = r"generator\.params\.strength: is set by the service .*; allowed: num_inf"
+    with hosted(InProcess(ScriptedGenerator())) as url, pytest.raises(UserError, match=said):
+        ServiceConfig(urls=(url,), params=GenerationSettings(strength=0.5)).build()
+    loading = {url: HttpError("server_error", "status 503: the model is being loaded", status=503)}
+    monkeypatch.setattr(service, "_describe_all", AsyncMock(return_value=loading))
+    with pytest.raises(UserError, match=r"loaded\); start `interleave serve` or raise generator\.startup"):
+        ServiceConfig(urls=(url,), startup=0).build()
+    monkeypatch.undo()
     first, second = InProcess(ScriptedGenerator(params={"a": 1})), InProcess(ScriptedGenerator(params={"a": 2}))
     with hosted(first) as one, hosted(second) as two, pytest.raises(UserError, match="replicas of one model"):
         ServiceConfig(urls=(one, two)).build()

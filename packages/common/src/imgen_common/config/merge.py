@@ -74,7 +74,7 @@ def read_layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[tuple[Path
     if parent is not None:
         if not isinstance(parent, str):
             raise UserError(f"{path}: {EXTENDS}: must be the path of a file, from this one, got {shortened(parent)}")
-        yield from read_layers(path.parent / parent, (*below, path))
+        yield from read_layers(path.parent / local_path(parent), (*below, path))
     yield path, content
 
 

@@ -120,10 +120,7 @@ class HttpClient(RetryingCaller):
         if with_token:
             data = self._without_token(data)
         if answer.status_code >= 300:
-            following = None if with_token else answer.next_request
-            if following is not None and following.url.scheme == "https":
-                raise Moved(str(following.url), f"{base}{through}: is moved on more than {MAX_REDIRECTS} times")
-            remedy = self._remedy(answer, base + path) if with_token else ""
+            remedy = self._remedy(answer, base + path) if with_token else self._remedy_of_file(base + through, answer)
             if proxy and base.startswith("http:"):
                 remedy += self._remedy_of_proxy(base + through, answer, data)
             raise self._status_error(base + through, answer, data, remedy)
@@ -276,6 +273,13 @@ class HttpClient(RetryingCaller):
             said = self.clean(error_message(data))
             raise HttpError("unreachable", f"{place}: the proxy cannot reach it ({said}); {OTHER_PROXY}")
         return f"; if the proxy itself says so: {OTHER_PROXY}" if data.lstrip()[:1] == b"<" else ""
+
+    def _remedy_of_file(self, place: str, answer: "httpx.Response") -> str:
+        """Nothing.  Raises Moved for a file that is at another address, with TLS."""
+        following = answer.next_request
+        if following is not None and following.url.scheme == "https":
+            raise Moved(str(following.url), f"{place}: is moved on more than {MAX_REDIRECTS} times")
+        return ""
 
     def _remedy(self, answer: "httpx.Response", url: str) -> str:
         status = answer.status_code

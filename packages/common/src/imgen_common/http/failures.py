@@ -16,11 +16,12 @@ much to do."""
 MAX_ERROR_BYTES = 1000
 """Bytes that are shown of an answer which is not JSON."""
 FILTERED = re.compile(
-    r'\\*"(?:content_?filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input)\\*"'
+    r'\\*"(?:content_?filter|content_policy_violation|moderation_blocked|data_?inspection_?failed|flagged_input|'
+    r'\w*SensitiveContentDetected(?:\.\w+)?)\\*"|ContentPolicyViolationError'
     r"|violates (?:our |the )?(?:usage|content|safety) (?:guidelines|polic)|SAFETY_CHECK_TYPE",
     re.IGNORECASE,
 )
-"""What the filters of OpenAI, Azure, DashScope, OpenRouter and xAI write into an answer, whatever its status, and
+"""What the filters of OpenAI, Azure, DashScope, OpenRouter, Ark and xAI write into an answer, whatever its status, and
 gateways into a JSON text inside it."""
 USED_UP = re.compile(
     r"insufficient_quota|exceeded_current_quota|billing_hard_limit|billing_not_active|Arrearage|"

@@ -145,10 +145,14 @@ async def ask_question(judge: JudgeModel, question: Question, item: str = "", pr
 
 
 def _answer_alone(reply: JudgeReply) -> str:
-    """What follows the thoughts, in which a judge names scores that it gives up.  Raises Unreadable for nothing."""
+    """What follows the thoughts, in which a judge names scores that it gives up.
+
+    Raises Unreadable for nothing, and JudgeError where that is the server's doing, which can be mended.
+    """
     reasoning, said = split_reasoning(reply.text)
     if reasoning and not said.strip():
-        raise Unreadable("all words stand in the reasoning; is the server's reasoning parser that of another model?")
+        what = "all words stand in the reasoning; is the server's reasoning parser that of another model?"
+        raise Unreadable(what) if reply.is_cut_off else JudgeError("malformed_response", what)
     if reply.is_cut_off and not reasoning:  # a chat template may have opened its thoughts, which then have no mark
         raise Unreadable("its last words are missing")
     return said

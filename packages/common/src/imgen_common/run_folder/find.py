@@ -14,11 +14,14 @@ MAX_NAME_BYTES = 240
 """Longest name of a run folder; a number may follow."""
 
 
+TOLD = "interleave.tell_story"
+"""What makes run folders from Python; its run has functions, which no command knows."""
 MAKERS = (
     *("flowbp train", "flowbp benchmark", "interleave run", "interleave batch", "interleave demo"),
     *("interleave sft", "interleave grpo", "interleave data", "interleave benchmark"),
+    TOLD,
 )
-"""Commands that make run folders."""
+"""What makes run folders."""
 
 
 def find_run(text: str, root: Path, *made_by: str) -> Path:
@@ -53,19 +56,19 @@ def check_is_model(text: str, root: Path, *made_by: str) -> None:
 def _describe_runs(text: str, root: Path, *made_by: str) -> str:
     """The runs under `root` of some commands for a message about a `text` that is none, the nearest name first."""
     paths = [path.parent for path in root.glob(f"*/{CONFIG}")]
-    names = [path.name for path in paths if not made_by or _maker_of(path) in (None, *made_by)]
+    names = [path.name for path in paths if not made_by or maker_of(path) in (None, *made_by)]
     known = f"; runs in {root}: {', '.join(sorted(names))}" if names else f"; there are no such runs in {root}"
     return nearest(Path(text).name, names) + known
 
 
 def check_maker(path: Path, *made_by: str) -> None:
     """Raises UserError for a run that says that another command made it."""
-    maker = _maker_of(path)
+    maker = maker_of(path)
     if made_by and maker not in (None, *made_by):
         raise UserError(f"{path}: a run of `{maker}`, not of `{made_by[0]}`; give that command the run, or another run")
 
 
-def _maker_of(path: Path) -> str | None:
+def maker_of(path: Path) -> str | None:
     """Which of `MAKERS` a run says made it; None where it says none of them."""
     from pydantic import BaseModel
 
@@ -79,7 +82,7 @@ def _maker_of(path: Path) -> str | None:
     except UserError:
         return None
     file = Path(program)  # as sys.argv has it, also of `python -m`
-    maker = f"{file.parent.name if file.name == '__main__.py' else file.name} {command}"
+    maker = f"{file.parent.name if file.name == '__main__.py' else file.name} {command}".strip()
     return maker if maker in MAKERS else None
 
 

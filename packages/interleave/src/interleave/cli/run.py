@@ -231,10 +231,10 @@ def report(
 
     Example: interleave report runs/requests
     """
-    from imgen_common.run_folder.find import find_run
+    from imgen_common.run_folder.find import TOLD, find_run
     from interleave.pages.run import write_report
 
-    page = write_report(find_run(run, runs, *MAKERS), out)
+    page = write_report(find_run(run, runs, *MAKERS, TOLD), out)
     print(f"report: {page}")
     if open_page:
         typer.launch(str(page))

@@ -107,7 +107,7 @@ class ImageImporter:
                         return path
                     leads_out |= path.is_file()
         reason = "it leads out of the folder" if leads_out else "no such image"
-        raise RowError(f"{where}: {name!r}: {reason}; images must lie in {self.root}")
+        raise RowError(f"{where}: {one_line(name, 200)!r}: {reason}; images must lie in {self.root}")
 
 
 def _blobs(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,9 @@ from typing import Any
 from PIL import Image
 
 from imgen_common.errors import UserError, check_text, is_blank, one_line
+from imgen_common.files import local_path
 from imgen_common.http import run_in_thread
+from imgen_common.run_folder.find import TOLD
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.tables import describe_type
 from interleave.agents.prompts import render_plan
@@ -117,17 +119,19 @@ def tell_story(
 
     prompts: of the steps; without any, the request is the only one.  folder: a run folder that keeps the trace and the
     images, which `interleave report` reads; by default nothing is kept.  Raises UserError if the folder is taken, a
-    prompt is empty, or a function returns something else than it must; returns a trajectory whose status says so where
-    a function raised a `BackendError`.
+    prompt is empty, `loop.select` needs scores, or a function returns something else than it must; returns a trajectory
+    whose status says so where a function raised a `BackendError`.
     """
+    if loop is not None and loop.select.startswith("best_by"):
+        raise UserError(f"loop.select: {loop.select}: functions give no scores; choose last or first_success")
     config = RunConfig(loop=loop or LoopConfig(), seed=seed)
     planner, critic = FixedPlanner(prompts) if prompts else None, FunctionCritic(criticize) if criticize else None
     parts = Components(planner, critic, FunctionGenerator(generate))
     with tempfile.TemporaryDirectory() as temporary:
-        run = Path(folder) if folder else Path(temporary) / "run"
+        run = local_path(str(folder)) if folder else Path(temporary) / "run"
         images = ImageStore(run / IMAGES)
         made = make_request(request, (), images)  # without images nothing is stored, should it be refused
-        with RunFolder.create(run, config, ["interleave.tell_story"]):
+        with RunFolder.create(run, config, [TOLD]):
             save_requests([made], run)
             with Trace(run) as trace:
                 engine = Engine(parts, config.loop, seed, trace, images)

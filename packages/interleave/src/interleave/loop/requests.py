@@ -46,9 +46,9 @@ class RequestRow(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_null(cls, row: Any) -> Any:
-        """Without the keys that pandas and datasets write where a row has no value."""
-        return {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else row
+    def _without_nothing(cls, row: Any) -> Any:
+        """Without the keys that pandas and datasets write where a row has no value: null, or an empty text."""
+        return {key: value for key, value in row.items() if value not in (None, "")} if isinstance(row, dict) else row
 
 
 def make_request(

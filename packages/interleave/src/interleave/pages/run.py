@@ -12,6 +12,7 @@ from typing import NamedTuple
 from imgen_common import page
 from imgen_common.errors import quoted
 from imgen_common.files import write_atomic
+from imgen_common.run_folder.find import TOLD, maker_of
 from interleave.loop.requests import load_requests
 from interleave.pages import TEMPLATES
 from interleave.pages.images import SMALL, WEBP_QUALITY, PageImages
@@ -97,9 +98,9 @@ def render_stories(
 
 
 def _resume_hint(stories: Sequence[StoryView], run: Path | None) -> tuple[str, str] | None:
-    """How to finish what is not complete: what to say, and the command."""
+    """How to finish what is not complete, if a command can: what to say, and the command."""
     statuses = {story.status for story in stories}
-    if run is None or statuses <= {"complete", "steps_not_accepted"}:
+    if run is None or maker_of(run) == TOLD or statuses <= {"complete", "steps_not_accepted"}:
         return None
     command = f"interleave batch --resume {quoted(run)}"
     if statuses & {"unfinished", "waiting"}:

@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Gt, Le, MinLen
@@ -68,11 +68,12 @@ class ServiceConfig(Config):
 
 @dataclass(frozen=True)
 class ServiceInfo:
-    """What a replica answers to `/v1/info`."""
+    """What a replica answers to `/v1/info`.  settings: those that a request may give; None: it does not say."""
 
     model: str
     params: Mapping[str, Any]
     max_sources: int
+    settings: Sequence[str] | None = field(default=None, compare=False)
 
 
 @dataclass(eq=False)
@@ -114,7 +115,8 @@ class ServiceGenerator:
     def connect(cls, config: ServiceConfig) -> "ServiceGenerator":
         """A generator of the model that the replicas name, once one of them is ready.
 
-        Raises UserError if none is ready in time, the token is refused, or their models differ.
+        Raises UserError if none is ready in time, the token is refused, their models differ, or one does not take the
+        settings.
         """
         urls = [check_url(url) for url in config.urls]
         end, said = time.monotonic() + config.startup, False
@@ -128,7 +130,9 @@ class ServiceGenerator:
                 said = True
             if time.monotonic() >= end:
                 reasons = "; ".join(map(str, answers.values()))
-                raise UserError(f"no service is ready ({reasons}); start `interleave serve` or correct generator.urls")
+                is_there = any(isinstance(one, HttpError) and one.status == 503 for one in answers.values())
+                remedy = "raise generator.startup if it needs longer" if is_there else "correct generator.urls"
+                raise UserError(f"no service is ready ({reasons}); start `interleave serve` or {remedy}")
             time.sleep(min(1.0, config.startup))
         first_url, first = next(iter(found.items()))
         for url, info in found.items():
@@ -137,6 +141,10 @@ class ServiceGenerator:
                     f"{url} generates with {info.model} {info.params}, {first_url} with {first.model} {first.params}; "
                     "give replicas of one model"
                 )
+            given = config.params.model_dump(exclude_none=True)
+            if info.settings is not None and (other := sorted(given.keys() - set(info.settings))):
+                allowed = ", ".join(info.settings)
+                raise UserError(f"generator.params.{other[0]}: is set by the service {url}; allowed: {allowed}")
         return cls(config, first, down={*urls} - {*found})
 
     async def generate(self, request: GenerationRequest) -> HashedImage:
@@ -283,7 +291,7 @@ async def _describe_all(config: ServiceConfig, urls: Sequence[str]) -> dict[str,
 async def _describe(client: HttpClient, url: str) -> ServiceInfo | HttpError:
     try:
         info = json.loads(await client.request("GET", url, "/v1/info", seconds=CONNECT_SECONDS))
-        return ServiceInfo(str(info["model"]), dict(info["params"]), int(info["max_sources"]))
+        return ServiceInfo(str(info["model"]), dict(info["params"]), int(info["max_sources"]), info.get("settings"))
     except HttpError as error:
         return error
     except (ValueError, KeyError, TypeError, RecursionError):
