@@ -58,9 +58,10 @@ from interleave.datasets.formats.training import write_rl, write_sft
 from interleave.datasets.importing import import_set
 from interleave.datasets.inspect import read_row
 from interleave.datasets.rows import Evaluation, FinishedStory, RlRow, SftRow
-from interleave.loop.config import LoopConfig, RunConfig
+from interleave.loop.config import LoopConfig, ModelPlanner, NoCritic, RunConfig
 from interleave.loop.requests import load_requests
 from interleave.loop.shards import merge_shards
+from interleave.models.chat.endpoint import EndpointChatConfig
 from interleave.models.generators.pipeline import PipelineConfig
 from interleave.pages.dataset import write_page
 from interleave.protocols import BackendError, Components, CriticInput, GenerationRequest, HashedImage
@@ -381,15 +382,21 @@ def test_a_part_is_built_further_as_that_part(tmp_path: Path, asked: Path) -> No
 def test_a_request_that_the_miniature_cannot_answer_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     A.image.save(tmp_path / "a.png")
     file = tmp_path / "requests.jsonl"
-    for row, said in (
-        ({"text": "make the circle green", "images": ["a.png"]}, r"takes no images; --set run\.planner\.kind=none"),
-        ({"text": "a cat"}, "does not know the word 'cat'"),
+    others = RunConfig(planner=ModelPlanner(model=EndpointChatConfig()), critic=NoCritic())
+    for row, said, run in (
+        (
+            {"text": "make the circle green", "images": ["a.png"]},
+            r"takes no images; --set run\.planner\.kind=none",
+            RunConfig(),
+        ),
+        ({"text": "a cat"}, "does not know the word 'cat'", RunConfig()),
+        ({"text": "a cat"}, r"verifier knows .*'cat'; .*configure another judge, or none \(judge: null\)", others),
     ):
         file.write_text(json.dumps(row) + "\n")
         with pytest.raises(UserError, match=said):
             building.build_sets(
                 tmp_path / "out",
-                DataConfig(prompts=FilePrompts(path=str(file))),
+                DataConfig(prompts=FilePrompts(path=str(file)), run=run),
                 ["test"],
                 lambda left: BuildProgress(),
             )

@@ -186,6 +186,15 @@ def test_the_prompt_is_that_of_run_time_byte_by_byte(root: Path, rows: list[RlRo
         assert item["row"].after.image == item["images"][1]
 
 
+def test_rows_of_another_world_need_another_generator_and_judge(rows: list[RlRow]) -> None:
+    others = [row.model_copy(update={"original_prompt": "a photo of a cat"}) for row in rows[:2]]
+    grpo.check_world(GrpoConfig(), [*others, rows[0]])
+    with pytest.raises(UserError, match=r"^generator: no row .*shapes/generator knows .*; configure another generator"):
+        grpo.check_world(GrpoConfig(), others)
+    with pytest.raises(UserError, match=r"^judge: no row .*shapes/verifier knows .*; configure another judge"):
+        grpo.check_world(GrpoConfig(generator=ScriptedConfig()), others)
+
+
 def test_a_template_with_the_story_is_refused() -> None:
     with pytest.raises(UserError, match=r"critic_story: \{request\} is not in rows of single steps"):
         grpo.load_single_step_template("critic_story")

@@ -12,6 +12,8 @@ from imgen_common.shapes.wording import CHANGES
 
 WORLD = " in ".join(f"{', '.join(names[:-1])} and {names[-1]}" for names in ([*map(plural, SHAPES)], [*COLOURS]))
 """What the images of the world show."""
+VERIFIER = f"{BUILTIN}shapes/verifier"
+"""What the verifier is called beside the models."""
 MAX_LISTED = 5
 MAX_SIDE = 128
 """Longest side in pixels of a source that the built-in generator edits."""
@@ -22,7 +24,10 @@ _MIXED = re.compile(r"\w+ mixed with \w+")
 
 @cache
 def _known_words(ref: str) -> frozenset[str]:
-    """The words of the world that are tokens of a built-in model; others, as `star`, are parts of words."""
+    """The words of the world that are tokens of a built-in model; others, as `star`, are parts of words.  Of the
+    verifier, which has none, all."""
+    if ref == VERIFIER:
+        return _world_words()
     folder = WEIGHTS / ref.removeprefix(BUILTIN)
     file = next(path for path in (folder / "tokenizer" / "tokenizer.json", folder / "tokenizer.json") if path.is_file())
     tokens = json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ from imgen_common.judging.answers import Answer, AnswerLog, by_item, count_failu
 from imgen_common.judging.questions import JudgeReply, Question
 from imgen_common.judging.questions import Message as JudgeMessage
 from imgen_common.judging.runner import Judging, all_at_once
+from imgen_common.shapes.vocabulary import VERIFIER
 from interleave.agents.judge import ChatJudge, ModelJudgeConfig, judge_error
 from interleave.models.chat.endpoint import EndpointChat
 from interleave.models.concurrency import SingleFlight
@@ -37,6 +38,7 @@ Look = tuple[str, str, str]
 class VerifierJudgeConfig(Config):
     """The miniature's verifier as judge; it reads images at 32x32, others resized and padded to that."""
 
+    ref: ClassVar = VERIFIER
     kind: Literal["shapes_verifier"] = "shapes_verifier"
 
     def build(self) -> Judge:

@@ -91,13 +91,14 @@ def build_sets(
     """
     with open_build(out, config, command) as requests:
         left = unfinished_requests(out, requests, retry)
+        parts = config.run.model_copy(update={"judge": config.run.judge or config.judge})
         for request in left if config.teacher == "run" else ():
-            run.check_request(config.run, request, section="run.")
+            run.check_request(parts, request, section="run.")
         if left:
             prompts.check_models(out, config.run)
-        parts = make_parts(config) if left else None
+        made = make_parts(config) if left else None
         judge = config.judge.build() if config.judge is not None else None
-        return asyncio.run(continue_build(out, config, requests, parts, judge, make_progress(len(left)), retry))
+        return asyncio.run(continue_build(out, config, requests, made, judge, make_progress(len(left)), retry))
 
 
 @contextlib.contextmanager

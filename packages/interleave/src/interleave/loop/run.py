@@ -16,7 +16,12 @@ from imgen_common.images import shape_problem
 from imgen_common.run_folder.data import DATA, DataHash, check_data, hash_rows, moved_models, record_data
 from imgen_common.run_folder.find import ENVIRONMENT, free_path
 from imgen_common.run_folder.folder import RunFolder
-from imgen_common.shapes.vocabulary import describe_large_image, describe_missing_image, describe_unknown_words
+from imgen_common.shapes.vocabulary import (
+    VERIFIER,
+    describe_large_image,
+    describe_missing_image,
+    describe_unknown_words,
+)
 from interleave.agents.critic import ChatCritic, RandomRewrite, RubricCritic
 from interleave.agents.judge import ChatJudge
 from interleave.agents.planner import ChatPlanner
@@ -113,10 +118,16 @@ def check_request(config: RunConfig, request: Request, *, any_words: bool = Fals
     if isinstance(config.critic, SelfCritic) and reader is generator:
         raise UserError("critic.kind: self is the planner's model, and planner.kind is none; set critic.kind to model")
     words = re.sub(r"\[image \d+\]", " ", request.text)  # the places of its images
-    # what another planner or generator makes of other words, the built-in critic would judge all the same
-    knowing = ref if ref.startswith(BUILTIN) else getattr(getattr(config.critic, "model", None), "ref", "")
+    # what another planner or generator makes of other words, the built-in critic and judge would judge all the same
+    judging = (getattr(part, "ref", "") for part in (getattr(config.critic, "model", None), config.judge))
+    knowing = next((name for name in (ref, *judging) if name.startswith(BUILTIN)), "")
     if not any_words and (unknown := describe_unknown_words(knowing, words)):
-        raise UserError(f"{where}: {unknown}; ask for what it knows, or give a CONFIG with other models")
+        other = (
+            "configure another judge, or none (judge: null)"
+            if knowing == VERIFIER
+            else "give a CONFIG with other models"
+        )
+        raise UserError(f"{where}: {unknown}; ask for what it knows, or {other}")
     if not any_words and not request.image_ids and (missing := describe_missing_image(ref, request.text)):
         remedy = "begin with what is to be drawn, or give the image that is meant (--image, --set planner.kind=none)"
         raise UserError(f"{where}: {missing}; {remedy}")

@@ -13,6 +13,7 @@ import numpy as np
 from imgen_common import hub
 from imgen_common.errors import UserError, quoted
 from imgen_common.prompt_limits import check_vocabulary
+from imgen_common.shapes.vocabulary import VERIFIER, describe_unknown_words
 from imgen_common.streams import numpy_generator
 from interleave.agents.judge import ModelJudgeConfig
 from interleave.agents.prompts import Template, TemplateRef, load_template
@@ -84,6 +85,7 @@ def check_grpo(config: GrpoConfig, processes: int, *, needs_weights: bool = True
     model = run.load_model(config, device_map="meta") if needs_weights else build_meta_model(config)
     template = load_single_step_template(config.template)
     rows = read_rows(Path(config.data), "critic_rl", RlRow)
+    check_world(config, rows)
     prompts = [critic_prompt(row, template) for row in rows]
     store = image_store(config)
     answer = config.trl.get("max_completion_length") or 512  # TRL's default
@@ -106,6 +108,16 @@ def load_single_step_template(ref: TemplateRef) -> Template:
     for name in sorted(template.placeholders & {"story", "request"}):
         raise UserError(f"template {template.name}: {{{name}}} is not in rows of single steps; use another template")
     return template
+
+
+def check_world(config: GrpoConfig, rows: Sequence[RlRow]) -> None:
+    """Raises UserError where the built-in generator or judge is to work on rows of which none is of its world."""
+    unknown = [describe_unknown_words(VERIFIER, row.original_prompt) for row in rows]
+    for name in ("generator", "judge"):
+        ref = getattr(getattr(config, name), "ref", "")
+        if ref.startswith(hub.BUILTIN) and all(unknown):
+            said = str(unknown[0]).replace(VERIFIER, ref)
+            raise UserError(f"{name}: no row of {config.data} is of its world: {said}; configure another {name}")
 
 
 def check_image_sizes(rows: Sequence[RlRow], store: ImageStore, max_pixels: int) -> None:
