@@ -160,7 +160,11 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for name, mark in (("p.csv", ","), ("p.tsv", "\t"))
             for cell in ("NaN", "nan", "NULL", "None", "#N/A", "<NA>", "#NAME?", "\\N", "NA")
         ),
-        ("p.jsonl", '"a"\n{"prompt": "nan"}\n', "p.jsonl:2: prompt is nan, as programs write a cell without a value;"),
+        (
+            "p.jsonl",
+            '"a"\n{"prompt": "nan"}\n',
+            "p.jsonl:2: prompt is nan, as programs write a cell without a value or",
+        ),
         ("p.json", '["a", {"prompt": "None"}]', "p.json: item 2: prompt is None, as programs write"),
         ("p.jsonl", """{"prompt": "['a cat']"}""", "p.jsonl:1: prompt holds a list or an object (['a cat'])"),
         *(
@@ -195,7 +199,7 @@ def test_empty_cells_are_left_out_but_for_the_texts(tmp_path: Path) -> None:
             for lines in ("image,text\na.png,cat\n", "image,text\na.png,1girl,solo\n", "image,text\na,a cat, b\nc\n")
         ),
         *(
-            ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as a client of a database prints")
+            ("p.csv", f"prompt\na cat\n{cell}\n", f"p.csv:3: prompt is {cell}, as programs write")
             for cell in ("--------", "(3 rows affected)", "(1 row)")
         ),
         ("p.txt", '"a cat"\n"a sign that says \\"open\\""\n', "p.txt: has each text in quotes, as jq writes them"),

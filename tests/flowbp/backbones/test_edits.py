@@ -268,7 +268,7 @@ def test_a_prompt_without_an_image_is_refused_before_the_run(folder: Path, tmp_p
         check_edits([edit(picture(64, 64)), "a red circle"], bones)
     with pytest.raises(UserError, match=f"images, and {name} takes {bones.max_sources} at most"):
         check_edits([edit(*[picture(64, 64)] * 4)], bones)
-    with pytest.raises(UserError, match="804x4 pixels: one side may be at most 200 times the other"):
+    with pytest.raises(UserError, match="the image is 804x4; models take at most 200 times as wide as high"):
         check_edits([edit(picture(804, 4))], bones)
     sets = [f"model={{ref: {folder}, height: {SIZE[0]}, width: {SIZE[1]}}}"]
     config = load(TrainConfig, [], [*sets, f"data.prompts={rows(tmp_path, needy=True)}"])

@@ -169,7 +169,7 @@ def test_a_caption_is_a_text(tmp_path: Path) -> None:
 def test_a_cell_without_a_value_is_no_caption(tmp_path: Path, column: str, cell: str) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "edits.csv").write_text(f"prompt,images,{column}\nmake it red,a.png,a house\nb,a.png,{cell}\n")
-    said = rf"edits\.csv:3: {column} is {cell.strip()}, as programs write a cell without a value; leave the cell empty"
+    said = rf"edits\.csv:3: {column} is {cell.strip()}, as programs write .* or around rows; leave the cell empty"
     with pytest.raises(UserError, match=said):
         load_prompts(str(tmp_path / "edits.csv"), DataConfig(answer="answer"))
 

@@ -8,7 +8,6 @@ from interleave.agents.sources import (
     constants,
     expect_places,
     find_file,
-    format_template,
     functions,
     text_file,
 )
@@ -171,19 +170,6 @@ def test_the_first_of_several_files(tmp_path: Path) -> None:
         find_file(tmp_path, ("a.py", "c.py"), "x/y")
     with pytest.raises(UserError, match=r"is not a folder, so it has no a\.py"):
         find_file(tmp_path / "none", ("a.py",), "x/y")
-
-
-def test_templates_of_str_format() -> None:
-    text = 'Answer {{"score": 1}} for {instruct} and {reference}.'
-    template = format_template(text, "A")
-    assert template == 'Answer {"score": 1} for {instruct} and {reference}.'
-    assert fill(template, instruct="{reference}", reference="b") == text.format(instruct="{reference}", reference="b")
-
-
-@pytest.mark.parametrize("text", ["{", "}", "{a", "{}", "{0}", "{a.b}", "{a!r}", "{a:>3}", '{"score": 1}'])
-def test_texts_that_are_no_templates(text: str) -> None:
-    with pytest.raises(UserError, match=r"^A: not a template of str\.format \("):
-        format_template(text, "A")
 
 
 def test_places_are_expected() -> None:

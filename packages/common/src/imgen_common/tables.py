@@ -15,12 +15,11 @@ from imgen_common.files import MAX_LINE_BYTES, check_no_address, numbered_lines,
 
 TABLE_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 """What `read_table` reads."""
-NO_VALUE = frozenset(
-    {"nan", "null", "none", "na", "n/a", "#n/a", "<na>", "\\n", "#name?", "#ref!", "#value!", "#div/0!"}
+NO_TEXT = re.compile(
+    r"nan|null|none|n/?a|#n/a|<na>|\\n|#name\?|#ref!|#value!|#div/0!|--+|\(\d+ rows?(?: affected)?\)", re.IGNORECASE
 )
-"""What pandas, R, SQL and spreadsheets write, in any case, into a cell that has no value."""
-NO_ROW = re.compile(r"--+|\(\d+ rows?(?: affected)?\)", re.IGNORECASE)
-"""The line under the names, and the count at the end, that clients of databases (sqlcmd, psql) print with the rows."""
+"""What pandas, R, SQL and spreadsheets write into a cell that has no value; and the line under the names, and the count
+at the end, that clients of databases (sqlcmd, psql) print with the rows."""
 PROTECTED = re.compile('="([^"]*)"')
 """A cell that Excel is to take for text, whatever it looks like."""
 FIRST_LINE = re.compile(r"(?:sep=([,;\t|])|#TYPE [^\n]*)\n")
@@ -184,9 +183,7 @@ def _are_tags(lines: Sequence[str]) -> bool:
     if any(len(row) == 1 or any(re.search(r"\s", cell) for cell in row) for row in (first, *others)):
         return False
     again = set(first).difference(COLUMNS)
-    return any(len(row) < len(first) for row in others) or any(
-        len(row) != len(first) and again.intersection(row) for row in others
-    )
+    return any(len(row) < len(first) or again.intersection(row) for row in others)
 
 
 def _item(lines: Sequence[str]) -> str | None:
@@ -209,10 +206,8 @@ def _item(lines: Sequence[str]) -> str | None:
 
 def check_cell(text: str, what: str, remedy: str) -> None:
     """Raises UserError for what programs write into a cell without a value, or around the rows, which is no text."""
-    if text.strip().lower() in NO_VALUE:
-        raise UserError(f"{what} is {text.strip()}, as programs write a cell without a value; {remedy}")
-    if NO_ROW.fullmatch(text.strip()):
-        raise UserError(f"{what} is {text.strip()}, as a client of a database prints with its rows; {remedy}")
+    if NO_TEXT.fullmatch(text.strip()):
+        raise UserError(f"{what} is {text.strip()}, as programs write a cell without a value or around rows; {remedy}")
 
 
 def image_path(folder: Path, name: str) -> Path:

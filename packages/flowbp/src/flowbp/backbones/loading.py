@@ -18,23 +18,8 @@ from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
 from imgen_common.errors import UserError, nearest, quoted
-from imgen_common.run_folder.checkpoints import Checkpoint, check_tensors
+from imgen_common.run_folder.checkpoints import check_tensors
 from imgen_common.run_folder.folder import RunFolder
-
-
-def load_checkpoint(run: RunFolder, step: int) -> Checkpoint:
-    """A checkpoint of a run: the groups `weights`, `ema` (their average) and `optimizer`.
-
-    Raises UserError for one of an earlier version: such runs are not converted, as their configurations have other
-    keys too.
-    """
-    checkpoint = run.load_checkpoint(step)
-    if "ema" not in checkpoint.tensors:
-        raise UserError(
-            f"{run.path}: made by a development version of flowbp, whose checkpoints hold no `ema` but "
-            f"{', '.join(sorted(checkpoint.tensors))}; continue with that version, or train anew"
-        )
-    return checkpoint
 
 
 def read_trained_weights(
@@ -44,7 +29,7 @@ def read_trained_weights(
     chosen = run.latest_checkpoint() if step is None else step
     if chosen is None:
         raise UserError(f"{run.path}: no checkpoint yet; continue the run (flowbp train --resume {quoted(run.path)})")
-    group = load_checkpoint(run, chosen).tensors["weights" if weights == "last" else "ema"]
+    group = run.load_checkpoint(chosen).tensors["weights" if weights == "last" else "ema"]
     return run.config(TrainConfig), dict(group)
 
 

@@ -312,11 +312,6 @@ def resolution_shift(scheduler: FlowMatchEulerDiscreteScheduler, tokens: int) ->
         return float(calculate_shift(tokens, *points))
 
 
-def linear_levels(steps: int) -> list[float]:
-    """From 1 to 1/steps, before any shift."""
-    return np.linspace(1.0, 1 / steps, steps).tolist()
-
-
 def decode(vae: Any, latents: Float[Tensor, "b c *t h w"]) -> Float[Tensor, "b channels *t height width"]:
     """Images, or t frames, in [0, 1] of the autoencoder's own latents, float32 or finer, differentiable (but for the
     clamp): three colors and, of some autoencoders, opacity.  vae: of diffusers, or what decodes as one."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from accelerate import Accelerator
 
-from flowbp.backbones.loading import load_checkpoint
 from flowbp.config import TrainConfig
 from flowbp.data.edits import source_thumbnails
 from flowbp.data.prompts import load_prompts, load_quick_prompts
@@ -92,7 +91,7 @@ class TrainingLoop:
     def resume(self) -> None:
         """Restores the newest checkpoint, if there is one, and deletes what was recorded after it."""
         if (latest := self.run.latest_checkpoint()) is not None:
-            checkpoint = load_checkpoint(self.run, latest)
+            checkpoint = self.run.load_checkpoint(latest)
             self.trainer.restore(checkpoint.step, checkpoint.tensors)
             self.evaluation_due = bool(checkpoint.state.get("evaluation_due")) and self.config.eval.every > 0
         self.trainer.accelerator.wait_for_everyone()

@@ -4,7 +4,6 @@ import ast
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from string import Formatter
 from typing import TypeVar
 
 from imgen_common.errors import UserError, nearest
@@ -76,24 +75,6 @@ def functions(file: Path, *names: str) -> dict[str, tuple[str, ...]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (texts := tuple(_texts_in(node)))
     }
     return {name: _get(found, name, f"{file}: has no function with texts named") for name in names} if names else found
-
-
-def format_template(text: str, where: str) -> str:
-    """A text for `str.format` with its doubled braces single; its places stay as they are, `{name}`.
-
-    Raises UserError naming `where` for single braces, and for places that are not plain names.
-    """
-    parts: list[str] = []
-    try:
-        for literal, name, form, conversion in Formatter().parse(text):
-            parts.append(literal)
-            if name is not None:
-                if not name.isidentifier() or form or conversion:
-                    raise ValueError(f"{{{name}}} is not a plain name")
-                parts.append(f"{{{name}}}")
-    except ValueError as error:
-        raise UserError(f"{where}: not a template of str.format ({error}); copy the repository again") from None
-    return "".join(parts)
 
 
 def expect_places(text: str, where: str, *names: str) -> str:

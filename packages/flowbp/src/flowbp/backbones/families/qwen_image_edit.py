@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from flowbp.backbones.families.qwen_image import QwenImage
 from flowbp.core.types import Cond
 from imgen_common.errors import UserError
+from imgen_common.images import shape_problem
 from imgen_common.prompt_limits import VISION
 
 SOURCE_AREA = 1024 * 1024
 """Pixels, about, to which the pipelines bring a source image."""
-LONGEST_SOURCE = 200
-"""Ratio of sides that the text encoder's image processor takes."""
 VISION_END = "<|vision_end|>"
 
 
@@ -67,10 +66,8 @@ class QwenImageEdit(QwenImage):
         Raises UserError for one that is too long.
         """
         height, width = size
-        if max(size) > LONGEST_SOURCE * min(size):
-            raise UserError(
-                f"{width}x{height} pixels: one side may be at most {LONGEST_SOURCE} times the other; cut the image"
-            )
+        if problem := shape_problem(width, height):  # the text encoder's image processor refuses it
+            raise UserError(f"the image {problem}; cut it")
         width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(SOURCE_AREA, width / height)
         return height, width
 
