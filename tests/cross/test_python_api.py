@@ -89,6 +89,8 @@ def test_paths_may_be_texts_and_a_critic_may_leave_the_prompt(tmp_path: Path) ->
     (tmp_path / "a.yaml").write_text("seed: 7\n")
     assert interleave.load_config(interleave.RunConfig, [str(tmp_path / "a.yaml")]).seed == 7
     assert flowbp.load_evaluations(str(tmp_path)) == {}
+    with pytest.raises(UserError, match="none: no such folder; give that of a run"):
+        flowbp.load_evaluations(str(tmp_path / "none"))
     verdicts = iter([(np.bool_(False), None), (np.float32(1) > 0, None)])
     story = interleave.tell_story("a cat", draw, lambda *given: next(verdicts), folder=str(tmp_path / "run"))
     assert [(one.status, one.prompt_used) for one in story.attempts] == [("rejected", "a cat"), ("accepted", "a cat")]

@@ -205,7 +205,7 @@ def test_a_run_under_zero_resumes_exactly(case: str) -> None:
     check_resume("zero", case)
 
 
-def test_a_launcher_that_does_not_fit_is_refused() -> None:
+def test_a_launcher_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"distributed.kind fsdp2: needs processes; start it with torchrun"):
         check_launcher("fsdp2", {})
     with pytest.raises(UserError, match=r"asks for FSDP; flowbp shards weights itself.*distributed.kind=fsdp2"):
@@ -217,6 +217,11 @@ def test_a_launcher_that_does_not_fit_is_refused() -> None:
     check_launcher("ddp", quiet | {"MASTER_ADDR": "node17"})  # which accelerate was started with
     check_launcher("ddp", {"ACCELERATE_MIXED_PRECISION": "no"})
     check_launcher("ddp", {})
+    for alone in ({"RANK": "0"}, {"SLURM_PROCID": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}):
+        check_launcher("ddp", {"SLURM_STEP_NUM_TASKS": "8", **alone})
+    assert capsys.readouterr().err == ""
+    check_launcher("ddp", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"})
+    assert "srun started 8 processes that do not know of each other" in capsys.readouterr().err
     check_launcher("zero3", {"RANK": "0", "ACCELERATE_USE_FSDP": "false"})
 
 

@@ -143,6 +143,12 @@ def test_one_image_or_equal_scores_are_no_measure() -> None:
     found = compare_with_base(WatchdogConfig(), base, now, ["reward"], ["heldout"], drift=0.1)
     assert found.alerts == []
     assert math.isnan(found.measures["reward"])
+    for one in (base, now):
+        one.scores["dark"] = one.scores.pop("heldout")
+    found = compare_with_base(WatchdogConfig(), base, now, ["reward"], ["dark"], drift=0.1)
+    assert found.measures.keys() == {"reward", "dark", "image_dark", "drift"}
+    for one in (base, now):
+        one.scores["heldout"] = one.scores.pop("dark")
     found = compare_with_base(WatchdogConfig(), base, now, ["heldout"], ["reward"], drift=0.1)
     assert found.alerts == []
 

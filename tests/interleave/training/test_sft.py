@@ -354,6 +354,10 @@ def test_a_file_of_a_recipe_may_lie_in_the_home_folder_and_have_a_byte_order_mar
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "zero.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert load(SftConfig, [], ["trl.deepspeed=~/zero.json"]).trl["deepspeed"] == {"a": 1}
+    with pytest.raises(
+        UserError, match=r"a=2: trl.deepspeed: changes a part of the JSON file ~/z.json, which cannot be"
+    ):
+        load(SftConfig, [], ["trl.deepspeed=~/z.json", "trl.deepspeed.a=2"])
     (tmp_path / "mine.yaml").write_text("trl: {deepspeed: ~/zero.json}")
     assert load(SftConfig, [tmp_path / "mine.yaml"]).trl["deepspeed"] == {"a": 1}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from imgen_common.errors import UserError, nearest
+from imgen_common.errors import UserError, nearest, warn_once
 
 if TYPE_CHECKING:
     import torch
@@ -188,6 +188,13 @@ def check_launcher(environment: Mapping[str, str], command: str, ours: Mapping[s
     DEEPSPEED.
     """
     launched_process(environment)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    is_first = environment.get("SLURM_PROCID", "0") == "0"
+    if tasks.isdecimal() and int(tasks) > 1 and is_first and "RANK" not in environment:
+        warn_once(
+            f"srun started {tasks} processes that do not know of each other, so that each trains alone; for one "
+            f"training on all of them let srun start torchrun -m {command} ... (docs/scale.md)"
+        )
     # where accelerate sees no GPU it starts a single process without a word, and these variables give that away
     is_alone = "ACCELERATE_MIXED_PRECISION" in environment and "RANK" not in environment
     if is_alone and environment.get("MASTER_ADDR") == "127.0.0.1":  # another one is of whoever called accelerate

@@ -43,7 +43,7 @@ def load(cls: type[C], files: Sequence[Path | str] | Path = (), sets: Sequence[s
     sets = [sets] if isinstance(sets, str) else sets
     # a value comes before what lies inside it, and `kind` before its neighbors
     given = sorted(map(_parse_set, sets), key=lambda item: (len(item[0]), item[0][-1] not in ("kind", PRESET)))
-    merge = _Merge()
+    merge = _Merge(frozenset(tuple(key.split(".")) for key in cls.json_files))
     tree: Any = {}
     for path, content in (layer for file in files for layer in read_layers(Path(file))):
         _find_beside(cls, path, content)
@@ -117,8 +117,12 @@ def _parse_set(text: str) -> tuple[Keys, Any, str]:
 
 @dataclass
 class _Merge:
-    """Merges layers of plain data and remembers which one gave each value."""
+    """Merges layers of plain data and remembers which one gave each value.
 
+    json_files: keys at which a path that is a text still is one that could not be read (`with_json_files`).
+    """
+
+    json_files: frozenset[Keys]
     origins: dict[Keys, str] = field(default_factory=dict)
 
     def apply(self, annotation: Any, old: Any, new: Any, keys: Keys, source: str) -> Any:
@@ -128,6 +132,10 @@ class _Merge:
             self._forget(keys)
             self.origins[keys] = source
             old = start
+        if isinstance(new, dict) and isinstance(old, str) and keys in self.json_files:
+            raise UserError(
+                f"{label(source, keys)}: changes a part of the JSON file {old}, which cannot be read; correct its path"
+            )
         if isinstance(new, dict) and isinstance(old, list) and new and all(key.isdigit() for key in new):
             return self._apply_items(annotation, old, new, keys, source)
         if isinstance(new, dict):

@@ -171,6 +171,7 @@ def damaged_error(found: Mapping[int, Path], step: int, reason: str) -> UserErro
     before = next(whole, None)
     offer = "no earlier one is whole: it starts again" if before is None else f"that of step {before} is whole: go on"
     how = f"--resume {quoted(found[step].parents[1])} --resume-from last-good"
+    how += f", or export it with --step {before}" if before is not None else ""
     return UserError(f"{found[step]}: damaged checkpoint ({reason}); {offer} with {how}")
 
 

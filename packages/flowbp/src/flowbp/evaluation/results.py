@@ -84,8 +84,13 @@ def save_evaluation(run: Path, name: str, guidance: float, evaluation: Evaluatio
 
 
 def load_evaluations(run: str | Path) -> dict[tuple[str, float], SavedEvaluation]:
-    """All complete evaluations of a run's folder by (name, guidance scale).  Raises UserError if one is damaged."""
+    """All complete evaluations of a run's folder by (name, guidance scale).
+
+    Raises UserError if one is damaged, or the folder is not there.
+    """
     found = {}
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: no such folder; give that of a run")
     for file in sorted((Path(run) / "evaluations").glob("*/scores.json")):
         saved = read_json(file, SavedScores)
         images, sources = [], dict[int, list[Path]]()

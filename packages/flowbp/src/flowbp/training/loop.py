@@ -280,7 +280,8 @@ class TrainingLoop:
         adapters = {} if config.lora is None else self.trainer.state.gather_ema()
         if not self.run.is_main:
             return {}
-        base = load_evaluations(path / watchdog.FOLDER).get(("base", config.eval_guidance_scales[0]))
+        kept = path / watchdog.FOLDER
+        base = load_evaluations(kept).get(("base", config.eval_guidance_scales[0])) if kept.is_dir() else None
         if base is None or (base.prompts, base.preview) != (quick.prompts, quick.preview):
             what = "these quick prompts with this decoder"
             self.reporter.alert(f"update {update}: not watched, the base has not been evaluated on {what}")

@@ -4,7 +4,7 @@ Never looks at a verifier: where one exists, it is what the watchdog is judged b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,12 @@ def compare_with_base(
             alerts.append(f"the images' {name} moved by {shift:+.2f} standard deviations")
     if config.drift is not None and drift > config.drift:
         alerts.append(f"the images drifted: {drift:.2f}, above watchdog.drift {config.drift:g} ({DRIFT})")
-    return Finding(alerts, changes | shifts | {"drift": drift})
+    return Finding(alerts, changes | _of_images({**shifts, "drift": drift}, changes))
+
+
+def _of_images(measures: Mapping[str, float], taken: Collection[str]) -> dict[str, float]:
+    """Measures of images; one that is named as a reward is gets another name."""
+    return {f"image_{name}" if name in taken else name: value for name, value in measures.items()}
 
 
 def _not_finite(scores: Mapping[str, Sequence[float]]) -> list[str]:
