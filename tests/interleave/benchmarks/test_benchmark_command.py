@@ -57,7 +57,7 @@ def test_generation_and_scoring_alone_make_what_both_make(
     assert "3 items: 3 generated, 3 judged whole." in shown.out
     assert "3 calls of the judge, about " in shown.err
     assert interleave(*words("wise", tmp_path / "apart", "--limit", "3", "--stage", "generate")) == 0
-    assert table(tmp_path / "apart")["num_judged"] == 0
+    assert not (tmp_path / "apart" / "table.json").exists()
     assert interleave(*words("wise", tmp_path / "apart", "--limit", "3", "--stage", "score", "--json")) == 0
     assert table(tmp_path / "apart") == table(tmp_path / "both")
     assert len(list((tmp_path / "apart" / "outputs").glob("*.png"))) == 3
@@ -340,6 +340,16 @@ def test_the_miniature_judges_no_images_of_official_items(tmp_path: Path, monkey
     with pytest.raises(UserError, match="builtin:shapes/critic knows nothing but"):
         prepare(request, load_config([], [], sets), [])[0].generate(lambda record: None)
     prepare(request, load_config([], [], [*sets, "run.critic.kind=none"]), [])[0].generate(lambda record: None)
+
+
+def test_the_miniature_judges_no_official_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rubric that names no shape was met by any image."""
+    row = {"id": 1, "prompt": "Fold a crane?", "task": "art", "text_rubrics": ["It folds."], "image_rubrics": []}
+    (tmp_path / "items.json").write_text(json.dumps([row]))
+    (tmp_path / "predictions.json").write_text('[{"id": 1, "text_answer": "Fold it."}]')
+    layout = ["--data", str(tmp_path / "items.json"), "--outputs-from", str(tmp_path / "predictions.json")]
+    assert interleave(*words("ueval", tmp_path / "out", *layout)) == 2
+    assert "judge.kind: shapes, the default, knows the miniature's items alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow

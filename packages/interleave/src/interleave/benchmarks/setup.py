@@ -10,7 +10,7 @@ from imgen_common.errors import UserError
 from imgen_common.judging.agreement import Agreement, compare_judges, differently_shown
 from imgen_common.judging.answers import read_answers
 from interleave.benchmarks.base import Item, OfficialJudge
-from interleave.benchmarks.config import BenchmarkConfig
+from interleave.benchmarks.config import BenchmarkConfig, ShapesJudgeConfig
 from interleave.benchmarks.registry import BENCHMARKS
 from interleave.benchmarks.run import BenchmarkWork, read_facts
 from interleave.loop.config import RunConfig
@@ -139,10 +139,15 @@ def compare_folders(first: Path, second: Path) -> list[Agreement]:
     return found
 
 
-def check_judge(config: Config, official: OfficialJudge) -> None:
-    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer, and for a model that is
-    not there."""
+def check_judge(config: Config, official: OfficialJudge, *, is_miniature: bool = True) -> None:
+    """Asks an endpoint once, as the run will ask it.  Raises UserError if it does not answer, for a model that is not
+    there, and for the miniature's judge, which is the default, of other items than its own."""
     check_models({"judge": config})
+    if isinstance(config, ShapesJudgeConfig) and not is_miniature:
+        raise UserError(
+            "judge.kind: shapes, the default, knows the miniature's items alone; give a CONFIG with a judge, such as "
+            "configs/interleave/benchmark_*.yaml"
+        )
     system = [SystemText("Answer in one word.")] * official.has_system
     images = [HashedImage.white(32, 32)] * (2 if official.sees_several else 1)
     if not isinstance(config, EndpointChatConfig):

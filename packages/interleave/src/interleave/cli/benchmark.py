@@ -90,7 +90,7 @@ def run(
         work, differences = prepare(request, config, sys.argv)
         makes = outputs_from is None and chosen != "score" and work.num_done() < len(work.shard.of(work.items))
         if makes and chosen != "generate":
-            check_judge(config.judge, work.benchmark.judge)
+            check_judge(config.judge, work.benchmark.judge, is_miniature=work.is_miniature)
     with message_when_stopped(lambda: "stopped; the same command continues"):
         if makes:
             _generate(work, as_json)
@@ -100,13 +100,12 @@ def run(
             _print_failed(work, outputs, as_json)
         if chosen != "generate":
             _score(work, outputs, yes, is_checked=makes)
-    report = work.write_report(outputs, differences)
-    if as_json:
-        print(json.dumps(asdict(report), indent=1))
-    elif chosen == "generate":
+    # a table would tell of the judge that is set now, not of one that answered
+    if chosen == "generate" and not as_json:
         print(f"{len(outputs)} of {len(work.items)} items are generated; --stage score asks the judge about them")
-    else:
-        print(table_markdown(report).rstrip())
+        return
+    report = work.write_report(outputs, differences)
+    print(json.dumps(asdict(report), indent=1) if as_json else table_markdown(report).rstrip())
 
 
 for benchmark, title in TITLES.items():
@@ -146,7 +145,7 @@ def _score(work: "BenchmarkWork", outputs: "Mapping[str, Output]", yes: bool, *,
         judge = work.config.judge.build()
         cost = work.estimate(outputs, judge)
         if cost.calls and not is_checked:
-            check_judge(work.config.judge, work.benchmark.judge)
+            check_judge(work.config.judge, work.benchmark.judge, is_miniature=work.is_miniature)
     confirm_cost(cost, work.config, out.print, yes, "add --yes, or --limit N to ask less")
     every = max(1, len(outputs) // 20)
 
