@@ -292,6 +292,8 @@ def test_a_run_under_an_explicit_name_is_not_overwritten(flowbp: Call, trained: 
         (["sample", "x", "--set", "model.dtyp=float32"], "did you mean 'dtype'"),
         (["sample", "a cat", ""], "prompt 2 of 2 is empty; say what to draw"),
         (["sample", " \u200b"], "prompt 1 of 1 is empty"),
+        (["sample", "x", *sets("eval.seed=1")], "--set eval.seed: is not read here; give --seed"),
+        (["benchmark", "x", "--prompts", "p", "--out", "o", *sets("eval.num_prompts=2")], "here; give --num-prompts"),
         (["sample", str(hub.WEIGHTS / "generator" / "model_index.json")], "is a file, and only its name would be read"),
         (["sample", "x", "--guidance-scale", "0"], "above 0"),
         (["eval", "builtin:shapes/nothing"], "unknown model"),

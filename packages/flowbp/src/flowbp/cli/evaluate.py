@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowbp.cli.options import Json, Runs, Sets, Steps, print_notes, progress_bar, report_error_once
+from flowbp.cli.options import Json, Runs, Sets, Steps, checked_sets, print_notes, progress_bar, report_error_once
 from imgen_common.console import spinner
 from imgen_common.devices import announce_process
 from imgen_common.errors import UserError, check_choice
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**63 - 1
 """Largest seed that a torch generator takes together with its negative."""
+OF_EVAL = ("seed", "prompts", "num_prompts", "batch_size")
+"""Keys of `eval` for which `flowbp benchmark` has options of the same names."""
 
 
 def sample(
@@ -73,7 +75,7 @@ def sample(
             raise UserError("--base: is for --run; a model given by --model is untrained already")
         prompts = edits_of_files(prompts, images or [])
         chosen = next((ref for ref in (run, model) if ref is not None), "builtin:shapes/generator")
-        source = sources.model_source(chosen, runs, sets or [], base=base)
+        source = sources.model_source(chosen, runs, checked_sets(sets, {"eval.seed": "--seed"}), base=base)
         config = source.config
         scale = config.eval_guidance_scales[0] if guidance is None else guidance
         sources.check_guidance_scale(scale)
@@ -224,11 +226,12 @@ def benchmark(
         from flowbp.evaluation.sources import model_source
         from imgen_common.config import load
 
+        sets = checked_sets(sets, {f"eval.{key}": f"--{key.replace('_', '-')}" for key in OF_EVAL})
         chosen = check_choice("--protocol", protocol, settings.BenchmarkProtocol)
-        of_judge = [text for text in sets or [] if text.startswith("judge.")]
+        of_judge = [text for text in sets if text.startswith("judge.")]
         asking = load(settings.JudgeConfig, [], [text.removeprefix("judge.") for text in of_judge])
         asking = asking.model_copy(update={"url": judge or asking.url})
-        sets = [text for text in sets or [] if text not in of_judge]
+        sets = [text for text in sets if text not in of_judge]
         shape = [f"model.height={size}", f"model.width={size}"] if size else []
         source = model_source(target, runs, [*sets, *shape], base=base)
         request = settings.BenchmarkRequest(

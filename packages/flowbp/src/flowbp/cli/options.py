@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print only JSON.")]
 
 SECONDS_TO_PRINT = 10.0
 """In which the first process prints what is wrong, while the others wait."""
+
+
+def checked_sets(sets: Sequence[str] | None, options: Mapping[str, str]) -> list[str]:
+    """What `--set` changes.  Raises UserError for a key that a command does not read, having an option in its place."""
+    for key in (one.partition("=")[0].strip() for one in sets or ()):
+        if key in options:
+            raise UserError(f"--set {key}: is not read here; give {options[key]}")
+    return list(sets or ())
 
 
 @contextmanager
