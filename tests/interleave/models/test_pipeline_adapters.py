@@ -122,12 +122,24 @@ def test_what_diffusers_leaves_out_is_refused(klein: Path, tmp_path: Path) -> No
         keys = {f"{LAYER_OF_KOHYA}.lora_{one}.weight": torch.ones(32, 32) for one in ("down", "up")}
         for layer in layers:
             keys |= {f"{layer}.lora_{one}.weight": torch.full((2, 2), value) for one in ("down", "up")}
+            keys |= {f"{layer}.alpha": torch.tensor(1.0)}
         save_file(keys, file)
         with nullcontext() if not value else pytest.raises(UserError) as said:
             load_lora(pipe, file, "lora a", 1.0)
         return str(said.value) if said else ""
 
     flux = loaded(folder_of("flux", tmp_path))
+    clip = "lora_te1_text_model_encoder_layers_0_self_attn_"
+    keys = {f"{LAYER_OF_KOHYA}.lora_{one}.weight": torch.ones(32, 32) for one in ("down", "up")}
+    for layer in (f"{clip}q_proj", f"{clip}out_proj"):
+        keys |= {f"{layer}.lora_{one}.weight": torch.ones(16, 16) for one in ("down", "up")}
+        keys |= {f"{layer}.alpha": torch.tensor(8.0)}
+    save_file(keys, file)
+    module = flux.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj")
+    before = module.weight.clone()
+    load_lora(flux, file, "lora a", 1.0)
+    now = flux.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj").weight
+    torch.testing.assert_close(now - before, torch.full((16, 16), 8.0))
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     assert f"loads adapters of FluxPipeline without {t5}" in refusal(flux, t5)
     assert not refusal(flux, t5, value=0.0)

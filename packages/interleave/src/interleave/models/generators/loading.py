@@ -212,7 +212,7 @@ def _check_nothing_is_lost(pipe: "DiffusionPipeline", tensors: "Mapping[str, tor
         rank = len(tensors[parts["down"]])
         for part, value in {"down": 1.0, "up": numbers[module], "alpha": float(rank)}.items():
             if part in parts:
-                marked[parts[part]] = torch.full((), value).expand(tensors[parts[part]].shape)
+                marked[parts[part]] = torch.full(tensors[parts[part]].shape, value)  # which may be changed in place
     kept = {float(one.flatten()[0]) for one in pipe.lora_state_dict(marked).values() if one.dim() == 2}
     lost = [module for module, number in numbers.items() if number not in kept]
     for module in lost:  # some files hold text encoders as zeros
