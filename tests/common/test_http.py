@@ -275,6 +275,13 @@ def test_the_default_patience_outlasts_a_restart_and_says_so(
         assert [message.split(" after ")[0] for message in caplog.messages[1:]] == ["http://host: answers again"]
 
 
+def test_a_long_patience_is_said_in_whole_minutes(caplog: Any) -> None:
+    time, policy = Time(), RetryPolicy(deadline=7200, max_tries=100, max_backoff=120)
+    send, _ = sends(HttpError("unreachable", "down"), "yes")
+    asyncio.run(RetryingCaller(policy, name="host", clock=time, sleep=time.sleep).call(send))
+    assert caplog.messages[0] == "down; waiting up to 120 min for it to come back"
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

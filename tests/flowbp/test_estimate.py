@@ -421,7 +421,12 @@ def test_the_speed_is_that_of_the_named_card(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.0008, "105 updates: 0.084 s"), (0.05, "105 updates: 5.2 s"), (2.0, "105 updates: 3 min 30 s")],
+    [
+        (0.0008, "105 updates: 0.084 s"),
+        (0.05, "105 updates: 5.2 s"),
+        (2.0, "105 updates: 3 min 30 s"),
+        (1037.4, "17 min 17 s at 82.5"),
+    ],
 )
 def test_short_times_have_digits(capsys: pytest.CaptureFixture[str], seconds: float, said: str) -> None:
     sizes = {"static": {"a": 1}, "activation": {}, "startup": {}, "peak": 1, "host": 0, "embeddings": 1, "disk": 1}

@@ -41,7 +41,6 @@ from flowbp.training.progress import (
     JsonLinesReporter,
     LiveReporter,
     TextReporter,
-    format_duration,
     format_memory,
     make_reporter,
     sparkline,
@@ -50,6 +49,7 @@ from flowbp.training.runs import MAY_DIFFER, new_run_path
 from flowbp.training.trainer import DIVERGED, LOWER, Trainer
 from imgen_common import hub
 from imgen_common.config import load
+from imgen_common.console import format_duration
 from imgen_common.errors import UserError
 from imgen_common.run_folder.folder import RunFolder
 from imgen_common.streams import numpy_generator

@@ -459,7 +459,7 @@ def test_a_judge_is_asked_after_its_cost_is_confirmed(
         assert (len(server.bodies), (tmp_path / "out").exists()) == (1, False)  # one asked whether it is there
         code, output, errors = flowbp(*hpdv2(tmp_path / "out", *words, "--yes", "--set", "judge.prices.prompt=2"))
         assert code == 0, errors
-        assert " USD, 0.0 hours" in errors
+        assert " USD, 2 s" in errors
         assert "ur_iq gave 1 of 4 images no score" in output
         answers = (tmp_path / "out" / "scores" / "ur_iq" / "answers.rank0.jsonl").read_text().splitlines()
         assert sorted(json.loads(answer)["raws"] for answer in answers) == [["Good.\nFinal Score: 4"]] * 3 + [

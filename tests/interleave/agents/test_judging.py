@@ -367,6 +367,12 @@ def test_equal_questions_are_asked_once(tmp_path: Path) -> None:
     assert inner.closed
 
 
+def test_scores_that_cannot_be_kept_are_given_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cache").touch()  # in the place of the folder
+    assert asyncio.run(CachedJudge(Counting(), tmp_path / "cache").score(LOOK)).semantics == 5
+    assert "warning: the cache of scores keeps nothing: " in capsys.readouterr().err
+
+
 def test_what_the_judge_sees_is_what_counts(tmp_path: Path) -> None:
     inner = Counting()
     cached = CachedJudge(inner, tmp_path)

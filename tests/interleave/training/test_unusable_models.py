@@ -18,7 +18,8 @@ from interleave.protocols import HashedImage
 from interleave.storage.images import ImageStore
 from interleave.training.config import SftConfig
 from interleave.training.rows import num_tokens
-from interleave.training.run import build_gradient_check, load_processor
+from interleave.training.run import load_processor
+from interleave.training.vision import build_gradient_check
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }"])

@@ -129,3 +129,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def count(number: int, what: str) -> str:
     """`2 steps`, `1 step`."""
     return f"{number} {what}{'s' * (number != 1)}"
+
+
+def format_duration(seconds: float) -> str:
+    """`41 s`, `2 min 05 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

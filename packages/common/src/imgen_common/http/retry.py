@@ -194,7 +194,7 @@ class RetryingCaller:
         if failure.is_outage and not is_busy and self._down_since is None:
             self._down_since = self._clock()
             patience = self._policy.patience(asked)
-            shown = f"{patience / 60:.2g} min" if patience >= 60 else f"{patience:.2g} s"
+            shown = f"{round(patience / 60, 1):g} min" if patience >= 60 else f"{patience:.2g} s"
             asks = f"; it asks to wait {asked:.0f} s" if asked else ""
             log.warning("%s%s; waiting up to %s for it to come back", failure, asks, shown)
 

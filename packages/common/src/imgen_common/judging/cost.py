@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from imgen_common.config import Config
-from imgen_common.console import count
+from imgen_common.console import count, format_duration
 from imgen_common.errors import UserError
 from imgen_common.judging.questions import Question
 from imgen_common.judging.runner import NextQuestions
@@ -87,7 +87,7 @@ def describe_cost(cost: Cost, prices: Prices) -> str:
     """The cost in one line."""
     money = f", {cost.money:{'.2f' if cost.money >= 0.1 else '.2g'}} {prices.currency}" if cost.money else ""
     tokens = f"about {cost.prompt_tokens:,} tokens read and {cost.completion_tokens:,} written"
-    return f"{count(cost.calls, 'call')} of the judge, {tokens}{money}, {cost.hours:.1f} hours"
+    return f"{count(cost.calls, 'call')} of the judge, {tokens}{money}, {format_duration(3600 * cost.hours)}"
 
 
 def confirm_cost(cost: Cost, limits: CostLimits, show: Callable[[str], object], yes: bool, remedy: str) -> None:

@@ -14,9 +14,8 @@ from flowbp.config import TrainConfig
 from flowbp.core.plan import Plan
 from flowbp.evaluation.compare import Change, MeanScore, describe_change, format_score, score_title
 from flowbp.reports.explain import describe_axes, describe_reward_input, plan_costs, plan_strip
-from flowbp.training.progress import format_duration
 from imgen_common.config import to_yaml
-from imgen_common.console import print_table
+from imgen_common.console import format_duration, print_table
 from imgen_common.errors import one_line
 
 if TYPE_CHECKING:
@@ -162,8 +161,8 @@ def print_estimate(content: Mapping[str, Any]) -> None:
     if "measured" in content:
         one = content["measured"]
         out.print(
-            f"\nmeasured: {format_gib(one['peak'])} GiB and {one['seconds_per_update']:.3g} s per update; estimated "
-            f"{format_gib(one['estimated'])} GiB, {one['estimated'] / one['peak']:.3f} times as much"
+            f"\nmeasured: {format_gib(one['peak'])} GiB and {_seconds(one['seconds_per_update'])} per update; "
+            f"estimated {format_gib(one['estimated'])} GiB, {one['estimated'] / one['peak']:.3f} times as much"
         )
     if "fits" in content:
         verdict = "[green]fits[/]" if content["fits"] else "[red]does not fit[/]"
@@ -189,7 +188,7 @@ def _cost_lines(content: Mapping[str, Any]) -> list[str]:
     if seconds is not None:
         total = seconds * updates
         time = (
-            f"{seconds:.3g} s at {content['tflops']:g} TFLOP/s ({content['speed']}); {updates} updates: "
+            f"{_seconds(seconds)} at {content['tflops']:g} TFLOP/s ({content['speed']}); {updates} updates: "
             f"{format_duration(total) if total >= 10 else f'{total:.2g} s'} without evaluations"
         )
     lines = [
@@ -207,6 +206,11 @@ def _cost_lines(content: Mapping[str, Any]) -> list[str]:
     if content["counted_for"] == "cpu":
         lines.append("[dim]counted with the operations of a CPU: torch sees no GPU here[/]")
     return lines
+
+
+def _seconds(value: float) -> str:
+    """Of an update, with three digits."""
+    return f"{value:.3g} s" if value < 100 else format_duration(value)
 
 
 def _sent_line(content: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowbp.cli.options import Json, ResumeFrom, Runs, Sets, print_notes, report_error_once
-from imgen_common.console import spinner
+from imgen_common.console import format_duration, spinner
 from imgen_common.devices import announce_process
 from imgen_common.errors import UserError, quoted, written_or_warned
 from imgen_common.shutdown import message_when_stopped
@@ -154,7 +154,7 @@ def _finish(config: "TrainConfig", run: Path, reporter: "NullReporter", seconds:
     print()
     own = config.guidance_scale if config.eval.model is None else None
     console.print_comparison(found, own, "base", "trained")
-    print(f"\n{progress.format_duration(seconds)}\nrun folder: {run}\nreport:     {page or 'not written'}")
+    print(f"\n{format_duration(seconds)}\nrun folder: {run}\nreport:     {page or 'not written'}")
 
 
 def estimate(

@@ -16,10 +16,11 @@ from flowbp.reports.charts import TEMPLATES, Series, interval_chart, line_chart,
 from flowbp.reports.explain import describe_axes, describe_reward_input, linear_sigmas, plan_costs
 from flowbp.reports.figure import plan_svg
 from flowbp.reports.run_data import RunData, read_run
-from flowbp.training.progress import format_duration, format_memory
+from flowbp.training.progress import format_memory
 from flowbp.training.stage_clock import STAGES
 from imgen_common import page
 from imgen_common.config import to_yaml
+from imgen_common.console import format_duration
 from imgen_common.files import write_atomic
 from imgen_common.images import MAX_OWN_BYTES, data_uri, decode
 from imgen_common.streams import numpy_generator

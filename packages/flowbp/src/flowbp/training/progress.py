@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flowbp.evaluation.compare import format_score, score_title
+from imgen_common.console import format_duration
 from imgen_common.files import finite_or_none
 
 if TYPE_CHECKING:
@@ -235,16 +236,6 @@ def sparkline(values: list[float], width: int) -> str:
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means), max(means)
     return "".join(BARS[round((m - low) / (high - low) * 7) if high > low else 0] for m in means)
-
-
-def format_duration(seconds: float) -> str:
-    """`41 s`, `2 min 05 s`, `3 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def format_memory(gib: float) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from imgen_common.config import Config
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 from imgen_common.files import write_atomic, writing
 from imgen_common.judging.answers import Answer, AnswerLog, by_item, count_failures, read_answers
 from imgen_common.judging.questions import JudgeReply, Question
@@ -66,7 +66,7 @@ class CachedJudge:
         self.hits, self.misses = 0, 0
 
     async def score(self, shown: CriticInput) -> Scores:
-        """The kept scores, or the judge's.  Raises BackendError, keeping nothing, and UserError on a full disk."""
+        """The kept scores, or the judge's, with one warning where they cannot be kept.  Raises BackendError."""
         look = shown.before.id, shown.after.id, shown.original_prompt
         if (kept := self.find(look)) is not None:
             self.hits += 1
@@ -90,9 +90,12 @@ class CachedJudge:
     async def _ask(self, key: str, shown: CriticInput) -> Scores:
         scores = await self._inner.score(shown)
         path = self._path(key)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, scores.model_dump_json())
+        try:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, scores.model_dump_json())
+        except UserError as error:  # the scores are there, and perhaps paid for
+            warn_once(f"the cache of scores keeps nothing: {error}, or set cache: null")
         return scores
 
     def _path(self, key: str) -> Path:

@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.devices import any_process, check_launcher, launched_process
-from imgen_common.errors import UserError, check_gradients, quoted
+from imgen_common.errors import UserError, quoted
 from imgen_common.run_folder.checkpoints import write_manifest
 from imgen_common.run_folder.data import DATA, check_data, hash_rows, moved_models, record_data
 from imgen_common.run_folder.folder import RunFolder
@@ -39,7 +39,7 @@ from interleave.training.trl_options import (
     refusals_of_trl,
     take_trackers,
 )
-from interleave.training.vision import freeze_vision
+from interleave.training.vision import NOT_FINITE, build_gradient_check, freeze_vision
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 MAY_DIFFER = (
@@ -257,7 +257,6 @@ def build_run_callback(
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
-    from transformers.trainer_utils import rotate_checkpoints
 
     class RunCallback(TrainerCallback):
         def __init__(self) -> None:
@@ -267,8 +266,7 @@ def build_run_callback(
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.began = True
             state.compute_steps(args, state.max_steps)  # a resumed run has those of its checkpoint
-            # transformers would remove the checkpoints before one that is not whole until it has a manifest
-            self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+            self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # for `_finish_checkpoint`
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:
@@ -279,10 +277,7 @@ def build_run_callback(
         on_evaluate = on_step_end
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            _barrier()
-            if is_main_process():
-                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-                rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
+            _finish_checkpoint(args, state, self.save_total_limit)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
@@ -291,6 +286,16 @@ def build_run_callback(
                 raise UserError(NOT_FINITE.format(state.global_step, "the gradient"))
 
     return RunCallback()
+
+
+def _finish_checkpoint(args: Any, state: Any, save_total_limit: int | None) -> None:
+    """Marks the checkpoint that was written as complete, and only then, unlike transformers, removes older ones."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    _barrier()
+    if is_main_process():
+        write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        rotate_checkpoints(args.output_dir, save_total_limit, state.best_model_checkpoint)
 
 
 def _barrier() -> None:
@@ -327,58 +332,6 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
     if config.lora is None:
         freeze_vision(model, config.vision)
     return model
-
-
-NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"
-
-
-def _check_finite(modules: Mapping[Any, str], update: int) -> None:
-    for module, path in modules.items():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.grad is not None and weight.grad.isnan().any():
-                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
-
-
-def build_gradient_check(model: Any) -> Any:
-    """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
-
-    A module that an update does not call is not asked, as those of the vision tower are not on rows without images; it
-    is checked after the first update that does.  Zeros are a gradient: A of an adapter gets no other while B is zero.
-    DeepSpeed and FSDP keep gradients elsewhere and are not checked.
-    """
-    from transformers import TrainerCallback
-
-    called: dict[Any, str] = {}
-
-    def watch(path: str, module: Any) -> Any:
-        def on_call(*_: object) -> None:
-            if module.training:
-                called[module] = path
-
-        return module.register_forward_hook(on_call)
-
-    hooks = {
-        module: watch(path, module)
-        for path, module in model.named_modules()
-        if any(weight.requires_grad for weight in module.parameters(recurse=False))
-    }
-
-    class GradientCheck(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not (args.deepspeed or args.fsdp):
-                silent = [
-                    f"{path}.{name}"
-                    for module, path in called.items()
-                    for name, weight in module.named_parameters(recurse=False)
-                    if weight.requires_grad and weight.grad is None
-                ]
-                check_gradients(silent)
-            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
-            for module in called:
-                hooks.pop(module).remove()
-            called.clear()
-
-    return GradientCheck()
 
 
 def export_model(trainer: Any, run: Path, config: TrainingConfig) -> Path:

@@ -1,8 +1,9 @@
-"""Which weights are trained."""
+"""Which weights are trained, and whether each of them gets a gradient."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, check_gradients
 from interleave.training.config import Vision
 from interleave.training.trl_options import VISION_PARTS
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 REFERENCE_FROZEN = ("patch_embed", "blocks", "merger")
 """Parts of the vision tower whose names the released code's filter matches."""
+NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"
 
 
 def is_frozen(name: str, vision: Vision) -> bool:
@@ -48,3 +50,52 @@ def check_trainable(model: "nn.Module", vision: Vision) -> None:
     frozen = [name for name in trained if is_frozen(name, vision)]
     if frozen:
         raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
+
+
+def _check_finite(modules: Mapping[Any, str], update: int) -> None:
+    for module, path in modules.items():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.grad is not None and weight.grad.isnan().any():
+                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
+
+
+def build_gradient_check(model: Any) -> Any:
+    """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
+
+    A module that an update does not call is not asked, as those of the vision tower are not on rows without images; it
+    is checked after the first update that does.  Zeros are a gradient: A of an adapter gets no other while B is zero.
+    DeepSpeed and FSDP keep gradients elsewhere and are not checked.
+    """
+    from transformers import TrainerCallback
+
+    called: dict[Any, str] = {}
+
+    def watch(path: str, module: Any) -> Any:
+        def on_call(*_: object) -> None:
+            if module.training:
+                called[module] = path
+
+        return module.register_forward_hook(on_call)
+
+    hooks = {
+        module: watch(path, module)
+        for path, module in model.named_modules()
+        if any(weight.requires_grad for weight in module.parameters(recurse=False))
+    }
+
+    class GradientCheck(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not (args.deepspeed or args.fsdp):
+                silent = [
+                    f"{path}.{name}"
+                    for module, path in called.items()
+                    for name, weight in module.named_parameters(recurse=False)
+                    if weight.requires_grad and weight.grad is None
+                ]
+                check_gradients(silent)
+            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
+            for module in called:
+                hooks.pop(module).remove()
+            called.clear()
+
+    return GradientCheck()
