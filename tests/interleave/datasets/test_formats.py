@@ -514,7 +514,15 @@ def judged(step: int, flag: int, source: str, success: bool, refined: str) -> di
     }
 
 
-@pytest.mark.parametrize("make", [our_story, story_with_image])
+def story_with_long_words() -> FinishedStory:
+    """80 of its letters, as the names of folders have them, are 240 bytes."""
+    story, name = our_story(), "storybook-zh-000017"
+    request = story.trajectory.request.model_copy(update={"id": name, "text": "步" * 90})
+    trajectory = story.trajectory.model_copy(update={"id": name, "request": request})
+    return FinishedStory(trajectory, tuple(a.model_copy(update={"trajectory_id": name}) for a in story.attempts))
+
+
+@pytest.mark.parametrize("make", [our_story, story_with_image, story_with_long_words])
 def test_our_stories_survive_an_execution_record(
     tmp_path: Path, store: ImageStore, make: Callable[[], FinishedStory]
 ) -> None:

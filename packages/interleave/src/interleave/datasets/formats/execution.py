@@ -19,6 +19,7 @@ from interleave.records import Attempt, GeneratorInfo, Plan, PlannerRecord, Requ
 from interleave.storage.images import ImageStore
 
 TARGET_NAME = re.compile(r"step(\d+)_(\d+)\.(?:png|jpe?g|webp)", re.IGNORECASE)
+MAX_NAME_BYTES = 255
 LEFT_OUT = " both visually and textually"
 IMPORTED = "imported"
 UNKNOWN_SEED = -1
@@ -141,7 +142,7 @@ def write_execution_record(story: FinishedStory, root: Path, images: ImageStore)
     it proposed.
     """
     trajectory = story.trajectory
-    folder = root / f"{folder_name(trajectory.id)}_{_slug(trajectory.request.text)}"
+    folder = root / _cut(f"{folder_name(trajectory.id)}_{_slug(trajectory.request.text)}")
     if trajectory.plan is None:
         raise UserError(f"{trajectory.id}: has no plan ({trajectory.status}), so no execution record can be written")
     context = _global_context(trajectory.planner, trajectory.plan)
@@ -212,10 +213,17 @@ def folder_name(name: str) -> str:
 def _id_of(folder: str, request: str) -> str:
     """The id in the name of a record's folder; the whole name where it was not made of this request."""
     for text in (request.replace(LEFT_OUT, ""), request):  # one of the released scripts leaves these words out
-        name = folder.removesuffix(f"_{_slug(text)}")
-        if name and name != folder:
-            return unquote(name)
+        slug = _slug(text)
+        ends = (f"_{slug[:length]}" for length in range(len(slug), 0, -1))
+        for name in (folder.removesuffix(end) for end in ends if folder.endswith(end)):
+            if name and folder == _cut(f"{name}_{slug}"):
+                return unquote(name)
     return folder
+
+
+def _cut(name: str) -> str:
+    """The name of a folder, not longer than file systems take it; a letter may be three bytes or four."""
+    return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _slug(text: str) -> str:
