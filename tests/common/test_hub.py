@@ -106,6 +106,7 @@ def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path: Path) -> None:
 def test_a_list_of_sentence_transformers_is_no_damage(tmp_path: Path) -> None:
     folder = transformers_folder(tmp_path / "clip")
     write_json(folder / "modules.json", [{"idx": 0, "path": "", "type": "sentence_transformers.models.CLIPModel"}])
+    write_json(folder / "log_history.json", [1, 2])
     assert hub.resolve(str(folder)) == folder
 
 

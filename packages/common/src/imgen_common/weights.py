@@ -39,8 +39,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
 """One of these is in the folder of an adapter."""
-OF_OTHERS = ("modules.json",)
-"""Files of other libraries that may hold a list: sentence-transformers', beside a CLIP."""
+OBJECT = re.compile(r".*(?:config|index(?:\.\w+)?|tokenizer|vocab|tokens_map|added_tokens|chat_template)\.json")
+"""Files that the libraries read as JSON objects; others, as a script's history or modules.json, may hold a list."""
 HEAD_FILE = "head.safetensors"
 """What scores the features of a model, beside it in the folder of a reward."""
 MAX_JSON = 10**8
@@ -188,8 +188,8 @@ def weight_files(folder: Path) -> WeightFiles:
     return WeightFiles(variant, files)
 
 
-def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
-    """The JSON object in a file of a model.  Raises UserError where there is none."""
+def read_json(path: Path, folder: Path | None = None, *, is_object: bool = True) -> dict[str, Any]:
+    """The JSON object in a file of a model, or any value.  Raises UserError where there is none."""
     why = ""
     try:
         if path.stat().st_size > MAX_JSON:
@@ -197,18 +197,18 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         content, why = None, f" ({one_line(str(error), 100)})"
-    if not isinstance(content, dict):
+    if why or (is_object and not isinstance(content, dict)):
         folder = folder or path.parent
-        raise incomplete(folder, f"{path.relative_to(folder)} is not a JSON object{why}")
-    return content
+        raise incomplete(folder, f"{path.relative_to(folder)} is not {'a JSON object' if is_object else 'JSON'}{why}")
+    found: dict[str, Any] = content
+    return found
 
 
 def check_files(folder: Path, part: Path, weights: bool) -> None:
     """Raises UserError unless the JSON files of a model, or of a part of one, and with `weights` its weights, are
     whole."""
     for path in part.glob("[!.]*.json"):
-        if path.name not in OF_OTHERS:
-            read_json(path, folder)
+        read_json(path, folder, is_object=OBJECT.fullmatch(path.name) is not None)
     if weights:
         files = sorted(part.glob("[!.]*.safetensors"))
         has_model = any(file.name.startswith(("model.", "model-")) for file in files)
