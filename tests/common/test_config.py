@@ -150,7 +150,7 @@ def test_no_part_of_an_option_is_a_comment(value: str) -> None:
 
 
 def test_a_key_spelled_as_the_kind_before_it_is_named_in_full() -> None:
-    with pytest.raises(UserError, match=r"^--set critic\.model\.reach=1: unknown key; allowed: kind, refill"):
+    with pytest.raises(UserError, match=r"^--set critic\.model\.reach=1: unknown key; it is one of kind: leap"):
         load(Agents, [], ["critic.model.reach=1"])
 
 
@@ -288,7 +288,7 @@ MISTAKES = [
     ("method: {coupling: {reach: 1}}", "0.yaml: method.coupling.kind: missing; allowed: leap, euler"),
     (
         "method: {weights: {kind: leap, refill: mass}}",
-        "0.yaml: method.weights.refill: unknown key; allowed: kind, reach",
+        "0.yaml: method.weights.refill: unknown key; it is one of kind: euler",
     ),
     (
         "method: {weights: {refill: mas}}",

@@ -86,6 +86,8 @@ def rows(root: Path) -> list[SftRow]:
 
 
 def test_a_typo_in_the_mappings_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"max_steps=5: .*write trl\.max_steps"):
+        load(GrpoConfig, [], ["max_steps=5"])
     with pytest.raises(UserError, match=r"trl.learing_rate: unknown option of X; did you mean 'learning_rate'"):
         check_keys("trl", {"learing_rate": 1}, {"learning_rate", "save_steps"}, "X")
 
@@ -152,6 +154,11 @@ class Options:
         *(
             pytest.param({"report_to": given}, f"report_to: is {said}.*; allowed: none, all, ", marks=pytest.mark.slow)
             for given, said in ((["nope"], "'nope'"), (3, "3"))
+        ),
+        pytest.param(
+            {"report_to": ["wandb", "tensorboard"], "run_name": "x"},
+            "run_name: cannot be set with wandb; use --name .* WANDB_PROJECT",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -224,7 +231,13 @@ def test_our_choices_and_bounds_allow_the_defaults_of_trl(kind: str) -> None:
 @pytest.mark.parametrize("section", ["trl", "lora"])
 @pytest.mark.parametrize("kind", [SftConfig, GrpoConfig])
 @pytest.mark.parametrize(
-    "given", [{"hub_token": "pass-word"}, {"run_name": "hf_pass-word"}, {"a": {"api_key": "pass-word"}}]
+    "given",
+    [
+        {"hub_token": "pass-word"},
+        {"run_name": "hf_pass-word"},
+        {"a": {"api_key": "pass-word"}},
+        {"vllm_server_base_url": "http://me:pass-word@host:8000"},
+    ],
 )
 def test_secrets_in_the_mappings_are_refused_and_not_shown(kind: Any, section: str, given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"^{section}\.{next(iter(given))}.*environment, such as HF_TOKEN") as caught:
@@ -435,6 +448,8 @@ def test_answers_that_cannot_be_read_are_counted(root: Path, capsys: pytest.Capt
 def test_a_missing_or_empty_set_is_said(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'critic_sft'"):
         read_rows(root / "set", "critic_stf", SftRow)
+    with pytest.raises(UserError, match=r"is a file; give the folder of the set that has it, .*set$"):
+        read_rows(root / "set" / "critic_sft.jsonl", "critic_sft", SftRow)
     (tmp_path / "critic_sft.jsonl").touch()
     with pytest.raises(UserError, match="holds no rows"):
         read_rows(tmp_path, "critic_sft", SftRow)

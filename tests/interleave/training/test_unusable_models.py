@@ -22,7 +22,9 @@ from interleave.training.run import load_processor
 from interleave.training.vision import build_gradient_check
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }"])
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m.content }", "{% for m in messages %}{{ m.content }}{% endfor %}"]
+)
 def test_a_chat_template_that_cannot_be_used_is_said_at_once(template: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "critic"
     shutil.copytree(hub.resolve("builtin:shapes/critic"), folder)

@@ -48,13 +48,14 @@ def _origin(cls: type[Config], origins: Mapping[Keys, str], keys: Keys) -> str:
 def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys, str]:
     """Where a validation error lies in the tree, and what to say of it."""
     annotation: Any = cls
+    around: Any = cls
     owner: type[Config] | None = None
     keys: Keys = ()
     node, tag_seen = tree, False  # a tag may be spelled as the key that follows it: critic.model (kind) .model (key)
     for part in map(str, detail["loc"]):
         if not isinstance(node, dict | list):
             break
-        owner = class_of_mapping(annotation, node)
+        owner, around = class_of_mapping(annotation, node), annotation
         inside = part in node if isinstance(node, dict) else part.isdigit() and int(part) < len(node)
         if not inside:
             if owner is not None and part in owner.model_fields:
@@ -70,7 +71,7 @@ def _mistake(cls: type[Config], tree: Any, detail: dict[str, Any]) -> tuple[Keys
         keys, tag_seen = (*keys, part), False
     if detail["type"].startswith("union_tag"):
         return (*keys, "kind"), _say_kind(annotation, node)
-    return keys, _say(detail, owner, annotation)
+    return keys, _say(detail, owner, around if detail["type"] == "extra_forbidden" else annotation)
 
 
 def _say_kind(annotation: Any, node: object) -> str:
@@ -81,6 +82,7 @@ def _say_kind(annotation: Any, node: object) -> str:
 
 
 def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) -> str:
+    """annotation: of the value that is wrong; of an unknown key, of the mapping that has it."""
     key = str(detail["loc"][-1]) if detail["loc"] else ""
     given = f", got {shortened(detail['input'])}"
     fields = list(owner.model_fields) if owner else []
@@ -90,7 +92,11 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
         case "extra_forbidden":
             if element := re.fullmatch(r"(\w+)\[(\d+)\]", key):
                 return f"unknown key; write {element[1]}.{element[2]} for an element of a list"
-            return f"unknown key{nearest(key, fields) or '; allowed: ' + ', '.join(fields)}"
+            others = [
+                kind for model in config_classes(annotation) if key in model.model_fields for kind in kinds_of(model)
+            ]
+            of_others = f"; it is one of kind: {' or '.join(others)}" if others else ""
+            return f"unknown key{nearest(key, fields) or of_others or '; allowed: ' + ', '.join(fields)}"
         case "missing":
             return "missing; give it a value"
         case "model_type" | "model_attributes_type":

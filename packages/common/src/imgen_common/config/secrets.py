@@ -17,6 +17,8 @@ NAME = re.compile(r"""(?<![\w-])([\w-]++)["']?\s*[:=]\s*""")
 VALUE = re.compile(r""""[^"]*"|'[^']*'|(?:(?:Bearer|Basic|Token)\s+)?[^\s,}\]]+""", re.IGNORECASE)
 """What may follow a name: in quotes, or a word, also behind the scheme of a header."""
 SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
+SECRET = re.compile(rf"{SECRET_VALUE.pattern}|\w+://[^/\s@:]*:[^/\s@]+@")
+"""Such a value, or an address with a password in it."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -43,7 +45,7 @@ def _secrets(value: Any, name: str) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _secrets(item, name)
-    elif isinstance(value, str) and (is_secret_name(name.rpartition(".")[2]) or SECRET_VALUE.match(value)):
+    elif isinstance(value, str) and (is_secret_name(name.rpartition(".")[2]) or SECRET.match(value)):
         yield name
 
 

@@ -42,6 +42,10 @@ class TrainingConfig(Config):
     """The settings that both trainers share."""
 
     json_files: ClassVar = ("trl.deepspeed", "trl.fsdp_config", "trl.accelerator_config")
+    renamed: ClassVar = {
+        **{name: f"trl.{name}" for name in ("learning_rate", "max_steps", "num_train_epochs", "save_steps", "bf16")},
+        **{name: f"trl.{name}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "report_to")},
+    }  # they never were ours, but are often written as if they were
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""

@@ -97,6 +97,8 @@ def image_store(config: TrainingConfig) -> ImageStore:
 def rows_file(folder: Path, name: str) -> Path:
     """`folder/NAME.jsonl`.  Raises UserError if there is none."""
     path = folder / f"{name}.jsonl"
+    if folder.is_file():
+        raise UserError(f"data {folder}: is a file; give the folder of the set that has it, {folder.parent}")
     if not path.is_file():
         others = [other.stem for other in folder.glob("*.jsonl")] if folder.is_dir() else []
         made = "make it with interleave data build, or of files in other formats with interleave data import"

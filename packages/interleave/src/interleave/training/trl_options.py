@@ -140,6 +140,10 @@ NO_HARDWARE: Mapping[str, Any] = {
 """What a machine without a GPU, and one process of many, can check the other options with."""
 
 
+NAMES_OF_TRACKERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+"""Options that transformers passes on to a tracker."""
+
+
 class OptionsRefusedError(UserError):
     """TRL does not take the options, before anything is trained."""
 
@@ -223,7 +227,7 @@ def check_values(given: Mapping[str, Any], cls: type[Any]) -> None:
         if value is None and NoneType in parts:
             continue
         if key == "report_to":
-            _check_trackers(value)
+            _check_trackers(value, given)
         elif choices:
             if value not in choices:
                 words = [str(one).lower() if isinstance(one, bool) else one for one in choices]
@@ -287,16 +291,22 @@ def check_arguments(given: Mapping[str, Any], cls: type[Any], processes: int) ->
         get_scheduler(arguments.lr_scheduler_type, optimizer, 0, 10**6, scheduler_specific_kwargs=schedule)
 
 
-def _check_trackers(given: object) -> None:
-    """Raises UserError for a tracker that transformers does not know."""
+def _check_trackers(reported: object, given: Mapping[str, Any]) -> None:
+    """Raises UserError for a tracker that transformers does not know, and for the name of a run or a project where all
+    trackers have those of the run folder (`take_trackers`)."""
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    known = ("none", "all", *INTEGRATION_TO_CALLBACK)
-    for name in given if isinstance(given, list) else [given]:
+    known, names = ("none", "all", *INTEGRATION_TO_CALLBACK), reported if isinstance(reported, list) else [reported]
+    for name in names:
         if name is not None and name not in known:
             raise UserError(
                 f"trl.report_to: is {shortened(name)}{nearest(str(name), known)}; allowed: {', '.join(known)}"
             )
+    ours = [name for name in get_args(Tracker) if name in names]
+    named = next((key for key in NAMES_OF_TRACKERS if given.get(key) is not None), None)
+    if named and ours and {*names} <= {*ours, "tensorboard"}:
+        how = f"use --name for the run, and {ours[0].upper()}_PROJECT in the environment for the project"
+        raise UserError(f"trl.{named}: cannot be set with {ours[0]}; {how}")
 
 
 def check_vllm_installed(trl: Mapping[str, Any]) -> None:

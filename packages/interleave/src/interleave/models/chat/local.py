@@ -48,7 +48,9 @@ def check_processor(processor: Any, folder: Path, ref: str) -> None:
     """Raises UserError unless a chat template renders a user turn, and images are cut as the vision tower reads."""
     check_patches(processor.image_processor, folder, ref)
     with loading(f"{ref}: its chat template cannot be used; take a model for chat, or copy chat_template.jinja again"):
-        processor.apply_chat_template(to_conversation(("hello",)), tokenize=False, add_generation_prompt=True)
+        said = processor.apply_chat_template(to_conversation(("hello",)), tokenize=False, add_generation_prompt=True)
+        if "{'type': 'text'" in said:
+            raise ValueError("it prints the parts of a turn as Python does")
 
 
 class LocalChatConfig(Config):
