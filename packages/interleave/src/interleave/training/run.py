@@ -252,28 +252,24 @@ def build_run_callback(
 ) -> Any:
     """A callback that marks complete checkpoints and writes logged metrics and those of `extra_metrics` to the run.
 
-    Attributes: `shutdown`, which training runs in; `stopped`, whether it ended training early, with a checkpoint;
-    `began`, whether there is an optimizer and training has begun.
+    Attributes: `shutdown`, in which training runs; `stopped`, early and with a checkpoint; `began`, with an optimizer.
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
     from transformers.trainer_utils import rotate_checkpoints
 
     class RunCallback(TrainerCallback):
-        def __init__(self) -> None:
-            self.shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
-            self.stopped = self.began = False
+        shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
+        stopped = began = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.began = True
             state.compute_steps(args, state.max_steps)  # a resumed run has those of its checkpoint
-            # transformers would remove the checkpoints before one that is not whole until it has a manifest
-            self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+            self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # none before a manifest
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:
-                return
-            if any_process(self.shutdown.requested, args.device):
+            may_stop = not state.global_step % updates_per_rollout and state.global_step < state.max_steps
+            if may_stop and any_process(self.shutdown.requested, args.device):
                 self.stopped = control.should_save = control.should_training_stop = True
 
         on_evaluate = on_step_end
@@ -332,13 +328,6 @@ def load_model(config: TrainingConfig, **options: Any) -> Any:
 NOT_FINITE = "update {}: {} is not finite; check the weights of the model, or start anew with a lower trl.learning_rate"
 
 
-def _check_finite(modules: Mapping[Any, str], update: int) -> None:
-    for module, path in modules.items():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.grad is not None and weight.grad.isnan().any():
-                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
-
-
 def build_gradient_check(model: Any) -> Any:
     """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
 
@@ -365,15 +354,13 @@ def build_gradient_check(model: Any) -> Any:
 
     class GradientCheck(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            own = {path: module.named_parameters(recurse=False) for module, path in called.items()}
+            found = [(f"{path}.{name}", weight) for path, weights in own.items() for name, weight in weights]
             if not (args.deepspeed or args.fsdp):
-                silent = [
-                    f"{path}.{name}"
-                    for module, path in called.items()
-                    for name, weight in module.named_parameters(recurse=False)
-                    if weight.requires_grad and weight.grad is None
-                ]
-                check_gradients(silent)
-            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
+                check_gradients([name for name, weight in found if weight.requires_grad and weight.grad is None])
+            for name, weight in () if args.fp16 else found:  # fp16 skips such updates itself
+                if weight.grad is not None and weight.grad.isnan().any():
+                    raise UserError(NOT_FINITE.format(state.global_step + 1, f"the gradient of {name}"))
             for module in called:
                 hooks.pop(module).remove()
             called.clear()
