@@ -454,7 +454,7 @@ def test_a_mistake_in_a_file_is_named(text: str, expected: str, tmp_path: Path) 
         ("=1", "write --set key=value"),
         ("x={url: u, api_key: SECRET, }}", "--set x={url: u, api_key: ..., }}:1:"),
         (
-            "x={token: [ {'apiKey': 'SECRET one', \"secret\" : \"SECRET\", k: hf_SECRET1, l: sk-SECRET}",
+            "x={token: [ {'apiKey': 'SECRET one', \"secret\" : \"SECRET\", k: hf_SECRET1234, l: sk-SECRET1234}",
             "k: ..., l: ...}:1",
         ),
         ("name=[a", "--set name=[a:1:3: expected ',' or ']'"),

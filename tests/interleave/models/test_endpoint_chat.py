@@ -565,7 +565,8 @@ def test_a_key_in_place_of_its_variable_is_refused_and_not_shown() -> None:
 
 
 def test_other_keys_of_a_request_are_no_secrets() -> None:
-    assert EndpointChatConfig(model="hf_models/Qwen3-VL").model == "hf_models/Qwen3-VL"
+    for name in ("hf_models/Qwen3-VL", "hf_llama", "sk-judge"):
+        assert EndpointChatConfig(model=name, url="http://host/hf_proxy/v1").model == name
     extra = {"prompt_cache_key": "a", "max_completion_tokens": 9, "stop_token_ids": [1], "api_key": None}
     assert EndpointChatConfig(extra=extra).extra == extra
     with pytest.raises(UserError, match=r"--set generator.api_key=\.\.\.: unknown key") as caught:

@@ -16,7 +16,8 @@ VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 NAME = re.compile(r"""(?<![\w-])([\w-]++)["']?\s*[:=]\s*""")
 VALUE = re.compile(r""""[^"]*"|'[^']*'|(?:(?:Bearer|Basic|Token)\s+)?[^\s,}\]]+""", re.IGNORECASE)
 """What may follow a name: in quotes, or a word, also behind the scheme of a header."""
-SECRET_VALUE = re.compile(r"(Bearer |Basic |sk-|hf_)\S")
+SECRET_VALUE = re.compile(r"(?:(?:Bearer |Basic )\S|(?:sk-|hf_)\S{9})")
+"""How a key begins; names of models and parts of addresses may begin as keys do, but are shorter."""
 SECRET = re.compile(rf"{SECRET_VALUE.pattern}|\w+://[^/\s@:]*:[^/\s@]+@")
 """Such a value, or an address with a password in it."""
 

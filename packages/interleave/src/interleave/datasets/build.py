@@ -63,7 +63,6 @@ MAY_DIFFER = (
     *("prices", "confirm_calls", "confirm_money"),
 )
 """Keys that may change when a build is resumed: the trajectories depend on none of them."""
-OTHERS = "give folders of builds, runs or imported records"
 
 
 @dataclass(frozen=True)
@@ -270,9 +269,8 @@ def _check_trajectories(out: Path, config: DataConfig) -> None:
     seen = {out.resolve(): "is the build itself"}
     for folder in map(Path, config.trajectories):
         if (why := seen.setdefault(folder.resolve(), "")) or not (folder / TRACE).is_file():
-            what = (
-                f"{why}, whose trajectories would count twice; leave it out" if why else f"no {TRACE} in it; {OTHERS}"
-            )
+            what = f"no {TRACE} in it; give folders of builds, runs or imported records"
+            what = f"{why}, whose trajectories would count twice; leave it out" if why else what
             raise UserError(f"trajectories: {folder}: {what}")
         seen[folder.resolve()] = "is given twice"
 

@@ -252,16 +252,14 @@ def build_run_callback(
 ) -> Any:
     """A callback that marks complete checkpoints and writes logged metrics and those of `extra_metrics` to the run.
 
-    Attributes: `shutdown`, which training runs in; `stopped`, whether it ended training early, with a checkpoint;
-    `began`, whether there is an optimizer and training has begun.
+    Attributes: `shutdown`, in which training runs; `stopped`, early and with a checkpoint; `began`, with an optimizer.
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
 
     class RunCallback(TrainerCallback):
-        def __init__(self) -> None:
-            self.shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
-            self.stopped = self.began = False
+        shutdown = GracefulShutdown(STOPPING if is_main_process() else "")
+        stopped = began = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.began = True
@@ -269,9 +267,8 @@ def build_run_callback(
             self.save_total_limit, args.save_total_limit = args.save_total_limit, None  # for `_finish_checkpoint`
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % updates_per_rollout or state.global_step >= state.max_steps:
-                return
-            if any_process(self.shutdown.requested, args.device):
+            may_stop = not state.global_step % updates_per_rollout and state.global_step < state.max_steps
+            if may_stop and any_process(self.shutdown.requested, args.device):
                 self.stopped = control.should_save = control.should_training_stop = True
 
         on_evaluate = on_step_end

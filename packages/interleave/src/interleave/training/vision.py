@@ -52,13 +52,6 @@ def check_trainable(model: "nn.Module", vision: Vision) -> None:
         raise RuntimeError(f"{len(frozen)} weights of the vision tower would be trained, {frozen[0]} among them")
 
 
-def _check_finite(modules: Mapping[Any, str], update: int) -> None:
-    for module, path in modules.items():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.grad is not None and weight.grad.isnan().any():
-                raise UserError(NOT_FINITE.format(update, f"the gradient of {path}.{name}"))
-
-
 def build_gradient_check(model: Any) -> Any:
     """A callback that ends the run, before a weight changes, where a trained weight got no gradient, or NaN.
 
@@ -85,15 +78,13 @@ def build_gradient_check(model: Any) -> Any:
 
     class GradientCheck(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            own = {path: module.named_parameters(recurse=False) for module, path in called.items()}
+            found = [(f"{path}.{name}", weight) for path, weights in own.items() for name, weight in weights]
             if not (args.deepspeed or args.fsdp):
-                silent = [
-                    f"{path}.{name}"
-                    for module, path in called.items()
-                    for name, weight in module.named_parameters(recurse=False)
-                    if weight.requires_grad and weight.grad is None
-                ]
-                check_gradients(silent)
-            _check_finite({} if args.fp16 else called, state.global_step + 1)  # fp16 skips such updates itself
+                check_gradients([name for name, weight in found if weight.requires_grad and weight.grad is None])
+            for name, weight in () if args.fp16 else found:  # fp16 skips such updates itself
+                if weight.grad is not None and weight.grad.isnan().any():
+                    raise UserError(NOT_FINITE.format(state.global_step + 1, f"the gradient of {name}"))
             for module in called:
                 hooks.pop(module).remove()
             called.clear()
