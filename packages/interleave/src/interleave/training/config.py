@@ -42,6 +42,11 @@ class TrainingConfig(Config):
     """The settings that both trainers share."""
 
     json_files: ClassVar = ("trl.deepspeed", "trl.fsdp_config", "trl.accelerator_config")
+    places: ClassVar[Mapping[str, str]] = {
+        **{"model": "model", "generator.lora": "generator.lora"},
+        **{"generator.ref": "generator", "judge.model.ref": "judge.model"},
+    }
+    """What the hashes of models are called, by the keys that say where these lie."""
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""

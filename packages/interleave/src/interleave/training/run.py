@@ -54,9 +54,6 @@ MAY_DIFFER = (
     *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
 """Keys that may change when a run is resumed: the weights depend on none of them, but for rounding."""
-PLACES = {"model": "model", "generator.lora": "generator.lora"}
-PLACES |= {f"{key}.ref": key for key in ("generator", "judge.model")}
-"""What the hashes of models are called, by the keys that say where these lie."""
 RECIPE_KEYS = {
     "DEEPSPEED": "trl.deepspeed=configs/interleave/deepspeed/zero2.json (or zero3.json)",
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
@@ -160,7 +157,7 @@ def open_run(
         if resume is None:
             made = RunFolder.create(place, config, command, trackers=trackers)
         else:
-            free = (*MAY_DIFFER, *moved_models(place, config, PLACES))  # `bind_data` compares hashes
+            free = (*MAY_DIFFER, *moved_models(place, config, config.places))  # `bind_data` compares hashes
             made = RunFolder.open(place, config, command, may_differ=free, trackers=trackers)
         opened.append(stack.enter_context(made))
         return str(made.path)
