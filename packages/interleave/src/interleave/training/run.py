@@ -35,6 +35,7 @@ from interleave.training.trl_options import (
     OptionsRefusedError,
     check_trackers_installed,
     check_vllm_installed,
+    print_lines,
     refusals_of_trackers,
     refusals_of_trl,
     take_trackers,
@@ -217,7 +218,7 @@ def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
-    _print_lines(trainer)
+    print_lines(trainer)
     trainer.add_callback(build_gradient_check(trainer.model))
     with (
         callback.shutdown,
@@ -227,21 +228,6 @@ def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
-
-
-def _print_lines(trainer: Any) -> None:
-    """Where transformers would print what it logs as a Python dictionary: its main numbers as a line."""
-    from transformers.trainer_callback import PrinterCallback
-
-    class LinePrinter(PrinterCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            main = {name: value for name, value in logs.items() if "/" not in name and isinstance(value, int | float)}
-            if state.is_local_process_zero:
-                shown = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
-                print(f"update {state.global_step}/{state.max_steps}: {shown}", flush=True)
-
-    if trainer.pop_callback(PrinterCallback) is not None:
-        trainer.add_callback(LinePrinter)
 
 
 def build_run_callback(
@@ -254,7 +240,6 @@ def build_run_callback(
     updates_per_rollout: it stops only between two rollouts, since a run cannot resume exactly from the middle of one.
     """
     from transformers import TrainerCallback
-    from transformers.trainer_utils import rotate_checkpoints
 
     class RunCallback(TrainerCallback):
         def __init__(self) -> None:
@@ -276,10 +261,7 @@ def build_run_callback(
         on_evaluate = on_step_end
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            _barrier()
-            if is_main_process():
-                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-                rotate_checkpoints(args.output_dir, self.save_total_limit, state.best_model_checkpoint)
+            _keep_checkpoint(args.output_dir, state, self.save_total_limit)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
             numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
@@ -288,6 +270,15 @@ def build_run_callback(
                 raise UserError(NOT_FINITE.format(state.global_step, "the gradient"))
 
     return RunCallback()
+
+
+def _keep_checkpoint(folder: str, state: Any, limit: int | None) -> None:
+    from transformers.trainer_utils import rotate_checkpoints
+
+    _barrier()
+    if is_main_process():
+        write_manifest(Path(folder) / f"checkpoint-{state.global_step}")
+        rotate_checkpoints(folder, limit, state.best_model_checkpoint)
 
 
 def _barrier() -> None:
