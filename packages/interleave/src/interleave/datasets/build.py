@@ -107,8 +107,7 @@ def open_build(out: Path, config: DataConfig, command: Sequence[str]) -> Iterato
     _check_templates(config.templates)
     _check_trajectories(out, config)
     begun = has_records(out)
-    names = {**run.places(config.run, "run."), "prompts.path": "prompts"}
-    moved = moved_models(out, config, names) if begun else []
+    moved = moved_models(out, config, {**run.places(config.run, "run."), "prompts.path": "prompts"}) if begun else []
     folder = (
         RunFolder.open(out, config if begun else None, command, may_differ=(*MAY_DIFFER, *moved))
         if (out / CONFIG).is_file()

@@ -46,6 +46,11 @@ class TrainingConfig(Config):
         **{name: f"trl.{name}" for name in ("learning_rate", "max_steps", "num_train_epochs", "save_steps", "bf16")},
         **{name: f"trl.{name}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "report_to")},
     }  # they never were ours, but are often written as if they were
+    places: ClassVar[Mapping[str, str]] = {
+        **{"model": "model", "generator.lora": "generator.lora"},
+        **{"generator.ref": "generator", "judge.model.ref": "judge.model"},
+    }
+    """What the hashes of models are called, by the keys that say where these lie."""
 
     model: str = "builtin:shapes/critic"
     """Vision-language model to start from: a folder, org/name[@revision] or builtin:shapes/NAME."""

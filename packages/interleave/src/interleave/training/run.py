@@ -35,6 +35,7 @@ from interleave.training.trl_options import (
     OptionsRefusedError,
     check_trackers_installed,
     check_vllm_installed,
+    print_lines,
     refusals_of_trackers,
     refusals_of_trl,
     take_trackers,
@@ -54,9 +55,6 @@ MAY_DIFFER = (
     *(f"{part}.{key}" for part in ("generator", "judge.model") for key in HOW_REACHED),
 )
 """Keys that may change when a run is resumed: the weights depend on none of them, but for rounding."""
-PLACES = {"model": "model", "generator.lora": "generator.lora"}
-PLACES |= {f"{key}.ref": key for key in ("generator", "judge.model")}
-"""What the hashes of models are called, by the keys that say where these lie."""
 RECIPE_KEYS = {
     "DEEPSPEED": "trl.deepspeed=configs/interleave/deepspeed/zero2.json (or zero3.json)",
     "FSDP": "trl.fsdp=true, or with configs/interleave/fsdp/fsdp2.yaml after the recipe",
@@ -160,7 +158,7 @@ def open_run(
         if resume is None:
             made = RunFolder.create(place, config, command, trackers=trackers)
         else:
-            free = (*MAY_DIFFER, *moved_models(place, config, PLACES))  # `bind_data` compares hashes
+            free = (*MAY_DIFFER, *moved_models(place, config, config.places))  # `bind_data` compares hashes
             made = RunFolder.open(place, config, command, may_differ=free, trackers=trackers)
         opened.append(stack.enter_context(made))
         return str(made.path)
@@ -220,7 +218,7 @@ def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
 
     A first Ctrl-C, SIGTERM or SIGHUP ends the update and saves it; then KeyboardInterrupt is raised.
     """
-    _print_lines(trainer)
+    print_lines(trainer)
     trainer.add_callback(build_gradient_check(trainer.model))
     with (
         callback.shutdown,
@@ -230,21 +228,6 @@ def run_training(trainer: Any, callback: Any, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if callback.stopped:
         raise KeyboardInterrupt
-
-
-def _print_lines(trainer: Any) -> None:
-    """Where transformers would print what it logs as a Python dictionary: its main numbers as a line."""
-    from transformers.trainer_callback import PrinterCallback
-
-    class LinePrinter(PrinterCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            main = {name: value for name, value in logs.items() if "/" not in name and isinstance(value, int | float)}
-            if state.is_local_process_zero:
-                shown = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
-                print(f"update {state.global_step}/{state.max_steps}: {shown}", flush=True)
-
-    if trainer.pop_callback(PrinterCallback) is not None:
-        trainer.add_callback(LinePrinter)
 
 
 def build_run_callback(

@@ -377,3 +377,18 @@ def build_lora_config(config: TrainingConfig) -> Any:
 VISION_PARTS = ("visual", "vision_tower", "vision_model", "multi_modal_projector")
 """Names of vision towers, and of what joins them to the language model, in transformers."""
 VISION_MODULES = rf"(?:.*\.)?(?:{'|'.join(VISION_PARTS)})\..*"
+
+
+def print_lines(trainer: Any) -> None:
+    """Where transformers would print what it logs as a Python dictionary: its main numbers as a line."""
+    from transformers.trainer_callback import PrinterCallback
+
+    class LinePrinter(PrinterCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            main = {name: value for name, value in logs.items() if "/" not in name and isinstance(value, int | float)}
+            if state.is_local_process_zero:
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in main.items())
+                print(f"update {state.global_step}/{state.max_steps}: {shown}", flush=True)
+
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(LinePrinter)

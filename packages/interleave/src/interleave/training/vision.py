@@ -1,6 +1,5 @@
 """Which weights are trained, and whether each of them gets a gradient."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from imgen_common.errors import UserError, check_gradients
