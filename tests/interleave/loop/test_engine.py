@@ -446,6 +446,17 @@ def test_a_critic_that_nobody_can_read_is_not_said_to_have_rejected(tmp_path: Pa
     assert (story.status, story.error) == ("steps_not_accepted", said)
 
 
+def test_an_image_about_which_the_critic_gave_no_answer_is_not_asked_for_again(tmp_path: Path) -> None:
+    drawn = FakeGenerator()
+    away = parts(plan_of("one"), lambda shown, seed: BackendError("unreachable", "down"), drawn)
+    assert run(tmp_path, away)[0].status == "critic_failed"
+    again = parts(plan_of("one"))
+    (story,) = run(tmp_path, again, retry_failed=True)
+    assert (story.status, story.spent.generations, story.spent.critic_calls) == ("complete", 1, 2)
+    assert (len(drawn.jobs), again.generator.jobs) == (1, [])
+    assert run(tmp_path, parts(), retry_failed=True) == [story]
+
+
 def test_a_critic_that_fails_ends_the_story(tmp_path: Path) -> None:
     made = parts(plan_of("one", "two"), lambda shown, seed: BackendError("refused", "wrong token"))
     (trajectory,) = run(tmp_path, made)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from imgen_common.errors import UserError
 from imgen_common.streams import stream_seed
@@ -16,7 +16,10 @@ from interleave.storage.images import ImageStore
 
 @dataclass(frozen=True)
 class AttemptInput:
-    """What an attempt starts from: `prompt` for `step`, the images so far, and the story that they belong to."""
+    """What an attempt starts from: `prompt` for `step`, the images so far, and the story that they belong to.
+
+    earlier: attempts of earlier sessions that are made again.
+    """
 
     request: Request
     step: PlanStep
@@ -24,6 +27,7 @@ class AttemptInput:
     prompt: str
     images: Sequence[HashedImage]
     story: tuple[tuple[str, HashedImage | None], ...]
+    earlier: Sequence[Attempt] = ()
 
 
 @dataclass
@@ -98,12 +102,13 @@ class AttemptRunner:
 
     async def _generate(self, start: AttemptInput, generation: GenerationRequest, outcome: _Outcome) -> None:
         """Generate the image; if there is one, judge and score it."""
-        try:
-            with outcome.timed("generate"):
-                after = await self._components.generator.generate(generation)
-        except BackendError as failure:
-            outcome.fail("generator_failed", failure)
-            return
+        if (after := await asyncio.to_thread(self._unjudged_image, start, generation)) is None:
+            try:
+                with outcome.timed("generate"):
+                    after = await self._components.generator.generate(generation)
+            except BackendError as failure:
+                outcome.fail("generator_failed", failure)
+                return
         await asyncio.to_thread(self._images.put, after)
         # The critic compares with the latest accepted image; the first one of a story with a white canvas
         before = start.images[-1] if start.images else HashedImage.white(*after.image.size)
@@ -115,6 +120,17 @@ class AttemptRunner:
         shown = CriticInput(before, after, *asked, is_edit=bool(start.images))
         await self._judge(start, shown, outcome)
         await self._score(shown, outcome)
+
+    def _unjudged_image(self, start: AttemptInput, generation: GenerationRequest) -> HashedImage | None:
+        """The image of the same attempt of an earlier session, about which the critic gave no answer; it is not to be
+        paid for again."""
+        asked = start.step.index, start.number, generation.prompt, tuple(source.id for source in generation.sources)
+        for old in start.earlier:
+            is_same = (old.step, old.attempt, old.prompt_used, old.source_ids) == asked
+            if is_same and old.status == "critic_failed" and old.image_id is not None:
+                with contextlib.suppress(UserError):  # it is lost
+                    return replace(self._images.get(old.image_id), revised_prompt=old.revised_prompt)
+        return None
 
     async def _judge(self, start: AttemptInput, shown: CriticInput, outcome: _Outcome) -> None:
         """Ask the critic, with other seeds until its answer can be read."""

@@ -66,7 +66,7 @@ class _StoryState:
 
     def spent(self, planner: PlannerRecord | None) -> Spent:
         return Spent(
-            generations=len(self.attempts) + len(self.replaced),
+            generations=sum("generate" in attempt.timings for attempt in (*self.attempts, *self.replaced)),
             critic_calls=sum(attempt.critic_tries for attempt in (*self.attempts, *self.replaced)),
             planner_calls=planner.num_tries if planner else 0,
             seconds=self.seconds + sum(sum(attempt.timings.values()) for attempt in self.replaced),
@@ -254,7 +254,8 @@ class Engine:
             elif (reason := self._spent_budget(story)) is not None:
                 return _Ending("budget_exhausted", reason)
             else:
-                start = AttemptInput(story.request, step, number, prompt, tuple(story.images), tuple(story.parts))
+                so_far = tuple(story.images), tuple(story.parts)
+                start = AttemptInput(story.request, step, number, prompt, *so_far, earlier=story.replaced)
                 attempt = await self._attempts.run(start)
                 await self._write(attempt)
             story.attempts.append(attempt)
