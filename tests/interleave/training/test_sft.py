@@ -1177,6 +1177,7 @@ def test_bad_options_are_refused_before_anything_is_written(root: Path, tmp_path
         "output_dir: cannot be set": {"output_dir": "x"},
         "eval_strategy": {"eval_strategy": "steps"},
         "eval_on_start.*missing": {"eval_on_start": True},
+        "activation_offloading: .*leave it out": {"activation_offloading": True},
         "cannot be read": {"deepspeed": "none.json"},
         "No such file or directory: 'none.json'": {"accelerator_config": "none.json"},
         "ZeRO-3 needs": {"deepspeed": {"zero_optimization": {"stage": 3}}},

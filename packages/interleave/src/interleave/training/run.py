@@ -79,6 +79,8 @@ def build_arguments(cls: type[Any], config: TrainingConfig, fixed: Mapping[str, 
 
     options: dict[str, Any] = {"seed": config.seed, "remove_unused_columns": False, "output_dir": CHECKPOINTS}
     if not torch.cuda.is_available():
+        if config.trl.get("activation_offloading"):
+            raise UserError("trl.activation_offloading: moves activations from a GPU, and there is none; leave it out")
         options |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     options |= {**config.trl, **fixed}
     zero = zero_options(config.trl)
