@@ -37,6 +37,7 @@ from flowbp.reports.explain import describe_axes, describe_method, linear_sigmas
 from flowbp.rewards.losses import Hinge, Sigmoid, reward_losses
 from flowbp.training import launch
 from flowbp.training.loop import TrainingLoop
+from flowbp.training.preflight import unread_prompts
 from flowbp.training.progress import (
     JsonLinesReporter,
     LiveReporter,
@@ -552,7 +553,9 @@ def test_evaluating_a_part_of_a_file_by_default_is_said(
     (tmp_path / "p.txt").write_text("a red circle\n" * 505)
     _, _, errors = flowbp("eval", "builtin:shapes/generator", "--prompts", tmp_path / "p.txt", *words)
     assert "was evaluated" in errors
-    assert ("p.txt: only its first 504 prompts are used; --num-prompts N takes more" in errors) is said
+    config = load(TrainConfig, [], [f"eval.prompts={tmp_path / 'p.txt'}", *(["eval.num_prompts=6"] if words else [])])
+    assert any("only its first 504" in note for note in unread_prompts(config)) is said
+    assert ("p.txt: only its first 504 prompts are evaluated; eval.num_prompts=N takes more" in errors) is said
 
 
 def test_the_report_command_writes_the_page_anew(flowbp: Call, trained: Path) -> None:

@@ -152,7 +152,11 @@ def evaluate(
         from imgen_common.console import quiet_libraries
     quiet_libraries()
     models.check_compared(sources, texts)
-    print_notes([*sources[-1].assumed_settings(), *models.describe_left_out(config, given)])
+    named = {one.partition("=")[0] for one in given}
+    left_out = (
+        models.describe_left_out(config) if named & {"eval.prompts", "eval.num_prompts"} == {"eval.prompts"} else []
+    )
+    print_notes([*sources[-1].assumed_settings(), *left_out])
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     scales = guidance or sources[-1].eval_guidance_scales
     with progress_bar() as on_progress:

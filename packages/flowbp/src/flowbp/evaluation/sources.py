@@ -300,14 +300,12 @@ def evaluation_prompts(config: TrainConfig) -> list[str]:
     return load_prompts(config.eval.prompts, config.data, config.eval.num_prompts)
 
 
-def describe_left_out(config: TrainConfig, sets: Sequence[str]) -> list[str]:
-    """A sentence where a file of prompts that `sets` name has more than are evaluated, and they do not say how many."""
-    named, source, count = {one.partition("=")[0] for one in sets}, config.eval.prompts, config.eval.num_prompts
-    if "eval.prompts" not in named or "eval.num_prompts" in named or is_shapes_source(source):
+def describe_left_out(config: TrainConfig) -> list[str]:
+    """A sentence where the file of prompts of `config.eval` has more than are evaluated."""
+    source, count = config.eval.prompts, config.eval.num_prompts
+    if is_shapes_source(source) or len(load_prompts(source, config.data, count + 1)) <= count:
         return []
-    if len(load_prompts(source, config.data, count + 1)) <= count:
-        return []
-    return [f"{source}: only its first {count} prompts are used; --num-prompts N takes more"]
+    return [f"{source}: only its first {count} prompts are evaluated; eval.num_prompts=N takes more"]
 
 
 def check_guidance_scale(scale: float) -> None:

@@ -14,7 +14,7 @@ from flowbp.backbones import check_family
 from flowbp.config import DataConfig, TrainConfig
 from flowbp.data.edits import Edit, check_edits, check_scored, describe_row, sources_of
 from flowbp.data.prompts import describe_unread_prompts, load_prompts, load_quick_prompts
-from flowbp.evaluation.sources import read_sampling
+from flowbp.evaluation.sources import describe_left_out, read_sampling
 from flowbp.rewards import resolve_reward
 from imgen_common import devices, hub
 from imgen_common.console import quiet_libraries
@@ -194,7 +194,8 @@ def all_prompts(config: TrainConfig) -> Prompts:
 
 
 def unread_prompts(config: TrainConfig) -> list[str]:
-    """As `describe_unread_prompts` says of a run, and a sentence where it trains on edits and evaluates none."""
+    """As `describe_unread_prompts` says of a run, and a sentence where it trains on edits and evaluates none, or where
+    it evaluates as many prompts of a file as the miniature, and not all."""
     found = all_prompts(config)
     prompts = [prompt for part in found for prompt in part]
     notes = describe_unread_prompts(prompts, config.model, {scorer.name: scorer for scorer in config.scorers})
@@ -202,6 +203,7 @@ def unread_prompts(config: TrainConfig) -> list[str]:
     without = [key for key, part in evaluated.items() if part and not any(map(sources_of, part))]
     if without and any(map(sources_of, found.data)):
         notes.append(f"data.prompts has edits; set {' and '.join(without)}, without any, to edits too")
+    notes += describe_left_out(config) if config.eval.num_prompts == TrainConfig().eval.num_prompts else []
     return [*notes, *_other_lengths(config)]
 
 
