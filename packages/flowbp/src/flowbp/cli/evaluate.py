@@ -153,9 +153,8 @@ def evaluate(
     quiet_libraries()
     models.check_compared(sources, texts)
     named = {one.partition("=")[0] for one in given}
-    left_out = (
-        models.describe_left_out(config) if named & {"eval.prompts", "eval.num_prompts"} == {"eval.prompts"} else []
-    )
+    of_all = named & {"eval.prompts", "eval.num_prompts"} != {"eval.prompts"}  # or of as many as were asked for
+    left_out = [] if of_all else models.describe_left_out(config)
     print_notes([*sources[-1].assumed_settings(), *left_out])
     print_notes(dict.fromkeys(note for one in sources for note in one.unread_prompts(texts, scorers=True)))
     scales = guidance or sources[-1].eval_guidance_scales
