@@ -53,6 +53,7 @@ from interleave.training.rows import (
 )
 from interleave.training.run import load_model
 from interleave.training.sft import check_sft, warn_of_unreadable_answers
+from interleave.training.trained_weights import freeze_vision, is_frozen
 from interleave.training.trl_options import (
     BOUNDS,
     CHOICES,
@@ -68,7 +69,6 @@ from interleave.training.trl_options import (
     check_trackers_installed,
     check_values,
 )
-from interleave.training.vision import freeze_vision, is_frozen
 from scripts.miniature.agents import models
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "interleave"

@@ -19,7 +19,7 @@ from interleave.storage.images import ImageStore
 from interleave.training.config import SftConfig
 from interleave.training.rows import num_tokens
 from interleave.training.run import load_processor
-from interleave.training.vision import build_gradient_check
+from interleave.training.trained_weights import build_gradient_check
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from interleave.training.scoring import (
     check_image_tokens,
     start_scoring,
 )
+from interleave.training.trained_weights import check_trainable
 from interleave.training.trl_options import (
     RESERVED_GRPO,
     build_lora_config,
@@ -59,7 +60,6 @@ from interleave.training.trl_options import (
     check_values,
     refusals_of_trl,
 )
-from interleave.training.vision import check_trainable
 
 
 def check_settings(config: GrpoConfig) -> None:

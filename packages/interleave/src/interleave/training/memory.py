@@ -35,8 +35,8 @@ from interleave.models.chat.local import to_conversation
 from interleave.storage.images import ImageStore
 from interleave.training.config import TrainingConfig
 from interleave.training.rows import num_tokens
+from interleave.training.trained_weights import freeze_vision, is_frozen
 from interleave.training.trl_options import build_lora_config
-from interleave.training.vision import freeze_vision, is_frozen
 
 GIB = 2**30
 UNLOADABLE = "{}: not a vision-language model that can be loaded"

@@ -31,6 +31,7 @@ from interleave.models.hashes import hash_models
 from interleave.models.remote import HOW_REACHED
 from interleave.training.config import MODEL, TrainingConfig, find_place
 from interleave.training.memory import UNLOADABLE, zero_options
+from interleave.training.trained_weights import NOT_FINITE, build_gradient_check, freeze_vision
 from interleave.training.trl_options import (
     OptionsRefusedError,
     check_trackers_installed,
@@ -40,7 +41,6 @@ from interleave.training.trl_options import (
     refusals_of_trl,
     take_trackers,
 )
-from interleave.training.vision import NOT_FINITE, build_gradient_check, freeze_vision
 
 CHECKPOINTS, ADAPTER = "checkpoints", "adapter"
 MAY_DIFFER = (

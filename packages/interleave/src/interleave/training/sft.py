@@ -34,6 +34,7 @@ from interleave.training.rows import (
     select_by_length,
     sft_example,
 )
+from interleave.training.trained_weights import check_trainable
 from interleave.training.trl_options import (
     RESERVED_SFT,
     build_lora_config,
@@ -43,7 +44,6 @@ from interleave.training.trl_options import (
     check_values,
     refusals_of_trl,
 )
-from interleave.training.vision import check_trainable
 
 
 @dataclass(frozen=True)
