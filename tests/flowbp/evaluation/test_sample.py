@@ -55,9 +55,14 @@ def test_a_seed_gives_the_image_of_the_pipeline(pipeline: Flux2KleinPipeline, gu
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
-    backbone = backbones.load(GENERATOR)
+def test_an_image_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, drawn = backbones.load(GENERATOR), list[int]()
+    decode = backbone.decode
+    monkeypatch.setattr(backbone, "decode", lambda latents: drawn.append(len(latents)) or decode(latents))
     together = sampling.generate_images(backbone, "two green squares", [3, 4, 5], SIZE, 4, 2.0)
+    by_twos = sampling.generate_images(backbone, "two green squares", [3, 4, 5], SIZE, 4, 2.0, batch_size=2)
+    assert drawn == [3, 2, 1]
+    assert (together - by_twos).abs().max() < 1e-5
     alone = sampling.generate_images(backbone, "two green squares", [4], SIZE, 4, 2.0)
     assert (together[1:2] - alone).abs().max() < 1e-5
 

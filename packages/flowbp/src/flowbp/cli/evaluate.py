@@ -95,7 +95,8 @@ def sample(
     backbone, seeds, cells = source.load(device_of("auto")), range(seed, seed + num), []
     with sampling.own_numbers(out, len(prompts)) as number, progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
-            made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale))
+            drawn = sampling.generate_images(backbone, prompt, seeds, shape, steps, scale, config.eval.batch_size)
+            made = to_pil(drawn)
             for which, image in zip(seeds, made, strict=True):
                 save_png(image, out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
             cells += [*source_thumbnails(prompt, made[0].size), *made]

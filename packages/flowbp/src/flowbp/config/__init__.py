@@ -216,7 +216,7 @@ class EvalConfig(Config):
     seed: int = 1
     """Seed of the noise; prompt i has its own stream whatever the batch."""
     batch_size: PositiveInt = 126
-    """Prompts per forward."""
+    """Images drawn at once, in `flowbp sample` too."""
     every: Annotated[int, Ge(0)] = 40
     """Updates between quick evaluations; 0: none."""
     quick_prompts: str = "builtin:shapes/tune"

@@ -28,8 +28,9 @@ def generate_images(
     size: tuple[int, int],
     num_inference_steps: int,
     guidance_scale: float,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """Images (b, 3, h, w) of one prompt, or edits of its sources, one per seed.
+    """Images (b, 3, h, w) of one prompt, or edits of its sources, one per seed.  batch_size: drawn at once; None: all.
 
     A seed gives the image that the diffusers pipeline of the family generates with
     `generator=torch.Generator().manual_seed(seed)`.  Raises UserError where the family does not take the sources, or
@@ -38,10 +39,14 @@ def generate_images(
     check_edits([prompt], backbone)
     noise = torch.cat([backbone.noise(1, size, torch.Generator().manual_seed(seed)) for seed in seeds])
     sources = pack_sources([[*map(SourceLatents(backbone), sources_of(prompt))]])
-    cond = repeat_batch({**encode_one(backbone, prompt), **sources}, len(seeds))
+    cond = {**encode_one(backbone, prompt), **sources}
     negative = {**encode_one(backbone, negative_of(backbone, prompt)), **sources}
-    latents = generate_latents(backbone, cond, negative, noise, size, num_inference_steps, guidance_scale)
-    return decode_finite(backbone, latents)
+    images = []
+    for part in noise.split(batch_size or len(seeds)):
+        conds = repeat_batch(cond, len(part))
+        latents = generate_latents(backbone, conds, negative, part, size, num_inference_steps, guidance_scale)
+        images.append(decode_finite(backbone, latents))
+    return torch.cat(images)
 
 
 def sample(
@@ -72,7 +77,8 @@ def sample(
     model.check_drawing(edits, size, steps)
     backbone = model.load(device_of("auto"))
     scale = config.eval_guidance_scales[0]
-    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale) for one in edits])
+    batch = config.eval.batch_size
+    return torch.cat([generate_images(backbone, one, seeds, size, steps, scale, batch) for one in edits])
 
 
 def next_file_number(folder: Path) -> int:
