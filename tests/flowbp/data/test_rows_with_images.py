@@ -94,7 +94,7 @@ def test_a_column_named_images_may_be_left_unread(tmp_path: Path) -> None:
     found = [*all_prompts(TrainConfig(data=data)).data, *load_prompts(str(tmp_path / "data"), data)]
     assert found == ["a cat", "a dog"]
     assert not any(map(sources_of, found))
-    with pytest.raises(UserError, match=r"not an address; .*; data\.images=null reads no images"):
+    with pytest.raises(UserError, match=r"is an address, .*; data\.images=null reads no images"):
         load_prompts(data.prompts)
 
 
