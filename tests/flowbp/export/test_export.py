@@ -184,7 +184,7 @@ def test_flux1_keys_come_back_through_diffusers_converter() -> None:
 
 def test_layers_without_a_name_are_refused() -> None:
     with pytest.raises(UserError, match="export --to diffusers instead"):
-        to_comfyui({"x_embedder": random_adapter(4, 4, 0)}, "Flux2KleinPipeline", {})
+        to_comfyui({"pos_embed.proj": random_adapter(4, 4, 0)}, "Flux2KleinPipeline", {})
 
 
 def test_fused_layers_stack_their_outputs() -> None:
