@@ -232,7 +232,9 @@ def test_the_estimate_is_what_the_judge_then_counts(tmp_path: Path) -> None:
     assert describe_cost(cost, Prices(prompt=2.0)).startswith("12 calls of the judge, about ")
 
 
-@pytest.mark.parametrize(("money", "shown"), [(0.0, "written, 30 min 00 s"), (0.0012, ", 0.0012 USD,"), (1.234, ", 1.23 USD,")])
+@pytest.mark.parametrize(
+    ("money", "shown"), [(0.0, "written, 30 min 00 s"), (0.0012, ", 0.0012 USD,"), (1.234, ", 1.23 USD,")]
+)
 def test_a_small_price_is_shown(money: float, shown: str) -> None:
     assert shown in describe_cost(Cost(1, 1000, 100, money, 0.5), Prices())
 

@@ -24,7 +24,8 @@ from transformers import (
 
 from imgen_common import hub
 from imgen_common.errors import UserError, warn_once
-from imgen_common.weights import load_whole, warn_of_unknown_settings
+from imgen_common.hub.settings import warn_of_unknown_settings
+from imgen_common.weights import load_whole
 
 Weights = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

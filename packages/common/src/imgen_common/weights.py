@@ -1,18 +1,15 @@
 """Networks from folders whose weights and config.json fit each other: no weight missing, unused or of coded numbers."""
 
 import contextlib
-import inspect
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from imgen_common.errors import UserError, one_line, quoted, warn_once
+from imgen_common.errors import UserError, one_line
 
-T = TypeVar("T")
 INTEGERS = frozenset(sign + bits for sign in "IU" for bits in ("8", "16", "32", "64"))
 """Numbers, by safetensors' names, that a plain weight never has; buffers, such as position_ids, may have them."""
 FLOAT8 = "F8_"
@@ -20,8 +17,6 @@ FLOAT8 = "F8_"
 SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
 QUANTIZED = ("quantization_config", "compression_config")
 """What config.json calls the way in which weights are coded; libraries decode those that it describes."""
-OLD_SETTINGS = ("pooled_projection_dim", "force_upcast", QUANTIZED[0])
-"""Keys of published files of Qwen-Image and FLUX.2 that their classes have no more, and that of quantized weights."""
 REMEDY = "copy weights and config.json from one place"
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """How each library names the file of a whole model's weights."""
@@ -31,15 +26,8 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",
 """Files of a tokenizer, one of these sets; without any, transformers makes one that drops every word."""
 NO_VOCABULARY = "ByT5"
 """Tokenizers of bytes, which need no such file."""
-PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-"""Ways in which PEFT draws the first A and B of an adapter and leaves the weights of the model alone."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
-ADAPTER_KEY = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<part>A|B|down|up)(?:\.default)?\.weight|lora\.(?P<old>down|up)\.weight|(?P<alpha>alpha))"
-)
-ADAPTER_PREFIXES = ("", "transformer_", "base_model_model_", "lora_unet_", "lora_transformer_", "diffusion_model_")
-"""What stands before the name of a layer, dots as underscores: nothing, diffusers, PEFT, kohya twice, ComfyUI."""
 LORA_FILES = (ADAPTER_CONFIG, "pytorch_lora_weights.safetensors")
 """One of these is in the folder of an adapter."""
 HEAD_FILE = "head.safetensors"
@@ -254,74 +242,12 @@ def _is_filled(part: Path, pattern: str) -> bool:  # a full disk leaves empty fi
     return any(file.stat().st_size >= least for file in part.glob(pattern))
 
 
-def check_autoencoder(ref: str, folder: Path) -> None:
-    """Raises UserError unless an autoencoder's config.json has the numbers by which latents are scaled and shifted.
-
-    diffusers fills one that is missing with that of Stable Diffusion 1, or with none.
-    """
-    settings = read_json(folder / "vae" / "config.json", folder)
-    for name, above in (("scaling_factor", 0.0), ("shift_factor", -math.inf)):
-        value = settings.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < math.inf:
-            shown = one_line(json.dumps(value), 40) if name in settings else "is missing"
-            what = "a number above 0" if name == "scaling_factor" else "a number"
-            raise UserError(f"{ref}: vae/config.json {name} {shown}: must be {what}; copy that file again")
-
-
-def check_channels(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any], pixels: int, where: str) -> None:
-    """Raises UserError where a transformer does not read what an autoencoder makes, by the configurations of both.
-
-    pixels: of the latents, whose channels the transformer is given as one token; 1: those of one, which it puts
-    together itself.
-    """
-    read, made = transformer["in_channels"], autoencoder.get("latent_channels") or autoencoder.get("z_dim")
-    if made is not None and read != pixels * made:
-        raise UserError(
-            f"{where}the transformer reads {read} channels, and the autoencoder has {made} of its own, which makes "
-            f"{pixels * made}; copy transformer/ and vae/ from one place"
-        )
-
-
-def warn_of_unknown_settings(folder: Path) -> None:
-    """Warns of what a diffusers folder sets for its networks that the installed release does not know and so ignores,
-    unless an earlier release wrote it."""
-    import diffusers
-
-    index, installed = read_json(folder / "model_index.json"), diffusers.__version__
-    for part in ("transformer", "vae"):
-        entry, file = index.get(part), folder / part / "config.json"
-        kind = getattr(diffusers, str(entry[-1]), None) if isinstance(entry, list) and entry else None
-        settings = {} if kind is None else read_json(file, folder)
-        versions = (settings.get("_diffusers_version", installed), installed)
-        made_by, here = ([int(number) for number in re.findall(r"\d+", str(text))[:2]] for text in versions)
-        known = {*OLD_SETTINGS, *(() if kind is None else inspect.signature(kind).parameters)}
-        unknown = [key for key, value in settings.items() if value and key[:1] != "_" and key not in known]
-        if unknown and made_by >= here:
-            warn_once(
-                f"{file}: the installed diffusers {installed} does not know {one_line(', '.join(unknown))} and ignores "
-                "it; perhaps the model is of a newer release: pip install -U diffusers"
-            )
-
-
 def incomplete(folder: Path, what: str) -> UserError:
     return UserError(f"{folder}: half-downloaded model: {what}; download or copy it again")
 
 
 def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
-
-
-def components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Component name to library and class name, from model_index.json; components that are null there are left out."""
-    found = {}
-    for name, entry in read_json(folder / "model_index.json").items():
-        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
-            continue
-        if all(isinstance(part, str) for part in entry):
-            if not all(map(is_plain_name, (name, *entry))):
-                raise UserError(f"{folder}: model_index.json has a component {name!r} of {entry}; names must be plain")
-            found[name] = (entry[0], entry[1])
-    return found
 
 
 def _shards(file: Path) -> tuple[Path, ...]:
@@ -344,57 +270,3 @@ def _no_weights(folder: Path, library: str) -> UserError:
     return UserError(
         f"{folder}: {what}; give it that name if {library} wrote it, download what is missing, or convert it"
     )
-
-
-PATCHES = (("patch_size",) * 2, ("merge_size", "spatial_merge_size"), ("temporal_patch_size",) * 2)
-"""Settings of the image processor, and of the vision tower in config.json, that must agree where patches are merged:
-other processors have a patch_size of another form, or of another meaning."""
-
-
-def describe_other_folder(folder: Path) -> str:
-    """What a folder is that is no model's, and what to do, as the end of a message; empty where that is not known."""
-    is_checkpoint = (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints"
-    is_run = (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
-    # other trainers put their adapters beside these
-    if is_checkpoint or (is_run and not any(folder.glob("*.safetensors"))):
-        run = quoted(folder.parents[1] if is_checkpoint else folder)
-        what = f"of a {'checkpoint' if is_checkpoint else 'run'} of flowbp"
-        return f"; {what} `flowbp export {run}` makes a model or an adapter"
-    if (folder / "snapshots").is_dir() and (found := sorted((folder / "snapshots").glob("[!.]*"))):
-        return f"; it is a cache of the hub: give the model in it, {found[-1]}"
-    return ""
-
-
-def check_plain_start(options: Mapping[str, Any], what: str) -> None:
-    """Raises UserError where PEFT's description of an adapter, `what` in messages, says that training began from
-    changed weights of the model, as PiSSA does: the adapter alone is not the difference to the published ones."""
-    begun = options.get("init_lora_weights")
-    if isinstance(begun, str) and begun.lower() not in PLAIN_STARTS:
-        raise UserError(
-            f"{what}: its init_lora_weights {one_line(begun, 40)} changes the weights of the model that it belongs to; "
-            "convert it to a plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
-        )
-
-
-def check_patches(image_processor: Any, folder: Path, ref: str) -> None:
-    """Raises UserError unless images are cut as the vision tower reads them."""
-    tower = read_json(folder / "config.json", folder).get("vision_config") or {}
-    for name, theirs in PATCHES if hasattr(image_processor, "merge_size") else ():
-        given, read = getattr(image_processor, name, None), tower.get(theirs)
-        if None not in (given, read) and given != read:
-            raise UserError(
-                f"{ref}: its image processor has {name} {given}, its vision tower {theirs} {read}; copy "
-                "preprocessor_config.json and config.json from one place"
-            )
-
-
-def parse_adapter_key(key: str, targets: Mapping[str, T]) -> tuple[str, str, T | None] | None:
-    """The module of an adapter's tensor, its part of that (down, up or alpha), and what the module stands for among
-    `targets`, by names with underscores for dots; None for a tensor that is no part of a plain LoRA."""
-    match = ADAPTER_KEY.fullmatch(key)
-    if match is None:
-        return None
-    part = "alpha" if match["alpha"] else "down" if (match["part"] or match["old"]) in ("A", "down") else "up"
-    flat = match["module"].replace(".", "_")
-    names = (flat.removeprefix(prefix) for prefix in ADAPTER_PREFIXES if flat.startswith(prefix))
-    return match["module"], part, next((targets[name] for name in names if name in targets), None)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from flowbp.backbones.licenses import PUBLISHED, license_of, name_of
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import QUANTIZED, check_autoencoder, read_json, warn_of_unknown_settings
+from imgen_common.hub.settings import check_autoencoder, warn_of_unknown_settings
+from imgen_common.weights import QUANTIZED, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from flowbp.config import LoraConfig, TrainConfig
 from flowbp.core.types import Backbone
 from imgen_common import hub
 from imgen_common.errors import UserError
-from imgen_common.weights import ADAPTER_CONFIG, check_plain_start, parse_adapter_key, read_json
+from imgen_common.hub.adapters import check_plain_start, parse_adapter_key
+from imgen_common.weights import ADAPTER_CONFIG, read_json
 
 PEFT_ALPHA = 8
 """lora_alpha of a description that does not give it."""

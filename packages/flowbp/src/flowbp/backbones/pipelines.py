@@ -22,8 +22,9 @@ from flowbp.core.settings import GuidanceRescale, NoiseLevels
 from flowbp.core.types import Cond, Layout
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
+from imgen_common.hub.settings import check_channels
 from imgen_common.prompt_limits import PromptLimit, check_vocabularies, prompt_limits, text_encoder_names
-from imgen_common.weights import check_channels, loading, read_json
+from imgen_common.weights import loading, read_json
 
 LEVEL_TOLERANCE = 1e-5
 """By how much rounding may lift a noise level above 1."""

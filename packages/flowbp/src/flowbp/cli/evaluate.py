@@ -92,11 +92,10 @@ def sample(
     quiet_libraries()
     source.check_drawing(prompts, shape, steps)
     print_notes([*source.assumed_settings(size, given, guidance), *source.unread_prompts(prompts)])
-    backbone, seeds, cells = source.load(device_of("auto")), range(seed, seed + num), []
+    backbone, batch, seeds, cells = source.load(device_of("auto")), config.eval.batch_size, range(seed, seed + num), []
     with sampling.own_numbers(out, len(prompts)) as number, progress_bar() as on_progress:
         for index, prompt in enumerate(prompts):
-            drawn = sampling.generate_images(backbone, prompt, seeds, shape, steps, scale, config.eval.batch_size)
-            made = to_pil(drawn)
+            made = to_pil(sampling.generate_images(backbone, prompt, seeds, shape, steps, scale, batch))
             for which, image in zip(seeds, made, strict=True):
                 save_png(image, out / f"{number + index:03d}-{sampling.slug(prompt)}-seed{which}.png")
             cells += [*source_thumbnails(prompt, made[0].size), *made]

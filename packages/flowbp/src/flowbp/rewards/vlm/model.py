@@ -23,8 +23,9 @@ from transformers import (
 from flowbp.rewards import preprocess
 from flowbp.rewards.loading import checkpoint_layers, load_frozen, load_part
 from imgen_common.errors import UserError
+from imgen_common.hub.settings import check_patches
 from imgen_common.prompt_limits import check_vocabulary
-from imgen_common.weights import check_patches, read_json
+from imgen_common.weights import read_json
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,

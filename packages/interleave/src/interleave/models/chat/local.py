@@ -12,9 +12,10 @@ from imgen_common.console import quiet_libraries
 from imgen_common.devices import device_of, dtype_of
 from imgen_common.errors import UserError
 from imgen_common.http.chat import MARK_TOKENS, in_think_marks
+from imgen_common.hub.settings import check_patches
 from imgen_common.prompt_limits import check_vocabulary
 from imgen_common.run_folder.data import fingerprint
-from imgen_common.weights import check_patches, load_whole, loading
+from imgen_common.weights import load_whole, loading
 from interleave.models.concurrency import Batcher, FittingBatches
 from interleave.protocols import BackendError, Message, Reply, split_system
 

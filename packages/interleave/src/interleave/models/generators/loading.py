@@ -10,17 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from imgen_common import hub
 from imgen_common.console import quiet_libraries
 from imgen_common.errors import UserError, nearest, one_line
+from imgen_common.hub.adapters import check_plain_start, parse_adapter_key
+from imgen_common.hub.settings import check_autoencoder, check_channels, warn_of_unknown_settings
 from imgen_common.prompt_limits import check_vocabularies, text_encoder_names, text_layers
-from imgen_common.weights import (
-    ADAPTER_CONFIG,
-    check_autoencoder,
-    check_channels,
-    check_plain_start,
-    loading,
-    parse_adapter_key,
-    read_json,
-    warn_of_unknown_settings,
-)
+from imgen_common.weights import ADAPTER_CONFIG, loading, read_json
 
 if TYPE_CHECKING:
     import torch
