@@ -312,6 +312,8 @@ MISTAKES = [
     ("- 1", "0.yaml: must be a mapping of keys to values, got a list"),
     ("word", "0.yaml: must be a mapping of keys to values, got a string"),
     ("optim: [1\n", "0.yaml:2:1: expected ',' or ']', but got '<stream end>'"),
+    ('lr: 1\nkey: "sk-open\nlast: 2\n', "0.yaml:2:6: a quote that is not closed"),
+    ("optim:\n\u00a0\u00a0lr: 1\n", "0.yaml:2: indented with a no-break space (U+00A0), as web pages have; use plain"),
     ("a: b: c", "0.yaml:1:5: mapping values are not allowed here"),
     ("a: \x00", "0.yaml:1: holds a zero byte"),
     ("a: 1\n---\nb: 2", "0.yaml:2:1: but found another document"),

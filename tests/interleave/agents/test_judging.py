@@ -95,7 +95,7 @@ def test_marks_that_can_be_read(answer: str, marks: tuple[float, float]) -> None
         (f"{score(7, 8)}, or {score(8, 8)}", "not JSON"),
         (f"I think {score(7, 8)} {{", "not JSON (more than one object)"),
         ('{"score": [7, 8]', "not JSON"),
-        (f"<think>{score(7, 8)}", "the answer is empty: all words stand in the reasoning; was it cut off"),
+        (f"<think>{score(7, 8)}", "the answer is empty: all words stand in the reasoning; is the server's"),
         (f"<think>{score(7, 8)}</think>", "the answer is empty: all words stand in the reasoning"),
         (f'{{"score": [{"[" * 300}{"]" * 300}, 8]}}', "not list"),
         (f"<answer>{score(7, 8)}", "not closed"),

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgen_common.http.chat import ALL_REASONING
 from imgen_common.judging.objects import ParseMode
 from interleave.agents.parsing import ParseFailure, describe_failure, parse_plan, parse_verdict
 from interleave.protocols import Reply
@@ -186,6 +187,8 @@ def test_an_answer_without_any_tag_is_quoted() -> None:
     assert len(said) < 150
     for text in ("", "  ", "<think>hm"):
         assert describe_failure(Reply(text), ParseFailure("no <answer>")) == "no <answer>"
+    split_off = Reply("<think>the plan: <answer>{}</answer></think>", finish_reason="stop")
+    assert describe_failure(split_off, ParseFailure("no <answer>")).endswith(ALL_REASONING)
 
 
 def test_an_answer_without_reasoning_is_told_its_mode() -> None:

@@ -173,6 +173,24 @@ def test_the_end_of_a_story_has_its_color(status: Any, color: int, tmp_path: Pat
     assert text.getvalue().count(f"\x1b[{color}m{status}") == 1 + (status != "complete")
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("refused", "would be refused again"), ("unreachable", "to try the others again")]
+)
+def test_what_was_refused_is_not_to_be_tried_again(
+    kind: Any, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    story = Trajectory(
+        id="x",
+        request=Request(id="x", text="a cat"),
+        planner=None,
+        plan=None,
+        status="generator_failed",
+        error_kind=kind,
+    )
+    console.print_summary([story], [], tmp_path, Console())
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("planner", "warned"), [("builtin:shapes/planner t=0.7", True), ("my-planner", False)])
 def test_a_plan_of_the_built_in_planner_that_leaves_things_out_is_said_to(
     planner: str, warned: bool, capsys: pytest.CaptureFixture[str]

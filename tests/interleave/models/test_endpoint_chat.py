@@ -262,7 +262,7 @@ def test_white_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPat
     assert seen[0].headers["authorization"] == "Bearer secret"
 
 
-def test_a_check_says_what_to_mend() -> None:
+def test_a_check_says_what_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
     def check(answer: httpx.Response) -> None:
         asyncio.run(endpoint(lambda request: answer).check())
 
@@ -281,11 +281,18 @@ def test_a_check_says_what_to_mend() -> None:
         (httpx.Response(402, json={"error": "Payment Required"}), "; pay for more, or raise the limit of the account"),
         (httpx.Response(400, json={"error": "Your credit balance is too low"}), "too low; pay for more, or raise"),
         (httpx.Response(200, text="<html>"), "not a chat completion"),
+        (
+            httpx.Response(200, json={"choices": [{"message": {"role": "assistant"}, "finish_reason": "stop"}]}),
+            r"answered nothing \(finish_reason stop\); run this again; if it does again, raise max_new_tokens",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             check(answer)
     check(httpx.Response(200, json=completion()))
     check(httpx.Response(429))
+    split_off = {"message": {"content": None, "reasoning": "<answer>yes</answer>"}, "finish_reason": "stop"}
+    check(httpx.Response(200, json={"choices": [split_off]}))
+    assert "all words stand in the reasoning" in capsys.readouterr().err
 
 
 def test_null_leaves_a_key_of_the_request_out() -> None:

@@ -43,6 +43,8 @@ what they stand for.  Reading the largest takes seconds."""
 UNWRITABLE = re.compile("[\\0\ud800-\udfff]")
 PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 """A character beyond U+FFFF as JSON escapes it."""
+INDENTED_ODDLY = re.compile(r"^ *\u00a0[ \u00a0]*(?:- )?[\w.]+:", re.MULTILINE)
+"""A key behind a space that is none to YAML, which would be part of the key's name."""
 TOO_DEEP = f"more than {MAX_DEPTH} values inside each other"
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 CORE_RULES = (
@@ -207,11 +209,18 @@ def parse_yaml(text: str, source: str, *, is_option: bool = False) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{source}: {len(text)} characters; a configuration may have {MAX_CHARACTERS}")
+    if match := INDENTED_ODDLY.search(text):
+        line = text.count("\n", 0, match.end()) + 1
+        raise UserError(
+            f"{source}:{line}: indented with a no-break space (U+00A0), as web pages have; use plain spaces"
+        )
     try:
         return yaml.load(text, Loader=_OptionLoader if is_option else _Loader)  # noqa: S506, SafeLoaders
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark, problem = error.problem_mark or error.context_mark, error.problem or error.context
+        if error.context == "while scanning a quoted scalar" and "end of stream" in str(problem):
+            mark, problem = error.context_mark, "a quote that is not closed"
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise UserError(f"{place}: {error.problem or error.context}") from None
+        raise UserError(f"{place}: {problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # an escape beyond Unicode, a letter that YAML forbids
         raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from None

@@ -40,6 +40,8 @@ COMMENTS = re.compile(rb"\A(?:\s*+:[^\n]*+\n)*+\s*+")
 LOGPROB_ROUNDING = 1e-3
 """By which a server's log-probabilities may exceed 0, in half precision."""
 OPEN, CLOSE = "<think>", "</think>"
+ALL_REASONING = "all words stand in the reasoning; is the server's reasoning parser that of another model?"
+NOTHING = "the model answered nothing"
 BEGINNING = re.compile(r"\s*+<think>")
 OTHER_OPEN = re.compile(r"\A\s*+(?:<\|START_THINKING\|>|\[THINK\]|<seed:think>|◁think▷|<\|channel>thought\s)")
 OTHER_CLOSE = re.compile(
@@ -221,6 +223,8 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
         raise Refusal("the model calls a tool instead of answering; serve it without tools, or name another model")
     if content is None and (is_cut_off or any(split_off)):
         content = ""
+    if content is None and message and isinstance(message, dict):
+        raise HttpError("malformed_response", f"{NOTHING} (finish_reason {reason or 'none'})")
     if not isinstance(content, str):
         raise TypeError(f"content is {type(content).__name__}, finish_reason {reason or 'none'}")
     content = in_think_marks(content)

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 from imgen_common.errors import UserError, one_line
-from imgen_common.http.chat import split_reasoning
+from imgen_common.http.chat import ALL_REASONING, split_reasoning
 from imgen_common.judging.answers import Answer, AnswerLog, count_failures
 from imgen_common.judging.questions import JudgeError, JudgeModel, JudgeReply, Question, Unreadable
 from imgen_common.streams import stream_seed
@@ -151,8 +151,7 @@ def _answer_alone(reply: JudgeReply) -> str:
     """
     reasoning, said = split_reasoning(reply.text)
     if reasoning and not said.strip():
-        what = "all words stand in the reasoning; is the server's reasoning parser that of another model?"
-        raise Unreadable(what) if reply.is_cut_off else JudgeError("malformed_response", what)
+        raise Unreadable(ALL_REASONING) if reply.is_cut_off else JudgeError("malformed_response", ALL_REASONING)
     if reply.is_cut_off and not reasoning:  # a chat template may have opened its thoughts, which then have no mark
         raise Unreadable("its last words are missing")
     return said

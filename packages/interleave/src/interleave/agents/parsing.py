@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imgen_common.errors import one_line
-from imgen_common.http.chat import split_reasoning
+from imgen_common.http.chat import ALL_REASONING, CLOSE, split_reasoning
 from imgen_common.judging.objects import (
     NO_THOUGHT,
     ParseMode,
@@ -78,8 +78,7 @@ def parse_json(answer: str) -> Any | ParseFailure:
     """
     reasoning, answer = split_reasoning(answer)
     if reasoning and not answer.strip():
-        empty = "the answer is empty: all words stand in the reasoning"
-        return ParseFailure(f"{empty}; was it cut off, or is the server's reasoning parser that of another model?")
+        return ParseFailure(f"the answer is empty: {ALL_REASONING}")
     try:
         body = unfenced(next(answer_bodies(answer), "") if "<answer>" in answer else answer)
         try:
@@ -138,6 +137,8 @@ def describe_failure(reply: Reply, read: ParseFailure) -> str:
         )
     elif read.reason == NO_THOUGHT and "</answer>" in reply.text:
         remedy = "; if the model answers without reasoning, set parse_mode: direct"
+    elif reply.text.rstrip().endswith(CLOSE):
+        remedy = f"; {ALL_REASONING}"
     return ": ".join(filter(None, (describe_ending(reply), read.reason, words))) + remedy
 
 

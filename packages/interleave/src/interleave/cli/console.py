@@ -136,7 +136,9 @@ def print_summary(trajectories: Sequence[Trajectory], attempts: Sequence[Attempt
         out.print(f"  {sanitize(trajectory.id)}: [{color}]{trajectory.status}[/] {sanitize(trajectory.error or '')}")
     again = f"interleave batch --resume {sanitize(quoted(run))} --retry"
     early = {trajectory.status for trajectory in trajectories if not trajectory.is_whole}
-    if early - {"budget_exhausted"}:
+    if early and all(trajectory.is_whole or trajectory.error_kind == "refused" for trajectory in trajectories):
+        out.print("what was refused would be refused again: change the requests, or in a new run the settings")
+    elif early - {"budget_exhausted"}:
         out.print(f"to try the others again: {again}", soft_wrap=True)
     elif early:
         larger = "--set loop.max_generations=N (or loop.max_seconds)"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Gt, Le
 
 from imgen_common.config import NO_SECRETS, ONE_ANSWER, Config, KeyVariable, ServedModel
-from imgen_common.errors import UserError
+from imgen_common.errors import UserError, warn_once
 from imgen_common.http import HttpClient, HttpError, Refusal, RetryPolicy, ServiceUrl, check_url
-from imgen_common.http.chat import complete, encode_body
+from imgen_common.http.chat import ALL_REASONING, NOTHING, complete, encode_body
 from imgen_common.http.failures import NO_CREDIT
 from interleave.models.remote import backend_errors, data_address
 from interleave.protocols import Message, Reply, split_system
@@ -118,6 +118,8 @@ class EndpointChat:
             remedy = f"start the server, or correct url, model ({c.model!r}) or the key in {c.key_env}"
             if isinstance(failure, HttpError) and failure.status == NO_CREDIT:
                 remedy = f"pay for more, or raise the limit of the account whose key is in {c.key_env}"
+            elif NOTHING in reason:
+                remedy = "run this again; if it does again, raise max_new_tokens or name another model"
             elif UNKNOWN_MODEL.search(reason):
                 remedy = f"correct model ({c.model!r}): give its name as the server knows it"
             elif isinstance(failure, HttpError) and failure.status in (400, 422, 500):
@@ -130,6 +132,8 @@ class EndpointChat:
                 otherwise = remedy if failure.status == 500 else left_out
                 remedy = next((words for sign, words in remedies.items() if re.search(sign, reason)), otherwise)
             raise UserError(f"chat endpoint {reason}; {remedy}") from None
+        if not answer.content.strip() and answer.reasoning and not answer.is_cut_off:
+            warn_once(f"chat endpoint {self._url}: {ALL_REASONING}")
         if c.top_logprobs and not answer.token_probabilities:
             raise UserError(
                 f"chat endpoint {self._url}: answers without the log-probabilities that top_logprobs: {c.top_logprobs} "
