@@ -607,6 +607,9 @@ def test_a_run_of_another_command_is_refused_by_name(tmp_path: Path, program: st
     assert find_run("aligned", tmp_path, "flowbp train") == find_run("aligned", tmp_path) == tmp_path / "aligned"
     assert find_run("story", tmp_path, "interleave batch", "interleave run") == tmp_path / "story"
     assert find_run("own", tmp_path, "flowbp train") == tmp_path / "own"  # of a script: what it holds must tell
+    (tmp_path / "own" / "checkpoints" / "step-000002").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"not a run folder .*; give that of the run, {tmp_path / 'own'}"):
+        find_run(str(tmp_path / "own" / "checkpoints" / "step-000002"), tmp_path)
     with pytest.raises(UserError, match="story: a run of `interleave run`, not of `flowbp train`"):
         find_run("story", tmp_path, "flowbp train")
     RunFolder.create(tmp_path / "table", Settings(), [aligned, "benchmark", "aligned"]).close()

@@ -39,7 +39,9 @@ def find_run(text: str, root: Path, *made_by: str) -> Path:
                 raise UserError(f"{path / CONFIG}: is empty, as after a loss of power; restore it, or start anew")
             return path
     if os.path.exists(text):
-        raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give the folder of an earlier run")
+        above = next((path for path in Path(text).parents if os.path.isfile(path / CONFIG)), None)
+        which = f"that of the run, {above}" if above else "the folder of an earlier run"
+        raise UserError(f"{text}: not a run folder (no {CONFIG} in it); give {which}")
     raise UserError(f"{text}: no such run{_describe_runs(text, root, *made_by)}")
 
 
