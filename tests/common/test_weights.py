@@ -104,6 +104,7 @@ def test_a_missing_weight_is_named(model: PreTrainedModel, name: str, tmp_path: 
         ("transformer", {"later": 1, "_diffusers_version": None, "rope_scales": [1]}, "later, rope_scales"),
         ("transformer", {"use_rope_v2": False, "other": None, "more": []}, ""),
         ("transformer", {"pooled_projection_dim": 768}, ""),  # of Qwen-Image, as it is published
+        ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ("vae", {"force_upcast": True}, ""),  # of FLUX.2
         ("vae", {"optimization_step": 45531, "_diffusers_version": "0.30.3"}, ""),  # of an EMA
     ],
@@ -113,16 +114,17 @@ def test_a_setting_that_diffusers_does_not_know_is_said_once(
 ) -> None:
     source = hub.resolve("builtin:shapes/generator")
     shutil.copy(source / "model_index.json", tmp_path)
-    for name in ("transformer", "vae"):
-        content = json.loads((source / name / "config.json").read_text())
+    files = {name: f"{'scheduler_' * (name == 'scheduler')}config.json" for name in ("transformer", "vae", "scheduler")}
+    for name, file in files.items():
+        content = json.loads((source / name / file).read_text())
         content = content | {"_diffusers_version": diffusers.__version__} | (settings if name == part else {})
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(
+        (tmp_path / name / file).write_text(
             json.dumps({key: value for key, value in content.items() if (key, value) != ("_diffusers_version", None)})
         )
     warn_once.cache_clear()
     for _ in range(2):
         warn_of_unknown_settings(tmp_path)
     installed = f"the installed diffusers {diffusers.__version__} does not know {named} and ignores it"
-    said = f"warning: {tmp_path / part / 'config.json'}: {installed}; perhaps the model is of a newer release"
+    said = f"warning: {tmp_path / part / files[part]}: {installed}; perhaps the model is of a newer release"
     assert capsys.readouterr().err == (f"{said}: pip install -U diffusers\n" if named else "")

@@ -173,7 +173,8 @@ BAD = {
     ),
     "alpha above 1": (["method=flowbp_bridge", "method.coupling.alpha=1.5"], "less than or equal to 1, got 1.5"),
     "alpha below 0": (["method=flowbp_bridge", "method.coupling.alpha=-0.5"], "greater than or equal to 0"),
-    "missing model": (["model.ref=/no/such/folder"], "no such folder"),
+    "missing model": (["model.ref=/no/such/folder"], "no such folder;"),
+    "missing model nearby": (["model.ref=./gen2"], f"'./gen2': no such folder in {Path.cwd()}"),
     "unknown builtin": (["rewards.0.ref=builtin:shapes/rewrad"], "did you mean 'builtin:shapes/reward'?"),
     "not a generator": (["model.ref=builtin:shapes/reward"], "not a diffusers pipeline"),
     "missing prompts": (["data.prompts=none.txt"], "no such prompt file"),
@@ -186,6 +187,8 @@ BAD = {
     ),
     "no guidance scale to evaluate": (["eval.guidance_scale=[]"], "eval.guidance_scale"),
     "one guidance scale twice": (["eval.guidance_scale=[2, 1, 2.0]"], "names 2.0 more than once; write each once"),
+    "TensorBoard as a tracker": (["trackers=[tensorboard]"], "leave it out, its files are always written"),
+    "several files of prompts": (["data.prompts=[a.txt, b.txt]"], "must be one text, not a list, got ['a.txt'"),
     "one tracker twice": (["trackers=[wandb, wandb]"], "names wandb more than once; write each once"),
     "name with a folder": (["name=../elsewhere"], "must be the plain name"),
 }
@@ -846,7 +849,8 @@ def test_explain_takes_a_recipe(flowbp: Call, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method: full\nnum_inference_steps: 9\n")
     code, output, _ = flowbp("explain", recipe)
-    assert (code, output.splitlines()[0]) == (0, "full: 9 steps, seed 0, linear noise levels, shift 1")
+    levels = "linear noise levels, shift 1 (a run has those of its model: --model builtin:shapes/generator)"
+    assert (code, output.splitlines()[0]) == (0, f"full: 9 steps, seed 0, {levels}")
 
 
 def test_explain_writes_a_figure_and_takes_the_models_levels(flowbp: Call, tmp_path: Path) -> None:

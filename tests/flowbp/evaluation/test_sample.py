@@ -302,7 +302,7 @@ def test_a_run_is_compared_with_its_base_under_equal_settings(
     drawn: list[ModelSource] = []
     scales: list[tuple[float, ...]] = []
 
-    def evaluate(source: ModelSource, prompts: Any, rewards: Any, config: Any, at: Any, on_progress: Any) -> Any:
+    def evaluate(source: ModelSource, prompts: Any, config: Any, at: Any, on_progress: Any) -> Any:
         drawn.append(source)
         scales.append(tuple(at))
         return {}

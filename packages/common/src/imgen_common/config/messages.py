@@ -105,6 +105,8 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
         case "literal_error" | "enum":
             allowed = re.findall(r"'([^']*)'", str(detail["ctx"]["expected"]))
             return f"must be {detail['ctx']['expected']}{given}{nearest(str(detail['input']), allowed)}"
+        case "string_type" if isinstance(detail["input"], list | tuple):
+            return f"must be one text, not a list{given}"
         case "tuple_type" | "list_type":
             return f"must be a list, such as [a, b]{given}"
         case "value_error" | "assertion_error":

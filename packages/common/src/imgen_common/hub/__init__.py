@@ -93,7 +93,8 @@ def _find(ref: str, *, weights: bool, single_file: bool, adapter: bool = False) 
     match = (HUB_FILE.fullmatch(ref) if single_file else None) or HUB_REF.fullmatch(ref)
     if match is None or ref.startswith((".", "/", "~")):
         places = "a safetensors file, a folder" if single_file else f"a folder, one of {', '.join(_builtins())}"
-        what = f"no such {'file or ' * single_file}folder{nearest(ref, _builtins())}"
+        where = f" in {Path.cwd()}" if ref and not path.is_absolute() else ""
+        what = f"no such {'file or ' * single_file}folder{where}{nearest(ref, _builtins())}"
         raise UserError(f"model {ref!r}: {what}; give {places} or org/name[@revision]")
     file = match.groupdict().get("file")
     path = download(ref, match["repo"], match["revision"], file, weights=weights, adapter=adapter) / (file or "")

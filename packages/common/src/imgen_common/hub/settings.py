@@ -59,15 +59,15 @@ def check_patches(image_processor: Any, folder: Path, ref: str) -> None:
 
 
 def warn_of_unknown_settings(folder: Path) -> None:
-    """Warns of what a diffusers folder sets for its networks that the installed release does not know and so ignores,
-    unless an earlier release wrote it."""
+    """Warns of what a diffusers folder sets for its networks and its scheduler that the installed release does not know
+    and so ignores, unless an earlier release wrote it."""
     import diffusers
 
     index, installed = read_json(folder / "model_index.json"), diffusers.__version__
-    for part in ("transformer", "vae"):
-        entry, file = index.get(part), folder / part / "config.json"
+    for part, name in (("transformer", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json")):
+        entry, file = index.get(part), folder / part / name
         kind = getattr(diffusers, str(entry[-1]), None) if isinstance(entry, list) and entry else None
-        settings = {} if kind is None else read_json(file, folder)
+        settings = read_json(file, folder) if kind is not None and file.exists() else {}
         versions = (settings.get("_diffusers_version", installed), installed)
         made_by, here = ([int(number) for number in re.findall(r"\d+", str(text))[:2]] for text in versions)
         known = {*OLD_SETTINGS, *(() if kind is None else inspect.signature(kind).parameters)}

@@ -113,6 +113,8 @@ def explain(
     sigmas = _noise_levels(config, model, shift)
     plan = draw_plan(config.method, sigmas, numpy_generator(seed, "plan", 0))
     levels = model or f"linear noise levels, shift {shift:g}"
+    if model is None and Path(method).suffix in (".yaml", ".yml"):
+        levels += f" (a run has those of its model: --model {config.model.ref})"
     heading = f"{config.method.name}: {plan.num_inference_steps} steps, seed {seed}, {levels}"
     console.print_plan(config, plan, heading)
     if figure is not None:

@@ -330,6 +330,13 @@ class TrainConfig(Config):
     trackers: Annotated[tuple[Literal["wandb", "trackio"], ...], Different] = ()
     """Where metrics go beside `metrics.jsonl` and TensorBoard."""
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _tensorboard_is_there(cls, trackers: Any) -> Any:
+        if isinstance(trackers, list | tuple) and "tensorboard" in trackers:
+            raise ValueError("tensorboard: leave it out, its files are always written")
+        return trackers
+
     @model_validator(mode="after")
     def _names_differ(self) -> "TrainConfig":
         names = [scorer.name for scorer in self.scorers]
@@ -357,9 +364,7 @@ class TrainConfig(Config):
             against.append(f"active_steps_per_forward {self.active_steps_per_forward}")
         against += ["regularise"] if self.regularise is not None else []
         if self.keep_graphs and against:
-            raise ValueError(
-                f"keep_graphs {self.keep_graphs}: not with {' and '.join(against)}; set one to its default"
-            )
+            raise ValueError(f"keep_graphs {self.keep_graphs}: not with {', '.join(against)}; set one to its default")
         if self.model.compile and kind != "ddp":
             raise ValueError(f"model.compile: not under distributed.kind {kind}; set it to false, or the kind to ddp")
         if self.rollout.changes_network and kind != "ddp":
