@@ -188,7 +188,7 @@ def test_a_run_under_fsdp2_resumes_exactly() -> None:
     check_resume("fsdp2", "full")
 
 
-@pytest.mark.parametrize("case", tiers(sorted(set(CASES["fsdp2"]) - {EDITS[1]}), slow=SLOW))
+@pytest.mark.parametrize("case", tiers(sorted(set(CASES["fsdp2"]) - {EDITS[1]}), slow=["lora"]))
 def test_what_processes_send_is_what_was_estimated(case: str) -> None:
     place = results("fsdp2", case in SLOW)
     job = check_run(config_of(place / ALL_CASES, *CASES["fsdp2"][case]), 2, estimate_only=True)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,19 @@ def download(
 
     from imgen_common.http.addresses import check_proxy, proxy_of
 
-    is_offline = offline() is not None
+    is_offline, names = offline() is not None, list[str]()
 
     def fetch(want: list[str], leave: Sequence[str] = ()) -> Path:
         options: dict[str, Any] = {"revision": revision, "local_files_only": is_offline}
         return Path(snapshot_download(repo, allow_patterns=want, ignore_patterns=[*leave], **options))
 
-    def names() -> list[str]:
-        return _names_of_files(repo, revision)
-
     try:
-        if not is_offline and (proxy := proxy_of(constants.ENDPOINT)):
-            check_proxy(proxy)
-        if adapter and file is None and not is_offline:
-            file = choose_adapter(ref, names())
+        if not is_offline:
+            if proxy := proxy_of(constants.ENDPOINT):
+                check_proxy(proxy)
+            names, is_offline = _names_of_files(repo, revision)
+        if adapter and file is None and names:
+            file = choose_adapter(ref, names)
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
@@ -65,16 +64,17 @@ def download(
     return folder
 
 
-def _names_of_files(repo: str, revision: str | None) -> list[str]:
-    """The names of a repository's files; where the hub cannot be asked, of those in the cache, as the client takes."""
-    from huggingface_hub import HfApi, errors, snapshot_download
+def _names_of_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
+    """The names of a repository's files, and whether they are those in the cache, since the hub cannot be asked."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    try:
-        return [one.rfilename for one in HfApi().model_info(repo, revision=revision).siblings or []]
+    try:  # the client itself would wait without end for a hub that does not answer
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return [one.rfilename for one in info.siblings or []], False
     except Exception:
         with contextlib.suppress(errors.LocalEntryNotFoundError):
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-            return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*")], True
         raise
 
 
@@ -87,11 +87,9 @@ def _patterns(folder: Path, kinds: Sequence[str]) -> tuple[list[str], list[str]]
     return ["model_index.json", SAMPLING_FILE, *wanted], [] if is_pipeline else ["*/*"]
 
 
-def _other_forms(names: Callable[[], Sequence[str]]) -> list[str]:
+def _other_forms(names: Sequence[str]) -> list[str]:
     """Of a repository's files weights in other precisions than those that are loaded."""
-    forms: list[tuple[str, str, str]] = []
-    with contextlib.suppress(Exception):  # without a network the client takes what its cache has
-        forms = sorted((match[1], match[2] or "", name) for name in names() if (match := WEIGHTS_FILE.fullmatch(name)))
+    forms = sorted((match[1], match[2] or "", name) for name in names if (match := WEIGHTS_FILE.fullmatch(name)))
     loaded: dict[str, str] = {}
     return [name for place, form, name in forms if form != loaded.setdefault(place, form)]
 
