@@ -198,6 +198,7 @@ def test_settings_of_the_loop_beside_its_recipe_are_not_lost(tmp_path: Path) -> 
         ("wise", ["judge.model=Qwen3.5-35B-A3B-FP8"], ["the judge is Qwen3.5-35B-A3B-FP8, published figures are of"]),
         ("comm", ["judge.model=gpt-4o-mini"], ["the judge is gpt-4o-mini, published figures are of gpt-4o"]),
         ("rise", ["judge.temperature=0.7"], ["the judge's temperature is 0.7, that of published figures 0"]),
+        ("rise", ["judge.image_detail=null"], ["the judge's image_detail is None, that of published figures high"]),
         ("rise", ["judge.extra.top_p=0.5"], []),  # at temperature 0 it changes nothing
         ("comm", ["judge.extra.top_p=0.5"], ["the judge's top_p is 0.5, that of published figures unset"]),
         ("ueval", ["judge.extra.temperature=0"], ["the judge's temperature is 0, that of published figures unset"]),

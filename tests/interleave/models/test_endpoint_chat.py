@@ -88,6 +88,10 @@ def test_what_is_sent_and_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert [part["type"] for part in parts] == ["image_url", "text", "text"]
     sent = base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])
     assert HashedImage.from_pil(Image.open(io.BytesIO(sent))).id == RED.id
+    assert "detail" not in parts[0]["image_url"]
+    ask(close := endpoint(handler, image_detail="high"), (RED, "look"))
+    assert json.loads(seen[1].content)["messages"][0]["content"][0]["image_url"]["detail"] == "high"
+    assert "detail=high" in close.id
 
 
 def test_large_images_are_sent_smaller() -> None:

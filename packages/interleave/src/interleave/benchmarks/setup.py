@@ -95,8 +95,9 @@ def judge_differences(config: Config, official: OfficialJudge) -> list[str]:
         given = config.model if isinstance(config, EndpointChatConfig) else f"of the kind {getattr(config, 'kind', '')}"
         return [f"the judge is {given}, published figures are of {official.model}"]
     limit = config.extra.get("max_completion_tokens", config.max_new_tokens)
-    settings = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": limit}
-    sent, expected = {**settings, **config.extra}, {"temperature": None, "top_p": None, **official.settings}
+    settings = {name: getattr(config, name) for name in ("temperature", "top_p", "image_detail")}
+    sent = {**settings, "max_tokens": limit, **config.extra}
+    expected = {**dict.fromkeys(settings), **official.settings}
     if expected["temperature"] == 0:  # the most probable answer, whatever its share
         del expected["top_p"]
     return [

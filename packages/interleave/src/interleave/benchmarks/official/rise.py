@@ -55,7 +55,7 @@ class Rise:
     """Accuracy first: the share of items that the judge gives full marks.  An output's last image is the answer."""
 
     name, title = "rise", "RISEBench"
-    judge = OfficialJudge("gpt-4.1-2025-04-14", {"temperature": 0, "max_tokens": 4096})
+    judge = OfficialJudge("gpt-4.1-2025-04-14", {"temperature": 0, "max_tokens": 4096, "image_detail": "high"})
 
     def load(self, data: Path) -> list[Item]:
         """The items of a folder with one of the two JSON files, or of a JSON file, and the images below it.

@@ -71,6 +71,8 @@ class EndpointChatConfig(Config):
     """Timeouts, retries and the circuit breaker."""
     max_answer_bytes: Annotated[int, Ge(1024)] = 8 * 2**20
     """Largest answer that is read."""
+    image_detail: Literal["auto", "low", "high"] | None = None
+    """How closely the model looks at an image (`detail` of OpenAI's interface); null: nothing is sent."""
     max_pixels: Annotated[int, Ge(1024)] = 2048 * 2048
     """Largest image in pixels; a larger one is sent scaled down."""
     max_image_bytes: Annotated[int, Ge(16384)] = 3_750_000
@@ -93,8 +95,8 @@ class EndpointChat:
         self._config, self._url, c = config, check_url(config.url), config
         self._client = HttpClient(self._url, c.key_env, c.retry, c.concurrency, c.max_answer_bytes, transport)
         extra = f" {json.dumps(dict(c.extra), sort_keys=True)}" if c.extra else ""
-        bounds = ((" px", "max_pixels"), (" bytes", "max_image_bytes"))
-        seen = "".join(f"{name}={getattr(c, key)}" for name, key in bounds if getattr(c, key) != DEFAULTS[key].default)
+        shown = ((" px", "max_pixels"), (" bytes", "max_image_bytes"), (" detail", "image_detail"))
+        seen = "".join(f"{name}={getattr(c, key)}" for name, key in shown if getattr(c, key) != DEFAULTS[key].default)
         self.id = f"{c.model} t={c.temperature:g} p={c.top_p:g} n={c.max_new_tokens}{seen}{extra}"
 
     async def chat(self, message: Message, seed: int) -> Reply:
@@ -150,7 +152,11 @@ class EndpointChat:
         content = [
             {"type": "text", "text": part}
             if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": data_address(part, c.max_pixels, c.max_image_bytes)}}
+            else {
+                "type": "image_url",
+                "image_url": {"url": data_address(part, c.max_pixels, c.max_image_bytes)}
+                | ({} if c.image_detail is None else {"detail": c.image_detail}),
+            }
             for part in turn
         ]
         before = [{"role": "system", "content": system}] if system else []
