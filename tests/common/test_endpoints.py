@@ -63,6 +63,7 @@ def answer(message: Any, **choice: Any) -> bytes:
         ({"content": "b", "reasoning_content": "a"}, "<think>a</think>b"),
         ({"content": "b", "reasoning_details": [{"text": "a"}, {"summary": "n"}, {"data": "?"}]}, "<think>an</think>b"),
         ({"content": "b", "reasoning": "a", "reasoning_details": [{"text": "a"}]}, "<think>a</think>b"),
+        ({"content": "b", "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}, "<think></think>b"),
         ({"content": "b", "reasoning_details": [{"text": 3}, "?"]}, "b"),
         ({"content": "b", "reasoning_details": "a"}, "b"),
         ({"content": "b", "reasoning": "a", "reasoning_content": None}, "<think>a</think>b"),

@@ -216,9 +216,9 @@ def test_a_slow_server() -> None:
     assert failure(endpoint(handler)).kind == "timeout"
 
 
-@pytest.mark.parametrize("scheme", ["Bearer ", "bearer  "])
-def test_a_key_with_its_scheme_is_sent_and_hidden_without(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INTERLEAVE_API_KEY", f"{scheme}sk-proj-very-secret")
+@pytest.mark.parametrize("given", ["Bearer {}", "bearer  {}", '"{}"', "'Bearer {}'"])
+def test_a_key_with_its_scheme_is_sent_and_hidden_without(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERLEAVE_API_KEY", given.format("sk-proj-very-secret"))
 
     def handler(request: httpx.Request) -> httpx.Response:
         assert request.headers["Authorization"] == "Bearer sk-proj-very-secret"

@@ -277,6 +277,8 @@ def test_other_types_paths_and_methods_are_refused_by_kind(service: Get) -> None
     packed = roomy.headers | {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     answer = http_post(f"{roomy.url}/v1/generate", content=gzip.compress(b'{"prompt": "p"}'), headers=packed)
     assert (answer.status_code, "Content-Encoding: must be none, not 'gzip'" in answer.text) == (415, True)
+    marked = roomy.headers | {"Content-Type": "application/json"}
+    image_of(http_post(f"{roomy.url}/v1/generate", content=b'\xef\xbb\xbf{"prompt": "p"}', headers=marked))
     assert roomy.get("/v1/generate").status_code == 405
     assert roomy.get("/no/such/path").status_code == 404
     assert "error" in roomy.get("/no/such/path").json()

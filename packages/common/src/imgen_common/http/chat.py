@@ -233,11 +233,12 @@ def _content(choice: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _details(parts: Any) -> list[str]:
-    """The reasoning of `reasoning_details`, a list of parts with a `text` or a `summary`; nothing for another form."""
-    found = parts if isinstance(parts, list) else []
-    texts = [part.get("text") or part.get("summary") for part in found if isinstance(part, dict)]
+    """The reasoning of `reasoning_details`, a list of parts with a `text` or a `summary`, or of encrypted ones, which
+    have no words; nothing for another form."""
+    found = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    texts = [part.get("text") or part.get("summary") for part in found]
     said = "".join(text for text in texts if isinstance(text, str))
-    return [said] if said else []
+    return [said] if said or any(part.get("type") == "reasoning.encrypted" for part in found) else []
 
 
 def in_think_marks(content: str) -> str:

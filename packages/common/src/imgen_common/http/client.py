@@ -292,8 +292,10 @@ class HttpClient(RetryingCaller):
 
 
 def token_of(variable: str) -> str:
-    """The token in a variable of the environment, without the scheme that may stand before it; empty: there is none."""
-    return re.sub("^bearer +", "", os.environ.get(variable, "").strip(), flags=re.IGNORECASE)
+    """The token in a variable of the environment, without quotation marks around it, which `docker --env-file` leaves,
+    and the scheme that may stand before it; empty: there is none."""
+    given = re.sub(r"""^(["'])(.*)\1$""", r"\2", os.environ.get(variable, "").strip())
+    return re.sub("^bearer +", "", given, flags=re.IGNORECASE)
 
 
 def run_in_thread(work: Coroutine[Any, Any, T]) -> T:

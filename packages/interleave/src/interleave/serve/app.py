@@ -9,6 +9,7 @@ An error is {"error": {"kind", "message"}}, which repeats nothing of the request
 
 import asyncio
 import base64
+import codecs
 import hashlib
 import hmac
 import json
@@ -221,7 +222,7 @@ class GenerationService:
         if len(body.translate(None, BASE64)) > limit:  # millions of keys or numbers would stop the service for seconds
             raise ErrorAnswer(413, "too_large", f"the body has more than the allowed {limit} bytes besides base64")
         try:
-            parsed = GenerateBody.model_validate_json(body, strict=True)
+            parsed = GenerateBody.model_validate_json(body.removeprefix(codecs.BOM_UTF8), strict=True)
         except ValidationError as error:
             raise _validation_error(error) from None
         for name, text in (("prompt", parsed.prompt), ("params.negative_prompt", parsed.params.negative_prompt or "")):
