@@ -219,11 +219,35 @@ def test_an_unfinished_download_is_noticed(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "merges.txt"])
-def test_a_git_lfs_pointer_is_no_model(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("version git-lfs.example/spec/v1\noid sha256:123\nsize 12345\n", "a pointer of Git LFS.*run `git lfs pull`"),
+        ("\n<!DOCTYPE html>\n<title>Log in</title>", "a web page, not the file itself; download it again"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
     folder = transformers_folder(tmp_path)
-    (folder / name).write_text("version git-lfs.example/spec/v1\noid sha256:123\nsize 12345\n")
+    (folder / name).write_text(text)
     (folder / "single-file.safetensors").symlink_to("gone")
-    with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS.*run `git lfs pull`"):
+    with pytest.raises(UserError, match=rf"{name}: is {said}"):
+        hub.resolve(str(folder))
+
+
+def test_a_file_system_that_maps_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError("No such device (os error 19)")
+
+    folder = transformers_folder(tmp_path)
+    monkeypatch.setattr("safetensors.safe_open", refuse)
+    with pytest.raises(UserError, match=r"its file system cannot map files .*; copy the model to a local disk"):
+        hub.resolve(str(folder))
+
+
+def test_shards_without_their_index_are_named(tmp_path: Path) -> None:
+    folder = transformers_folder(tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"the index of its shards, model\.safetensors\.index\.json, is missing"):
         hub.resolve(str(folder))
 
 

@@ -13,7 +13,7 @@ import typer
 
 from imgen_common import shutdown
 from imgen_common.errors import run_cli
-from imgen_common.shutdown import GracefulShutdown, interrupted_by_signals, message_when_stopped
+from imgen_common.shutdown import GracefulShutdown, ended_at_once, interrupted_by_signals, message_when_stopped
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +77,18 @@ def test_the_first_signal_waits_and_a_later_one_stops_at_once(
             signal.raise_signal(number)
     assert shutdown.exit_code() == CODES[number]
     assert capfd.readouterr().err == "\nstopping after this update\n"
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_download_ends_at_once(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its threads would keep the process until the file is whole."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended, ended_at_once("stopped; go on"):
+        signal.raise_signal(number)
+    assert ended.value.code == CODES[number]
+    assert capfd.readouterr().err == "\nstopped; go on\n"
 
 
 def test_what_is_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,6 +476,8 @@ MISSED = {
     "to_q, norm_out, ffn": "with 'norm_out'; did you mean 'norm_out.linear'?, 'ffn'; frequent are",
     ".to_v, To_k": "with '.to_v'; did you mean 'to_v'?, 'To_k'; did you mean 'to_k'?;",
     "nothing": "with 'nothing';",
+    "transformer.transformer_blocks.0.attn.to_q": "with 'transformer.transformer_blocks.0.attn.to_q'; did you mean "
+    "'transformer_blocks.0.attn.to_q'?",
     "": "with any of them: [];",
     "to_qkv_mlp_proj": "with 'to_qkv_mlp_proj'",
     "to_q, to_k, to_v, to_out": "with 'to_out'; did you mean 'to_out.0'?",

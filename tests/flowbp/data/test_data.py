@@ -170,6 +170,11 @@ def test_a_dataset_that_was_saved_with_a_format_has_all_its_columns(tmp_path: Pa
             b"a cat, grey\na dog, brown\n",
             "csv:2: no text under 'prompt' (there is: a cat, grey); set data.key; the first line of the file must name",
         ),
+        (
+            "nul.jsonl",
+            b'{"prompt": "a \\u0000"}',
+            "nul.jsonl:1: prompt: holds NUL (U+0000), which is no letter; remove it",
+        ),
         ("half.jsonl", b'{"prompt": "a \\ud83d"}', "half.jsonl:1: holds half of a surrogate pair (U+D83D)"),
         ("prompts.parquet", b"PAR1", "allowed: .txt, .jsonl, .json, .csv, .tsv"),
     ],
@@ -224,6 +229,13 @@ def test_what_no_reader_reads_is_counted_once_per_reader(num_long: int, verb: st
     assert said[:-1] == expected
     words = ("word 'blau'", "3 words 'ein', 'Käse', 'blau'")[num_long - 1]
     assert said[-1].endswith(f"it does not know the {words}; images of such prompts mean nothing")
+
+
+def test_entities_of_html_are_counted() -> None:
+    said = describe_unread_prompts(
+        ["a red circle", "a &quot;red&quot; circle", "blue & red; &#39;a&#39;"], ModelConfig(), {}
+    )
+    assert "2 of 3 prompts hold entities of HTML, such as &quot;; decode them (html.unescape of Python)" in said
 
 
 @pytest.mark.parametrize(("score", "counted"), [("clip", "2 of 3"), ("edit_clip", "3 of 6")])

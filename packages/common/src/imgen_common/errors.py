@@ -111,10 +111,12 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def check_text(text: str, where: str) -> None:
-    """Raises UserError naming `where` for half a surrogate pair, which no file and no tokenizer takes.
+    """Raises UserError naming `where` for NUL, and for half a surrogate pair, which no file and no tokenizer takes.
 
-    It comes from JSON such as "\\ud83d", and from an argument of a command line that is not UTF-8.
+    They come from JSON such as "\\u0000" and "\\ud83d", and from an argument of a command line that is not UTF-8.
     """
+    if "\0" in text:
+        raise UserError(f"{where}: holds NUL (U+0000), which is no letter; remove it")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -60,6 +60,18 @@ def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
     return _handled(interrupt, *OTHER_SIGNALS)
 
 
+def ended_at_once(notice: str) -> contextlib.AbstractContextManager[None]:
+    """Within it a signal ends the program at once, with `notice` on standard error: for downloads, whose threads cannot
+    be interrupted, and which the next call continues."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{notice}\n".encode())
+        os._exit(128 + number)
+
+    return _handled(end, *SIGNALS)
+
+
 class GracefulShutdown:
     """Within it the first of `SIGNALS` sets `requested`, so that the work in flight ends and is saved; the next one
     raises KeyboardInterrupt.

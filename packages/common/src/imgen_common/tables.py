@@ -113,6 +113,7 @@ def check_texts(rows: Iterable[tuple[str, dict[str, Any]]], key: str) -> Iterato
     for where, row in rows:
         if isinstance(text := row.get(key), str):
             what = f"{where}: {key}"
+            check_text(text, what)
             check_cell(text, what, "remove the row, or write the texts one a line in a .txt if it is one")
             if HOLDER.fullmatch(text.strip()):
                 holds = f"a list or an object ({one_line(text, 40)}), not a text"

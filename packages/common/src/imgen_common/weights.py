@@ -111,16 +111,24 @@ def check_file(file: Path, folder: Path | None = None) -> None:
             return
     except (OSError, SafetensorError) as error:
         check_pointer(file)
+        if "os error 19" in str(error):  # ENODEV
+            raise UserError(
+                f"{file}: its file system cannot map files into memory ({one_line(str(error), 60)}); copy the model to "
+                "a local disk"
+            ) from None
         reason = f"is cut short or not a safetensors file ({one_line(str(error), 120)})"
         raise incomplete(folder or file.parent, f"{file.relative_to(folder or file.parent)} {reason}") from None
 
 
 def check_pointer(file: Path) -> None:
-    """Raise UserError for a file in whose place Git has left a pointer to it."""
+    """Raise UserError for a file in whose place Git has left a pointer to it, or a download a web page."""
     if file.is_file():
         with file.open("rb") as content:
-            if b"git-lfs" in content.read(64):
-                raise UserError(f"{file}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
+            start = content.read(64)
+        if b"git-lfs" in start:
+            raise UserError(f"{file}: is a pointer of Git LFS, not the file itself; run `git lfs pull` there")
+        if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            raise UserError(f"{file}: is a web page, not the file itself; download it again")
 
 
 def check_numbers(file: Path, config: dict[str, Any]) -> None:
@@ -266,6 +274,8 @@ def _no_weights(folder: Path, library: str) -> UserError:
     wanted = f"no {STEMS[library]}.safetensors"
     if (other := next(folder.glob("[!.]*.safetensors"), None)) is None:
         return incomplete(folder, wanted)
+    if re.fullmatch(rf"{STEMS[library]}-\d{{5}}-of-\d{{5}}\.safetensors", other.name):
+        return incomplete(folder, f"the index of its shards, {STEMS[library]}.safetensors.index.json, is missing")
     what = f"{wanted} (there is {other.name}, which {library} does not load)"
     return UserError(
         f"{folder}: {what}; give it that name if {library} wrote it, download what is missing, or convert it"

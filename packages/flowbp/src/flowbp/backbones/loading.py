@@ -158,7 +158,7 @@ def layers_of_targets(net: nn.Module, lora: LoraConfig) -> dict[str, list[str]]:
     found = {t: [n for n in layers if n == t or n.endswith(f".{t}")] for t in lora.target_modules}
     ends = Counter(".".join(name.split(".")[i:]) for name in layers for i in (-2, -1))
     spared = any(found.values()) and lora.target_modules == LoraConfig().target_modules
-    missed = [f"{t!r}{nearest(t, ends)}" for t, matches in found.items() if not (matches or spared)]
+    missed = [f"{t!r}{nearest(t, [*ends, *layers])}" for t, matches in found.items() if not (matches or spared)]
     if missed or not found:
         raise UserError(
             f"lora.target_modules: no linear layer has a name that ends with {', '.join(missed) or 'any of them: []'}; "

@@ -23,9 +23,11 @@ def prefetch(
       flowbp prefetch black-forest-labs/FLUX.2-klein-base-4B yuvalkirstain/PickScore_v1
     """
     from imgen_common import hub
+    from imgen_common.shutdown import ended_at_once
 
-    for ref in refs:
-        print(hub.prefetch(ref))
+    with ended_at_once("stopped; the same command continues the download"):
+        for ref in refs:
+            print(hub.prefetch(ref))
 
 
 def export(

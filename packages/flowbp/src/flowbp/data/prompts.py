@@ -1,5 +1,6 @@
 """Prompts: where they come from and in which order they are used."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,6 +18,8 @@ from imgen_common.tables import TABLE_SUFFIXES, describe_type, read_table
 if TYPE_CHECKING:
     from imgen_common.shapes.scene import Split
 
+ENTITY = re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|#x?[0-9A-Fa-f]{2,6});")
+"""A letter as HTML writes it, which captions that were taken from pages have."""
 BUILTIN = "builtin:shapes/"
 EDITS = BUILTIN + "edits"
 BUILTIN_COUNT = 3000
@@ -110,8 +113,8 @@ def describe_unread_prompts(
     prompts: Sequence[str], model: ModelConfig, rewards: Mapping[str, RewardConfig]
 ) -> list[str]:
     """A sentence for each text encoder of a model, and each reward, that does not read all of some prompts; one where
-    edits lack the captions that rewards read; and one where prompts have words that the built-in model, or built-in
-    rewards of another model, do not know.
+    edits lack the captions that rewards read, or prompts are coded for HTML; and one where prompts have words that the
+    built-in model, or built-in rewards of another model, do not know.
 
     No weights are read; equal texts count once.  Of edits, text encoders read the instructions, rewards with a limit
     the captions.
@@ -145,7 +148,13 @@ def describe_unread_prompts(
     if bare and of_captions:
         which = f"{'has' if bare == 1 else 'have'} no caption (data.caption)"
         cut.append(f"{bare} of {len(edits)} edits {which}; {', '.join(of_captions)} will score the instruction instead")
-    return [*cut, *_describe_unknown_words(" ".join(dict.fromkeys(prompts)), model, rewards)]
+    return [*cut, *_describe_entities(distinct), *_describe_unknown_words(" ".join(distinct), model, rewards)]
+
+
+def _describe_entities(prompts: Sequence[str]) -> list[str]:
+    coded = [match[0] for text in prompts if (match := ENTITY.search(text))]
+    holds = f"{len(coded)} of {len(prompts)} prompts hold entities of HTML"
+    return [f"{holds}, such as {coded[0]}; decode them (html.unescape of Python)"] if coded else []
 
 
 def _describe_unknown_words(words: str, model: ModelConfig, rewards: Mapping[str, RewardConfig]) -> list[str]:

@@ -41,6 +41,8 @@ def prefetch(
       HF_HUB_OFFLINE=1 interleave prefetch Qwen/Qwen3-VL-8B-Instruct
     """
     from imgen_common import hub
+    from imgen_common.shutdown import ended_at_once
 
-    for ref in refs:
-        print(hub.prefetch(ref))
+    with ended_at_once("stopped; the same command continues the download"):
+        for ref in refs:
+            print(hub.prefetch(ref))

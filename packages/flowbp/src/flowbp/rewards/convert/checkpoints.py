@@ -14,7 +14,7 @@ from flowbp.rewards.loading import CHECKPOINT_LAYERS
 from imgen_common import hub
 from imgen_common.errors import UserError, one_line
 from imgen_common.files import local_path
-from imgen_common.weights import check_file, loading
+from imgen_common.weights import check_file, check_pointer, loading
 
 StateDict = Mapping[str, Tensor]
 GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -28,6 +28,7 @@ def read_checkpoint(file: Path, published: str = "the published checkpoint") -> 
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; download {published} first")
+    check_pointer(file)
     if file.suffix == ".safetensors":
         check_file(file)
         return load_file(file)
