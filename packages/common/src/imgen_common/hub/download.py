@@ -13,6 +13,7 @@ from imgen_common.hub.adapters import choose_adapter
 from imgen_common.hub.folders import DESCRIPTION_FILES, SAMPLING_FILE, components
 from imgen_common.weights import LORA_FILES
 
+INDEX = "model_index.json"
 WEIGHTS_FILE = re.compile(r"((?:.*/)?(?:model|diffusion_pytorch_model))(\.[\w-]+?)?(?:-\d{5}-of-\d{5})?\.safetensors")
 """Of a whole model or a shard, perhaps of a variant such as `.fp16`, of which the first is loaded (`weight_files`)."""
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
@@ -51,17 +52,17 @@ def download(
         if file is not None:
             place = file.rpartition("/")[0]
             return fetch([file, *(f"{place}/{name}".lstrip("/") for name in (SAMPLING_FILE, LORA_FILES[0]))])
-        folder = fetch(["model_index.json"])
-        if not is_offline:
-            wanted, left = _patterns(folder, HUB_FILES if weights else DESCRIPTION_FILES)
-            folder = fetch(wanted, [*left, *(_other_forms(names) if weights else [])])
+        if is_offline:
+            return fetch([INDEX])  # the whole folder, whatever is asked for
+        pipeline = fetch([INDEX]) if INDEX in names else None
+        wanted, left = _patterns(pipeline, HUB_FILES if weights else DESCRIPTION_FILES)
+        return fetch(wanted, [*left, *(_other_forms(names) if weights else [])])
     except UserError:
         raise
     except Exception as error:  # the client's HTTP library, and with it the errors that leak, change between versions
         raise UserError(
             f"model {ref!r}: no such local {'file' if file else 'folder'}; {_hub_reason(ref, repo, revision, error)}"
         ) from error
-    return folder
 
 
 def _names_of_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
@@ -78,13 +79,13 @@ def _names_of_files(repo: str, revision: str | None) -> tuple[list[str], bool]:
         raise
 
 
-def _patterns(folder: Path, kinds: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The patterns of the files to download of a model's repository, and of those to leave."""
+def _patterns(pipeline: Path | None, kinds: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The patterns of the files to download of a model's repository, and of those to leave.  pipeline: the folder with
+    its model_index.json, if it has one."""
     # beside a pipeline's components, and below the top folder of another model, are often the same weights once more
-    is_pipeline = (folder / "model_index.json").exists()
-    places = [f"{name}/" for name in components(folder)] if is_pipeline else [""]
+    places = [""] if pipeline is None else [f"{name}/" for name in components(pipeline)]
     wanted = [place + kind for place in places for kind in kinds]
-    return ["model_index.json", SAMPLING_FILE, *wanted], [] if is_pipeline else ["*/*"]
+    return [INDEX, SAMPLING_FILE, *wanted], ["*/*"] if pipeline is None else []
 
 
 def _other_forms(names: Sequence[str]) -> list[str]:
