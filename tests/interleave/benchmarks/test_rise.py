@@ -429,7 +429,7 @@ def test_questions_are_as_the_authors_ask_them(tmp_path: Path) -> None:
         assert (question.system, question.tries) == ("", 1)
         assert question.parse("**Final Score:** **4**") == 4
     assert RISE.judge.model == "gpt-4.1-2025-04-14"
-    assert RISE.judge.settings == {"temperature": 0, "max_tokens": 4096}
+    assert RISE.judge.settings == {"temperature": 0, "max_tokens": 4096, "image_detail": "high"}
 
 
 def test_braces_in_an_instruction_are_no_places(tmp_path: Path) -> None:

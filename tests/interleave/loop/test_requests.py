@@ -107,7 +107,7 @@ def test_an_address_is_no_image_and_is_not_shown(tmp_path: Path, row: str, addre
     assert "SECRET" not in str(error.value)
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e", "\r", "\n", "\ufeff", "\0"])
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1e", "\r", "\n", "\ufeff"])
 def test_a_request_survives_its_run(tmp_path: Path, separator: str) -> None:
     store = ImageStore(tmp_path)
     asked = [make_request(f"{separator}a{separator}b{separator}", (), store), make_request("c", (), store)]
@@ -117,7 +117,7 @@ def test_a_request_survives_its_run(tmp_path: Path, separator: str) -> None:
     assert read_requests(tmp_path / "r.jsonl", store) == asked[:1]
 
 
-@pytest.mark.parametrize("half", ["\ud83d", "a \ude00\ud83d", "\udc80 a"])
-def test_half_a_surrogate_pair_is_refused(tmp_path: Path, half: str) -> None:
-    with pytest.raises(UserError, match="the request: holds half of a surrogate pair"):
-        make_request(half, (), ImageStore(tmp_path))
+@pytest.mark.parametrize("text", ["\ud83d", "a \ude00\ud83d", "\udc80 a", "a\0b"])
+def test_what_is_no_letter_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"the request: holds (half of a surrogate pair|NUL \(U\+0000\))"):
+        make_request(text, (), ImageStore(tmp_path))
