@@ -67,7 +67,7 @@ def run_tests(copy: Path, *arguments: str) -> str:
     return run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_contract_suites_hold_for_one_more_of_everything(extended: Path) -> None:
     chosen = " or ".join(TOYS.values())
     output = run_tests(extended, "-n0", "-vv", "-k", chosen, *(f"tests/{suite}" for suite in SUITES))

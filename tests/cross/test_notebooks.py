@@ -24,7 +24,7 @@ def test_a_notebook_has_fifteen_cells_and_pictures(file: Path) -> None:
     assert not any(place in str(output) for output in outputs for place in places)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
