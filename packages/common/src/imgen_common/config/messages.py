@@ -88,7 +88,8 @@ def _say(detail: dict[str, Any], owner: type[Config] | None, annotation: Any) ->
     fields = list(owner.model_fields) if owner else []
     match detail["type"]:
         case "extra_forbidden" if owner is not None and key in owner.renamed:
-            return f"renamed; write {owner.renamed[key]}"
+            now = owner.renamed[key]
+            return f"{'no key here' if now.endswith(f'.{key}') else 'renamed'}; write {now}"
         case "extra_forbidden":
             if element := re.fullmatch(r"(\w+)\[(\d+)\]", key):
                 return f"unknown key; write {element[1]}.{element[2]} for an element of a list"

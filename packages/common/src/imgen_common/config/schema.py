@@ -31,7 +31,7 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions, each with what to write instead; one that is given is refused with that."""
+    """Keys of earlier versions, and of a part (`trl.max_steps`), each with what to write instead."""
 
     @classmethod
     def with_old_keys(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

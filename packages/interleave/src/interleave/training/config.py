@@ -45,7 +45,7 @@ class TrainingConfig(Config):
     renamed: ClassVar = {
         **{name: f"trl.{name}" for name in ("learning_rate", "max_steps", "num_train_epochs", "save_steps", "bf16")},
         **{name: f"trl.{name}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "report_to")},
-    }  # they never were ours, but are often written as if they were
+    }  # of TRL, and often written as if they were ours
     places: ClassVar[Mapping[str, str]] = {
         **{"model": "model", "generator.lora": "generator.lora"},
         **{"generator.ref": "generator", "judge.model.ref": "judge.model"},
